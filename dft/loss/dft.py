@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from dft.constants import IGNORE_INDEX
 
 
 class TokenStats(NamedTuple):

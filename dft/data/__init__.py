@@ -1,0 +1,1 @@
+"""Files -> conversations -> token ids and labels. Knows no model and no trainer."""
