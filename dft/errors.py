@@ -2,28 +2,34 @@
 
 import os
 import sys
+import time
 from types import TracebackType
+
+PATIENCE = 30
+"""Seconds that other ranks leave rank 0 to report the same mistake before they report it themselves."""
 
 
 class UserError(ValueError):
-    """Something the user gave cannot work. The message names the value, the reason and the remedy.
-
-    Raised only where every rank of a node meets the same fault (flags, files, models), so that printing it
-    once per node is enough.
-    """
+    """Something the user gave cannot work. The message names the value, the reason and the remedy."""
 
 
 def report_user_errors() -> None:
     """Make an uncaught `UserError` print as one message instead of a traceback. The exit code stays 1.
 
-    Every rank still ends with the exit code of a failure; only the first of each node prints, so that eight
-    GPUs do not repeat one mistake eight times.
+    Most mistakes (flags, files, models) meet every rank of a node, so the first one speaks for all. The others
+    wait for the launcher to end them, which it does as soon as one rank fails: a rank that left at once would get
+    rank 0 killed before its message is out. If nobody ends them, the fault was theirs alone, and they say so.
     """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, UserError):
             sys.__excepthook__(kind, error, trace)
-        elif int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            return
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        prefix = ""
+        if local_rank != 0:
+            time.sleep(PATIENCE)
+            prefix = f"[rank {os.environ.get('RANK', local_rank)}] "
+        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
 
     sys.excepthook = hook

@@ -1,0 +1,273 @@
+"""Command line -> four dataclasses."""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from dft.config_file import expand_config
+from dft.errors import UserError
+from dft.training.distributed import init_cpu_deepspeed
+from dft.training.metrics import LOWER_IS_BETTER
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it is held in memory."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model and its tokenizer."})
+    torch_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of the weights: float32, bfloat16, float16, or auto (as in the checkpoint). Default: under "
+            "DeepSpeed the dtype it computes in (it keeps float32 master weights), else float32.",
+            "choices": [*DTYPES, "auto"],
+        },
+    )
+    attn_implementation: str = field(
+        default="auto",
+        metadata={
+            "help": "auto (flash_attention_2 where it can be imported on CUDA, else sdpa), flash_attention_2, sdpa, "
+            "eager, or any name transformers knows."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with the model or its tokenizer."}
+    )
+    enable_gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass: slower, far less memory."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which conversations, and how they become training sequences."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    data_files: list[str] = field(metadata={"help": "ChatML .jsonl or .json files; several are merged."})
+    eval_data_files: list[str] = field(
+        default_factory=list, metadata={"help": "Files to evaluate on, in place of a validation split."}
+    )
+    validation_split_percentage: float = field(
+        default=0.0, metadata={"help": "Percent of the conversations to hold out for evaluation, seeded."}
+    )
+    max_length: int = field(
+        default=2048, metadata={"help": "Longest sequence in tokens; longer ones are cut on the right."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many sequences, drawn with the data seed."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on this many sequences, drawn with the data seed."}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Jinja file that replaces the tokenizer's chat template."}
+    )
+    preprocessing_num_workers: int = field(
+        default=min(os.cpu_count() or 1, 8), metadata={"help": "Processes that tokenize."}
+    )
+    data_cache_dir: str = field(
+        default_factory=lambda: str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "dft"),
+        metadata={"help": "Where prepared data is kept, keyed by its content."},
+    )
+    prepare_only: bool = field(
+        default=False,
+        metadata={"help": "Prepare the data, write data_report.json into the output directory, and end."},
+    )
+    debug_data_processing: bool = field(
+        default=False, metadata={"help": "Print the first sequences with their supervised parts marked."}
+    )
+
+
+@dataclass
+class DFTArguments:
+    """The method."""
+
+    _argument_group_name: ClassVar[str] = "DFT"
+
+    dft_alpha: float = field(
+        default=1.0,
+        metadata={"help": "Weight of a token: alpha * p + (1 - alpha). 1 is the paper's DFT, 0 is plain SFT."},
+    )
+    use_simple_dft: bool = field(default=True, metadata={"help": "False trains by plain SFT: alpha becomes 0."})
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' arguments, with defaults that fit, and names of older releases mapped or explained."""
+
+    _argument_group_name: ClassVar[str] = "training (transformers.TrainingArguments)"
+
+    # A test for NaN on every micro-batch would wait for the device each time, and hide what went wrong.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave non-finite losses out of the logged mean."}
+    )
+    metric_for_best_model: str | None = field(
+        default="eval_acc", metadata={"help": "Decides which checkpoint is the best and is never rotated away."}
+    )
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the steps that warm up; the same as --warmup_steps below 1."}
+    )
+    logging_dir: str | None = field(
+        default=None, metadata={"help": "Where SwanLab, wandb and TensorBoard write their local files."}
+    )
+    group_by_length: bool = field(
+        default=False, metadata={"help": "Batches of similar length; --train_sampling_strategy group_by_length."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start afresh in an output directory that already holds checkpoints."}
+    )
+    save_safetensors: bool | None = field(default=None, metadata={"help": "No effect: weights are safetensors."})
+    reduce_logging: bool | None = field(default=None, metadata={"help": "No effect: only rank 0 logs."})
+    log_metrics_steps: int | None = field(
+        default=None, metadata={"help": "No effect: all metrics come with every --logging_steps."}
+    )
+
+    def __post_init__(self) -> None:
+        self.notes: list[str] = []
+        if not self.use_cpu and not torch.accelerator.is_available():
+            self.use_cpu = True
+            self.notes.append("no accelerator found: running on CPU")
+        self._map_older_names()
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            metric = self.metric_for_best_model.removeprefix("eval_")
+            self.greater_is_better = metric not in LOWER_IS_BETTER
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()  # a bar in a log file is noise
+        if self.deepspeed:
+            check_deepspeed_file(self.deepspeed)
+            if self.use_cpu:
+                init_cpu_deepspeed()
+        super().__post_init__()
+        # Trackers write their files when the first metric arrives; they read where from the environment.
+        if self.logging_dir is not None:
+            folder = str(Path(self.logging_dir).expanduser().absolute())
+            for name in ("TENSORBOARD_LOGGING_DIR", "SWANLAB_LOG_DIR", "WANDB_DIR"):
+                os.environ.setdefault(name, folder)
+
+    def _map_older_names(self) -> None:
+        if self.warmup_ratio is not None:
+            if self.warmup_steps:
+                raise UserError(
+                    f"--warmup_ratio {self.warmup_ratio:g} and --warmup_steps {self.warmup_steps:g} both set the "
+                    "warm-up; give one"
+                )
+            if not 0 <= self.warmup_ratio < 1:
+                raise UserError(f"--warmup_ratio {self.warmup_ratio:g}: must be at least 0 and below 1")
+            self.warmup_steps = self.warmup_ratio
+        if self.group_by_length:
+            self.train_sampling_strategy = "group_by_length"
+        for name, value, why in (
+            ("save_safetensors", self.save_safetensors, "weights are always saved as safetensors"),
+            ("reduce_logging", self.reduce_logging, "only rank 0 logs, with values reduced over all ranks"),
+            (
+                "log_metrics_steps",
+                self.log_metrics_steps,
+                f"all metrics come with every --logging_steps ({self.logging_steps:g})",
+            ),
+        ):
+            if value is not None:
+                self.notes.append(f"--{name} {value} has no effect: {why}")
+
+
+def check_deepspeed_file(config: str | dict[str, Any]) -> None:
+    """Raises `UserError` for a DeepSpeed configuration that is no file or no JSON object."""
+    if isinstance(config, dict) or config.startswith("{"):
+        return
+    if not Path(config).is_file():
+        raise UserError(f"--deepspeed {config}: no such file; the ones that come along are in ds_config/")
+    try:
+        content = json.loads(Path(config).read_text())
+    except ValueError as error:
+        raise UserError(f"--deepspeed {config}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--deepspeed {config}: expected a JSON object")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """All of a run's arguments.
+
+    Attributes:
+        given: what was asked for, before anything was derived from it.
+        notes: what was derived, chosen or left without effect, one line each.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    dft: DFTArguments
+    training: TrainingArguments
+    given: dict[str, Any]
+    notes: list[str]
+
+
+class Parser(HfArgumentParser):
+    """Flags of the four dataclasses; a mistake is a `UserError` instead of a page of usage."""
+
+    def __init__(self) -> None:
+        kinds = (ModelArguments, DataArguments, DFTArguments, TrainingArguments)
+        super().__init__(kinds, allow_abbrev=False, prog="train_dft.py")
+        self.add_argument(
+            "--config", metavar="FILE.yaml", help="Read flags from a file; flags on the command line override it."
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (train_dft.py --help lists every flag)")
+
+    def parse(self, argv: list[str]) -> Arguments:
+        """Raises `UserError` for an unknown flag or a value that cannot be read."""
+        namespace, unknown = self.parse_known_args(expand_config(argv))
+        if unknown:
+            raise UserError(self._unknown(unknown))
+        given = vars(namespace)
+        del given["config"]
+        try:
+            model, data, dft, training = self.parse_dict(dict(given), allow_extra_keys=False)
+        except UserError:
+            raise
+        except (ValueError, ImportError, OSError) as error:  # how transformers refuses a value
+            raise UserError(" ".join(str(error).split())) from None
+        if model.enable_gradient_checkpointing:
+            training.activation_checkpointing = training.gradient_checkpointing = True
+        return Arguments(model, data, dft, training, given, list(training.notes))
+
+    def _unknown(self, unknown: list[str]) -> str:
+        flag = next((word for word in unknown if word.startswith("--")), unknown[0])
+        name = flag.split("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        hint = f"; did you mean {near[0]}?" if near else " (train_dft.py --help lists every flag)"
+        return f"unknown argument {name}{hint}"
+
+
+def default_flags() -> dict[str, Any]:
+    """What every flag is when it is not given."""
+    required = ["--model_name_or_path", "", "--data_files", ""]
+    return vars(Parser().parse_known_args(required)[0])
+
+
+def own_flags() -> set[str]:
+    """Names of the flags that are not transformers' own."""
+    kinds = (ModelArguments, DataArguments, DFTArguments)
+    return {one.name for kind in kinds for one in dataclasses.fields(kind)}
+
+
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """The arguments of this run, readable one by one; `dft.conflicts.check` looks at them together.
+
+    Raises:
+        UserError: an unknown flag or a value that cannot be read.
+    """
+    return Parser().parse(sys.argv[1:] if argv is None else argv)

@@ -1,0 +1,82 @@
+"""YAML files of flags: `--config FILE.yaml` in, `run_args.yaml` out."""
+
+import enum
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dft.errors import UserError
+
+RUN_ARGS = "run_args.yaml"
+SECRETS = ("hub_token", "push_to_hub_token")
+
+
+def expand_config(argv: list[str]) -> list[str]:
+    """Replaces every `--config FILE.yaml` by the flags it holds.
+
+    They go to the front, whatever the place of `--config`: flags on the command line are the later word. Of several
+    files, a later one overrides an earlier one.
+    """
+    from_files: list[str] = []
+    words: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            from_files += config_flags(value if equals else next(rest, ""))
+        else:
+            words.append(word)
+    return from_files + words
+
+
+def config_flags(file: str) -> list[str]:
+    """A YAML mapping of flag names to values, as command-line words.
+
+    Raises:
+        UserError: no such file, no YAML, or no mapping.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"--config {file or '(nothing)'}: no such file")
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {file}: expected a mapping such as 'learning_rate: 2.0e-6'")
+    words: list[str] = []
+    for name, value in content.items():
+        if value is None or value == []:
+            continue
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            # One word, so that a value which begins with a dash is not taken for a flag.
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
+
+
+def write_run_args(
+    folder: Path, given: dict[str, Any], defaults: dict[str, Any], own: set[str], derived: dict[str, Any]
+) -> None:
+    """Writes `run_args.yaml`, which `--config` replays.
+
+    Args:
+        folder: the output directory; made if it is missing.
+        given: the flags as the command line and `--config` left them. Secrets are left out.
+        defaults: of every flag; the ones at their default are left out, unless they are in `own`.
+        own: flags that are always written.
+        derived: what the run made of them; written as comments.
+    """
+    kept = {
+        name: value.value if isinstance(value, enum.Enum) else value
+        for name, value in given.items()
+        if value is not None
+        and name not in (*SECRETS, "local_rank")
+        and (name in own or value != defaults.get(name))
+    }
+    text = f"# Replay: train_dft.py --config {RUN_ARGS} --output_dir NEW\n" + yaml.safe_dump(kept, sort_keys=True)
+    comments = "".join(f"#   {name}: {value}\n" for name, value in derived.items())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_ARGS).write_text(f"{text}# What this run derived from them:\n{comments}")

@@ -1,0 +1,204 @@
+"""Arguments that contradict one another or this machine, found before any work is done."""
+
+import math
+import os
+from pathlib import Path
+
+import transformers
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, get_last_checkpoint
+
+from dft.arguments import Arguments, TrainingArguments
+from dft.errors import UserError
+from dft.training.metrics import METRICS
+from dft.training.trainer import check_arguments
+
+
+def check(arguments: Arguments) -> None:
+    """Raises `UserError` for numbers out of range and for flags that contradict one another.
+
+    Settles what follows from several flags at once, and adds a note for each.
+    """
+    check_ranges(arguments)
+    data, dft, training = arguments.data, arguments.dft, arguments.training
+    if not dft.use_simple_dft and dft.dft_alpha != 0:
+        dft.dft_alpha = 0.0
+        arguments.notes.append("--use_simple_dft False: alpha is 0, plain SFT")
+    try:
+        check_arguments(training)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if data.eval_data_files and data.validation_split_percentage:
+        arguments.notes.append(
+            f"--validation_split_percentage {data.validation_split_percentage:g} has no effect: --eval_data_files "
+            "says what to evaluate on"
+        )
+        data.validation_split_percentage = 0.0
+    check_evaluation(arguments)
+    check_precision(arguments)
+    check_deepspeed(training)
+    check_output(arguments)
+
+
+def check_ranges(arguments: Arguments) -> None:
+    data, dft, training = arguments.data, arguments.dft, arguments.training
+    positive = {
+        "max_length": data.max_length,
+        "preprocessing_num_workers": data.preprocessing_num_workers,
+        "max_train_samples": data.max_train_samples,
+        "max_eval_samples": data.max_eval_samples,
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "per_device_eval_batch_size": training.per_device_eval_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "num_train_epochs": training.num_train_epochs,
+        "save_total_limit": training.save_total_limit,
+    }
+    for name, value in positive.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name} {value}: must be greater than 0")
+    not_negative = {
+        "learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "dataloader_num_workers": training.dataloader_num_workers,
+        "logging_steps": training.logging_steps,
+        "save_steps": training.save_steps,
+        "eval_steps": training.eval_steps,
+    }
+    for name, value in not_negative.items():
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"--{name} {value}: must be a finite number, at least 0")
+    if data.max_length < 2:
+        raise UserError(f"--max_length {data.max_length}: a target needs a token before it, so at least 2")
+    if not 0 <= dft.dft_alpha <= 1:
+        raise UserError(f"--dft_alpha {dft.dft_alpha:g}: must lie in [0, 1]; 1 is the paper's DFT, 0 is SFT")
+    if not 0 <= data.validation_split_percentage < 100:
+        raise UserError(
+            f"--validation_split_percentage {data.validation_split_percentage:g}: must be at least 0 and below 100"
+        )
+
+
+def check_evaluation(arguments: Arguments) -> None:
+    data, training = arguments.data, arguments.training
+    evaluates = bool(data.eval_data_files or data.validation_split_percentage)
+    needs = {
+        f"--eval_strategy {training.eval_strategy.value}": training.eval_strategy != IntervalStrategy.NO,
+        "--eval_on_start True": training.eval_on_start,
+        "--save_strategy best": training.save_strategy == SaveStrategy.BEST,
+        "--load_best_model_at_end True": training.load_best_model_at_end,
+    }
+    for flag, wanted in needs.items():
+        if wanted and not evaluates:
+            raise UserError(f"{flag} needs --eval_data_files or --validation_split_percentage")
+    metric = training.metric_for_best_model
+    known = [f"eval_{name}" for name in METRICS]
+    if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in known:
+        raise UserError(f"--metric_for_best_model {metric}: not measured; choose one of {', '.join(known)}")
+    if evaluates and metric is not None and metric.removeprefix("eval_") == "loss":
+        arguments.notes.append(
+            f"--metric_for_best_model {metric}: the DFT loss -p log p is not monotone in quality (a model that knows "
+            "nothing has a loss near 0 too); eval_objective is what training descends"
+        )
+    plateau = training.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+    mode = (training.lr_scheduler_kwargs or {}).get("mode", "min")
+    if plateau and (mode == "max") != training.greater_is_better:
+        wanted = "max" if training.greater_is_better else "min"
+        raise UserError(
+            f"--lr_scheduler_type reduce_lr_on_plateau watches {metric} with mode {mode!r}; it is better when "
+            f"{'greater' if training.greater_is_better else 'lower'}, so give --lr_scheduler_kwargs "
+            f"'{{\"mode\": \"{wanted}\"}}' or another --metric_for_best_model"
+        )
+
+
+def check_precision(arguments: Arguments) -> None:
+    model, training = arguments.model, arguments.training
+    if training.deepspeed:
+        return
+    if model.torch_dtype == "float16" and training.fp16:
+        raise UserError(
+            "--torch_dtype float16 with --fp16 True: float16 gradients cannot be scaled back; let the weights be "
+            "float32 (--torch_dtype float32), or use --deepspeed, which keeps float32 master weights itself"
+        )
+    if model.torch_dtype in ("float16", "bfloat16"):
+        arguments.notes.append(
+            f"--torch_dtype {model.torch_dtype} without --deepspeed: there are no float32 master weights, and an "
+            "update below about 1/256 of a weight is lost; small learning rates want float32 with --bf16 True"
+        )
+
+
+def check_deepspeed(training: TrainingArguments) -> None:
+    if not training.deepspeed:
+        return
+    zero = training.hf_deepspeed_config
+    if zero.mismatches:
+        raise UserError(
+            f"--deepspeed {training.deepspeed} contradicts the flags: {'; '.join(zero.mismatches)}; the easiest way "
+            'is "auto" for these values in the file'
+        )
+    if zero.is_zero3() and not zero.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
+        raise UserError(
+            f"--deepspeed {training.deepspeed}: ZeRO-3 needs 'stage3_gather_16bit_weights_on_model_save: true' in "
+            "'zero_optimization', or no model can be saved that from_pretrained loads"
+        )
+    if training.save_only_model and training.load_best_model_at_end:
+        raise UserError(
+            "--load_best_model_at_end True with --save_only_model True: DeepSpeed cannot load a checkpoint that holds "
+            "the model alone; the best checkpoint is kept in the output directory either way"
+        )
+
+
+def check_output(arguments: Arguments) -> None:
+    training = arguments.training
+    folder = Path(training.output_dir)
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {folder}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {folder}: no permission to write to {existing}")
+    if arguments.data.prepare_only:
+        return
+    resume = resolve_resume(training)
+    checkpoints = list(folder.glob("checkpoint-*")) if folder.is_dir() else []
+    if checkpoints and resume is None and not training.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {folder}: holds {len(checkpoints)} checkpoint(s) of an earlier run; go on from them with "
+            "--resume_from_checkpoint True, choose another folder, or start afresh with --overwrite_output_dir True"
+        )
+
+
+def resolve_resume(training: TrainingArguments) -> Path | None:
+    """The checkpoint to go on from: `--resume_from_checkpoint True` means the newest in the output directory."""
+    wanted = training.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        training.resume_from_checkpoint = None
+        return None
+    found: str | None = wanted
+    if wanted.lower() == "true":
+        found = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+        if found is None:
+            raise UserError(f"--resume_from_checkpoint True: there is no checkpoint in {training.output_dir}")
+    elif not Path(wanted).is_dir():
+        raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
+    path = Path(found)
+    if not (path / "trainer_state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {path}: not a checkpoint, it has no trainer_state.json")
+    state = transformers.TrainerState.load_from_json(str(path / "trainer_state.json"))
+    has_deepspeed = any(path.glob("global_step*"))
+    if not has_deepspeed and not (path / "optimizer.pt").is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {path}: holds the model alone (saved with --save_only_model True), not the "
+            f"state of the optimizer; start a new run with --model_name_or_path {path}"
+        )
+    if has_deepspeed != bool(training.deepspeed):
+        raise UserError(
+            f"--resume_from_checkpoint {path}: saved {'with' if has_deepspeed else 'without'} --deepspeed, so it can "
+            "only be resumed in the same way"
+        )
+    if training.max_steps > 0 and state.global_step >= training.max_steps:
+        raise UserError(
+            f"--resume_from_checkpoint {path}: is at step {state.global_step} already, and --max_steps "
+            f"{training.max_steps} asks for no more"
+        )
+    training.resume_from_checkpoint = str(path)
+    return path

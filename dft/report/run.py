@@ -1,0 +1,77 @@
+"""What a run says about itself before its first step and after its last."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer_pt_utils import get_model_param_count
+
+from dft.arguments import Arguments, TrainingArguments, default_flags, own_flags
+from dft.config_file import RUN_ARGS, write_run_args
+from dft.training.distributed import is_main_process, world_size
+
+
+def write_resolved_arguments(arguments: Arguments, model: PreTrainedModel) -> None:
+    """`run_args.yaml` in the output directory: the flags to replay, and as comments what came of them."""
+    if not is_main_process():
+        return
+    folder = Path(arguments.training.output_dir)
+    write_run_args(folder, arguments.given, default_flags(), own_flags(), derived(arguments, model))
+
+
+def derived(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
+    """What was chosen where the flags left a choice."""
+    training = arguments.training
+    return {
+        "device": training.device.type,
+        "ranks": world_size(),
+        "weights": str(model.dtype).removeprefix("torch."),
+        "computes_in": {"bf16": "bfloat16", "fp16": "float16"}.get(training.mixed_precision, "as the weights"),
+        "attention": model.config._attn_implementation,
+        "parallelism": parallelism(training),
+        "alpha": arguments.dft.dft_alpha,
+        "sequences_per_step": sequences_per_step(training),
+    }
+
+
+def parallelism(training: TrainingArguments) -> str:
+    if training.deepspeed:
+        stage = training.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+        return f"DeepSpeed ZeRO-{stage}"
+    return "DDP" if world_size() > 1 else "single process"
+
+
+def sequences_per_step(training: TrainingArguments) -> int:
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size()
+
+
+def start_lines(arguments: Arguments, model: PreTrainedModel, report: dict[str, Any]) -> list[str]:
+    """The summary a run starts with."""
+    training, chosen = arguments.training, derived(arguments, model)
+    per_step, sequences = chosen["sequences_per_step"], report["train"]["sequences"]
+    steps = training.max_steps if training.max_steps > 0 else -(-sequences // per_step) * training.num_train_epochs
+    steps = int(steps) if float(steps).is_integer() else int(steps) + 1
+    share = report["train"]["supervised_tokens"] / sequences
+    lines = [
+        f"model       {arguments.model.model_name_or_path}: {get_model_param_count(model) / 1e6:,.1f} M parameters, "
+        f"{chosen['weights']} weights, {chosen['attention']} attention",
+        f"method      {'SFT' if chosen['alpha'] == 0 else 'DFT'}, alpha {chosen['alpha']:g}",
+        f"machine     {chosen['ranks']} x {chosen['device']}, {chosen['parallelism']}, computes in "
+        f"{chosen['computes_in']}",
+        f"step        {per_step} sequences ({training.per_device_train_batch_size} per device x "
+        f"{training.gradient_accumulation_steps} accumulated x {chosen['ranks']} ranks), about "
+        f"{share * per_step:,.0f} supervised tokens",
+        f"schedule    {steps} steps, {training.get_warmup_steps(steps)} of them warm-up, "
+        f"{training.lr_scheduler_type.value}, learning rate {training.learning_rate:g}",
+        f"output      {training.output_dir}",
+    ]
+    return [*lines, *(f"note        {note}" for note in arguments.notes)]
+
+
+def final_lines(state: TrainerState, output_dir: str) -> list[str]:
+    """Where everything is."""
+    lines = [f"model       {output_dir} (AutoModelForCausalLM.from_pretrained loads it)"]
+    if state.best_model_checkpoint:
+        lines.append(f"best        {state.best_model_checkpoint} (metric {state.best_metric:.4g})")
+    lines.append(f"records     {output_dir}/trainer_state.json, {output_dir}/data_report.json, {output_dir}/{RUN_ARGS}")
+    return lines

@@ -1,0 +1,69 @@
+"""What a person sees of a run: one aligned line per logging step, from rank 0."""
+
+from typing import Any
+
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dft.training.metrics import METRICS
+
+TRAIN_COLUMNS = (*METRICS, "grad_norm", "learning_rate", "tokens_per_second")
+
+
+class ConsoleCallback(ProgressCallback):
+    """A line per log record, above the progress bar if there is one."""
+
+    def __init__(self, show_bar: bool) -> None:
+        super().__init__()
+        self.show_bar = show_bar
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.show_bar:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.show_bar:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.show_bar:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.show_bar:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        line = log_line(logs or {}, state.global_step, state.max_steps)
+        if line is None or not state.is_world_process_zero:
+            return
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+def log_line(logs: dict[str, float], step: int, max_steps: int) -> str | None:
+    """One log record as a line, or None for one that holds nothing to read."""
+    width = len(str(max_steps))
+    if "learning_rate" in logs:
+        kind, columns = "train", {name: logs[name] for name in TRAIN_COLUMNS if name in logs}
+    elif any(f"eval_{name}" in logs for name in METRICS):
+        kind, columns = "eval", {name: logs[f"eval_{name}"] for name in METRICS if f"eval_{name}" in logs}
+    else:
+        return None
+    cells = "  ".join(f"{name} {number(value):<9}" for name, value in columns.items())
+    return f"{kind:<5} step {step:>{width}}/{max_steps}  epoch {logs.get('epoch', 0):<6.2f}  {cells}".rstrip()
+
+
+def number(value: float) -> str:
+    """Four significant digits, without an exponent where a reader can do without one."""
+    return f"{value:.0f}" if abs(value) >= 10_000 else f"{value:.4g}"

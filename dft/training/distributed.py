@@ -1,0 +1,33 @@
+"""What has to be known or done about the other ranks before a Trainer exists."""
+
+import os
+
+
+def world_size() -> int:
+    """Processes of this run, as its launcher announced them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(line: str) -> None:
+    """Prints a line of this run once, from its first process."""
+    if is_main_process():
+        print(line, flush=True)
+
+
+def init_cpu_deepspeed() -> None:
+    """Joins the ranks of a DeepSpeed run on CPU.
+
+    Must come before transformers parses its arguments: accelerate picks no backend for DeepSpeed on CPU and
+    would otherwise see a world of one.
+    """
+    if world_size() == 1:
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # slow to import, and not needed by runs without it
+
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed("gloo", verbose=False)

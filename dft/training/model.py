@@ -1,0 +1,105 @@
+"""The model of a run: its dtype, its attention, its weights, and room for every token of the tokenizer."""
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+
+from dft.arguments import Arguments
+from dft.errors import UserError
+
+FLASH = "flash_attention_2"
+
+
+def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model with its weights; under ZeRO-3 each rank holds its share.
+
+    Raises:
+        UserError: no such model, broken or missing weights, or a tokenizer that does not belong to it.
+    """
+    wanted = arguments.model
+    attention = resolve_attention(arguments)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            wanted.model_name_or_path,
+            dtype=resolve_dtype(arguments),
+            attn_implementation=None if attention == "auto" else attention,
+            trust_remote_code=wanted.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--model_name_or_path {wanted.model_name_or_path}: cannot be loaded: {reason}") from None
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(
+            f"--model_name_or_path {wanted.model_name_or_path}: {len(missing)} weights are not in its files and would "
+            f"be random, among them {', '.join(missing[:3])}; the files belong to another architecture or are incomplete"
+        )
+    if model.config.get_text_config().to_dict().get("output_router_logits"):
+        raise UserError(
+            f"--model_name_or_path {wanted.model_name_or_path}: 'output_router_logits' in its config.json asks for the "
+            "auxiliary loss of a mixture of experts, which is not supported; set it to false"
+        )
+    grow_embeddings(model, tokenizer, arguments)
+    return model
+
+
+def resolve_dtype(arguments: Arguments) -> torch.dtype | str:
+    """The dtype the weights are loaded in; "auto" is that of the checkpoint."""
+    chosen = arguments.model.torch_dtype
+    if chosen == "auto":
+        return chosen
+    if chosen is None:
+        computed_in = arguments.training.mixed_precision if arguments.training.deepspeed else "no"
+        chosen = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}[computed_in]
+    return getattr(torch, chosen)
+
+
+def resolve_attention(arguments: Arguments) -> str:
+    """The attention to load the model with; "auto" leaves it to transformers: sdpa where the model has it.
+
+    Raises:
+        UserError: flash_attention_2 was asked for where it cannot work.
+    """
+    wanted = arguments.model.attn_implementation
+    # "auto" is a checkpoint's own dtype, nearly always half precision
+    halves = resolve_dtype(arguments) != torch.float32 or arguments.training.mixed_precision != "no"
+    if wanted == "auto":
+        return FLASH if not arguments.training.use_cpu and is_flash_attn_2_available() and halves else "auto"
+    if wanted != FLASH:
+        return wanted
+    if arguments.training.use_cpu:
+        raise UserError(
+            f"--attn_implementation {FLASH}: needs a CUDA GPU, and this run is on CPU; use --attn_implementation auto"
+        )
+    if not is_flash_attn_2_available():
+        raise UserError(
+            f"--attn_implementation {FLASH}: flash-attn is not installed or does not fit this GPU; install it with "
+            "`bash scripts/setup.sh` (`--build-flash-attn` builds it from source), or use --attn_implementation auto"
+        )
+    if not halves:
+        raise UserError(
+            f"--attn_implementation {FLASH}: computes in bfloat16 or float16 only; add --bf16 True, or use "
+            "--attn_implementation sdpa"
+        )
+    return wanted
+
+
+def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> None:
+    """Gives tokens that were added to the tokenizer a row in the embeddings.
+
+    Raises:
+        UserError: the tokenizer has ordinary tokens that the model has no row for: it belongs to another model.
+    """
+    rows = model.config.get_text_config().vocab_size
+    beyond = [index for index in tokenizer.get_vocab().values() if index >= rows]
+    if not beyond:
+        return
+    if not set(beyond) <= set(tokenizer.added_tokens_decoder):
+        raise UserError(
+            f"--model_name_or_path {arguments.model.model_name_or_path}: the tokenizer has {len(tokenizer)} tokens and "
+            f"the model {rows} embeddings; they do not belong together"
+        )
+    model.resize_token_embeddings(max(beyond) + 1)
+    arguments.notes.append(f"embeddings: {rows} -> {max(beyond) + 1} rows, for the tokens added to the tokenizer")

@@ -1,0 +1,242 @@
+"""DFTTrainer: transformers' Trainer with the DFT loss and metrics that are weighted by token."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+import transformers
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
+
+from dft.data.collator import PaddedCollator
+from dft.data.sampler import EpochSampler, WithBlank
+from dft.loss.dft import TokenStats, check_alpha, dft_loss
+from dft.training.console import ConsoleCallback
+from dft.training.metrics import TokenMeter
+
+
+class DFTTrainer(transformers.Trainer):
+    """Trains a causal language model by Dynamic Fine-Tuning (arXiv 2508.05629, Eq. 9).
+
+    The loss of an optimizer step is divided by the supervised tokens of the whole step: all its micro-batches on all
+    ranks. How the step is cut into micro-batches, accumulation and ranks therefore changes nothing.
+
+    Args:
+        model: a causal language model whose output has `logits` (batch, seq, vocab).
+        args: transformers' TrainingArguments.
+        alpha: the weight of a token is alpha * p + (1 - alpha); 1 is the paper's DFT, 0 is SFT.
+        data_collator: examples -> input_ids, labels (-100 where unsupervised, not shifted) and, with padding,
+            attention_mask, each (batch, seq). Default: pads on the right.
+        **kwargs: everything else `transformers.Trainer` takes. Map-style datasets hold `input_ids` and `labels`.
+
+    Raises:
+        ValueError: alpha outside [0, 1], or arguments that would change the meaning of the loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: transformers.TrainingArguments,
+        *,
+        alpha: float = 1.0,
+        data_collator: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        check_alpha(alpha)
+        check_arguments(args)
+        self.alpha = alpha
+        if data_collator is None:
+            data_collator = PaddedCollator(model.config.get_text_config().pad_token_id or 0)
+        self._saved_use_cache = model.config.get_text_config().use_cache
+        super().__init__(model, args, data_collator=data_collator, **kwargs)
+        # compute_loss divides by the step's tokens itself and hands nothing to the model's own loss, so Trainer
+        # must count them whatever the model's forward accepts, and must not divide once more.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self.loss_is_scaled_for_ga = True
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(ConsoleCallback(show_bar=not args.disable_tqdm))
+        self._train_meter = TokenMeter(args.device)
+        self._eval_meter = TokenMeter(args.device)
+        self._train_order: EpochSampler | None = None
+        self._window_start = time.perf_counter()
+
+    # ---- the loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The share of one micro-batch in the DFT loss of its optimizer step.
+
+        DDP and DeepSpeed average gradients over the ranks, where the loss is a sum over them: hence the factor.
+        """
+        loss, stats, outputs = self._score(model, inputs, num_items_in_batch)
+        self._train_meter.update(stats, token_count(inputs))
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _score(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], num_items: Tensor | float | None
+    ) -> tuple[Tensor, TokenStats, Any]:
+        if "labels" not in inputs:
+            raise ValueError(f"a batch has no 'labels', only {sorted(inputs)}; DFT learns from labeled tokens")
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        loss, stats = dft_loss(outputs.logits, inputs["labels"], alpha=self.alpha, num_items=num_items)
+        return loss, stats, outputs
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Adds a batch to the evaluation's sums. Logits are returned only to a caller that computes more of them."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            _, stats, outputs = self._score(model, inputs, None)
+        self._eval_meter.update(stats, token_count(inputs))
+        if prediction_loss_only:
+            return None, None, None
+        return None, outputs.logits, inputs["labels"]
+
+    # ---- the metrics ----
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's loop, with metrics weighted by token in place of a mean over batches."""
+        started = time.perf_counter()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        means, _ = self._eval_meter.reduce(self.accelerator, self.alpha)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        self._pause(started)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Completes the training metrics of a logging window; the rest passes through."""
+        if "loss" in logs:
+            means, tokens = self._train_meter.reduce(self.accelerator, self.alpha)
+            now = time.perf_counter()
+            logs = {**means, **{name: value for name, value in logs.items() if name != "loss"}}
+            logs["dft_alpha"] = self.alpha
+            logs["tokens_per_second"] = tokens / (now - self._window_start)
+            self._window_start = now
+        super().log(logs, start_time)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._window_start = time.perf_counter()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _pause(self, started: float) -> None:
+        """Leaves what took place since `started` out of the tokens per second."""
+        self._window_start += time.perf_counter() - started
+
+    # ---- the data ----
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
+        if not isinstance(dataset, IterableDataset):
+            dataset = WithBlank(dataset, self.model.config.get_text_config().pad_token_id or 0)
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: WithBlank | None = None) -> Sampler | None:
+        if not isinstance(train_dataset, WithBlank):
+            return None
+        strategy = self.args.train_sampling_strategy
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        multiple = self._train_batch_size * self.args.world_size
+        self._train_order = EpochSampler(
+            len(train_dataset),
+            multiple,
+            seed=None if strategy == "sequential" else seed,
+            drop_last=self.args.dataloader_drop_last,
+            lengths=sequence_lengths(train_dataset.dataset) if strategy == "group_by_length" else None,
+            group=multiple * self.args.gradient_accumulation_steps,
+        )
+        return self._train_order
+
+    def _get_eval_sampler(self, eval_dataset: WithBlank) -> Sampler | None:
+        if not isinstance(eval_dataset, WithBlank):
+            return None
+        return EpochSampler(len(eval_dataset), self.args.eval_batch_size * self.args.world_size)
+
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        # accelerate does not pass the epoch on to a sampler behind the batches that a resumed run skips.
+        if self._train_order is not None:
+            self._train_order.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, **kwargs)
+
+    # ---- the checkpoints ----
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # An evaluation between two saves leaves no checkpoint behind, so it can be no best one either.
+        if self.args.save_strategy != SaveStrategy.BEST and not self.control.should_save:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        started = time.perf_counter()
+        super()._save_checkpoint(model, trial)
+        self._pause(started)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # Trainer turns the cache off for training; a model that is loaded to generate wants it as it was.
+        config = self.model.config.get_text_config()
+        trained_with, config.use_cache = config.use_cache, self._saved_use_cache
+        super()._save(output_dir, state_dict)
+        config.use_cache = trained_with
+
+
+def check_arguments(args: transformers.TrainingArguments) -> None:
+    """Raises ValueError for arguments under which the loss would not be what it says."""
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"--label_smoothing_factor {args.label_smoothing_factor:g}: DFT weights the probability of the one right "
+            "token, which label smoothing has not; leave it at 0"
+        )
+    if not args.average_tokens_across_devices:
+        raise ValueError(
+            "--average_tokens_across_devices False would divide each rank's loss by its own token count; the DFT "
+            "loss is divided by the tokens of the whole step"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process; start one process per GPU (deepspeed train_dft.py ... or "
+            "torchrun), or set CUDA_VISIBLE_DEVICES to one of them"
+        )
+    if args.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
+        raise ValueError(
+            f"--train_sampling_strategy {args.train_sampling_strategy}: must be random, sequential or group_by_length"
+        )
+
+
+def token_count(inputs: Mapping[str, Tensor]) -> Tensor:
+    """How many tokens of a batch are not padding, a scalar on its device."""
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].sum()
+    ids = inputs["input_ids"]
+    return torch.full((), ids.numel(), device=ids.device)
+
+
+def sequence_lengths(dataset: Any) -> np.ndarray:
+    """(size,) tokens of each example, without reading the tokens where the dataset lies in Arrow."""
+    if isinstance(dataset, Dataset):
+        column = dataset.with_format("arrow")["input_ids"]
+        return pc.list_value_length(column[:]).to_numpy()
+    return np.array([len(dataset[index]["input_ids"]) for index in range(len(dataset))])

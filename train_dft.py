@@ -1,0 +1,102 @@
+"""Fine-tune a causal language model with Dynamic Fine-Tuning (DFT, arXiv 2508.05629).
+
+    deepspeed train_dft.py --deepspeed ds_config/zero3.json --bf16 True \
+        --model_name_or_path MODEL --data_files train.jsonl --validation_split_percentage 2 --eval_strategy steps \
+        --output_dir runs/first
+    python train_dft.py --model_name_or_path MODEL --data_files train.jsonl --output_dir runs/first
+    python train_dft.py --help
+
+scripts/train.sh holds a complete command to edit; the README explains the flags.
+"""
+
+import json
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from dft.arguments import Arguments, parse_arguments
+from dft.conflicts import check
+from dft.data.chat import ChatEncoder
+from dft.data.prepare import REPORT, PreparedData, PrepareOptions, prepare
+from dft.data.tokenizer import load_tokenizer, stop_token_ids
+from dft.errors import report_user_errors
+from dft.report.data import data_summary, show_sequences
+from dft.report.run import final_lines, start_lines, write_resolved_arguments
+from dft.training.checkpoints import remove_checkpoints
+from dft.training.distributed import is_main_process, say
+from dft.training.model import load_model, resolve_attention
+from dft.training.trackers import go_offline_without_login
+from dft.training.trainer import DFTTrainer
+
+
+def main() -> None:
+    report_user_errors()
+    arguments = parse_arguments()
+    check(arguments)
+    resolve_attention(arguments)  # fails before an hour of tokenizing, not after
+    if arguments.training.disable_tqdm:
+        disable_progress_bar()
+    arguments.notes.extend(go_offline_without_login(arguments.training.report_to))
+
+    tokenizer, notes = load_tokenizer(
+        arguments.model.model_name_or_path,
+        chat_template=arguments.data.chat_template,
+        trust_remote_code=arguments.model.trust_remote_code,
+    )
+    arguments.notes.extend(notes)
+    stops = stop_token_ids(arguments.model.model_name_or_path, arguments.model.trust_remote_code)
+    data = prepare_data(arguments, ChatEncoder(tokenizer, stops))
+    if arguments.data.debug_data_processing:
+        say(show_sequences(data.datasets["train"], tokenizer))
+    if arguments.data.prepare_only:
+        say(f"prepared: {data.path}")
+        return
+
+    model = load_model(arguments, tokenizer)
+    trainer = DFTTrainer(
+        model,
+        arguments.training,
+        alpha=arguments.dft.dft_alpha,
+        train_dataset=data.datasets["train"],
+        eval_dataset=data.datasets.get("eval"),
+        processing_class=tokenizer,
+    )
+    remove_checkpoints(arguments.training)
+    write_resolved_arguments(arguments, model)
+    for line in start_lines(arguments, model, data.report):
+        say(line)
+    trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    for line in final_lines(trainer.state, arguments.training.output_dir):
+        say(line)
+
+
+def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
+    """The prepared data, with its report written into the output directory."""
+    wanted, training = arguments.data, arguments.training
+    data = prepare(
+        wanted.data_files,
+        wanted.eval_data_files,
+        encoder,
+        PrepareOptions(
+            max_length=wanted.max_length,
+            validation_split_percentage=wanted.validation_split_percentage,
+            max_train_samples=wanted.max_train_samples,
+            max_eval_samples=wanted.max_eval_samples,
+            seed=training.seed if training.data_seed is None else training.data_seed,
+        ),
+        cache_dir=Path(wanted.data_cache_dir).expanduser(),
+        workers=wanted.preprocessing_num_workers,
+    )
+    if is_main_process():
+        folder = Path(training.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / REPORT).write_text(json.dumps(data.report, indent=2, ensure_ascii=False))
+    for line in data_summary(data.report):
+        say(line)
+    return data
+
+
+if __name__ == "__main__":
+    main()
