@@ -68,7 +68,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
-    for line in final_lines(trainer.state, arguments.training.output_dir):
+    for line in final_lines(trainer.state, arguments.training):
         say(line)
 
 

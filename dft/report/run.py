@@ -68,10 +68,11 @@ def start_lines(arguments: Arguments, model: PreTrainedModel, report: dict[str, 
     return [*lines, *(f"note        {note}" for note in arguments.notes)]
 
 
-def final_lines(state: TrainerState, output_dir: str) -> list[str]:
+def final_lines(state: TrainerState, training: TrainingArguments) -> list[str]:
     """Where everything is."""
+    output_dir, metric = training.output_dir, training.metric_for_best_model
     lines = [f"model       {output_dir} (AutoModelForCausalLM.from_pretrained loads it)"]
     if state.best_model_checkpoint:
-        lines.append(f"best        {state.best_model_checkpoint} (metric {state.best_metric:.4g})")
+        lines.append(f"best        {state.best_model_checkpoint} ({metric} {state.best_metric:.4g})")
     lines.append(f"records     {output_dir}/trainer_state.json, {output_dir}/data_report.json, {output_dir}/{RUN_ARGS}")
     return lines

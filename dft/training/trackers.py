@@ -1,6 +1,23 @@
 """Experiment trackers must never stop a background run with a question."""
 
 import os
+from typing import Any
+
+import transformers
+from transformers import TrainerState
+from transformers.integrations import SwanLabCallback
+
+
+class SwanLabRunCallback(SwanLabCallback):
+    """transformers' SwanLab callback, with the run begun first.
+
+    transformers 5.23 asks for the current run before it begins one, which swanlab 0.10 answers with an error.
+    """
+
+    def setup(self, args: transformers.TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and not self._swanlab.has_run():
+            self._swanlab.init(project=os.environ.get("SWANLAB_PROJECT"), experiment_name=args.run_name)
+        super().setup(args, state, model, **kwargs)
 
 
 def go_offline_without_login(report_to: list[str]) -> list[str]:
@@ -10,18 +27,16 @@ def go_offline_without_login(report_to: list[str]) -> list[str]:
         One line for each tracker that was set offline.
     """
     notes = []
-    if "swanlab" in report_to and "SWANLAB_MODE" not in os.environ and not swanlab_has_login():
-        os.environ["SWANLAB_MODE"] = "offline"
-        notes.append(
-            "swanlab: no login and no SWANLAB_MODE, so it runs offline; upload later with `swanlab sync`, or log in "
-            "with `swanlab login`"
-        )
-    if "wandb" in report_to and "WANDB_MODE" not in os.environ and not wandb_has_login():
-        os.environ["WANDB_MODE"] = "offline"
-        notes.append(
-            "wandb: no login and no WANDB_MODE, so it runs offline; upload later with `wandb sync`, or log in with "
-            "`wandb login`"
-        )
+    for tracker, variable, has_login in (
+        ("swanlab", "SWANLAB_MODE", swanlab_has_login),
+        ("wandb", "WANDB_MODE", wandb_has_login),
+    ):
+        if tracker in report_to and not os.environ.get(variable) and not has_login():
+            os.environ[variable] = "offline"
+            notes.append(
+                f"{tracker}: no login and no {variable}, so it runs offline; upload later with `{tracker} sync`, or "
+                f"log in with `{tracker} login`"
+            )
     return notes
 
 
@@ -33,9 +48,9 @@ def swanlab_has_login() -> bool:
 
 
 def wandb_has_login() -> bool:
-    import wandb  # as above
+    # As above. wandb.setup() would know more, and would fix the mode for the whole process.
     from wandb.sdk.lib import wbauth
 
-    settings = wandb.setup().settings
-    has_key = settings.api_key or settings.identity_token_file or wbauth.read_netrc_auth(host=settings.base_url)
-    return bool(has_key) or settings.mode != "online"
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    has_key = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    return bool(has_key) or wbauth.read_netrc_auth(host=host) is not None

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PrinterCallback, ProgressCallback
+from transformers.integrations import SwanLabCallback
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from dft.data.collator import PaddedCollator
@@ -19,6 +20,7 @@ from dft.data.sampler import EpochSampler, WithBlank
 from dft.loss.dft import TokenStats, check_alpha, dft_loss
 from dft.training.console import ConsoleCallback
 from dft.training.metrics import TokenMeter
+from dft.training.trackers import SwanLabRunCallback
 
 
 class DFTTrainer(transformers.Trainer):
@@ -63,6 +65,9 @@ class DFTTrainer(transformers.Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(ConsoleCallback(show_bar=not args.disable_tqdm))
+        if "swanlab" in args.report_to:
+            self.remove_callback(SwanLabCallback)
+            self.add_callback(SwanLabRunCallback)
         self._train_meter = TokenMeter(args.device)
         self._eval_meter = TokenMeter(args.device)
         self._train_order: EpochSampler | None = None

@@ -1,0 +1,79 @@
+"""What is saved can be loaded, and a resumed run ends where the uninterrupted one does, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.launch.probing import PROBE
+from tests.launching import ROOT, Finished, eval_records, launch, train_records
+
+PROBING = Path(__file__).parent / "probing.py"
+STEPS_PER_EPOCH = 5
+RESUME_AT = 7
+"""In the middle of the second epoch, between two log lines, evaluations and saves."""
+
+
+def run(example, output: Path, kind: str, **flags) -> Finished:
+    if kind == "zero3":
+        launcher, flags = "deepspeed", {"deepspeed": ROOT / "ds_config/zero3.json", **flags}
+    else:
+        launcher = {"ddp": "torchrun", "single": "python"}[kind]
+    words = example.words(
+        output, num_train_epochs=2, per_device_train_batch_size=16 if kind != "single" else 32,
+        gradient_accumulation_steps=2, save_strategy="steps", save_steps=RESUME_AT, eval_strategy="epoch",
+        warmup_ratio=0.2, **flags,
+    )  # fmt: skip
+    finished = launch(words, folder=example.folder, launcher=launcher, script=PROBING)
+    assert finished.code == 0, finished.output
+    return finished
+
+
+@pytest.fixture(scope="module")
+def finished_run(example):
+    """Output folders of uninterrupted runs by kind of parallelism, each made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = example.folder / f"whole-{kind}"
+            run(example, made[kind], kind)
+        return made[kind]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["zero3", "ddp"])
+def test_the_saved_model_is_the_one_in_memory(finished_run, kind):
+    folder = finished_run(kind)
+    weights = load_file(folder / "model.safetensors")
+    assert weights and all(one.numel() > 0 and torch.isfinite(one).all() for one in weights.values())
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.float32 and model.config.use_cache
+    with torch.no_grad():
+        reloaded = model(input_ids=PROBE).logits
+    torch.testing.assert_close(reloaded, torch.load(folder / "probe.pt"), rtol=1e-5, atol=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert "<|im_start|>" in tokenizer.chat_template and tokenizer.eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("kind", ["zero3", "ddp", "single"])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(example, finished_run, kind):
+    whole = finished_run(kind)
+    output = example.folder / f"resumed-{kind}"
+    run(example, output, kind, resume_from_checkpoint=whole / f"checkpoint-{RESUME_AT}")
+    expected, got = load_file(whole / "model.safetensors"), load_file(output / "model.safetensors")
+    start = load_file(example.model / "model.safetensors")
+    assert expected.keys() == got.keys()
+    for name, weight in expected.items():
+        assert torch.equal(weight, got[name]), name
+        assert not torch.equal(weight, start[name]), f"{name} was not trained"
+    records, resumed = train_records(whole), train_records(output)
+    assert [record["step"] for record in resumed] == list(range(1, 2 * STEPS_PER_EPOCH + 1))
+    for before, after in zip(records, resumed, strict=True):
+        assert {k: v for k, v in before.items() if k != "tokens_per_second"} == {
+            k: v for k, v in after.items() if k != "tokens_per_second"
+        }
+    assert eval_records(whole)[-1]["eval_nll"] == eval_records(output)[-1]["eval_nll"]

@@ -1,0 +1,155 @@
+"""The command lines of the README, and what a person sees when one of them is wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.launching import ROOT, eval_records, launch, train_records
+
+COMMAND = (
+    "--torch_dtype bfloat16 --trust_remote_code True --max_length 8192 --preprocessing_num_workers 8 "
+    "--validation_split_percentage 2.0 --enable_gradient_checkpointing True --dft_alpha 0.7 --bf16 True "
+    "--num_train_epochs 1 --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --learning_rate 2e-6 "
+    "--lr_scheduler_type cosine --weight_decay 0.01 --gradient_accumulation_steps 16 --eval_strategy steps "
+    "--eval_steps 200 --save_strategy steps --save_steps 200 --save_total_limit 3 --save_only_model True "
+    "--report_to swanlab --logging_steps 10 --warmup_ratio 0.05 --remove_unused_columns False "
+    "--ddp_find_unused_parameters False"
+).split()
+"""Without the paths, and without --attn_implementation flash_attention_2, which needs a GPU."""
+MORE = (
+    "--debug_data_processing True --reduce_logging True --log_metrics_steps 10 --dataloader_num_workers 8 "
+    "--save_safetensors True --disable_tqdm False --max_eval_samples 1000 --use_simple_dft True"
+).split()
+
+
+@pytest.fixture(scope="module")
+def long_run(example):
+    """The longest command line, with steps that fit the tiny data, and a metric whose best value comes first."""
+    output = example.folder / "command"
+    shorter = (
+        "--learning_rate 3e-3 --eval_steps 2 --save_steps 2 --logging_steps 2 --save_total_limit 2 --greater_is_better False"
+    )
+    words = [
+        "--model_name_or_path", str(example.model), "--data_files", str(example.train), str(example.other),
+        "--eval_data_files", str(example.eval), "--deepspeed", str(ROOT / "ds_config/zero3.json"),
+        "--output_dir", str(output), "--logging_dir", str(example.folder / "tracker"),
+        *COMMAND, *MORE, *shorter.split(), "--dataloader_num_workers", "1",
+    ]  # fmt: skip
+    finished = launch(words, folder=example.folder, launcher="deepspeed")
+    assert finished.code == 0, finished.output
+    return output, finished.output
+
+
+def test_the_long_command_line_trains(example, long_run):
+    output, printed = long_run
+    assert "300 conversations" in printed and "step 10/10" in printed  # 297 + 3, 32 at a time
+    evaluations = eval_records(output)
+    assert evaluations[-1]["eval_nll"] < 0.8 * evaluations[0]["eval_nll"]
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.dtype == torch.bfloat16
+
+
+def test_flags_without_effect_say_so_once(long_run):
+    _, printed = long_run
+    for words in (
+        "--save_safetensors True has no effect",
+        "--reduce_logging True has no effect",
+        "--log_metrics_steps 10 has no effect",
+        "--validation_split_percentage 2 has no effect",
+        "no accelerator found: running on CPU",
+        "swanlab: no login and no SWANLAB_MODE, so it runs offline",
+    ):
+        assert printed.count(words) == 1, words
+
+
+def test_the_warm_up_ratio_is_mapped(long_run):
+    output, printed = long_run
+    assert "10 steps, 1 of them warm-up, cosine" in printed
+    assert train_records(output)[0]["learning_rate"] == pytest.approx(3e-3, rel=0.05)
+
+
+def test_the_tracker_wrote_where_logging_dir_says(example, long_run):
+    assert [path for path in (example.folder / "tracker").rglob("*") if path.is_file()]
+
+
+def test_the_best_checkpoint_outlives_the_rotation(long_run):
+    """With --greater_is_better False the first checkpoint is the best, and the oldest."""
+    output, printed = long_run
+    accuracies = [record["eval_acc"] for record in eval_records(output)]
+    assert accuracies[0] == min(accuracies) < accuracies[-1]
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-2"]
+    weights = load_file(output / "checkpoint-2" / "model.safetensors")
+    assert all(one.numel() > 0 for one in weights.values())
+    assert not list(output.glob("checkpoint-*/global_step*"))  # --save_only_model
+    assert f"{output}/checkpoint-2 (eval_acc {accuracies[0]:.4g})" in printed
+
+
+def test_run_args_replays_the_run(example, long_run):
+    output, _ = long_run
+    replayed = example.folder / "replayed"
+    kept = yaml.safe_load((output / "run_args.yaml").read_text())
+    assert kept["learning_rate"] == 3e-3 and kept["data_files"] == [str(example.train), str(example.other)]
+    words = ["--config", str(output / "run_args.yaml"), "--output_dir", str(replayed), "--report_to", "none"]
+    finished = launch(words, folder=example.folder, launcher="deepspeed")
+    assert finished.code == 0, finished.output
+    losses = [[record["loss"] for record in train_records(folder)] for folder in (output, replayed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_prepare_only_leaves_the_data_and_no_model(example):
+    output = example.folder / "prepared"
+    broken = example.folder / "tokenizer-only"
+    shutil.copytree(example.model, broken)
+    (broken / "model.safetensors").unlink()
+    words = example.words(output, model_name_or_path=broken, prepare_only=True)
+    finished = launch(words, folder=example.folder)
+    assert finished.code == 0, finished.output
+    report = json.loads((output / "data_report.json").read_text())
+    assert report["train"]["conversations"] == 297 and report["eval"]["conversations"] == 33
+    assert sorted(path.name for path in output.iterdir()) == ["data_report.json"]
+
+
+def test_bad_data_is_one_message_and_ends_every_rank(example):
+    data = example.folder / "bad.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n{"messages": 3}\n')
+    words = example.words(example.folder / "bad", data_files=data, deepspeed=ROOT / "ds_config/zero3.json")
+    finished = launch(words, folder=example.folder, launcher="deepspeed", timeout=90)
+    assert finished.code != 0
+    assert finished.output.count("error: 2 conversations cannot be used:") == 1
+    assert f"{data}:1: no assistant turn" in finished.output and f"{data}:2: " in finished.output
+    assert "Traceback" not in finished.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model_name_or_path": "/nowhere/model"}, "error: --model_name_or_path /nowhere/model: "),
+        ({"per_device_train_batchsize": 3}, "did you mean --per_device_train_batch_size?"),
+        ({"attn_implementation": "flash_attention_2"}, "needs a CUDA GPU"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(example, flags, message):
+    finished = launch(example.words(example.folder / "wrong", **flags), folder=example.folder, timeout=90)
+    assert finished.code == 1
+    assert message in finished.output
+    errors = [line for line in finished.output.splitlines() if "error:" in line]
+    assert len(errors) == 1 and "Traceback" not in finished.output
+
+
+def test_wandb_without_a_login_goes_offline_and_says_so(example):
+    output = example.folder / "wandb-run"
+    words = example.words(
+        output, max_steps=2, report_to="wandb", logging_dir=example.folder / "wandb-logs", eval_strategy="steps"
+    )
+    home = example.folder / "home"
+    home.mkdir()
+    without_login = {"HOME": str(home), "WANDB_API_KEY": ""}
+    finished = launch(words, folder=example.folder, env=without_login, timeout=120)
+    assert finished.code == 0, finished.output
+    assert finished.output.count("wandb: no login and no WANDB_MODE, so it runs offline") == 1
+    assert list((example.folder / "wandb-logs").rglob("*.wandb"))
