@@ -1,8 +1,7 @@
-"""Fine-tune a causal language model with Dynamic Fine-Tuning (DFT, arXiv 2508.05629).
+r"""Fine-tune a causal language model with Dynamic Fine-Tuning (DFT, arXiv 2508.05629).
 
-    deepspeed train_dft.py --deepspeed ds_config/zero3.json --bf16 True \
-        --model_name_or_path MODEL --data_files train.jsonl --validation_split_percentage 2 --eval_strategy steps \
-        --output_dir runs/first
+    deepspeed train_dft.py --deepspeed ds_config/zero3.json --bf16 True --model_name_or_path MODEL \
+        --data_files train.jsonl --validation_split_percentage 2 --eval_strategy steps --output_dir runs/first
     python train_dft.py --model_name_or_path MODEL --data_files train.jsonl --output_dir runs/first
     python train_dft.py --help
 

@@ -31,23 +31,25 @@ class ModelArguments:
     torch_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Dtype of the weights: float32, bfloat16, float16, or auto (as in the checkpoint). Default: under "
-            "DeepSpeed the dtype it computes in (it keeps float32 master weights), else float32.",
+            "help": "Dtype of the weights: float32, bfloat16, float16, or auto (as in the checkpoint). "
+            "Default: under DeepSpeed the dtype it computes in (it keeps float32 master weights), else "
+            "float32.",
             "choices": [*DTYPES, "auto"],
         },
     )
     attn_implementation: str = field(
         default="auto",
         metadata={
-            "help": "auto (flash_attention_2 where it can be imported on CUDA, else sdpa), flash_attention_2, sdpa, "
-            "eager, or any name transformers knows."
+            "help": "auto (flash_attention_2 where it can be imported on CUDA, else sdpa), "
+            "flash_attention_2, sdpa, eager, or any name transformers knows."
         },
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that comes with the model or its tokenizer."}
     )
     enable_gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations in the backward pass: slower, far less memory."}
+        default=False,
+        metadata={"help": "Recompute activations in the backward pass: slower, far less memory."},
     )
 
 
@@ -100,9 +102,13 @@ class DFTArguments:
 
     dft_alpha: float = field(
         default=1.0,
-        metadata={"help": "Weight of a token: alpha * p + (1 - alpha). 1 is the paper's DFT, 0 is plain SFT."},
+        metadata={
+            "help": "Weight of a token: alpha * p + (1 - alpha). 1 is the paper's DFT, 0 is plain SFT."
+        },
     )
-    use_simple_dft: bool = field(default=True, metadata={"help": "False trains by plain SFT: alpha becomes 0."})
+    use_simple_dft: bool = field(
+        default=True, metadata={"help": "False trains by plain SFT: alpha becomes 0."}
+    )
 
 
 @dataclass
@@ -116,21 +122,27 @@ class TrainingArguments(transformers.TrainingArguments):
         default=False, metadata={"help": "Leave non-finite losses out of the logged mean."}
     )
     metric_for_best_model: str | None = field(
-        default="eval_acc", metadata={"help": "Decides which checkpoint is the best and is never rotated away."}
+        default="eval_acc",
+        metadata={"help": "Decides which checkpoint is the best and is never rotated away."},
     )
     warmup_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the steps that warm up; the same as --warmup_steps below 1."}
+        default=None,
+        metadata={"help": "Share of the steps that warm up; the same as --warmup_steps below 1."},
     )
     logging_dir: str | None = field(
         default=None, metadata={"help": "Where SwanLab, wandb and TensorBoard write their local files."}
     )
     group_by_length: bool = field(
-        default=False, metadata={"help": "Batches of similar length; --train_sampling_strategy group_by_length."}
+        default=False,
+        metadata={"help": "Batches of similar length; --train_sampling_strategy group_by_length."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start afresh in an output directory that already holds checkpoints."}
+        default=False,
+        metadata={"help": "Start afresh in an output directory that already holds checkpoints."},
     )
-    save_safetensors: bool | None = field(default=None, metadata={"help": "No effect: weights are safetensors."})
+    save_safetensors: bool | None = field(
+        default=None, metadata={"help": "No effect: weights are safetensors."}
+    )
     reduce_logging: bool | None = field(default=None, metadata={"help": "No effect: only rank 0 logs."})
     log_metrics_steps: int | None = field(
         default=None, metadata={"help": "No effect: all metrics come with every --logging_steps."}
@@ -162,8 +174,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.warmup_ratio is not None:
             if self.warmup_steps:
                 raise UserError(
-                    f"--warmup_ratio {self.warmup_ratio:g} and --warmup_steps {self.warmup_steps:g} both set the "
-                    "warm-up; give one"
+                    f"--warmup_ratio {self.warmup_ratio:g} and --warmup_steps {self.warmup_steps:g} both set "
+                    "the warm-up; give one"
                 )
             if not 0 <= self.warmup_ratio < 1:
                 raise UserError(f"--warmup_ratio {self.warmup_ratio:g}: must be at least 0 and below 1")
@@ -221,7 +233,9 @@ class Parser(HfArgumentParser):
         kinds = (ModelArguments, DataArguments, DFTArguments, TrainingArguments)
         super().__init__(kinds, allow_abbrev=False, prog="train_dft.py")
         self.add_argument(
-            "--config", metavar="FILE.yaml", help="Read flags from a file; flags on the command line override it."
+            "--config",
+            metavar="FILE.yaml",
+            help="Read flags from a file; flags on the command line override it.",
         )
 
     def error(self, message: str) -> NoReturn:

@@ -16,8 +16,8 @@ SECRETS = ("hub_token", "push_to_hub_token")
 def expand_config(argv: list[str]) -> list[str]:
     """Replaces every `--config FILE.yaml` by the flags it holds.
 
-    They go to the front, whatever the place of `--config`: flags on the command line are the later word. Of several
-    files, a later one overrides an earlier one.
+    They go to the front, whatever the place of `--config`: flags on the command line are the later word. Of
+    several files, a later one overrides an earlier one.
     """
     from_files: list[str] = []
     words: list[str] = []
@@ -76,7 +76,9 @@ def write_run_args(
         and name not in (*SECRETS, "local_rank")
         and (name in own or value != defaults.get(name))
     }
-    text = f"# Replay: train_dft.py --config {RUN_ARGS} --output_dir NEW\n" + yaml.safe_dump(kept, sort_keys=True)
+    text = f"# Replay: train_dft.py --config {RUN_ARGS} --output_dir NEW\n" + yaml.safe_dump(
+        kept, sort_keys=True
+    )
     comments = "".join(f"#   {name}: {value}\n" for name, value in derived.items())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RUN_ARGS).write_text(f"{text}# What this run derived from them:\n{comments}")

@@ -29,8 +29,8 @@ def check(arguments: Arguments) -> None:
         raise UserError(str(error)) from None
     if data.eval_data_files and data.validation_split_percentage:
         arguments.notes.append(
-            f"--validation_split_percentage {data.validation_split_percentage:g} has no effect: --eval_data_files "
-            "says what to evaluate on"
+            f"--validation_split_percentage {data.validation_split_percentage:g} has no effect: "
+            "--eval_data_files says what to evaluate on"
         )
         data.validation_split_percentage = 0.0
     check_evaluation(arguments)
@@ -73,7 +73,8 @@ def check_ranges(arguments: Arguments) -> None:
         raise UserError(f"--dft_alpha {dft.dft_alpha:g}: must lie in [0, 1]; 1 is the paper's DFT, 0 is SFT")
     if not 0 <= data.validation_split_percentage < 100:
         raise UserError(
-            f"--validation_split_percentage {data.validation_split_percentage:g}: must be at least 0 and below 100"
+            f"--validation_split_percentage {data.validation_split_percentage:g}: must be at least 0 and "
+            "below 100"
         )
 
 
@@ -95,17 +96,17 @@ def check_evaluation(arguments: Arguments) -> None:
         raise UserError(f"--metric_for_best_model {metric}: not measured; choose one of {', '.join(known)}")
     if evaluates and metric is not None and metric.removeprefix("eval_") == "loss":
         arguments.notes.append(
-            f"--metric_for_best_model {metric}: the DFT loss -p log p is not monotone in quality (a model that knows "
-            "nothing has a loss near 0 too); eval_objective is what training descends"
+            f"--metric_for_best_model {metric}: the DFT loss -p log p is not monotone in quality (a model "
+            "that knows nothing has a loss near 0 too); eval_objective is what training descends"
         )
     plateau = training.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
     mode = (training.lr_scheduler_kwargs or {}).get("mode", "min")
     if plateau and (mode == "max") != training.greater_is_better:
         wanted = "max" if training.greater_is_better else "min"
         raise UserError(
-            f"--lr_scheduler_type reduce_lr_on_plateau watches {metric} with mode {mode!r}; it is better when "
-            f"{'greater' if training.greater_is_better else 'lower'}, so give --lr_scheduler_kwargs "
-            f"'{{\"mode\": \"{wanted}\"}}' or another --metric_for_best_model"
+            f"--lr_scheduler_type reduce_lr_on_plateau watches {metric} with mode {mode!r}; it is better "
+            f"when {'greater' if training.greater_is_better else 'lower'}, so give --lr_scheduler_kwargs "
+            f'\'{{"mode": "{wanted}"}}\' or another --metric_for_best_model'
         )
 
 
@@ -115,13 +116,15 @@ def check_precision(arguments: Arguments) -> None:
         return
     if model.torch_dtype == "float16" and training.fp16:
         raise UserError(
-            "--torch_dtype float16 with --fp16 True: float16 gradients cannot be scaled back; let the weights be "
-            "float32 (--torch_dtype float32), or use --deepspeed, which keeps float32 master weights itself"
+            "--torch_dtype float16 with --fp16 True: float16 gradients cannot be scaled back; let the "
+            "weights be float32 (--torch_dtype float32), or use --deepspeed, which keeps float32 master "
+            "weights itself"
         )
     if model.torch_dtype in ("float16", "bfloat16"):
         arguments.notes.append(
-            f"--torch_dtype {model.torch_dtype} without --deepspeed: there are no float32 master weights, and an "
-            "update below about 1/256 of a weight is lost; small learning rates want float32 with --bf16 True"
+            f"--torch_dtype {model.torch_dtype} without --deepspeed: there are no float32 master weights, "
+            "and an update below about 1/256 of a weight is lost; small learning rates want float32 with "
+            "--bf16 True"
         )
 
 
@@ -131,18 +134,19 @@ def check_deepspeed(training: TrainingArguments) -> None:
     zero = training.hf_deepspeed_config
     if zero.mismatches:
         raise UserError(
-            f"--deepspeed {training.deepspeed} contradicts the flags: {'; '.join(zero.mismatches)}; the easiest way "
+            f"--deepspeed {training.deepspeed} contradicts the flags: {'; '.join(zero.mismatches)}; the "
+            "easiest way "
             'is "auto" for these values in the file'
         )
     if zero.is_zero3() and not zero.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
         raise UserError(
-            f"--deepspeed {training.deepspeed}: ZeRO-3 needs 'stage3_gather_16bit_weights_on_model_save: true' in "
-            "'zero_optimization', or no model can be saved that from_pretrained loads"
+            f"--deepspeed {training.deepspeed}: ZeRO-3 needs 'stage3_gather_16bit_weights_on_model_save: "
+            "true' in 'zero_optimization', or no model can be saved that from_pretrained loads"
         )
     if training.save_only_model and training.load_best_model_at_end:
         raise UserError(
-            "--load_best_model_at_end True with --save_only_model True: DeepSpeed cannot load a checkpoint that holds "
-            "the model alone; the best checkpoint is kept in the output directory either way"
+            "--load_best_model_at_end True with --save_only_model True: DeepSpeed cannot load a checkpoint "
+            "that holds the model alone; the best checkpoint is kept in the output directory either way"
         )
 
 
@@ -162,13 +166,14 @@ def check_output(arguments: Arguments) -> None:
     checkpoints = list(folder.glob("checkpoint-*")) if folder.is_dir() else []
     if checkpoints and resume is None and not training.overwrite_output_dir:
         raise UserError(
-            f"--output_dir {folder}: holds {len(checkpoints)} checkpoint(s) of an earlier run; go on from them with "
-            "--resume_from_checkpoint True, choose another folder, or start afresh with --overwrite_output_dir True"
+            f"--output_dir {folder}: holds {len(checkpoints)} checkpoint(s) of an earlier run; go on from "
+            "them with --resume_from_checkpoint True, choose another folder, or start afresh with "
+            "--overwrite_output_dir True"
         )
 
 
 def resolve_resume(training: TrainingArguments) -> Path | None:
-    """The checkpoint to go on from: `--resume_from_checkpoint True` means the newest in the output directory."""
+    """The checkpoint to go on from; `--resume_from_checkpoint True` is the newest in the output directory."""
     wanted = training.resume_from_checkpoint
     if wanted is None or wanted.lower() == "false":
         training.resume_from_checkpoint = None
@@ -187,13 +192,13 @@ def resolve_resume(training: TrainingArguments) -> Path | None:
     has_deepspeed = any(path.glob("global_step*"))
     if not has_deepspeed and not (path / "optimizer.pt").is_file():
         raise UserError(
-            f"--resume_from_checkpoint {path}: holds the model alone (saved with --save_only_model True), not the "
-            f"state of the optimizer; start a new run with --model_name_or_path {path}"
+            f"--resume_from_checkpoint {path}: holds the model alone (saved with --save_only_model True), "
+            f"not the state of the optimizer; start a new run with --model_name_or_path {path}"
         )
     if has_deepspeed != bool(training.deepspeed):
         raise UserError(
-            f"--resume_from_checkpoint {path}: saved {'with' if has_deepspeed else 'without'} --deepspeed, so it can "
-            "only be resumed in the same way"
+            f"--resume_from_checkpoint {path}: saved {'with' if has_deepspeed else 'without'} --deepspeed, "
+            "so it can only be resumed in the same way"
         )
     if training.max_steps > 0 and state.global_step >= training.max_steps:
         raise UserError(

@@ -16,9 +16,10 @@ class UserError(ValueError):
 def report_user_errors() -> None:
     """Make an uncaught `UserError` print as one message instead of a traceback. The exit code stays 1.
 
-    Most mistakes (flags, files, models) meet every rank of a node, so the first one speaks for all. The others
-    wait for the launcher to end them, which it does as soon as one rank fails: a rank that left at once would get
-    rank 0 killed before its message is out. If nobody ends them, the fault was theirs alone, and they say so.
+    Most mistakes (flags, files, models) meet every rank of a node, so the first one speaks for all. The
+    others wait for the launcher to end them, which it does as soon as one rank fails: a rank that left at
+    once would get rank 0 killed before its message is out. If nobody ends them, the fault was theirs alone,
+    and they say so.
     """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

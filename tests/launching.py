@@ -41,7 +41,8 @@ def launch(
 ) -> Finished:
     """Runs a script under `python`, `torchrun` or `deepspeed` on the CPU and waits for it.
 
-    `folder` takes caches and whatever else the run leaves behind; runs that share it share their prepared data.
+    `folder` takes caches and whatever else the run leaves behind; runs that share it share their prepared
+    data.
     """
     commands = {
         "python": [sys.executable],

@@ -21,7 +21,7 @@ class PaddedCollator:
     pad_token_id: int
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Examples with `input_ids` and `labels` -> input_ids, labels, attention_mask, each (batch, seq) int64."""
+        """Examples of `input_ids` and `labels` -> input_ids, labels, attention_mask, (batch, seq) int64."""
         ids = [torch.as_tensor(example["input_ids"], dtype=torch.int64) for example in examples]
         labels = [torch.as_tensor(example["labels"], dtype=torch.int64) for example in examples]
         return {

@@ -11,15 +11,15 @@ from dft.constants import IGNORE_INDEX
 BLANK = -1
 """The index of an example that nothing is learned from."""
 MEGA_BATCHES = 50
-"""Optimizer steps whose examples are sorted by length together: enough to save padding, few enough to stay mixed."""
+"""Optimizer steps sorted by length together: enough to save padding, few enough to stay mixed."""
 
 
 class EpochSampler(Sampler[int]):
     """Every example exactly once per epoch, then blanks up to a whole number of batches on every rank.
 
     Other samplers fill up with examples from the beginning, which would then count twice in a metric and in a
-    gradient, on some world sizes and not on others. The order depends on the seed and the epoch alone, so a resumed
-    run finds its place without replaying random numbers.
+    gradient, on some world sizes and not on others. The order depends on the seed and the epoch alone, so a
+    resumed run finds its place without replaying random numbers.
 
     Args:
         size: examples in the dataset.
@@ -78,7 +78,7 @@ class EpochSampler(Sampler[int]):
 
 
 class WithBlank(Dataset):
-    """A dataset that answers the index `BLANK` with one unsupervised token and every other index as before."""
+    """A dataset that answers the index `BLANK` with one unsupervised token, and any other as before."""
 
     def __init__(self, dataset: Sequence[Mapping[str, Any]], token_id: int) -> None:
         self.dataset = dataset

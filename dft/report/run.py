@@ -26,7 +26,9 @@ def derived(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
         "device": training.device.type,
         "ranks": world_size(),
         "weights": str(model.dtype).removeprefix("torch."),
-        "computes_in": {"bf16": "bfloat16", "fp16": "float16"}.get(training.mixed_precision, "as the weights"),
+        "computes_in": {"bf16": "bfloat16", "fp16": "float16"}.get(
+            training.mixed_precision, "as the weights"
+        ),
         "attention": model.config._attn_implementation,
         "parallelism": parallelism(training),
         "alpha": arguments.dft.dft_alpha,
@@ -49,12 +51,16 @@ def start_lines(arguments: Arguments, model: PreTrainedModel, report: dict[str, 
     """The summary a run starts with."""
     training, chosen = arguments.training, derived(arguments, model)
     per_step, sequences = chosen["sequences_per_step"], report["train"]["sequences"]
-    steps = training.max_steps if training.max_steps > 0 else -(-sequences // per_step) * training.num_train_epochs
+    steps = (
+        training.max_steps
+        if training.max_steps > 0
+        else -(-sequences // per_step) * training.num_train_epochs
+    )
     steps = int(steps) if float(steps).is_integer() else int(steps) + 1
     share = report["train"]["supervised_tokens"] / sequences
     lines = [
-        f"model       {arguments.model.model_name_or_path}: {get_model_param_count(model) / 1e6:,.1f} M parameters, "
-        f"{chosen['weights']} weights, {chosen['attention']} attention",
+        f"model       {arguments.model.model_name_or_path}: {get_model_param_count(model) / 1e6:,.1f} M "
+        f"parameters, {chosen['weights']} weights, {chosen['attention']} attention",
         f"method      {'SFT' if chosen['alpha'] == 0 else 'DFT'}, alpha {chosen['alpha']:g}",
         f"machine     {chosen['ranks']} x {chosen['device']}, {chosen['parallelism']}, computes in "
         f"{chosen['computes_in']}",
@@ -74,5 +80,7 @@ def final_lines(state: TrainerState, training: TrainingArguments) -> list[str]:
     lines = [f"model       {output_dir} (AutoModelForCausalLM.from_pretrained loads it)"]
     if state.best_model_checkpoint:
         lines.append(f"best        {state.best_model_checkpoint} ({metric} {state.best_metric:.4g})")
-    lines.append(f"records     {output_dir}/trainer_state.json, {output_dir}/data_report.json, {output_dir}/{RUN_ARGS}")
+    lines.append(
+        f"records     {output_dir}/trainer_state.json, {output_dir}/data_report.json, {output_dir}/{RUN_ARGS}"
+    )
     return lines

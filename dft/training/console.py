@@ -16,11 +16,15 @@ class ConsoleCallback(ProgressCallback):
         super().__init__()
         self.show_bar = show_bar
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.show_bar:
             super().on_train_begin(args, state, control, **kwargs)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.show_bar:
             super().on_step_end(args, state, control, **kwargs)
 
@@ -30,7 +34,9 @@ class ConsoleCallback(ProgressCallback):
         if self.show_bar:
             super().on_prediction_step(args, state, control, **kwargs)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.show_bar:
             super().on_train_end(args, state, control, **kwargs)
 

@@ -22,7 +22,7 @@ class TokenMeter:
         self.sums = torch.zeros(6, dtype=torch.float64, device=device)
 
     def update(self, stats: TokenStats, tokens: Tensor) -> None:
-        """Adds one batch. `tokens` is the number of its tokens that are not padding, a scalar on the device."""
+        """Adds one batch. `tokens` counts those of it that are not padding, a scalar on the device."""
         nll, p_correct = stats.nll.double(), stats.p_correct.double()
         self.sums += torch.stack(
             [

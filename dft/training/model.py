@@ -29,17 +29,20 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--model_name_or_path {wanted.model_name_or_path}: cannot be loaded: {reason}") from None
+        raise UserError(
+            f"--model_name_or_path {wanted.model_name_or_path}: cannot be loaded: {reason}"
+        ) from None
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(
-            f"--model_name_or_path {wanted.model_name_or_path}: {len(missing)} weights are not in its files and would "
-            f"be random, among them {', '.join(missing[:3])}; the files belong to another architecture or are incomplete"
+            f"--model_name_or_path {wanted.model_name_or_path}: {len(missing)} weights are not in its files "
+            f"and would be random, among them {', '.join(missing[:3])}; the files belong to another "
+            "architecture or are incomplete"
         )
     if model.config.get_text_config().to_dict().get("output_router_logits"):
         raise UserError(
-            f"--model_name_or_path {wanted.model_name_or_path}: 'output_router_logits' in its config.json asks for the "
-            "auxiliary loss of a mixture of experts, which is not supported; set it to false"
+            f"--model_name_or_path {wanted.model_name_or_path}: 'output_router_logits' in its config.json "
+            "asks for the auxiliary loss of a mixture of experts, which is not supported; set it to false"
         )
     grow_embeddings(model, tokenizer, arguments)
     return model
@@ -71,12 +74,14 @@ def resolve_attention(arguments: Arguments) -> str:
         return wanted
     if arguments.training.use_cpu:
         raise UserError(
-            f"--attn_implementation {FLASH}: needs a CUDA GPU, and this run is on CPU; use --attn_implementation auto"
+            f"--attn_implementation {FLASH}: needs a CUDA GPU, and this run is on CPU; use "
+            "--attn_implementation auto"
         )
     if not is_flash_attn_2_available():
         raise UserError(
-            f"--attn_implementation {FLASH}: flash-attn is not installed or does not fit this GPU; install it with "
-            "`bash scripts/setup.sh` (`--build-flash-attn` builds it from source), or use --attn_implementation auto"
+            f"--attn_implementation {FLASH}: flash-attn is not installed or does not fit this GPU; install "
+            "it with `bash scripts/setup.sh` (`--build-flash-attn` builds it from source), or use "
+            "--attn_implementation auto"
         )
     if not halves:
         raise UserError(
@@ -90,7 +95,8 @@ def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Gives tokens that were added to the tokenizer a row in the embeddings.
 
     Raises:
-        UserError: the tokenizer has ordinary tokens that the model has no row for: it belongs to another model.
+        UserError: the tokenizer has ordinary tokens that the model has no row for: it belongs to another
+        model.
     """
     rows = model.config.get_text_config().vocab_size
     beyond = [index for index in tokenizer.get_vocab().values() if index >= rows]
@@ -98,8 +104,10 @@ def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         return
     if not set(beyond) <= set(tokenizer.added_tokens_decoder):
         raise UserError(
-            f"--model_name_or_path {arguments.model.model_name_or_path}: the tokenizer has {len(tokenizer)} tokens and "
-            f"the model {rows} embeddings; they do not belong together"
+            f"--model_name_or_path {arguments.model.model_name_or_path}: the tokenizer has {len(tokenizer)} "
+            f"tokens and the model {rows} embeddings; they do not belong together"
         )
     model.resize_token_embeddings(max(beyond) + 1)
-    arguments.notes.append(f"embeddings: {rows} -> {max(beyond) + 1} rows, for the tokens added to the tokenizer")
+    arguments.notes.append(
+        f"embeddings: {rows} -> {max(beyond) + 1} rows, for the tokens added to the tokenizer"
+    )

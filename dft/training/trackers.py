@@ -14,7 +14,9 @@ class SwanLabRunCallback(SwanLabCallback):
     transformers 5.23 asks for the current run before it begins one, which swanlab 0.10 answers with an error.
     """
 
-    def setup(self, args: transformers.TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
+    def setup(
+        self, args: transformers.TrainingArguments, state: TrainerState, model: Any, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero and not self._swanlab.has_run():
             self._swanlab.init(project=os.environ.get("SWANLAB_PROJECT"), experiment_name=args.run_name)
         super().setup(args, state, model, **kwargs)
@@ -34,8 +36,8 @@ def go_offline_without_login(report_to: list[str]) -> list[str]:
         if tracker in report_to and not os.environ.get(variable) and not has_login():
             os.environ[variable] = "offline"
             notes.append(
-                f"{tracker}: no login and no {variable}, so it runs offline; upload later with `{tracker} sync`, or "
-                f"log in with `{tracker} login`"
+                f"{tracker}: no login and no {variable}, so it runs offline; upload later with `{tracker} "
+                f"sync`, or log in with `{tracker} login`"
             )
     return notes
 

@@ -26,8 +26,9 @@ from dft.training.trackers import SwanLabRunCallback
 class DFTTrainer(transformers.Trainer):
     """Trains a causal language model by Dynamic Fine-Tuning (arXiv 2508.05629, Eq. 9).
 
-    The loss of an optimizer step is divided by the supervised tokens of the whole step: all its micro-batches on all
-    ranks. How the step is cut into micro-batches, accumulation and ranks therefore changes nothing.
+    The loss of an optimizer step is divided by the supervised tokens of the whole step: all its
+    micro-batches on all ranks. How the step is cut into micro-batches, accumulation and ranks therefore
+    changes nothing.
 
     Args:
         model: a causal language model whose output has `logits` (batch, seq, vocab).
@@ -35,7 +36,8 @@ class DFTTrainer(transformers.Trainer):
         alpha: the weight of a token is alpha * p + (1 - alpha); 1 is the paper's DFT, 0 is SFT.
         data_collator: examples -> input_ids, labels (-100 where unsupervised, not shifted) and, with padding,
             attention_mask, each (batch, seq). Default: pads on the right.
-        **kwargs: everything else `transformers.Trainer` takes. Map-style datasets hold `input_ids` and `labels`.
+        **kwargs: everything else `transformers.Trainer` takes. Map-style datasets hold `input_ids` and
+        `labels`.
 
     Raises:
         ValueError: alpha outside [0, 1], or arguments that would change the meaning of the loss.
@@ -57,8 +59,8 @@ class DFTTrainer(transformers.Trainer):
             data_collator = PaddedCollator(model.config.get_text_config().pad_token_id or 0)
         self._saved_use_cache = model.config.get_text_config().use_cache
         super().__init__(model, args, data_collator=data_collator, **kwargs)
-        # compute_loss divides by the step's tokens itself and hands nothing to the model's own loss, so Trainer
-        # must count them whatever the model's forward accepts, and must not divide once more.
+        # compute_loss divides by the step's tokens itself and hands nothing to the model's own loss, so
+        # Trainer must count them whatever the model's forward accepts, and must not divide once more.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self.loss_is_scaled_for_ga = True
@@ -84,7 +86,8 @@ class DFTTrainer(transformers.Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """The share of one micro-batch in the DFT loss of its optimizer step.
 
-        DDP and DeepSpeed average gradients over the ranks, where the loss is a sum over them: hence the factor.
+        DDP and DeepSpeed average gradients over the ranks, where the loss is a sum over them: hence the
+        factor.
         """
         loss, stats, outputs = self._score(model, inputs, num_items_in_batch)
         self._train_meter.update(stats, token_count(inputs))
@@ -95,7 +98,9 @@ class DFTTrainer(transformers.Trainer):
         self, model: nn.Module, inputs: Mapping[str, Tensor], num_items: Tensor | float | None
     ) -> tuple[Tensor, TokenStats, Any]:
         if "labels" not in inputs:
-            raise ValueError(f"a batch has no 'labels', only {sorted(inputs)}; DFT learns from labeled tokens")
+            raise ValueError(
+                f"a batch has no 'labels', only {sorted(inputs)}; DFT learns from labeled tokens"
+            )
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         loss, stats = dft_loss(outputs.logits, inputs["labels"], alpha=self.alpha, num_items=num_items)
         return loss, stats, outputs
@@ -107,7 +112,7 @@ class DFTTrainer(transformers.Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Adds a batch to the evaluation's sums. Logits are returned only to a caller that computes more of them."""
+        """Adds a batch to the evaluation's sums. Returns logits only to a caller with metrics of its own."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             _, stats, outputs = self._score(model, inputs, None)
@@ -128,7 +133,9 @@ class DFTTrainer(transformers.Trainer):
     ) -> EvalLoopOutput:
         """Trainer's loop, with metrics weighted by token in place of a mean over batches."""
         started = time.perf_counter()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
         means, _ = self._eval_meter.reduce(self.accelerator, self.alpha)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         self._pause(started)
@@ -212,22 +219,23 @@ def check_arguments(args: transformers.TrainingArguments) -> None:
     """Raises ValueError for arguments under which the loss would not be what it says."""
     if args.label_smoothing_factor:
         raise ValueError(
-            f"--label_smoothing_factor {args.label_smoothing_factor:g}: DFT weights the probability of the one right "
-            "token, which label smoothing has not; leave it at 0"
+            f"--label_smoothing_factor {args.label_smoothing_factor:g}: DFT weights the probability of the "
+            "one right token, which label smoothing has not; leave it at 0"
         )
     if not args.average_tokens_across_devices:
         raise ValueError(
-            "--average_tokens_across_devices False would divide each rank's loss by its own token count; the DFT "
-            "loss is divided by the tokens of the whole step"
+            "--average_tokens_across_devices False would divide each rank's loss by its own token count; the "
+            "DFT loss is divided by the tokens of the whole step"
         )
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process; start one process per GPU (deepspeed train_dft.py ... or "
-            "torchrun), or set CUDA_VISIBLE_DEVICES to one of them"
+            f"{args.n_gpu} GPUs are visible to one process; start one process per GPU (deepspeed "
+            "train_dft.py ... or torchrun), or set CUDA_VISIBLE_DEVICES to one of them"
         )
     if args.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
         raise ValueError(
-            f"--train_sampling_strategy {args.train_sampling_strategy}: must be random, sequential or group_by_length"
+            f"--train_sampling_strategy {args.train_sampling_strategy}: must be random, sequential or "
+            "group_by_length"
         )
 
 

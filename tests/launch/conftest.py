@@ -9,9 +9,14 @@ import pytest
 
 from scripts.make_example import read_conversations, tiny_model, train_tokenizer, write_conversations
 
-
 OTHER = [
-    {"messages": [{"role": "user", "content": f"Count: {n}"}, {"role": "assistant", "content": str(n + 1)}], "id": n}
+    {
+        "messages": [
+            {"role": "user", "content": f"Count: {n}"},
+            {"role": "assistant", "content": str(n + 1)},
+        ],
+        "id": n,
+    }
     for n in range(3)
 ]
 """A second file, an array whose rows have a column that the first file has not."""

@@ -11,34 +11,35 @@ from transformers import AutoModelForCausalLM
 
 from tests.launching import ROOT, eval_records, launch, train_records
 
-COMMAND = (
-    "--torch_dtype bfloat16 --trust_remote_code True --max_length 8192 --preprocessing_num_workers 8 "
-    "--validation_split_percentage 2.0 --enable_gradient_checkpointing True --dft_alpha 0.7 --bf16 True "
-    "--num_train_epochs 1 --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --learning_rate 2e-6 "
-    "--lr_scheduler_type cosine --weight_decay 0.01 --gradient_accumulation_steps 16 --eval_strategy steps "
-    "--eval_steps 200 --save_strategy steps --save_steps 200 --save_total_limit 3 --save_only_model True "
-    "--report_to swanlab --logging_steps 10 --warmup_ratio 0.05 --remove_unused_columns False "
-    "--ddp_find_unused_parameters False"
-).split()
+COMMAND = """
+    --torch_dtype bfloat16 --trust_remote_code True --max_length 8192 --preprocessing_num_workers 8
+    --validation_split_percentage 2.0 --enable_gradient_checkpointing True --dft_alpha 0.7 --bf16 True
+    --num_train_epochs 1 --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --learning_rate
+    2e-6 --lr_scheduler_type cosine --weight_decay 0.01 --gradient_accumulation_steps 16 --eval_strategy
+    steps --eval_steps 200 --save_strategy steps --save_steps 200 --save_total_limit 3 --save_only_model
+    True --report_to swanlab --logging_steps 10 --warmup_ratio 0.05 --remove_unused_columns False
+    --ddp_find_unused_parameters False
+"""
 """Without the paths, and without --attn_implementation flash_attention_2, which needs a GPU."""
-MORE = (
-    "--debug_data_processing True --reduce_logging True --log_metrics_steps 10 --dataloader_num_workers 8 "
-    "--save_safetensors True --disable_tqdm False --max_eval_samples 1000 --use_simple_dft True"
-).split()
+MORE = """
+    --debug_data_processing True --reduce_logging True --log_metrics_steps 10 --dataloader_num_workers 8
+    --save_safetensors True --disable_tqdm False --max_eval_samples 1000 --use_simple_dft True
+"""
+SHORTER = """
+    --learning_rate 3e-3 --eval_steps 2 --save_steps 2 --logging_steps 2 --save_total_limit 2
+    --greater_is_better False
+"""
 
 
 @pytest.fixture(scope="module")
 def long_run(example):
-    """The longest command line, with steps that fit the tiny data, and a metric whose best value comes first."""
+    """The longest command line, on data so small that its steps had to shrink."""
     output = example.folder / "command"
-    shorter = (
-        "--learning_rate 3e-3 --eval_steps 2 --save_steps 2 --logging_steps 2 --save_total_limit 2 --greater_is_better False"
-    )
     words = [
         "--model_name_or_path", str(example.model), "--data_files", str(example.train), str(example.other),
         "--eval_data_files", str(example.eval), "--deepspeed", str(ROOT / "ds_config/zero3.json"),
         "--output_dir", str(output), "--logging_dir", str(example.folder / "tracker"),
-        *COMMAND, *MORE, *shorter.split(), "--dataloader_num_workers", "1",
+        *COMMAND.split(), *MORE.split(), *SHORTER.split(), "--dataloader_num_workers", "1",
     ]  # fmt: skip
     finished = launch(words, folder=example.folder, launcher="deepspeed")
     assert finished.code == 0, finished.output
@@ -144,7 +145,11 @@ def test_a_wrong_flag_is_one_line(example, flags, message):
 def test_wandb_without_a_login_goes_offline_and_says_so(example):
     output = example.folder / "wandb-run"
     words = example.words(
-        output, max_steps=2, report_to="wandb", logging_dir=example.folder / "wandb-logs", eval_strategy="steps"
+        output,
+        max_steps=2,
+        report_to="wandb",
+        logging_dir=example.folder / "wandb-logs",
+        eval_strategy="steps",
     )
     home = example.folder / "home"
     home.mkdir()

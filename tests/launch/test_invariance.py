@@ -1,4 +1,4 @@
-"""The same conversations give the same loss and gradient, however a step is cut up. Through the real command line."""
+"""The same conversations give the same loss and gradient, however the command line cuts up a step."""
 
 import pytest
 
@@ -31,8 +31,8 @@ WAYS = {
 def run(example, name, launcher, flags):
     output = example.folder / f"invariance-{name}"
     words = example.words(
-        output, dft_alpha=0.7, max_steps=STEPS, eval_strategy="steps", eval_steps=STEPS, per_device_eval_batch_size=5,
-        lr_scheduler_type="constant", **flags,
+        output, dft_alpha=0.7, max_steps=STEPS, eval_strategy="steps", eval_steps=STEPS,
+        per_device_eval_batch_size=5, lr_scheduler_type="constant", **flags,
     )  # fmt: skip
     finished = launch(words, folder=example.folder, launcher=launcher)
     assert finished.code == 0, finished.output

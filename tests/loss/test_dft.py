@@ -19,7 +19,9 @@ def random_batch(seed: int = 0, batch: int = 3, seq: int = 7) -> tuple[torch.Ten
     return logits, labels
 
 
-def by_hand(logits: torch.Tensor, labels: torch.Tensor, alpha: float, num_items: float | None) -> dict[str, float]:
+def by_hand(
+    logits: torch.Tensor, labels: torch.Tensor, alpha: float, num_items: float | None
+) -> dict[str, float]:
     """Token by token in Python floats, sharing nothing with the implementation."""
     total, nlls, hits = 0.0, [], 0
     for row, targets in zip(logits.tolist(), labels.tolist(), strict=True):
@@ -80,7 +82,9 @@ def test_alpha_zero_is_the_models_own_cross_entropy():
     own = model(input_ids=ids, labels=labels)
     ours, _ = dft_loss(own.logits, labels, alpha=0.0)
     assert ours.item() == pytest.approx(own.loss.item(), rel=1e-6)
-    grads = [torch.autograd.grad(loss, model.lm_head.weight, retain_graph=True)[0] for loss in (own.loss, ours)]
+    grads = [
+        torch.autograd.grad(loss, model.lm_head.weight, retain_graph=True)[0] for loss in (own.loss, ours)
+    ]
     torch.testing.assert_close(grads[0], grads[1])
 
 
@@ -96,7 +100,7 @@ def test_alpha_one_descends_minus_mean_p():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 def test_gradcheck_of_the_potential(alpha):
-    """The weight is detached, so the loss has no finite differences; alpha*(1-p) + (1-alpha)*nll has the same gradient."""
+    """The loss with its detached weight has no finite differences; this potential has the same gradient."""
     logits, labels = random_batch(batch=2, seq=4)
 
     def potential(scores: torch.Tensor) -> torch.Tensor:

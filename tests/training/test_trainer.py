@@ -1,0 +1,211 @@
+"""DFTTrainer in one process: its metrics against a recomputation, its refusals, and what it saves."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from dft import DFTTrainer
+from dft.training.trainer import sequence_lengths
+
+VOCAB = 40
+
+
+def tiny(seed: int = 0) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=8, pad_token_id=0, use_cache=True,
+        )
+    )  # fmt: skip
+
+
+def conversations(count: int, seed: int = 1) -> list[dict[str, list[int]]]:
+    """Sequences of 3 to 12 tokens, each with a supervised tail; the first token is never supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(3, 13, (), generator=generator))
+        ids = torch.randint(1, VOCAB, (length,), generator=generator).tolist()
+        prompt = int(torch.randint(1, length, (), generator=generator))
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+def trainer(tmp_path, rows, *, alpha: float = 0.6, model=None, evaluation=None, **flags) -> DFTTrainer:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, logging_steps=1, save_strategy="no", learning_rate=1e-2,
+        lr_scheduler_type="constant", disable_tqdm=True, seed=5, **flags,
+    )  # fmt: skip
+    return DFTTrainer(
+        model or tiny(), arguments, alpha=alpha, train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(evaluation) if evaluation else None,
+    )  # fmt: skip
+
+
+def recomputed(model, rows, alpha: float) -> dict[str, float]:
+    """Sequence by sequence without padding, in float64, from the model's logits."""
+    model = model.double().eval()
+    nll, hits = [], 0
+    for row in rows:
+        with torch.no_grad():
+            logp = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        for position, target in enumerate(row["labels"][1:]):
+            if target != -100:
+                nll.append(-logp[position, target].item())
+                hits += int(logp[position].argmax()) == target
+    count = len(nll)
+    return {
+        "loss": sum((alpha * math.exp(-one) + 1 - alpha) * one for one in nll) / count,
+        "nll": sum(nll) / count,
+        "avg_p_correct": sum(math.exp(-one) for one in nll) / count,
+        "acc": hits / count,
+        "objective": sum(alpha * (1 - math.exp(-one)) + (1 - alpha) * one for one in nll) / count,
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 4, 32])
+def test_evaluation_is_weighted_by_token_at_every_batch_size(tmp_path, batch):
+    """13 sequences: the last batch of 4 holds one, and the blanks beside it count for nothing."""
+    rows, model = conversations(13), tiny()
+    expected = recomputed(tiny(), rows, 0.6)
+    metrics = trainer(
+        tmp_path, rows, model=model, evaluation=rows, per_device_eval_batch_size=batch
+    ).evaluate()
+    for name, value in expected.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
+
+
+def test_training_metrics_are_those_of_the_step_before_its_update(tmp_path):
+    rows = conversations(8)
+    run = trainer(tmp_path, rows, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1)
+    expected = recomputed(tiny(), rows, 0.6)
+    run.train()
+    record = run.state.log_history[0]
+    for name, value in expected.items():
+        assert record[name] == pytest.approx(value, rel=1e-5), name
+    assert record["dft_alpha"] == 0.6 and record["tokens_per_second"] > 0
+
+
+def test_a_logging_window_is_weighted_by_token_over_its_steps(tmp_path):
+    """With a learning rate of 0 every step sees the same model, so a window is a mean over its tokens."""
+    rows = conversations(12)
+    flags = {
+        "learning_rate": 0.0,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "logging_steps": 3,
+    }
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, save_strategy="no", disable_tqdm=True, **flags
+    )
+    run = DFTTrainer(tiny(), arguments, alpha=0.6, train_dataset=Dataset.from_list(rows))
+    run.train()
+    expected = recomputed(tiny(), rows, 0.6)
+    for name, value in expected.items():
+        assert run.state.log_history[0][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_the_last_step_of_an_epoch_counts_no_example_twice(tmp_path):
+    """5 examples in batches of 4: the second step is the fifth example alone."""
+    rows = conversations(5)
+    run = trainer(
+        tmp_path,
+        rows,
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+    )
+    run.args.learning_rate = 0.0
+    run.train()
+    assert run.state.log_history[1]["nll"] == pytest.approx(
+        recomputed(tiny(), rows[4:], 0.6)["nll"], rel=1e-5
+    )
+
+
+def test_a_micro_batch_without_supervised_tokens_changes_nothing(tmp_path):
+    rows = conversations(6)
+    unsupervised = {"input_ids": [1, 2, 3], "labels": [-100] * 3}
+    flags = {"train_sampling_strategy": "sequential", "num_train_epochs": 1, "per_device_train_batch_size": 2}
+    plain = trainer(tmp_path, rows, gradient_accumulation_steps=3, **flags)
+    mixed = trainer(
+        tmp_path, rows[:2] + [unsupervised] * 2 + rows[2:], gradient_accumulation_steps=4, **flags
+    )
+    plain.train()
+    mixed.train()
+    for name in ("loss", "nll", "grad_norm"):
+        assert mixed.state.log_history[0][name] == pytest.approx(plain.state.log_history[0][name], rel=1e-6)
+
+
+def test_alpha_zero_trains_like_the_plain_trainer(tmp_path):
+    """SFT, step for step: transformers' own loss with its own token counting."""
+    rows = conversations(16)
+    flags = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    ours = trainer(tmp_path, rows, alpha=0.0, train_sampling_strategy="sequential", **flags)
+    plain = transformers.Trainer(
+        tiny(), ours.args, train_dataset=Dataset.from_list(rows), data_collator=ours.data_collator
+    )
+    ours.train()
+    plain.train()
+    for mine, theirs in zip(ours.state.log_history, plain.state.log_history, strict=True):
+        if "grad_norm" in theirs:
+            assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+            assert mine["nll"] == pytest.approx(theirs["loss"], rel=1e-5)
+    for mine, theirs in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_only_a_saved_step_can_be_the_best(tmp_path):
+    """Evaluations at 1, 2, 3, 4; saves at 2 and 4. The metric grows, and with it the best step, saved ones only."""
+    rows = conversations(16)
+    run = trainer(
+        tmp_path, rows, evaluation=rows, per_device_train_batch_size=8, max_steps=4, eval_strategy="steps",
+        eval_steps=1, metric_for_best_model="eval_nll", greater_is_better=True,
+    )  # fmt: skip
+    run.args.save_strategy = transformers.trainer_utils.SaveStrategy.STEPS
+    run.args.save_steps = 2
+    run.train()
+    by_step = {one["step"]: one["eval_nll"] for one in run.state.log_history if "eval_nll" in one}
+    assert by_step[1] > by_step[2] > by_step[4]  # step 1 has the greatest value, and no checkpoint
+    assert run.state.best_metric == by_step[2]
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+
+
+def test_the_saved_config_keeps_its_cache_setting(tmp_path):
+    run = trainer(tmp_path, conversations(4), max_steps=1)
+    run.train()
+    run.save_model()
+    assert run.model.config.use_cache is False
+    assert transformers.AutoConfig.from_pretrained(tmp_path).use_cache is True
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor 0.1"),
+        ({"average_tokens_across_devices": False}, "--average_tokens_across_devices False"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "--train_sampling_strategy batch_rebalance"),
+    ],
+)
+def test_arguments_that_would_change_the_loss_are_refused(tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, conversations(2), **flags)
+
+
+def test_a_batch_without_labels_is_refused(tmp_path):
+    run = trainer(tmp_path, conversations(2))
+    with pytest.raises(ValueError, match="no 'labels'"):
+        run.compute_loss(run.model, {"input_ids": torch.ones(1, 3, dtype=torch.int64)})
+
+
+def test_lengths_come_from_arrow_and_from_lists_alike():
+    rows = conversations(9)
+    expected = [len(row["input_ids"]) for row in rows]
+    dataset = Dataset.from_list(rows)
+    assert sequence_lengths(dataset).tolist() == expected
+    assert sequence_lengths(dataset.select([3, 1])).tolist() == [expected[3], expected[1]]
+    assert sequence_lengths(rows).tolist() == expected
