@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from dft.config_file import expand_config
 from dft.errors import UserError
-from dft.training.distributed import init_cpu_deepspeed
+from dft.training.distributed import init_cpu_deepspeed, is_launched
 from dft.training.metrics import LOWER_IS_BETTER
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -161,6 +161,11 @@ class TrainingArguments(transformers.TrainingArguments):
             self.disable_tqdm = not sys.stderr.isatty()  # a bar in a log file is noise
         if self.deepspeed:
             check_deepspeed_file(self.deepspeed)
+            if not is_launched():
+                raise UserError(
+                    f"--deepspeed {self.deepspeed}: DeepSpeed learns of its ranks from a launcher, also when "
+                    "there is one only; start with `deepspeed train_dft.py ...` in place of python"
+                )
             if self.use_cpu:
                 init_cpu_deepspeed()
         super().__post_init__()

@@ -1,11 +1,14 @@
 """Arguments that contradict one another or this machine, found before any work is done."""
 
 import math
-import os
+import tempfile
 from pathlib import Path
 
 import transformers
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, get_last_checkpoint
+from transformers.utils import is_liger_kernel_available
 
 from dft.arguments import Arguments, TrainingArguments
 from dft.errors import UserError
@@ -35,6 +38,7 @@ def check(arguments: Arguments) -> None:
         data.validation_split_percentage = 0.0
     check_evaluation(arguments)
     check_precision(arguments)
+    check_packages(training)
     check_deepspeed(training)
     check_output(arguments)
 
@@ -128,6 +132,20 @@ def check_precision(arguments: Arguments) -> None:
         )
 
 
+def check_packages(training: TrainingArguments) -> None:
+    """Optional packages, asked for here: transformers finds them missing only once the model is loaded."""
+    for tracker in training.report_to:
+        if tracker not in INTEGRATION_TO_CALLBACK:
+            raise UserError(
+                f"--report_to {tracker}: no such tracker; choose from "
+                f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        if tracker not in get_available_reporting_integrations():
+            raise UserError(f"--report_to {tracker}: its package is not installed; pip install {tracker}")
+    if training.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError("--use_liger_kernel True: liger-kernel is not installed; pip install liger-kernel")
+
+
 def check_deepspeed(training: TrainingArguments) -> None:
     if not training.deepspeed:
         return
@@ -158,8 +176,11 @@ def check_output(arguments: Arguments) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise UserError(f"--output_dir {folder}: {existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {folder}: no permission to write to {existing}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
     if arguments.data.prepare_only:
         return
     resume = resolve_resume(training)

@@ -1,13 +1,19 @@
 """The tokenizer with the chat template that this run trains, and the tokens that end generation."""
 
+import re
 from pathlib import Path
 
+import jinja2
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from dft.data.chat import template_of
 from dft.errors import UserError
 
-CHATML = (Path(__file__).parent / "chatml.jinja").read_text()
+CHATML = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8").rstrip("\n")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+MARKER = re.compile(r"<\|[^|<>\s]+\|>")
+"""How nearly every special token that a template writes is spelled."""
 
 
 def load_tokenizer(
@@ -16,45 +22,107 @@ def load_tokenizer(
     """The tokenizer of a model, with `chat_template` (a file) or, where it has none, plain ChatML.
 
     Returns:
-        (tokenizer, notes): one line for everything that was added to the tokenizer as it came.
+        (tokenizer, notes): one line for everything that differs from the tokenizer as it came, or that a
+        person who trains with this template should know.
 
     Raises:
-        UserError: no tokenizer there, or no such template file.
+        UserError: no tokenizer there, no such template file, or a template that is not valid Jinja.
     """
     tokenizer = _load(name_or_path, trust_remote_code)
     notes = []
     if chat_template is not None:
-        path = Path(chat_template)
-        if not path.is_file():
-            raise UserError(f"--chat_template {chat_template}: no such file")
-        tokenizer.chat_template = path.read_text()
+        tokenizer.chat_template = read_template(chat_template)
         notes.append(f"chat template: {chat_template}")
-    elif not tokenizer.chat_template:
-        tokenizer.chat_template = CHATML
-        notes.append("chat template: the tokenizer has none, so plain ChatML is used and saved with the model")
-        missing = [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
-        if missing:
-            tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
-            notes.append(f"added to the vocabulary: {' '.join(missing)}")
-        if tokenizer.eos_token != CHATML_TOKENS[1]:
-            notes.append(f"end of turn: {CHATML_TOKENS[1]} (was {tokenizer.eos_token}), so that generation stops there")
-            tokenizer.eos_token = CHATML_TOKENS[1]
+    elif tokenizer.chat_template:
+        check_template(template_of(tokenizer), f"--model_name_or_path {name_or_path}: chat template, line ")
+    else:
+        notes += _use_chatml(tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    unknown = sorted(set(MARKER.findall(template_of(tokenizer))) - vocabulary.keys())
+    if unknown:
+        notes.append(
+            f"chat template: it may write {' '.join(unknown)}, not in the vocabulary: such a marker is read "
+            "as several ordinary tokens"
+        )
     return tokenizer, notes
 
 
+def read_template(file: str) -> str:
+    """The Jinja source in a file.
+
+    Raises:
+        UserError: not a readable file of text, empty, or not valid Jinja.
+    """
+    try:
+        source = Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"--chat_template {file}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--chat_template {file}: not valid UTF-8 ({error.reason})") from None
+    except OSError as error:
+        raise UserError(f"--chat_template {file}: cannot be read ({error.strerror})") from None
+    if not source.strip():
+        raise UserError(f"--chat_template {file}: the file is empty; expected a Jinja chat template")
+    check_template(source, f"--chat_template {file}:")
+    return source
+
+
+def check_template(source: str, where: str) -> None:
+    """Raises `UserError` for a template that does not parse; `where` goes on with the number of the line."""
+    try:
+        render_jinja_template([], chat_template=source)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{where}{error.lineno}: not valid Jinja: {error.message}") from None
+
+
 def stop_token_ids(name_or_path: str, trust_remote_code: bool = False) -> list[int]:
-    """The ids at which the model's generation stops: `generation_config.eos_token_id`, if it has one."""
+    """The ids at which the model's generation stops: `generation_config.eos_token_id`, if it has one.
+
+    Raises:
+        UserError: the model's folder holds a `generation_config.json` that cannot be read.
+    """
     try:
         config = GenerationConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except OSError:  # a model without generation_config.json, which is no fault
-        return []
+    except OSError as error:
+        if (Path(name_or_path) / "generation_config.json").exists():
+            raise UserError(f"--model_name_or_path {name_or_path}: {_first_line(error)}") from None
+        return []  # a model without generation_config.json, which is no fault
     eos = config.eos_token_id
     return [] if eos is None else eos if isinstance(eos, list) else [eos]
 
 
+def _use_chatml(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    tokenizer.chat_template = CHATML
+    notes = ["chat template: the tokenizer has none; plain ChatML is used, and saved with the model"]
+    missing = [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
+        notes.append(f"added to the vocabulary: {' '.join(missing)}")
+    end = CHATML_TOKENS[1]
+    if tokenizer.eos_token != end:
+        notes.append(f"end of turn: {end} (was {tokenizer.eos_token}), so that generation stops there")
+        tokenizer.eos_token = end
+    return notes
+
+
 def _load(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    flag = f"--model_name_or_path {name_or_path}"
+    path = Path(name_or_path).expanduser()
+    if name_or_path.startswith(("/", "./", "../", "~")) and not path.is_dir():
+        raise UserError(f"{flag}: no such folder")
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model_name_or_path {name_or_path}: no tokenizer could be loaded ({reason})") from None
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        found = sorted(one.name for one in path.glob("tokenizer*")) if path.is_dir() else []
+        if path.is_dir() and not found:
+            raise UserError(f"{flag}: the folder holds no tokenizer (tokenizer.json)") from None
+        files = f", reading {', '.join(found)}" if found else ""
+        raise UserError(f"{flag}: no tokenizer could be loaded{files} ({_first_line(error)})") from None
+    # Where config.json names a model and no file names the tokens, transformers makes an empty tokenizer.
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
+        raise UserError(f"{flag}: its tokenizer has no tokens; is tokenizer.json missing?")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,6 +8,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun, accelerate) started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
 def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -24,8 +29,6 @@ def init_cpu_deepspeed() -> None:
     Must come before transformers parses its arguments: accelerate picks no backend for DeepSpeed on CPU and
     would otherwise see a world of one.
     """
-    if world_size() == 1:
-        return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # slow to import, and not needed by runs without it
 

@@ -160,7 +160,7 @@ def test_alpha_zero_trains_like_the_plain_trainer(tmp_path):
 
 
 def test_only_a_saved_step_can_be_the_best(tmp_path):
-    """Evaluations at 1, 2, 3, 4; saves at 2 and 4. The metric grows, and with it the best step, saved ones only."""
+    """Evaluations at 1, 2, 3, 4; saves at 2 and 4: the greatest value, at 1, has no checkpoint."""
     rows = conversations(16)
     run = trainer(
         tmp_path, rows, evaluation=rows, per_device_train_batch_size=8, max_steps=4, eval_strategy="steps",
@@ -170,7 +170,7 @@ def test_only_a_saved_step_can_be_the_best(tmp_path):
     run.args.save_steps = 2
     run.train()
     by_step = {one["step"]: one["eval_nll"] for one in run.state.log_history if "eval_nll" in one}
-    assert by_step[1] > by_step[2] > by_step[4]  # step 1 has the greatest value, and no checkpoint
+    assert by_step[1] > by_step[2] > by_step[4]
     assert run.state.best_metric == by_step[2]
     assert run.state.best_model_checkpoint.endswith("checkpoint-2")
 

@@ -1,0 +1,57 @@
+"""Fixtures shared by all tests. Nothing here needs a network, or writes outside of temporary folders."""
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dft.data.tokenizer import CHATML
+
+# fmt: off
+SPECIAL_TOKENS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<bos>", "<start_of_turn>", "<end_of_turn>",
+    "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|end|>", "<|start|>",
+    "<|message|>", "<|channel|>", "<|return|>", "<|call|>",
+]
+# fmt: on
+"""Of every family of templates that the tests imitate."""
+
+CORPUS = """The quick brown fox jumps over the lazy dog. What is two plus two? Two plus two is four.
+system user assistant tool messages content. I am an answer, and this is the end of it. Über größere Flüsse
+führen Brücken. Numbers: 0 1 2 3 4 5 6 7 8 9 10 100 1000. {"name": "add", "arguments": {"a": 1, "b": 2}}
+"""
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json() -> str:
+    """A byte-level BPE vocabulary of about 500 tokens, as a tokenizer.json."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=SPECIAL_TOKENS,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([CORPUS] * 4, trainer)
+    return tokenizer.to_str()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_json: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with ChatML template and tokens. Not to be changed; load `tokenizer_folder` for that."""
+    backend = Tokenizer.from_str(tokenizer_json)
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    made.chat_template = CHATML
+    return made
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tokenizer` as `AutoTokenizer.from_pretrained` loads it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,20 @@
+"""Conversations in files."""
+
+import json
+from pathlib import Path
+
+Row = dict[str, object]
+
+
+def conversation(question: str, answer: str = "a", **columns: object) -> Row:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, **columns}
+
+
+def numbered(count: int, start: int = 0) -> list[Row]:
+    return [conversation(f"question {number}", f"answer {number}") for number in range(start, start + count)]
+
+
+def write(path: Path, rows: list[Row]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

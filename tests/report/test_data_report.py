@@ -1,0 +1,87 @@
+"""What a person is told about the prepared data."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dft.data.chat import ChatEncoder
+from dft.data.prepare import PreparedData, PrepareOptions, prepare
+from dft.report.data import data_summary, show_sequences
+
+
+def conversation(question: str, answer: str) -> dict:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages}
+
+
+def prepared(
+    folder: Path, tokenizer, rows: list[list[dict]], eval_rows: list[dict], limit: int
+) -> PreparedData:
+    files = []
+    for number, group in enumerate([*rows, eval_rows]):
+        files.append(folder / f"{number}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in group))
+    names = [str(file) for file in files]
+    options = PrepareOptions(max_length=limit)
+    return prepare(names[:-1], names[-1:], ChatEncoder(tokenizer), options, cache_dir=folder / "c", workers=1)
+
+
+def test_the_summary_tells_what_is_used_and_what_was_lost(tokenizer, tmp_path):
+    same, long = conversation("q", "yes"), conversation("q", "z" * 100)
+    dropped, other = conversation("z" * 100, "no"), conversation("r", "no")
+    data = prepared(tmp_path, tokenizer, [[same, same], [long, dropped]], [same, other], 40)
+    tokens = [len(ids) for ids in data.datasets["train"]["input_ids"]]
+    taught = [sum(label != -100 for label in labels) for labels in data.datasets["train"]["labels"]]
+    (held_out,) = (len(ids) for ids in data.datasets["eval"]["input_ids"])
+    share = 100 * sum(label != -100 for label in data.datasets["eval"]["labels"][0]) / held_out
+    short = tokens[0]
+    assert tokens == [short, short, 40]
+    assert data_summary(data.report) == [
+        f"train       3 conversations, 3 sequences, {sum(tokens)} tokens, "
+        f"{100 * sum(taught) / sum(tokens):.1f} % supervised; median {short}, 99 % up to 40, "
+        "longest 40 tokens",
+        "            1 of them the same as another",
+        f"            {tmp_path}/0.jsonl: 2 conversations, 2 sequences, {2 * short} tokens, "
+        f"{100 * taught[0] / short:.1f} % supervised",
+        f"            {tmp_path}/1.jsonl: 1 conversation, 1 sequence, 40 tokens, "
+        f"{100 * taught[2] / 40:.1f} % supervised",
+        f"eval        1 conversation, 1 sequence, {held_out} tokens, {share:.1f} % supervised; "
+        f"median {held_out}, 99 % up to {held_out}, longest {held_out} tokens",
+        "truncated   1 conversation cut at --max_length 40; all cuts lost "
+        f"{data.report['truncated_supervised_tokens']} supervised tokens",
+        "dropped     1 conversation without a supervised token within --max_length 40",
+        "left out    1 eval conversation that the training files hold too",
+        "turns end   with <|im_end|> x 5",
+    ]
+
+
+def test_turns_without_a_stop_token_are_a_warning(tokenizer, tmp_path):
+    data = prepared(tmp_path, tokenizer, [[conversation("q", "a")]], [conversation("r", "b")], 40)
+    report = {**data.report, "turns_without_stop_token": 1200, "end_of_turn_tokens": {}}
+    assert data_summary(report)[-1].startswith("warning     1,200 turns without a stop token: ")
+    assert len(data_summary(report)) == 3
+
+
+@pytest.mark.parametrize("color", [False, True])
+def test_shown_sequences_mark_exactly_the_supervised_text(tokenizer, tmp_path, color):
+    rows = [conversation("q", "one\n\nßtwo\x1b"), conversation("r", "a"), conversation("s", "a")]
+    data = prepared(tmp_path, tokenizer, [rows], [conversation("t", "b")], 60)
+    shown = show_sequences(data.datasets["train"], tokenizer, color=color)
+    green, plain = ("\033[32m", "\033[0m") if color else ("", "")
+    lines = shown.splitlines()
+    length = len(data.datasets["train"][0]["input_ids"])
+    taught = sum(label != -100 for label in data.datasets["train"][0]["labels"])
+    assert lines[:9] == [
+        f"sequence 0: {length} tokens, {taught} supervised (marked >>)",
+        "   | <|im_start|>user\\n",
+        "   | q<|im_end|>\\n",
+        "   | <|im_start|>assistant\\n",
+        f"{green}>> | one\\n{plain}",
+        f"{green}>> | \\n{plain}",
+        f"{green}>> | ßtwo\\x1b<|im_end|>{plain}",
+        "   | \\n",
+        lines[8],
+    ]
+    assert lines[8].startswith("sequence 1: ")
+    assert not any("s<|im_end|>" in line for line in lines), "two sequences unless asked for more"

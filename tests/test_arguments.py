@@ -1,0 +1,252 @@
+"""Flags in, four dataclasses out; every mistake is one message that names the value and the remedy."""
+
+import json
+import os
+
+import pytest
+import yaml
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from dft.arguments import default_flags, own_flags, parse_arguments
+from dft.config_file import write_run_args
+from dft.conflicts import check
+from dft.errors import UserError
+
+
+def words(folder, *more: str) -> list[str]:
+    return [
+        "--model_name_or_path", "model", "--data_files", "a.jsonl", "b.jsonl",
+        "--output_dir", str(folder / "out"), "--use_cpu", "True", *more,
+    ]  # fmt: skip
+
+
+def checked(folder, *more: str):
+    arguments = parse_arguments(words(folder, *more))
+    check(arguments)
+    return arguments
+
+
+def test_the_four_groups_get_their_flags(tmp_path):
+    arguments = checked(
+        tmp_path, "--dft_alpha", "0.7", "--max_length", "8192", "--learning_rate", "2e-6",
+        "--enable_gradient_checkpointing", "True", "--attn_implementation", "sdpa", "--warmup_ratio", "0.05",
+    )  # fmt: skip
+    assert arguments.data.data_files == ["a.jsonl", "b.jsonl"] and arguments.data.max_length == 8192
+    assert arguments.dft.dft_alpha == 0.7 and arguments.model.attn_implementation == "sdpa"
+    assert arguments.training.learning_rate == 2e-6
+    assert arguments.training.activation_checkpointing is True
+    assert arguments.training.get_warmup_steps(200) == 10
+
+
+def test_defaults_are_safe_and_follow_the_paper(tmp_path):
+    arguments = checked(tmp_path)
+    assert arguments.dft.dft_alpha == 1.0
+    assert arguments.model.trust_remote_code is False and arguments.model.attn_implementation == "auto"
+    assert arguments.training.metric_for_best_model == "eval_acc" and arguments.training.greater_is_better
+    assert arguments.training.report_to == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"), [("eval_acc", True), ("eval_nll", False), ("objective", False)]
+)
+def test_whether_greater_is_better_follows_from_the_metric(tmp_path, metric, greater):
+    assert checked(tmp_path, "--metric_for_best_model", metric).training.greater_is_better is greater
+
+
+def test_use_simple_dft_false_is_sft(tmp_path):
+    arguments = checked(tmp_path, "--use_simple_dft", "False", "--dft_alpha", "0.7")
+    assert arguments.dft.dft_alpha == 0 and any("plain SFT" in note for note in arguments.notes)
+
+
+def test_evaluation_files_win_over_a_split_and_say_so(tmp_path):
+    arguments = checked(tmp_path, "--eval_data_files", "c.jsonl", "--validation_split_percentage", "2")
+    assert arguments.data.validation_split_percentage == 0
+    assert sum("--validation_split_percentage 2 has no effect" in note for note in arguments.notes) == 1
+
+
+def test_flags_without_effect_are_noted_only_when_given(tmp_path):
+    assert not any("no effect" in note for note in checked(tmp_path).notes)
+    notes = checked(tmp_path, "--save_safetensors", "True", "--reduce_logging", "True").notes
+    assert sum("no effect" in note for note in notes) == 2
+
+
+WRONG = [
+    ("--dft_alpha 1.5", "--dft_alpha 1.5: must lie in"),
+    ("--dft_alpha nan", "--dft_alpha nan: must lie in"),
+    ("--dft_alpha much", "invalid float value: 'much'"),
+    ("--max_length 1", "--max_length 1: a target needs"),
+    ("--max_length 0", "--max_length 0: must be greater than 0"),
+    ("--validation_split_percentage 100", "--validation_split_percentage 100: must be at least 0 and"),
+    ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: must be greater than 0"),
+    ("--gradient_accumulation_steps -2", "--gradient_accumulation_steps -2: must be greater than 0"),
+    ("--num_train_epochs 0", "--num_train_epochs 0.0: must be greater than 0"),
+    ("--learning_rate -1", "--learning_rate -1.0: must be a finite number"),
+    ("--learning_rate inf", "--learning_rate inf: must be a finite number"),
+    ("--warmup_ratio 1.5", "--warmup_ratio 1.5: must be at least 0 and below 1"),
+    ("--warmup_ratio 0.1 --warmup_steps 10", "both set the warm-up"),
+    ("--max_train_samples 0", "--max_train_samples 0: must be greater than 0"),
+    ("--eval_strategy steps", "--eval_strategy steps needs --eval_data_files"),
+    ("--eval_on_start True", "--eval_on_start True needs --eval_data_files"),
+    ("--save_strategy best", "--save_strategy best needs --eval_data_files"),
+    ("--eval_strategy sometimes", "sometimes"),
+    ("--torch_dtype float8", "float8"),
+    ("--metric_for_best_model eval_bleu", "--metric_for_best_model eval_bleu: not measured; choose one of"),
+    ("--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1: DFT weights"),
+    ("--average_tokens_across_devices False", "--average_tokens_across_devices False would divide"),
+    ("--fp16 True --torch_dtype float16", "float16 gradients cannot be scaled back"),
+    ("--fp16 True --bf16 True", "At most one of fp16 and bf16"),
+    ("--learning_rte 3", "unknown argument --learning_rte; did you mean --learning_rate?"),
+    ("--wholly_unknown", "unknown argument --wholly_unknown"),
+    ("--config nowhere.yaml", "--config nowhere.yaml: no such file"),
+    ("--deepspeed ds_config/zero3.json", "DeepSpeed learns of its ranks from a launcher"),
+    ("--deepspeed nowhere.json", "--deepspeed nowhere.json: no such file; the ones that come along are in"),
+    ("--report_to nonsense", "--report_to nonsense: no such tracker; choose from"),
+    ("--report_to clearml", "--report_to clearml: its package is not installed"),
+    ("--output_dir /proc/nowhere", "--output_dir /proc/nowhere: cannot be written"),
+    ("--resume_from_checkpoint True", "--resume_from_checkpoint True: there is no checkpoint in"),
+    ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere: no such folder"),
+    (
+        "--lr_scheduler_type reduce_lr_on_plateau --eval_strategy steps --validation_split_percentage 5",
+        'so give --lr_scheduler_kwargs \'{"mode": "max"}\'',
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG, ids=[flags for flags, _ in WRONG])
+def test_a_mistake_is_one_message(tmp_path, flags, message):
+    with pytest.raises(UserError) as caught:
+        checked(tmp_path, *flags.split())
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_required_flag_is_named():
+    with pytest.raises(UserError, match="--data_files"):
+        parse_arguments(["--model_name_or_path", "model"])
+
+
+# ---- files of flags ----
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
+    (tmp_path / "a.yaml").write_text("learning_rate: 1e-3\nmax_length: 77\ndft_alpha: 0.5\n")
+    (tmp_path / "b.yaml").write_text("max_length: 88\ndata_files: [c.jsonl]\n")
+    arguments = parse_arguments(
+        ["--dft_alpha", "0.2", *words(tmp_path)[:2], *words(tmp_path)[5:],
+         "--config", str(tmp_path / "a.yaml"), f"--config={tmp_path / 'b.yaml'}"]
+    )  # fmt: skip
+    assert arguments.dft.dft_alpha == 0.2  # though it stands before --config
+    assert arguments.data.max_length == 88  # the later file
+    assert arguments.training.learning_rate == 1e-3
+    assert arguments.data.data_files == ["c.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- a\n- b", "expected a mapping"),
+        ("learning_rte: 3", "did you mean --learning_rate"),
+    ],
+)
+def test_a_broken_file_of_flags_is_one_message(tmp_path, text, message):
+    (tmp_path / "flags.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse_arguments([*words(tmp_path), "--config", str(tmp_path / "flags.yaml")])
+
+
+def test_run_args_hold_what_was_given_and_no_secret(tmp_path):
+    more = ["--hub_token", "SECRET", "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--learning_rate", "3e-5"]
+    more += ["--run_name=-dashed", "--local_rank", "1"]
+    arguments = parse_arguments([*words(tmp_path), *more])
+    write_run_args(tmp_path, arguments.given, default_flags(), own_flags(), {"ranks": 2})
+    text = (tmp_path / "run_args.yaml").read_text()
+    assert "SECRET" not in text and "local_rank" not in text and "#   ranks: 2" in text
+    content = yaml.safe_load(text)
+    assert content["learning_rate"] == 3e-5 and content["dft_alpha"] == 1.0
+    assert "weight_decay" not in content and "include_for_metrics" not in content
+    replayed = parse_arguments(["--config", str(tmp_path / "run_args.yaml")])
+    given = {
+        name: value for name, value in arguments.given.items() if name not in ("hub_token", "local_rank")
+    }
+    assert {name: replayed.given[name] for name in given} == given
+    assert replayed.training.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+# ---- DeepSpeed and output folders ----
+
+
+def deepspeed_file(folder, **content) -> list[str]:
+    (folder / "ds.json").write_text(json.dumps(content))
+    return ["--deepspeed", str(folder / "ds.json")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 2}},
+            "contradicts the flags: - ds train_micro_batch_size_per_gpu=3",
+        ),
+        ({"zero_optimization": {"stage": 3}}, "stage3_gather_16bit_weights_on_model_save"),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_is_refused(tmp_path, monkeypatch, content, message):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("dft.arguments.init_cpu_deepspeed", lambda: None)  # no process group for a refusal
+    with pytest.raises(UserError, match=message):
+        checked(tmp_path, *deepspeed_file(tmp_path, **content))
+    unset_hf_deepspeed_config()  # from_pretrained of the tests to come would shard their models
+
+
+def test_a_deepspeed_file_that_is_no_json_is_refused(tmp_path):
+    (tmp_path / "ds.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        checked(tmp_path, "--deepspeed", str(tmp_path / "ds.json"))
+
+
+def test_an_output_directory_with_checkpoints_is_not_overwritten(tmp_path):
+    (tmp_path / "out" / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds 1 checkpoint\(s\) of an earlier run"):
+        checked(tmp_path)
+    assert checked(tmp_path, "--overwrite_output_dir", "True").training.overwrite_output_dir
+
+
+def test_an_output_path_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        checked(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_output_directory_is_refused(tmp_path):
+    (tmp_path / "out").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="cannot be written"):
+        checked(tmp_path)
+
+
+def test_a_checkpoint_of_the_model_alone_cannot_be_resumed(tmp_path):
+    folder = tmp_path / "out" / "checkpoint-5"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    with pytest.raises(UserError, match="holds the model alone"):
+        checked(tmp_path, "--resume_from_checkpoint", "True")
+
+
+def test_a_checkpoint_is_resumed_as_it_was_saved(tmp_path):
+    folder = tmp_path / "out" / "checkpoint-5"
+    (folder / "global_step5").mkdir(parents=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    with pytest.raises(UserError, match="saved with --deepspeed"):
+        checked(tmp_path, "--resume_from_checkpoint", "True")
+
+
+def test_a_finished_run_has_nothing_to_resume(tmp_path):
+    folder = tmp_path / "out" / "checkpoint-5"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    (folder / "optimizer.pt").write_text("")
+    with pytest.raises(UserError, match="is at step 5 already"):
+        checked(tmp_path, "--resume_from_checkpoint", str(folder), "--max_steps", "5")
+    assert checked(tmp_path, "--resume_from_checkpoint", "True").training.resume_from_checkpoint == str(
+        folder
+    )
