@@ -1,0 +1,58 @@
+"""A user's mistake ends every rank with code 1 and is told once; anything else keeps its traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.launching import ROOT
+
+SCRIPT = """
+import dft.errors
+from dft.errors import UserError, report_user_errors
+dft.errors.PATIENCE = 1.5
+report_user_errors()
+print("raising", flush=True)
+raise {error}
+"""
+
+
+def start(error: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(error=error)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_users_mistake_is_its_message_alone():
+    process = start('UserError("--flag 3: no")', LOCAL_RANK="0")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.endswith("error: --flag 3: no\n") and "Traceback" not in errors
+
+
+def test_other_ranks_leave_the_first_word_to_rank_0_and_are_heard_if_it_has_none():
+    process = start('UserError("--flag 3: no")', LOCAL_RANK="1", RANK="5")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.endswith("[rank 5] error: --flag 3: no\n")
+
+
+def test_a_rank_that_is_ended_while_it_waits_says_nothing():
+    process = start('UserError("--flag 3: no")', LOCAL_RANK="1")
+    assert process.stdout.readline() == "raising\n"
+    time.sleep(0.3)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM and "error:" not in errors
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_bug_keeps_its_traceback_on_every_rank(rank):
+    process = start('KeyError("internal")', LOCAL_RANK=rank)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" in errors and "KeyError: 'internal'" in errors

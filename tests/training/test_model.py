@@ -1,0 +1,149 @@
+"""Loading a model: attention and dtype as asked for or explained, and no weight left to chance."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from dft.arguments import parse_arguments
+from dft.errors import UserError
+from dft.training.model import load_model, resolve_attention, resolve_dtype
+
+
+@pytest.fixture
+def folder(tokenizer, tmp_path):
+    """A tiny model with the tokenizer of the tests, which fits it exactly."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def arguments(folder, *more: str):
+    words = [
+        "--model_name_or_path",
+        str(folder),
+        "--data_files",
+        "a.jsonl",
+        "--output_dir",
+        str(folder / "out"),
+    ]
+    return parse_arguments([*words, "--use_cpu", "True", *more])
+
+
+def load(folder, *more: str):
+    return load_model(arguments(folder, *more), AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ([], torch.float32),
+        (["--bf16", "True"], torch.float32),
+        (["--torch_dtype", "bfloat16"], torch.bfloat16),
+        (["--torch_dtype", "auto"], torch.float32),
+    ],
+)
+def test_weights_are_float32_unless_asked_otherwise(folder, flags, dtype):
+    model = load(folder, *flags)
+    assert model.dtype == dtype
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_under_deepspeed_weights_have_the_dtype_it_computes_in(folder):
+    given = arguments(folder, "--bf16", "True")
+    given.training.deepspeed = "some.json"
+    assert resolve_dtype(given) == torch.bfloat16
+
+
+def test_flash_attention_on_cpu_names_the_remedy(folder):
+    with pytest.raises(
+        UserError, match="needs a CUDA GPU, and this run is on CPU; use --attn_implementation auto"
+    ):
+        resolve_attention(arguments(folder, "--attn_implementation", "flash_attention_2"))
+
+
+def on_gpu(folder, monkeypatch, *more: str, installed: bool):
+    given = arguments(folder, *more)
+    given.training.use_cpu = False
+    monkeypatch.setattr("dft.training.model.is_flash_attn_2_available", lambda: installed)
+    return given
+
+
+def test_auto_takes_flash_attention_where_it_works(folder, monkeypatch):
+    halves = on_gpu(folder, monkeypatch, "--bf16", "True", installed=True)
+    assert resolve_attention(halves) == "flash_attention_2"
+    assert resolve_attention(on_gpu(folder, monkeypatch, installed=True)) == "auto"  # float32
+    assert resolve_attention(on_gpu(folder, monkeypatch, "--bf16", "True", installed=False)) == "auto"
+    assert resolve_attention(arguments(folder, "--bf16", "True")) == "auto"  # CPU
+
+
+@pytest.mark.parametrize(
+    ("flags", "installed", "message"),
+    [
+        (["--bf16", "True"], False, "flash-attn is not installed.*--build-flash-attn"),
+        ([], True, "bfloat16 or float16 only; add --bf16 True"),
+    ],
+)
+def test_flash_attention_that_cannot_work_is_refused(folder, monkeypatch, flags, installed, message):
+    given = on_gpu(
+        folder, monkeypatch, "--attn_implementation", "flash_attention_2", *flags, installed=installed
+    )
+    with pytest.raises(UserError, match=message):
+        resolve_attention(given)
+
+
+def test_weights_that_are_missing_are_named(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are not in its files.*model.layers.0.mlp.up_proj.weight"):
+        load(folder)
+
+
+def test_truncated_weights_are_one_message(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_added_to_the_tokenizer_get_a_row_and_a_note(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before = len(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|new|>"]}, replace_extra_special_tokens=False)
+    given = arguments(folder)
+    model = load_model(given, tokenizer)
+    assert model.get_input_embeddings().weight.shape[0] == before + 1 == len(tokenizer)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.isfinite(model.lm_head.weight).all()
+    assert (
+        given.notes[-1] == f"embeddings: {before} -> {before + 1} rows, for the tokens added to the tokenizer"
+    )
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["vocab_size"] -= 50
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    weights[name] = weights[name][:-50].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="they do not belong together"):
+        load(folder)
+
+
+def test_a_router_loss_is_refused_rather_than_left_out(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["output_router_logits"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="output_router_logits"):
+        load(folder)
