@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from dft.config_file import expand_config
 from dft.errors import UserError
-from dft.training.distributed import init_cpu_deepspeed, is_launched
+from dft.training.distributed import init_cpu_deepspeed, is_launched, mute_deepspeed_deprecations
 from dft.training.metrics import LOWER_IS_BETTER
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -166,6 +166,7 @@ class TrainingArguments(transformers.TrainingArguments):
                     f"--deepspeed {self.deepspeed}: DeepSpeed learns of its ranks from a launcher, also when "
                     "there is one only; start with `deepspeed train_dft.py ...` in place of python"
                 )
+            mute_deepspeed_deprecations()
             if self.use_cpu:
                 init_cpu_deepspeed()
         super().__post_init__()

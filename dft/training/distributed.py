@@ -1,6 +1,7 @@
 """What has to be known or done about the other ranks before a Trainer exists."""
 
 import os
+import warnings
 
 
 def world_size() -> int:
@@ -21,6 +22,11 @@ def say(line: str) -> None:
     """Prints a line of this run once, from its first process."""
     if is_main_process():
         print(line, flush=True)
+
+
+def mute_deepspeed_deprecations() -> None:
+    """DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates; no user can do anything about it."""
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 def init_cpu_deepspeed() -> None:
