@@ -25,7 +25,7 @@ def say(line: str) -> None:
 
 
 def mute_deepspeed_deprecations() -> None:
-    """DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates; no user can do anything about it."""
+    """DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, which no user can change."""
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 

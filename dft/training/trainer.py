@@ -54,6 +54,8 @@ class DFTTrainer(transformers.Trainer):
     ) -> None:
         check_alpha(alpha)
         check_arguments(args)
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func would replace the DFT loss; use transformers.Trainer for that")
         self.alpha = alpha
         if data_collator is None:
             data_collator = PaddedCollator(model.config.get_text_config().pad_token_id or 0)

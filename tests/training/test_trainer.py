@@ -196,6 +196,12 @@ def test_arguments_that_would_change_the_loss_are_refused(tmp_path, flags, messa
         trainer(tmp_path, conversations(2), **flags)
 
 
+def test_another_loss_function_is_refused(tmp_path):
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="compute_loss_func would replace the DFT loss"):
+        DFTTrainer(tiny(), arguments, compute_loss_func=lambda *_: torch.tensor(0.0))
+
+
 def test_a_batch_without_labels_is_refused(tmp_path):
     run = trainer(tmp_path, conversations(2))
     with pytest.raises(ValueError, match="no 'labels'"):
