@@ -55,7 +55,7 @@ class DFTTrainer(transformers.Trainer):
         check_alpha(alpha)
         check_arguments(args)
         if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func would replace the DFT loss; use transformers.Trainer for that")
+            raise ValueError("compute_loss_func would replace the DFT loss; use transformers.Trainer instead")
         self.alpha = alpha
         if data_collator is None:
             data_collator = PaddedCollator(model.config.get_text_config().pad_token_id or 0)
