@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# From nothing to a trained model, without a download of models or data: sets up what is missing, makes a small
+# dataset and a tiny model, trains it under ZeRO-3 on all GPUs or two CPU processes, and shows what it learned.
+#
+#   bash scripts/quickstart.sh [FOLDER]     FOLDER is runs/quickstart unless given; what is in it is replaced
+set -euo pipefail
+scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+folder=$(mkdir -p "${1:-$scripts/../runs/quickstart}" && cd "${1:-$scripts/../runs/quickstart}" && pwd)
+bash "$scripts/setup.sh"
+. "$scripts/environment.sh"
+
+gpus=$(visible_gpus)
+if [[ -z $gpus ]]; then export DS_ACCELERATOR=cpu; fi
+"$PYTHON" "$scripts/make_example.py" "$folder"
+rm -rf "$folder/output"
+
+# 16 conversations per step on up to 16 processes, so that the result is nearly the same everywhere.
+commas=${gpus//[^,]/}
+processes=$([[ -n $gpus ]] && echo $((${#commas} + 1)) || echo 2)
+per_device=$((processes < 16 ? 16 / processes : 1))
+
+SHOW_LOG=1 MODEL=$folder/model OUTPUT_DIR=$folder/output REPORT_TO=none "$scripts/train.sh" \
+    --data_files "$folder/data/train.jsonl" --eval_data_files "$folder/data/eval.jsonl" \
+    --torch_dtype float32 --bf16 False --enable_gradient_checkpointing False --max_length 512 \
+    --preprocessing_num_workers 2 --num_train_epochs 4 --learning_rate 5e-3 \
+    --per_device_train_batch_size "$per_device" --per_device_eval_batch_size 50 --gradient_accumulation_steps 1 \
+    --eval_on_start True --eval_steps 100 --save_steps 200 --logging_steps 25
+
+log=$(ls -t "$ROOT"/logs/train_*.log | head -1)
+"$PYTHON" "$scripts/summarize_run.py" "$folder/output" --question "$folder/data/eval.jsonl" --log "$log"

@@ -1,0 +1,86 @@
+"""First and last metrics of a run, its answer to one held-out question, and where everything is.
+
+    python scripts/summarize_run.py runs/example/output [--question runs/example/data/eval.jsonl] [--log FILE]
+
+Fails if the saved model cannot be loaded by AutoModelForCausalLM.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+METRICS = ("loss", "nll", "avg_p_correct", "acc")
+FILES = {
+    "trainer_state.json": "every logged value",
+    "data_report.json": "what was read, kept and dropped",
+    "run_args.yaml": "the flags, to repeat the run with --config",
+}
+
+
+def first_and_last(history: list[dict[str, Any]], key: str) -> tuple[float, float] | None:
+    """The first and last logged value of a metric, None if it was never logged."""
+    values = [record[key] for record in history if key in record]
+    return (values[0], values[-1]) if values else None
+
+
+def table(history: list[dict[str, Any]]) -> str:
+    """One line per metric: its first and last value on training and on held-out data."""
+    rows = [f"{'':<14}{'train first':>12}{'last':>9}{'eval first':>13}{'last':>9}"]
+    for metric in METRICS:
+        pairs = [first_and_last(history, key) for key in (metric, f"eval_{metric}")]
+        cells = [("-", "-") if pair is None else (f"{pair[0]:.4f}", f"{pair[1]:.4f}") for pair in pairs]
+        (a, b), (c, d) = cells
+        rows.append(f"{metric:<14}{a:>12}{b:>9}{c:>13}{d:>9}")
+    return "\n".join(rows)
+
+
+def answer(folder: Path, prompt: list[dict[str, str]]) -> str:
+    """What the saved model answers, chosen greedily."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def held_out_question(file: Path) -> tuple[list[dict[str, str]], str]:
+    """The first conversation of a file up to its first assistant turn, and that turn."""
+    with file.open(encoding="utf-8") as lines:
+        messages = json.loads(next(lines))["messages"]
+    turn = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[:turn], messages[turn]["content"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Summarize a finished training run.")
+    parser.add_argument("folder", type=Path, help="the --output_dir of the run")
+    parser.add_argument("--question", type=Path, help="ask the model the first question of this .jsonl file")
+    parser.add_argument("--log", type=Path, help="the log file to name")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    disable_progress_bar()
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    print(f"\n{table(history)}\n")
+    if arguments.question:
+        prompt, expected = held_out_question(arguments.question)
+        print(f"question   {prompt[-1]['content']}")
+        print(f"expected   {expected}")
+        print(f"answered   {answer(folder, prompt)}\n")
+    print(f"{folder}\n  the model, as AutoModelForCausalLM.from_pretrained loads it")
+    for name, meaning in FILES.items():
+        if (folder / name).is_file():
+            print(f"{folder / name}\n  {meaning}")
+    if arguments.log:
+        print(f"{arguments.log}\n  the log")
+
+
+if __name__ == "__main__":
+    main()

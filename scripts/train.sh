@@ -1,0 +1,172 @@
+#!/usr/bin/env bash
+# Fine-tunes a model with the DFT loss. Edit the variables, then:
+#
+#   nohup scripts/train.sh &              # in the background; the log is under logs/
+#   scripts/train.sh                      # in the terminal; Ctrl-C ends every process
+#   scripts/train.sh --learning_rate 1e-6 # flags given here override those below
+#   MODEL=Qwen/Qwen2.5-7B scripts/train.sh
+#
+# Relative paths count from the repository. Two runs at a time need different GPUs and an OUTPUT_DIR each.
+set -euo pipefail
+
+NUM_GPUS=${NUM_GPUS:-auto} # auto: all that CUDA_VISIBLE_DEVICES leaves; 0: CPU
+GPU_IDS=${GPU_IDS:-}       # e.g. 0,2,3 to choose them; NUM_GPUS is then not used
+
+MODEL=${MODEL:-/path/to/model} # a folder, or a name on the hub
+DATA_FILES=(
+    /path/to/train.jsonl
+    # more files are merged
+)
+EVAL_DATA_FILES=(
+    # files to evaluate on; if there are none, VALIDATION_PERCENT of DATA_FILES is held out
+)
+VALIDATION_PERCENT=${VALIDATION_PERCENT:-2.0}
+OUTPUT_DIR=${OUTPUT_DIR:-outputs/dft}
+LOGGING_DIR=${LOGGING_DIR:-$OUTPUT_DIR/logs}
+DS_CONFIG=${DS_CONFIG:-./ds_config/zero3.json} # zero3_offload.json where GPU memory is too small
+REPORT_TO=${REPORT_TO:-swanlab}                # swanlab, wandb, tensorboard, none
+
+flags=(
+    --model_name_or_path "$MODEL"
+    --torch_dtype bfloat16
+    --bf16 True
+    --attn_implementation auto # flash_attention_2 where it is installed, else sdpa
+    --trust_remote_code False
+    --max_length 8192
+    --preprocessing_num_workers 8
+    --enable_gradient_checkpointing True
+    --dft_alpha 0.7 # 1 is the DFT of the paper, 0 is plain SFT
+    --num_train_epochs 1
+    --per_device_train_batch_size 1
+    --per_device_eval_batch_size 1
+    --gradient_accumulation_steps 16
+    --learning_rate 2e-6
+    --lr_scheduler_type cosine
+    --warmup_ratio 0.05
+    --weight_decay 0.01
+    --eval_strategy steps
+    --eval_steps 200
+    --save_strategy steps
+    --save_steps 200
+    --save_total_limit 3
+    --save_only_model True # False also keeps the optimizer, to go on with --resume_from_checkpoint True
+    --logging_steps 10
+    --report_to "$REPORT_TO"
+    --deepspeed "$DS_CONFIG"
+    --output_dir "$OUTPUT_DIR"
+    --logging_dir "$LOGGING_DIR"
+    --remove_unused_columns False
+    --ddp_find_unused_parameters False
+    # --max_eval_samples 1000
+    # --dataloader_num_workers 8
+    # --debug_data_processing True # prints the first sequences with their supervised parts marked
+    # --disable_tqdm False         # a progress bar, also in the log
+)
+
+# Below here nothing needs editing.
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$ROOT"
+
+given() {
+    local flag=$1 word
+    shift
+    for word in "$@"; do [[ $word == "$flag" || $word == "$flag="* ]] && return; done
+    return 1
+}
+
+edit_first() {
+    local variable=$1 flag=$2 value
+    shift 2
+    for value in "$@"; do
+        [[ $value != /path/to/* ]] ||
+            fail "$variable is still $value: set it at the top of scripts/train.sh, or give $flag"
+    done
+}
+
+given --model_name_or_path "$@" || edit_first MODEL --model_name_or_path "$MODEL"
+if ! given --data_files "$@"; then
+    ((${#DATA_FILES[@]})) || fail "DATA_FILES is empty: name the training files at the top of scripts/train.sh"
+    edit_first DATA_FILES --data_files "${DATA_FILES[@]}"
+    flags+=(--data_files "${DATA_FILES[@]}")
+fi
+if ! given --eval_data_files "$@" && ! given --validation_split_percentage "$@"; then
+    if ((${#EVAL_DATA_FILES[@]})); then
+        edit_first EVAL_DATA_FILES --eval_data_files "${EVAL_DATA_FILES[@]}"
+        flags+=(--eval_data_files "${EVAL_DATA_FILES[@]}")
+    else
+        flags+=(--validation_split_percentage "$VALIDATION_PERCENT")
+    fi
+fi
+[[ -x $ENVIRONMENT/bin/deepspeed ]] || fail "deepspeed is not installed in $ENVIRONMENT; run bash scripts/setup.sh"
+
+gpus=$(visible_gpus)
+if [[ -n $GPU_IDS ]]; then
+    devices=(--include "localhost:$GPU_IDS")
+elif [[ -z $gpus && $NUM_GPUS =~ ^[1-9] ]]; then
+    fail "NUM_GPUS=$NUM_GPUS, but no GPU is visible here (nvidia-smi -L, CUDA_VISIBLE_DEVICES)"
+elif [[ -z $gpus || $NUM_GPUS == 0 ]]; then
+    ranks=${CPU_RANKS:-2}
+    devices=(--num_accelerators "$ranks")
+    flags+=(--use_cpu True)
+    cores=$(nproc)
+    # Each rank would take every core for itself, and two of them would wait for each other.
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+    echo "no GPU is used: $ranks processes on the CPU"
+elif [[ $NUM_GPUS == auto ]]; then
+    devices=(--include "localhost:$gpus")
+else
+    available=${gpus//[^,]/}
+    ((NUM_GPUS <= ${#available} + 1)) || fail "NUM_GPUS=$NUM_GPUS, but the visible GPUs are $gpus"
+    devices=(--num_gpus "$NUM_GPUS")
+    if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+        devices=(--include "localhost:$(cut -d, -f"1-$NUM_GPUS" <<<"$gpus")")
+    fi
+fi
+# The choice is made; deepspeed would warn that it ignores the variable.
+unset CUDA_VISIBLE_DEVICES
+# A fixed port would make a second run on this machine join, or fail on, the first.
+port=${MASTER_PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+command=(deepspeed "${devices[@]}" --master_port "$port" --log_level error train_dft.py "${flags[@]}" "$@")
+
+mkdir -p logs
+log=$ROOT/logs/train_$(date +%Y-%m-%d_%H-%M-%S).log
+[[ ! -e $log ]] || log=${log%.log}_$$.log
+{ printf '%q ' "${command[@]}" && echo; } >"$log"
+echo "log: $log"
+echo "follow it: tail -f $log"
+
+job=
+stop() {
+    trap '' INT TERM HUP
+    echo "stopping all processes of this run" >&2
+    kill -TERM -- "-$job" 2>/dev/null || true
+    for _ in {1..400}; do
+        kill -0 -- "-$job" 2>/dev/null || exit "$1"
+        sleep 0.1
+    done
+    kill -KILL -- "-$job" 2>/dev/null || true
+    exit "$1"
+}
+
+# Job control gives the launcher and its ranks a process group of their own, which `stop` can end as a whole.
+set -m
+"${command[@]}" >>"$log" 2>&1 </dev/null &
+job=$!
+trap 'stop 130' INT
+trap 'stop 143' TERM
+trap 'stop 129' HUP
+follower=
+if [[ -t 1 || -n ${SHOW_LOG:-} ]]; then
+    tail -n +2 -f -s 0.2 --pid "$job" "$log" &
+    follower=$!
+fi
+set +m
+
+status=0
+wait "$job" || status=$?
+[[ -z $follower ]] || wait "$follower" || true
+if ((status)); then
+    echo "error: training ended with exit code $status; see $log" >&2
+    exit "$status"
+fi
+echo "done: $log"
