@@ -1,7 +1,7 @@
 """Make a small ChatML dataset and a tiny Qwen3 model with its own tokenizer, seeded and without a download.
 
     python scripts/make_example.py runs/example [--conversations 2000] [--seed 0]
-    python scripts/make_example.py runs/mine --corpus my.jsonl --vocab_size 4096   # a tiny model for data at hand
+    python scripts/make_example.py runs/mine --corpus my.jsonl --vocab_size 4096    # a model for data at hand
 
     runs/example/data/train.jsonl, eval.jsonl    no conversation is in both
     runs/example/model/                          random weights, as from_pretrained loads them
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where data/ and model/ are written")
     parser.add_argument("--conversations", type=int, default=2000, help="a tenth of them is for evaluation")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--corpus", type=Path, help="ChatML .jsonl to learn the tokenizer from; no data is made")
+    parser.add_argument("--corpus", type=Path, help="ChatML .jsonl for the tokenizer; no data is made")
     parser.add_argument("--vocab_size", type=int, default=800, help="of the tokenizer, at most")
     arguments = parser.parse_args()
     folder = arguments.folder

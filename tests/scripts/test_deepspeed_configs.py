@@ -1,0 +1,31 @@
+"""Every configuration does what its name says, leaves to the flags what flags decide, and can be saved."""
+
+import json
+
+import pytest
+
+from tests.launching import ROOT
+
+CONFIGS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "ds_config").glob("*.json"))}
+
+
+def test_there_is_one_for_every_stage():
+    stages = {name: config["zero_optimization"]["stage"] for name, config in CONFIGS.items()}
+    assert stages == {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_flags_decide_is_left_to_them(name):
+    config = CONFIGS[name]
+    for key in (
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+        "gradient_clipping",
+    ):  # fmt: skip
+        assert config[key] == "auto"
+    assert config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
+    assert config["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
+def test_zero3_gathers_the_weights_it_saves(name):
+    assert CONFIGS[name]["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True

@@ -1,0 +1,166 @@
+"""The shell scripts, with a deepspeed that is not one: what they start, what they say, and how they end."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT
+
+SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+DATA = ("--data_files", "a.jsonl")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the scripts in a repository of their own, and an environment to put a deepspeed in."""
+    root = tmp_path / "repo with space"
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    bin_folder = tmp_path / "env" / "bin"
+    bin_folder.mkdir(parents=True)
+    (bin_folder / "python").symlink_to(sys.executable)
+    return root, bin_folder
+
+
+def fake_deepspeed(bin_folder: Path, body: str) -> None:
+    (bin_folder / "deepspeed").write_text(f"#!/usr/bin/env bash\n{body}\n")
+    (bin_folder / "deepspeed").chmod(0o755)
+
+
+def start(copy, *words: str, **env: str) -> subprocess.Popen[str]:
+    root, bin_folder = copy
+    return subprocess.Popen(
+        [str(root / "scripts" / "train.sh"), *words],
+        cwd="/",
+        env={**os.environ, "VIRTUAL_ENV": str(bin_folder.parent), "CUDA_VISIBLE_DEVICES": "", **env},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(copy, *words: str, **env: str) -> tuple[int, str, str]:
+    process = start(copy, *words, **env)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse_and_stop_at_the_first_failure(script):
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    assert script.name == "environment.sh" or "set -euo pipefail" in script.read_text()
+
+
+def test_train_starts_the_job_from_any_folder_and_says_where_the_log_is(copy):
+    fake_deepspeed(copy[1], 'printf "%s\\n" "$PWD" "$@"; echo to-stderr >&2')
+    code, output, errors = run(copy, *DATA, "--learning_rate", "1e-6", MODEL="/models/a b", OUTPUT_DIR="out")
+    assert code == 0, errors
+    (log,) = (copy[0] / "logs").glob("train_*.log")
+    assert f"log: {log}" in output and f"tail -f {log}" in output
+    lines = log.read_text().splitlines()
+    assert lines[1] == str(copy[0])
+    assert "to-stderr" in lines and "/models/a b" in lines
+    words = lines[2:]
+    for flag, value in {
+        "--num_accelerators": "2",
+        "--dft_alpha": "0.7",
+        "--deepspeed": "./ds_config/zero3.json",
+        "--validation_split_percentage": "2.0",
+        "--data_files": "a.jsonl",
+    }.items():
+        assert words[words.index(flag) + 1] == value
+    assert words[len(words) - 1 - words[::-1].index("--learning_rate") + 1] == "1e-6"  # the last word counts
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "message"),
+    [
+        (DATA, {}, "MODEL is still /path/to/model: set it at the top of scripts/train.sh"),
+        ((), {"MODEL": "m"}, "DATA_FILES is still /path/to/train.jsonl"),
+        (DATA, {"MODEL": "m", "NUM_GPUS": "3"}, "NUM_GPUS=3, but no GPU is visible here"),
+    ],
+)
+def test_what_was_not_edited_is_named(copy, words, env, message):
+    fake_deepspeed(copy[1], "echo started")
+    code, output, errors = run(copy, *words, **env)
+    assert code != 0 and message in errors and "started" not in output
+
+
+def test_the_exit_code_is_that_of_training(copy):
+    fake_deepspeed(copy[1], "exit 7")
+    code, _, errors = run(copy, *DATA, MODEL="m")
+    assert code == 7 and "training ended with exit code 7" in errors
+
+
+def test_two_runs_get_different_ports(copy):
+    fake_deepspeed(copy[1], 'while [[ $1 != --master_port ]]; do shift; done; echo "port $2"; sleep 2')
+    runs = [start(copy, *DATA, MODEL="m", SHOW_LOG="1") for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in runs]
+    ports = {line for output in outputs for line in output.splitlines() if line.startswith("port ")}
+    assert len(ports) == 2 and all(process.returncode == 0 for process in runs)
+
+
+def test_a_signal_ends_every_process(copy, tmp_path):
+    pids = tmp_path / "pids"
+    fake_deepspeed(copy[1], f'sleep 300 & echo $$ $! >"{pids}"; wait')
+    process = start(copy, *DATA, MODEL="m")
+    deadline = time.monotonic() + 30
+    while not (pids.is_file() and pids.read_text().strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    for pid in map(int, pids.read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_setting_up_again_is_quick_and_changes_nothing():
+    started = time.monotonic()
+    finished = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "setup.sh"), "--dev"],
+        env={**os.environ, "VIRTUAL_ENV": sys.prefix},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "installing" not in finished.stdout and f"environment ready: {sys.prefix}" in finished.stdout
+    assert time.monotonic() - started < 20  # seconds; an installation takes a minute and more
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "message"),
+    [
+        (["--dve"], sys.prefix, "unknown argument --dve"),
+        ([], "/nowhere", "/nowhere is not a Python environment"),
+    ],
+)
+def test_setup_refuses_what_it_cannot_do(words, environment, message):
+    finished = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "setup.sh"), *words],
+        env={**os.environ, "VIRTUAL_ENV": environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode != 0 and message in finished.stderr
+
+
+def test_requirements_that_are_not_met_are_listed(tmp_path):
+    file = tmp_path / "requirements.txt"
+    file.write_text(
+        "# a comment\ntorch==0.1\nno-such-package==1.0  # why\npytest==" + pytest.__version__ + "\n"
+    )
+    words = [sys.executable, str(ROOT / "scripts" / "check_requirements.py"), str(file)]
+    finished = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert finished.stdout.split() == ["torch==0.1", "no-such-package==1.0"]
