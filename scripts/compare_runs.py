@@ -1,0 +1,47 @@
+"""How far the training metrics of runs are from those of a reference, step by step.
+
+    python scripts/compare_runs.py runs/reference runs/other [runs/another ...]
+
+Prints the greatest relative difference of each metric over the steps that both have logged. Fails if they have
+no step in common.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+METRICS = ("loss", "nll", "avg_p_correct", "objective", "grad_norm")
+
+
+def train_records(folder: Path) -> dict[int, dict[str, Any]]:
+    """What a run logged of its training, by step."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {record["step"]: record for record in history if "grad_norm" in record}
+
+
+def greatest_differences(reference: Path, other: Path) -> dict[str, float]:
+    """By metric, the greatest |other - reference| / |reference|."""
+    expected, got = train_records(reference), train_records(other)
+    steps = expected.keys() & got.keys()
+    if not steps:
+        raise SystemExit(f"error: {reference} and {other} have logged no step in common")
+    return {
+        name: max(abs(got[step][name] - expected[step][name]) / abs(expected[step][name]) for step in steps)
+        for name in METRICS
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare the training metrics of runs.")
+    parser.add_argument("reference", type=Path, help="the --output_dir to compare with")
+    parser.add_argument("others", type=Path, nargs="+", help="the --output_dir of other runs")
+    arguments = parser.parse_args()
+    print(f"{'':<24}" + "".join(f"{name:>15}" for name in METRICS))
+    for other in arguments.others:
+        differences = greatest_differences(arguments.reference, other)
+        print(f"{other.name:<24}" + "".join(f"{differences[name]:>15.1e}" for name in METRICS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Differences are relative, and over the steps that both runs have."""
+
+import json
+
+import pytest
+
+from scripts.compare_runs import METRICS, greatest_differences
+
+
+def save(folder, values: dict[int, float]):
+    folder.mkdir()
+    history = [{"step": step, **dict.fromkeys(METRICS, value)} for step, value in values.items()]
+    history.append({"step": 1, "eval_nll": 9.0})
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    return folder
+
+
+def test_the_greatest_relative_difference_is_found(tmp_path):
+    reference = save(tmp_path / "a", {1: 2.0, 2: 4.0, 3: 1.0})
+    other = save(tmp_path / "b", {1: 2.1, 2: 4.1, 9: 50.0})
+    assert greatest_differences(reference, other) == pytest.approx(dict.fromkeys(METRICS, 0.05))
+
+
+def test_runs_without_a_common_step_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="no step in common"):
+        greatest_differences(save(tmp_path / "a", {1: 2.0}), save(tmp_path / "b", {2: 2.0}))
