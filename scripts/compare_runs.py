@@ -2,8 +2,8 @@
 
     python scripts/compare_runs.py runs/reference runs/other [runs/another ...]
 
-Prints the greatest relative difference of each metric over the steps that both have logged. Fails if they have
-no step in common.
+Prints the greatest relative difference of each metric over the steps that both have logged. Fails if there
+is no such step.
 """
 
 import argparse
