@@ -55,8 +55,12 @@ def launch(
             f"--master_port={free_port()}",
         ],
     }  # fmt: skip
+    home = folder / "home"  # without a login of a tracker, as its variables are left out
+    home.mkdir(exist_ok=True)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SWANLAB_"))}
     environment = {
-        **os.environ,
+        **kept,
+        "HOME": str(home),
         "PYTHONPATH": str(ROOT),
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
