@@ -11,6 +11,7 @@ scripts/train.sh holds a complete command to edit; the README explains the flags
 import json
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from dft.arguments import Arguments, parse_arguments
@@ -18,12 +19,12 @@ from dft.conflicts import check
 from dft.data.chat import ChatEncoder
 from dft.data.prepare import REPORT, PreparedData, PrepareOptions, prepare
 from dft.data.tokenizer import load_tokenizer, stop_token_ids
-from dft.errors import report_user_errors
+from dft.errors import UserError, report_user_errors
 from dft.report.data import data_summary, show_sequences
 from dft.report.run import final_lines, start_lines, write_resolved_arguments
 from dft.training.checkpoints import remove_checkpoints
 from dft.training.distributed import is_main_process, say
-from dft.training.model import load_model, resolve_attention
+from dft.training.model import check_positions, load_model, resolve_attention
 from dft.training.trackers import go_offline_without_login
 from dft.training.trainer import DFTTrainer
 
@@ -52,14 +53,8 @@ def main() -> None:
         return
 
     model = load_model(arguments, tokenizer)
-    trainer = DFTTrainer(
-        model,
-        arguments.training,
-        alpha=arguments.dft.dft_alpha,
-        train_dataset=data.datasets["train"],
-        eval_dataset=data.datasets.get("eval"),
-        processing_class=tokenizer,
-    )
+    check_positions(model, data.longest, arguments)
+    trainer = make_trainer(arguments, model, data, tokenizer)
     remove_checkpoints(arguments.training)
     write_resolved_arguments(arguments, model)
     for line in start_lines(arguments, model, data.report):
@@ -69,6 +64,23 @@ def main() -> None:
     trainer.save_state()
     for line in final_lines(trainer.state, arguments.training):
         say(line)
+
+
+def make_trainer(
+    arguments: Arguments, model: PreTrainedModel, data: PreparedData, tokenizer: PreTrainedTokenizerBase
+) -> DFTTrainer:
+    """The trainer; what transformers refuses of its arguments is the user's to mend."""
+    try:
+        return DFTTrainer(
+            model,
+            arguments.training,
+            alpha=arguments.dft.dft_alpha,
+            train_dataset=data.datasets["train"],
+            eval_dataset=data.datasets.get("eval"),
+            processing_class=tokenizer,
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from None
 
 
 def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:

@@ -53,8 +53,15 @@ def config_flags(file: str) -> list[str]:
             words += [f"--{name}", *map(str, value)]
         else:
             # One word, so that a value which begins with a dash is not taken for a flag.
-            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+            words.append(f"--{name}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
     return words
+
+
+def plain(value: Any) -> Any:
+    """The value as YAML holds it: enumerations as the word they stand for."""
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def write_run_args(
@@ -70,7 +77,7 @@ def write_run_args(
         derived: what the run made of them; written as comments.
     """
     kept = {
-        name: value.value if isinstance(value, enum.Enum) else value
+        name: plain(value)
         for name, value in given.items()
         if value is not None
         and name not in (*SECRETS, "local_rank")

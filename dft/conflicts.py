@@ -1,9 +1,11 @@
 """Arguments that contradict one another or this machine, found before any work is done."""
 
+import json
 import math
 import tempfile
 from pathlib import Path
 
+import torch
 import transformers
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -13,7 +15,7 @@ from transformers.utils import is_liger_kernel_available
 from dft.arguments import Arguments, TrainingArguments
 from dft.errors import UserError
 from dft.training.metrics import METRICS
-from dft.training.trainer import check_arguments
+from dft.training.trainer import DFTTrainer, check_arguments
 
 
 def check(arguments: Arguments) -> None:
@@ -39,6 +41,7 @@ def check(arguments: Arguments) -> None:
     check_evaluation(arguments)
     check_precision(arguments)
     check_packages(training)
+    check_optimizer(training)
     check_deepspeed(training)
     check_output(arguments)
 
@@ -55,6 +58,7 @@ def check_ranges(arguments: Arguments) -> None:
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "num_train_epochs": training.num_train_epochs,
         "save_total_limit": training.save_total_limit,
+        "dataloader_prefetch_factor": training.dataloader_prefetch_factor,
     }
     for name, value in positive.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -71,6 +75,13 @@ def check_ranges(arguments: Arguments) -> None:
     for name, value in not_negative.items():
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{name} {value}: must be a finite number, at least 0")
+    for name, value in {"seed": training.seed, "data_seed": training.data_seed}.items():
+        if value is not None and not 0 <= value < 2**32:
+            raise UserError(f"--{name} {value}: must be at least 0 and below 2**32")
+    for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "liger_kernel_config"):
+        value = vars(training)[name]
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"--{name} {value}: expected a JSON object such as '{{\"name\": 1}}'")
     if data.max_length < 2:
         raise UserError(f"--max_length {data.max_length}: a target needs a token before it, so at least 2")
     if not 0 <= dft.dft_alpha <= 1:
@@ -146,6 +157,29 @@ def check_packages(training: TrainingArguments) -> None:
         raise UserError("--use_liger_kernel True: liger-kernel is not installed; pip install liger-kernel")
 
 
+def check_optimizer(training: TrainingArguments) -> None:
+    """Makes the optimizer and the schedule once, for a parameter of their own, to hear what they refuse."""
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    try:
+        made, options = DFTTrainer.get_optimizer_cls_and_kwargs(training)
+        optimizer = made([parameter], **options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"--optim {training.optim.value}: {' '.join(str(error).split())}") from None
+    try:
+        transformers.get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=100,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--lr_scheduler_type {training.lr_scheduler_type.value} with --lr_scheduler_kwargs "
+            f"{json.dumps(training.lr_scheduler_kwargs)}: {' '.join(str(error).split())}"
+        ) from None
+
+
 def check_deepspeed(training: TrainingArguments) -> None:
     if not training.deepspeed:
         return
@@ -170,6 +204,8 @@ def check_deepspeed(training: TrainingArguments) -> None:
 
 def check_output(arguments: Arguments) -> None:
     training = arguments.training
+    if not training.output_dir:
+        raise UserError("--output_dir '': name the folder to write to")
     folder = Path(training.output_dir)
     existing = folder
     while not existing.exists():

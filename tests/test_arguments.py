@@ -100,6 +100,16 @@ WRONG = [
     ("--config nowhere.yaml", "--config nowhere.yaml: no such file"),
     ("--deepspeed ds_config/zero3.json", "DeepSpeed learns of its ranks from a launcher"),
     ("--deepspeed nowhere.json", "--deepspeed nowhere.json: no such file; the ones that come along are in"),
+    ("--lr_scheduler_kwargs notjson", "--lr_scheduler_kwargs notjson: expected a JSON object"),
+    ('--lr_scheduler_kwargs {"foo":1}', "unexpected keyword argument 'foo'"),
+    ("--lr_scheduler_type cosine_with_min_lr", "One of min_lr or min_lr_rate should be set"),
+    ("--optim adamw_8bit", "--optim adamw_8bit: You need to install `bitsandbytes`"),
+    ("--optim_args foo", "--optim adamw_torch_fused: "),
+    ("--adam_beta1 2", "Invalid beta parameter at index 0: 2.0"),
+    ("--seed -1", "--seed -1: must be at least 0"),
+    ("--dataloader_num_workers 2 --dataloader_prefetch_factor 0", "--dataloader_prefetch_factor 0: must be"),
+    ('--accelerator_config {"split_batches":true}', "--accelerator_config: split_batches"),
+    ("--output_dir=", "--output_dir '': name the folder"),
     ("--report_to nonsense", "--report_to nonsense: no such tracker; choose from"),
     ("--report_to clearml", "--report_to clearml: its package is not installed"),
     ("--output_dir /proc/nowhere", "--output_dir /proc/nowhere: cannot be written"),
@@ -152,6 +162,16 @@ def test_a_broken_file_of_flags_is_one_message(tmp_path, text, message):
     (tmp_path / "flags.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         parse_arguments([*words(tmp_path), "--config", str(tmp_path / "flags.yaml")])
+
+
+def test_dates_in_a_file_are_read_and_enumerations_are_written_as_words(tmp_path):
+    (tmp_path / "flags.yaml").write_text(
+        "lr_scheduler_kwargs: {a: 2020-01-01}\ndebug: [underflow_overflow]\n"
+    )
+    arguments = parse_arguments([*words(tmp_path), "--config", str(tmp_path / "flags.yaml")])
+    assert arguments.training.lr_scheduler_kwargs == {"a": "2020-01-01"}
+    write_run_args(tmp_path, arguments.given, default_flags(), own_flags(), {})
+    assert yaml.safe_load((tmp_path / "run_args.yaml").read_text())["debug"] == ["underflow_overflow"]
 
 
 def test_run_args_hold_what_was_given_and_no_secret(tmp_path):

@@ -54,6 +54,11 @@ class PreparedData:
     report: dict[str, Any]
     path: Path
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.report[split]["length_percentiles"]["100"] for split in self.datasets)
+
 
 def prepare(
     data_files: list[str],

@@ -2,6 +2,7 @@
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 
@@ -48,6 +49,27 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     return model
 
 
+def check_positions(model: PreTrainedModel, longest: int, arguments: Arguments) -> None:
+    """Holds the longest sequence against the positions the model knows.
+
+    Raises:
+        UserError: positions are learned, one by one, and there are too few.
+    """
+    config = model.config.get_text_config().to_dict()
+    known = config.get("max_position_embeddings", config.get("n_positions"))
+    if known is None or longest <= known:
+        return
+    tables = [one for one in model.modules() if isinstance(one, nn.Embedding)]
+    if any(one is not model.get_input_embeddings() and one.num_embeddings >= known for one in tables):
+        raise UserError(
+            f"--max_length {arguments.data.max_length}: the longest sequence has {longest} tokens, and the "
+            f"model has learned {known} positions; at most --max_length {known}"
+        )
+    arguments.notes.append(
+        f"the longest sequence has {longest} tokens, more than the {known} that the model was made for"
+    )
+
+
 def resolve_dtype(arguments: Arguments) -> torch.dtype | str:
     """The dtype the weights are loaded in; "auto" is that of the checkpoint."""
     chosen = arguments.model.torch_dtype
@@ -70,6 +92,11 @@ def resolve_attention(arguments: Arguments) -> str:
     halves = resolve_dtype(arguments) != torch.float32 or arguments.training.mixed_precision != "no"
     if wanted == "auto":
         return FLASH if not arguments.training.use_cpu and is_flash_attn_2_available() and halves else "auto"
+    if wanted == "flex_attention" and arguments.training.use_cpu:
+        raise UserError(
+            "--attn_implementation flex_attention: has no backward pass on the CPU; use "
+            "--attn_implementation auto"
+        )
     if wanted != FLASH:
         return wanted
     if arguments.training.use_cpu:

@@ -58,7 +58,7 @@ class DFTTrainer(transformers.Trainer):
             raise ValueError("compute_loss_func would replace the DFT loss; use transformers.Trainer instead")
         self.alpha = alpha
         if data_collator is None:
-            data_collator = PaddedCollator(model.config.get_text_config().pad_token_id or 0)
+            data_collator = PaddedCollator(padding_id(model))
         self._saved_use_cache = model.config.get_text_config().use_cache
         super().__init__(model, args, data_collator=data_collator, **kwargs)
         # compute_loss divides by the step's tokens itself and hands nothing to the model's own loss, so
@@ -166,7 +166,7 @@ class DFTTrainer(transformers.Trainer):
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
         if not isinstance(dataset, IterableDataset):
-            dataset = WithBlank(dataset, self.model.config.get_text_config().pad_token_id or 0)
+            dataset = WithBlank(dataset, padding_id(self.model))
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: WithBlank | None = None) -> Sampler | None:
@@ -229,6 +229,12 @@ def check_arguments(args: transformers.TrainingArguments) -> None:
             "--average_tokens_across_devices False would divide each rank's loss by its own token count; the "
             "DFT loss is divided by the tokens of the whole step"
         )
+    batching = args.accelerator_config
+    if batching.split_batches or batching.dispatch_batches or not batching.even_batches:
+        raise ValueError(
+            "--accelerator_config: split_batches, dispatch_batches and even_batches deal out other batches "
+            "than those whose tokens are counted; leave them at their defaults"
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process; start one process per GPU (deepspeed "
@@ -239,6 +245,12 @@ def check_arguments(args: transformers.TrainingArguments) -> None:
             f"--train_sampling_strategy {args.train_sampling_strategy}: must be random, sequential or "
             "group_by_length"
         )
+
+
+def padding_id(model: nn.Module) -> int:
+    """A token to pad with. Any will do, since padding is neither attended to nor supervised."""
+    wanted = model.config.get_text_config().pad_token_id
+    return wanted if wanted is not None and wanted >= 0 else 0
 
 
 def token_count(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from dft.arguments import parse_arguments
 from dft.errors import UserError
-from dft.training.model import load_model, resolve_attention, resolve_dtype
+from dft.training.model import check_positions, load_model, resolve_attention, resolve_dtype
 
 
 @pytest.fixture
@@ -139,6 +139,22 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="they do not belong together"):
         load(folder)
+
+
+def test_a_sequence_beyond_the_learned_positions_is_refused(folder):
+    given = arguments(folder, "--max_length", "64")
+    learned = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=32, n_embd=8, n_layer=1, n_head=1))
+    check_positions(learned, 32, given)
+    with pytest.raises(
+        UserError, match="--max_length 64: the longest sequence has 33 tokens.*at most --max_length 32"
+    ):
+        check_positions(learned, 33, given)
+    rotary = load(folder)
+    rotary.config.max_position_embeddings = 32
+    check_positions(rotary, 33, given)  # rotary positions go on
+    assert (
+        given.notes[-1] == "the longest sequence has 33 tokens, more than the 32 that the model was made for"
+    )
 
 
 def test_a_router_loss_is_refused_rather_than_left_out(folder):

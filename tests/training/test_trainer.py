@@ -196,6 +196,15 @@ def test_arguments_that_would_change_the_loss_are_refused(tmp_path, flags, messa
         trainer(tmp_path, conversations(2), **flags)
 
 
+def test_a_padding_id_that_is_no_token_is_passed_over(tmp_path):
+    """Some configurations say -1 where they mean none."""
+    model = tiny()
+    model.config.pad_token_id = -1
+    rows = conversations(5)
+    metrics = trainer(tmp_path, rows, model=model, evaluation=rows, per_device_eval_batch_size=4).evaluate()
+    assert metrics["eval_nll"] == pytest.approx(recomputed(tiny(), rows, 0.6)["nll"], rel=1e-5)
+
+
 def test_another_loss_function_is_refused(tmp_path):
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match="compute_loss_func would replace the DFT loss"):
