@@ -13,7 +13,8 @@ fail() {
 
 # Whether there is an NVIDIA GPU and a driver that answers; nvidia-smi also exists where neither does.
 has_gpu() {
-    command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '
+    # Not grep -q: it stops reading at the first of several GPUs, which pipefail takes for a failure of nvidia-smi.
+    command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null
 }
 
 # Indices of the GPUs to use, as 0,1,2; nothing where there is none. CUDA_VISIBLE_DEVICES narrows them.

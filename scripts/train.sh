@@ -99,6 +99,7 @@ if ! given --eval_data_files "$@" && ! given --validation_split_percentage "$@";
 fi
 [[ -x $ENVIRONMENT/bin/deepspeed ]] || fail "deepspeed is not installed in $ENVIRONMENT; run bash scripts/setup.sh"
 
+[[ $NUM_GPUS =~ ^(auto|[0-9]+)$ ]] || fail "NUM_GPUS=$NUM_GPUS: auto or a number; GPU_IDS chooses by index"
 gpus=$(visible_gpus)
 if [[ -n $GPU_IDS ]]; then
     devices=(--include "localhost:$GPU_IDS")

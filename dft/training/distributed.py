@@ -38,5 +38,7 @@ def init_cpu_deepspeed() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # slow to import, and not needed by runs without it
 
+    # An operator for inference, which DeepSpeed would compile for half a minute, or fail without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed("gloo", verbose=False)

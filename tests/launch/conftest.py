@@ -1,7 +1,6 @@
 """One example and one folder of caches for every run that the tests start."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +54,6 @@ class Example:
 @pytest.fixture(scope="session")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
     folder = tmp_path_factory.mktemp("example")
-    # DeepSpeed compiles its shared-memory operator once per cache; all runs of the tests share this one.
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "torch_extensions")
     train, evaluation = write_conversations(folder / "data", count=330)
     tokenizer = train_tokenizer(read_conversations(train))
     model = folder / "model"

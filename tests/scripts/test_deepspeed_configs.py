@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from tests.launching import ROOT
 
@@ -29,3 +30,11 @@ def test_what_flags_decide_is_left_to_them(name):
 @pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
 def test_zero3_gathers_the_weights_it_saves(name):
     assert CONFIGS[name]["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_zero_setting_is_one_that_deepspeed_knows(name):
+    settings = CONFIGS[name]["zero_optimization"].items()
+    DeepSpeedZeroConfig(**{key: value for key, value in settings if value != "auto"})
+    known = {field.alias or key for key, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert {key for key, _ in settings} <= known

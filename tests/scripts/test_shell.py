@@ -32,12 +32,14 @@ def fake_deepspeed(bin_folder: Path, body: str) -> None:
     (bin_folder / "deepspeed").chmod(0o755)
 
 
-def start(copy, *words: str, **env: str) -> subprocess.Popen[str]:
+def start(copy, *words: str, **env: str | None) -> subprocess.Popen[str]:
+    """Starts train.sh without a GPU; None takes a variable out of its environment."""
     root, bin_folder = copy
+    env = {**os.environ, "VIRTUAL_ENV": str(bin_folder.parent), "CUDA_VISIBLE_DEVICES": "", **env}
     return subprocess.Popen(
         [str(root / "scripts" / "train.sh"), *words],
         cwd="/",
-        env={**os.environ, "VIRTUAL_ENV": str(bin_folder.parent), "CUDA_VISIBLE_DEVICES": "", **env},
+        env={name: value for name, value in env.items() if value is not None},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -45,7 +47,7 @@ def start(copy, *words: str, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def run(copy, *words: str, **env: str) -> tuple[int, str, str]:
+def run(copy, *words: str, **env: str | None) -> tuple[int, str, str]:
     process = start(copy, *words, **env)
     output, errors = process.communicate(timeout=60)
     return process.returncode, output, errors
@@ -90,6 +92,30 @@ def test_what_was_not_edited_is_named(copy, words, env, message):
     fake_deepspeed(copy[1], "echo started")
     code, output, errors = run(copy, *words, **env)
     assert code != 0 and message in errors and "started" not in output
+
+
+@pytest.mark.parametrize(
+    ("env", "chosen"),
+    [
+        ({}, "--include localhost:0,1,2,3"),
+        ({"NUM_GPUS": "2"}, "--num_gpus 2"),
+        ({"GPU_IDS": "1,3"}, "--include localhost:1,3"),
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, "--include localhost:2,3"),
+        ({"CUDA_VISIBLE_DEVICES": "1,2,3", "NUM_GPUS": "2"}, "--include localhost:1,2"),
+        ({"NUM_GPUS": "0"}, "--num_accelerators 2"),
+        ({"NUM_GPUS": "8"}, "NUM_GPUS=8, but the visible GPUs are 0,1,2,3"),
+        ({"NUM_GPUS": "all"}, "NUM_GPUS=all: auto or a number"),
+    ],
+)
+def test_the_gpus_asked_for_are_used(copy, env, chosen):
+    fake_deepspeed(copy[1], 'echo "$1 $2"')
+    # Line by line with pauses, as the real one prints: a reader that stops early would break the pipe.
+    nvidia_smi = copy[1] / "nvidia-smi"
+    nvidia_smi.write_text('#!/usr/bin/env bash\nfor i in 0 1 2 3; do echo "GPU $i: H100"; sleep 0.05; done\n')
+    nvidia_smi.chmod(0o755)
+    env = {"MODEL": "m", "SHOW_LOG": "1", "CUDA_VISIBLE_DEVICES": None, **env}
+    _, output, errors = run(copy, *DATA, **env)
+    assert chosen in output + errors
 
 
 def test_the_exit_code_is_that_of_training(copy):
