@@ -11,7 +11,7 @@ scripts/train.sh holds a complete command to edit; the README explains the flags
 import json
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dft.arguments import Arguments, parse_arguments
@@ -21,11 +21,11 @@ from dft.data.prepare import REPORT, PreparedData, PrepareOptions, prepare
 from dft.data.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
 from dft.report.data import data_summary, show_sequences
-from dft.report.run import final_lines, start_lines, write_resolved_arguments
+from dft.report.run import final_lines, new_notes, start_lines, write_resolved_arguments
 from dft.training.checkpoints import remove_checkpoints
 from dft.training.distributed import is_main_process, say
-from dft.training.model import check_positions, load_model, resolve_attention
-from dft.training.trackers import go_offline_without_login
+from dft.training.model import check_positions, load_model, resolve_attention, stop_where_turns_end
+from dft.training.trackers import go_offline_without_login, write_under
 from dft.training.trainer import DFTTrainer
 
 
@@ -36,6 +36,7 @@ def main() -> None:
     resolve_attention(arguments)  # fails before an hour of tokenizing, not after
     if arguments.training.disable_tqdm:
         disable_progress_bar()
+    write_under(arguments.training.logging_dir)
     arguments.notes.extend(go_offline_without_login(arguments.training.report_to))
 
     tokenizer, notes = load_tokenizer(
@@ -44,20 +45,25 @@ def main() -> None:
         trust_remote_code=arguments.model.trust_remote_code,
     )
     arguments.notes.extend(notes)
+    for line in new_notes(arguments):
+        say(line)
     stops = stop_token_ids(arguments.model.model_name_or_path, arguments.model.trust_remote_code)
     data = prepare_data(arguments, ChatEncoder(tokenizer, stops))
     if arguments.data.debug_data_processing:
         say(show_sequences(data.datasets["train"], tokenizer))
     if arguments.data.prepare_only:
+        write_resolved_arguments(arguments)
         say(f"prepared: {data.path}")
         return
 
+    set_seed(arguments.training.seed)  # the rows of new tokens are drawn at random
     model = load_model(arguments, tokenizer)
     check_positions(model, data.longest, arguments)
+    stop_where_turns_end(model, tokenizer, data.report["end_of_turn_tokens"], arguments)
     trainer = make_trainer(arguments, model, data, tokenizer)
     remove_checkpoints(arguments.training)
     write_resolved_arguments(arguments, model)
-    for line in start_lines(arguments, model, data.report):
+    for line in (*start_lines(arguments, model, data.report), *new_notes(arguments)):
         say(line)
     trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
     trainer.save_model()

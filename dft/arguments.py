@@ -170,11 +170,6 @@ class TrainingArguments(transformers.TrainingArguments):
             if self.use_cpu:
                 init_cpu_deepspeed()
         super().__post_init__()
-        # Trackers write their files when the first metric arrives; they read where from the environment.
-        if self.logging_dir is not None:
-            folder = str(Path(self.logging_dir).expanduser().absolute())
-            for name in ("TENSORBOARD_LOGGING_DIR", "SWANLAB_LOG_DIR", "WANDB_DIR"):
-                os.environ.setdefault(name, folder)
 
     def _map_older_names(self) -> None:
         if self.warmup_ratio is not None:
@@ -187,6 +182,11 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise UserError(f"--warmup_ratio {self.warmup_ratio:g}: must be at least 0 and below 1")
             self.warmup_steps = self.warmup_ratio
         if self.group_by_length:
+            if self.train_sampling_strategy not in ("random", "group_by_length"):
+                raise UserError(
+                    f"--group_by_length True and --train_sampling_strategy {self.train_sampling_strategy} "
+                    "contradict each other; give one"
+                )
             self.train_sampling_strategy = "group_by_length"
         for name, value, why in (
             ("save_safetensors", self.save_safetensors, "weights are always saved as safetensors"),

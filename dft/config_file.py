@@ -10,6 +10,8 @@ import yaml
 from dft.errors import UserError
 
 RUN_ARGS = "run_args.yaml"
+OF_ONE_RUN = ("local_rank", "resume_from_checkpoint", "overwrite_output_dir")
+"""Flags that a repetition of the run in another folder must not have."""
 SECRETS = ("hub_token", "push_to_hub_token")
 
 
@@ -32,7 +34,7 @@ def expand_config(argv: list[str]) -> list[str]:
 
 
 def config_flags(file: str) -> list[str]:
-    """A YAML mapping of flag names to values, as command-line words.
+    """A YAML mapping of flag names to values, as command-line words; null and [] leave a flag at its default.
 
     Raises:
         UserError: no such file, no YAML, or no mapping.
@@ -46,6 +48,8 @@ def config_flags(file: str) -> list[str]:
     if not isinstance(content, dict):
         raise UserError(f"--config {file}: expected a mapping such as 'learning_rate: 2.0e-6'")
     words: list[str] = []
+    if "config" in content:
+        raise UserError(f"--config {file}: holds 'config' itself; give several --config on the command line")
     for name, value in content.items():
         if value is None or value == []:
             continue
@@ -80,7 +84,7 @@ def write_run_args(
         name: plain(value)
         for name, value in given.items()
         if value is not None
-        and name not in (*SECRETS, "local_rank")
+        and name not in (*SECRETS, *OF_ONE_RUN)
         and (name in own or value != defaults.get(name))
     }
     text = f"# Replay: train_dft.py --config {RUN_ARGS} --output_dir NEW\n" + yaml.safe_dump(

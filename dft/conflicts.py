@@ -9,13 +9,18 @@ import torch
 import transformers
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from dft.arguments import Arguments, TrainingArguments
 from dft.errors import UserError
+from dft.training.checkpoints import resolve_resume
 from dft.training.metrics import METRICS
 from dft.training.trainer import DFTTrainer, check_arguments
+
+NEED_A_MODEL = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
+"""Optimizers that cannot be tried on a parameter alone, like all with --optim_target_modules."""
 
 
 def check(arguments: Arguments) -> None:
@@ -72,6 +77,8 @@ def check_ranges(arguments: Arguments) -> None:
         "save_steps": training.save_steps,
         "eval_steps": training.eval_steps,
     }
+    if training.save_strategy == SaveStrategy.STEPS and training.save_steps == 0:
+        raise UserError("--save_steps 0: must be greater than 0 with --save_strategy steps")
     for name, value in not_negative.items():
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{name} {value}: must be a finite number, at least 0")
@@ -114,6 +121,15 @@ def check_evaluation(arguments: Arguments) -> None:
             f"--metric_for_best_model {metric}: the DFT loss -p log p is not monotone in quality (a model "
             "that knows nothing has a loss near 0 too); eval_objective is what training descends"
         )
+    if evaluates and training.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH):
+        apart = training.save_strategy.value != training.eval_strategy.value
+        if apart or (
+            training.save_strategy == SaveStrategy.STEPS and training.save_steps % training.eval_steps
+        ):
+            arguments.notes.append(
+                "the best checkpoint is sought only where a save and an evaluation fall on the same step; "
+                "let --save_strategy be --eval_strategy, and --save_steps a multiple of --eval_steps"
+            )
     plateau = training.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
     mode = (training.lr_scheduler_kwargs or {}).get("mode", "min")
     if plateau and (mode == "max") != training.greater_is_better:
@@ -159,6 +175,8 @@ def check_packages(training: TrainingArguments) -> None:
 
 def check_optimizer(training: TrainingArguments) -> None:
     """Makes the optimizer and the schedule once, for a parameter of their own, to hear what they refuse."""
+    if training.optim in NEED_A_MODEL or training.optim_target_modules:
+        return
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     try:
         made, options = DFTTrainer.get_optimizer_cls_and_kwargs(training)
@@ -183,6 +201,8 @@ def check_optimizer(training: TrainingArguments) -> None:
 def check_deepspeed(training: TrainingArguments) -> None:
     if not training.deepspeed:
         return
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS  # slow to import, and only needed here
+
     zero = training.hf_deepspeed_config
     if zero.mismatches:
         raise UserError(
@@ -195,6 +215,13 @@ def check_deepspeed(training: TrainingArguments) -> None:
             f"--deepspeed {training.deepspeed}: ZeRO-3 needs 'stage3_gather_16bit_weights_on_model_save: "
             "true' in 'zero_optimization', or no model can be saved that from_pretrained loads"
         )
+    optimizer = zero.get_value("optimizer.type")
+    if (
+        optimizer is not None
+        and optimizer.lower() not in DEEPSPEED_OPTIMIZERS
+        and optimizer not in dir(torch.optim)
+    ):
+        raise UserError(f"--deepspeed {training.deepspeed}: DeepSpeed has no optimizer {optimizer!r}")
     if training.save_only_model and training.load_best_model_at_end:
         raise UserError(
             "--load_best_model_at_end True with --save_only_model True: DeepSpeed cannot load a checkpoint "
@@ -220,47 +247,10 @@ def check_output(arguments: Arguments) -> None:
     if arguments.data.prepare_only:
         return
     resume = resolve_resume(training)
-    checkpoints = list(folder.glob("checkpoint-*")) if folder.is_dir() else []
+    checkpoints = list(folder.glob("checkpoint-*"))
     if checkpoints and resume is None and not training.overwrite_output_dir:
         raise UserError(
             f"--output_dir {folder}: holds {len(checkpoints)} checkpoint(s) of an earlier run; go on from "
             "them with --resume_from_checkpoint True, choose another folder, or start afresh with "
             "--overwrite_output_dir True"
         )
-
-
-def resolve_resume(training: TrainingArguments) -> Path | None:
-    """The checkpoint to go on from; `--resume_from_checkpoint True` is the newest in the output directory."""
-    wanted = training.resume_from_checkpoint
-    if wanted is None or wanted.lower() == "false":
-        training.resume_from_checkpoint = None
-        return None
-    found: str | None = wanted
-    if wanted.lower() == "true":
-        found = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-        if found is None:
-            raise UserError(f"--resume_from_checkpoint True: there is no checkpoint in {training.output_dir}")
-    elif not Path(wanted).is_dir():
-        raise UserError(f"--resume_from_checkpoint {wanted}: no such folder")
-    path = Path(found)
-    if not (path / "trainer_state.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {path}: not a checkpoint, it has no trainer_state.json")
-    state = transformers.TrainerState.load_from_json(str(path / "trainer_state.json"))
-    has_deepspeed = any(path.glob("global_step*"))
-    if not has_deepspeed and not (path / "optimizer.pt").is_file():
-        raise UserError(
-            f"--resume_from_checkpoint {path}: holds the model alone (saved with --save_only_model True), "
-            f"not the state of the optimizer; start a new run with --model_name_or_path {path}"
-        )
-    if has_deepspeed != bool(training.deepspeed):
-        raise UserError(
-            f"--resume_from_checkpoint {path}: saved {'with' if has_deepspeed else 'without'} --deepspeed, "
-            "so it can only be resumed in the same way"
-        )
-    if training.max_steps > 0 and state.global_step >= training.max_steps:
-        raise UserError(
-            f"--resume_from_checkpoint {path}: is at step {state.global_step} already, and --max_steps "
-            f"{training.max_steps} asks for no more"
-        )
-    training.resume_from_checkpoint = str(path)
-    return path

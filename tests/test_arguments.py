@@ -64,6 +64,13 @@ def test_evaluation_files_win_over_a_split_and_say_so(tmp_path):
     assert sum("--validation_split_percentage 2 has no effect" in note for note in arguments.notes) == 1
 
 
+@pytest.mark.parametrize(("every", "noted"), [("2", False), ("3", True)])
+def test_saves_that_no_evaluation_meets_are_noted(tmp_path, every, noted):
+    flags = ["--eval_data_files", "c", "--eval_strategy", "steps", "--eval_steps", every, "--save_steps", "4"]
+    notes = checked(tmp_path, *flags).notes
+    assert any("the best checkpoint is sought only where" in note for note in notes) is noted
+
+
 def test_flags_without_effect_are_noted_only_when_given(tmp_path):
     assert not any("no effect" in note for note in checked(tmp_path).notes)
     notes = checked(tmp_path, "--save_safetensors", "True", "--reduce_logging", "True").notes
@@ -110,6 +117,8 @@ WRONG = [
     ("--dataloader_num_workers 2 --dataloader_prefetch_factor 0", "--dataloader_prefetch_factor 0: must be"),
     ('--accelerator_config {"split_batches":true}', "--accelerator_config: split_batches"),
     ("--output_dir=", "--output_dir '': name the folder"),
+    ("--group_by_length True --train_sampling_strategy sequential", "contradict each other; give one"),
+    ("--save_steps 0", "--save_steps 0: must be greater than 0 with --save_strategy steps"),
     ("--report_to nonsense", "--report_to nonsense: no such tracker; choose from"),
     ("--report_to clearml", "--report_to clearml: its package is not installed"),
     ("--output_dir /proc/nowhere", "--output_dir /proc/nowhere: cannot be written"),
@@ -155,6 +164,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
     [
         ("a: [", "not valid YAML"),
         ("- a\n- b", "expected a mapping"),
+        ("config: other.yaml", "holds 'config' itself"),
         ("learning_rte: 3", "did you mean --learning_rate"),
     ],
 )
@@ -172,6 +182,14 @@ def test_dates_in_a_file_are_read_and_enumerations_are_written_as_words(tmp_path
     assert arguments.training.lr_scheduler_kwargs == {"a": "2020-01-01"}
     write_run_args(tmp_path, arguments.given, default_flags(), own_flags(), {})
     assert yaml.safe_load((tmp_path / "run_args.yaml").read_text())["debug"] == ["underflow_overflow"]
+
+
+def test_run_args_leave_out_what_belongs_to_one_run(tmp_path):
+    flags = ["--resume_from_checkpoint", "True", "--overwrite_output_dir", "True"]
+    arguments = parse_arguments([*words(tmp_path), *flags])
+    write_run_args(tmp_path, arguments.given, default_flags(), own_flags(), {})
+    content = yaml.safe_load((tmp_path / "run_args.yaml").read_text())
+    assert not {"resume_from_checkpoint", "overwrite_output_dir"} & content.keys()
 
 
 def test_run_args_hold_what_was_given_and_no_secret(tmp_path):
@@ -216,6 +234,15 @@ def test_a_deepspeed_file_that_contradicts_is_refused(tmp_path, monkeypatch, con
     with pytest.raises(UserError, match=message):
         checked(tmp_path, *deepspeed_file(tmp_path, **content))
     unset_hf_deepspeed_config()  # from_pretrained of the tests to come would shard their models
+
+
+def test_an_optimizer_that_deepspeed_has_not_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("dft.arguments.init_cpu_deepspeed", lambda: None)
+    content = {"optimizer": {"type": "Foo", "params": {}}, "zero_optimization": {"stage": 2}}
+    with pytest.raises(UserError, match="DeepSpeed has no optimizer 'Foo'"):
+        checked(tmp_path, *deepspeed_file(tmp_path, **content))
+    unset_hf_deepspeed_config()
 
 
 def test_a_deepspeed_file_that_is_no_json_is_refused(tmp_path):
@@ -265,7 +292,7 @@ def test_a_finished_run_has_nothing_to_resume(tmp_path):
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text('{"global_step": 5}')
     (folder / "optimizer.pt").write_text("")
-    with pytest.raises(UserError, match="is at step 5 already"):
+    with pytest.raises(UserError, match="is at step 5 already, and neither"):
         checked(tmp_path, "--resume_from_checkpoint", str(folder), "--max_steps", "5")
     assert checked(tmp_path, "--resume_from_checkpoint", "True").training.resume_from_checkpoint == str(
         folder

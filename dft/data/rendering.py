@@ -100,8 +100,7 @@ class ChatTemplate:
         text, tagged = self._call_template(messages, return_assistant_tokens_mask=True)
         rendering = Rendering(text)
         for start, end in tagged:
-            if self._header and text.startswith(self._header, start, end):
-                start += len(self._header)
+            start += self._tagged_header
             ending = None
             for match in self.special_pattern.finditer(text, start, end):
                 if not text[match.end() : end].strip():
@@ -110,6 +109,17 @@ class ChatTemplate:
             rendering.spans.append((start, end))
             rendering.endings.append(ending)
         return rendering
+
+    @cached_property
+    def _tagged_header(self) -> int:
+        """How many characters of its own header the template tags as generated."""
+        asked = [{"role": "user", "content": "."}, {"role": "assistant", "content": PLACEHOLDER}]
+        try:
+            text, spans = self._call_template(asked, return_assistant_tokens_mask=True)
+        except BadLine:
+            return 0
+        tagged = bool(spans) and bool(self._header) and text.startswith(self._header, spans[0][0])
+        return len(self._header) if tagged else 0
 
     # ---- where a turn starts ----
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jinja2
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dft.data.chat import template_of
@@ -82,11 +83,12 @@ def stop_token_ids(name_or_path: str, trust_remote_code: bool = False) -> list[i
         UserError: the model's folder holds a `generation_config.json` that cannot be read.
     """
     try:
+        found = cached_file(name_or_path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            return []  # a model without generation_config.json, which is no fault
         config = GenerationConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except OSError as error:
-        if (Path(name_or_path) / "generation_config.json").exists():
-            raise UserError(f"--model_name_or_path {name_or_path}: {_first_line(error)}") from None
-        return []  # a model without generation_config.json, which is no fault
+        raise UserError(f"--model_name_or_path {name_or_path}: {_first_line(error)}") from None
     eos = config.eos_token_id
     return [] if eos is None else eos if isinstance(eos, list) else [eos]
 

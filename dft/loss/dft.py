@@ -37,8 +37,8 @@ def dft_loss(
 
     Args:
         logits: (batch, seq, vocab), any floating dtype; computed in float32 or wider.
-        labels: (batch, seq), not shifted: logits[:, t] is scored against labels[:, t + 1]. -100 is
-        unsupervised. alpha: share of the dynamic weight, in [0, 1].
+        labels: (batch, seq), not shifted: logits[:, t] predicts labels[:, t + 1]. Unsupervised: -100.
+        alpha: share of the dynamic weight, in [0, 1].
         num_items: N, the supervised tokens of the whole optimizer step (all micro-batches, all ranks).
             Default: those of this batch.
 

@@ -1,5 +1,6 @@
 """What a run says about itself before its first step and after its last."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from dft.config_file import RUN_ARGS, write_run_args
 from dft.training.distributed import is_main_process, world_size
 
 
-def write_resolved_arguments(arguments: Arguments, model: PreTrainedModel) -> None:
+def write_resolved_arguments(arguments: Arguments, model: PreTrainedModel | None = None) -> None:
     """`run_args.yaml` in the output directory: the flags to replay, and as comments what came of them."""
     if not is_main_process():
         return
     folder = Path(arguments.training.output_dir)
-    write_run_args(folder, arguments.given, default_flags(), own_flags(), derived(arguments, model))
+    came = {} if model is None else derived(arguments, model)
+    write_run_args(folder, arguments.given, default_flags(), own_flags(), came)
 
 
 def derived(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
@@ -47,16 +49,22 @@ def sequences_per_step(training: TrainingArguments) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size()
 
 
+def schedule(training: TrainingArguments, sequences: int) -> int:
+    """Optimizer steps of the run, as Trainer will count them."""
+    if training.max_steps > 0:
+        return training.max_steps
+    rounded = math.floor if training.dataloader_drop_last else math.ceil
+    batches = rounded(sequences / (training.per_device_train_batch_size * world_size()))
+    return math.ceil(
+        training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps))
+    )
+
+
 def start_lines(arguments: Arguments, model: PreTrainedModel, report: dict[str, Any]) -> list[str]:
     """The summary a run starts with."""
     training, chosen = arguments.training, derived(arguments, model)
     per_step, sequences = chosen["sequences_per_step"], report["train"]["sequences"]
-    steps = (
-        training.max_steps
-        if training.max_steps > 0
-        else -(-sequences // per_step) * training.num_train_epochs
-    )
-    steps = int(steps) if float(steps).is_integer() else int(steps) + 1
+    steps = schedule(training, sequences)
     share = report["train"]["supervised_tokens"] / sequences
     lines = [
         f"model       {arguments.model.model_name_or_path}: {get_model_param_count(model) / 1e6:,.1f} M "
@@ -71,7 +79,14 @@ def start_lines(arguments: Arguments, model: PreTrainedModel, report: dict[str, 
         f"{training.lr_scheduler_type.value}, learning rate {training.learning_rate:g}",
         f"output      {training.output_dir}",
     ]
-    return [*lines, *(f"note        {note}" for note in arguments.notes)]
+    return lines
+
+
+def new_notes(arguments: Arguments) -> list[str]:
+    """What was derived, chosen or left without effect since this was last asked, a line each."""
+    lines = [f"note        {note}" for note in arguments.notes]
+    arguments.notes.clear()
+    return lines
 
 
 def final_lines(state: TrainerState, training: TrainingArguments) -> list[str]:

@@ -1,5 +1,8 @@
 """Token-weighted metrics: summed on the device, reduced over the ranks only when they are logged."""
 
+import json
+from pathlib import Path
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -8,6 +11,8 @@ from dft.loss.dft import TokenStats
 
 METRICS = ("loss", "nll", "avg_p_correct", "acc", "objective")
 """What training logs as such, and evaluation with the prefix `eval_`."""
+METER = "token_meter.json"
+"""In a checkpoint: the sums since the last line of the log, a row for each rank."""
 LOWER_IS_BETTER = ("loss", "nll", "objective")
 
 
@@ -34,6 +39,20 @@ class TokenMeter:
                 stats.correct.sum(dtype=torch.float64),
             ]
         )
+
+    def save(self, folder: Path, accelerator: Accelerator) -> None:
+        """Writes the sums of all ranks into a checkpoint, so that a resumed window is whole. A collective."""
+        rows = accelerator.gather(self.sums[None]).tolist()  # (ranks, 6)
+        if accelerator.is_main_process:
+            (folder / METER).write_text(json.dumps(rows))
+
+    def load(self, folder: str | None, accelerator: Accelerator) -> None:
+        """Takes up the sums of this rank from a checkpoint, and its share of those of ranks that are gone."""
+        if folder is None or not (Path(folder) / METER).is_file():
+            return
+        rows = torch.tensor(json.loads((Path(folder) / METER).read_text()), dtype=torch.float64)
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        self.sums += rows[rank::ranks].sum(dim=0).to(self.sums.device)
 
     def reduce(self, accelerator: Accelerator, alpha: float) -> tuple[dict[str, float], int]:
         """Means over the tokens of all ranks, and how many tokens the ranks read. Starts anew. A collective.

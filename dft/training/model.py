@@ -1,15 +1,19 @@
 """The model of a run: its dtype, its attention, its weights, and room for every token of the tokenizer."""
 
+from collections.abc import Iterable
+
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from dft.arguments import Arguments
 from dft.errors import UserError
 
 FLASH = "flash_attention_2"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -29,6 +33,8 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise  # a full device, a broken process group: no fault of the files
         reason = " ".join(str(error).split())
         raise UserError(
             f"--model_name_or_path {wanted.model_name_or_path}: cannot be loaded: {reason}"
@@ -49,6 +55,26 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     return model
 
 
+def stop_where_turns_end(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, endings: Iterable[str], arguments: Arguments
+) -> None:
+    """Makes generation stop at every token that ends a training turn.
+
+    A base model with a chat template often stops at `<|endoftext|>` alone, and would go on past the
+    `<|im_end|>` it was taught.
+    """
+    config = model.generation_config
+    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    stops = [one for one in {*stops, tokenizer.eos_token_id} if one is not None]
+    new = [token for token in endings if tokenizer.convert_tokens_to_ids(token) not in stops]
+    if new:
+        config.eos_token_id = sorted({*stops, *tokenizer.convert_tokens_to_ids(new)})
+        arguments.notes.append(
+            f"generation_config.json: the saved model also stops at {' '.join(new)}, which ends training "
+            "turns"
+        )
+
+
 def check_positions(model: PreTrainedModel, longest: int, arguments: Arguments) -> None:
     """Holds the longest sequence against the positions the model knows.
 
@@ -59,8 +85,11 @@ def check_positions(model: PreTrainedModel, longest: int, arguments: Arguments) 
     known = config.get("max_position_embeddings", config.get("n_positions"))
     if known is None or longest <= known:
         return
+    # OPT has two rows more than positions.
     tables = [one for one in model.modules() if isinstance(one, nn.Embedding)]
-    if any(one is not model.get_input_embeddings() and one.num_embeddings >= known for one in tables):
+    if any(
+        one is not model.get_input_embeddings() and known <= one.num_embeddings <= known + 2 for one in tables
+    ):
         raise UserError(
             f"--max_length {arguments.data.max_length}: the longest sequence has {longest} tokens, and the "
             f"model has learned {known} positions; at most --max_length {known}"
@@ -78,7 +107,7 @@ def resolve_dtype(arguments: Arguments) -> torch.dtype | str:
     if chosen is None:
         computed_in = arguments.training.mixed_precision if arguments.training.deepspeed else "no"
         chosen = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}[computed_in]
-    return getattr(torch, chosen)
+    return DTYPES[chosen]
 
 
 def resolve_attention(arguments: Arguments) -> str:
@@ -92,6 +121,11 @@ def resolve_attention(arguments: Arguments) -> str:
     halves = resolve_dtype(arguments) != torch.float32 or arguments.training.mixed_precision != "no"
     if wanted == "auto":
         return FLASH if not arguments.training.use_cpu and is_flash_attn_2_available() and halves else "auto"
+    known = {"eager", *ALL_ATTENTION_FUNCTIONS.keys()}
+    if wanted not in known and "/" not in wanted:  # a slash names a kernel on the hub
+        raise UserError(
+            f"--attn_implementation {wanted}: no such attention; choose auto, {', '.join(sorted(known))}"
+        )
     if wanted == "flex_attention" and arguments.training.use_cpu:
         raise UserError(
             "--attn_implementation flex_attention: has no backward pass on the CPU; use "
@@ -122,8 +156,7 @@ def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Gives tokens that were added to the tokenizer a row in the embeddings.
 
     Raises:
-        UserError: the tokenizer has ordinary tokens that the model has no row for: it belongs to another
-        model.
+        UserError: the tokenizer has ordinary tokens without a row: it belongs to another model.
     """
     rows = model.config.get_text_config().vocab_size
     beyond = [index for index in tokenizer.get_vocab().values() if index >= rows]

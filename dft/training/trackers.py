@@ -1,6 +1,7 @@
 """Experiment trackers must never stop a background run with a question."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -40,6 +41,14 @@ def go_offline_without_login(report_to: list[str]) -> list[str]:
                 f"sync`, or log in with `{tracker} login`"
             )
     return notes
+
+
+def write_under(folder: str | None) -> None:
+    """Where trackers put their files; they read it from the environment when the first metric arrives."""
+    if folder is None:
+        return
+    for name in ("TENSORBOARD_LOGGING_DIR", "SWANLAB_LOG_DIR", "WANDB_DIR"):
+        os.environ[name] = str(Path(folder).expanduser().absolute())
 
 
 def swanlab_has_login() -> bool:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations import SwanLabCallback
-from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, SaveStrategy
 
 from dft.data.collator import PaddedCollator
 from dft.data.sampler import EpochSampler, WithBlank
@@ -36,8 +37,7 @@ class DFTTrainer(transformers.Trainer):
         alpha: the weight of a token is alpha * p + (1 - alpha); 1 is the paper's DFT, 0 is SFT.
         data_collator: examples -> input_ids, labels (-100 where unsupervised, not shifted) and, with padding,
             attention_mask, each (batch, seq). Default: pads on the right.
-        **kwargs: everything else `transformers.Trainer` takes. Map-style datasets hold `input_ids` and
-        `labels`.
+        **kwargs: everything else `transformers.Trainer` takes. Datasets hold `input_ids` and `labels`.
 
     Raises:
         ValueError: alpha outside [0, 1], or arguments that would change the meaning of the loss.
@@ -91,6 +91,10 @@ class DFTTrainer(transformers.Trainer):
         DDP and DeepSpeed average gradients over the ranks, where the loss is a sum over them: hence the
         factor.
         """
+        if num_items_in_batch is None and self.is_in_train:
+            raise ValueError(
+                "the supervised tokens of the step were not counted; do the batches hold 'labels'?"
+            )
         loss, stats, outputs = self._score(model, inputs, num_items_in_batch)
         self._train_meter.update(stats, token_count(inputs))
         loss = loss * self.accelerator.num_processes
@@ -156,6 +160,7 @@ class DFTTrainer(transformers.Trainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._window_start = time.perf_counter()
+        self._train_meter.load(kwargs.get("resume_from_checkpoint"), self.accelerator)
         return super()._inner_training_loop(*args, **kwargs)
 
     def _pause(self, started: float) -> None:
@@ -207,6 +212,9 @@ class DFTTrainer(transformers.Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         started = time.perf_counter()
         super()._save_checkpoint(model, trial)
+        if not self.args.save_only_model:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._train_meter.save(folder, self.accelerator)
         self._pause(started)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -23,8 +23,8 @@ def run(example, output: Path, kind: str, **flags) -> Finished:
         launcher = {"ddp": "torchrun", "single": "python"}[kind]
     words = example.words(
         output, num_train_epochs=2, per_device_train_batch_size=16 if kind != "single" else 32,
-        gradient_accumulation_steps=2, save_strategy="steps", save_steps=RESUME_AT, eval_strategy="epoch",
-        warmup_ratio=0.2, **flags,
+        gradient_accumulation_steps=2, logging_steps=2, save_strategy="steps", save_steps=RESUME_AT,
+        eval_strategy="epoch", warmup_ratio=0.2, **flags,
     )  # fmt: skip
     finished = launch(words, folder=example.folder, launcher=launcher, script=PROBING)
     assert finished.code == 0, finished.output
@@ -71,9 +71,22 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(example, finished_r
         assert torch.equal(weight, got[name]), name
         assert not torch.equal(weight, start[name]), f"{name} was not trained"
     records, resumed = train_records(whole), train_records(output)
-    assert [record["step"] for record in resumed] == list(range(1, 2 * STEPS_PER_EPOCH + 1))
+    assert [record["step"] for record in resumed] == list(range(2, 2 * STEPS_PER_EPOCH + 1, 2))
     for before, after in zip(records, resumed, strict=True):
         assert {k: v for k, v in before.items() if k != "tokens_per_second"} == {
             k: v for k, v in after.items() if k != "tokens_per_second"
         }
     assert eval_records(whole)[-1]["eval_nll"] == eval_records(output)[-1]["eval_nll"]
+
+
+def test_a_checkpoint_of_two_ranks_is_not_resumed_by_one(example, finished_run):
+    """DeepSpeed's own refusal comes late, and as a page of traceback on every rank."""
+    checkpoint = finished_run("zero3") / f"checkpoint-{RESUME_AT}"
+    words = example.words(
+        example.folder / "one-rank",
+        resume_from_checkpoint=checkpoint,
+        deepspeed=ROOT / "ds_config/zero3.json",
+    )
+    finished = launch(words, folder=example.folder, launcher="deepspeed", ranks=1, timeout=90)
+    assert finished.code != 0 and "Traceback" not in finished.output
+    assert "saved by 2 ranks, and this run has 1" in finished.output

@@ -39,7 +39,7 @@ def long_run(example):
         "--model_name_or_path", str(example.model), "--data_files", str(example.train), str(example.other),
         "--eval_data_files", str(example.eval), "--deepspeed", str(ROOT / "ds_config/zero3.json"),
         "--output_dir", str(output), "--logging_dir", str(example.folder / "tracker"),
-        *COMMAND.split(), *MORE.split(), *SHORTER.split(), "--dataloader_num_workers", "1",
+        *COMMAND.split(), *MORE.split(), *SHORTER.split(),
     ]  # fmt: skip
     finished = launch(words, folder=example.folder, launcher="deepspeed")
     assert finished.code == 0, finished.output
@@ -53,6 +53,22 @@ def test_the_long_command_line_trains(example, long_run):
     assert evaluations[-1]["eval_nll"] < 0.8 * evaluations[0]["eval_nll"]
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.dtype == torch.bfloat16
+
+
+def test_the_short_command_line_trains_on_a_split_of_its_data(example):
+    output = example.folder / "short"
+    words = [
+        "--model_name_or_path", str(example.model), "--data_files", str(example.train), str(example.other),
+        "--deepspeed", str(ROOT / "ds_config/zero3.json"), "--output_dir", str(output),
+        "--logging_dir", str(example.folder / "tracker"), *COMMAND.split(),
+        "--max_train_samples", "64", "--logging_steps", "1",
+    ]  # fmt: skip
+    finished = launch(words, folder=example.folder, launcher="deepspeed")
+    assert finished.code == 0, finished.output
+    report = json.loads((output / "data_report.json").read_text())
+    assert report["train"]["sequences"] == 64 and report["eval"]["sequences"] == 6  # 2 % of 300
+    assert [record["step"] for record in train_records(output)] == [1, 2]
+    assert eval_records(output)[-1]["step"] == 2 and (output / "checkpoint-2").is_dir()
 
 
 def test_flags_without_effect_say_so_once(long_run):
@@ -107,12 +123,13 @@ def test_prepare_only_leaves_the_data_and_no_model(example):
     broken = example.folder / "tokenizer-only"
     shutil.copytree(example.model, broken)
     (broken / "model.safetensors").unlink()
-    words = example.words(output, model_name_or_path=broken, prepare_only=True)
+    words = example.words(output, model_name_or_path=broken, prepare_only=True, save_safetensors=True)
     finished = launch(words, folder=example.folder)
     assert finished.code == 0, finished.output
     report = json.loads((output / "data_report.json").read_text())
     assert report["train"]["conversations"] == 297 and report["eval"]["conversations"] == 33
-    assert sorted(path.name for path in output.iterdir()) == ["data_report.json"]
+    assert sorted(path.name for path in output.iterdir()) == ["data_report.json", "run_args.yaml"]
+    assert finished.output.count("--save_safetensors True has no effect") == 1
 
 
 def test_bad_data_is_one_message_and_ends_every_rank(example):

@@ -1,10 +1,17 @@
 """The same conversations give the same loss and gradient, however the command line cuts up a step."""
 
+import json
+import shutil
+
 import pytest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from tests.launching import ROOT, eval_records, launch, train_records
 
 STEPS = 5
+SAMPLES = 37
+"""The last step of the epoch has five conversations in place of eight, and fills no batch."""
 WAYS = {
     "2x4": ("python", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
     "ddp": ("torchrun", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
@@ -31,7 +38,7 @@ WAYS = {
 def run(example, name, launcher, flags):
     output = example.folder / f"invariance-{name}"
     words = example.words(
-        output, dft_alpha=0.7, max_steps=STEPS, eval_strategy="steps", eval_steps=STEPS,
+        output, dft_alpha=0.7, num_train_epochs=1, max_train_samples=SAMPLES, eval_strategy="epoch",
         per_device_eval_batch_size=5, lr_scheduler_type="constant", **flags,
     )  # fmt: skip
     finished = launch(words, folder=example.folder, launcher=launcher)
@@ -45,6 +52,21 @@ def whole(example):
     return run(example, "8x1", "python", {"per_device_train_batch_size": 8})
 
 
+@pytest.fixture(scope="module")
+def bare_model(example):
+    """The example's model with a tokenizer that knows nothing of ChatML."""
+    folder = example.folder / "bare"
+    shutil.copytree(example.model, folder)
+    (folder / "chat_template.jinja").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
+        text = (folder / name).read_text()
+        text = text.replace('"eos_token": "<|im_end|>"', '"eos_token": "<|endoftext|>"')
+        text = text.replace('"eos_token_id": 2', '"eos_token_id": 0')
+        text = text.replace("<|im_start|>", "<|unused1|>").replace("<|im_end|>", "<|unused2|>")
+        (folder / name).write_text(text)
+    return folder
+
+
 @pytest.mark.parametrize("name", WAYS)
 def test_a_step_is_the_same_however_it_is_cut_up(example, whole, name):
     train, evaluation = run(example, name, *WAYS[name])
@@ -56,6 +78,23 @@ def test_a_step_is_the_same_however_it_is_cut_up(example, whole, name):
         assert got["acc"] == pytest.approx(expected["acc"], abs=0.02)  # a tie may fall to the other side
     for metric in ("eval_loss", "eval_nll", "eval_avg_p_correct", "eval_objective"):
         assert evaluation[-1][metric] == pytest.approx(expected_eval[-1][metric], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["8x1", "ddp", "zero3"])
+def test_new_tokens_begin_alike_everywhere(example, bare_model, name):
+    """A tokenizer without template or ChatML tokens: the embeddings grow by two rows, drawn at random."""
+    launcher, flags = {"8x1": ("python", {"per_device_train_batch_size": 8}), **WAYS}[name]
+    train, _ = run(example, f"grown-{name}", launcher, {**flags, "model_name_or_path": bare_model})
+    output = example.folder / f"invariance-grown-{name}"
+    losses = [record["loss"] for record in train]
+    expected = example.folder / "grown-losses.json"
+    if name == "8x1":
+        expected.write_text(json.dumps(losses))
+    assert losses == pytest.approx(json.loads(expected.read_text()), rel=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    weights = load_file(output / "model.safetensors")
+    assert weights["model.embed_tokens.weight"].shape[0] == len(tokenizer)
+    assert tokenizer.eos_token == "<|im_end|>"
 
 
 def test_the_run_learns_and_its_steps_differ(whole):

@@ -9,7 +9,13 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config
 
 from dft.arguments import parse_arguments
 from dft.errors import UserError
-from dft.training.model import check_positions, load_model, resolve_attention, resolve_dtype
+from dft.training.model import (
+    check_positions,
+    load_model,
+    resolve_attention,
+    resolve_dtype,
+    stop_where_turns_end,
+)
 
 
 @pytest.fixture
@@ -138,6 +144,31 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
     weights[name] = weights[name][:-50].clone()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="they do not belong together"):
+        load(folder)
+
+
+def test_generation_also_stops_where_training_turns_end(folder, tokenizer):
+    given, model = arguments(folder), load(folder)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    stop_where_turns_end(model, tokenizer, ["<|im_end|>"], given)  # the tokenizer's own eos: no news
+    assert not any("stops at" in note for note in given.notes)
+    stop_where_turns_end(model, tokenizer, ["<|im_end|>", "<|end|>"], given)
+    ids = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|end|>"])
+    assert model.generation_config.eos_token_id == sorted(ids)
+    assert "the saved model also stops at <|end|>," in given.notes[-1]
+
+
+def test_an_unknown_attention_is_refused_by_its_own_name(folder):
+    with pytest.raises(UserError, match="--attn_implementation nonsense: no such attention; choose auto, "):
+        resolve_attention(arguments(folder, "--attn_implementation", "nonsense"))
+
+
+def test_a_fault_that_is_not_the_models_keeps_its_traceback(folder, monkeypatch):
+    def full(*_args, **_options):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr("dft.training.model.AutoModelForCausalLM.from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
         load(folder)
 
 
