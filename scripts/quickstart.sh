@@ -19,12 +19,13 @@ commas=${gpus//[^,]/}
 processes=$([[ -n $gpus ]] && echo $((${#commas} + 1)) || echo 2)
 per_device=$((processes < 16 ? 16 / processes : 1))
 
-SHOW_LOG=1 MODEL=$folder/model OUTPUT_DIR=$folder/output REPORT_TO=none "$scripts/train.sh" \
+mkdir -p "$ROOT/logs"
+log=$ROOT/logs/train_$(date +%Y-%m-%d_%H-%M-%S)_quickstart_$$.log
+SHOW_LOG=1 LOG_FILE=$log MODEL=$folder/model OUTPUT_DIR=$folder/output REPORT_TO=none "$scripts/train.sh" \
     --data_files "$folder/data/train.jsonl" --eval_data_files "$folder/data/eval.jsonl" \
     --torch_dtype float32 --bf16 False --enable_gradient_checkpointing False --max_length 512 \
     --preprocessing_num_workers 2 --num_train_epochs 4 --learning_rate 5e-3 \
     --per_device_train_batch_size "$per_device" --per_device_eval_batch_size 50 --gradient_accumulation_steps 1 \
     --eval_on_start True --eval_steps 100 --save_steps 200 --logging_steps 25
 
-log=$(ls -t "$ROOT"/logs/train_*.log | head -1)
 "$PYTHON" "$scripts/summarize_run.py" "$folder/output" --question "$folder/data/eval.jsonl" --log "$log"

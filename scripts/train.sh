@@ -130,7 +130,7 @@ port=${MASTER_PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind((
 command=(deepspeed "${devices[@]}" --master_port "$port" --log_level error train_dft.py "${flags[@]}" "$@")
 
 mkdir -p logs
-log=$ROOT/logs/train_$(date +%Y-%m-%d_%H-%M-%S).log
+log=${LOG_FILE:-$ROOT/logs/train_$(date +%Y-%m-%d_%H-%M-%S).log}
 [[ ! -e $log ]] || log=${log%.log}_$$.log
 { printf '%q ' "${command[@]}" && echo; } >"$log"
 echo "log: $log"
