@@ -210,6 +210,21 @@ def check_deepspeed(training: TrainingArguments) -> None:
             "easiest way "
             'is "auto" for these values in the file'
         )
+    # DeepSpeed steps in for these flags, and where its file lacks the key it would do without.
+    needed = {
+        "gradient_accumulation_steps": training.gradient_accumulation_steps > 1,
+        "gradient_clipping": training.max_grad_norm > 0,
+        "bf16.enabled": training.bf16,
+        "fp16.enabled": training.fp16,
+    }
+    missing = [key for key, matters in needed.items() if matters and zero.get_value(key) is None]
+    if missing:
+        raise UserError(
+            f"--deepspeed {training.deepspeed}: has no {', '.join(missing)}, so flags of this run would have no "
+            'effect; set them to "auto", as the files in ds_config/ do'
+        )
+    if zero.get_value("tensor_parallel.autotp_size", 0) > 1:
+        raise UserError(f"--deepspeed {training.deepspeed}: tensor parallelism is not supported; remove it")
     if zero.is_zero3() and not zero.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
         raise UserError(
             f"--deepspeed {training.deepspeed}: ZeRO-3 needs 'stage3_gather_16bit_weights_on_model_save: "

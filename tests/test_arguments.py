@@ -213,6 +213,9 @@ def test_run_args_hold_what_was_given_and_no_secret(tmp_path):
 # ---- DeepSpeed and output folders ----
 
 
+AUTO = {"gradient_clipping": "auto", "gradient_accumulation_steps": "auto"}
+
+
 def deepspeed_file(folder, **content) -> list[str]:
     (folder / "ds.json").write_text(json.dumps(content))
     return ["--deepspeed", str(folder / "ds.json")]
@@ -225,7 +228,12 @@ def deepspeed_file(folder, **content) -> list[str]:
             {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 2}},
             "contradicts the flags: - ds train_micro_batch_size_per_gpu=3",
         ),
-        ({"zero_optimization": {"stage": 3}}, "stage3_gather_16bit_weights_on_model_save"),
+        ({"zero_optimization": {"stage": 2}}, "has no gradient_clipping, so flags of this run would have no"),
+        (
+            {"zero_optimization": {"stage": 2}, **AUTO, "tensor_parallel": {"autotp_size": 2}},
+            "tensor parallelism is not supported",
+        ),
+        ({"zero_optimization": {"stage": 3}, **AUTO}, "stage3_gather_16bit_weights_on_model_save"),
     ],
 )
 def test_a_deepspeed_file_that_contradicts_is_refused(tmp_path, monkeypatch, content, message):
@@ -239,7 +247,7 @@ def test_a_deepspeed_file_that_contradicts_is_refused(tmp_path, monkeypatch, con
 def test_an_optimizer_that_deepspeed_has_not_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr("dft.arguments.init_cpu_deepspeed", lambda: None)
-    content = {"optimizer": {"type": "Foo", "params": {}}, "zero_optimization": {"stage": 2}}
+    content = {"optimizer": {"type": "Foo", "params": {}}, "zero_optimization": {"stage": 2}, **AUTO}
     with pytest.raises(UserError, match="DeepSpeed has no optimizer 'Foo'"):
         checked(tmp_path, *deepspeed_file(tmp_path, **content))
     unset_hf_deepspeed_config()
