@@ -220,7 +220,8 @@ def check_deepspeed(training: TrainingArguments) -> None:
     missing = [key for key, matters in needed.items() if matters and zero.get_value(key) is None]
     if missing:
         raise UserError(
-            f"--deepspeed {training.deepspeed}: has no {', '.join(missing)}, so flags of this run would have no "
+            f"--deepspeed {training.deepspeed}: has no {', '.join(missing)}, so flags of this run would have "
+            "no "
             'effect; set them to "auto", as the files in ds_config/ do'
         )
     if zero.get_value("tensor_parallel.autotp_size", 0) > 1:
