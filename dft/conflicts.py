@@ -221,8 +221,7 @@ def check_deepspeed(training: TrainingArguments) -> None:
     if missing:
         raise UserError(
             f"--deepspeed {training.deepspeed}: has no {', '.join(missing)}, so flags of this run would have "
-            "no "
-            'effect; set them to "auto", as the files in ds_config/ do'
+            'no effect; set them to "auto", as the files in ds_config/ do'
         )
     if zero.get_value("tensor_parallel.autotp_size", 0) > 1:
         raise UserError(f"--deepspeed {training.deepspeed}: tensor parallelism is not supported; remove it")
