@@ -87,10 +87,19 @@ def stop_token_ids(name_or_path: str, trust_remote_code: bool = False) -> list[i
         if found is None:
             return []  # a model without generation_config.json, which is no fault
         config = GenerationConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise UserError(f"--model_name_or_path {name_or_path}: {_first_line(error)}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"--model_name_or_path {name_or_path}: {GENERATION_CONFIG_NAME}: {_first_line(error)}"
+        ) from None
     eos = config.eos_token_id
-    return [] if eos is None else eos if isinstance(eos, list) else [eos]
+    stops = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    for one in stops:
+        if not isinstance(one, int) or one < 0:
+            raise UserError(
+                f"--model_name_or_path {name_or_path}: {GENERATION_CONFIG_NAME}: eos_token_id {one!r} is no "
+                "token id"
+            )
+    return stops
 
 
 def _use_chatml(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -32,10 +32,10 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
             trust_remote_code=wanted.trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
             raise  # a full device, a broken process group: no fault of the files
-        reason = " ".join(str(error).split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
             f"--model_name_or_path {wanted.model_name_or_path}: cannot be loaded: {reason}"
         ) from None
@@ -52,7 +52,34 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
             "asks for the auxiliary loss of a mixture of experts, which is not supported; set it to false"
         )
     grow_embeddings(model, tokenizer, arguments)
+    settle_generation_config(model, arguments)
     return model
+
+
+def settle_generation_config(model: PreTrainedModel, arguments: Arguments) -> None:
+    """Makes sure now that the generation settings can be saved, not at the first checkpoint.
+
+    Many published models set a temperature without `do_sample`, which transformers loads and refuses to save.
+
+    Raises:
+        UserError: settings that cannot be saved either way.
+    """
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+        return
+    except ValueError:
+        config.do_sample = True
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise UserError(
+            f"--model_name_or_path {arguments.model.model_name_or_path}: its generation_config.json could "
+            f"not be saved again: {' '.join(str(error).split())}"
+        ) from None
+    arguments.notes.append(
+        "generation_config.json: saved with do_sample true, since it holds settings for sampling"
+    )
 
 
 def stop_where_turns_end(

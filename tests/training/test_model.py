@@ -14,6 +14,7 @@ from dft.training.model import (
     load_model,
     resolve_attention,
     resolve_dtype,
+    settle_generation_config,
     stop_where_turns_end,
 )
 
@@ -156,6 +157,23 @@ def test_generation_also_stops_where_training_turns_end(folder, tokenizer):
     ids = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|end|>"])
     assert model.generation_config.eos_token_id == sorted(ids)
     assert "the saved model also stops at <|end|>," in given.notes[-1]
+
+
+def test_generation_settings_that_transformers_would_not_save_are_settled_at_the_start(folder):
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
+    given = arguments(folder)
+    model = load_model(given, AutoTokenizer.from_pretrained(folder))
+    assert model.generation_config.do_sample is True and model.generation_config.temperature == 0.6
+    assert "generation_config.json: saved with do_sample true" in given.notes[-1]
+    model.save_pretrained(folder / "saved")  # raised before
+
+
+def test_generation_settings_that_cannot_be_saved_at_all_are_refused(folder):
+    given, model = arguments(folder), load(folder)
+    model.generation_config.num_return_sequences = 5  # of one beam, without sampling: refused
+    model.generation_config.max_new_tokens = -1  # refused with sampling too
+    with pytest.raises(UserError, match="its generation_config.json could not be saved again"):
+        settle_generation_config(model, given)
 
 
 def test_an_unknown_attention_is_refused_by_its_own_name(folder):
