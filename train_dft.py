@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dft.arguments import Arguments, parse_arguments
-from dft.conflicts import check
+from dft.conflicts import check, check_batches
 from dft.data.chat import ChatEncoder
 from dft.data.prepare import REPORT, PreparedData, PrepareOptions, prepare
 from dft.data.tokenizer import load_tokenizer, stop_token_ids
@@ -56,6 +56,7 @@ def main() -> None:
         say(f"prepared: {data.path}")
         return
 
+    check_batches(arguments, len(data.datasets["train"]))
     set_seed(arguments.training.seed)  # the rows of new tokens are drawn at random
     model = load_model(arguments, tokenizer)
     check_positions(model, data.longest, arguments)

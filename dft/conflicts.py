@@ -16,6 +16,7 @@ from transformers.utils import is_liger_kernel_available
 from dft.arguments import Arguments, TrainingArguments
 from dft.errors import UserError
 from dft.training.checkpoints import resolve_resume
+from dft.training.distributed import world_size
 from dft.training.metrics import METRICS
 from dft.training.trainer import DFTTrainer, check_arguments
 
@@ -241,6 +242,17 @@ def check_deepspeed(training: TrainingArguments) -> None:
         raise UserError(
             "--load_best_model_at_end True with --save_only_model True: DeepSpeed cannot load a checkpoint "
             "that holds the model alone; the best checkpoint is kept in the output directory either way"
+        )
+
+
+def check_batches(arguments: Arguments, sequences: int) -> None:
+    """Raises `UserError` where --dataloader_drop_last would drop all there is."""
+    training = arguments.training
+    batch = training.per_device_train_batch_size * world_size()
+    if training.dataloader_drop_last and sequences < batch:
+        raise UserError(
+            f"--dataloader_drop_last True: {sequences} sequences do not fill one batch of {batch} over all "
+            "ranks, so nothing would be trained on"
         )
 
 

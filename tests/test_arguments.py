@@ -9,7 +9,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dft.arguments import default_flags, own_flags, parse_arguments
 from dft.config_file import write_run_args
-from dft.conflicts import check
+from dft.conflicts import check, check_batches
 from dft.errors import UserError
 
 
@@ -136,6 +136,13 @@ def test_a_mistake_is_one_message(tmp_path, flags, message):
     with pytest.raises(UserError) as caught:
         checked(tmp_path, *flags.split())
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_dropping_every_batch_is_refused(tmp_path):
+    arguments = checked(tmp_path, "--dataloader_drop_last", "True", "--per_device_train_batch_size", "8")
+    check_batches(arguments, 8)
+    with pytest.raises(UserError, match="7 sequences do not fill one batch of 8"):
+        check_batches(arguments, 7)
 
 
 def test_a_missing_required_flag_is_named():

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import jinja2
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -13,6 +14,11 @@ from dft.errors import UserError
 
 CHATML = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8").rstrip("\n")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+UNLOADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError,
+    StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises, unwrapped, for files of a model that are not what they should be."""
 MARKER = re.compile(r"<\|[^|<>\s]+\|>")
 """How nearly every special token that a template writes is spelled."""
 
@@ -94,12 +100,12 @@ def stop_token_ids(name_or_path: str, trust_remote_code: bool = False) -> list[i
     eos = config.eos_token_id
     stops = [] if eos is None else eos if isinstance(eos, list) else [eos]
     for one in stops:
-        if not isinstance(one, int) or one < 0:
+        if not isinstance(one, int):
             raise UserError(
                 f"--model_name_or_path {name_or_path}: {GENERATION_CONFIG_NAME}: eos_token_id {one!r} is no "
                 "token id"
             )
-    return stops
+    return [one for one in stops if one >= 0]  # -1 is written for "none"
 
 
 def _use_chatml(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -123,7 +129,7 @@ def _load(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase
         raise UserError(f"{flag}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except UNLOADABLE as error:
         found = sorted(one.name for one in path.glob("tokenizer*")) if path.is_dir() else []
         if path.is_dir() and not found:
             raise UserError(f"{flag}: the folder holds no tokenizer (tokenizer.json)") from None

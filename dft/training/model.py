@@ -1,6 +1,7 @@
 """The model of a run: its dtype, its attention, its weights, and room for every token of the tokenizer."""
 
 from collections.abc import Iterable
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -10,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from dft.arguments import Arguments
+from dft.data.tokenizer import UNLOADABLE
 from dft.errors import UserError
 
 FLASH = "flash_attention_2"
@@ -32,7 +34,7 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
             trust_remote_code=wanted.trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+    except (*UNLOADABLE, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
             raise  # a full device, a broken process group: no fault of the files
         reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -12,11 +12,16 @@ from dft.errors import UserError
 from tests.data.chat_templates import CHATML_LINES, Taught, encode, expected, with_template
 
 
-@pytest.mark.parametrize("content", ['{"eos_token_id": "x"}', '{"eos_token_id": [3, -1]}', "[1]", "{"])
+@pytest.mark.parametrize("content", ['{"eos_token_id": "x"}', "[1]", "{"])
 def test_a_generation_config_that_cannot_be_used_is_named(tmp_path, content):
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(UserError, match="generation_config.json"):
         stop_token_ids(str(tmp_path))
+
+
+def test_minus_one_is_no_stop_token(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, -1]}')
+    assert stop_token_ids(str(tmp_path)) == [3]
 
 
 def save(folder: Path, tokenizer_json: str, template: str | None = None, **options: str) -> str:

@@ -114,6 +114,15 @@ def test_weights_that_are_missing_are_named(folder):
         load(folder)
 
 
+@pytest.mark.parametrize(("key", "value"), [("hidden_act", "foo"), ("num_hidden_layers", "x")])
+def test_a_config_that_makes_no_sense_is_one_message(folder, key, value):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(arguments(folder), tokenizer)
+
+
 def test_truncated_weights_are_one_message(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
