@@ -14,6 +14,7 @@ from dft.arguments import Arguments
 from dft.data.tokenizer import UNLOADABLE
 from dft.errors import UserError
 
+OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 FLASH = "flash_attention_2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,7 +72,10 @@ def settle_generation_config(model: PreTrainedModel, arguments: Arguments) -> No
         config.validate(strict=True)
         return
     except ValueError:
-        config.do_sample = True
+        # Without do_sample they are ignored, so leaving them out changes nothing of what the model does.
+        ignored = {name for name in OF_SAMPLING if vars(config).get(name) is not None}
+        for name in ignored:
+            setattr(config, name, None)
     try:
         config.validate(strict=True)
     except ValueError as error:
@@ -80,7 +84,8 @@ def settle_generation_config(model: PreTrainedModel, arguments: Arguments) -> No
             f"not be saved again: {' '.join(str(error).split())}"
         ) from None
     arguments.notes.append(
-        "generation_config.json: saved with do_sample true, since it holds settings for sampling"
+        f"generation_config.json: saved without {', '.join(sorted(ignored))}, which do_sample false ignores "
+        "and transformers refuses to save"
     )
 
 
