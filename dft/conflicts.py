@@ -122,7 +122,8 @@ def check_evaluation(arguments: Arguments) -> None:
             f"--metric_for_best_model {metric}: the DFT loss -p log p is not monotone in quality (a model "
             "that knows nothing has a loss near 0 too); eval_objective is what training descends"
         )
-    if evaluates and training.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH):
+    evaluated = training.eval_strategy != IntervalStrategy.NO
+    if evaluated and training.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH):
         apart = training.save_strategy.value != training.eval_strategy.value
         if apart or (
             training.save_strategy == SaveStrategy.STEPS and training.save_steps % training.eval_steps
@@ -208,8 +209,7 @@ def check_deepspeed(training: TrainingArguments) -> None:
     if zero.mismatches:
         raise UserError(
             f"--deepspeed {training.deepspeed} contradicts the flags: {'; '.join(zero.mismatches)}; the "
-            "easiest way "
-            'is "auto" for these values in the file'
+            'easiest way is "auto" for these values in the file'
         )
     # DeepSpeed steps in for these flags, and where its file lacks the key it would do without.
     needed = {
