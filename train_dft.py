@@ -8,7 +8,6 @@ r"""Fine-tune a causal language model with Dynamic Fine-Tuning (DFT, arXiv 2508.
 scripts/train.sh holds a complete command to edit; the README explains the flags.
 """
 
-import json
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -16,8 +15,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from dft.arguments import Arguments, parse_arguments
 from dft.conflicts import check, check_batches
+from dft.data.arguments import prepare_options, template_variables
 from dft.data.chat import ChatEncoder
-from dft.data.prepare import REPORT, PreparedData, PrepareOptions, prepare
+from dft.data.prepare import PreparedData, prepare
 from dft.data.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
 from dft.report.data import data_summary, show_sequences
@@ -48,9 +48,9 @@ def main() -> None:
     for line in new_notes(arguments):
         say(line)
     stops = stop_token_ids(arguments.model.model_name_or_path, arguments.model.trust_remote_code)
-    data = prepare_data(arguments, ChatEncoder(tokenizer, stops))
+    data = prepare_data(arguments, ChatEncoder(tokenizer, stops, template_variables(arguments.data)))
     if arguments.data.debug_data_processing:
-        say(show_sequences(data.datasets["train"], tokenizer))
+        say(show_sequences(data.datasets["train"].unpacked(), tokenizer, data.names_in("train")))
     if arguments.data.prepare_only:
         write_resolved_arguments(arguments)
         say(f"prepared: {data.path}")
@@ -64,7 +64,7 @@ def main() -> None:
     trainer = make_trainer(arguments, model, data, tokenizer)
     remove_checkpoints(arguments.training)
     write_resolved_arguments(arguments, model)
-    for line in (*start_lines(arguments, model, data.report), *new_notes(arguments)):
+    for line in (*start_lines(arguments, model, data.report, trainer.batching), *new_notes(arguments)):
         say(line)
     trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
     trainer.save_model()
@@ -97,21 +97,13 @@ def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
         wanted.data_files,
         wanted.eval_data_files,
         encoder,
-        PrepareOptions(
-            max_length=wanted.max_length,
-            validation_split_percentage=wanted.validation_split_percentage,
-            max_train_samples=wanted.max_train_samples,
-            max_eval_samples=wanted.max_eval_samples,
-            seed=training.seed if training.data_seed is None else training.data_seed,
-        ),
+        prepare_options(wanted, training.seed if training.data_seed is None else training.data_seed),
         cache_dir=Path(wanted.data_cache_dir).expanduser(),
         workers=wanted.preprocessing_num_workers,
     )
     if is_main_process():
-        folder = Path(training.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / REPORT).write_text(json.dumps(data.report, indent=2, ensure_ascii=False))
-    for line in data_summary(data.report):
+        data.write_report(Path(training.output_dir))
+    for line in data_summary(data.report, training.output_dir):
         say(line)
     return data
 

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from dft.config_file import expand_config
+from dft.data.arguments import DataArguments
 from dft.errors import UserError
 from dft.training.distributed import init_cpu_deepspeed, is_launched, mute_deepspeed_deprecations
 from dft.training.metrics import LOWER_IS_BETTER
@@ -50,47 +50,6 @@ class ModelArguments:
     enable_gradient_checkpointing: bool = field(
         default=False,
         metadata={"help": "Recompute activations in the backward pass: slower, far less memory."},
-    )
-
-
-@dataclass
-class DataArguments:
-    """Which conversations, and how they become training sequences."""
-
-    _argument_group_name: ClassVar[str] = "data"
-
-    data_files: list[str] = field(metadata={"help": "ChatML .jsonl or .json files; several are merged."})
-    eval_data_files: list[str] = field(
-        default_factory=list, metadata={"help": "Files to evaluate on, in place of a validation split."}
-    )
-    validation_split_percentage: float = field(
-        default=0.0, metadata={"help": "Percent of the conversations to hold out for evaluation, seeded."}
-    )
-    max_length: int = field(
-        default=2048, metadata={"help": "Longest sequence in tokens; longer ones are cut on the right."}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on this many sequences, drawn with the data seed."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on this many sequences, drawn with the data seed."}
-    )
-    chat_template: str | None = field(
-        default=None, metadata={"help": "Jinja file that replaces the tokenizer's chat template."}
-    )
-    preprocessing_num_workers: int = field(
-        default=min(os.cpu_count() or 1, 8), metadata={"help": "Processes that tokenize."}
-    )
-    data_cache_dir: str = field(
-        default_factory=lambda: str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "dft"),
-        metadata={"help": "Where prepared data is kept, keyed by its content."},
-    )
-    prepare_only: bool = field(
-        default=False,
-        metadata={"help": "Prepare the data, write data_report.json into the output directory, and end."},
-    )
-    debug_data_processing: bool = field(
-        default=False, metadata={"help": "Print the first sequences with their supervised parts marked."}
     )
 
 

@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from dft.arguments import Arguments, TrainingArguments
+from dft.data.arguments import check_data_arguments
 from dft.errors import UserError
 from dft.training.checkpoints import resolve_resume
 from dft.training.distributed import world_size
@@ -53,12 +54,9 @@ def check(arguments: Arguments) -> None:
 
 
 def check_ranges(arguments: Arguments) -> None:
-    data, dft, training = arguments.data, arguments.dft, arguments.training
+    check_data_arguments(arguments.data)
+    dft, training = arguments.dft, arguments.training
     positive = {
-        "max_length": data.max_length,
-        "preprocessing_num_workers": data.preprocessing_num_workers,
-        "max_train_samples": data.max_train_samples,
-        "max_eval_samples": data.max_eval_samples,
         "per_device_train_batch_size": training.per_device_train_batch_size,
         "per_device_eval_batch_size": training.per_device_eval_batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
@@ -90,15 +88,8 @@ def check_ranges(arguments: Arguments) -> None:
         value = vars(training)[name]
         if value is not None and not isinstance(value, dict):
             raise UserError(f"--{name} {value}: expected a JSON object such as '{{\"name\": 1}}'")
-    if data.max_length < 2:
-        raise UserError(f"--max_length {data.max_length}: a target needs a token before it, so at least 2")
     if not 0 <= dft.dft_alpha <= 1:
         raise UserError(f"--dft_alpha {dft.dft_alpha:g}: must lie in [0, 1]; 1 is the paper's DFT, 0 is SFT")
-    if not 0 <= data.validation_split_percentage < 100:
-        raise UserError(
-            f"--validation_split_percentage {data.validation_split_percentage:g}: must be at least 0 and "
-            "below 100"
-        )
 
 
 def check_evaluation(arguments: Arguments) -> None:

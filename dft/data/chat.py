@@ -1,16 +1,25 @@
 """Conversation -> (input_ids, labels): what the chat template renders, tokenized once, with its mask."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from dft.constants import IGNORE_INDEX
+from dft.data.conversation import Conversation
 from dft.data.faults import BadLine
-from dft.data.rendering import ChatTemplate, Message, Rendering
+from dft.data.rendering import ChatTemplate, Rendering
 from dft.errors import UserError
+
+GUARDS = ("0", "\n", "a", ";")
+"""Texts to tokenize a piece behind, for tokenizers that put a space in front of all they get."""
+TAIL = 16
+"""Tokens behind the last special token of a prompt up to which its tokenization is worth remembering."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +30,40 @@ class Example:
         input_ids: (tokens,) int32.
         labels: (tokens,) int32, the same id where a token is supervised, else -100.
         endings: the stop token of each supervised turn, None where a turn ends without one.
+        ends: (turns,) int32, index of the last supervised token of each of these turns.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     endings: tuple[str | None, ...]
+    ends: np.ndarray
+
+
+class Piece:
+    """Text that is tokenized by itself, and where in a sequence it stands.
+
+    Attributes:
+        text, encoding, ids: as tokenized, `skip_chars` and `skip_tokens` of a guard at the front included.
+        first_char, first_token: where what follows the guard stands in the sequence.
+    """
+
+    __slots__ = ("encoding", "first_char", "first_token", "ids", "skip_chars", "skip_tokens", "text")
+
+    def __init__(self, text: str, encoding: Encoding, skip_chars: int = 0, skip_tokens: int = 0) -> None:
+        self.text = text
+        self.encoding = encoding
+        self.ids = encoding.ids
+        self.skip_chars, self.skip_tokens = skip_chars, skip_tokens
+        self.first_char = self.first_token = 0
+
+    def local(self, position: int) -> int:
+        """A character of the sequence as one of `text`."""
+        return position - self.first_char + self.skip_chars
+
+    def token_at(self, position: int) -> int:
+        """Index in the sequence of the first token that begins at or after a character of the sequence."""
+        token = first_token(self.encoding, self.local(position), len(self.text))
+        return token - self.skip_tokens + self.first_token
 
 
 class ChatEncoder:
@@ -36,12 +74,19 @@ class ChatEncoder:
         stop_token_ids: what makes this model's generation stop besides the tokenizer's own eos
             (`generation_config.eos_token_id`). Ids outside the vocabulary are passed over: nothing ends with
             them.
+        variables: what the template gets for all conversations (`{"enable_thinking": False}`); the ones a
+            conversation brings win.
 
     Raises:
         UserError: a tokenizer without character offsets, or without a chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: Sequence[int] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
                 f"{type(tokenizer).__name__} is a slow tokenizer without the character offsets that exact "
@@ -51,30 +96,168 @@ class ChatEncoder:
         self.backend = plain_backend(tokenizer)
         wanted = sorted({tokenizer.eos_token_id, *stop_token_ids} - {None})
         names = {index: self.backend.id_to_token(index) for index in wanted}
+        added = tokenizer.added_tokens_decoder
         self.template = ChatTemplate(
             template_of(tokenizer),
             {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
             {name: index for index, name in names.items() if name},
-            {token.content for token in tokenizer.added_tokens_decoder.values() if token.special},
+            {token.content for token in added.values() if token.special},
+            variables,
         )
+        self.added_ids = frozenset(added)
+        self._ids_of_header = lru_cache(4096)(self.ids_of)
 
-    def encode(self, conversations: Sequence[list[Message]]) -> list[list[Example] | BadLine]:
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[Example] | BadLine]:
         """Tokens and labels of each conversation; usually one sequence, several where history is rewritten.
 
         A conversation the template refuses gives the `BadLine` to report in its place.
         """
-        rendered: list[list[Rendering] | BadLine] = []
-        for messages in conversations:
-            try:
-                rendered.append(self.template.render(messages))
-            except BadLine as error:
-                rendered.append(error)
+        rendered = self.render(conversations)
         texts = [one.text for group in rendered if not isinstance(group, BadLine) for one in group]
         encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
         return [
-            group if isinstance(group, BadLine) else [to_example(one, next(encodings)) for one in group]
+            group if isinstance(group, BadLine) else [self.example(one, next(encodings)) for one in group]
             for group in rendered
         ]
+
+    def render(self, conversations: Sequence[Conversation]) -> list[list[Rendering] | BadLine]:
+        """The texts of each conversation's sequences, or what is wrong with it."""
+        rendered: list[list[Rendering] | BadLine] = []
+        for conversation in conversations:
+            try:
+                rendered.append(self.template.render(conversation))
+            except BadLine as error:
+                rendered.append(error)
+        return rendered
+
+    def example(self, rendering: Rendering, encoding: Encoding) -> Example:
+        """Labels from spans: a token is supervised when its first character lies inside a span.
+
+        So an end token that swallows the white space behind it (`rstrip`) is still supervised.
+        `encoding` is that of the whole text. It is used wherever it begins, at each span, with the tokens of
+        the prompt alone, as inference would get it. Where it does not (a header's newline and the answer's
+        first are one token), the text is tokenized in pieces that are split there.
+        """
+        pieces = self._pieces(Piece(rendering.text, encoding), rendering.spans)
+        if len(pieces) == 1:
+            ids = pieces[0].ids
+        else:
+            ids = [token for piece in pieces for token in piece.ids[piece.skip_tokens :]]
+        if rendering.stop_id is not None:
+            ids = [*ids, rendering.stop_id]
+        input_ids = np.array(ids, dtype=np.int32)
+        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
+        ends = []
+        for start, end in rendering.spans:
+            first, behind = token_at(pieces, start), token_at(pieces, end)
+            labels[first:behind] = input_ids[first:behind]
+            ends.append(behind - 1)
+        if rendering.stop_id is not None:
+            labels[-1] = input_ids[-1]
+            ends[-1] = len(ids) - 1
+        labels[:1] = IGNORE_INDEX  # nothing precedes the first token, so nothing predicts it
+        return Example(input_ids, labels, tuple(rendering.endings), np.array(ends, dtype=np.int32))
+
+    # ---- the border between prompt and answer ----
+
+    @cached_property
+    def unknown_ids(self) -> frozenset[int]:
+        """What stands for text outside the vocabulary, which cannot be decoded."""
+        model = json.loads(self.backend.to_str())["model"]
+        named = model.get("unk_token")
+        found = {model.get("unk_id"), self.backend.token_to_id(named) if named else None}
+        return frozenset(found - {None})
+
+    def ids_of(self, text: str) -> list[int]:
+        """The tokens of a text by itself."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def continued(self, text: str) -> Piece | None:
+        """A text tokenized as the continuation of another that ends with a whole token.
+
+        None where that is not possible: the tokenizer puts a space in front of what it gets, and behind
+        every guard the text's first token takes part of the guard.
+        """
+        for guard in self._guards:
+            piece = self._behind(guard, text)
+            if piece is not None:
+                return piece
+        return None
+
+    def _behind(self, guard: str, text: str) -> Piece | None:
+        encoding = self.backend.encode(guard + text, add_special_tokens=False)
+        if not guard:
+            return Piece(text, encoding)
+        skip = first_token(encoding, len(guard), len(guard + text))
+        if encoding.ids[:skip] != self._ids_of_header(guard):
+            return None
+        return Piece(guard + text, encoding, len(guard), skip)
+
+    @cached_property
+    def _guards(self) -> tuple[str, ...]:
+        """What to put in front of a piece: nothing, if text by itself has the tokens it has behind others."""
+        compared = [
+            piece.ids[piece.skip_tokens :] == self.ids_of(text)
+            for guard in GUARDS
+            for text in "bZ.5é"
+            if (piece := self._behind(guard, text)) is not None
+        ]
+        return ("",) if compared and all(compared) else GUARDS
+
+    def _pieces(self, whole: Piece, spans: list[tuple[int, int]]) -> list[Piece]:
+        """The text in pieces, split where a span would not begin with the tokens of its prompt alone.
+
+        One piece, nearly always; also where the tokenizer cannot continue a text. There a token that
+        straddles the start of a span belongs to the prompt.
+        """
+        pieces, cuts = [whole], []
+        while True:
+            new = [start for start, _ in spans if start not in cuts and not self._begins_exactly(pieces, start)]
+            if not new:
+                return pieces
+            cuts = sorted({*cuts, *new})
+            pieces = [self._behind("", whole.text[: cuts[0]])]
+            for start, end in zip(cuts, [*cuts[1:], len(whole.text)], strict=True):
+                piece = self.continued(whole.text[start:end])
+                if piece is None:
+                    return [whole]
+                before = pieces[-1]
+                piece.first_char = start
+                piece.first_token = before.first_token + len(before.ids) - before.skip_tokens
+                pieces.append(piece)
+
+    def _begins_exactly(self, pieces: list[Piece], start: int) -> bool:
+        """Whether the tokens in front of a character are those of the text in front of it alone.
+
+        Added tokens cut a text into parts that are tokenized one by one, so only what follows the last one
+        of the prompt is compared: its header, the same for nearly all turns.
+        """
+        piece = piece_of(pieces, start)
+        ids, encoding, position = piece.ids, piece.encoding, piece.local(start)
+        behind = first_token(encoding, position, len(piece.text))
+        if behind == 0:
+            return position == 0
+        if encoding.token_to_chars(behind - 1)[1] > position:
+            return False
+        first = behind - 1
+        while first >= 0 and behind - first < TAIL and ids[first] not in self.added_ids:
+            first -= 1
+        if first >= 0 and ids[first] in self.added_ids:
+            header = piece.text[encoding.token_to_chars(first)[0] : position]
+            return ids[first:behind] == self._ids_of_header(header)
+        return ids[:behind] == self.ids_of(piece.text[:position])
+
+
+def piece_of(pieces: list[Piece], position: int) -> Piece:
+    """The piece that a character of the sequence stands in, or ends."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return next(piece for piece in reversed(pieces) if piece.first_char <= position)
+
+
+def token_at(pieces: list[Piece], position: int) -> int:
+    """Index in the sequence of the first token that begins at or after a character."""
+    return piece_of(pieces, position).token_at(position)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -108,29 +291,10 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return backend
 
 
-def to_example(rendering: Rendering, encoding: Encoding) -> Example:
-    """Labels from spans: a token is supervised when its first character lies inside a span.
-
-    So a token that straddles the start belongs to the prompt, and an end token that swallows the white space
-    behind it (`rstrip`) is still supervised.
-    """
-    tail = [] if rendering.stop_id is None else [rendering.stop_id]
-    ids = np.array([*encoding.ids, *tail], dtype=np.int32)
-    labels = np.full_like(ids, IGNORE_INDEX)
-    length = len(rendering.text)
-    for start, end in rendering.spans:
-        inside = slice(first_token(encoding, start, length), first_token(encoding, end, length))
-        labels[inside] = ids[inside]
-    if tail:
-        labels[-1] = ids[-1]
-    labels[:1] = IGNORE_INDEX  # nothing precedes the first token, so nothing predicts it
-    return Example(ids, labels, tuple(rendering.endings))
-
-
 def first_token(encoding: Encoding, position: int, length: int) -> int:
     """Index of the first token that begins at or after a character."""
     for character in range(position, length):
         token = encoding.char_to_token(character)
         if token is not None:  # a normalizer may drop characters, which then belong to no token
             return token if encoding.token_to_chars(token)[0] >= position else token + 1
-    return len(encoding.ids)
+    return len(encoding)

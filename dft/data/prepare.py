@@ -1,4 +1,4 @@
-"""Files -> one prepared dataset on disk: tokenized once, split, cached.
+"""Files -> one prepared dataset on disk: tokenized once, mixed, split, packed, cached.
 
 Prepared data is stored under a key of everything that shapes it. One process prepares while the others wait
 for a file lock, not in a collective, so no communication time-out can end an hour of tokenizing. One that
@@ -11,53 +11,105 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import tokenizers
 import transformers
-from datasets import DatasetDict, load_from_disk
-from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from filelock import FileLock
 
-from dft.data.accounting import report_of
+from dft.data.accounting import LeftOut, named, report_of
 from dft.data.chat import ChatEncoder
-from dft.data.encode import Encoded, Totals, encode_files
+from dft.data.dataset import Sequences
+from dft.data.digests import content_digests
+from dft.data.encode import Encoded, EncodeOptions, Totals, encode_sources
 from dft.data.faults import Faults
-from dft.data.reader import check_files
+from dft.data.files import write_whole
+from dft.data.selection import (
+    Split,
+    conversation_count,
+    hold_out,
+    limited,
+    packed,
+    shared_with,
+    weighted,
+    without_repeats,
+)
+from dft.data.sources import Source, resolve_sources
 from dft.errors import UserError
 
 REPORT = "data_report.json"
-DATASET = "dataset"
+REJECTED = "rejected.jsonl"
+CONTENTS = "contents.json"
+"""Sizes of the files of a prepared folder: a disk that ran full or lost power may have cut them."""
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Everything besides tokenizer and file contents that shapes the prepared data."""
+    """Everything besides tokenizer and file contents that shapes the prepared data.
+
+    Attributes:
+        data_weights: epochs of each entry of `data_files` within one of the run; none for 1 each.
+        dedup: drop conversations that are the same as an earlier one.
+        on_bad_data: "error", or "skip" what cannot be used and keep a copy of it.
+        packing: several sequences per row of `max_length` tokens.
+    """
 
     max_length: int
     validation_split_percentage: float = 0.0
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     seed: int = 42
+    truncation: str = "right"
+    train_on_last_turn_only: bool = False
+    data_weights: tuple[float, ...] = ()
+    dedup: bool = False
+    on_bad_data: str = "error"
+    packing: bool = False
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """`datasets` has "train" and, if any, "eval", columns input_ids and labels; `report` accounts for it."""
+    """What `prepare` made.
 
-    datasets: DatasetDict
+    Attributes:
+        datasets: "train" and, if any, "eval".
+        report: accounts for every conversation of the files.
+        path: the folder in the cache. `train.arrow` in it holds all sequences of the training files.
+        names: of the files to train on ("train") and to evaluate on ("eval"), as they are numbered.
+    """
+
+    datasets: dict[str, Sequences]
     report: dict[str, Any]
     path: Path
+    names: dict[str, list[str]]
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return max(self.report[split]["length_percentiles"]["100"] for split in self.datasets)
+
+    def names_in(self, split: str) -> list[str]:
+        """What the files are called that the sequences of a split number."""
+        return self.names["eval" if split == "eval" and self.names["eval"] else "train"]
+
+    def write_report(self, folder: Path) -> None:
+        """`data_report.json` and, if anything was rejected, `rejected.jsonl` into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / REPORT, json.dumps(self.report, indent=2, ensure_ascii=False))
+        if not self.report["rejected"]:
+            return
+        with open(folder / REJECTED, "w", encoding="utf-8") as stream:
+            for group, names in self.names.items():
+                kept = self.path / f"{group}.{REJECTED}"
+                for line in kept.open(encoding="utf-8") if kept.exists() else ():
+                    row = json.loads(line)
+                    stream.write(json.dumps({**row, "file": names[row["file"]]}, ensure_ascii=False) + "\n")
 
 
 def prepare(
@@ -71,59 +123,55 @@ def prepare(
 ) -> PreparedData:
     """The prepared dataset of these files, from the cache if it was prepared before.
 
-    `eval_data_files`, if any, are evaluated on in place of a validation split.
+    Args:
+        data_files: files, folders, globs or hub datasets, as `dft.data.sources.resolve_sources` reads them.
+        eval_data_files: the same; if there are any, they are evaluated on in place of a validation split.
 
     Raises:
         UserError: missing files, bad lines (the first 20 as `file:line: reason`, with a total per reason),
             nothing left to train or to evaluate on, or a cache folder that cannot be written.
     """
-    check_files(data_files, "--data_files")
-    check_files(eval_data_files, "--eval_data_files")
-    target = cache_dir / cache_key(data_files, eval_data_files, encoder, options)
-    if not target.is_dir():
-        with _cache_errors(cache_dir):
-            cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with FileLock(f"{target}.lock"):
-                if not target.is_dir():
-                    _prepare(target, data_files, eval_data_files, encoder, options, workers)
-    report = json.loads((target / REPORT).read_text(encoding="utf-8"))
-    # The key knows files by their content, so the names are those of this call.
-    names = {"train": data_files, "eval": eval_data_files or data_files}
-    for split in names.keys() & report.keys():
-        for entry, name in zip(report[split]["files"], dict.fromkeys(names[split]), strict=True):
-            entry["file"] = name
-    report["prepared_path"] = str(target / DATASET)
-    return PreparedData(load_from_disk(str(target / DATASET)), report, target / DATASET)
+    sources = {
+        "train": resolve_sources(data_files, "--data_files"),
+        "eval": resolve_sources(eval_data_files, "--eval_data_files"),
+    }
+    with _cache_errors(cache_dir):
+        cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        target = cache_dir / cache_key(sources, encoder, options, cache_dir)
+        if not _is_whole(target):
+            _prepare_once(target, sources, encoder, options, workers)
+    names = {group: [source.name for source in some] for group, some in sources.items()}
+    report = named(json.loads((target / REPORT).read_text(encoding="utf-8")), names)
+    report["prepared_path"] = str(target)
+    datasets = {split: _load(target, split, names) for split in ("train", "eval") if split in report}
+    return PreparedData(datasets, report, target, names)
 
 
 def cache_key(
-    data_files: list[str], eval_data_files: list[str], encoder: ChatEncoder, options: PrepareOptions
+    sources: dict[str, list[Source]], encoder: ChatEncoder, options: PrepareOptions, cache_dir: Path
 ) -> str:
     """Changes with one byte of a file, the tokenizer, the template, an option, or the code that encodes."""
     digest = hashlib.blake2b(digest_size=16)
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
+    for code in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(code.read_bytes())
     template = encoder.template
+    files = [source for group in sources.values() for source in group]
     described = {
         "versions": [transformers.__version__, tokenizers.__version__],
         "options": asdict(options),
         "template": template.source,
+        "variables": template.variables,
         "special_tokens": template.special_tokens,
         "stops": template.stops,
-        # Suffix: it decides how a file is read. Index: files given twice are counted as one.
+        # How a file is read, not what it is called.
         "files": [
-            [(Path(name).suffix, group.index(name)) for name in group]
-            for group in (data_files, eval_data_files)
+            [(one.kind, one.compression, one.entry, one.rows_before) for one in group]
+            for group in sources.values()
         ],
+        "contents": content_digests([source.path for source in files], cache_dir),
     }
     digest.update(json.dumps(described, sort_keys=True).encode())
     digest.update(encoder.backend.to_str().encode())
-    for name in (*data_files, *eval_data_files):
-        content = hashlib.blake2b()
-        with open(name, "rb") as stream:
-            while block := stream.read(1 << 20):
-                content.update(block)
-        digest.update(content.digest())
     return digest.hexdigest()
 
 
@@ -146,103 +194,156 @@ def _cache_errors(cache_dir: Path) -> Iterator[None]:
         raise
 
 
-def _prepare(
+# ---- the folder in the cache ----
+
+
+def _is_whole(target: Path) -> bool:
+    try:
+        contents = json.loads((target / CONTENTS).read_text(encoding="utf-8"))
+        return all((target / name).stat().st_size == size for name, size in contents.items())
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _load(target: Path, split: str, names: dict[str, list[str]]) -> Sequences:
+    store = "eval" if split == "eval" and names["eval"] else "train"
+    offsets = target / f"{split}.offsets.npy"
+    return Sequences(
+        target / f"{store}.arrow",
+        np.load(target / f"{split}.order.npy", mmap_mode="r"),
+        np.load(offsets, mmap_mode="r") if offsets.exists() else None,
+    )
+
+
+def _prepare_once(
     target: Path,
-    data_files: list[str],
-    eval_data_files: list[str],
+    sources: dict[str, list[Source]],
     encoder: ChatEncoder,
     options: PrepareOptions,
     workers: int,
 ) -> None:
-    """Fills `target`, all of it or nothing. To be called under its lock."""
-    for left in target.parent.glob(f"{target.name}.*"):
-        if left.is_dir():  # of a process that was killed, since nobody else can hold the lock
-            shutil.rmtree(left)
-    staging = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-    try:
-        faults = Faults()
-        sizes = (encoder, options.max_length, workers, faults)
-        train, totals = encode_files(data_files, staging / "train.arrow", *sizes)
-        held_out, held_out_totals = encode_files(eval_data_files, staging / "eval.arrow", *sizes)
+    """Fills `target`, unless another process does so meanwhile; then its error, if it fails, is ours too."""
+    asked, error_file = time.time(), Path(f"{target}.error")
+    with FileLock(f"{target}.lock"):
+        if _is_whole(target):
+            return
+        if error_file.exists() and error_file.stat().st_mtime >= asked:
+            raise UserError(error_file.read_text(encoding="utf-8"))
+        for left in target.parent.glob(f"{target.name}.*"):
+            if left.is_dir():  # of a process that was killed, since nobody else can hold the lock
+                shutil.rmtree(left)
+        shutil.rmtree(target, ignore_errors=True)  # damaged
+        staging = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+        try:
+            _prepare(staging, sources, encoder, options, workers)
+            contents = {one.name: one.stat().st_size for one in staging.iterdir()}
+            (staging / CONTENTS).write_text(json.dumps(contents), encoding="utf-8")
+            staging.rename(target)
+        except UserError as error:
+            write_whole(error_file, str(error))
+            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        error_file.unlink(missing_ok=True)
+
+
+def _prepare(
+    folder: Path,
+    sources: dict[str, list[Source]],
+    encoder: ChatEncoder,
+    options: PrepareOptions,
+    workers: int,
+) -> None:
+    faults, skip = Faults(), options.on_bad_data == "skip"
+    encoded: dict[str, Encoded] = {}
+    totals: dict[str, list[Totals]] = {}
+    how = EncodeOptions(
+        options.max_length, options.truncation, options.train_on_last_turn_only, keep_rejected=skip
+    )
+    for group, some in sources.items():
+        with _rejects(folder / f"{group}.{REJECTED}", skip and bool(some)) as rejects:
+            encoded[group], totals[group] = encode_sources(
+                some, folder / f"{group}.arrow", encoder, how, workers, faults, rejects
+            )
+    if not skip:
         faults.raise_if_any()
-        if eval_data_files:
-            splits, in_train = _without_shared(train, held_out, held_out_totals, options)
-        else:
-            splits, in_train = _split(train, options), 0
-        if not len(splits["train"]):
-            raise UserError(_nothing_left("--data_files", totals, options))
-        limits = {"train": options.max_train_samples, "eval": options.max_eval_samples}
-        splits = {name: _limit(encoded, limits[name], options.seed) for name, encoded in splits.items()}
-        with _no_progress_bars():
-            datasets = DatasetDict({name: encoded.dataset() for name, encoded in splits.items()})
-            datasets.save_to_disk(staging / DATASET)
-        report = {**report_of(splits, totals + held_out_totals, in_train), "options": asdict(options)}
-        (staging / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
-        for name in ("train.arrow", "eval.arrow"):
-            os.unlink(staging / name)
-        staging.rename(target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    splits, left_out = select(encoded, totals, [source.entry for source in sources["train"]], options)
+    if not sources["eval"]:
+        os.unlink(folder / "eval.arrow")
+    for name, split in splits.items():
+        np.save(folder / f"{name}.order.npy", split.encoded.rows)
+        if split.offsets is not None:
+            np.save(folder / f"{name}.offsets.npy", split.offsets)
+    report = report_of(splits, totals, left_out, options.max_length)
+    for entry, source in zip(report["files"]["train"], sources["train"], strict=True):
+        entry["weight"] = options.data_weights[source.entry] if options.data_weights else 1
+    report["options"] = asdict(options)
+    (folder / REPORT).write_text(json.dumps(report), encoding="utf-8")
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Writing what is tokenized takes no time worth a bar."""
-    before = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not before:
-            enable_progress_bars()
+def _rejects(path: Path, wanted: bool) -> Iterator[IO[str] | None]:
+    if not wanted:
+        yield None
+        return
+    with open(path, "w", encoding="utf-8") as stream:
+        yield stream
 
 
-# ---- splitting and selecting ----
+def select(
+    encoded: dict[str, Encoded],
+    totals: dict[str, list[Totals]],
+    entries: list[int],
+    options: PrepareOptions,
+) -> tuple[dict[str, Split], LeftOut]:
+    """What is trained and evaluated on of the conversations in the "train" and "eval" files.
 
+    Args:
+        entries: the entry of the command line that each training file belongs to.
 
-def _without_shared(
-    train: Encoded, held_out: Encoded, totals: Totals, options: PrepareOptions
-) -> tuple[dict[str, Encoded], int]:
-    """The evaluation files less the conversations that are in the training files, and how many those were."""
-    if not len(held_out):
-        raise UserError(_nothing_left("--eval_data_files", totals, options))
-    shared = np.isin(held_out.keys, train.keys)
-    count = len(np.unique(held_out.conversations[shared]))
-    if shared.all():
-        raise UserError(
-            f"--eval_data_files: all {count} conversations are in the training files as well; evaluation "
-            "needs conversations the model is not trained on"
-        )
-    return {"train": train, "eval": held_out.take(~shared)}, count
-
-
-def _split(train: Encoded, options: PrepareOptions) -> dict[str, Encoded]:
-    """Holds out a share of the conversations, at least one. Equal conversations stay on one side together."""
-    percentage = options.validation_split_percentage
-    if not percentage or not len(train):
-        return {"train": train}
-    # Numbered by digest: the choice depends on the conversations and the seed, not on the order of the lines.
-    different, number = np.unique(train.keys, return_inverse=True)
-    count = max(1, round(len(different) * percentage / 100))
-    if count >= len(different):
-        raise UserError(
-            f"--validation_split_percentage {percentage:g}: of {len(different)} different conversations "
-            f"{count} would be held out and none left to train on"
-        )
-    chosen = np.random.default_rng(options.seed).permutation(len(different))[:count]
-    held_out = np.isin(number, chosen)
-    return {"train": train.take(~held_out), "eval": train.take(held_out)}
-
-
-def _limit(encoded: Encoded, count: int | None, seed: int) -> Encoded:
-    """That many sequences, drawn at random and kept in order; all of them if there are no more."""
-    if count is None or count >= len(encoded):
-        return encoded
-    return encoded.take(np.sort(np.random.default_rng(seed).permutation(len(encoded))[:count]))
+    Raises:
+        UserError: nothing is left of one of them.
+    """
+    for group, flag in (("train", "--data_files"), ("eval", "--eval_data_files")):
+        if totals[group] and not len(encoded[group]):
+            raise UserError(_nothing_left(flag, sum(totals[group], Totals()), options))
+    train, held_out = encoded["train"], encoded["eval"]
+    repeated = shared = 0
+    if options.dedup:
+        before = conversation_count(train) + conversation_count(held_out)
+        train, held_out = without_repeats(train), without_repeats(held_out)
+        repeated = before - conversation_count(train) - conversation_count(held_out)
+    if len(held_out):
+        both = shared_with(held_out, train)
+        shared = conversation_count(held_out.take(both))
+        if both.all():
+            raise UserError(
+                f"--eval_data_files: all {shared} conversations are in the training files as well; "
+                "evaluation needs conversations the model is not trained on"
+            )
+        held_out = held_out.take(~both)
+    elif options.validation_split_percentage:
+        train, held_out = hold_out(train, options.validation_split_percentage, options.seed)
+    if options.data_weights:
+        train = weighted(train, list(options.data_weights), entries, options.seed)
+        if not len(train):
+            shown = " ".join(f"{weight:g}" for weight in options.data_weights)
+            raise UserError(f"--data_weights {shown}: not one conversation is left to train on")
+    chosen = {"train": limited(train, options.max_train_samples, options.seed)}
+    if len(held_out):
+        chosen["eval"] = limited(held_out, options.max_eval_samples, options.seed)
+    splits = {
+        name: packed(one, options.max_length, options.seed) if options.packing else Split(one)
+        for name, one in chosen.items()
+    }
+    return splits, LeftOut(repeated, shared)
 
 
 def _nothing_left(flag: str, totals: Totals, options: PrepareOptions) -> str:
+    if totals.rejected.total() == totals.read:
+        reasons = "; ".join(f"{count} x {kind}" for kind, count in totals.rejected.most_common(3))
+        return f"{flag}: nothing is left of {totals.read} conversations, none can be used ({reasons})"
     return (
-        f"{flag}: nothing is left of {totals.conversations.total()} conversations, none has a supervised "
+        f"{flag}: nothing is left of {totals.read} conversations, none has a supervised "
         f"token within --max_length {options.max_length}; raise it"
     )

@@ -1,261 +1,517 @@
-"""Files and lines -> validated conversations. Every refusal names file, line and reason."""
+"""Files -> records of JSON text, found by their extent alone; `dft.data.conversation` parses them."""
 
+import gzip
 import json
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dft.data.conversation import COLUMNS, FORMS, has_form
 from dft.data.faults import BadLine
-from dft.errors import UserError
+from dft.data.sources import Source
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SUFFIXES = (".jsonl", ".json")
-BLANK = re.compile(r"[ \t\r\n]*")
-SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
-BROKEN = "broken JSON"
+BATCH_RECORDS = 256
+BATCH_BYTES = 4 << 20
+PIECE = 1 << 18
+"""Bytes read at a time: enough to hide what a step costs, few enough to bound the arrays made of them."""
+SIP = 1 << 12
+"""Bytes asked of pyarrow at a time: what it decompressed before it met damage within one call is lost."""
+LONGEST = 1 << 30
+"""Bytes of the longest record that is read."""
+TOO_LONG = "longer than 1 GiB"
+LOOKAHEAD = 4 << 20
+"""Bytes within which the first line of a .jsonl file has to end to be told apart from an array."""
+BOM = b"\xef\xbb\xbf"
+BLANKS = b" \t\r\n"
+NOTHING_MORE = "nothing from here on can be read"
 
 
-@dataclass(frozen=True)
-class Record:
-    """One conversation as it stands in a file, not parsed yet. `line` counts from 1.
+class Record(NamedTuple):
+    """One conversation as it stands in a file, not parsed yet.
 
-    `fault` is set, and `text` empty, where the file itself cannot be read any further.
+    Attributes:
+        line: from 1; where a conversation begins in a text file, the number of the row in a table.
+        text: its JSON, verbatim from text files, without the line end.
+        fault: why it cannot be read, or why nothing can from here on; `text` is empty then.
     """
 
-    file: str
     line: int
     text: bytes
     fault: str | None = None
 
-    @property
-    def where(self) -> str:
-        return f"{self.file}:{self.line}"
 
+class Batch(NamedTuple):
+    """Up to 256 records with about 4 MiB of text, or one that is longer.
 
-# ---- files -> records ----
-
-
-def check_files(files: list[str], flag: str) -> None:
-    """Raises `UserError` for a file that is missing, no file, unreadable, empty, or of an unknown suffix."""
-    for name in files:
-        path = Path(name)
-        try:
-            if path.is_dir():
-                raise UserError(f"{flag} {name}: is a folder; name the .jsonl or .json files in it")
-            size = path.stat().st_size
-            if not path.is_file():
-                raise UserError(f"{flag} {name}: is not a regular file; name a .jsonl or .json file")
-            path.open("rb").close()
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{flag} {name}: no such file (looked in {path.absolute().parent})") from None
-        except OSError as error:
-            raise UserError(f"{flag} {name}: cannot be read ({error.strerror})") from None
-        if path.suffix not in SUFFIXES:
-            raise UserError(f"{flag} {name}: expected a file that ends in {' or '.join(SUFFIXES)}")
-        if size == 0:
-            raise UserError(f"{flag} {name}: the file is empty; it should hold one conversation per line")
-
-
-def read_records(file: str) -> Iterator[Record]:
-    """The conversations of one file in order, still as text; a file without any gives a record that says so.
-
-    A file is an array of objects if its first character is "[", else JSON Lines, blank lines passed over. A
-    `.json` file may also hold one object over several lines.
+    Attributes:
+        records: in the order of the file, at least one.
+        consumed: bytes of the file on disk read since the batch before.
     """
-    none = True
-    for record in _records(file):
+
+    records: list[Record]
+    consumed: int
+
+
+def read_batches(source: Source) -> Iterator[Batch]:
+    """The conversations of one file in order; a file without any gives a record with a fault that says so.
+
+    Text files are an array if their first character is "[", except a `.jsonl` file whose first line is a
+    whole array that other lines follow; else JSON Lines, blank lines passed over. A `.json` file whose first
+    line is no whole value is one object over several lines.
+
+    Memory stays bounded by the longest record, not by the file.
+    """
+    if source.kind in ("jsonl", "json"):
+        reader: TextReader | TableReader = TextReader(source)
+    else:
+        reader = TableReader(source)
+    records: list[Record] = []
+    size, reported, none = 0, 0, True
+    for record in reader.records():
         none = False
-        yield record
+        if records and (len(records) == BATCH_RECORDS or size + len(record.text) > BATCH_BYTES):
+            position = reader.position()
+            yield Batch(records, position - reported)
+            records, size, reported = [], 0, position
+        records.append(record)
+        size += len(record.text)
     if none:
-        yield Record(file, 1, b"", fault="there is no conversation in this file")
+        records = [Record(1, b"", fault="there is no conversation in this file")]
+    yield Batch(records, reader.position() - reported)
 
 
-def _records(file: str) -> Iterator[Record]:
-    with open(file, "rb") as stream:
-        opening = _first_line(stream)
-        stream.seek(0)
+# ---- text files ----
+
+
+class TextReader:
+    """Records of a JSON or JSON Lines file, compressed or not."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._position = 0
+        self._damage: str | None = None  # why the bytes ended before the file did
+
+    def position(self) -> int:
+        """Bytes of the file on disk that were read so far."""
+        return self._position
+
+    def records(self) -> Iterator[Record]:
+        pieces = self._pieces()
+        head: list[bytes] = []  # what is read ahead to tell the kind of the file
+        opening = b""
+        for piece in pieces:
+            head.append(piece if head else piece.removeprefix(BOM))
+            opening = head[-1].lstrip(BLANKS)
+            if opening:
+                break
         if opening.startswith(b"["):
-            yield from _array_records(file, stream.read())
-        elif Path(file).suffix == ".json" and not _is_json(opening):
-            yield Record(file, 1, stream.read().removeprefix(b"\xef\xbb\xbf"))
+            is_array = self.source.kind == "json" or not _lines_of_arrays(head, pieces)
+            parse = self._array if is_array else self._lines
+        elif self.source.kind == "jsonl" or not opening or _first_line_is_whole(opening, head, pieces):
+            parse = self._lines
         else:
-            for number, line in enumerate(stream, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():  # without the line end, a line that was cut off is told as what it is
-                    yield Record(file, number, line.rstrip(b"\r\n"))
+            parse = self._one_object
+        yield from parse(_chain(head, pieces))
+
+    def _pieces(self) -> Iterator[bytes]:
+        """The bytes of the file, decompressed. Ends early, with `_damage` set, where they cannot be read."""
+        packed = self.source.compression
+        read = {None: _read_plain, "gzip": _read_gzip, "zstd": _read_zstd}[packed]
+        try:
+            with open(self.source.path, "rb") as file:
+                for piece in read(file):
+                    self._position = file.tell()
+                    yield piece
+        except (OSError, EOFError, zlib.error) as error:
+            system = error.strerror if isinstance(error, OSError) else None
+            what = f"the {packed} stream is damaged or cut off" if packed and not system else "cannot be read"
+            self._damage = f"{what} ({system or error}); {NOTHING_MORE}"
+
+    def _lines(self, pieces: Iterator[bytes]) -> Iterator[Record]:
+        """Every line that is not blank."""
+        number, size = 1, 0
+        begun: list[bytes] = []  # a line whose end is not read yet; empty where it is too long to be kept
+        for piece in pieces:
+            first, *lines = piece.split(b"\n")
+            size += len(first)
+            if size > LONGEST:
+                begun.clear()
+            else:
+                begun.append(first)
+            if not lines:
+                continue
+            yield from _line(number, b"".join(begun), size)
+            *lines, last = lines
+            for line in lines:
+                number += 1
+                if line and not line.isspace():
+                    yield Record(number, line.rstrip(b"\r"))
+            number += 1
+            begun, size = [last], len(last)
+        if self._damage is not None:
+            yield Record(number, b"", fault=self._damage)
+        else:
+            yield from _line(number, b"".join(begun), size)
+
+    def _one_object(self, pieces: Iterator[bytes]) -> Iterator[Record]:
+        """The whole file."""
+        pending = Pending()
+        for piece in pieces:
+            pending.add(piece)
+        if self._damage is not None:
+            yield Record(pending.line, b"", fault=self._damage)
+        else:
+            yield from pending.take()
+
+    def _array(self, pieces: Iterator[bytes]) -> Iterator[Record]:
+        """The elements of an array, whatever is in them, and what is wrong between them."""
+        scanner, pending = Scanner(), Pending()
+        begun = no_value_yet = False
+        for piece in pieces:
+            start = 0
+            if not begun:
+                start = piece.find(b"[") + 1
+                begun = start > 0
+                pending.line += piece.count(b"\n", 0, start if begun else len(piece))
+                if not begun:
+                    continue
+            commas, stop = scanner.scan(piece)
+            for comma in commas:
+                pending.add(piece[start:comma])
+                yield from pending.take() or [pending.broken("expected a value, found ','")]
+                start, no_value_yet = comma + 1, True
+            if stop is None:
+                pending.add(piece[start:])
+                continue
+            at, reason = stop
+            pending.add(piece[start:at])
+            if reason is not None:
+                if reason != CUT_STRING:  # the element before it is whole
+                    yield from pending.take()
+                yield pending.broken(f"{reason}; {NOTHING_MORE}")
+                return
+            found = pending.take()
+            if not found and no_value_yet:
+                found = [pending.broken("expected a value, found ']'")]
+            yield from found
+            yield from self._after_array(pending, piece[at + 1 :], pieces)
+            return
+        yield from self._unfinished_array(scanner, pending)
+
+    def _after_array(self, pending: "Pending", rest: bytes, pieces: Iterator[bytes]) -> Iterator[Record]:
+        for piece in _chain([rest], pieces):
+            text = piece.lstrip(BLANKS)
+            pending.line += piece.count(b"\n", 0, len(piece) - len(text))
+            if text:
+                yield pending.broken(f"text after the closing ']'; {NOTHING_MORE}")
+                return
+        if self._damage is not None:
+            yield Record(pending.line, b"", fault=self._damage)
+
+    def _unfinished_array(self, scanner: "Scanner", pending: "Pending") -> Iterator[Record]:
+        if self._damage is not None:
+            yield Record(pending.line, b"", fault=self._damage)
+            return
+        last = pending.take()
+        # An element that lacks its "}" takes the "]" of the array for it.
+        ends = scanner.depth == 1 and not scanner.in_string
+        if last and not (ends and last[0].text.startswith(b"{") == last[0].text.endswith(b"}")):
+            pending.line = last[0].line
+            yield pending.broken(f"the element that begins here does not end; {NOTHING_MORE}")
+        else:
+            yield from last
+            yield pending.broken("the closing ']' is missing")
 
 
-def _first_line(lines: Iterable[bytes]) -> bytes:
-    """The first line that is not blank."""
-    return next((text for line in lines if (text := line.removeprefix(b"\xef\xbb\xbf").strip())), b"")
+def _line(number: int, line: bytes, size: int) -> list[Record]:
+    """A line of `size` bytes; none if it is blank."""
+    if size > LONGEST:
+        return [Record(number, b"", fault=TOO_LONG)]
+    return [Record(number, line.rstrip(b"\r"))] if line and not line.isspace() else []
+
+
+# The two look-aheads append to `head` what they read.
+
+
+def _lines_of_arrays(head: list[bytes], pieces: Iterator[bytes]) -> bool:
+    """Whether the first line is an array of its own, and other lines follow it."""
+    start = b"".join(head).lstrip(BLANKS)
+    while len(start) < LOOKAHEAD and not start.partition(b"\n")[2].strip():
+        piece = next(pieces, b"")
+        if not piece:
+            break
+        head.append(piece)
+        start += piece
+    first, _, others = start.partition(b"\n")
+    return bool(others.strip()) and _is_json(first)
+
+
+def _first_line_is_whole(opening: bytes, head: list[bytes], pieces: Iterator[bytes]) -> bool:
+    """Whether brackets and quotes of the line that begins with `opening` are balanced.
+
+    A line that is whole but broken inside still is a line: it is told what is wrong, and the others are read.
+    """
+    scanner, text, size = Scanner(), opening, 0
+    while size <= LONGEST:
+        line, end, _ = text.partition(b"\n")
+        scanner.scan(line)
+        text = b"" if end else next(pieces, b"")
+        if not text:
+            break
+        head.append(text)
+        size += len(text)
+    return scanner.depth == 0 and not scanner.in_string
 
 
 def _is_json(text: bytes) -> bool:
     try:
         json.loads(text.decode())
     except (ValueError, RecursionError):
-        return not text  # nothing but blank lines, which the reader of lines passes over
+        return False
     return True
 
 
-def _array_records(file: str, raw: bytes) -> Iterator[Record]:
-    """The elements of a JSON array, found by their extent alone; what is in them is parsed later."""
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        yield Record(file, line, b"", fault=f"not valid UTF-8 ({error.reason}); the array cannot be read")
-        return
-
-    def broken(at: int, why: str) -> Record:
-        reason = f"{BROKEN} array: {why}; nothing from here on can be read"
-        return Record(file, text.count("\n", 0, at) + 1, b"", fault=reason)
-
-    # Numbers stay text: their value does not matter here, and one of 5,000 digits would raise.
-    decoder = json.JSONDecoder(parse_int=str, parse_float=str)
-    line, counted = 1, 0
-    position = BLANK.match(text, text.index("[") + 1).end()
-    closed = text.startswith("]", position)
-    while not closed:
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            _, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            yield broken(error.pos, error.msg)
-            return
-        except RecursionError:
-            yield broken(position, "nested too deeply")
-            return
-        yield Record(file, line, text[position:end].encode())
-        position = BLANK.match(text, end).end()
-        closed = text.startswith("]", position)
-        if not closed and not text.startswith(",", position):
-            yield broken(position, "expected ',' or ']' after an element")
-            return
-        if not closed:
-            position = BLANK.match(text, position + 1).end()
-    after = BLANK.match(text, position + 1).end()
-    if after < len(text):
-        yield broken(after, "text after the closing ']'")
+def _chain(head: list[bytes], pieces: Iterator[bytes]) -> Iterator[bytes]:
+    while head:
+        yield head.pop(0)
+    yield from pieces
 
 
-# ---- records -> messages ----
+def _read_plain(file: BinaryIO) -> Iterator[bytes]:
+    while piece := file.read(PIECE):
+        yield piece
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise BadLine(f"{BROKEN}: {name} is not a JSON value", BROKEN)
+def _read_gzip(file: BinaryIO) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=file) as stream:
+        while piece := stream.read1(PIECE):
+            yield piece
 
 
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise BadLine(f"{BROKEN}: the key {_short(repeated)} appears twice in one object", BROKEN)
-    return made
+def _read_zstd(file: BinaryIO) -> Iterator[bytes]:
+    with pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd") as stream:
+        ended = False
+        while not ended:
+            sips: list[bytes] = []
+            try:
+                while len(sips) < PIECE // SIP and not ended:
+                    sips.append(stream.read(SIP))
+                    ended = not sips[-1]
+            except OSError:
+                yield b"".join(sips)
+                raise
+            yield b"".join(sips)
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys, parse_constant=_refuse_constant)
+# ---- the extent of JSON values ----
+
+QUOTE, COMMA, LINE_END, OPEN, CLOSE = range(1, 6)
+TOKENS = {'"': QUOTE, ",": COMMA, "\n": LINE_END, "[": OPEN, "{": OPEN, "]": CLOSE, "}": CLOSE}
+CODES = bytes(TOKENS.get(chr(byte), 0) for byte in range(256))
+"""Table for `bytes.translate`: what a byte is to the scanner, 0 for nothing."""
+CUT_STRING = "a string goes on over the end of its line"
+STEP = np.zeros(6, dtype=np.int64)
+STEP[OPEN], STEP[CLOSE] = 1, -1
 
 
-def parse_messages(record: Record) -> list[dict[str, Any]]:
-    """The validated messages of one record.
+class Scanner:
+    """Counts brackets outside of strings, in pieces that may be cut anywhere. Does not look at anything else.
 
-    Raises:
-        BadLine: broken JSON, wrong type, no messages, unknown role, empty turn, or no assistant turn.
+    Attributes:
+        depth: brackets that are open.
+        in_string: whether the last piece ended in a string.
     """
-    if record.fault is not None:
-        raise BadLine(record.fault, record.fault.split(" (")[0].split(":")[0])
-    row = _parse_json(record.text)
-    if not isinstance(row, dict):
-        raise BadLine(f"expected a JSON object with 'messages', got {_kind(row)}", "not a JSON object")
-    if "messages" not in row:
-        keys = f"the keys are {_short(sorted(row))}" if row else "the object is empty"
-        raise BadLine(f"no 'messages' key; {keys}", "no 'messages' key")
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise BadLine(
-            f"'messages' must be a list of at least one turn, got {_kind(messages)}",
-            "'messages' is no list of turns",
-        )
-    for index, message in enumerate(messages):
-        _check_message(f"messages[{index}]", message)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadLine("no assistant turn, so there is nothing to learn from", "no assistant turn")
-    # Only an escape can smuggle half a surrogate pair into text that was valid UTF-8.
-    if SURROGATE_ESCAPE.search(record.text):
-        _check_surrogates(messages)
-    return messages
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.in_string = False
+        self._escaped = False  # whether a backslash at the end of the last piece escapes the next byte
+        self._has_value = False  # whether an element with brackets began since the last comma
+
+    def scan(self, piece: bytes) -> tuple[list[int], tuple[int, str | None] | None]:
+        """Where the elements of the outermost array end in this piece.
+
+        Returns:
+            The positions of the commas at depth 1, and where the array ends, with the reason if it is broken
+            there; None if it goes on in the next piece. Nothing after its end is looked at.
+        """
+        # Escapes that matter are blanked, in pairs from the left, which is how a decoder reads them.
+        if self._escaped:
+            piece = b"_" + piece[1:]
+        if b"\\" in piece:
+            piece = piece.replace(b"\\\\", b"__").replace(b'\\"', b"__")
+        self._escaped = piece.endswith(b"\\")
+        codes = np.frombuffer(piece.translate(CODES), dtype=np.uint8)
+        at = np.flatnonzero(codes)  # (tokens,)
+        kind = codes[at]
+        quotes = kind == QUOTE
+        # Modulo 256 does not change what is odd.
+        in_string = (np.cumsum(quotes, dtype=np.uint8) + np.uint8(self.in_string)) & 1 == 1
+        stops: list[tuple[int, str | None]] = []
+        cut_strings = at[in_string & (kind == LINE_END)]
+        if len(cut_strings):
+            stops.append((int(cut_strings[0]), CUT_STRING))
+        if len(at):
+            self.in_string = bool(in_string[-1])
+        outside = ~(in_string | quotes) & (kind != LINE_END)
+        at, kind = at[outside], kind[outside]
+        depth = self.depth + np.cumsum(STEP[kind])
+        if len(at):
+            self.depth = int(depth[-1])
+        closed = np.flatnonzero(depth <= 0)
+        if len(closed):
+            end = int(at[closed[0]])
+            character = chr(piece[end])
+            stops.append((end, None if character == "]" else f"unexpected {character!r}"))
+        commas = (kind == COMMA) & (depth == 1)
+        begins = (kind == OPEN) & (depth == 2)
+        marks = np.flatnonzero(commas | begins)
+        is_value = begins[marks]
+        before = np.concatenate([[self._has_value], is_value[:-1]]) if len(marks) else is_value
+        twice = at[marks[is_value & before]]
+        if len(twice):
+            stops.append((int(twice[0]), "expected ',' or ']' after an element"))
+        if len(marks):
+            self._has_value = bool(is_value[-1])
+        stop = min(stops, default=None)
+        found = at[marks[~is_value]].tolist()
+        return (found if stop is None else [comma for comma in found if comma < stop[0]]), stop
 
 
-def _parse_json(raw: bytes) -> Any:
-    try:
-        return DECODER.decode(raw.decode())
-    except BadLine:
-        raise
-    except UnicodeDecodeError as error:
-        raise BadLine(f"not valid UTF-8 ({error.reason} at byte {error.start})", "not valid UTF-8") from None
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise BadLine(f"{BROKEN}: {error.msg} ({line}column {error.colno})", BROKEN) from None
-    except RecursionError:
-        raise BadLine(f"{BROKEN}: nested too deeply", BROKEN) from None
-    except ValueError:  # an integer beyond sys.get_int_max_str_digits()
-        raise BadLine(f"{BROKEN}: a number of thousands of digits", BROKEN) from None
+class Pending:
+    """Text that becomes a record once its end is read.
+
+    Attributes:
+        line: the line that was reached.
+        first: the line of the record's first character; None as long as there are only blanks.
+    """
+
+    def __init__(self) -> None:
+        self.line = 1
+        self.first: int | None = None
+        self._parts: list[bytes] = []  # empty where the record is too long to be kept
+        self._size = 0
+
+    def add(self, part: bytes) -> None:
+        if self.first is None:
+            text = part.lstrip(BLANKS)
+            self.line += part.count(b"\n", 0, len(part) - len(text))
+            if not text:
+                return
+            part, self.first = text, self.line
+        self.line += part.count(b"\n")
+        self._size += len(part)
+        if self._size > LONGEST:
+            self._parts.clear()
+        else:
+            self._parts.append(part)
+
+    def take(self) -> list[Record]:
+        """The record that ends here; none if there are only blanks."""
+        if self.first is None:
+            return []
+        if self._size > LONGEST:
+            record = Record(self.first, b"", fault=TOO_LONG)
+        else:
+            record = Record(self.first, b"".join(self._parts).rstrip(BLANKS))
+        self.first, self._parts, self._size = None, [], 0
+        return [record]
+
+    def broken(self, why: str) -> Record:
+        return Record(self.line, b"", fault=f"broken JSON array: {why}")
 
 
-def _check_message(where: str, message: Any) -> None:
-    """Checks one turn; the content of a turn that only calls tools becomes "" where it is null or missing."""
-    if not isinstance(message, dict):
-        raise BadLine(
-            f"{where} must be an object with 'role' and 'content', got {_kind(message)}",
-            "a turn that is no object",
-        )
-    if "role" not in message:
-        raise BadLine(f"{where}: no 'role'; the keys are {_short(sorted(message))}", "no 'role'")
-    role = message["role"]
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadLine(
-            f"{where}: unknown role {_short(role)}; the roles are {', '.join(ROLES)}", "unknown role"
-        )
-    calls = message.get("tool_calls")
-    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise BadLine(
-            f"{where}: 'tool_calls' must be a list of objects, got {_kind(calls)}", "'tool_calls' is no list"
-        )
-    calls_tools = role == "assistant" and bool(calls)
-    content = message.get("content")
-    if content is None and calls_tools:
-        message["content"] = ""  # templates index it, and null would be rendered as the word "None"
-        return
-    if not isinstance(content, str):
-        got = _kind(content) if "content" in message else "nothing"
-        raise BadLine(f"{where}: 'content' must be a string, got {got}", "'content' is no string")
-    if not content.strip() and role != "tool" and not calls_tools:
-        raise BadLine(f"{where}: empty {role} turn", "empty turn")
+# ---- tables ----
 
 
-def _check_surrogates(messages: list[dict[str, Any]]) -> None:
-    for index, message in enumerate(messages):
+class TableReader:
+    """Rows of a Parquet file or of an Arrow stream as JSON, without their nulls.
+
+    Arrow gives all structs of a column the same keys; a key that is null was not there before.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._position = 0
+
+    def position(self) -> int:
+        """Bytes of the file on disk that were read so far, estimated by rows in Parquet files."""
+        return self._position
+
+    def records(self) -> Iterator[Record]:
+        row = self.source.rows_before
         try:
-            json.dumps(message, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise BadLine(
-                f"messages[{index}]: holds half a surrogate pair (\\ud800 to \\udfff), which is no character",
-                "half a surrogate pair",
-            ) from None
+            batches = self._parquet() if self.source.kind == "parquet" else self._arrow()
+            for batch in batches:
+                for start in range(0, len(batch), BATCH_RECORDS):
+                    for text, fault in _row_texts(batch.slice(start, BATCH_RECORDS)):
+                        row += 1
+                        yield Record(row, text, fault)
+        except BadLine as error:
+            yield Record(1, b"", fault=str(error))
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            fault = f"the {self.source.kind} file is damaged ({reason}); {NOTHING_MORE}"
+            yield Record(row + 1, b"", fault)
+
+    def _parquet(self) -> Iterator[pa.RecordBatch]:
+        size = self.source.path.stat().st_size
+        # Column chunks are read through a buffer instead of whole: a file may be a single row group.
+        with pq.ParquetFile(self.source.path, buffer_size=PIECE) as file:
+            known, rows = _known_columns(file.schema_arrow.names), 0
+            for batch in file.iter_batches(BATCH_RECORDS, columns=known, use_threads=False):
+                rows += len(batch)
+                self._position = size * rows // file.metadata.num_rows
+                yield batch
+        self._position = size
+
+    def _arrow(self) -> Iterator[pa.RecordBatch]:
+        with pa.OSFile(str(self.source.path)) as file, pa.ipc.open_stream(file) as stream:
+            known = _known_columns(stream.schema.names)
+            for batch in stream:
+                self._position = file.tell()
+                yield batch.select(known)
+            self._position = file.tell()
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    if value == []:
-        return "an empty list"
-    return names.get(type(value), "a number")
+def _known_columns(names: list[str]) -> list[str]:
+    """Raises BadLine if there is no conversation among them."""
+    if not has_form(names):
+        kind = "no conversation in the columns"
+        raise BadLine(f"no conversation; the columns are {', '.join(names)}, expected {FORMS}", kind)
+    return [name for name in COLUMNS if name in names]
 
 
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+def _row_texts(batch: pa.RecordBatch) -> Iterator[tuple[bytes, str | None]]:
+    """JSON of every row, or why there is none. Raises ArrowException."""
+    try:
+        rows = batch.to_pylist(maps_as_pydicts="lossy")
+    except ValueError:  # of one row: a string that is no UTF-8, a time that Python does not have
+        rows = []
+    for index in range(len(batch)):
+        try:
+            row = rows[index] if rows else batch.slice(index, 1).to_pylist(maps_as_pydicts="lossy")[0]
+            text = json.dumps(_without_nulls(row), ensure_ascii=False, default=_plain).encode()
+        except UnicodeDecodeError as error:
+            yield b"", f"not valid UTF-8 ({error.reason} at byte {error.start} of a string)"
+        except ValueError as error:
+            yield b"", f"a value that JSON cannot hold ({error})"
+        else:
+            yield text, None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return value
+
+
+def _plain(value: Any) -> str:
+    """What JSON has no form for: bytes that some writers make of strings; dates, decimals."""
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -6,23 +6,18 @@ generation stop. Spans are positions in the rendered text, found by comparing re
 message can open or close one.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from os.path import commonprefix
 from typing import Any
 
-import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
-
+from dft.data.conversation import Conversation
 from dft.data.faults import BadLine
+from dft.data.template import PLACEHOLDER, REASONING, Chat, Message, Template, reasoning_of
 
-Message = dict[str, Any]
-REFUSED = "the chat template refuses the conversation"
-PLACEHOLDER = "Zq7Placeholder7qZ"
-"""Stands for the text of a turn where only what the template writes around it matters. Any word will do: it
-is looked for from the end of a rendering, behind all other messages."""
+REMEDY = "pass a template that renders it (--chat_template)"
 
 
 @dataclass
@@ -50,41 +45,55 @@ class ChatTemplate:
         special_tokens: what the template may write by name (`bos_token`, `eos_token`, ...).
         stops: the tokens that make generation stop.
         specials: all special tokens of the vocabulary; the one behind a turn ends it if no stop does.
+        variables: what the template gets for every conversation besides; those of a conversation win.
     """
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str], stops: Mapping[str, int], specials: set[str]
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        stops: Mapping[str, int],
+        specials: set[str],
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens)
         self.stops = dict(stops)
-        self.tags_spans = has_generation_tags(source)
+        self.variables = dict(variables or {})
+        self.template = Template(source, special_tokens, variables)
         longest_first = sorted({*specials, *stops}, key=lambda token: (-len(token), token))
         never = "(?!)"
         self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or never)
 
-    def render(self, messages: list[Message]) -> list[Rendering]:
+    def render(self, conversation: Conversation) -> list[Rendering]:
         """The training sequences of one conversation, as text with supervised spans.
 
         Raises:
-            BadLine: the template refuses these messages.
+            BadLine: the template refuses these messages, or leaves out tools, calls or reasoning.
         """
-        if self.tags_spans:
-            return [self._render_tagged(messages)]
-        full = self._render(messages)
+        chat = Chat(self.template, conversation)
+        tagged = self._render_tagged(chat) if self.template.tags_spans else None
+        full = chat.render() if tagged is None else tagged.text
+        if conversation.tools and not self.template.renders_tools:
+            self._check_tools(chat, full)
+        if tagged is not None:
+            return [tagged] if tagged.spans else []
         sequences = [Rendering(full)]
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        count = len(chat.messages)
+        turns = [index for index in range(count) if conversation.trained[index]]
         for index in reversed(turns):
-            history = messages[: index + 1]
-            upto = full if len(history) == len(messages) else self._render(history)
-            start = self._turn_start(messages[:index], upto)
-            end, ending = self._turn_end(upto, start, history)
+            upto = full if index + 1 == count else chat.render(index + 1)
+            start = self._turn_start(chat, index, upto)
+            missing = self._left_out(chat, index, upto[start:])
+            if missing is not None:
+                raise missing
+            end, ending = self._turn_end(chat, index, upto, start)
             home = next((one for one in sequences if one.text.startswith(upto[:end])), None)
             if home is None:
                 home = Rendering(upto)
                 sequences.append(home)
             if ending is None:
-                end, ending = self._stop_that_follows(home, end, history)
+                end, ending = self._stop_that_follows(chat, index, home, end)
             home.spans.insert(0, (start, end))
             home.endings.insert(0, ending)
         # Turns were visited last to first; the reader of a dataset expects them first to last.
@@ -92,64 +101,58 @@ class ChatTemplate:
 
     # ---- spans from {% generation %} tags ----
 
-    def _render_tagged(self, messages: list[Message]) -> Rendering:
+    def _render_tagged(self, chat: Chat) -> Rendering | None:
         """The author of the template has marked the turns; what no model generates is trimmed off the marks.
 
-        Some published templates tag the header too, or the newline after the end token.
+        Some published templates tag the header too, or the newline after the end token. None where the marks
+        cannot be matched to the turns one by one, or where a trained turn has lost its reasoning or calls,
+        which may be for no longer being the last.
         """
-        text, tagged = self._call_template(messages, return_assistant_tokens_mask=True)
+        conversation = chat.conversation
+        text, tagged = self.template.render_tagged(chat.messages, chat.context)
+        turns = [at for at, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if len(turns) != len(tagged):
+            return None
         rendering = Rendering(text)
-        for start, end in tagged:
-            start += self._tagged_header
+        for index, (start, end) in zip(turns, tagged, strict=True):
+            if not conversation.trained[index]:
+                continue
+            if self._left_out(chat, index, text[start:end]) is not None:
+                return None
+            start = min(start + self.template.tagged_header, end)
             ending = None
             for match in self.special_pattern.finditer(text, start, end):
                 if not text[match.end() : end].strip():
                     end, ending = match.end(), match.group()
                     break
+            else:
+                # Marks around nothing but the content; the model generates the end token too.
+                match = self.special_pattern.match(text, end)
+                if match and match.group() in self.stops:
+                    end, ending = match.end(), match.group()
             rendering.spans.append((start, end))
             rendering.endings.append(ending)
         return rendering
 
-    @cached_property
-    def _tagged_header(self) -> int:
-        """How many characters of its own header the template tags as generated."""
-        asked = [{"role": "user", "content": "."}, {"role": "assistant", "content": PLACEHOLDER}]
-        try:
-            text, spans = self._call_template(asked, return_assistant_tokens_mask=True)
-        except BadLine:
-            return 0
-        tagged = bool(spans) and bool(self._header) and text.startswith(self._header, spans[0][0])
-        return len(self._header) if tagged else 0
-
     # ---- where a turn starts ----
 
-    @cached_property
-    def _header(self) -> str:
-        """What the template writes to prompt an answer; "" if it writes nothing."""
-        asked = [{"role": "user", "content": "."}]
-        try:
-            prompt, base = self._render(asked, add_generation_prompt=True), self._render(asked)
-        except BadLine:
-            return ""
-        return prompt[len(commonprefix([prompt, base])) :]
-
-    def _turn_start(self, history: list[Message], upto: str) -> int:
-        """Where in `upto` the prompt that inference would give the model ends."""
-        if not history:
-            return self._opening_start(upto)
-        prompt = self._render(history, add_generation_prompt=True)
+    def _turn_start(self, chat: Chat, index: int, upto: str) -> int:
+        """Where in `upto`, the rendering that ends with the turn, the prompt of inference ends."""
+        if index == 0:
+            return self._opening_start(chat, upto)
+        prompt = chat.render(index, prompt=True)
         if upto.startswith(prompt):
             return len(prompt)
         # The prompt goes on differently, say with an opened think tag. Where it parts from the answered turn
         # is asked of a placeholder, since an answer may share letters with the rest of the prompt by chance.
-        answered = self._render([*history, {"role": "assistant", "content": PLACEHOLDER}])
+        answered = chat.render(index, self.template.turn("assistant", PLACEHOLDER))
         shared = commonprefix([prompt, answered, upto])
-        if len(shared) >= len(commonprefix([prompt, self._render(history)])):
+        if len(shared) >= len(commonprefix([prompt, chat.render(index)])):
             return len(shared)
         # The template rewrites what stands before the header once it is answered; no word of that is taught.
         return len(commonprefix([answered[: answered.rfind(PLACEHOLDER)], upto]))
 
-    def _opening_start(self, upto: str) -> int:
+    def _opening_start(self, chat: Chat, upto: str) -> int:
         """Where the turn starts in a conversation that the assistant opens.
 
         Templates that read `messages[0]` cannot render an empty history, and some write a default system turn
@@ -157,57 +160,59 @@ class ChatTemplate:
         text is the template's.
         """
         try:
-            prompt = self._render([], add_generation_prompt=True)
+            prompt = chat.render(0, prompt=True)
         except BadLine:
             prompt = None
         if prompt is not None and upto.startswith(prompt):
             return len(prompt)
-        answered = self._render([{"role": "assistant", "content": PLACEHOLDER}])
+        answered = chat.render(0, self.template.turn("assistant", PLACEHOLDER))
         before = commonprefix([answered[: answered.rfind(PLACEHOLDER)], upto])
-        position = before.find(self._header) if self._header else -1
-        return len(before) if position < 0 else position + len(self._header)
+        header = self.template.header(chat.conversation.variables)
+        position = before.find(header) if header else -1
+        return len(before) if position < 0 else position + len(header)
 
     # ---- where a turn ends ----
 
-    def _turn_end(self, upto: str, start: int, history: list[Message]) -> tuple[int, str | None]:
-        """The end of the turn that begins at `start`, and the stop token that ends it, if the turn has one.
-
-        `history` ends with the turn, `upto` is its rendering.
-        """
+    def _turn_end(self, chat: Chat, index: int, upto: str, start: int) -> tuple[int, str | None]:
+        """The end of the turn that begins at `start`, and the stop token that ends it, if the turn has one."""
         # A message without special tokens of its own cannot be taken for the template's: the first stop token
         # behind the prompt is the end, and one rendering is saved.
-        own_tokens = any(self.special_pattern.search(text) for text in strings_of(history[-1]))
+        message = chat.conversation.messages[index]
+        own_tokens = any(self.special_pattern.search(text) for text in strings_of(message))
         if not own_tokens:
             for match in self.special_pattern.finditer(upto, start):
                 if match.group() in self.stops:
                     return match.end(), match.group()
-        content_end = self._content_end(upto, start, history, own_tokens)
+        content_end = self._content_end(chat, index, upto, start, own_tokens)
         tail = list(self.special_pattern.finditer(upto, content_end))
         match = next((one for one in tail if one.group() in self.stops), tail[0] if tail else None)
         if match is not None:
             return match.end(), match.group()
         return max(content_end, len(upto.rstrip())), None
 
-    def _content_end(self, upto: str, start: int, history: list[Message], own_tokens: bool) -> int:
-        """Where the template's closing of the last turn begins.
+    def _content_end(self, chat: Chat, index: int, upto: str, start: int, own_tokens: bool) -> int:
+        """Where the template's closing of the turn begins.
 
         What follows the last placeholder in its place holds no special token but the template's, and `upto`
         ends with it.
         """
-        neutral = self._render([*history[:-1], with_placeholder(history[-1], self.special_pattern)])
+        replaced = with_placeholder(chat.conversation.messages[index], self.special_pattern)
+        neutral = chat.render(index, self.template.suited(replaced))
         position = neutral.rfind(PLACEHOLDER)
         closing = neutral[position + len(PLACEHOLDER) :]
         if position >= 0 and upto.endswith(closing):
             return max(start, len(upto) - len(closing))
         if own_tokens:
             raise BadLine(
-                f"messages[{len(history) - 1}] holds special tokens of the tokenizer, and where the turn "
+                f"messages[{index}] holds special tokens of the tokenizer, and where the turn "
                 "ends cannot be told from how the chat template renders it",
                 "special tokens inside a turn",
             )
         return start
 
-    def _stop_that_follows(self, home: Rendering, end: int, history: list[Message]) -> tuple[int, str | None]:
+    def _stop_that_follows(
+        self, chat: Chat, index: int, home: Rendering, end: int
+    ) -> tuple[int, str | None]:
         """For templates without an end-of-turn token: the model stops by beginning the next header (GLM-4).
 
         If the sequence goes on, that token is right there; behind the last turn it is found by rendering one
@@ -216,9 +221,9 @@ class ChatTemplate:
         if home.text[end:].strip():
             match = self._stop_at(home.text, end)
             return (match.end(), match.group()) if match else (end, None)
-        reply = "tool" if history[-1].get("tool_calls") else "user"
+        reply = "tool" if chat.conversation.messages[index].get("tool_calls") else "user"
         try:
-            longer = self._render([*history, {"role": reply, "content": "."}])
+            longer = chat.render(index + 1, self.template.turn(reply, "."))
         except BadLine:
             return end, None
         match = self._stop_at(longer, end)
@@ -233,30 +238,46 @@ class ChatTemplate:
         match = self.special_pattern.match(text, position + blank)
         return match if match and match.group() in self.stops else None
 
-    # ---- rendering ----
+    # ---- what a template leaves out ----
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        return self._call_template(messages, add_generation_prompt=add_generation_prompt)[0]
-
-    def _call_template(self, messages: list[Message], **options: bool) -> tuple[str, list[tuple[int, int]]]:
-        try:
-            texts, spans = render_jinja_template(
-                [messages], chat_template=self.source, **options, **self.special_tokens
+    def _check_tools(self, chat: Chat, full: str) -> None:
+        """Definitions of tools that change nothing in the rendering are not rendered."""
+        if self.template.render(chat.messages, {**chat.context, "tools": None}) == full:
+            raise BadLine(
+                f"the chat template does not render 'tools'; put them into a system turn, or {REMEDY}",
+                "tools are not rendered",
             )
-        except jinja2.TemplateError as error:
-            raise BadLine(f"{REFUSED}: {' '.join(str(error).split())}", REFUSED) from None
-        # What an expression of a template can raise on data it was not written for.
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise BadLine(f"the chat template fails on the conversation: {reason}", REFUSED) from None
-        return texts[0], spans[0] if spans else []
 
+    def _left_out(self, chat: Chat, index: int, rendered: str) -> BadLine | None:
+        """What of a turn's calls and reasoning is missing in its rendering, as what is wrong with the line."""
+        message = chat.conversation.messages[index]
+        where = f"messages[{index}]: the chat template"
+        if len(message) > 2:
+            for call in message.get("tool_calls", ()):
+                name = call["function"]["name"]
+                if name not in rendered and json.dumps(name, ensure_ascii=False)[1:-1] not in rendered:
+                    reason = f"does not render its tool calls; write them into 'content', or {REMEDY}"
+                    return BadLine(f"{where} {reason}", "tool calls are not rendered")
+            if not self._renders_reasoning(chat, index, rendered):
+                reason = f"does not render its reasoning; put it into 'content', or {REMEDY}"
+                return BadLine(f"{where} {reason}", "reasoning is not rendered")
+        thought, closed, _ = message["content"].partition("</think>")
+        thought = thought.rpartition("<think>")[2].strip() if closed else ""
+        if thought and thought not in rendered:
+            reason = f"takes the reasoning in front of </think> out of 'content'; {REMEDY}"
+            return BadLine(f"{where} {reason}", "reasoning is not rendered")
+        return None
 
-def has_generation_tags(template: str) -> bool:
-    """Whether a `{% generation %}` block stands in the code of a template, not in a comment or a string."""
-    tokens = [(kind, value) for _, kind, value in jinja2.Environment().lex(template) if kind != "whitespace"]
-    following = zip(tokens, tokens[1:], strict=False)
-    return any(one[0] == "block_begin" and two == ("name", "generation") for one, two in following)
+    def _renders_reasoning(self, chat: Chat, index: int, rendered: str) -> bool:
+        """Whether all reasoning that a turn has is rendered."""
+        message = chat.conversation.messages[index]
+        reasoning = reasoning_of(message)
+        if not reasoning or reasoning.strip() in rendered:
+            return True
+        # A template may indent or escape it, which a placeholder survives.
+        others = {key: value for key, value in message.items() if key not in REASONING}
+        asked = self.template.suited({**others, "reasoning_content": PLACEHOLDER})
+        return PLACEHOLDER in chat.render(index, asked)
 
 
 # ---- messages ----

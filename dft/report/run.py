@@ -34,7 +34,7 @@ def derived(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
         "attention": model.config._attn_implementation,
         "parallelism": parallelism(training),
         "alpha": arguments.dft.dft_alpha,
-        "sequences_per_step": sequences_per_step(training),
+        "rows_per_step": rows_per_step(training),
     }
 
 
@@ -45,36 +45,39 @@ def parallelism(training: TrainingArguments) -> str:
     return "DDP" if world_size() > 1 else "single process"
 
 
-def sequences_per_step(training: TrainingArguments) -> int:
+def rows_per_step(training: TrainingArguments) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size()
 
 
-def schedule(training: TrainingArguments, sequences: int) -> int:
+def schedule(training: TrainingArguments, rows: int) -> int:
     """Optimizer steps of the run, as Trainer will count them."""
     if training.max_steps > 0:
         return training.max_steps
     rounded = math.floor if training.dataloader_drop_last else math.ceil
-    batches = rounded(sequences / (training.per_device_train_batch_size * world_size()))
+    batches = rounded(rows / (training.per_device_train_batch_size * world_size()))
     return math.ceil(
         training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps))
     )
 
 
-def start_lines(arguments: Arguments, model: PreTrainedModel, report: dict[str, Any]) -> list[str]:
-    """The summary a run starts with."""
+def start_lines(
+    arguments: Arguments, model: PreTrainedModel, report: dict[str, Any], batching: str
+) -> list[str]:
+    """The summary a run starts with. `batching` is `DFTTrainer.batching`."""
     training, chosen = arguments.training, derived(arguments, model)
-    per_step, sequences = chosen["sequences_per_step"], report["train"]["sequences"]
-    steps = schedule(training, sequences)
-    share = report["train"]["supervised_tokens"] / sequences
+    per_step, rows = chosen["rows_per_step"], report["train"]["rows"]
+    steps = schedule(training, rows)
+    share = report["train"]["supervised_tokens"] / rows
+    what = "rows" if "packing_density" in report["train"] else "sequences"
     lines = [
         f"model       {arguments.model.model_name_or_path}: {get_model_param_count(model) / 1e6:,.1f} M "
         f"parameters, {chosen['weights']} weights, {chosen['attention']} attention",
         f"method      {'SFT' if chosen['alpha'] == 0 else 'DFT'}, alpha {chosen['alpha']:g}",
         f"machine     {chosen['ranks']} x {chosen['device']}, {chosen['parallelism']}, computes in "
         f"{chosen['computes_in']}",
-        f"step        {per_step} sequences ({training.per_device_train_batch_size} per device x "
+        f"step        {per_step} {what} ({training.per_device_train_batch_size} per device x "
         f"{training.gradient_accumulation_steps} accumulated x {chosen['ranks']} ranks), about "
-        f"{share * per_step:,.0f} supervised tokens",
+        f"{share * per_step:,.0f} supervised tokens; {batching}",
         f"schedule    {steps} steps, {training.get_warmup_steps(steps)} of them warm-up, "
         f"{training.lr_scheduler_type.value}, learning rate {training.learning_rate:g}",
         f"output      {training.output_dir}",

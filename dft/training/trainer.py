@@ -16,9 +16,11 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations import SwanLabCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, SaveStrategy
 
-from dft.data.collator import PaddedCollator
+from dft.data.collator import FlatCollator, PackedCollator
+from dft.data.dataset import Sequences
 from dft.data.sampler import EpochSampler, WithBlank
 from dft.loss.dft import TokenStats, check_alpha, dft_loss
+from dft.training.batching import batching, check_isolation, choose_collator, is_packed
 from dft.training.console import ConsoleCallback
 from dft.training.metrics import TokenMeter
 from dft.training.trackers import SwanLabRunCallback
@@ -36,11 +38,15 @@ class DFTTrainer(transformers.Trainer):
         args: transformers' TrainingArguments.
         alpha: the weight of a token is alpha * p + (1 - alpha); 1 is the paper's DFT, 0 is SFT.
         data_collator: examples -> input_ids, labels (-100 where unsupervised, not shifted) and, with padding,
-            attention_mask, each (batch, seq). Default: pads on the right.
-        **kwargs: everything else `transformers.Trainer` takes. Datasets hold `input_ids` and `labels`.
+            attention_mask, each (batch, seq); in place of the mask, `num_tokens` may say how many tokens are
+            not padding. Default: what suits the model and the data, see `choose_collator`.
+        **kwargs: everything else `transformers.Trainer` takes. Datasets hold `input_ids` and `labels`, and
+            `seq_lengths` where an example consists of several sequences.
 
     Raises:
-        ValueError: alpha outside [0, 1], or arguments that would change the meaning of the loss.
+        ValueError: alpha outside [0, 1], arguments that would change the meaning of the loss, or packed data
+            for a model that does not keep packed conversations apart. Training raises the last as well, if
+            the model turns out not to.
     """
 
     def __init__(
@@ -58,9 +64,13 @@ class DFTTrainer(transformers.Trainer):
             raise ValueError("compute_loss_func would replace the DFT loss; use transformers.Trainer instead")
         self.alpha = alpha
         if data_collator is None:
-            data_collator = PaddedCollator(padding_id(model))
-        self._saved_use_cache = model.config.get_text_config().use_cache
+            packed = is_packed(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+            data_collator = choose_collator(model, padding_id(model), packed)
+        check_cache(args, data_collator)
+        config = model.config.get_text_config()
+        self._saved_use_cache = config.use_cache
         super().__init__(model, args, data_collator=data_collator, **kwargs)
+        config.use_cache = args.use_cache  # Trainer sets the outer one only
         # compute_loss divides by the step's tokens itself and hands nothing to the model's own loss, so
         # Trainer must count them whatever the model's forward accepts, and must not divide once more.
         self.model_accepts_loss_kwargs = True
@@ -77,12 +87,17 @@ class DFTTrainer(transformers.Trainer):
         self._train_order: EpochSampler | None = None
         self._window_start = time.perf_counter()
 
+    @property
+    def batching(self) -> str:
+        """How batches are made: padded on the right, packed rows, padding-free, or by the given collator."""
+        return batching(self.data_collator)
+
     # ---- the loss ----
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor | int],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | float | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
@@ -101,13 +116,14 @@ class DFTTrainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _score(
-        self, model: nn.Module, inputs: Mapping[str, Tensor], num_items: Tensor | float | None
+        self, model: nn.Module, inputs: Mapping[str, Tensor | int], num_items: Tensor | float | None
     ) -> tuple[Tensor, TokenStats, Any]:
         if "labels" not in inputs:
             raise ValueError(
                 f"a batch has no 'labels', only {sorted(inputs)}; DFT learns from labeled tokens"
             )
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        ours = ("labels", "num_tokens")
+        outputs = model(**{name: value for name, value in inputs.items() if name not in ours})
         loss, stats = dft_loss(outputs.logits, inputs["labels"], alpha=self.alpha, num_items=num_items)
         return loss, stats, outputs
 
@@ -168,6 +184,26 @@ class DFTTrainer(transformers.Trainer):
         self._window_start += time.perf_counter() - started
 
     # ---- the data ----
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The collator and the loss read them, whatever the model's forward does.
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "labels", "seq_lengths"])]
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if isinstance(self.data_collator, PackedCollator | FlatCollator):
+            self._check_isolation()
+        return prepared
+
+    def _check_isolation(self) -> None:
+        model = self.model_wrapped
+        training = model.training
+        model.eval()
+        with self.compute_loss_context_manager():
+            dtype = compute_dtype(self.args, self.model)
+            check_isolation(model, self.model, self.data_collator, self.args.device, dtype)
+        model.train(training)
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
         if not isinstance(dataset, IterableDataset):
@@ -255,22 +291,42 @@ def check_arguments(args: transformers.TrainingArguments) -> None:
         )
 
 
+def check_cache(args: transformers.TrainingArguments, data_collator: Any) -> None:
+    """Raises ValueError where the cache of keys and values would undo the separation of sequences."""
+    if args.use_cache and isinstance(data_collator, PackedCollator | FlatCollator):
+        raise ValueError(
+            "--use_cache True: with a cache, transformers takes several conversations in a row for one; it "
+            "is of no use in training, leave it out"
+        )
+
+
+def compute_dtype(args: transformers.TrainingArguments, model: nn.Module) -> torch.dtype:
+    """In which precision the model's matrix products are computed. TF32 rounds about as float16 does."""
+    if args.bf16:
+        return torch.bfloat16
+    if args.fp16 or (args.tf32 and model.dtype == torch.float32):
+        return torch.float16
+    return model.dtype
+
+
 def padding_id(model: nn.Module) -> int:
     """A token to pad with. Any will do, since padding is neither attended to nor supervised."""
     wanted = model.config.get_text_config().pad_token_id
     return wanted if wanted is not None and wanted >= 0 else 0
 
 
-def token_count(inputs: Mapping[str, Tensor]) -> Tensor:
+def token_count(inputs: Mapping[str, Tensor | int]) -> Tensor:
     """How many tokens of a batch are not padding, a scalar on its device."""
     if "attention_mask" in inputs:
         return inputs["attention_mask"].sum()
     ids = inputs["input_ids"]
-    return torch.full((), ids.numel(), device=ids.device)
+    return torch.as_tensor(inputs.get("num_tokens", ids.numel()), device=ids.device)
 
 
 def sequence_lengths(dataset: Any) -> np.ndarray:
-    """(size,) tokens of each example, without reading the tokens where the dataset lies in Arrow."""
+    """(size,) tokens of each example, all its sequences; where it lies in Arrow, without reading them."""
+    if isinstance(dataset, Sequences):
+        return dataset.lengths
     if isinstance(dataset, Dataset):
         column = dataset.with_format("arrow")["input_ids"]
         return pc.list_value_length(column[:]).to_numpy()

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from dft.data.dataset import Sequences
+
 Row = dict[str, object]
 
 
@@ -18,3 +20,8 @@ def numbered(count: int, start: int = 0) -> list[Row]:
 def write(path: Path, rows: list[Row]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def column(dataset: Sequences, name: str) -> list[list[int]]:
+    """One column of all rows as plain lists."""
+    return [row[name] if name == "seq_lengths" else row[name].tolist() for row in dataset]

@@ -14,9 +14,10 @@ from dft.data import encode as encode_module
 from dft.data import prepare as prepare_module
 from dft.data.chat import ChatEncoder
 from dft.data.prepare import REPORT, PrepareOptions, prepare
+from dft.data.sources import resolve_sources
 from dft.errors import UserError
 from tests.data.chat_templates import CHATML_LINES, with_template
-from tests.data.rows import conversation, numbered, write
+from tests.data.rows import column, conversation, numbered, write
 
 FORK = multiprocessing.get_context("fork")
 
@@ -29,7 +30,7 @@ def test_a_second_preparation_reads_the_cache_whatever_the_files_are_called(enco
     file, eval_file = write(tmp_path / "a.jsonl", numbered(9)), write(tmp_path / "e.jsonl", numbered(2, 50))
     options = PrepareOptions(max_length=64)
     first = prepare([file], [eval_file], encoder, options, cache_dir=tmp_path / "cache", workers=1)
-    monkeypatch.setattr(prepare_module, "encode_files", forbidden)
+    monkeypatch.setattr(prepare_module, "encode_sources", forbidden)
     again = prepare([file], [eval_file], encoder, options, cache_dir=tmp_path / "cache", workers=4)
     assert again.report == first.report and again.path == first.path
     moved = Path(file).rename(tmp_path / "b.jsonl")
@@ -39,12 +40,18 @@ def test_a_second_preparation_reads_the_cache_whatever_the_files_are_called(enco
     assert [entry["file"] for entry in renamed.report["eval"]["files"]] == [eval_file]
 
 
+def key_of(
+    files: list[str], eval_files: list[str], encoder: ChatEncoder, options: PrepareOptions, cache: Path
+) -> str:
+    sources = {"train": resolve_sources(files, "--data_files"), "eval": resolve_sources(eval_files, "--eval")}
+    return prepare_module.cache_key(sources, encoder, options, cache)
+
+
 def test_everything_that_shapes_the_data_changes_the_key(encoder, tokenizer_json, tmp_path):
-    def key(text: str = "abc", name: str = "a.jsonl", using: ChatEncoder = encoder, **options: float) -> str:
+    def key(text: str = "abc", name: str = "a.jsonl", using: ChatEncoder = encoder, **options: object) -> str:
         (tmp_path / name).write_text(text)
-        file = str(tmp_path / name)
         chosen = PrepareOptions(**{"max_length": 64, **options})
-        return prepare_module.cache_key([file], [], using, chosen)
+        return key_of([str(tmp_path / name)], [], using, chosen, tmp_path)
 
     other = with_template(tokenizer_json, CHATML_LINES, eos_token="<|im_end|>")
     with_token = with_template(tokenizer_json, CHATML_LINES, eos_token="<|im_end|>")
@@ -60,14 +67,21 @@ def test_everything_that_shapes_the_data_changes_the_key(encoder, tokenizer_json
         key(validation_split_percentage=1.0),
         key(max_train_samples=5),
         key(max_eval_samples=5),
+        key(truncation="left"),
+        key(train_on_last_turn_only=True),
+        key(data_weights=(0.5,)),
+        key(dedup=True),
+        key(on_bad_data="skip"),
+        key(packing=True),
+        key(using=ChatEncoder(encoder.tokenizer, variables={"enable_thinking": False})),
         key(using=ChatEncoder(other)),
         key(using=ChatEncoder(with_token)),
         key(using=ChatEncoder(other, [0])),
     ]
     assert len(set(keys)) == len(keys)
     a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
-    orders = [([a, b], []), ([a, a], []), ([a], [b]), ([a], [])]
-    made = {prepare_module.cache_key(*order, encoder, PrepareOptions(64)) for order in orders}
+    orders = [([a, b], []), ([a], [b]), ([a], [])]
+    made = {key_of(*order, encoder, PrepareOptions(64), tmp_path) for order in orders}
     assert len(made) == len(orders)
 
 
@@ -78,10 +92,10 @@ def test_one_and_three_processes_prepare_identical_data(prepared, tmp_path):
     rows = [conversation(f"{number}", answer) for number, answer in enumerate(answers)]
     alone = prepared(rows, workers=1, validation_split_percentage=10, max_length=100)
     assert (tmp_path / "train.jsonl").stat().st_size > encode_module.SMALL
-    columns = {split: alone.datasets[split].to_dict() for split in ("train", "eval")}
+    columns = {split: column(alone.datasets[split], "labels") for split in ("train", "eval")}
     (tmp_path / "cache").rename(tmp_path / "earlier")
     together = prepared(rows, workers=3, validation_split_percentage=10, max_length=100)
-    assert {split: together.datasets[split].to_dict() for split in ("train", "eval")} == columns
+    assert {split: column(together.datasets[split], "labels") for split in ("train", "eval")} == columns
     assert together.report == alone.report
     assert together.report["truncated_conversations"] > 0
     assert [together.report[split]["conversations"] for split in ("train", "eval")] == [2700, 300]
@@ -91,7 +105,7 @@ def test_one_and_three_processes_prepare_identical_data(prepared, tmp_path):
 
 def test_processes_that_prepare_at_once_tokenize_once(encoder, tmp_path, monkeypatch):
     file, log = write(tmp_path / "a.jsonl", numbered(20)), tmp_path / "log"
-    real = prepare_module.encode_files
+    real = prepare_module.encode_sources
 
     def slow(*arguments: object) -> object:
         with open(log, "a") as stream:
@@ -99,11 +113,11 @@ def test_processes_that_prepare_at_once_tokenize_once(encoder, tmp_path, monkeyp
         time.sleep(0.3)
         return real(*arguments)
 
-    monkeypatch.setattr(prepare_module, "encode_files", slow)
+    monkeypatch.setattr(prepare_module, "encode_sources", slow)
 
     def work(queue: multiprocessing.Queue) -> None:
         data = prepare([file], [], encoder, PrepareOptions(64), cache_dir=tmp_path / "cache", workers=1)
-        queue.put((str(data.path), data.datasets["train"]["input_ids"][:]))
+        queue.put((str(data.path), column(data.datasets["train"], "input_ids")))
 
     queue = FORK.Queue()
     processes = [FORK.Process(target=work, args=(queue,)) for _ in range(3)]
@@ -143,7 +157,7 @@ def test_what_a_killed_preparation_left_is_removed_and_its_workers_end(encoder, 
     folders = [one for one in (tmp_path / "cache").iterdir() if one.is_dir()]
     assert len(folders) == 1 and not (folders[0] / REPORT).exists()
     data = prepare([file], [], encoder, PrepareOptions(64), cache_dir=tmp_path / "cache", workers=1)
-    assert [one for one in (tmp_path / "cache").iterdir() if one.is_dir()] == [data.path.parent]
+    assert [one for one in (tmp_path / "cache").iterdir() if one.is_dir()] == [data.path]
     assert len(data.datasets["train"]) == 600
 
 

@@ -6,20 +6,20 @@ import random
 from pathlib import Path
 
 import pytest
-from datasets import DatasetDict, load_from_disk
+from datasets import Dataset
 
 from dft.data import encode as encode_module
 from dft.data import prepare as prepare_module
 from dft.data.chat import ChatEncoder
 from dft.data.prepare import PreparedData, PrepareOptions, prepare
 from dft.errors import UserError
-from tests.data.chat_templates import FORGETS_REASONING, TAGGED, Taught, expected, with_template
-from tests.data.rows import conversation, numbered, write
+from tests.data.chat_templates import FORGETS_REASONING, Taught, expected, with_template
+from tests.data.rows import column, conversation, numbered, write
 
 
 def questions(data: PreparedData, split: str, encoder: ChatEncoder) -> list[str]:
     """The question of every sequence, in order."""
-    texts = [encoder.tokenizer.decode(ids) for ids in data.datasets[split]["input_ids"]]
+    texts = [encoder.tokenizer.decode(ids) for ids in column(data.datasets[split], "input_ids")]
     return [text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0] for text in texts]
 
 
@@ -27,28 +27,30 @@ def check_counts(data: PreparedData, split: str) -> None:
     """The report of a split agrees with what lies on disk."""
     report, dataset = data.report[split], data.datasets[split]
     assert report["sequences"] == len(dataset) == sum(entry["sequences"] for entry in report["files"])
-    tokens = sum(map(len, dataset["input_ids"]))
+    ids, labels = column(dataset, "input_ids"), column(dataset, "labels")
+    tokens = sum(map(len, ids))
     assert report["tokens"] == tokens == sum(entry["tokens"] for entry in report["files"])
-    supervised = sum(label != -100 for labels in dataset["labels"] for label in labels)
+    supervised = sum(label != -100 for row in labels for label in row)
     assert report["supervised_tokens"] == supervised == sum(e["supervised_tokens"] for e in report["files"])
-    assert report["length_percentiles"]["100"] == max(map(len, dataset["input_ids"]))
-    assert report["length_percentiles"]["0"] == min(map(len, dataset["input_ids"]))
+    assert report["length_percentiles"]["100"] == max(map(len, ids))
+    assert report["length_percentiles"]["0"] == min(map(len, ids))
 
 
 # ---- what is prepared ----
 
 
-def test_the_prepared_folder_opens_as_a_dataset_dict(prepared, encoder):
+def test_the_prepared_file_opens_with_datasets_and_knows_where_sequences_come_from(prepared, encoder):
     data = prepared(numbered(3), numbered(2, start=10))
-    loaded = load_from_disk(data.report["prepared_path"])
-    assert isinstance(loaded, DatasetDict)
-    assert loaded.column_names == {"train": ["input_ids", "labels"], "eval": ["input_ids", "labels"]}
-    assert loaded["train"][1] == data.datasets["train"][1]
+    loaded = Dataset.from_file(f"{data.report['prepared_path']}/train.arrow")
+    assert loaded.column_names == ["input_ids", "labels", "source", "line"]
     ids, labels = expected(
         encoder.tokenizer, "<|im_start|>user\nquestion 1<|im_end|>\n<|im_start|>assistant\n",
         Taught("answer 1<|im_end|>"), "\n",
     )  # fmt: skip
-    assert loaded["train"][1] == {"input_ids": ids, "labels": labels}
+    assert loaded[1] == {"input_ids": ids, "labels": labels, "source": 0, "line": 2}
+    row = data.datasets["train"][1]
+    assert (row["input_ids"].tolist(), row["labels"].tolist()) == (ids, labels)
+    assert data.datasets["train"].origins(1) == [(0, 2)]
     assert str(data.path) == data.report["prepared_path"]
 
 
@@ -74,35 +76,89 @@ def test_files_of_different_columns_merge_in_order(encoder, tmp_path):
     check_counts(data, "train")
 
 
-def test_a_file_given_twice_counts_as_one_file_read_twice(encoder, tmp_path):
+def test_a_file_given_twice_is_read_twice(encoder, tmp_path):
     file = write(tmp_path / "a.jsonl", numbered(3))
     options = PrepareOptions(max_length=64)
     data = prepare([file, file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
-    assert [(e["file"], e["conversations"]) for e in data.report["train"]["files"]] == [(file, 6)]
+    entries = data.report["train"]["files"]
+    assert [(entry["file"], entry["conversations"]) for entry in entries] == [(file, 3), (file, 3)]
     assert data.report["train"]["different_conversations"] == 3
 
 
-def test_long_conversations_are_cut_on_the_right_and_counted(prepared, encoder):
-    rows = [conversation("short", "yes"), conversation("q", "word " * 30), conversation("word " * 60, "no")]
-    data = prepared(rows, max_length=20)
-    whole = prepared(rows, max_length=1000)
+CUT = (conversation("short", "yes"), conversation("q", "word " * 30), conversation("word " * 60, "no"))
+"""Rows of which the second is cut in its answer, and the third in its question, by a limit of 20."""
+
+
+def test_long_conversations_are_cut_on_the_right_and_counted(prepared):
+    data, whole = prepared([*CUT], max_length=20), prepared([*CUT], max_length=1000)
     for name in ("input_ids", "labels"):
-        assert data.datasets["train"][name] == [row[:20] for row in whole.datasets["train"][name][:2]]
+        rows = column(whole.datasets["train"], name)
+        assert column(data.datasets["train"], name) == [row[:20] for row in rows[:2]]
     lost = whole.report["train"]["supervised_tokens"] - data.report["train"]["supervised_tokens"]
     numbers = {name: data.report[name] for name in data.report if isinstance(data.report[name], int)}
     assert numbers == {
         "conversations_read": 3,
+        "rejected": 0,
         "dropped_without_supervised_tokens": 1,
+        "dropped_for_their_length": 0,
         "truncated_conversations": 1,
-        "truncated_supervised_tokens": lost,
+        "lost_supervised_tokens": lost,
+        "lost_end_tokens": 2,
+        "repeated_conversations_dropped": 0,
         "eval_conversations_dropped_because_in_train": 0,
         "turns_without_stop_token": 0,
+        "unknown_tokens": 0,
     }
+    assert data.report["end_of_turn_tokens"] == {"<|im_end|>": 1}
     check_counts(data, "train")
 
 
+def test_cut_on_the_left_the_end_is_kept_and_the_first_token_is_no_target(prepared):
+    data = prepared([*CUT], max_length=20, truncation="left")
+    whole = prepared([*CUT], max_length=1000)
+    rows = column(whole.datasets["train"], "input_ids")
+    assert column(data.datasets["train"], "input_ids") == [row[-20:] for row in rows]
+    labels = column(whole.datasets["train"], "labels")
+    assert column(data.datasets["train"], "labels") == [
+        row if len(row) <= 20 else [-100, *row[-19:]] for row in labels
+    ]
+    lost = whole.report["train"]["supervised_tokens"] - data.report["train"]["supervised_tokens"]
+    assert (data.report["lost_supervised_tokens"], data.report["lost_end_tokens"]) == (lost, 0)
+    assert (data.report["truncated_conversations"], data.report["end_of_turn_tokens"]) == (
+        2,
+        {"<|im_end|>": 3},
+    )
+
+
+def test_a_turn_cut_away_on_the_left_loses_its_end_token(prepared):
+    messages = conversation("q", "one")["messages"] + conversation("r", "word " * 10)["messages"]
+    (length,) = map(len, column(prepared([{"messages": messages}]).datasets["train"], "input_ids"))
+    for limit, lost in ((length, 0), (length - 3, 0), (20, 1)):
+        report = prepared([{"messages": messages}], max_length=limit, truncation="left").report
+        assert (report["lost_end_tokens"], report["end_of_turn_tokens"]) == (lost, {"<|im_end|>": 2 - lost})
+
+
+def test_long_conversations_are_dropped_whole_or_refused_if_asked_for(prepared, tmp_path):
+    data = prepared([*CUT], max_length=20, truncation="drop")
+    whole = prepared([*CUT], max_length=1000)
+    kept = column(whole.datasets["train"], "input_ids")[:1]
+    assert column(data.datasets["train"], "input_ids") == kept
+    report = data.report
+    assert (report["dropped_for_their_length"], report["truncated_conversations"]) == (2, 0)
+    supervised = whole.report["train"]["supervised_tokens"] - report["train"]["supervised_tokens"]
+    assert (report["lost_supervised_tokens"], report["lost_end_tokens"]) == (supervised, 2)
+    lengths = [len(ids) for ids in column(whole.datasets["train"], "input_ids")]
+    with pytest.raises(UserError) as caught:
+        prepared([*CUT], max_length=20, truncation="error")
+    assert str(caught.value).splitlines() == [
+        "2 conversations cannot be used:",
+        f"  {tmp_path}/train.jsonl:2: {lengths[1]} tokens, longer than --max_length 20",
+        f"  {tmp_path}/train.jsonl:3: {lengths[2]} tokens, longer than --max_length 20",
+    ]
+
+
 def test_a_conversation_of_exactly_the_limit_is_not_cut(prepared):
-    (length,) = map(len, prepared([conversation("q")]).datasets["train"]["input_ids"])
+    (length,) = prepared([conversation("q")]).datasets["train"].lengths.tolist()
     assert prepared([conversation("q")], max_length=length).report["truncated_conversations"] == 0
     assert prepared([conversation("q")], max_length=length - 1).report["truncated_conversations"] == 1
 
@@ -149,7 +205,7 @@ def test_the_same_seed_splits_the_same_way_in_another_cache(encoder, tmp_path):
         prepare([file], [], encoder, options, cache_dir=tmp_path / name, workers=1) for name in ("x", "y")
     )
     assert one.path != two.path
-    assert one.datasets["eval"]["input_ids"] == two.datasets["eval"]["input_ids"]
+    assert column(one.datasets["eval"], "input_ids") == column(two.datasets["eval"], "input_ids")
 
 
 def test_the_order_of_lines_does_not_change_which_conversations_are_held_out(prepared, encoder):
@@ -226,11 +282,13 @@ def test_bad_lines_of_all_files_are_told_together_in_order(prepared, tmp_path, w
         prepared(rows, [{"messages": []}], workers=workers)
     assert str(caught.value).splitlines() == [
         "3 conversations cannot be used:",
-        f"  {tmp_path}/train.jsonl:301: no 'messages' key; the keys are ['text']",
+        f"  {tmp_path}/train.jsonl:301: no conversation; the keys are ['text'], expected 'messages', "
+        "'conversations' or 'prompt' with 'completion'",
         f"  {tmp_path}/train.jsonl:302: messages[1]: empty assistant turn",
         f"  {tmp_path}/eval.jsonl:1: 'messages' must be a list of at least one turn, got an empty list",
     ]
-    assert not list((tmp_path / "cache").glob("*[!k]")), "a failed preparation leaves nothing but its lock"
+    left = {one.suffix for one in (tmp_path / "cache").iterdir() if one.is_file()}
+    assert left == {".lock", ".error"}, "a failed preparation leaves no data"
     assert not multiprocessing.active_children()
 
 
@@ -244,7 +302,7 @@ def test_a_file_without_conversations_is_refused(encoder, tmp_path):
 
 
 def test_a_template_that_renders_no_answer_is_told_by_line(tokenizer_json, tmp_path):
-    template = TAGGED.replace("m.role == 'assistant'", "m.role == 'nobody'")
+    template = "{% for m in messages if m.role != 'assistant' %}{{ m.content + '<|im_end|>' }}{% endfor %}"
     encoder = ChatEncoder(with_template(tokenizer_json, template, eos_token="<|im_end|>"))
     file = write(tmp_path / "a.jsonl", numbered(2))
     with pytest.raises(UserError, match="a.jsonl:2: the chat template renders nothing of the assistant's"):
@@ -266,6 +324,6 @@ def test_a_cache_folder_that_cannot_be_written_is_refused(encoder, tmp_path, mon
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_module, "encode_files", full)
+    monkeypatch.setattr(prepare_module, "encode_sources", full)
     with pytest.raises(UserError, match="no space left on the device"):
         prepare([file], [], encoder, PrepareOptions(64), cache_dir=tmp_path / "cache", workers=1)

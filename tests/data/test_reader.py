@@ -1,217 +1,431 @@
-"""Good lines become conversations, every other line one `file:line: reason`."""
+"""Files become records of JSON text: where each begins, what it holds, and what cannot be read."""
 
+import gzip
 import json
+import random
+import tracemalloc
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from dft.data.faults import BadLine, Fault, Faults
-from dft.data.reader import check_files, parse_messages, read_records
+from dft.data import reader
+from dft.data.faults import Fault, Faults
+from dft.data.reader import Batch, Record, read_batches
+from dft.data.sources import Source, split_suffix
 from dft.errors import UserError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 LINE = json.dumps({"messages": TURNS})
+NOTHING = "there is no conversation in this file"
+MORE = "nothing from here on can be read"
+FORMS = "'messages', 'conversations' or 'prompt' with 'completion'"
+MiB = 1 << 20
 
 
-def write(folder: Path, name: str, content: str | bytes) -> str:
+def source(path: Path, rows_before: int = 0) -> Source:
+    kind, compression = ("arrow", None) if path.suffix == ".arrow" else split_suffix(str(path))
+    return Source(str(path), path, kind, compression, 0, rows_before)
+
+
+def batches(folder: Path, name: str, content: str | bytes) -> list[Batch]:
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(path)
+    return list(read_batches(source(path)))
 
 
-def outcomes(file: str) -> list[str]:
-    """`line: ok` or `line: reason` of every record."""
-    told = []
-    for record in read_records(file):
-        assert record.where == f"{file}:{record.line}"
-        try:
-            parse_messages(record)
-        except BadLine as error:
-            told.append(f"{record.line}: {error}")
-        else:
-            told.append(f"{record.line}: ok")
-    return told
+def records(folder: Path, name: str, content: str | bytes) -> list[Record]:
+    return [record for batch in batches(folder, name, content) for record in batch.records]
 
 
-def turn(**fields: object) -> str:
-    """A line whose second turn is overridden by `fields`."""
-    return json.dumps({"messages": [TURNS[0], {**TURNS[1], **fields}]})
+def told(folder: Path, name: str, content: str | bytes) -> list[tuple[int, str]]:
+    """Line and text, or line and fault, of every record."""
+    return [(one.line, one.fault or one.text.decode()) for one in records(folder, name, content)]
 
 
-ROLES = "the roles are system, developer, user, assistant, tool"
+def zstd(*frames: bytes) -> bytes:
+    return b"".join(pa.compress(frame, "zstd", asbytes=True) for frame in frames)
+
+
+# ---- JSON Lines ----
+
+
+def test_lines_are_verbatim_and_blank_ones_passed_over(tmp_path):
+    content = f"\ufeff{LINE}\r\n\r\n  \n {LINE} \n\n{LINE}"
+    expected = [(1, LINE), (4, f" {LINE} "), (6, LINE)]
+    assert told(tmp_path, "a.jsonl", content) == expected
+    assert told(tmp_path, "a.json", content) == expected
+
+
+def test_what_is_in_a_line_is_not_looked_at(tmp_path):
+    lines = [b"{", b"\0\0", b'{"m": "\xff"}', b'"text"', b"3", LINE.encode()[:-9]]
+    found = records(tmp_path, "a.jsonl", b"\n".join(lines))
+    assert found == [Record(number, line) for number, line in enumerate(lines, start=1)]
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"),
+    ("name", "content"),
     [
-        ('{"messages": [', "broken JSON: Expecting value (column 15)"),
-        ('{"messages": "abc', "broken JSON: Unterminated string starting at (column 14)"),
-        (LINE + "x", f"broken JSON: Extra data (column {len(LINE) + 1})"),
-        (LINE + "\0", f"broken JSON: Extra data (column {len(LINE) + 1})"),
-        ('{"a": "x\ty"}', "broken JSON: Invalid control character at (column 9)"),
-        ('{"score": NaN}', "broken JSON: NaN is not a JSON value"),
-        ('{"score": -Infinity}', "broken JSON: -Infinity is not a JSON value"),
-        ('{"a": 1, "a": 2}', "broken JSON: the key 'a' appears twice in one object"),
-        ('{"n": ' + "9" * 5000 + "}", "broken JSON: a number of thousands of digits"),
-        ("[" * 100_000, "broken JSON array: nested too deeply; nothing from here on can be read"),
-        ('{"a":' * 100_000, "broken JSON: nested too deeply"),
-        ('"text"', "expected a JSON object with 'messages', got a string"),
-        ("3", "expected a JSON object with 'messages', got a number"),
-        ("null", "expected a JSON object with 'messages', got null"),
-        ("{}", "no 'messages' key; the object is empty"),
-        ('{"text": "", "id": 1}', "no 'messages' key; the keys are ['id', 'text']"),
-        ('{"messages": []}', "'messages' must be a list of at least one turn, got an empty list"),
-        ('{"messages": {}}', "'messages' must be a list of at least one turn, got an object"),
-        ('{"messages": "hi"}', "'messages' must be a list of at least one turn, got a string"),
-        ('{"messages": ["hi"]}', "messages[0] must be an object with 'role' and 'content', got a string"),
-        ('{"messages": [{"content": "x"}]}', "messages[0]: no 'role'; the keys are ['content']"),
-        (turn(role="bot"), f"messages[1]: unknown role 'bot'; {ROLES}"),
-        (turn(role="Assistant"), f"messages[1]: unknown role 'Assistant'; {ROLES}"),
-        (turn(role=None), f"messages[1]: unknown role None; {ROLES}"),
-        (turn(role=["user"]), f"messages[1]: unknown role ['user']; {ROLES}"),
-        (turn(role="r" * 500), f"messages[1]: unknown role 'rrr{'r' * 73}...; {ROLES}"),
-        (turn(content=None), "messages[1]: 'content' must be a string, got null"),
-        (turn(content=5.5), "messages[1]: 'content' must be a string, got a number"),
-        (turn(content=True), "messages[1]: 'content' must be a string, got a boolean"),
-        (turn(content=["x"]), "messages[1]: 'content' must be a string, got a list"),
-        ('{"messages": [{"role": "user"}]}', "messages[0]: 'content' must be a string, got nothing"),
-        (turn(content=" \n\t"), "messages[1]: empty assistant turn"),
-        (turn(role="system", content=""), "messages[1]: empty system turn"),
-        (turn(tool_calls="f()"), "messages[1]: 'tool_calls' must be a list of objects, got a string"),
-        (turn(tool_calls=["f()"]), "messages[1]: 'tool_calls' must be a list of objects, got a list"),
-        (turn(role="user"), "no assistant turn, so there is nothing to learn from"),
-        (
-            turn(content="\ud83d"),
-            "messages[1]: holds half a surrogate pair (\\ud800 to \\udfff), which is no character",
-        ),
-        (
-            turn(note={"k": "\udc00"}),
-            "messages[1]: holds half a surrogate pair (\\ud800 to \\udfff), which is no character",
-        ),
+        ("a.jsonl", "\n \r\n\t\n"), ("a.json", "[]"), ("a.json", " [ \n] "), ("a.json", "\n\n"),
+        ("a.jsonl", "[]\n"), ("a.jsonl", "\ufeff"), ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.json.gz", gzip.compress(b"[]")), ("a.jsonl.zst", zstd(b"\n\n")),
     ],
-)
-def test_each_kind_of_bad_line_is_told_with_its_reason(tmp_path, line, reason):
-    name = "bad.json" if line.startswith("[") else "bad.jsonl"
-    prefix = "" if line.startswith("[") else LINE + "\n\n"
-    number = 1 if line.startswith("[") else 3
-    told = outcomes(write(tmp_path, name, prefix + line + "\n"))
-    assert told[-1] == f"{number}: {reason}"
-    assert told[:-1] == ["1: ok"] * (number // 3)
+)  # fmt: skip
+def test_a_file_without_conversations_is_told(tmp_path, name, content):
+    assert told(tmp_path, name, content) == [(1, NOTHING)]
 
 
-def test_bytes_that_are_not_utf8_are_told(tmp_path):
-    file = write(tmp_path, "a.jsonl", LINE.encode() + b'\n{"m": "\xff"}\n' + LINE.encode())
-    assert outcomes(file) == ["1: ok", "2: not valid UTF-8 (invalid start byte at byte 7)", "3: ok"]
-    assert outcomes(write(tmp_path, "b.jsonl", LINE.encode("utf-16"))) == [
-        "1: not valid UTF-8 (invalid start byte at byte 0)"
-    ]
-    raw = json.dumps({"messages": TURNS}).encode().replace(b'"q"', b'"\xed\xa0\x80"')
-    assert outcomes(write(tmp_path, "c.jsonl", raw)) == [
-        f"1: not valid UTF-8 (invalid continuation byte at byte {raw.index(0xED)})"
-    ]
+def test_a_file_that_went_away_is_told(tmp_path):
+    (batch,) = read_batches(source(tmp_path / "gone.jsonl"))
+    assert batch.records == [Record(1, b"", f"cannot be read (No such file or directory); {MORE}")]
 
 
-def test_line_ends_bom_blank_lines_and_a_missing_last_newline_are_fine(tmp_path):
-    content = b"\xef\xbb\xbf" + LINE.encode() + b"\r\n\r\n  \n" + LINE.encode() + b"\n\n" + LINE.encode()
-    assert outcomes(write(tmp_path, "a.jsonl", content)) == ["1: ok", "4: ok", "6: ok"]
+# ---- arrays, lines and single objects in one suffix ----
 
 
-def test_a_pair_of_surrogate_escapes_is_a_character(tmp_path):
-    file = write(tmp_path, "a.jsonl", turn(content="😀"))
-    assert b"\\ud83d" in Path(file).read_bytes()
-    (record,) = read_records(file)
-    assert parse_messages(record)[1]["content"] == "😀"
+def test_a_json_file_may_hold_lines(tmp_path):
+    # A line that is whole but wrong inside does not make the file a single object.
+    for first in (LINE, "3", "{'a': 1}", '{"a": "}"}'):
+        assert told(tmp_path, "a.json", f"\n{first}\n{{\n{LINE}") == [(2, first), (3, "{"), (4, LINE)]
 
 
-def test_a_turn_that_only_calls_tools_needs_no_content(tmp_path):
-    calls = [{"function": {"name": "f", "arguments": {}}}]
-    for fields in ({"content": None}, {"content": ""}):
-        (record,) = read_records(write(tmp_path, "a.jsonl", turn(tool_calls=calls, **fields)))
-        assert parse_messages(record)[1] == {"role": "assistant", "content": "", "tool_calls": calls}
-    empty_result = json.dumps({"messages": [*TURNS, {"role": "tool", "content": ""}]})
-    assert outcomes(write(tmp_path, "b.jsonl", empty_result)) == ["1: ok"]
+def test_a_json_file_may_hold_one_object_over_several_lines(tmp_path):
+    pretty = json.dumps({"messages": TURNS}, indent=2)
+    assert told(tmp_path, "a.json", pretty) == [(1, pretty)]
+    assert told(tmp_path, "a.json", f"\ufeff\n \n{pretty}\n") == [(3, pretty)]
+    assert told(tmp_path, "a.json", pretty[:-3]) == [(1, pretty[:-3].rstrip())]
+    assert told(tmp_path, "a.json", f"{pretty}\n{pretty}") == [(1, f"{pretty}\n{pretty}")]
 
 
-def test_arrays_give_the_line_on_which_each_element_begins(tmp_path):
+def test_a_jsonl_file_that_begins_with_a_bracket_is_an_array_or_lines_of_arrays(tmp_path):
+    assert told(tmp_path, "a.jsonl", f"[{LINE}, {LINE}]\n") == [(1, LINE), (1, LINE)]
+    assert told(tmp_path, "a.jsonl", f"[{LINE},\n{LINE}]") == [(1, LINE), (2, LINE)]
+    assert told(tmp_path, "a.jsonl", f"[1]\n{LINE}\n[2]") == [(1, "[1]"), (2, LINE), (3, "[2]")]
+    assert told(tmp_path, "a.jsonl", "[1]") == [(1, "1")]
+    after = f"broken JSON array: text after the closing ']'; {MORE}"
+    assert told(tmp_path, "a.json", f"[1]\n{LINE}") == [(1, "1"), (2, after)]
+
+
+def test_the_kind_of_a_file_is_told_across_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "PIECE", 3)
+    pretty = json.dumps({"messages": TURNS}, indent=2)
+    assert told(tmp_path, "a.json", f"\n\n\n\n\n{pretty}\n") == [(6, pretty)]
+    assert told(tmp_path, "a.json", f"\n\n{LINE}\n{LINE}") == [(3, LINE), (4, LINE)]
+    assert told(tmp_path, "a.jsonl", f"\n\n[1]\n\n\n\n{LINE}") == [(3, "[1]"), (7, LINE)]
+    assert told(tmp_path, "a.jsonl", "\n\n\n\n[1\n]") == [(5, "1")]
+
+
+# ---- arrays ----
+
+
+def test_elements_begin_on_their_lines(tmp_path):
     pretty = json.dumps({"messages": TURNS, "n": 10**18}, indent=1)
-    array = f"\ufeff[\n{pretty},\n\n{LINE}, {LINE},\n{{}}\n]\n"
-    height = pretty.count("\n") + 1
-    expected = ["2: ok", f"{height + 3}: ok", f"{height + 3}: ok"]
-    expected.append(f"{height + 4}: no 'messages' key; the object is empty")
-    assert outcomes(write(tmp_path, "a.json", array)) == expected
-    assert outcomes(write(tmp_path, "a.jsonl", array)) == expected
+    array = f"\ufeff \n[\n{pretty},\n\n{LINE}, {LINE}\n,\r\n\t{{}}\n]\n"
+    line = 3 + pretty.count("\n") + 2
+    expected = [(3, pretty), (line, LINE), (line, LINE), (line + 2, "{}")]
+    for name in ("a.json", "a.jsonl"):
+        assert told(tmp_path, name, array) == expected
+
+
+def test_any_value_is_an_element_and_its_inside_is_not_looked_at(tmp_path):
+    elements = [
+        "1", "null", '"a, b ] }"', "[1, [2, 3]]", "[]", "{}", '{"a": NaN}', "{'a': 1}", '{"a": "\\\\"}',
+        r'{"a": "\"]},[{"}', r'{"a\\\"": "\u007b\\\\\\"}', '{"a" 1,,}', "{]", "x y", '"é😀"', "9" * 5000,
+        LINE,
+    ]  # fmt: skip
+    expected = [(number, element) for number, element in enumerate(elements, start=2)]
+    assert told(tmp_path, "a.json", "[\n" + ",\n".join(elements) + "\n]") == expected
+    assert told(tmp_path, "a.json", f"[{','.join(elements)}]") == [(1, text) for _, text in expected]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 64])
+def test_pieces_may_be_cut_anywhere(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(reader, "PIECE", piece)
+    chance = random.Random(piece)
+    alphabet = ['"', "\\", "[", "]", "{", "}", ",", ":", "\n", " ", "a", "é", "😀"]
+    for _ in range(60):
+        texts = ["".join(chance.choices(alphabet, k=chance.randrange(12))) for _ in range(6)]
+        values = [chance.choice([text, {text: [text, {"b": text}]}, [[], text], len(text)]) for text in texts]
+        elements = [
+            json.dumps(value, indent=chance.choice([None, 1]), ensure_ascii=False) for value in values
+        ]
+        gaps = [chance.choice(["", " ", "\n", "\r\n\t"]) for _ in range(7)]
+        array = "[" + ",".join(gap + element for gap, element in zip(gaps, elements, strict=False)) + "\n]\n"
+        expected, position = [], 0
+        for gap, element in zip(gaps, elements, strict=False):
+            position += 1 + len(gap)
+            expected.append((array.count("\n", 0, position) + 1, element))
+            position += len(element)
+        assert told(tmp_path, "a.json", array) == expected
 
 
 @pytest.mark.parametrize(
     ("array", "line", "reason"),
     [
-        (f"[{LINE},\n{LINE}", 2, "expected ',' or ']' after an element"),
-        (f"[{LINE}\n\n{LINE}]", 3, "expected ',' or ']' after an element"),
-        (f"[{LINE},\n]", 2, "Expecting value"),
-        (f"[{LINE},\n{{'a': 1}}]", 2, "Expecting property name enclosed in double quotes"),
-        (f"[{LINE}]\n\n[]", 3, "text after the closing ']'"),
+        (f"[{LINE},\n{LINE}", 2, "the closing ']' is missing"),
+        (f"[{LINE},\n\n", 3, "the closing ']' is missing"),
+        (f"[{LINE}\n\n{LINE}]", 3, f"expected ',' or ']' after an element; {MORE}"),
+        (f"[{LINE},\n]", 2, "expected a value, found ']'"),
+        (f"[{LINE}]\n\n[]", 3, f"text after the closing ']'; {MORE}"),
+        (f"[{LINE},\n\n\n{LINE[:-1]},\n{LINE}\n]", 4, f"the element that begins here does not end; {MORE}"),
+        (f"[{LINE},\n\n{LINE}}}\n]", 3, f"unexpected '}}'; {MORE}"),
+        (f'[{LINE},\n{{"a": "b\nc"}}]', 2, f"a string goes on over the end of its line; {MORE}"),
+        (f'[{LINE},\n\n{{"a": "b]', 3, f"the element that begins here does not end; {MORE}"),
     ],
 )
-def test_a_broken_array_is_told_at_the_line_where_it_breaks(tmp_path, array, line, reason):
-    told = outcomes(write(tmp_path, "a.json", array))
-    assert told[0] == "1: ok"
-    assert told[-1] == f"{line}: broken JSON array: {reason}; nothing from here on can be read"
+@pytest.mark.parametrize("piece", [5, 1 << 18])
+def test_a_broken_array_is_told_at_the_line_where_it_breaks(
+    tmp_path, monkeypatch, array, line, reason, piece
+):
+    monkeypatch.setattr(reader, "PIECE", piece)
+    found = told(tmp_path, "a.json", array)
+    assert found[0] == (1, LINE)
+    assert found[-1] == (line, f"broken JSON array: {reason}")
 
 
-def test_an_array_that_is_not_utf8_is_told_at_its_line(tmp_path):
-    file = write(tmp_path, "a.json", b"[\n" + LINE.encode() + b',\n"\xff"]')
-    assert outcomes(file) == ["3: not valid UTF-8 (invalid start byte); the array cannot be read"]
-
-
-def test_elements_of_an_array_may_hold_what_only_its_own_line_is_blamed_for(tmp_path):
-    huge = '{"n": ' + "9" * 5000 + "}"
-    file = write(tmp_path, "a.json", f'[{LINE},\n{huge},\n{{"n": NaN}},\n{LINE}]')
-    assert outcomes(file) == [
-        "1: ok",
-        "2: broken JSON: a number of thousands of digits",
-        "3: broken JSON: NaN is not a JSON value",
-        "4: ok",
+def test_an_empty_place_in_an_array_is_told_and_reading_goes_on(tmp_path):
+    assert told(tmp_path, "a.json", "[,\n1,\n,2]") == [
+        (1, "broken JSON array: expected a value, found ','"),
+        (2, "1"),
+        (3, "broken JSON array: expected a value, found ','"),
+        (3, "2"),
     ]
 
 
-def test_a_json_file_may_hold_lines_or_one_object(tmp_path):
-    assert outcomes(write(tmp_path, "lines.json", f"{LINE}\n{{}}\n{LINE}")) == [
-        "1: ok", "2: no 'messages' key; the object is empty", "3: ok",
+def test_nesting_of_any_depth_is_scanned(tmp_path):
+    deep = "[" * 100_000 + "]" * 100_000
+    assert told(tmp_path, "a.json", f"[{deep}]") == [(1, deep)]
+    assert told(tmp_path, "a.json", "[" * 100_000) == [
+        (1, f"broken JSON array: the element that begins here does not end; {MORE}")
+    ]
+
+
+# ---- batches and memory ----
+
+
+def test_batches_hold_at_most_256_records_and_account_for_the_file(tmp_path):
+    found = batches(tmp_path, "a.jsonl", f"{LINE}\n" * 5000)
+    assert [len(batch.records) for batch in found] == [256] * 19 + [136]
+    assert sum(batch.consumed for batch in found) == 5000 * (len(LINE) + 1)
+    found = batches(tmp_path, "a.json", f"[{','.join([LINE] * 600)}]")
+    assert [len(batch.records) for batch in found] == [256, 256, 88]
+    assert [record.line for batch in found for record in batch.records] == [1] * 600
+
+
+def test_batches_hold_about_4_mib_of_text(tmp_path):
+    sizes = [MiB, MiB, MiB, 2 * MiB, 5 * MiB, 10, 10]
+    found = batches(tmp_path, "a.jsonl", b"\n".join(b"x" * size for size in sizes))
+    lengths = [[len(record.text) for record in batch.records] for batch in found]
+    assert lengths == [[MiB] * 3, [2 * MiB], [5 * MiB], [10, 10]]
+
+
+def test_records_that_are_too_long_are_told_and_the_others_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "LONGEST", 1000)
+    fits, long = f'["{"x" * 996}"]', f'["{"x" * 997}"]'
+    for piece in (100, 999):
+        monkeypatch.setattr(reader, "PIECE", piece)
+        lines = [(1, fits), (2, "longer than 1 GiB"), (3, fits)]
+        assert told(tmp_path, "a.jsonl.gz", gzip.compress(f"{fits}\n{long}\n{fits}".encode())) == lines
+        assert told(tmp_path, "a.jsonl", f"{fits}\n{fits}\n{long}")[2] == (3, "longer than 1 GiB")
+        assert told(tmp_path, "a.json", f"[{fits},\n{long},\n{fits}]") == lines
+    assert told(tmp_path, "a.json", "{\n" + " " * 1000 + "}") == [(1, "longer than 1 GiB")]
+
+
+def peak_of(read: Callable[[], None]) -> int:
+    """Bytes that Python and numpy held at most beyond what they held before."""
+    tracemalloc.start()
+    try:
+        read()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_memory_does_not_grow_with_the_file(tmp_path, name):
+    row = '{"messages": [{"role": "user", "content": "' + 'x, \\n \\"y\\" ' * 5000 + '"}]}'
+    count = 200 * MiB // len(row)
+    with (tmp_path / name).open("w") as file:
+        file.write("[" if name == "a.json" else "")
+        for number in range(count):
+            file.write(row + (",\n" if name == "a.json" and number < count - 1 else "\n"))
+        file.write("]" if name == "a.json" else "")
+    counted = []
+    peak = peak_of(lambda: counted.append(sum(len(b.records) for b in read_batches(source(tmp_path / name)))))
+    assert counted == [count]
+    assert peak < 32 * MiB
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_record_of_100_mb_is_read_whole(tmp_path, name):
+    row = b'{"messages": "' + b"x, \\n " * (100_000_000 // 6) + b'"}'
+    content = b"[" + row + b",\n" + row + b"]" if name == "a.json" else row + b"\n" + row
+    found = batches(tmp_path, name, content)
+    assert [[(record.line, record.text == row) for record in batch.records] for batch in found] == [
+        [(1, True)], [(2, True)],
     ]  # fmt: skip
-    pretty = json.dumps({"messages": TURNS}, indent=2)
-    assert outcomes(write(tmp_path, "one.json", pretty)) == ["1: ok"]
-    assert outcomes(write(tmp_path, "cut.json", pretty[:-3])) == [
-        f"1: broken JSON: Expecting ',' delimiter (line {pretty[:-3].count(chr(10)) + 1}, column 3)"
-    ]
+
+
+# ---- compression ----
+
+
+def test_compressed_files_may_have_several_members(tmp_path):
+    first, second = f"{LINE}\n{LINE[:9]}".encode(), f"{LINE[9:]}\n{LINE}".encode()
+    expected = [(1, LINE), (2, LINE), (3, LINE)]
+    assert told(tmp_path, "a.jsonl.gz", gzip.compress(first) + gzip.compress(second)) == expected
+    assert told(tmp_path, "a.jsonl.zst", zstd(first, b"", second)) == expected
+    array = f"[{LINE},\n{LINE}]".encode()
+    assert told(tmp_path, "a.json.gz", gzip.compress(array)) == expected[:2]
+    assert told(tmp_path, "a.json.zst", zstd(array)) == expected[:2]
+
+
+def noise(count: int) -> list[str]:
+    """Lines that hardly compress."""
+    chance = random.Random(0)
+    return [f'{{"messages": "{chance.randbytes(300).hex()}"}}' for _ in range(count)]
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("a.jsonl", "\n \r\n\t\n"), ("a.json", "[]"), ("a.json", " [ \n] "), ("a.json", "\n\n")],
+    ("suffix", "compress", "reason"),
+    [
+        ("gz", gzip.compress, "Compressed file ended before the end-of-stream marker was reached"),
+        ("zst", zstd, "Truncated compressed stream"),
+    ],
 )
-def test_a_file_without_conversations_is_told(tmp_path, name, content):
-    assert outcomes(write(tmp_path, name, content)) == ["1: there is no conversation in this file"]
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_stream_that_is_cut_off_gives_the_good_lines_and_where_it_stops(
+    tmp_path, name, suffix, compress, reason
+):
+    lines = noise(3000)
+    content = "\n".join(lines) if name == "a.jsonl" else "[" + ",\n".join(lines) + "]"
+    raw = compress(content.encode())
+    found = told(tmp_path, f"{name}.{suffix}", raw[: len(raw) // 2])
+    *good, (line, fault) = found
+    assert 1300 < len(good) < 1500
+    assert good == [(number, text) for number, text in enumerate(lines[: len(good)], start=1)]
+    kind = {"gz": "gzip", "zst": "zstd"}[suffix]
+    assert (line, fault) == (len(good) + 1, f"the {kind} stream is damaged or cut off ({reason}); {MORE}")
 
 
-def test_files_that_cannot_be_used_are_refused_by_name(tmp_path):
-    good = write(tmp_path, "good.jsonl", LINE)
-    check_files([good], "--data_files")
-    (tmp_path / "folder.jsonl").mkdir()
-    long_name = str(tmp_path / ("x" * 300 + ".jsonl"))
-    cases = {
-        str(tmp_path / "none.jsonl"): f"no such file (looked in {tmp_path})",
-        f"{good}/x.jsonl": f"no such file (looked in {good})",
-        str(tmp_path / "*.jsonl"): f"no such file (looked in {tmp_path})",
-        str(tmp_path / "folder.jsonl"): "is a folder; name the .jsonl or .json files in it",
-        write(tmp_path, "empty.jsonl", ""): "the file is empty; it should hold one conversation per line",
-        write(tmp_path, "data.csv", LINE): "expected a file that ends in .jsonl or .json",
-        long_name: "cannot be read (File name too long)",
-        "/dev/null": "is not a regular file; name a .jsonl or .json file",
-    }
-    for name, reason in cases.items():
-        with pytest.raises(UserError) as caught:
-            check_files([good, name], "--eval_data_files")
-        assert str(caught.value) == f"--eval_data_files {name}: {reason}"
+def test_streams_that_are_no_streams_are_told(tmp_path):
+    assert told(tmp_path, "a.jsonl.gz", LINE) == [
+        (1, f"the gzip stream is damaged or cut off (Not a gzipped file (b'{{\"')); {MORE}")
+    ]
+    reason = "ZSTD decompress failed: Unknown frame descriptor"
+    assert told(tmp_path, "a.json.zst", LINE) == [
+        (1, f"the zstd stream is damaged or cut off ({reason}); {MORE}")
+    ]
+    damaged = bytearray(gzip.compress("\n".join(noise(3000)).encode()))
+    damaged[-6] ^= 1
+    *good, (line, fault) = told(tmp_path, "a.jsonl.gz", bytes(damaged))
+    assert [len(good), line] == [2999, 3000]
+    assert fault.startswith("the gzip stream is damaged or cut off (CRC check failed ")
+
+
+# ---- tables ----
+
+
+def write_table(path: Path, rows: list[dict], schema: pa.Schema | None = None, size: int = 1000) -> Path:
+    table = pa.Table.from_pylist(rows, schema=schema)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=size)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table, max_chunksize=size)
+    return path
+
+
+def read(path: Path, rows_before: int = 0) -> list[Record]:
+    return [record for batch in read_batches(source(path, rows_before)) for record in batch.records]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_rows_of_tables_become_json_without_nulls_and_unknown_columns(tmp_path, name):
+    call = [{"function": {"name": "f", "arguments": {"x": 1}}}]
+    rows = [
+        {"id": 1, "messages": [{"role": "user", "content": "é"}, {"role": "assistant", "tool_calls": call}]},
+        {"id": 2, "messages": [{"role": "assistant", "content": "a", "name": "n"}], "tools": "[]"},
+        {"id": 3},
+    ]
+    schema = pa.Table.from_pylist(rows[:1]).schema.append(pa.field("tools", pa.string()))
+    path = write_table(tmp_path / name, rows, schema)
+    del rows[1]["messages"][0]["name"]  # no column of the schema
+    expected = [{key: value for key, value in row.items() if key != "id"} for row in rows]
+    found = read(path, rows_before=10)
+    assert found == [
+        Record(11 + index, json.dumps(row, ensure_ascii=False).encode()) for index, row in enumerate(expected)
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_tables_are_read_in_batches(tmp_path, name):
+    rows = [{"prompt": f"q{row}", "completion": "a"} for row in range(1000)]
+    path = write_table(tmp_path / name, rows, size=300)
+    found = list(read_batches(source(path)))
+    assert [len(batch.records) for batch in found] == [256, 256, 256, 232]
+    assert sum(batch.consumed for batch in found) == path.stat().st_size
+    texts = [json.loads(record.text) for batch in found for record in batch.records]
+    assert texts == rows
+    assert [record.line for batch in found for record in batch.records] == list(range(1, 1001))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_tables_without_conversations_are_told(tmp_path, name):
+    path = write_table(tmp_path / name, [{"text": "a", "prompt": "b"}])
+    assert read(path) == [Record(1, b"", f"no conversation; the columns are text, prompt, expected {FORMS}")]
+    empty = write_table(tmp_path / name, [], pa.schema({"messages": pa.string()}))
+    assert read(empty) == [Record(1, b"", NOTHING)]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_values_that_json_has_no_form_for_are_text_or_a_fault_of_their_row(tmp_path, name):
+    when = datetime(2024, 5, 6)
+    good = {"content": b"a", "at": when, "map": [("k", 1)]}
+    rows = [{"messages": [good]}, {"messages": [{"content": b"\xff"}]}]
+    turn = pa.struct(
+        {"content": pa.binary(), "at": pa.timestamp("us"), "map": pa.map_(pa.string(), pa.int64())}
+    )
+    schema = pa.schema({"messages": pa.list_(turn)})
+    assert read(write_table(tmp_path / name, rows, schema)) == [
+        Record(1, b'{"messages": [{"content": "a", "at": "2024-05-06 00:00:00", "map": {"k": 1}}]}'),
+        Record(2, b"", "not valid UTF-8 (invalid start byte at byte 0 of a string)"),
+    ]
+
+
+def test_a_column_of_text_that_is_not_utf8_is_a_fault_of_its_row(tmp_path):
+    binary = pa.array([b"a", b"\xff", b"c"])
+    texts = pa.Array.from_buffers(pa.string(), 3, binary.buffers())
+    table = pa.table({"prompt": texts, "completion": texts})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    assert read(tmp_path / "a.arrow") == [
+        Record(1, b'{"prompt": "a", "completion": "a"}'),
+        Record(2, b"", "not valid UTF-8 (invalid start byte at byte 0 of a string)"),
+        Record(3, b'{"prompt": "c", "completion": "c"}'),
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_damaged_tables_are_told(tmp_path, name):
+    path = write_table(
+        tmp_path / name, [{"prompt": text, "completion": "a"} for text in noise(2000)], size=500
+    )
+    raw = path.read_bytes()
+    path.write_bytes(raw[: len(raw) // 2])
+    *good, last = read(path)
+    kind = path.suffix[1:]
+    assert last.fault.startswith(f"the {kind} file is damaged (")
+    assert last.fault.endswith(f"); {MORE}")
+    assert last.line == len(good) + 1 == (1 if kind == "parquet" else 501)
+    path.write_bytes(b"text")
+    (only,) = read(path)
+    assert (only.line, only.fault.split(" (")[0]) == (1, f"the {kind} file is damaged")
+
+
+# ---- all faults in one error ----
 
 
 def test_twenty_faults_are_listed_and_all_are_counted_by_kind():

@@ -8,6 +8,7 @@ import pytest
 from dft.data.chat import ChatEncoder
 from dft.data.prepare import PreparedData, PrepareOptions, prepare
 from dft.report.data import data_summary, show_sequences
+from tests.data.rows import column
 
 
 def conversation(question: str, answer: str) -> dict:
@@ -31,10 +32,10 @@ def test_the_summary_tells_what_is_used_and_what_was_lost(tokenizer, tmp_path):
     same, long = conversation("q", "yes"), conversation("q", "z" * 100)
     dropped, other = conversation("z" * 100, "no"), conversation("r", "no")
     data = prepared(tmp_path, tokenizer, [[same, same], [long, dropped]], [same, other], 40)
-    tokens = [len(ids) for ids in data.datasets["train"]["input_ids"]]
-    taught = [sum(label != -100 for label in labels) for labels in data.datasets["train"]["labels"]]
-    (held_out,) = (len(ids) for ids in data.datasets["eval"]["input_ids"])
-    share = 100 * sum(label != -100 for label in data.datasets["eval"]["labels"][0]) / held_out
+    tokens = [len(ids) for ids in column(data.datasets["train"], "input_ids")]
+    taught = [sum(label != -100 for label in labels) for labels in column(data.datasets["train"], "labels")]
+    (held_out,) = (len(ids) for ids in column(data.datasets["eval"], "input_ids"))
+    share = 100 * sum(label != -100 for label in column(data.datasets["eval"], "labels")[0]) / held_out
     short = tokens[0]
     assert tokens == [short, short, 40]
     assert data_summary(data.report) == [
@@ -48,11 +49,12 @@ def test_the_summary_tells_what_is_used_and_what_was_lost(tokenizer, tmp_path):
         f"{100 * taught[2] / 40:.1f} % supervised",
         f"eval        1 conversation, 1 sequence, {held_out} tokens, {share:.1f} % supervised; "
         f"median {held_out}, 99 % up to {held_out}, longest {held_out} tokens",
-        "truncated   1 conversation cut at --max_length 40; all cuts lost "
-        f"{data.report['truncated_supervised_tokens']} supervised tokens",
+        "truncated   1 conversation cut at --max_length 40",
         "dropped     1 conversation without a supervised token within --max_length 40",
+        f"lost        {data.report['lost_supervised_tokens']} supervised tokens to that limit, and the end "
+        "of 2 turns",
         "left out    1 eval conversation that the training files hold too",
-        "turns end   with <|im_end|> x 5",
+        "turns end   with <|im_end|> x 4",
     ]
 
 
@@ -67,13 +69,13 @@ def test_turns_without_a_stop_token_are_a_warning(tokenizer, tmp_path):
 def test_shown_sequences_mark_exactly_the_supervised_text(tokenizer, tmp_path, color):
     rows = [conversation("q", "one\n\nßtwo\x1b"), conversation("r", "a"), conversation("s", "a")]
     data = prepared(tmp_path, tokenizer, [rows], [conversation("t", "b")], 60)
-    shown = show_sequences(data.datasets["train"], tokenizer, color=color)
+    shown = show_sequences(data.datasets["train"], tokenizer, ["a.jsonl"], color=color)
     green, plain = ("\033[32m", "\033[0m") if color else ("", "")
     lines = shown.splitlines()
     length = len(data.datasets["train"][0]["input_ids"])
     taught = sum(label != -100 for label in data.datasets["train"][0]["labels"])
     assert lines[:9] == [
-        f"sequence 0: {length} tokens, {taught} supervised (marked >>)",
+        f"a.jsonl:1, sequence 0: {length} tokens, {taught} supervised (marked >>)",
         "   | <|im_start|>user\\n",
         "   | q<|im_end|>\\n",
         "   | <|im_start|>assistant\\n",
@@ -83,5 +85,5 @@ def test_shown_sequences_mark_exactly_the_supervised_text(tokenizer, tmp_path, c
         "   | \\n",
         lines[8],
     ]
-    assert lines[8].startswith("sequence 1: ")
+    assert lines[8].startswith("a.jsonl:2, sequence 1: ")
     assert not any("s<|im_end|>" in line for line in lines), "two sequences unless asked for more"

@@ -1,0 +1,18 @@
+"""Writing files that other processes may read at any moment."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that whoever opens it finds all of it, or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, staging = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.replace(staging, path)
+    except BaseException:
+        os.unlink(staging)
+        raise

@@ -1,0 +1,104 @@
+"""What a model would be trained on: the data report, and conversations with their supervised parts marked.
+
+    python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl
+    python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl --count 5 --shuffle True
+    python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl --lines 12 40
+
+All data flags of train_dft.py work as they do there, and the prepared data is in the cache for it.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from transformers import HfArgumentParser
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from dft.data.arguments import (
+    DataArguments,
+    check_data_arguments,
+    prepare_options,
+    template_variables,
+)
+from dft.data.chat import ChatEncoder
+from dft.data.dataset import Sequences
+from dft.data.prepare import prepare
+from dft.data.tokenizer import load_tokenizer, stop_token_ids
+from dft.errors import UserError, report_user_errors
+from dft.report.data import data_details, show_sequences
+
+
+@dataclass
+class ShowArguments:
+    """Whose eyes to look through, and at what."""
+
+    _argument_group_name: ClassVar[str] = "show"
+
+    model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model and its tokenizer."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with it."})
+    split: str = field(
+        default="train", metadata={"help": "Which conversations to show.", "choices": ["train", "eval"]}
+    )
+    count: int = field(default=3, metadata={"help": "How many sequences to show."})
+    shuffle: bool = field(default=False, metadata={"help": "Draw them at random; else the first ones."})
+    lines: list[int] = field(
+        default_factory=list, metadata={"help": "Show the sequences of these lines of the files instead."}
+    )
+    seed: int = field(default=42, metadata={"help": "Of splits, samples and --shuffle."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Write data_report.json (and rejected.jsonl) there."}
+    )
+
+
+def main() -> None:
+    report_user_errors()
+    data, show = HfArgumentParser((DataArguments, ShowArguments)).parse_args_into_dataclasses()
+    check_data_arguments(data)
+    tokenizer, notes = load_tokenizer(
+        show.model_name_or_path, chat_template=data.chat_template, trust_remote_code=show.trust_remote_code
+    )
+    stops = stop_token_ids(show.model_name_or_path, show.trust_remote_code)
+    prepared = prepare(
+        data.data_files,
+        data.eval_data_files,
+        ChatEncoder(tokenizer, stops, template_variables(data)),
+        prepare_options(data, show.seed),
+        cache_dir=Path(data.data_cache_dir).expanduser(),
+        workers=data.preprocessing_num_workers,
+    )
+    if show.output_dir is not None:
+        prepared.write_report(Path(show.output_dir))
+    if show.split not in prepared.datasets:
+        raise UserError("--split eval needs --eval_data_files or --validation_split_percentage")
+    dataset = prepared.datasets[show.split].unpacked()
+    names, which = prepared.names_in(show.split), chosen(dataset, show)
+    print(show_sequences(dataset, tokenizer, names, which, color=sys.stdout.isatty()))
+    print()
+    for line in (*(f"note        {note}" for note in notes), *data_details(prepared.report, show.output_dir)):
+        print(line)
+
+
+def chosen(dataset: Sequences, show: ShowArguments) -> list[int]:
+    """Rows to show.
+
+    Raises:
+        UserError: none of `--lines` is in the split.
+    """
+    if show.lines:
+        wanted = set(show.lines)
+        rows = [row for row in range(len(dataset)) if dataset.origins(row)[0][1] in wanted]
+        if not rows:
+            shown = " ".join(map(str, show.lines))
+            raise UserError(f"--lines {shown}: none of them is among the {show.split} conversations")
+        return rows
+    rows = np.arange(len(dataset))
+    if show.shuffle:
+        rows = np.random.default_rng(show.seed).permutation(rows)
+    return rows[: show.count].tolist()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Packed through the command line, the same conversations give the same steps."""
+
+import json
+
+import pytest
+
+from tests.launching import ROOT, eval_records, launch, train_records
+
+EPOCHS = 3
+"""Of one step each, which holds all conversations: rows of packed ones cannot be cut up as they are."""
+LENGTH = 96
+
+
+def run(example, name, launcher, **flags):
+    output = example.folder / f"packing-{name}"
+    words = example.words(
+        output, dft_alpha=0.7, num_train_epochs=EPOCHS, max_train_samples=60, eval_strategy="epoch",
+        max_length=LENGTH, lr_scheduler_type="constant", **flags,
+    )  # fmt: skip
+    finished = launch(words, folder=example.folder, launcher=launcher)
+    assert finished.code == 0, finished.output
+    return output, train_records(output), eval_records(output), finished.output
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_under_zero3_train_as_unpacked_ones_in_one_process(example, attention):
+    single = {"per_device_train_batch_size": 60, "attn_implementation": attention}
+    _, train, evaluation, printed = run(example, f"single-{attention}", "python", **single)
+    assert "padded on the right" in printed
+    spread = {
+        "per_device_train_batch_size": 10, "per_device_eval_batch_size": 3, "packing": True,
+        "deepspeed": ROOT / "ds_config/zero3.json", "attn_implementation": attention,
+    }  # fmt: skip
+    output, packed, packed_evaluation, printed = run(example, f"rows-{attention}", "deepspeed", **spread)
+    report = json.loads((output / "data_report.json").read_text())["train"]
+    assert 2 < report["rows"] <= 20 and report["sequences"] == 60 and report["packing_density"] > 0.9
+    assert f"in {report['rows']} rows of {LENGTH} tokens" in printed and "packed rows" in printed
+    assert len(packed) == len(train) == EPOCHS
+    for got, expected in [*zip(packed, train, strict=True), *zip(packed_evaluation, evaluation, strict=True)]:
+        prefix = "eval_" if "eval_nll" in got else ""
+        for metric in ("loss", "nll", "avg_p_correct", "objective"):
+            assert got[prefix + metric] == pytest.approx(expected[prefix + metric], rel=1e-4)
+        if not prefix:
+            assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert packed[-1]["nll"] < 0.98 * packed[0]["nll"]
