@@ -63,7 +63,8 @@ def measure_ours(folder: Path, workers: int, packing: bool = False) -> dict[str,
     from transformers import AutoTokenizer
 
     from dft.data.chat import ChatEncoder
-    from dft.data.prepare import PrepareOptions, prepare
+    from dft.data.options import PrepareOptions
+    from dft.data.prepare import prepare
 
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder / "model"))
     options = PrepareOptions(MAX_LENGTH, packing=packing)

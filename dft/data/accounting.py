@@ -1,32 +1,19 @@
 """The numbers of the data report: what was read, what became of it, and what is trained on."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dft.data.encode import Encoded, Totals
+from dft.data.chunk import Totals
+from dft.data.encode import Encoded
 from dft.data.packing import density
-from dft.data.selection import Split, conversation_count
+from dft.data.selection import LeftOut, Split, conversation_count
 
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)
 BINS = 20
 """Of the histogram of lengths."""
 LONGEST = 5
 """Sequences that are named."""
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Conversations that were read and are used nowhere, beside those that cannot be used at all.
-
-    Attributes:
-        repeated: the same as an earlier one, dropped by --dedup, in the files to train and to evaluate on.
-        shared: of the evaluation files that are trained on.
-    """
-
-    repeated: int = 0
-    shared: int = 0
 
 
 def report_of(

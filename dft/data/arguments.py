@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dft.data.prepare import PrepareOptions
+from dft.data.options import PrepareOptions
 from dft.errors import UserError
 
 

@@ -23,23 +23,16 @@ import tokenizers
 import transformers
 from filelock import FileLock
 
-from dft.data.accounting import LeftOut, named, report_of
+from dft.data.accounting import named, report_of
 from dft.data.chat import ChatEncoder
+from dft.data.chunk import Totals
 from dft.data.dataset import Sequences
 from dft.data.digests import content_digests
-from dft.data.encode import Encoded, EncodeOptions, Totals, encode_sources
+from dft.data.encode import Encoded, encode_sources
 from dft.data.faults import Faults
 from dft.data.files import write_whole
-from dft.data.selection import (
-    Split,
-    conversation_count,
-    hold_out,
-    limited,
-    packed,
-    shared_with,
-    weighted,
-    without_repeats,
-)
+from dft.data.options import EncodeOptions, PrepareOptions
+from dft.data.selection import select
 from dft.data.sources import Source, resolve_sources
 from dft.errors import UserError
 
@@ -47,30 +40,6 @@ REPORT = "data_report.json"
 REJECTED = "rejected.jsonl"
 CONTENTS = "contents.json"
 """Sizes of the files of a prepared folder: a disk that ran full or lost power may have cut them."""
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """Everything besides tokenizer and file contents that shapes the prepared data.
-
-    Attributes:
-        data_weights: epochs of each entry of `data_files` within one of the run; none for 1 each.
-        dedup: drop conversations that are the same as an earlier one.
-        on_bad_data: "error", or "skip" what cannot be used and keep a copy of it.
-        packing: several sequences per row of `max_length` tokens.
-    """
-
-    max_length: int
-    validation_split_percentage: float = 0.0
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    seed: int = 42
-    truncation: str = "right"
-    train_on_last_turn_only: bool = False
-    data_weights: tuple[float, ...] = ()
-    dedup: bool = False
-    on_bad_data: str = "error"
-    packing: bool = False
 
 
 @dataclass(frozen=True)
@@ -265,8 +234,7 @@ def _prepare(
             encoded[group], totals[group] = encode_sources(
                 some, folder / f"{group}.arrow", encoder, how, workers, faults, rejects
             )
-    if not skip:
-        faults.raise_if_any()
+    faults.raise_if_any()  # also when skipping: what cannot be read cannot be kept either
     splits, left_out = select(encoded, totals, [source.entry for source in sources["train"]], options)
     if not sources["eval"]:
         os.unlink(folder / "eval.arrow")
@@ -288,62 +256,3 @@ def _rejects(path: Path, wanted: bool) -> Iterator[IO[str] | None]:
         return
     with open(path, "w", encoding="utf-8") as stream:
         yield stream
-
-
-def select(
-    encoded: dict[str, Encoded],
-    totals: dict[str, list[Totals]],
-    entries: list[int],
-    options: PrepareOptions,
-) -> tuple[dict[str, Split], LeftOut]:
-    """What is trained and evaluated on of the conversations in the "train" and "eval" files.
-
-    Args:
-        entries: the entry of the command line that each training file belongs to.
-
-    Raises:
-        UserError: nothing is left of one of them.
-    """
-    for group, flag in (("train", "--data_files"), ("eval", "--eval_data_files")):
-        if totals[group] and not len(encoded[group]):
-            raise UserError(_nothing_left(flag, sum(totals[group], Totals()), options))
-    train, held_out = encoded["train"], encoded["eval"]
-    repeated = shared = 0
-    if options.dedup:
-        before = conversation_count(train) + conversation_count(held_out)
-        train, held_out = without_repeats(train), without_repeats(held_out)
-        repeated = before - conversation_count(train) - conversation_count(held_out)
-    if len(held_out):
-        both = shared_with(held_out, train)
-        shared = conversation_count(held_out.take(both))
-        if both.all():
-            raise UserError(
-                f"--eval_data_files: all {shared} conversations are in the training files as well; "
-                "evaluation needs conversations the model is not trained on"
-            )
-        held_out = held_out.take(~both)
-    elif options.validation_split_percentage:
-        train, held_out = hold_out(train, options.validation_split_percentage, options.seed)
-    if options.data_weights:
-        train = weighted(train, list(options.data_weights), entries, options.seed)
-        if not len(train):
-            shown = " ".join(f"{weight:g}" for weight in options.data_weights)
-            raise UserError(f"--data_weights {shown}: not one conversation is left to train on")
-    chosen = {"train": limited(train, options.max_train_samples, options.seed)}
-    if len(held_out):
-        chosen["eval"] = limited(held_out, options.max_eval_samples, options.seed)
-    splits = {
-        name: packed(one, options.max_length, options.seed) if options.packing else Split(one)
-        for name, one in chosen.items()
-    }
-    return splits, LeftOut(repeated, shared)
-
-
-def _nothing_left(flag: str, totals: Totals, options: PrepareOptions) -> str:
-    if totals.rejected.total() == totals.read:
-        reasons = "; ".join(f"{count} x {kind}" for kind, count in totals.rejected.most_common(3))
-        return f"{flag}: nothing is left of {totals.read} conversations, none can be used ({reasons})"
-    return (
-        f"{flag}: nothing is left of {totals.read} conversations, none has a supervised "
-        f"token within --max_length {options.max_length}; raise it"
-    )

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dft.data.chunk import Totals
 from dft.data.encode import Encoded
+from dft.data.options import PrepareOptions
 from dft.data.packing import pack
 from dft.errors import UserError
 
@@ -20,6 +22,78 @@ class Split:
 
     encoded: Encoded
     offsets: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Conversations that were read and are used nowhere, beside those that cannot be used at all.
+
+    Attributes:
+        repeated: the same as an earlier one, dropped by --dedup, in the files to train and to evaluate on.
+        shared: of the evaluation files that are trained on.
+    """
+
+    repeated: int = 0
+    shared: int = 0
+
+
+def select(
+    encoded: dict[str, Encoded],
+    totals: dict[str, list[Totals]],
+    entries: list[int],
+    options: PrepareOptions,
+) -> tuple[dict[str, Split], LeftOut]:
+    """What is trained and evaluated on of the conversations in the "train" and "eval" files.
+
+    Args:
+        entries: the entry of the command line that each training file belongs to.
+
+    Raises:
+        UserError: nothing is left of one of them.
+    """
+    for group, flag in (("train", "--data_files"), ("eval", "--eval_data_files")):
+        if totals[group] and not len(encoded[group]):
+            raise UserError(_nothing_left(flag, sum(totals[group], Totals()), options))
+    train, held_out = encoded["train"], encoded["eval"]
+    repeated = shared = 0
+    if options.dedup:
+        before = conversation_count(train) + conversation_count(held_out)
+        train, held_out = without_repeats(train), without_repeats(held_out)
+        repeated = before - conversation_count(train) - conversation_count(held_out)
+    if len(held_out):
+        both = shared_with(held_out, train)
+        shared = conversation_count(held_out.take(both))
+        if both.all():
+            raise UserError(
+                f"--eval_data_files: all {shared} conversations are in the training files as well; "
+                "evaluation needs conversations the model is not trained on"
+            )
+        held_out = held_out.take(~both)
+    elif options.validation_split_percentage:
+        train, held_out = hold_out(train, options.validation_split_percentage, options.seed)
+    if options.data_weights:
+        train = weighted(train, list(options.data_weights), entries, options.seed)
+        if not len(train):
+            shown = " ".join(f"{weight:g}" for weight in options.data_weights)
+            raise UserError(f"--data_weights {shown}: not one conversation is left to train on")
+    chosen = {"train": limited(train, options.max_train_samples, options.seed)}
+    if len(held_out):
+        chosen["eval"] = limited(held_out, options.max_eval_samples, options.seed)
+    splits = {
+        name: packed(one, options.max_length, options.seed) if options.packing else Split(one)
+        for name, one in chosen.items()
+    }
+    return splits, LeftOut(repeated, shared)
+
+
+def _nothing_left(flag: str, totals: Totals, options: PrepareOptions) -> str:
+    if totals.rejected.total() == totals.read:
+        reasons = "; ".join(f"{count} x {kind}" for kind, count in totals.rejected.most_common(3))
+        return f"{flag}: nothing is left of {totals.read} conversations, none can be used ({reasons})"
+    return (
+        f"{flag}: nothing is left of {totals.read} conversations, none has a supervised "
+        f"token within --max_length {options.max_length}; raise it"
+    )
 
 
 def without_repeats(encoded: Encoded) -> Encoded:

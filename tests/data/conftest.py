@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from dft.data.chat import ChatEncoder
-from dft.data.prepare import PreparedData, PrepareOptions, prepare
+from dft.data.options import PrepareOptions
+from dft.data.prepare import PreparedData, prepare
 from tests.data.rows import Row, write
 
 

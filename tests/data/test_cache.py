@@ -13,7 +13,8 @@ import pytest
 from dft.data import encode as encode_module
 from dft.data import prepare as prepare_module
 from dft.data.chat import ChatEncoder
-from dft.data.prepare import REPORT, PrepareOptions, prepare
+from dft.data.options import PrepareOptions
+from dft.data.prepare import REPORT, prepare
 from dft.data.sources import resolve_sources
 from dft.errors import UserError
 from tests.data.chat_templates import CHATML_LINES, with_template

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dft.data.chat import ChatEncoder
-from dft.data.prepare import PreparedData, PrepareOptions, prepare
+from dft.data.options import PrepareOptions
+from dft.data.prepare import PreparedData, prepare
 from dft.errors import UserError
 
 FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -11,7 +11,8 @@ from datasets import Dataset
 from dft.data import encode as encode_module
 from dft.data import prepare as prepare_module
 from dft.data.chat import ChatEncoder
-from dft.data.prepare import PreparedData, PrepareOptions, prepare
+from dft.data.options import PrepareOptions
+from dft.data.prepare import PreparedData, prepare
 from dft.errors import UserError
 from tests.data.chat_templates import FORGETS_REASONING, Taught, expected, with_template
 from tests.data.rows import column, conversation, numbered, write

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dft.data import reader
+from dft.data import reader, scanner
 from dft.data.faults import Fault, Faults
 from dft.data.reader import Batch, Record, read_batches
 from dft.data.sources import Source, split_suffix
@@ -223,7 +223,8 @@ def test_batches_hold_about_4_mib_of_text(tmp_path):
 
 
 def test_records_that_are_too_long_are_told_and_the_others_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "LONGEST", 1000)
+    for module in (reader, scanner):
+        monkeypatch.setattr(module, "LONGEST", 1000)
     fits, long = f'["{"x" * 996}"]', f'["{"x" * 997}"]'
     for piece in (100, 999):
         monkeypatch.setattr(reader, "PIECE", piece)

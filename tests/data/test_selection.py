@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dft.data.chat import ChatEncoder
-from dft.data.prepare import PreparedData, PrepareOptions, prepare
+from dft.data.options import PrepareOptions
+from dft.data.prepare import PreparedData, prepare
 from dft.errors import UserError
 from tests.data.rows import Row, column, conversation, numbered, write
 

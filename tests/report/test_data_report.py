@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dft.data.chat import ChatEncoder
-from dft.data.prepare import PreparedData, PrepareOptions, prepare
+from dft.data.options import PrepareOptions
+from dft.data.prepare import PreparedData, prepare
 from dft.report.data import data_summary, show_sequences
 from tests.data.rows import column
 

@@ -6,7 +6,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dft.data.chat import ChatEncoder
-from dft.data.reader import parse_messages, read_records
+from dft.data.conversation import Conversation, parse_conversation
+from dft.data.reader import read_batches
+from dft.data.sources import resolve_sources
 from scripts.make_example import read_conversations, tiny_model, train_tokenizer, write_conversations
 
 
@@ -30,8 +32,9 @@ def test_nothing_is_in_both_halves_and_every_kind_of_turn_occurs(tmp_path):
     roles = {turn["role"] for messages in conversations for turn in messages}
     assert roles == {"system", "user", "assistant", "tool"}
     assert any(sum(turn["role"] == "assistant" for turn in messages) > 2 for messages in conversations)
-    for record in read_records(str(train)):
-        parse_messages(record)  # valid by the rules that training applies
+    for batch in read_batches(*resolve_sources([str(train)], "--data_files")):
+        for record in batch.records:
+            parse_conversation(record.text)  # valid by the rules that training applies
 
 
 def test_fewer_than_two_conversations_are_refused(tmp_path):
@@ -58,7 +61,7 @@ def test_what_is_saved_loads_and_teaches_the_answer_alone(tmp_path):
     assert model.config.model_type == "qwen3" and model.config.vocab_size == len(tokenizer)
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     turns = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]
-    ((example,),) = ChatEncoder(tokenizer).encode([turns])
+    ((example,),) = ChatEncoder(tokenizer).encode([Conversation(turns, (False, True))])
     assert tokenizer.decode(example.input_ids) == (
         "<|im_start|>user\n2 + 2<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
     )
