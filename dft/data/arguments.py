@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dft.data.conversation import RESERVED
 from dft.data.options import PrepareOptions
 from dft.errors import UserError
 
@@ -135,6 +136,9 @@ def template_variables(data: DataArguments) -> dict[str, Any]:
         raise UserError(
             f"--chat_template_kwargs {given}: expected a JSON object such as '{{\"enable_thinking\": false}}'"
         )
+    for name in RESERVED:
+        if name in variables:
+            raise UserError(f"--chat_template_kwargs {given}: {name!r} is made from each row; remove it")
     return variables
 
 

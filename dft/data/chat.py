@@ -212,7 +212,8 @@ class ChatEncoder:
         """
         pieces, cuts = [whole], []
         while True:
-            new = [start for start, _ in spans if start not in cuts and not self._begins_exactly(pieces, start)]
+            starts = [start for start, _ in spans if start not in cuts]
+            new = [start for start in starts if not self._begins_exactly(pieces, start)]
             if not new:
                 return pieces
             cuts = sorted({*cuts, *new})

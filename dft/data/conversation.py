@@ -21,6 +21,8 @@ COLUMNS = (
 )  # fmt: skip
 """Names of all top-level keys that are understood."""
 FORMS = "'messages', 'conversations' or 'prompt' with 'completion'"
+RESERVED = ("messages", "tools", "add_generation_prompt")
+"""What a template gets of every conversation, and no variable may replace."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 BROKEN = "broken JSON"
@@ -84,6 +86,12 @@ def parse_conversation(text: bytes) -> Conversation:
             f"'chat_template_kwargs' must be an object, got {_kind(variables)}",
             "wrong 'chat_template_kwargs'",
         )
+    for name in RESERVED:
+        if variables and name in variables:
+            raise BadLine(
+                f"'chat_template_kwargs' must not hold {name!r}, which is made from the row",
+                "wrong 'chat_template_kwargs'",
+            )
     messages = [message for message, _ in turns]
     made = Conversation(messages, trained, _tools(tools) if tools else None, variables or {})
     # Only an escape can smuggle half a surrogate pair into text that was valid UTF-8.

@@ -62,8 +62,8 @@ class Sequences(Dataset):
         return (self[row] for row in range(len(self)))
 
     def unpacked(self) -> "Sequences":
-        """The same sequences, one per row."""
-        return Sequences(self.path, self.order)
+        """The same sequences, one per row and in the order of the files."""
+        return Sequences(self.path, np.sort(self.order))
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -174,7 +174,7 @@ class ChatTemplate:
     # ---- where a turn ends ----
 
     def _turn_end(self, chat: Chat, index: int, upto: str, start: int) -> tuple[int, str | None]:
-        """The end of the turn that begins at `start`, and the stop token that ends it, if the turn has one."""
+        """The end of the turn that begins at `start`, and the stop token that ends it, if it has one."""
         # A message without special tokens of its own cannot be taken for the template's: the first stop token
         # behind the prompt is the end, and one rendering is saved.
         message = chat.conversation.messages[index]
@@ -221,13 +221,19 @@ class ChatTemplate:
         if home.text[end:].strip():
             match = self._stop_at(home.text, end)
             return (match.end(), match.group()) if match else (end, None)
-        reply = "tool" if chat.conversation.messages[index].get("tool_calls") else "user"
+        calls = chat.conversation.messages[index].get("tool_calls")
+        reply = self.template.turn("tool" if calls else "user", ".")
         try:
-            longer = chat.render(index + 1, self.template.turn(reply, "."))
+            longer = chat.render(index + 1, reply)
+            if not longer.startswith(home.text[:end]):
+                # One more turn makes the template drop this turn's reasoning (GLM-4.5); another answer, of
+                # nothing but text, is followed by the same header.
+                longer = chat.render(index, self.template.turn("assistant", PLACEHOLDER), reply)
+                longer = home.text[:end] + longer[longer.rfind(PLACEHOLDER) + len(PLACEHOLDER) :]
         except BadLine:
             return end, None
         match = self._stop_at(longer, end)
-        if match is None or not longer.startswith(home.text[:end]):
+        if match is None:
             return end, None
         home.text, home.stop_id = longer[: match.start()], self.stops[match.group()]
         return match.start(), match.group()
@@ -249,7 +255,7 @@ class ChatTemplate:
             )
 
     def _left_out(self, chat: Chat, index: int, rendered: str) -> BadLine | None:
-        """What of a turn's calls and reasoning is missing in its rendering, as what is wrong with the line."""
+        """What of a turn's calls and reasoning its rendering lacks, as what is wrong with the line."""
         message = chat.conversation.messages[index]
         where = f"messages[{index}]: the chat template"
         if len(message) > 2:

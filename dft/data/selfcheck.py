@@ -1,7 +1,7 @@
-"""Whether training sequences are what they should be, asked of the tokenizer in other ways than they are made.
+"""Whether training sequences are what they should be, asked of the tokenizer in other ways.
 
-A sequence is made from one tokenization and character offsets. Here nothing is taken from offsets: prompts are
-tokenized alone, ids are decoded, ends are compared with the vocabulary.
+A sequence is made from one tokenization and character offsets. Here nothing is taken from offsets: prompts
+are tokenized alone, ids are decoded, ends are compared with the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -84,8 +84,8 @@ def check_sequence(encoder: ChatEncoder, rendering: Rendering, example: Example)
         if not _stands_for(encoder, tokens[:-1] if appended else tokens, text):
             shown = encoder.backend.decode(tokens, skip_special_tokens=False)
             raise UserError(
-                f"the supervised tokens of assistant turn {number} are {_short(shown)}, but it is rendered as "
-                f"{_short(text)}; {CAUSE}"
+                f"the supervised tokens of assistant turn {number} are {_short(shown)}, but it is rendered "
+                f"as {_short(text)}; {CAUSE}"
             )
         if not _is_prompt(encoder, rendering, number - 1, ids[:first], known):
             raise UserError(

@@ -1,5 +1,6 @@
 """Small templates, each with the habits of a model family, and the way tests state what is supervised."""
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dft.data.chat import ChatEncoder, Example
-from dft.data.conversation import Conversation
+from dft.data.conversation import Conversation, parse_conversation
 from dft.data.faults import BadLine
 
 CHATML_LINES = """{% for m in messages %}
@@ -103,8 +104,8 @@ NO_END = """{% for m in messages %}{{ m.role + ':\\n' + m.content + '\\n' }}{% e
 {%- if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"""
 
 
-# ChatML with calls and results as Qwen2.5 and Hermes write them: tools in the system turn, a default system turn
-# in either case, calls in tags, results in a user turn that neighbours share.
+# ChatML with calls and results as Qwen2.5 and Hermes write them: tools in the system turn, a default system
+# turn in either case, calls in tags, results in a user turn that neighbours share.
 HERMES = """{% set system = messages[0].content if messages[0].role == 'system' else 'Be good.' %}
 {{- '<|im_start|>system\\n' + system }}
 {%- if tools %}{{ '\\n<tools>' }}{% for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}
@@ -124,8 +125,8 @@ HERMES = """{% set system = messages[0].content if messages[0].role == 'system' 
 {%- endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# Reasoning in its own field, kept behind the last question only; an empty think block in the last turn, and in
-# the prompt where thinking is off (Qwen3).
+# Reasoning in its own field, kept behind the last question only; an empty think block in the last turn, and
+# in the prompt where thinking is off (Qwen3).
 THINKS = """{% set last = namespace(user=0) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
@@ -133,22 +134,25 @@ THINKS = """{% set last = namespace(user=0) %}
 {{- '<think>\\n' + (m.reasoning_content or '').strip('\\n') + '\\n</think>\\n\\n' }}{% endif %}
 {{- m.content.lstrip('\\n') if m.role == 'assistant' else m.content }}{{ '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
-{%- endif %}"""
+{%- if enable_thinking is defined and enable_thinking is false %}
+{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"""
 
 # Headers with the date, two end tokens, calls as {"name", "parameters"} (Llama 3).
 LLAMA = """{{ bos_token }}{% set date = date_string or strftime_now('%d %b %Y') %}
-{%- if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}{% set rest = messages[1:] %}
+{%- if messages[0].role == 'system' %}
+{%- set system = messages[0].content | trim %}{% set rest = messages[1:] %}
 {%- else %}{% set system = '' %}{% set rest = messages %}{% endif %}
-{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date + '\\n\\n' + system + '<|eot_id|>' }}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date }}
+{{- '\\n\\n' + system + '<|eot_id|>' }}
 {%- for m in rest %}
 {%- set role = 'ipython' if m.role == 'tool' else m.role %}
 {{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}
 {%- if loop.first and tools and m.role == 'user' %}
 {%- for tool in tools %}{{ tool | tojson(indent=4) + '\\n\\n' }}{% endfor %}{% endif %}
 {%- if m.tool_calls %}
-{%- if m.tool_calls | length != 1 %}{{ raise_exception('This model only supports single tool-calls at once!') }}
-{%- endif %}{% set call = m.tool_calls[0].function %}
+{%- if m.tool_calls | length != 1 %}
+{{- raise_exception('This model only supports single tool-calls at once!') }}{% endif %}
+{%- set call = m.tool_calls[0].function %}
 {{- '{"name": "' + call.name + '", "parameters": ' + call.arguments | tojson + '}<|eot_id|>' }}
 {%- elif m.role == 'tool' %}{{ m.content | tojson + '<|eot_id|>' }}
 {%- else %}{{ m.content | trim + '<|eot_id|>' }}{% endif %}{% endfor %}
@@ -159,7 +163,7 @@ MISTRAL = """{{ bos_token }}{% set rest = messages %}
 {%- if messages[0].role == 'system' %}{{ '[SYSTEM_PROMPT]' + messages[0].content + '[/SYSTEM_PROMPT]' }}
 {%- set rest = messages[1:] %}{% endif %}
 {%- set questions = namespace(count=0) %}
-{%- for m in rest %}{% if m.role == 'user' %}{% set questions.count = questions.count + 1 %}{% endif %}{% endfor %}
+{%- for m in rest if m.role == 'user' %}{% set questions.count = questions.count + 1 %}{% endfor %}
 {%- set asked = namespace(count=0) %}
 {%- for m in rest %}
 {%- if m.role == 'user' %}{% set asked.count = asked.count + 1 %}
@@ -168,13 +172,15 @@ MISTRAL = """{{ bos_token }}{% set rest = messages %}
 {{- '[INST]' + m.content + '[/INST]' }}
 {%- elif m.role == 'assistant' and m.tool_calls %}{{ '[TOOL_CALLS][' }}
 {%- for call in m.tool_calls %}
-{%- if call.id is not defined or call.id | length != 9 %}{{ raise_exception('ids have length 9!') }}{% endif %}
+{%- if call.id is not defined or call.id | length != 9 %}
+{{- raise_exception('ids have length 9!') }}{% endif %}
 {{- '{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson }}
 {{- ', "id": "' + call.id + '"}' + (']' if loop.last else ', ') }}{% endfor %}{{ eos_token }}
 {%- elif m.role == 'assistant' %}{{ m.content + eos_token }}
 {%- elif m.role == 'tool' %}
 {{- '[TOOL_RESULTS]{"content": ' + m.content + ', "call_id": "' + m.tool_call_id + '"}[/TOOL_RESULTS]' }}
-{%- else %}{{ raise_exception('Only user, assistant and tool roles are supported!') }}{% endif %}{% endfor %}"""
+{%- else %}{{ raise_exception('Only user, assistant and tool roles are supported!') }}
+{%- endif %}{% endfor %}"""
 
 # Arguments are concatenated as a string; calls only where the content is null (DeepSeek).
 STRING_ARGUMENTS = """{{ bos_token }}{% for m in messages %}
@@ -195,8 +201,8 @@ XML_ARGUMENTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m
 {{- '</arg_value>' }}{% endfor %}{{ '</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# The prompt opens a think tag, history loses what stands before the closing one, the last turn keeps it (R1 and
-# its heirs).
+# The prompt opens a think tag, history loses what stands before the closing one, the last turn keeps it
+# (R1 and its heirs).
 OPENS_AND_KEEPS_THINKING = """{{ bos_token }}{% for m in messages %}
 {%- if m.role == 'assistant' %}
 {{- '<|assistant|>' + (m.content if loop.last else m.content.split('</think>')[-1]) + '<|end|>' }}
@@ -211,7 +217,8 @@ SEPARATOR = """{% for m in messages %}
 # Command-R.
 TURN_TOKENS = """{{ bos_token }}{% for m in messages %}
 {%- set name = {'user': 'USER', 'assistant': 'CHATBOT', 'system': 'SYSTEM', 'tool': 'SYSTEM'}[m.role] %}
-{{- '<|START_OF_TURN_TOKEN|><|' + name + '_TOKEN|>' + m.content | trim + '<|END_OF_TURN_TOKEN|>' }}{% endfor %}
+{{- '<|START_OF_TURN_TOKEN|><|' + name + '_TOKEN|>' + m.content | trim }}
+{{- '<|END_OF_TURN_TOKEN|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"""
 
 # eos behind answers only, a newline behind all but the last (OLMo, Tulu).
@@ -235,7 +242,8 @@ NOTHINK = """{{ '[gMASK]<sop>' }}{% set last = namespace(user=-1) %}
 {%- if m.content.strip() %}{{ '\\n' + m.content.strip() }}{% endif %}
 {%- else %}{{ '<|observation|>\\n' + m.content }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}
-{%- if enable_thinking is defined and not enable_thinking %}{{ '\\n<think></think>' }}{% endif %}{% endif %}"""
+{%- if enable_thinking is defined and not enable_thinking %}{{ '\\n<think></think>' }}{% endif %}
+{%- endif %}"""
 
 # Channels with reasoning (gpt-oss).
 ANALYSIS = """{% for m in messages %}
@@ -356,16 +364,24 @@ def encoder_for(
     """The encoder of one of `FAMILIES`; tokens that the vocabulary lacks are added to it."""
     template, stops, names = FAMILIES[family]
     backend = Tokenizer.from_str(tokenizer_json)
-    backend.add_special_tokens([token for token in (*stops, *names.values()) if token not in backend.get_vocab()])
+    known = backend.get_vocab()
+    backend.add_special_tokens([token for token in (*stops, *names.values()) if token not in known])
     tokenizer = with_template(backend.to_str(), template, **names)
     return ChatEncoder(tokenizer, ids_of(tokenizer, *stops), variables)
 
 
-def talk(messages: Sequence[dict[str, Any]], trained: Sequence[bool] | None = None, **fields: Any) -> Conversation:
+def talk(
+    messages: Sequence[dict[str, Any]], trained: Sequence[bool] | None = None, **fields: Any
+) -> Conversation:
     """A conversation; all assistant turns are trained if nothing is said."""
     if trained is None:
         trained = [message["role"] == "assistant" for message in messages]
     return Conversation(list(messages), tuple(trained), **fields)
+
+
+def read(messages: Sequence[dict[str, Any]], **columns: Any) -> Conversation:
+    """A conversation out of a row, which may have any form that rows may have."""
+    return parse_conversation(json.dumps({"messages": messages, **columns}).encode())
 
 
 def turn(role: str, content: str = "", **fields: Any) -> dict[str, Any]:

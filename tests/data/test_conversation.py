@@ -260,6 +260,8 @@ def test_variables_for_the_template_are_an_object():
     assert parse(messages=[USER, ANSWER], chat_template_kwargs=None).variables == {}
     told = refused(messages=[USER, ANSWER], chat_template_kwargs=[1])
     assert told == "'chat_template_kwargs' must be an object, got a list"
+    told = refused(messages=[USER, ANSWER], chat_template_kwargs={"messages": []})
+    assert told == "'chat_template_kwargs' must not hold 'messages', which is made from the row"
 
 
 # ---- turns ----

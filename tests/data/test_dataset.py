@@ -51,7 +51,7 @@ def test_packed_rows_hold_their_sequences_end_to_end(store):
     assert first["labels"].tolist() == [-100, 51, 52, 53, 54, 55, -100, 11, -100]
     assert first["seq_lengths"] == [6, 2, 1] and second["seq_lengths"] == [3]
     assert dataset.origins(0) == [(1, 105), (1, 101), (0, 100)] and dataset.origins(1) == [(0, 102)]
-    assert [row["input_ids"].tolist()[0] for row in dataset.unpacked()] == [50, 10, 0, 20]
+    assert [row["input_ids"].tolist()[0] for row in dataset.unpacked()] == [0, 10, 20, 50]
 
 
 def test_a_copy_in_another_process_reads_the_same(store):

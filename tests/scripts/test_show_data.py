@@ -1,0 +1,48 @@
+"""What scripts/show_data.py prints of a few conversations."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.launching import ROOT
+
+
+def show(folder: Path, model: Path, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / "show_data.py"), "--model_name_or_path", str(model)]
+    command += ["--data_files", str(folder / "a.jsonl"), "--data_cache_dir", str(folder / "cache"), *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+
+
+def test_conversations_and_the_report_are_shown(tokenizer_folder, tmp_path):
+    turns = [{"role": "user", "content": "q\tx"}, {"role": "assistant", "content": "one\ntwo"}]
+    lines = [json.dumps({"messages": turns}), "{", json.dumps({"prompt": "r", "completion": "no"})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    refused = show(tmp_path, tokenizer_folder)
+    assert refused.returncode == 1 and "a.jsonl:2: broken JSON" in refused.stderr
+    output = tmp_path / "out"
+    shown = show(
+        tmp_path, tokenizer_folder, "--on_bad_data", "skip", "--packing", "True", "--max_length", "64",
+        "--output_dir", str(output),
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    printed = shown.stdout.splitlines()
+    first = next(index for index, line in enumerate(printed) if line.startswith(f"{tmp_path}/a.jsonl:1, "))
+    assert printed[first + 1 : first + 7] == [
+        "   | <|im_start|>user\\n", "   | q\\tx<|im_end|>\\n", "   | <|im_start|>assistant\\n",
+        ">> | one\\n", ">> | two<|im_end|>", "   | \\n",
+    ]  # fmt: skip
+    assert any(line.startswith(f"{tmp_path}/a.jsonl:3, ") for line in printed)
+    report = json.loads((output / "data_report.json").read_text())
+    tokens = report["train"]["tokens"]
+    for expected in (
+        f"train       2 conversations, 2 sequences, {tokens} tokens, ",
+        f"            in 1 row of 64 tokens, {100 * tokens / 64:.1f} % full",
+        f"rejected    1 line, copied to {output}/rejected.jsonl: 1 x broken JSON",
+        "turns end   with <|im_end|> x 2",
+        "turns       user 2, assistant 2",
+        "lengths     of train sequences in tokens: ",
+        f"longest     {report['train']['longest'][0]['tokens']} tokens  {tmp_path}/a.jsonl:1",
+    ):
+        assert any(line.startswith(expected) for line in printed), expected
+    assert json.loads((output / "rejected.jsonl").read_text())["text"] == "{"
