@@ -15,7 +15,7 @@ GPU_IDS=${GPU_IDS:-}       # e.g. 0,2,3 to choose them; NUM_GPUS is then not use
 MODEL=${MODEL:-/path/to/model} # a folder, or a name on the hub
 DATA_FILES=(
     /path/to/train.jsonl
-    # more files are merged
+    # more are merged; folders, globs, .gz, .zst, .parquet and hub datasets (owner/name:split) too
 )
 EVAL_DATA_FILES=(
     # files to evaluate on; if there are none, VALIDATION_PERCENT of DATA_FILES is held out
@@ -33,6 +33,7 @@ flags=(
     --attn_implementation auto # flash_attention_2 where it is installed, else sdpa
     --trust_remote_code False
     --max_length 8192
+    --packing False # True: rows of max_length, filled with several whole conversations
     --preprocessing_num_workers 8
     --enable_gradient_checkpointing True
     --dft_alpha 0.7 # 1 is the DFT of the paper, 0 is plain SFT

@@ -151,14 +151,15 @@ def _stands_for(encoder: ChatEncoder, ids: list[int], text: str) -> bool:
     """Whether ids decode to a text, or to one that has the same tokens.
 
     White space is left out of account in the end: tokenizers that mark spaces write one in front of a text,
-    and tokens that swallow the space around them do not give it back.
+    and tokens that swallow the space around them do not give it back. So is the mark, U+2581, which such a
+    tokenizer takes for a space where it stands in the text itself.
     """
     decoded = encoder.backend.decode(ids, skip_special_tokens=False)
     if decoded == text or encoder.unknown_ids.intersection(ids):
         return True
     if encoder.ids_of(decoded) == encoder.ids_of(text):
         return True
-    decoded, text = "".join(decoded.split()), "".join(text.split())
+    decoded, text = ("".join(one.replace("\u2581", " ").split()) for one in (decoded, text))
     return decoded == text or encoder.ids_of(decoded) == encoder.ids_of(text)
 
 
