@@ -23,7 +23,7 @@ from dft.errors import UserError, report_user_errors
 from dft.report.data import data_summary, show_sequences
 from dft.report.run import final_lines, new_notes, start_lines, write_resolved_arguments
 from dft.training.checkpoints import remove_checkpoints
-from dft.training.distributed import is_main_process, say
+from dft.training.distributed import is_main_process, leave_ranks, say
 from dft.training.model import check_positions, load_model, resolve_attention, stop_where_turns_end
 from dft.training.trackers import go_offline_without_login, write_under
 from dft.training.trainer import DFTTrainer
@@ -71,6 +71,7 @@ def main() -> None:
     trainer.save_state()
     for line in final_lines(trainer.state, arguments.training):
         say(line)
+    leave_ranks()
 
 
 def make_trainer(

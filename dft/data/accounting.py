@@ -28,7 +28,7 @@ def report_of(
     """
     whole = sum((one for group in totals.values() for one in group), Totals())
     endings = dict(whole.endings.most_common())
-    turns = sorted(whole.turns.elements())
+    turns = np.repeat([*whole.turns.keys()] or [0], [*whole.turns.values()] or [1])
     return {
         "conversations_read": whole.read,
         "rejected": whole.rejected.total(),
@@ -44,7 +44,7 @@ def report_of(
         "end_of_turn_tokens": endings,
         "unknown_tokens": whole.unknown,
         "roles": dict(whole.roles.most_common()),
-        "turns_per_conversation": percentiles(np.array(turns or [0])),
+        "turns_per_conversation": percentiles(turns),
         "files": {name: [_read_of(one) for one in group] for name, group in totals.items() if group},
         **{name: split_report(split, max_length) for name, split in splits.items()},
     }

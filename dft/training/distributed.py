@@ -3,6 +3,8 @@
 import os
 import warnings
 
+import torch
+
 
 def world_size() -> int:
     """Processes of this run, as its launcher announced them."""
@@ -42,3 +44,13 @@ def init_cpu_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed("gloo", verbose=False)
+
+
+def leave_ranks() -> None:
+    """Ends the communication between the ranks in order.
+
+    Left to the end of the interpreter, threads of the backend may be destroyed while they run, which aborts a
+    process that has done all its work.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
