@@ -33,7 +33,8 @@ def main() -> None:
     report_user_errors()
     arguments = parse_arguments()
     check(arguments)
-    resolve_attention(arguments)  # fails before an hour of tokenizing, not after
+    if not arguments.data.prepare_only:
+        resolve_attention(arguments)  # fails before an hour of tokenizing, not after
     if arguments.training.disable_tqdm:
         disable_progress_bar()
     write_under(arguments.training.logging_dir)

@@ -21,6 +21,10 @@ from dft.training.metrics import LOWER_IS_BETTER
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+OF_THE_DEVICE = {"deepspeed": None, "tf32": None, "fsdp": None, "bf16": False, "fp16": False}
+"""Flags on which no data depends and which a machine without a GPU may refuse, as --prepare_only has them."""
+
+
 @dataclass
 class ModelArguments:
     """Which model, and how it is held in memory."""
@@ -213,8 +217,11 @@ class Parser(HfArgumentParser):
             raise UserError(self._unknown(unknown))
         given = vars(namespace)
         del given["config"]
+        wanted = dict(given)
+        if given["prepare_only"]:
+            wanted.update(OF_THE_DEVICE)
         try:
-            model, data, dft, training = self.parse_dict(dict(given), allow_extra_keys=False)
+            model, data, dft, training = self.parse_dict(wanted, allow_extra_keys=False)
         except UserError:
             raise
         except (ValueError, ImportError, OSError) as error:  # how transformers refuses a value

@@ -31,7 +31,11 @@ def check(arguments: Arguments) -> None:
     Settles what follows from several flags at once, and adds a note for each.
     """
     check_ranges(arguments)
-    data, dft, training = arguments.data, arguments.dft, arguments.training
+    settle_evaluation(arguments)
+    check_output(arguments)
+    if arguments.data.prepare_only:
+        return  # the rest is about a machine and a training that may be elsewhere
+    dft, training = arguments.dft, arguments.training
     if not dft.use_simple_dft and dft.dft_alpha != 0:
         dft.dft_alpha = 0.0
         arguments.notes.append("--use_simple_dft False: alpha is 0, plain SFT")
@@ -39,18 +43,11 @@ def check(arguments: Arguments) -> None:
         check_arguments(training)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if data.eval_data_files and data.validation_split_percentage:
-        arguments.notes.append(
-            f"--validation_split_percentage {data.validation_split_percentage:g} has no effect: "
-            "--eval_data_files says what to evaluate on"
-        )
-        data.validation_split_percentage = 0.0
     check_evaluation(arguments)
     check_precision(arguments)
     check_packages(training)
     check_optimizer(training)
     check_deepspeed(training)
-    check_output(arguments)
 
 
 def check_ranges(arguments: Arguments) -> None:
@@ -90,6 +87,16 @@ def check_ranges(arguments: Arguments) -> None:
             raise UserError(f"--{name} {value}: expected a JSON object such as '{{\"name\": 1}}'")
     if not 0 <= dft.dft_alpha <= 1:
         raise UserError(f"--dft_alpha {dft.dft_alpha:g}: must lie in [0, 1]; 1 is the paper's DFT, 0 is SFT")
+
+
+def settle_evaluation(arguments: Arguments) -> None:
+    data = arguments.data
+    if data.eval_data_files and data.validation_split_percentage:
+        arguments.notes.append(
+            f"--validation_split_percentage {data.validation_split_percentage:g} has no effect: "
+            "--eval_data_files says what to evaluate on"
+        )
+        data.validation_split_percentage = 0.0
 
 
 def check_evaluation(arguments: Arguments) -> None:

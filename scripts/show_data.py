@@ -4,7 +4,7 @@
     python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl --count 5 --shuffle True
     python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl --lines 12 40
 
-All data flags of train_dft.py work as they do there, and the prepared data is in the cache for it.
+The flags of train_dft.py that shape the data do the same here; what is prepared is in the cache for it.
 """
 
 import sys
@@ -55,7 +55,12 @@ class ShowArguments:
 
 def main() -> None:
     report_user_errors()
-    data, show = HfArgumentParser((DataArguments, ShowArguments)).parse_args_into_dataclasses()
+    parser = HfArgumentParser((DataArguments, ShowArguments), allow_abbrev=False)
+    data, show, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]} (show_data.py --help lists every flag)")
+    if show.count < 1:
+        raise UserError(f"--count {show.count}: must be greater than 0")
     check_data_arguments(data)
     tokenizer, notes = load_tokenizer(
         show.model_name_or_path, chat_template=data.chat_template, trust_remote_code=show.trust_remote_code

@@ -40,6 +40,7 @@ def report_of(
         "lost_end_tokens": whole.lost_endings,
         "repeated_conversations_dropped": left_out.repeated,
         "eval_conversations_dropped_because_in_train": left_out.shared,
+        "conversations_not_drawn": left_out.not_drawn,
         "turns_without_stop_token": endings.pop(None, 0),
         "end_of_turn_tokens": endings,
         "unknown_tokens": whole.unknown,

@@ -64,7 +64,7 @@ class DataArguments:
         },
     )
     train_on_last_turn_only: bool = field(
-        default=False, metadata={"help": "Supervise only the last assistant turn of each conversation."}
+        default=False, metadata={"help": "Supervise only the last of the assistant turns that would be."}
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on this many sequences, drawn with the data seed."}

@@ -11,7 +11,7 @@ from dft.data.chat import ChatEncoder, Example
 from dft.data.conversation import Conversation, parse_conversation
 from dft.data.faults import BadLine
 from dft.data.options import EncodeOptions
-from dft.data.records import Record
+from dft.data.records import NOTHING_MORE, Record
 from dft.data.selfcheck import check_examples
 from dft.errors import UserError
 
@@ -31,8 +31,8 @@ class Totals:
         read: records in the file, whatever became of them.
         rejected: records that cannot be used, by kind of fault.
         dropped: conversations without a supervised token within the length limit.
-        too_long: conversations of which sequences were dropped for their length.
-        truncated: other conversations that were cut at the limit.
+        too_long: conversations that were dropped for their length.
+        truncated: conversations that were cut at the limit, or lost some of their sequences to it.
         lost_supervised: supervised tokens lost to the limit, those of dropped conversations included.
         lost_endings: supervised turns that lost their last token to the limit.
         endings: the stop token at the end of each supervised turn that is left, None where it has none.
@@ -117,13 +117,15 @@ def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, work: Work) -> Ch
             within = [one for example in examples if (one := fit(example, options, totals))]
         except BadLine as error:
             totals.rejected[error.kind] += 1
-            text = record.text if options.keep_rejected and record.fault is None else None
+            # What cannot be read to its end cannot be kept, so it is never skipped.
+            kept_text = options.keep_rejected and NOTHING_MORE not in (record.fault or "")
+            text = record.text if kept_text else None
             rejected.append(Rejected(record.line, error.kind, str(error), text))
             continue
         _count(conversation, examples, within, totals, options)
         usable.append((record, conversation))
         if within:
-            kept.append((number, record.line, within, *digests(within)))
+            kept.append((number, record.line, within, *digests(examples)))
     sample = usable[: CHECKED if work.number else CHECKED_FIRST]
     for index, error in check_examples(encoder, [conversation for _, conversation in sample]):
         raise UserError(f"{work.name}:{sample[index][0].line}: {error}")
@@ -196,12 +198,12 @@ def _count(
     totals.roles.update(message["role"] for message in conversation.messages)
     totals.turns[len(conversation.messages)] += 1
     over = any(len(example.input_ids) > options.max_length for example in examples)
-    if over and options.truncation == "drop":
+    if within:
+        totals.truncated += over
+    elif over and options.truncation == "drop":
         totals.too_long += 1
-    elif not within:
+    else:
         totals.dropped += 1
-    elif over:
-        totals.truncated += 1
     for example in within:
         totals.endings.update(example.endings)
 

@@ -278,6 +278,8 @@ def _turn(where: str, turn: Any, text_key: str = "content") -> tuple[dict[str, A
     content = message.get("content")
     if len(message) == 2 and isinstance(content, str) and content.strip():
         return message, supervised  # as most turns are
+    if "function_call" in message:  # OpenAI's name for it before there were tools
+        message["tool_calls"] = [message.pop("function_call")]
     calls = "tool_calls" in message and _set_tool_calls(where, message)
     reasons = False
     for key in (*REASONING, "name"):

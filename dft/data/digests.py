@@ -42,7 +42,7 @@ def content_digests(paths: list[Path], cache_dir: Path) -> list[str]:
 def _recall(memory: Path, path: Path) -> str | None:
     try:
         noted = json.loads(_note(memory, path).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # none, or one that a power failure has emptied
         return None
     return noted["digest"] if noted["state"] == _state(path.stat()) else None
 
@@ -62,7 +62,7 @@ def _digest(memory: Path, path: Path, bar: tqdm) -> str:
 
 
 def _note(memory: Path, path: Path) -> Path:
-    return memory / f"{blake2b(str(path.absolute()).encode(), digest_size=16).hexdigest()}.json"
+    return memory / f"{blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()}.json"
 
 
 def _state(stat: os.stat_result) -> list[int]:

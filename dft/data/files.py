@@ -10,7 +10,8 @@ def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle, staging = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
     try:
-        with open(handle, "w", encoding="utf-8") as stream:
+        # Names of files may hold bytes that are no UTF-8; within JSON their escapes are valid.
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(text)
         os.replace(staging, path)
     except BaseException:

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -72,6 +72,7 @@ class PreparedData:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / REPORT, json.dumps(self.report, indent=2, ensure_ascii=False))
         if not self.report["rejected"]:
+            (folder / REJECTED).unlink(missing_ok=True)  # of an earlier run
             return
         with open(folder / REJECTED, "w", encoding="utf-8") as stream:
             for group, names in self.names.items():
@@ -151,6 +152,8 @@ def _cache_errors(cache_dir: Path) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--data_cache_dir {cache_dir}: is not a folder") from None
     except OSError as error:
+        if error.filename is not None and cache_dir not in Path(error.filename).parents:
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
         if error.errno == errno.ENOSPC:
             raise UserError(
                 f"--data_cache_dir {cache_dir}: no space left on the device for the prepared data; name a "
@@ -205,15 +208,25 @@ def _prepare_once(
         staging = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
             _prepare(staging, sources, encoder, options, workers)
+            _check_unchanged(target, sources, encoder, options)
             contents = {one.name: one.stat().st_size for one in staging.iterdir()}
             (staging / CONTENTS).write_text(json.dumps(contents), encoding="utf-8")
             staging.rename(target)
-        except UserError as error:
-            write_whole(error_file, str(error))
+        except (UserError, OSError) as error:
+            with suppress(OSError):  # the disk that is full may be this one
+                write_whole(error_file, str(error))
             raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         error_file.unlink(missing_ok=True)
+
+
+def _check_unchanged(
+    target: Path, sources: dict[str, list[Source]], encoder: ChatEncoder, options: PrepareOptions
+) -> None:
+    """Raises `UserError` if the files are no longer those that the key was made of."""
+    if cache_key(sources, encoder, options, target.parent) != target.name:
+        raise UserError("the data files changed while they were prepared; start again once they are written")
 
 
 def _prepare(

@@ -76,6 +76,8 @@ class ChatTemplate:
         full = chat.render() if tagged is None else tagged.text
         if conversation.tools and not self.template.renders_tools:
             self._check_tools(chat, full)
+        if self.template.call_style is None:
+            self._check_calls(chat)
         if tagged is not None:
             return [tagged] if tagged.spans else []
         sequences = [Rendering(full)]
@@ -253,6 +255,23 @@ class ChatTemplate:
                 f"the chat template does not render 'tools'; put them into a system turn, or {REMEDY}",
                 "tools are not rendered",
             )
+
+    def _check_calls(self, chat: Chat) -> None:
+        """For templates that render no call of a probe: whether they render those of this conversation."""
+        for index, message in enumerate(chat.conversation.messages):
+            if not message.get("tool_calls"):
+                continue
+            calls = [
+                {**call, "function": {**call["function"], "name": PLACEHOLDER}}
+                for call in message["tool_calls"]
+            ]
+            asked = self.template.suited({**message, "tool_calls": calls})
+            if PLACEHOLDER not in chat.render(index, asked):
+                raise BadLine(
+                    f"messages[{index}]: the chat template does not render its tool calls; write them into "
+                    f"'content', or {REMEDY}",
+                    "tool calls are not rendered",
+                )
 
     def _left_out(self, chat: Chat, index: int, rendered: str) -> BadLine | None:
         """What of a turn's calls and reasoning its rendering lacks, as what is wrong with the line."""

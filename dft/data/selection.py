@@ -31,10 +31,12 @@ class LeftOut:
     Attributes:
         repeated: the same as an earlier one, dropped by --dedup, in the files to train and to evaluate on.
         shared: of the evaluation files that are trained on.
+        not_drawn: not among those that --data_weights and the limits on samples take.
     """
 
     repeated: int = 0
     shared: int = 0
+    not_drawn: int = 0
 
 
 def select(
@@ -71,6 +73,7 @@ def select(
         held_out = held_out.take(~both)
     elif options.validation_split_percentage:
         train, held_out = hold_out(train, options.validation_split_percentage, options.seed)
+    before = conversation_count(train) + conversation_count(held_out)
     if options.data_weights:
         train = weighted(train, list(options.data_weights), entries, options.seed)
         if not len(train):
@@ -83,7 +86,8 @@ def select(
         name: packed(one, options.max_length, options.seed) if options.packing else Split(one)
         for name, one in chosen.items()
     }
-    return splits, LeftOut(repeated, shared)
+    not_drawn = before - sum(conversation_count(one) for one in chosen.values())
+    return splits, LeftOut(repeated, shared, not_drawn)
 
 
 def _nothing_left(flag: str, totals: Totals, options: PrepareOptions) -> str:

@@ -93,6 +93,8 @@ def _lost_lines(report: dict[str, Any], folder: str | None) -> list[str]:
         lines.append(f"dropped     {_count(count, 'conversation')} the same as an earlier one")
     if count := report["eval_conversations_dropped_because_in_train"]:
         lines.append(f"left out    {_count(count, 'eval conversation')} that the training files hold too")
+    if count := report["conversations_not_drawn"]:
+        lines.append(f"left out    {_count(count, 'conversation')} by --data_weights or limits on samples")
     return lines
 
 

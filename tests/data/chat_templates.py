@@ -57,7 +57,8 @@ EOS_BEHIND_ALL = """{% for m in messages %}
 # No end token: the next header ends a turn (GLM-4).
 NEXT_HEADER_ENDS = """{{ '[gMASK]<sop>' }}{% for m in messages %}
 {%- set role = 'observation' if m.role == 'tool' else m.role %}
-{{- '<|' + role + '|>\\n' + m.content }}{% endfor %}
+{{- '<|' + role + '|>\\n' + m.content }}
+{%- for call in m.tool_calls or [] %}{{ call.function.name + '()' }}{% endfor %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
 # Channels, and another end token for the last turn (gpt-oss).

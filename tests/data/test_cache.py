@@ -162,6 +162,40 @@ def test_what_a_killed_preparation_left_is_removed_and_its_workers_end(encoder, 
     assert len(data.datasets["train"]) == 600
 
 
+def test_files_that_change_while_they_are_prepared_are_refused(encoder, tmp_path, monkeypatch):
+    file, real = tmp_path / "a.jsonl", prepare_module.encode_sources
+    write(file, numbered(20))
+
+    def edited(*arguments: object) -> object:
+        write(file, numbered(7))
+        return real(*arguments)
+
+    options = PrepareOptions(64)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_module, "encode_sources", edited)
+        with pytest.raises(UserError, match="the data files changed while they were prepared"):
+            prepare([str(file)], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
+    write(file, numbered(20))
+    data = prepare([str(file)], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
+    assert len(data.datasets["train"]) == 20
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "contents"])
+def test_a_damaged_folder_is_prepared_anew(encoder, tmp_path, damage):
+    file, options = write(tmp_path / "a.jsonl", numbered(20)), PrepareOptions(64)
+    first = prepare([file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
+    before = column(first.datasets["train"], "labels")
+    store = first.path / "train.arrow"
+    if damage == "cut":
+        os.truncate(store, store.stat().st_size // 2)
+    elif damage == "gone":
+        store.unlink()
+    else:
+        (first.path / "contents.json").write_text("{")
+    again = prepare([file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
+    assert column(again.datasets["train"], "labels") == before and again.path == first.path
+
+
 def test_a_worker_that_is_killed_is_told_with_a_remedy(prepared, tmp_path, monkeypatch):
     parent = os.getpid()
 

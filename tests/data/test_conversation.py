@@ -410,3 +410,9 @@ def test_only_the_last_supervised_turn_may_be_kept():
     last = made.last_turn_only()
     assert last.trained == (False, False, True, False, False, False)
     assert last.messages == made.messages
+
+
+def test_the_older_name_of_a_call_is_converted():
+    row = {"messages": [USER, {"role": "assistant", "content": None, "function_call": CALL["function"]}]}
+    (_, message) = parse(**row).messages
+    assert message == {"role": "assistant", "content": "", "tool_calls": [CALL]}

@@ -61,3 +61,13 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path, reads, monkeyp
     for _ in range(2):
         content_digests([file], tmp_path / "cache")
     assert reads == [file, file] and not (tmp_path / "cache").exists()
+
+
+def test_a_note_that_was_damaged_is_written_anew(tmp_path, reads):
+    file = tmp_path / "caf\udce9"
+    file.write_bytes(b"one")
+    first = content_digests([file], tmp_path / "cache")
+    (note,) = (tmp_path / "cache" / "digests").iterdir()
+    note.write_bytes(b"")
+    assert content_digests([file], tmp_path / "cache") == first == content_digests([file], tmp_path / "cache")
+    assert reads == [file, file]

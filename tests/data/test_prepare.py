@@ -107,6 +107,7 @@ def test_long_conversations_are_cut_on_the_right_and_counted(prepared):
         "lost_end_tokens": 2,
         "repeated_conversations_dropped": 0,
         "eval_conversations_dropped_because_in_train": 0,
+        "conversations_not_drawn": 0,
         "turns_without_stop_token": 0,
         "unknown_tokens": 0,
     }
@@ -179,6 +180,20 @@ def test_unrolled_conversations_are_counted_once_and_stay_on_one_side(tokenizer_
     sides = [set(questions(data, split, encoder)) for split in ("train", "eval")]
     assert len(sides[0]) == 6 and len(sides[1]) == 3 and not sides[0] & sides[1]
     check_counts(data, "eval")
+
+
+def test_a_conversation_that_loses_some_of_its_sequences_is_counted_once(tokenizer_json, tmp_path):
+    encoder = ChatEncoder(with_template(tokenizer_json, FORGETS_REASONING, eos_token="<|im_end|>"))
+    short, long = "<think>\na\n</think>\n\nb", "<think>\n" + "word " * 40 + "\n</think>\n\nb"
+    messages = conversation("q", short)["messages"] + conversation("r", long)["messages"]
+    file = write(tmp_path / "a.jsonl", [{"messages": messages}, conversation("s", long)])
+    options = PrepareOptions(max_length=60, truncation="drop")
+    report = prepare([file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1).report
+    assert report["train"]["conversations"] == report["truncated_conversations"] == 1
+    assert report["dropped_for_their_length"] == 1 and report["conversations_read"] == 2
+    assert report["files"]["train"] == [
+        {"file": file, "read": 2, "rejected": 0, "dropped": 1, "truncated": 1, "weight": 1}
+    ]
 
 
 # ---- splitting and selecting ----

@@ -133,10 +133,11 @@ def test_calls_and_tools_that_a_template_leaves_out_are_refused(tokenizer_json):
     assert str(refused).startswith("messages[1]: the chat template does not render its tool calls; ")
     refused = refusal_of(encoder, talk([ASKED, turn("assistant", "a")], tools=[tool("f")]))
     assert str(refused).startswith("the chat template does not render 'tools'; ")
-    # Context that is not trained may lose what it likes.
+    named = talk([ASKED, called("f", content="I call f with x and é.")])
+    assert "does not render its tool calls" in str(refusal_of(encoder, named))
     messages = [ASKED, called("f", content="x"), turn("user", "r"), turn("assistant", "a")]
     untrained = talk(messages, [0, 0, 0, 1])
-    assert len(sequences(encoder, untrained)) == 1
+    assert "does not render its tool calls" in str(refusal_of(encoder, untrained))
 
 
 # ---- reasoning ----

@@ -4,6 +4,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dft.data.chat import ChatEncoder
@@ -154,6 +156,35 @@ def test_files_without_one_usable_line_are_refused_with_the_reasons(encoder, tmp
     options = PrepareOptions(64, on_bad_data="skip")
     with pytest.raises(UserError, match=r"nothing is left of 3 .* can be used \(2 x broken JSON; 1 x not a"):
         prepare([str(file)], [], encoder, options, cache_dir=tmp_path, workers=1)
+
+
+def test_a_bad_row_and_a_blank_file_are_skipped_but_not_the_rest_of_a_broken_file(encoder, tmp_path):
+    good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    table, blank, broken = tmp_path / "a.parquet", tmp_path / "b.jsonl", tmp_path / "c.json"
+    raw = pa.array([b"q", b"\xff", b"r"]).view(pa.string())
+    pq.write_table(pa.table({"prompt": raw, "completion": ["x", "y", "z"]}), table)
+    blank.write_text("\n\n")
+    broken.write_text(json.dumps([{"messages": good}] * 3)[:-30])
+    options = PrepareOptions(64, on_bad_data="skip")
+    files = [str(table), str(blank)]
+    data = prepare(files, [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
+    assert origins(data) == [(0, 1), (0, 3)] and data.report["rejected"] == 2
+    with pytest.raises(UserError, match=r"c.json:1: .*nothing from here on can be read"):
+        prepare([*files, str(broken)], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
+
+
+def test_what_weights_and_limits_leave_out_is_counted(encoder, tmp_path):
+    data = mixed(encoder, tmp_path, [numbered(20), numbered(20, 100)], (0.5, 2), max_train_samples=15)
+    assert data.report["conversations_read"] == 40
+    used = data.report["train"]["conversations"]
+    assert data.report["conversations_not_drawn"] == 40 - used
+
+
+def test_conversations_that_differ_beyond_the_limit_are_not_the_same(prepared):
+    rows = [conversation("q", "word " * 30 + str(number)) for number in range(5)]
+    data = prepared(rows[:3], rows[3:], dedup=True, max_length=20)
+    assert data.report["repeated_conversations_dropped"] == 0
+    assert [data.report[split]["conversations"] for split in ("train", "eval")] == [3, 2]
 
 
 def test_the_last_turn_alone_is_supervised_if_asked_for(prepared):

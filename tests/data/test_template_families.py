@@ -136,7 +136,7 @@ def test_without_end_tokens_the_next_header_is_what_stops_the_model(tokenizer_js
 def test_a_tool_call_at_the_end_is_stopped_by_the_header_of_its_result(tokenizer_json):
     stops = ("<|user|>", "<|observation|>")
     encoder = encoder_of(tokenizer_json, NEXT_HEADER_ENDS, *stops, eos_token="<|endoftext|>")
-    answer = turn("assistant", "f()", tool_calls=[call("f", {})])
+    answer = turn("assistant", tool_calls=[call("f", {})])
     ((example,),) = encoder.encode([talk([turn("user", "q"), answer])])
     assert plain(example) == expected(
         encoder.tokenizer, "[gMASK]<sop><|user|>\nq<|assistant|>\n", Taught("f()<|observation|>")

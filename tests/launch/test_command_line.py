@@ -123,7 +123,11 @@ def test_prepare_only_leaves_the_data_and_no_model(example):
     broken = example.folder / "tokenizer-only"
     shutil.copytree(example.model, broken)
     (broken / "model.safetensors").unlink()
-    words = example.words(output, model_name_or_path=broken, prepare_only=True, save_safetensors=True)
+    # As the job with GPUs will be started, but here.
+    words = example.words(
+        output, model_name_or_path=broken, prepare_only=True, save_safetensors=True, bf16=True, tf32=True,
+        attn_implementation="flash_attention_2", deepspeed=ROOT / "ds_config/zero3.json",
+    )  # fmt: skip
     finished = launch(words, folder=example.folder)
     assert finished.code == 0, finished.output
     report = json.loads((output / "data_report.json").read_text())
