@@ -12,7 +12,7 @@ from dft.data.selection import LeftOut, Split, conversation_count
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)
 BINS = 20
 """Of the histogram of lengths."""
-LONGEST = 5
+NAMED = 5
 """Sequences that are named."""
 
 
@@ -55,7 +55,7 @@ def split_report(split: Split, max_length: int) -> dict[str, Any]:
     """Numbers of one split; `files` lists them for each file that is in it."""
     encoded = split.encoded
     counts, edges = np.histogram(encoded.lengths, bins=BINS, range=(0, max(encoded.lengths.max(), BINS)))
-    longest = np.argsort(-encoded.lengths, kind="stable")[:LONGEST]
+    longest = np.argsort(-encoded.lengths, kind="stable")[:NAMED]
     report = {
         **_counts(encoded),
         "different_conversations": len(np.unique(encoded.keys)),

@@ -18,7 +18,7 @@ from dft.errors import UserError
 CHECKED_FIRST, CHECKED = 32, 1
 """Conversations of the first, and of every other chunk of a file that the self-check looks at."""
 UNTAUGHT = "the chat template renders nothing of the assistant's turns"
-TOO_LONG = "longer than --max_length"
+OVER_LIMIT = "longer than --max_length"
 KEY = "S16"
 """numpy type of the digest that tells conversations apart."""
 
@@ -145,7 +145,7 @@ def fit(example: Example, options: EncodeOptions, totals: Totals) -> Example | N
     if length <= limit:
         return example if before else None
     if options.truncation == "error":
-        raise BadLine(f"{length:,} tokens, longer than --max_length {limit}", TOO_LONG)
+        raise BadLine(f"{length:,} tokens, longer than --max_length {limit}", OVER_LIMIT)
     if options.truncation == "drop":
         totals.lost_supervised += before
         totals.lost_endings += len(example.ends)

@@ -23,7 +23,8 @@ COLUMNS = (
 FORMS = "'messages', 'conversations' or 'prompt' with 'completion'"
 RESERVED = ("messages", "tools", "add_generation_prompt")
 """What a template gets of every conversation, and no variable may replace."""
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys under which a message may bring its reasoning; the first one that is there counts."""
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 BROKEN = "broken JSON"
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import Any
 
-from dft.data.conversation import Conversation
+from dft.data.conversation import REASONING, Conversation
 from dft.data.faults import BadLine
-from dft.data.template import PLACEHOLDER, REASONING, Chat, Message, Template, reasoning_of
+from dft.data.template import PLACEHOLDER, Chat, Message, Template, reasoning_of
 
 REMEDY = "pass a template that renders it (--chat_template)"
 

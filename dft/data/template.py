@@ -15,13 +15,11 @@ from transformers.utils.chat_template_utils import (
     _render_with_assistant_indices,
 )
 
-from dft.data.conversation import Conversation
+from dft.data.conversation import REASONING, Conversation
 from dft.data.faults import BadLine
 
 Message = dict[str, Any]
 REFUSED = "the chat template refuses the conversation"
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys under which a message may bring its reasoning; the first one that is there counts."""
 PLACEHOLDER = "Zq7Placeholder7qZ"
 """Stands for a text where only what the template does with it, or writes around it, matters. Any word will
 do: it is looked for from the end of a rendering, behind all other messages."""
@@ -59,9 +57,10 @@ class Template:
         self.special_tokens = dict(special_tokens)
         self.variables = dict(variables or {})
         self.tags_spans = has_generation_tags(source)
-        # `render_jinja_template` would first rebuild every value it is given, which takes longer than the
-        # rendering. It guards templates against objects with methods; ours are plain data out of JSON, and
-        # the sandbox keeps a template from changing them.
+        # Private functions of transformers, whose version is pinned: its `render_jinja_template` would first
+        # rebuild every value it is given, which takes longer than the rendering. It guards templates against
+        # objects with methods; ours are plain data out of JSON, and the sandbox keeps a template from
+        # changing them.
         self.compiled = _compile_jinja_template(source)
         self.defaults = self.context()
         self._headers: dict[str, str] = {}
