@@ -17,7 +17,7 @@ from tests.data.chat_templates import FAMILIES, encoder_for, talk, turn
 PIECES = [
     "a", "Two is four", " ", "  ", "\n", "\n\n", "é", "e\u0301", "🙂", "日本", "<|im_end|>", "<|im_start|>",
     "assistant\n", "</s>", "<|end|>", "<|user|>", "0", "\t", "\u00a0", "[INST]", "ASSISTANT: ", "x" * 30,
-    "\u2028",
+    "\u2028", "\u2581",
 ]  # fmt: skip
 
 

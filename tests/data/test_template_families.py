@@ -22,6 +22,7 @@ from tests.data.chat_templates import (
     Taught,
     call,
     encode,
+    encoder_for,
     encoder_of,
     examples_of,
     expected,
@@ -248,3 +249,34 @@ def test_an_end_that_cannot_be_told_from_the_message_is_refused(tokenizer_json):
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a<|im_end|>"}]
     refused = refusal_of(encoder, talk(messages))
     assert isinstance(refused, BadLine) and str(refused).startswith("messages[1] holds special tokens")
+
+
+EXACT = {
+    "separator": [
+        "<|im_start|>user<|im_sep|>q<|im_end|><|im_start|>assistant<|im_sep|>", Taught("a b<|im_end|>"),
+        "<|im_start|>user<|im_sep|>r<|im_end|><|im_start|>assistant<|im_sep|>", Taught("c<|im_end|>"),
+    ],
+    "turn_tokens": [
+        "<bos><|START_OF_TURN_TOKEN|><|USER_TOKEN|>q<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", Taught("a b<|END_OF_TURN_TOKEN|>"),
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>r<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>", Taught("c<|END_OF_TURN_TOKEN|>"),
+    ],
+    "eos_behind_answers": [
+        "<bos><|user|>\nq\n<|assistant|>\n", Taught("a b<|endoftext|>"),
+        "\n<|user|>\nr\n<|assistant|>\n", Taught("c<|endoftext|>"),
+    ],
+    "blank_line": [
+        "### Instruction:\n\nq\n\n### Response:\n\n", Taught("a b</s>"),
+        "### Instruction:\n\nr\n\n### Response:\n\n", Taught("c</s>"),
+    ],
+    # The prompt's last space is a token of its own, and does not join the word behind it.
+    "colon_space": ["USER: q ASSISTANT: ", Taught("a b</s>"), "USER: r ASSISTANT: ", Taught("c</s>")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_headers_and_ends_of_a_family_are_told_from_the_answer(tokenizer_json, family):
+    encoder = encoder_for(tokenizer_json, family)
+    conversation = ("user", "q"), ("assistant", "a b"), ("user", "r"), ("assistant", "c")
+    assert encode(encoder, *conversation) == [expected(encoder.tokenizer, *EXACT[family])]
