@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -59,7 +58,7 @@ def measure_floor(folder: Path, workers: int) -> dict[str, float]:
     return {"seconds": seconds, "tokens": sum(len(encoding) for encoding in encodings)}
 
 
-def measure_ours(folder: Path, workers: int, packing: bool = False) -> dict[str, float]:
+def measure_ours(folder: Path, workers: int) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     from dft.data.chat import ChatEncoder
@@ -67,7 +66,7 @@ def measure_ours(folder: Path, workers: int, packing: bool = False) -> dict[str,
     from dft.data.prepare import prepare
 
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder / "model"))
-    options = PrepareOptions(MAX_LENGTH, packing=packing)
+    options = PrepareOptions(MAX_LENGTH)
 
     def run(cache: str) -> dict[str, float]:
         started = time.perf_counter()
@@ -142,9 +141,7 @@ def one_measurement(kind: str, folder: Path, workers: int) -> None:
     result = MEASURES[kind](folder, workers)
     stop.set()
     watcher.join()
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-    used += resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    print(json.dumps({**result, "peak_bytes": peak[0], "cpu_seconds": used}))
+    print(json.dumps({**result, "peak_bytes": peak[0]}))
 
 
 # ---- all of them ----

@@ -17,7 +17,11 @@ NAMED = 5
 
 
 def report_of(
-    splits: dict[str, Split], totals: dict[str, list[Totals]], left_out: LeftOut, max_length: int
+    splits: dict[str, Split],
+    totals: dict[str, list[Totals]],
+    left_out: LeftOut,
+    max_length: int,
+    weights: list[float],
 ) -> dict[str, Any]:
     """Numbers of what was read, before any selection, and of each split as it is trained or evaluated on.
 
@@ -25,11 +29,12 @@ def report_of(
         splits: "train" and, if any, "eval", as selected.
         totals: of each file, of those to train on and of those to evaluate on.
         max_length: the tokens that a row may have.
+        weights: how often each of the files to train on is taken.
     """
     whole = sum((one for group in totals.values() for one in group), Totals())
     endings = dict(whole.endings.most_common())
     turns = np.repeat([*whole.turns.keys()] or [0], [*whole.turns.values()] or [1])
-    return {
+    report = {
         "conversations_read": whole.read,
         "rejected": whole.rejected.total(),
         "rejected_by_reason": dict(whole.rejected.most_common()),
@@ -49,6 +54,11 @@ def report_of(
         "files": {name: [_read_of(one) for one in group] for name, group in totals.items() if group},
         **{name: split_report(split, max_length) for name, split in splits.items()},
     }
+    for entry, weight in zip(report["files"]["train"], weights, strict=True):
+        entry["weight"] = weight
+    for entry in report["train"]["files"]:
+        entry["weight"] = weights[entry["file"]]
+    return report
 
 
 def split_report(split: Split, max_length: int) -> dict[str, Any]:
@@ -84,6 +94,11 @@ def percentiles(values: np.ndarray) -> dict[str, int]:
     return {str(at): int(level) for at, level in zip(PERCENTILES, levels, strict=True)}
 
 
+def group_of(split: str, names: dict[str, list[str]]) -> str:
+    """Which files a split is of: "eval" are files of their own, or held out of those to train on."""
+    return "eval" if split == "eval" and names["eval"] else "train"
+
+
 def named(report: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
     """The report with files by name where it has their numbers."""
     made = dict(report)
@@ -93,7 +108,7 @@ def named(report: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]
     }
     for split in ("train", "eval"):
         if split in report:
-            of = names["eval" if split == "eval" and names["eval"] else "train"]
+            of = names[group_of(split, names)]
             made[split] = {
                 **report[split],
                 **{

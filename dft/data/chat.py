@@ -112,11 +112,22 @@ class ChatEncoder:
 
         A conversation the template refuses gives the `BadLine` to report in its place.
         """
+        return [
+            group if isinstance(group, BadLine) else [example for _, example in group]
+            for group in self.sequences(conversations)
+        ]
+
+    def sequences(
+        self, conversations: Sequence[Conversation]
+    ) -> list[list[tuple[Rendering, Example]] | BadLine]:
+        """What `encode` gives, each sequence with the text that it was made from."""
         rendered = self.render(conversations)
         texts = [one.text for group in rendered if not isinstance(group, BadLine) for one in group]
         encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
         return [
-            group if isinstance(group, BadLine) else [self.example(one, next(encodings)) for one in group]
+            group
+            if isinstance(group, BadLine)
+            else [(one, self.example(one, next(encodings))) for one in group]
             for group in rendered
         ]
 

@@ -12,7 +12,7 @@ from dft.data.conversation import Conversation, parse_conversation
 from dft.data.faults import BadLine
 from dft.data.options import EncodeOptions
 from dft.data.records import NOTHING_MORE, Record
-from dft.data.selfcheck import check_examples
+from dft.data.selfcheck import check_conversation
 from dft.errors import UserError
 
 CHECKED_FIRST, CHECKED = 32, 1
@@ -102,16 +102,17 @@ def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, work: Work) -> Ch
         UserError: the self-check found that a conversation is not supervised as it should be.
     """
     parsed = [_parse(record, options) for record in work.records]
-    encoded = iter(encoder.encode([one for one in parsed if isinstance(one, Conversation)]))
+    encoded = iter(encoder.sequences([one for one in parsed if isinstance(one, Conversation)]))
     kept: list[tuple[int, int, list[Example], bytes, bytes]] = []
     usable, rejected, totals = [], [], Totals(read=len(parsed))
     for number, (record, conversation) in enumerate(zip(work.records, parsed, strict=True)):
         try:
             if isinstance(conversation, BadLine):
                 raise conversation
-            examples = next(encoded)
-            if isinstance(examples, BadLine):
-                raise examples
+            sequences = next(encoded)
+            if isinstance(sequences, BadLine):
+                raise sequences
+            examples = [example for _, example in sequences]
             if not any(supervised_tokens(example.labels) for example in examples):
                 raise BadLine(UNTAUGHT, UNTAUGHT)
             within = [one for example in examples if (one := fit(example, options, totals))]
@@ -123,12 +124,14 @@ def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, work: Work) -> Ch
             rejected.append(Rejected(record.line, error.kind, str(error), text))
             continue
         _count(conversation, examples, within, totals, options)
-        usable.append((record, conversation))
+        usable.append((record, sequences))
         if within:
             kept.append((number, record.line, within, *digests(examples)))
-    sample = usable[: CHECKED if work.number else CHECKED_FIRST]
-    for index, error in check_examples(encoder, [conversation for _, conversation in sample]):
-        raise UserError(f"{work.name}:{sample[index][0].line}: {error}")
+    for record, sequences in usable[: CHECKED if work.number else CHECKED_FIRST]:
+        try:
+            check_conversation(encoder, sequences)
+        except UserError as error:
+            raise UserError(f"{work.name}:{record.line}: {error}") from None
     chunk = _chunk(kept, rejected, totals)
     totals.unknown = int(np.isin(chunk.input_ids, [*encoder.unknown_ids]).sum()) if encoder.unknown_ids else 0
     return chunk
@@ -214,12 +217,14 @@ def _chunk(
     examples = [example for _, _, group, _, _ in kept for example in group]
     times = [len(group) for _, _, group, _, _ in kept]
     none = [np.zeros(0, dtype=np.int32)]
-    labels = [example.labels for example in examples]
+    labels = np.concatenate([example.labels for example in examples] or none)
+    lengths = np.array([len(example.labels) for example in examples], dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
     return Chunk(
         np.concatenate([example.input_ids for example in examples] or none),
-        np.concatenate(labels or none),
-        np.array([len(one) for one in labels], dtype=np.int64),
-        np.array([supervised_tokens(one) for one in labels], dtype=np.int64),
+        labels,
+        lengths,
+        np.add.reduceat(labels != IGNORE_INDEX, starts, dtype=np.int64) if examples else lengths,
         *(
             np.repeat(np.array([one[column] for one in kept], dtype=kind), times)
             for column, kind in ((0, np.int64), (1, np.int64), (3, KEY), (4, KEY))

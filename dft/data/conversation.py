@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -55,7 +56,7 @@ class Conversation:
         return replace(self, trained=tuple(index == last for index in range(len(self.trained))))
 
 
-def has_form(keys: object) -> bool:
+def has_form(keys: Container[str]) -> bool:
     """Whether these keys (a dict, a list of columns) are enough for one of the accepted forms."""
     return "messages" in keys or "conversations" in keys or ("prompt" in keys and "completion" in keys)
 

@@ -13,17 +13,17 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import tokenizers
 import transformers
 from filelock import FileLock
 
-from dft.data.accounting import named, report_of
+from dft.data.accounting import group_of, named, report_of
 from dft.data.chat import ChatEncoder
 from dft.data.chunk import Totals
 from dft.data.dataset import Sequences
@@ -65,7 +65,7 @@ class PreparedData:
 
     def names_in(self, split: str) -> list[str]:
         """What the files are called that the sequences of a split number."""
-        return self.names["eval" if split == "eval" and self.names["eval"] else "train"]
+        return self.names[group_of(split, self.names)]
 
     def write_report(self, folder: Path) -> None:
         """`data_report.json` and, if anything was rejected, `rejected.jsonl` into a folder."""
@@ -74,7 +74,8 @@ class PreparedData:
         if not self.report["rejected"]:
             (folder / REJECTED).unlink(missing_ok=True)  # of an earlier run
             return
-        with open(folder / REJECTED, "w", encoding="utf-8") as stream:
+        # Names of files may hold bytes that are no UTF-8, see `write_whole`.
+        with open(folder / REJECTED, "w", encoding="utf-8", errors="backslashreplace") as stream:
             for group, names in self.names.items():
                 kept = self.path / f"{group}.{REJECTED}"
                 for line in kept.open(encoding="utf-8") if kept.exists() else ():
@@ -107,9 +108,10 @@ def prepare(
     }
     with _cache_errors(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        target = cache_dir / cache_key(sources, encoder, options, cache_dir)
+        contents = contents_of(sources, cache_dir)
+        target = cache_dir / cache_key(sources, contents, encoder, options)
         if not _is_whole(target):
-            _prepare_once(target, sources, encoder, options, workers)
+            _prepare_once(target, sources, contents, encoder, options, workers)
     names = {group: [source.name for source in some] for group, some in sources.items()}
     report = named(json.loads((target / REPORT).read_text(encoding="utf-8")), names)
     report["prepared_path"] = str(target)
@@ -117,15 +119,19 @@ def prepare(
     return PreparedData(datasets, report, target, names)
 
 
+def contents_of(sources: dict[str, list[Source]], cache_dir: Path) -> list[str]:
+    """A digest of each file."""
+    return content_digests([source.path for group in sources.values() for source in group], cache_dir)
+
+
 def cache_key(
-    sources: dict[str, list[Source]], encoder: ChatEncoder, options: PrepareOptions, cache_dir: Path
+    sources: dict[str, list[Source]], contents: list[str], encoder: ChatEncoder, options: PrepareOptions
 ) -> str:
     """Changes with one byte of a file, the tokenizer, the template, an option, or the code that encodes."""
     digest = hashlib.blake2b(digest_size=16)
     for code in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(code.read_bytes())
     template = encoder.template
-    files = [source for group in sources.values() for source in group]
     described = {
         "versions": [transformers.__version__, tokenizers.__version__],
         "options": asdict(options),
@@ -138,7 +144,7 @@ def cache_key(
             [(one.kind, one.compression, one.entry, one.rows_before) for one in group]
             for group in sources.values()
         ],
-        "contents": content_digests([source.path for source in files], cache_dir),
+        "contents": contents,
     }
     digest.update(json.dumps(described, sort_keys=True).encode())
     digest.update(encoder.backend.to_str().encode())
@@ -171,17 +177,16 @@ def _cache_errors(cache_dir: Path) -> Iterator[None]:
 
 def _is_whole(target: Path) -> bool:
     try:
-        contents = json.loads((target / CONTENTS).read_text(encoding="utf-8"))
-        return all((target / name).stat().st_size == size for name, size in contents.items())
+        sizes = json.loads((target / CONTENTS).read_text(encoding="utf-8"))
+        return all((target / name).stat().st_size == size for name, size in sizes.items())
     except (FileNotFoundError, ValueError):
         return False
 
 
 def _load(target: Path, split: str, names: dict[str, list[str]]) -> Sequences:
-    store = "eval" if split == "eval" and names["eval"] else "train"
     offsets = target / f"{split}.offsets.npy"
     return Sequences(
-        target / f"{store}.arrow",
+        target / f"{group_of(split, names)}.arrow",
         np.load(target / f"{split}.order.npy", mmap_mode="r"),
         np.load(offsets, mmap_mode="r") if offsets.exists() else None,
     )
@@ -190,6 +195,7 @@ def _load(target: Path, split: str, names: dict[str, list[str]]) -> Sequences:
 def _prepare_once(
     target: Path,
     sources: dict[str, list[Source]],
+    contents: list[str],
     encoder: ChatEncoder,
     options: PrepareOptions,
     workers: int,
@@ -208,9 +214,12 @@ def _prepare_once(
         staging = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
             _prepare(staging, sources, encoder, options, workers)
-            _check_unchanged(target, sources, encoder, options)
-            contents = {one.name: one.stat().st_size for one in staging.iterdir()}
-            (staging / CONTENTS).write_text(json.dumps(contents), encoding="utf-8")
+            if contents_of(sources, target.parent) != contents:
+                raise UserError(
+                    "the data files changed while they were prepared; start again once they are written"
+                )
+            sizes = {one.name: one.stat().st_size for one in staging.iterdir()}
+            (staging / CONTENTS).write_text(json.dumps(sizes), encoding="utf-8")
             staging.rename(target)
         except (UserError, OSError) as error:
             with suppress(OSError):  # the disk that is full may be this one
@@ -219,14 +228,6 @@ def _prepare_once(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         error_file.unlink(missing_ok=True)
-
-
-def _check_unchanged(
-    target: Path, sources: dict[str, list[Source]], encoder: ChatEncoder, options: PrepareOptions
-) -> None:
-    """Raises `UserError` if the files are no longer those that the key was made of."""
-    if cache_key(sources, encoder, options, target.parent) != target.name:
-        raise UserError("the data files changed while they were prepared; start again once they are written")
 
 
 def _prepare(
@@ -243,29 +244,21 @@ def _prepare(
         options.max_length, options.truncation, options.train_on_last_turn_only, keep_rejected=skip
     )
     for group, some in sources.items():
-        with _rejects(folder / f"{group}.{REJECTED}", skip and bool(some)) as rejects:
+        kept = folder / f"{group}.{REJECTED}"
+        with open(kept, "w", encoding="utf-8") if skip and some else nullcontext() as rejects:
             encoded[group], totals[group] = encode_sources(
                 some, folder / f"{group}.arrow", encoder, how, workers, faults, rejects
             )
     faults.raise_if_any()  # also when skipping: what cannot be read cannot be kept either
-    splits, left_out = select(encoded, totals, [source.entry for source in sources["train"]], options)
+    entries = [source.entry for source in sources["train"]]
+    splits, left_out = select(encoded, totals, entries, options)
     if not sources["eval"]:
         os.unlink(folder / "eval.arrow")
     for name, split in splits.items():
         np.save(folder / f"{name}.order.npy", split.encoded.rows)
         if split.offsets is not None:
             np.save(folder / f"{name}.offsets.npy", split.offsets)
-    report = report_of(splits, totals, left_out, options.max_length)
-    for entry, source in zip(report["files"]["train"], sources["train"], strict=True):
-        entry["weight"] = options.data_weights[source.entry] if options.data_weights else 1
+    weights = options.data_weights or (1,) * (1 + max(entries))
+    report = report_of(splits, totals, left_out, options.max_length, [weights[entry] for entry in entries])
     report["options"] = asdict(options)
     (folder / REPORT).write_text(json.dumps(report), encoding="utf-8")
-
-
-@contextmanager
-def _rejects(path: Path, wanted: bool) -> Iterator[IO[str] | None]:
-    if not wanted:
-        yield None
-        return
-    with open(path, "w", encoding="utf-8") as stream:
-        yield stream

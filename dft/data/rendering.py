@@ -18,6 +18,14 @@ from dft.data.faults import BadLine
 from dft.data.template import PLACEHOLDER, Chat, Message, Template, reasoning_of
 
 REMEDY = "pass a template that renders it (--chat_template)"
+NO_CALLS = f"does not render its tool calls; write them into 'content', or {REMEDY}"
+NO_REASONING = f"does not render its reasoning; put it into 'content', or {REMEDY}"
+TAKES_REASONING = f"takes the reasoning in front of </think> out of 'content'; {REMEDY}"
+KINDS = {
+    NO_CALLS: "tool calls are not rendered",
+    NO_REASONING: "reasoning is not rendered",
+    TAKES_REASONING: "reasoning is not rendered",
+}
 
 
 @dataclass
@@ -267,30 +275,22 @@ class ChatTemplate:
             ]
             asked = self.template.suited({**message, "tool_calls": calls})
             if PLACEHOLDER not in chat.render(index, asked):
-                raise BadLine(
-                    f"messages[{index}]: the chat template does not render its tool calls; write them into "
-                    f"'content', or {REMEDY}",
-                    "tool calls are not rendered",
-                )
+                raise left_out(index, NO_CALLS)
 
     def _left_out(self, chat: Chat, index: int, rendered: str) -> BadLine | None:
         """What of a turn's calls and reasoning its rendering lacks, as what is wrong with the line."""
         message = chat.conversation.messages[index]
-        where = f"messages[{index}]: the chat template"
         if len(message) > 2:
             for call in message.get("tool_calls", ()):
                 name = call["function"]["name"]
                 if name not in rendered and json.dumps(name, ensure_ascii=False)[1:-1] not in rendered:
-                    reason = f"does not render its tool calls; write them into 'content', or {REMEDY}"
-                    return BadLine(f"{where} {reason}", "tool calls are not rendered")
+                    return left_out(index, NO_CALLS)
             if not self._renders_reasoning(chat, index, rendered):
-                reason = f"does not render its reasoning; put it into 'content', or {REMEDY}"
-                return BadLine(f"{where} {reason}", "reasoning is not rendered")
+                return left_out(index, NO_REASONING)
         thought, closed, _ = message["content"].partition("</think>")
         thought = thought.rpartition("<think>")[2].strip() if closed else ""
         if thought and thought not in rendered:
-            reason = f"takes the reasoning in front of </think> out of 'content'; {REMEDY}"
-            return BadLine(f"{where} {reason}", "reasoning is not rendered")
+            return left_out(index, TAKES_REASONING)
         return None
 
     def _renders_reasoning(self, chat: Chat, index: int, rendered: str) -> bool:
@@ -303,6 +303,10 @@ class ChatTemplate:
         others = {key: value for key, value in message.items() if key not in REASONING}
         asked = self.template.suited({**others, "reasoning_content": PLACEHOLDER})
         return PLACEHOLDER in chat.render(index, asked)
+
+
+def left_out(index: int, what: str) -> BadLine:
+    return BadLine(f"messages[{index}]: the chat template {what}", KINDS[what])
 
 
 # ---- messages ----

@@ -10,8 +10,6 @@ import numpy as np
 
 from dft.constants import IGNORE_INDEX
 from dft.data.chat import ChatEncoder, Example
-from dft.data.conversation import Conversation
-from dft.data.faults import BadLine
 from dft.data.rendering import Rendering
 from dft.errors import UserError
 
@@ -20,30 +18,15 @@ SHOWN = 60
 CAUSE = "the tokenizer or its chat template is unlike what exact masks rely on"
 
 
-def check_examples(
-    encoder: ChatEncoder, conversations: Sequence[Conversation]
-) -> list[tuple[int, UserError]]:
-    """Encodes conversations and checks every sequence of theirs.
+def check_conversation(encoder: ChatEncoder, sequences: Sequence[tuple[Rendering, Example]]) -> None:
+    """Checks what `ChatEncoder.sequences` made of one conversation.
 
-    Returns:
-        (index, what is wrong) of conversations with a fault, the first of each. Conversations that the
-        template refuses are no business of this check.
+    Raises:
+        UserError: the message lacks only the place (`file:line`).
     """
-    rendered = encoder.render(conversations)
-    texts = [one.text for group in rendered if not isinstance(group, BadLine) for one in group]
-    encodings = iter(encoder.backend.encode_batch(texts, add_special_tokens=False))
-    found = []
-    for index, group in enumerate(rendered):
-        if isinstance(group, BadLine):
-            continue
-        examples = [encoder.example(rendering, next(encodings)) for rendering in group]
-        try:
-            check_endings([ending for rendering in group for ending in rendering.endings])
-            for rendering, example in zip(group, examples, strict=True):
-                check_sequence(encoder, rendering, example)
-        except UserError as error:
-            found.append((index, error))
-    return found
+    check_endings([ending for rendering, _ in sequences for ending in rendering.endings])
+    for rendering, example in sequences:
+        check_sequence(encoder, rendering, example)
 
 
 def check_sequence(encoder: ChatEncoder, rendering: Rendering, example: Example) -> None:
@@ -137,11 +120,12 @@ def _check_end(encoder: ChatEncoder, number: int, token: int, ending: str | None
 def _is_prompt(encoder: ChatEncoder, rendering: Rendering, turn: int, ids: list[int], known: int) -> bool:
     """Whether `ids` are the tokens of the text in front of a turn, the first `known` being checked before."""
     start = rendering.spans[turn][0]
+    # First what lies behind the border that is known: to tokenize all of it for every turn is quadratic.
+    if turn:
+        piece = encoder.continued(rendering.text[rendering.spans[turn - 1][0] : start])
+        if piece is not None and ids[known:] == piece.ids[piece.skip_tokens :]:
+            return True
     if ids == encoder.ids_of(rendering.text[:start]):
-        return True
-    earlier = rendering.spans[turn - 1][0] if turn else 0
-    piece = encoder.continued(rendering.text[earlier:start]) if turn else None
-    if piece is not None and ids[known:] == piece.ids[piece.skip_tokens :]:
         return True
     # Where the tokenizer cannot continue a text, a token that straddles the border is left to the prompt.
     return encoder.continued(rendering.text[start:]) is None

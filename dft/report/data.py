@@ -63,9 +63,8 @@ def _split_lines(split: str, report: dict[str, Any]) -> list[str]:
         lines.append(f"            {repeated:,} of them the same as another")
     files = numbers["files"]
     if len(files) > 1:
-        weights = {entry["file"]: entry.get("weight", 1) for entry in report["files"].get(split, [])}
         for entry in files[:FILES]:
-            weight = weights.get(entry["file"], 1)
+            weight = entry.get("weight", 1)
             times = "" if weight == 1 else f", taken {weight:g} times"
             lines.append(f"            {entry['file']}: {_numbers(entry)}{times}")
         if len(files) > FILES:

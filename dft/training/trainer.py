@@ -320,7 +320,9 @@ def token_count(inputs: Mapping[str, Tensor | int]) -> Tensor:
     if "attention_mask" in inputs:
         return inputs["attention_mask"].sum()
     ids = inputs["input_ids"]
-    return torch.as_tensor(inputs.get("num_tokens", ids.numel()), device=ids.device)
+    count = inputs.get("num_tokens", ids.numel())
+    # Filled on the device: to copy a number there would wait for it, in every micro-batch.
+    return count if isinstance(count, Tensor) else torch.full((), count, device=ids.device)
 
 
 def sequence_lengths(dataset: Any) -> np.ndarray:

@@ -45,7 +45,8 @@ def key_of(
     files: list[str], eval_files: list[str], encoder: ChatEncoder, options: PrepareOptions, cache: Path
 ) -> str:
     sources = {"train": resolve_sources(files, "--data_files"), "eval": resolve_sources(eval_files, "--eval")}
-    return prepare_module.cache_key(sources, encoder, options, cache)
+    contents = prepare_module.contents_of(sources, cache)
+    return prepare_module.cache_key(sources, contents, encoder, options)
 
 
 def test_everything_that_shapes_the_data_changes_the_key(encoder, tokenizer_json, tmp_path):

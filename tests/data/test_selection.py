@@ -150,6 +150,16 @@ def test_skipped_lines_are_kept_verbatim_with_their_reason(encoder, tmp_path):
     assert again.report == report
 
 
+def test_a_file_whose_name_is_no_utf8_is_rejected_from_like_any_other(encoder, tmp_path):
+    file = tmp_path / "caf\udce9.jsonl"
+    file.write_text("{\n" + json.dumps(numbered(1)[0]))
+    options = PrepareOptions(64, on_bad_data="skip")
+    data = prepare([str(file)], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
+    data.write_report(tmp_path / "out")
+    (row,) = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    assert row["file"] == str(file) and row["line"] == 1 and row["text"] == "{"
+
+
 def test_files_without_one_usable_line_are_refused_with_the_reasons(encoder, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("{\n{\n[]\n")

@@ -59,6 +59,17 @@ def test_the_summary_tells_what_is_used_and_what_was_lost(tokenizer, tmp_path):
     ]
 
 
+def test_each_file_is_told_with_its_own_weight_also_one_that_is_given_twice(tokenizer, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(conversation(f"q{number}", "a")) + "\n" for number in range(4)))
+    options = PrepareOptions(40, data_weights=(1, 0.5))
+    encoder, names = ChatEncoder(tokenizer), [str(file), str(file)]
+    data = prepare(names, [], encoder, options, cache_dir=tmp_path / "c", workers=1)
+    lines = [line for line in data_summary(data.report) if str(file) in line]
+    assert [line.endswith(", taken 0.5 times") for line in lines] == [False, True]
+    assert "4 conversations" in lines[0] and "2 conversations" in lines[1]
+
+
 def test_turns_without_a_stop_token_are_a_warning(tokenizer, tmp_path):
     data = prepared(tmp_path, tokenizer, [[conversation("q", "a")]], [conversation("r", "b")], 40)
     report = {**data.report, "turns_without_stop_token": 1200, "end_of_turn_tokens": {}}
