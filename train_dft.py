@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dft.arguments import Arguments, parse_arguments
 from dft.conflicts import check, check_batches
-from dft.data.arguments import prepare_options, template_variables
+from dft.data.arguments import prepare_options, template_date, template_variables
 from dft.data.chat import ChatEncoder
 from dft.data.prepare import PreparedData, prepare
 from dft.data.tokenizer import load_tokenizer, stop_token_ids
@@ -49,7 +49,11 @@ def main() -> None:
     for line in new_notes(arguments):
         say(line)
     stops = stop_token_ids(arguments.model.model_name_or_path, arguments.model.trust_remote_code)
-    data = prepare_data(arguments, ChatEncoder(tokenizer, stops, template_variables(arguments.data)))
+    wanted = arguments.data
+    encoder = ChatEncoder(tokenizer, stops, template_variables(wanted), template_date(wanted))
+    if encoder.template.template.writes_date:
+        say(f"the chat template writes today's date: it is {wanted.chat_template_date} for all conversations")
+    data = prepare_data(arguments, encoder)
     if arguments.data.debug_data_processing:
         say(show_sequences(data.datasets["train"].unpacked(), tokenizer, data.names_in("train")))
     if arguments.data.prepare_only:

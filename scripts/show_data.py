@@ -21,6 +21,7 @@ from dft.data.arguments import (
     DataArguments,
     check_data_arguments,
     prepare_options,
+    template_date,
     template_variables,
 )
 from dft.data.chat import ChatEncoder
@@ -69,7 +70,7 @@ def main() -> None:
     prepared = prepare(
         data.data_files,
         data.eval_data_files,
-        ChatEncoder(tokenizer, stops, template_variables(data)),
+        ChatEncoder(tokenizer, stops, template_variables(data), template_date(data)),
         prepare_options(data, show.seed),
         cache_dir=Path(data.data_cache_dir).expanduser(),
         workers=data.preprocessing_num_workers,

@@ -4,11 +4,13 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
 
 from dft.data.conversation import RESERVED
 from dft.data.options import PrepareOptions
+from dft.data.template import DATE
 from dft.errors import UserError
 
 
@@ -82,6 +84,13 @@ class DataArguments:
             "A row's own chat_template_kwargs win."
         },
     )
+    chat_template_date: str = field(
+        default=str(DATE),
+        metadata={
+            "help": "YYYY-MM-DD that templates which write today's date (strftime_now) get for it, on every "
+            "day, so that the same data is the same tokens when a run is resumed."
+        },
+    )
     preprocessing_num_workers: int = field(
         default=min(os.cpu_count() or 1, 8), metadata={"help": "Processes that tokenize."}
     )
@@ -121,6 +130,7 @@ def check_data_arguments(data: DataArguments) -> None:
     if not all(weight > 0 and math.isfinite(weight) for weight in data.data_weights):
         raise UserError(f"--data_weights {shown}: each must be a number greater than 0")
     template_variables(data)
+    template_date(data)
 
 
 def template_variables(data: DataArguments) -> dict[str, Any]:
@@ -140,6 +150,16 @@ def template_variables(data: DataArguments) -> dict[str, Any]:
         if name in variables:
             raise UserError(f"--chat_template_kwargs {given}: {name!r} is made from each row; remove it")
     return variables
+
+
+def template_date(data: DataArguments) -> date:
+    """What `--chat_template_date` holds. Raises `UserError` if it is no date."""
+    try:
+        return date.fromisoformat(data.chat_template_date)
+    except ValueError:
+        raise UserError(
+            f"--chat_template_date {data.chat_template_date}: expected a date such as {DATE}"
+        ) from None
 
 
 def prepare_options(data: DataArguments, seed: int) -> PrepareOptions:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from dft.constants import IGNORE_INDEX
 from dft.data.conversation import Conversation
 from dft.data.faults import BadLine
 from dft.data.rendering import ChatTemplate, Rendering
+from dft.data.template import DATE
 from dft.errors import UserError
 
 GUARDS = ("0", "\n", "a", ";")
@@ -76,6 +78,7 @@ class ChatEncoder:
             them.
         variables: what the template gets for all conversations (`{"enable_thinking": False}`); the ones a
             conversation brings win.
+        today: what the template is told of today's date.
 
     Raises:
         UserError: a tokenizer without character offsets, or without a chat template.
@@ -86,6 +89,7 @@ class ChatEncoder:
         tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: Sequence[int] = (),
         variables: Mapping[str, Any] | None = None,
+        today: date = DATE,
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
@@ -103,6 +107,7 @@ class ChatEncoder:
             {name: index for index, name in names.items() if name},
             {token.content for token in added.values() if token.special},
             variables,
+            today,
         )
         self.added_ids = frozenset(added)
         self._ids_of_header = lru_cache(4096)(self.ids_of)

@@ -137,6 +137,7 @@ def cache_key(
         "options": asdict(options),
         "template": template.source,
         "variables": template.variables,
+        "today": str(template.template.today) if template.template.writes_date else None,
         "special_tokens": template.special_tokens,
         "stops": template.stops,
         # How a file is read, not what it is called.

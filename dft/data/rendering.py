@@ -6,26 +6,17 @@ generation stop. Spans are positions in the rendered text, found by comparing re
 message can open or close one.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from os.path import commonprefix
 from typing import Any
 
-from dft.data.conversation import REASONING, Conversation
+from dft.data.conversation import Conversation
 from dft.data.faults import BadLine
-from dft.data.template import PLACEHOLDER, Chat, Message, Template, reasoning_of
-
-REMEDY = "pass a template that renders it (--chat_template)"
-NO_CALLS = f"does not render its tool calls; write them into 'content', or {REMEDY}"
-NO_REASONING = f"does not render its reasoning; put it into 'content', or {REMEDY}"
-TAKES_REASONING = f"takes the reasoning in front of </think> out of 'content'; {REMEDY}"
-KINDS = {
-    NO_CALLS: "tool calls are not rendered",
-    NO_REASONING: "reasoning is not rendered",
-    TAKES_REASONING: "reasoning is not rendered",
-}
+from dft.data.omissions import check_calls, check_thinking, check_tools, omission
+from dft.data.template import DATE, PLACEHOLDER, Chat, Message, Template
 
 
 @dataclass
@@ -54,6 +45,7 @@ class ChatTemplate:
         stops: the tokens that make generation stop.
         specials: all special tokens of the vocabulary; the one behind a turn ends it if no stop does.
         variables: what the template gets for every conversation besides; those of a conversation win.
+        today: what the template is told of today's date.
     """
 
     def __init__(
@@ -63,12 +55,13 @@ class ChatTemplate:
         stops: Mapping[str, int],
         specials: set[str],
         variables: Mapping[str, Any] | None = None,
+        today: date = DATE,
     ) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens)
         self.stops = dict(stops)
         self.variables = dict(variables or {})
-        self.template = Template(source, special_tokens, variables)
+        self.template = Template(source, special_tokens, variables, today)
         longest_first = sorted({*specials, *stops}, key=lambda token: (-len(token), token))
         never = "(?!)"
         self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or never)
@@ -83,9 +76,9 @@ class ChatTemplate:
         tagged = self._render_tagged(chat) if self.template.tags_spans else None
         full = chat.render() if tagged is None else tagged.text
         if conversation.tools and not self.template.renders_tools:
-            self._check_tools(chat, full)
+            check_tools(chat, full)
         if self.template.call_style is None:
-            self._check_calls(chat)
+            check_calls(chat)
         if tagged is not None:
             return [tagged] if tagged.spans else []
         sequences = [Rendering(full)]
@@ -94,7 +87,7 @@ class ChatTemplate:
         for index in reversed(turns):
             upto = full if index + 1 == count else chat.render(index + 1)
             start = self._turn_start(chat, index, upto)
-            missing = self._left_out(chat, index, upto[start:])
+            missing = omission(chat, index, upto[start:])
             if missing is not None:
                 raise missing
             end, ending = self._turn_end(chat, index, upto, start)
@@ -127,7 +120,7 @@ class ChatTemplate:
         for index, (start, end) in zip(turns, tagged, strict=True):
             if not conversation.trained[index]:
                 continue
-            if self._left_out(chat, index, text[start:end]) is not None:
+            if omission(chat, index, text[start:end], *chat.messages[index + 1 :]) is not None:
                 return None
             start = min(start + self.template.tagged_header, end)
             ending = None
@@ -157,6 +150,7 @@ class ChatTemplate:
         # is asked of a placeholder, since an answer may share letters with the rest of the prompt by chance.
         answered = chat.render(index, self.template.turn("assistant", PLACEHOLDER))
         shared = commonprefix([prompt, answered, upto])
+        check_thinking(chat, index, prompt, upto)
         if len(shared) >= len(commonprefix([prompt, chat.render(index)])):
             return len(shared)
         # The template rewrites what stands before the header once it is answered; no word of that is taught.
@@ -220,93 +214,55 @@ class ChatTemplate:
             )
         return start
 
-    def _stop_that_follows(
-        self, chat: Chat, index: int, home: Rendering, end: int
-    ) -> tuple[int, str | None]:
+    def _stop_that_follows(self, chat: Chat, index: int, home: Rendering, end: int) -> tuple[int, str | None]:
         """For templates without an end-of-turn token: the model stops by beginning the next header (GLM-4).
 
         If the sequence goes on, that token is right there; behind the last turn it is found by rendering one
         more turn, and appended.
+
+        Raises:
+            BadLine: the next header is the assistant's own, which stops nothing.
         """
-        if home.text[end:].strip():
-            match = self._stop_at(home.text, end)
-            return (match.end(), match.group()) if match else (end, None)
+        goes_on = bool(home.text[end:].strip())
+        if goes_on and (match := self._stop_at(home.text, end)):
+            return match.end(), match.group()
+        following = chat.conversation.messages[index + 1 : index + 2]
+        if goes_on and not (following and following[0]["role"] == "assistant"):
+            return end, None
+        longer = self._with_one_more_turn(chat, index, home.text[:end])
+        match = self._stop_at(longer, end)
+        if match is None:
+            return end, None
+        if goes_on:
+            raise BadLine(
+                f"messages[{index}] and messages[{index + 1}] are both the assistant's, and the chat "
+                "template has no token that ends the first; join them, or pass a template that ends all "
+                "turns (--chat_template)",
+                "a turn without an end",
+            )
+        home.text, home.stop_id = longer[: match.start()], self.stops[match.group()]
+        return match.start(), match.group()
+
+    def _with_one_more_turn(self, chat: Chat, index: int, text: str) -> str:
+        """`text`, which ends with a turn, and what the template writes behind it if another side answers."""
         calls = chat.conversation.messages[index].get("tool_calls")
         reply = self.template.turn("tool" if calls else "user", ".")
         try:
             longer = chat.render(index + 1, reply)
-            if not longer.startswith(home.text[:end]):
-                # One more turn makes the template drop this turn's reasoning (GLM-4.5); another answer, of
-                # nothing but text, is followed by the same header.
-                longer = chat.render(index, self.template.turn("assistant", PLACEHOLDER), reply)
-                longer = home.text[:end] + longer[longer.rfind(PLACEHOLDER) + len(PLACEHOLDER) :]
+            if longer.startswith(text):
+                return longer
+            # One more turn makes the template drop this turn's reasoning (GLM-4.5); another answer, of
+            # nothing but text, is followed by the same header.
+            longer = chat.render(index, self.template.turn("assistant", PLACEHOLDER), reply)
         except BadLine:
-            return end, None
-        match = self._stop_at(longer, end)
-        if match is None:
-            return end, None
-        home.text, home.stop_id = longer[: match.start()], self.stops[match.group()]
-        return match.start(), match.group()
+            return text
+        return text + longer[longer.rfind(PLACEHOLDER) + len(PLACEHOLDER) :]
 
     def _stop_at(self, text: str, position: int) -> re.Match[str] | None:
         """The stop token at a position, white space aside."""
         blank = len(text[position:]) - len(text[position:].lstrip())
         match = self.special_pattern.match(text, position + blank)
         return match if match and match.group() in self.stops else None
-
-    # ---- what a template leaves out ----
-
-    def _check_tools(self, chat: Chat, full: str) -> None:
-        """Definitions of tools that change nothing in the rendering are not rendered."""
-        if self.template.render(chat.messages, {**chat.context, "tools": None}) == full:
-            raise BadLine(
-                f"the chat template does not render 'tools'; put them into a system turn, or {REMEDY}",
-                "tools are not rendered",
-            )
-
-    def _check_calls(self, chat: Chat) -> None:
-        """For templates that render no call of a probe: whether they render those of this conversation."""
-        for index, message in enumerate(chat.conversation.messages):
-            if not message.get("tool_calls"):
-                continue
-            calls = [
-                {**call, "function": {**call["function"], "name": PLACEHOLDER}}
-                for call in message["tool_calls"]
-            ]
-            asked = self.template.suited({**message, "tool_calls": calls})
-            if PLACEHOLDER not in chat.render(index, asked):
-                raise left_out(index, NO_CALLS)
-
-    def _left_out(self, chat: Chat, index: int, rendered: str) -> BadLine | None:
-        """What of a turn's calls and reasoning its rendering lacks, as what is wrong with the line."""
-        message = chat.conversation.messages[index]
-        if len(message) > 2:
-            for call in message.get("tool_calls", ()):
-                name = call["function"]["name"]
-                if name not in rendered and json.dumps(name, ensure_ascii=False)[1:-1] not in rendered:
-                    return left_out(index, NO_CALLS)
-            if not self._renders_reasoning(chat, index, rendered):
-                return left_out(index, NO_REASONING)
-        thought, closed, _ = message["content"].partition("</think>")
-        thought = thought.rpartition("<think>")[2].strip() if closed else ""
-        if thought and thought not in rendered:
-            return left_out(index, TAKES_REASONING)
-        return None
-
-    def _renders_reasoning(self, chat: Chat, index: int, rendered: str) -> bool:
-        """Whether all reasoning that a turn has is rendered."""
-        message = chat.conversation.messages[index]
-        reasoning = reasoning_of(message)
-        if not reasoning or reasoning.strip() in rendered:
-            return True
-        # A template may indent or escape it, which a placeholder survives.
-        others = {key: value for key, value in message.items() if key not in REASONING}
-        asked = self.template.suited({**others, "reasoning_content": PLACEHOLDER})
-        return PLACEHOLDER in chat.render(index, asked)
-
-
-def left_out(index: int, what: str) -> BadLine:
-    return BadLine(f"messages[{index}]: the chat template {what}", KINDS[what])
 
 
 # ---- messages ----

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from itertools import product
 from os.path import commonprefix
@@ -25,6 +26,10 @@ PLACEHOLDER = "Zq7Placeholder7qZ"
 do: it is looked for from the end of a rendering, behind all other messages."""
 ARGUMENT = "zq7argument"
 """Stands for the name of an argument in a probe."""
+DATE = date(2024, 7, 26)
+"""Today, for templates that write the date, unless another is asked for. It stands still, so that the same
+data is the same tokens tomorrow, on every rank, and when a run is resumed. It is the day that Llama 3's
+templates write themselves when they are given none."""
 FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What an expression of a template can raise on data it was not written for."""
 
@@ -49,11 +54,18 @@ class Template:
         source: Jinja.
         special_tokens: what the template may write by name (`bos_token`, `eos_token`, ...).
         variables: what else it gets for every conversation; those of a conversation win.
+        today: what `strftime_now` takes for today.
     """
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str], variables: Mapping[str, Any] | None = None
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        variables: Mapping[str, Any] | None = None,
+        today: date = DATE,
     ) -> None:
+        self.writes_date = "strftime_now" in source
+        self.today = today
         self.special_tokens = dict(special_tokens)
         self.variables = dict(variables or {})
         self.tags_spans = has_generation_tags(source)
@@ -71,7 +83,12 @@ class Template:
         self, variables: Mapping[str, Any] | None = None, tools: list[dict[str, Any]] | None = None
     ) -> dict[str, Any]:
         """Everything the renderings of a conversation get but its messages."""
-        merged = {"documents": None, **self.special_tokens, **self.variables}
+        merged = {
+            "documents": None,
+            "strftime_now": self.today.strftime,
+            **self.special_tokens,
+            **self.variables,
+        }
         if variables:
             merged.update(variables)
         merged["tools"] = tools

@@ -277,6 +277,7 @@ BLANK_LINE = """{% for m in messages %}
 {%- else %}{{ '### Instruction:\\n\\n' + m.content + '\\n\\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '### Response:\\n\\n' }}{% endif %}"""
 
+
 class Family(NamedTuple):
     """A template with the stop tokens and the special tokens by name that belong to it."""
 
@@ -296,9 +297,7 @@ FAMILIES = {
     "tagged_in_a_comment": Family(TAGGED_IN_A_COMMENT, (), IM),
     "forgets_reasoning": Family(FORGETS_REASONING, (), IM),
     "opens_thinking": Family(OPENS_THINKING, ("<|end|>",), EOT),
-    "opens_and_keeps_thinking": Family(
-        OPENS_AND_KEEPS_THINKING, ("<|end|>",), {**EOT, "bos_token": "<bos>"}
-    ),
+    "opens_and_keeps_thinking": Family(OPENS_AND_KEEPS_THINKING, ("<|end|>",), {**EOT, "bos_token": "<bos>"}),
     "eos_behind_all": Family(EOS_BEHIND_ALL, ("<|end|>",), EOT),
     "next_header_ends": Family(NEXT_HEADER_ENDS, GLM, EOT),
     "nothink": Family(NOTHINK, GLM, EOT),
@@ -314,9 +313,7 @@ FAMILIES = {
     "llama": Family(LLAMA, ("<|eot_id|>",), {**EOT, "bos_token": "<bos>"}),
     "xml_arguments": Family(XML_ARGUMENTS, (), IM),
     "separator": Family(SEPARATOR, (), IM),
-    "turn_tokens": Family(
-        TURN_TOKENS, (), {"bos_token": "<bos>", "eos_token": "<|END_OF_TURN_TOKEN|>"}
-    ),
+    "turn_tokens": Family(TURN_TOKENS, (), {"bos_token": "<bos>", "eos_token": "<|END_OF_TURN_TOKEN|>"}),
     "eos_behind_answers": Family(EOS_BEHIND_ANSWERS, (), {**EOT, "bos_token": "<bos>"}),
     "rewrites_question": Family(REWRITES_QUESTION, ("<|end|>",), EOT),
     "no_end": Family(NO_END, (), EOT),
@@ -359,9 +356,7 @@ def encoder_of(tokenizer_json: str, template: str, *stops: str, **options: str) 
     return ChatEncoder(tokenizer, ids_of(tokenizer, *stops))
 
 
-def encoder_for(
-    tokenizer_json: str, family: str, variables: dict[str, Any] | None = None
-) -> ChatEncoder:
+def encoder_for(tokenizer_json: str, family: str, variables: dict[str, Any] | None = None) -> ChatEncoder:
     """The encoder of one of `FAMILIES`; tokens that the vocabulary lacks are added to it."""
     template, stops, names = FAMILIES[family]
     backend = Tokenizer.from_str(tokenizer_json)

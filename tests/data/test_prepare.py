@@ -312,9 +312,7 @@ def test_a_file_without_conversations_is_refused(encoder, tmp_path):
     good, empty = write(tmp_path / "a.jsonl", numbered(1)), tmp_path / "b.json"
     empty.write_text("[]")
     with pytest.raises(UserError, match=f"{empty}:1: there is no conversation in this file"):
-        prepare(
-            [good, str(empty)], [], encoder, PrepareOptions(64), cache_dir=tmp_path / "cache", workers=1
-        )
+        prepare([good, str(empty)], [], encoder, PrepareOptions(64), cache_dir=tmp_path / "cache", workers=1)
 
 
 def test_a_template_that_renders_no_answer_is_told_by_line(tokenizer_json, tmp_path):

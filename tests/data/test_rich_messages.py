@@ -1,5 +1,7 @@
 """Tools, calls, reasoning, parts and untrained turns, under templates that want them in their own ways."""
 
+from datetime import date
+
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -227,6 +229,55 @@ def test_reasoning_that_a_template_leaves_out_is_refused(tokenizer_json):
     inside = talk([ASKED, turn("assistant", "<think>\nhm\n</think>one")])
     refused = refusal_of(encoder_for(tokenizer_json, "opens_thinking"), inside)
     assert "takes the reasoning in front of </think> out of 'content'" in str(refused)
+
+
+def test_reasoning_is_missed_though_its_words_occur_elsewhere(tokenizer_json):
+    answer = turn("assistant", "The answer is 4", reasoning_content="4")
+    refused = refusal_of(encoder_for(tokenizer_json, "chatml"), talk([ASKED, answer]))
+    assert "does not render its reasoning" in str(refused)
+    inside = turn("assistant", "<think>one</think>one")
+    refused = refusal_of(encoder_for(tokenizer_json, "opens_thinking"), talk([ASKED, inside]))
+    assert "takes the reasoning in front of </think>" in str(refused)
+    encoder = encoder_for(tokenizer_json, "thinks")
+    ((ids, _),) = sequences(encoder, talk([ASKED, answer]))
+    assert "<think>\n4\n</think>\n\nThe answer is 4" in encoder.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("family", ["llama", "analysis"])
+def test_content_that_a_template_drops_beside_calls_is_refused(tokenizer_json, family):
+    encoder = encoder_for(tokenizer_json, family)
+    refused = refusal_of(encoder, talk([ASKED, called("f", content="f")]))
+    assert str(refused).startswith(
+        "messages[1]: the chat template does not render the 'content' of a turn that also calls tools"
+    )
+    assert sequences(encoder, talk([ASKED, called("f")]))
+    # A template that writes both keeps both.
+    assert sequences(encoder_for(tokenizer_json, "hermes"), talk([ASKED, called("f", content="f")]))
+
+
+@pytest.mark.parametrize("family", ["thinks", "nothink"])
+def test_reasoning_behind_a_prompt_that_ends_it_is_refused(tokenizer_json, family):
+    encoder = encoder_for(tokenizer_json, family, {"enable_thinking": False})
+    refused = refusal_of(encoder, talk([ASKED, turn("assistant", "one", reasoning_content="because")]))
+    assert "ends the thinking in the prompt already" in str(refused)
+    assert sequences(encoder, talk([ASKED, turn("assistant", "one")]))
+
+
+def test_two_answers_in_a_row_need_a_token_that_ends_the_first(tokenizer_json):
+    twice = talk([ASKED, turn("assistant", "one"), turn("assistant", "two")])
+    refused = refusal_of(encoder_for(tokenizer_json, "next_header_ends"), twice)
+    assert str(refused).startswith("messages[1] and messages[2] are both the assistant's, ")
+    assert sequences(encoder_for(tokenizer_json, "no_end"), twice)  # it ends no turn at all
+
+
+def test_the_date_stands_still_unless_another_is_given(tokenizer_json):
+    conversation = talk([ASKED, turn("assistant", "one")])
+    for today, shown in ((None, "26 Jul 2024"), (date(2031, 2, 3), "03 Feb 2031")):
+        encoder = encoder_for(tokenizer_json, "llama")
+        if today is not None:
+            encoder = ChatEncoder(encoder.tokenizer, today=today)
+        ((ids, _),) = sequences(encoder, conversation)
+        assert f"Today Date: {shown}" in encoder.tokenizer.decode(ids)
 
 
 # ---- content in parts, turns that are not trained ----

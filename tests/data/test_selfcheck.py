@@ -112,9 +112,7 @@ def test_spans_that_are_off_by_one_are_found(sound):
     encoder, rendering, _ = sound
     encoding = encoder.backend.encode(rendering.text, add_special_tokens=False)
     for before, behind in ((-1, 0), (1, 0), (0, -10), (0, 1), (-11, 0)):
-        moved = replace(
-            rendering, spans=[(start + before, end + behind) for start, end in rendering.spans]
-        )
+        moved = replace(rendering, spans=[(start + before, end + behind) for start, end in rendering.spans])
         with pytest.raises(UserError):
             check_sequence(encoder, rendering, encoder.example(moved, encoding))
 
