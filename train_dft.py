@@ -88,6 +88,7 @@ def make_trainer(
             model,
             arguments.training,
             alpha=arguments.dft.dft_alpha,
+            fused_head=arguments.dft.fused_head,
             train_dataset=data.datasets["train"],
             eval_dataset=data.datasets.get("eval"),
             processing_class=tokenizer,

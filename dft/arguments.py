@@ -69,6 +69,14 @@ class DFTArguments:
             "help": "Weight of a token: alpha * p + (1 - alpha). 1 is the paper's DFT, 0 is plain SFT."
         },
     )
+    fused_head: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute loss and gradient without ever holding the logits: on, off, or auto, which does "
+            "wherever the result is that of the model's own logits.",
+            "choices": ["auto", "on", "off"],
+        },
+    )
     use_simple_dft: bool = field(
         default=True, metadata={"help": "False trains by plain SFT: alpha becomes 0."}
     )

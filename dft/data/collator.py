@@ -1,5 +1,8 @@
 """Examples -> one batch of tensors: padded, packed into padded rows, or without padding in a single row.
 
+Each batch also says where its supervised tokens are predicted, `loss_positions` (tokens,) int64: found here,
+on the CPU, so that no step of training waits for the device to count them.
+
 An example is one sequence, `input_ids` (tokens,) and `labels` (tokens,), or several in a row, and then
 `seq_lengths` holds the tokens of each. The first token of a sequence is never a target.
 """
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dft.constants import IGNORE_INDEX
+from dft.constants import IGNORE_INDEX, loss_positions
 
 Example = Mapping[str, Any]
 
@@ -42,7 +45,8 @@ class PaddedCollator:
                 )
         ids, labels = _padded(examples, self.pad_token_id)
         ones = [torch.ones(len(example["input_ids"]), dtype=torch.int64) for example in examples]
-        return {"input_ids": ids, "labels": labels, "attention_mask": pad_sequence(ones, batch_first=True)}
+        mask = pad_sequence(ones, batch_first=True)
+        return with_positions({"input_ids": ids, "labels": labels, "attention_mask": mask})
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,14 @@ class PackedCollator:
             positions.append(_positions([*lengths, width - sum(lengths)]))
         position_ids = torch.stack(positions)  # (batch, seq)
         labels[position_ids == 0] = IGNORE_INDEX
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "position_ids": position_ids,
-            "num_tokens": sum(len(example["input_ids"]) for example in examples),
-        }
+        return with_positions(
+            {
+                "input_ids": ids,
+                "labels": labels,
+                "position_ids": position_ids,
+                "num_tokens": sum(len(example["input_ids"]) for example in examples),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -97,15 +103,21 @@ class FlatCollator:
         labels = torch.cat([_int64(example["labels"]) for example in examples])
         labels[position_ids == 0] = IGNORE_INDEX
         bounds = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-        return {
-            "input_ids": torch.cat([_int64(example["input_ids"]) for example in examples])[None],
-            "labels": labels[None],
-            "position_ids": position_ids[None],
-            "cu_seq_lens_q": bounds,
-            "cu_seq_lens_k": bounds.clone(),
-            "max_length_q": max(lengths),
-            "max_length_k": max(lengths),
-        }
+        return with_positions(
+            {
+                "input_ids": torch.cat([_int64(example["input_ids"]) for example in examples])[None],
+                "labels": labels[None],
+                "position_ids": position_ids[None],
+                "cu_seq_lens_q": bounds,
+                "cu_seq_lens_k": bounds.clone(),
+                "max_length_q": max(lengths),
+                "max_length_k": max(lengths),
+            }
+        )
+
+
+def with_positions(batch: dict[str, Any]) -> dict[str, Any]:
+    return {**batch, "loss_positions": loss_positions(batch["labels"])}
 
 
 def sequence_lengths(example: Example) -> list[int]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Categorical
 
 from dft.constants import IGNORE_INDEX
 
@@ -17,12 +18,14 @@ class TokenStats(NamedTuple):
         p_correct: (tokens,) probability of the target, exp(-nll).
         weight: (tokens,) the DFT weight alpha * p_correct + (1 - alpha).
         correct: (tokens,) bool, whether the target is the argmax.
+        entropy: (tokens,) of the model's distribution, in nats.
     """
 
     nll: Tensor
     p_correct: Tensor
     weight: Tensor
     correct: Tensor
+    entropy: Tensor
 
 
 def dft_loss(
@@ -62,7 +65,10 @@ def dft_loss(
     p_correct = torch.exp(-nll.detach())
     weight = alpha * p_correct + (1 - alpha)
     loss = (weight * nll).sum() / normalizer(num_items, targets)
-    return loss, TokenStats(nll.detach(), p_correct, weight, rows.detach().argmax(-1) == targets)
+    with torch.no_grad():
+        entropy = Categorical(logits=rows, validate_args=False).entropy()
+        correct = rows.argmax(-1) == targets
+    return loss, TokenStats(nll.detach(), p_correct, weight, correct, entropy)
 
 
 def check_alpha(alpha: float) -> None:
@@ -85,9 +91,6 @@ def shifted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalizer(num_items: Tensor | float | None, targets: Tensor) -> Tensor | float:
-    """N, at least 1: a step without supervised tokens has loss 0, not 0 / 0."""
-    if num_items is None:
-        return max(targets.numel(), 1)
-    if isinstance(num_items, Tensor):
-        return num_items.clamp(min=1)
-    return max(num_items, 1)
+    """N, or 1 if that is 0: a step without supervised tokens has loss 0, not 0 / 0."""
+    count = targets.numel() if num_items is None else num_items
+    return count + (count == 0)

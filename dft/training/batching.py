@@ -19,6 +19,8 @@ from dft.errors import UserError
 Collator = PaddedCollator | PackedCollator | FlatCollator
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 """Types of layers that see a sequence through the attention mask alone."""
+OURS = ("labels", "num_tokens", "loss_positions")
+"""What a batch holds for the loss and its metrics, not for the model."""
 PROBE = 8
 """Tokens of each of the two sequences that the check packs."""
 COARSEST = 5e-2
@@ -131,7 +133,7 @@ def check_isolation(
         inputs = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in collator(examples).items()
-            if name not in ("labels", "num_tokens")
+            if name not in OURS
         }
         return forward(**inputs).logits[0].double()
 

@@ -23,12 +23,20 @@ class TokenMeter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # supervised tokens, all tokens, then the sums of w * nll, nll, p and hits
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        # supervised tokens, all tokens, then the sums of w * nll, nll, p, hits and the auxiliary loss
+        self.sums = torch.zeros(7, dtype=torch.float64, device=device)
+        self.has_auxiliary = False
 
-    def update(self, stats: TokenStats, tokens: Tensor) -> None:
-        """Adds one batch. `tokens` counts those of it that are not padding, a scalar on the device."""
+    def update(self, stats: TokenStats, tokens: Tensor, aux_loss: Tensor | None = None) -> None:
+        """Adds one batch.
+
+        Args:
+            tokens: how many of it are not padding, a scalar on the device.
+            aux_loss: of the router of a mixture of experts, a scalar.
+        """
         nll, p_correct = stats.nll.double(), stats.p_correct.double()
+        self.has_auxiliary |= aux_loss is not None
+        auxiliary = nll.new_zeros(()) if aux_loss is None else aux_loss.detach().double() * nll.numel()
         self.sums += torch.stack(
             [
                 nll.new_full((), nll.numel()),
@@ -37,6 +45,7 @@ class TokenMeter:
                 nll.sum(),
                 p_correct.sum(),
                 stats.correct.sum(dtype=torch.float64),
+                auxiliary,
             ]
         )
 
@@ -59,11 +68,14 @@ class TokenMeter:
 
         Without a supervised token there is nothing to average, and the means are left out.
         """
-        supervised, tokens, weighted, nll, p_correct, hits = accelerator.reduce(self.sums, "sum").tolist()
+        sums = accelerator.reduce(self.sums, "sum").tolist()
+        supervised, tokens, weighted, nll, p_correct, hits, auxiliary = sums
         self.sums.zero_()
         if not supervised:
             return {}, int(tokens)
         means = {"loss": weighted, "nll": nll, "avg_p_correct": p_correct, "acc": hits}
+        if self.has_auxiliary:
+            means["aux_loss"] = auxiliary
         means = {name: total / supervised for name, total in means.items()}
         means["objective"] = alpha * (1 - means["avg_p_correct"]) + (1 - alpha) * means["nll"]
         return means, int(tokens)

@@ -1,7 +1,8 @@
 """DFTTrainer: transformers' Trainer with the DFT loss and metrics that are weighted by token."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Sa
 from dft.data.collator import FlatCollator, PackedCollator
 from dft.data.dataset import Sequences
 from dft.data.sampler import EpochSampler, WithBlank
-from dft.loss.dft import TokenStats, check_alpha, dft_loss
-from dft.training.batching import batching, check_isolation, choose_collator, is_packed
+from dft.errors import UserError
+from dft.loss.dft import TokenStats, check_alpha, dft_loss, normalizer
+from dft.loss.head import FusedHead, inspect_head
+from dft.training.batching import OURS, Collator, batching, check_isolation, choose_collator, is_packed
 from dft.training.console import ConsoleCallback
+from dft.training.distributed import say
 from dft.training.metrics import TokenMeter
 from dft.training.trackers import SwanLabRunCallback
+
+FUSED_HEAD = ("auto", "on", "off")
 
 
 class DFTTrainer(transformers.Trainer):
@@ -37,6 +43,8 @@ class DFTTrainer(transformers.Trainer):
         model: a causal language model whose output has `logits` (batch, seq, vocab).
         args: transformers' TrainingArguments.
         alpha: the weight of a token is alpha * p + (1 - alpha); 1 is the paper's DFT, 0 is SFT.
+        fused_head: "auto" computes the loss without logits (`dft.linear_dft_loss`) where that is known to
+            give what the model's own logits would, else says why not; "on" insists; "off" never does.
         data_collator: examples -> input_ids, labels (-100 where unsupervised, not shifted) and, with padding,
             attention_mask, each (batch, seq); in place of the mask, `num_tokens` may say how many tokens are
             not padding. Default: what suits the model and the data, see `choose_collator`.
@@ -55,6 +63,7 @@ class DFTTrainer(transformers.Trainer):
         args: transformers.TrainingArguments,
         *,
         alpha: float = 1.0,
+        fused_head: str = "auto",
         data_collator: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -63,6 +72,10 @@ class DFTTrainer(transformers.Trainer):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would replace the DFT loss; use transformers.Trainer instead")
         self.alpha = alpha
+        if fused_head not in FUSED_HEAD:
+            raise ValueError(f"fused_head {fused_head!r}: must be one of {', '.join(FUSED_HEAD)}")
+        self.fused_head = fused_head
+        self._head: FusedHead | str | None = "it is switched off" if fused_head == "off" else None
         if data_collator is None:
             packed = is_packed(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
             data_collator = choose_collator(model, padding_id(model), packed)
@@ -110,22 +123,60 @@ class DFTTrainer(transformers.Trainer):
             raise ValueError(
                 "the supervised tokens of the step were not counted; do the batches hold 'labels'?"
             )
-        loss, stats, outputs = self._score(model, inputs, num_items_in_batch)
-        self._train_meter.update(stats, token_count(inputs))
-        loss = loss * self.accelerator.num_processes
+        if num_items_in_batch is not None:
+            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
+        loss, stats, outputs = self._score(model, inputs, num_items_in_batch, with_logits=return_outputs)
+        aux_loss = outputs.get("aux_loss")
+        if aux_loss is not None:
+            # A mean over the step's tokens, as all else, whatever micro-batches they are cut into.
+            share = stats.nll.numel() / normalizer(num_items_in_batch, stats.nll)
+            loss = loss + share * router_coefficient(self.model) * aux_loss
+        self._train_meter.update(stats, token_count(inputs), aux_loss)
         return (loss, outputs) if return_outputs else loss
 
     def _score(
-        self, model: nn.Module, inputs: Mapping[str, Tensor | int], num_items: Tensor | float | None
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor | int],
+        num_items: Tensor | float | None,
+        with_logits: bool,
     ) -> tuple[Tensor, TokenStats, Any]:
         if "labels" not in inputs:
             raise ValueError(
                 f"a batch has no 'labels', only {sorted(inputs)}; DFT learns from labeled tokens"
             )
-        ours = ("labels", "num_tokens")
-        outputs = model(**{name: value for name, value in inputs.items() if name not in ours})
-        loss, stats = dft_loss(outputs.logits, inputs["labels"], alpha=self.alpha, num_items=num_items)
+        features = {name: value for name, value in inputs.items() if name not in OURS}
+        labels, how = inputs["labels"], {"alpha": self.alpha, "num_items": num_items}
+        head = None if with_logits else self._inspected_head(model)
+        if isinstance(head, FusedHead):
+            return head.score(model, features, labels, positions=inputs.get("loss_positions"), **how)
+        outputs = model(**features)
+        loss, stats = dft_loss(outputs.logits, labels, **how)
         return loss, stats, outputs
+
+    def _inspected_head(self, model: nn.Module) -> FusedHead | str:
+        """The head to score with, or why the loss is computed from logits. Found out once, by all ranks."""
+        if self._head is None:
+            inner = self.accelerator.unwrap_model(model)
+            # Not through the compiled model, which would be compiled three times more.
+            forward = getattr(model, "_orig_mod", model)
+            with evaluating(model), self.compute_loss_context_manager():
+                dtype = compute_dtype(self.args, self.model)
+                self._head = inspect_head(inner, forward, self._probe(), dtype)
+            if isinstance(self._head, str):
+                if self.fused_head == "on":
+                    raise UserError(f"--fused_head on: {self._head}; use --fused_head auto")
+                say(f"note        the loss is computed from whole logits: {self._head}")
+        return self._head
+
+    def _probe(self) -> dict[str, Any]:
+        """A small batch as the model gets it. Consumes no random numbers."""
+        vocab = self.model.config.get_text_config().vocab_size
+        ids = np.arange(16).reshape(2, 8) * 7919 % vocab
+        if not isinstance(self.data_collator, Collator):
+            return {"input_ids": torch.tensor(ids, device=self.args.device)}
+        batch = self.data_collator([{"input_ids": row, "labels": row} for row in ids])
+        return {name: value for name, value in self._prepare_inputs(batch).items() if name not in OURS}
 
     def prediction_step(
         self,
@@ -137,7 +188,7 @@ class DFTTrainer(transformers.Trainer):
         """Adds a batch to the evaluation's sums. Returns logits only to a caller with metrics of its own."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            _, stats, outputs = self._score(model, inputs, None)
+            _, stats, outputs = self._score(model, inputs, None, with_logits=not prediction_loss_only)
         self._eval_meter.update(stats, token_count(inputs))
         if prediction_loss_only:
             return None, None, None
@@ -192,18 +243,16 @@ class DFTTrainer(transformers.Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if isinstance(self.data_collator, PackedCollator | FlatCollator):
-            self._check_isolation()
+        self._inspect_model()
         return prepared
 
-    def _check_isolation(self) -> None:
-        model = self.model_wrapped
-        training = model.training
-        model.eval()
-        with self.compute_loss_context_manager():
-            dtype = compute_dtype(self.args, self.model)
-            check_isolation(model, self.model, self.data_collator, self.args.device, dtype)
-        model.train(training)
+    def _inspect_model(self) -> None:
+        """Finds out what has to be known before the first step, by asking the model."""
+        if isinstance(self.data_collator, PackedCollator | FlatCollator):
+            with evaluating(self.model_wrapped), self.compute_loss_context_manager():
+                dtype = compute_dtype(self.args, self.model)
+                check_isolation(self.model_wrapped, self.model, self.data_collator, self.args.device, dtype)
+        self._inspected_head(self.model_wrapped)
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
         if not isinstance(dataset, IterableDataset):
@@ -259,6 +308,23 @@ class DFTTrainer(transformers.Trainer):
         trained_with, config.use_cache = config.use_cache, self._saved_use_cache
         super()._save(output_dir, state_dict)
         config.use_cache = trained_with
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def router_coefficient(model: nn.Module) -> float:
+    """What a mixture of experts multiplies its auxiliary loss by."""
+    config = model.config.get_text_config()
+    return getattr(model, "router_aux_loss_coef", None) or config.router_aux_loss_coef
 
 
 def check_arguments(args: transformers.TrainingArguments) -> None:

@@ -1,0 +1,194 @@
+"""The fused loss in the place of a model's logits.
+
+While a model is scored, its output embedding computes the loss where it would compute logits. The module is
+called as ever, so ZeRO-3, FSDP and DDP gather its weight and reduce its gradient with their own hooks;
+between two calls the model is untouched, to be saved or to generate.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dft.loss.dft import TokenStats, dft_loss
+from dft.loss.linear import linear_dft_loss
+
+PROBES = (0.0, 2.0**-6, -(2.0**-6), 1.0, -1.0, 2.0**20, -(2.0**20))
+"""Outputs of the head that are shown to the model, to see which logits it makes of them."""
+COARSEST = 1e-1
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: COARSEST}
+"""How many nats the nll may be off on average from that of the model's own logits, which are rounded."""
+
+
+class LogitTransform(NamedTuple):
+    """What a model does to the output z of its head: softcap * tanh(scale * z / softcap), or scale * z."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+class FusedHead:
+    """Scores batches with a model whose logits are never computed.
+
+    Args:
+        module: the output embedding.
+        transform: what the model does to its output.
+    """
+
+    def __init__(self, module: nn.Linear, transform: LogitTransform) -> None:
+        self.module = module
+        self.transform = transform
+        self._call: dict[str, Any] | None = None
+        self._result: tuple[Tensor, TokenStats] | None = None
+        # One function object for good: what torch.compile has compiled is valid as long as it stays the same.
+        self._forward = torch.compiler.disable(self._score_hidden)
+
+    def score(
+        self,
+        forward: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        labels: Tensor,
+        *,
+        alpha: float = 1.0,
+        num_items: Tensor | float | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, TokenStats, Any]:
+        """What `linear_dft_loss` gives for the hidden states in front of the head, and the model's outputs.
+
+        Args:
+            forward: the model, or what wraps it.
+            inputs: what it is called with.
+            labels, alpha, num_items, positions: as `linear_dft_loss` takes them.
+
+        Returns:
+            (loss, stats, outputs); the `logits` of the outputs are (batch, seq, 1) zeros.
+        """
+        self._call = {"labels": labels, "alpha": alpha, "num_items": num_items, "positions": positions}
+        self.module.forward = self._forward
+        try:
+            outputs = forward(**inputs)
+        finally:
+            del self.module.forward
+            self._call = None
+        (loss, stats), self._result = self._result, None
+        return _tie(loss, outputs.logits), stats, outputs
+
+    def _score_hidden(self, hidden: Tensor) -> Tensor:
+        module, (scale, softcap) = self.module, self.transform
+        self._result = linear_dft_loss(
+            hidden, module.weight, bias=module.bias, logit_scale=scale, logit_softcap=softcap, **self._call
+        )
+        return _Anchor.apply(self._result[0], hidden.shape[:2])
+
+
+def inspect_head(
+    model: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any], dtype: torch.dtype
+) -> FusedHead | str:
+    """The head of a model, ready to be fused, or why it cannot be.
+
+    The model scores one small batch three times: for its own logits; with known numbers for the output of
+    the head, which tells what it does to them; and fused, which must agree with the first. Consumes no random
+    numbers. Under ZeRO-3 and FSDP all ranks must take part.
+
+    Args:
+        model: has `get_output_embeddings`; in evaluation mode.
+        forward: the model, or what wraps it.
+        inputs: what it is called with, `input_ids` (batch, seq) among them. They are the labels, too.
+        dtype: in which it computes.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return f"{type(model).__name__} has no output embedding"
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return (
+            f"its output embedding is a {type(head).__module__}.{type(head).__name__}, not a plain nn.Linear"
+        )
+    if "forward" in vars(head):
+        return "the forward of its output embedding has been replaced"
+    ids = inputs["input_ids"]
+    shapes: list[tuple[int, ...]] = []
+    hook = head.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape)))
+    with torch.no_grad():
+        logits = forward(**inputs).logits
+        hook.remove()
+        if shapes != [tuple(logits.shape)] or logits.shape[:2] != ids.shape:
+            return (
+                f"its logits are {tuple(logits.shape)} for {tuple(ids.shape)} tokens, where its output "
+                f"embedding gave {' and '.join(map(str, shapes)) or 'nothing'}"
+            )
+        transform = _transform_of(head, forward, inputs, logits)
+        if isinstance(transform, str):
+            return transform
+        fused = FusedHead(head, transform)
+        _, expected = dft_loss(logits, ids)
+        _, stats, _ = fused.score(forward, inputs, ids)
+    off = (stats.nll - expected.nll).abs().mean().item()
+    # Not above the bound rather than below it: NaN must count.
+    if not off <= TOLERANCE.get(dtype, COARSEST):
+        return f"the fused loss is not that of its own logits (off by {off:.2g} nats on average)"
+    return fused
+
+
+def _transform_of(
+    head: nn.Linear, forward: Callable[..., Any], inputs: Mapping[str, Any], logits: Tensor
+) -> LogitTransform | str:
+    """Shows the model known numbers in place of its head's output, and reads off what becomes of them."""
+    # Never in half precision, so that the numbers that come out are exact.
+    wide = torch.promote_types(head.weight.dtype, torch.float32)
+    probes = torch.tensor(PROBES, dtype=wide, device=logits.device)
+    which = torch.arange(logits.numel(), device=logits.device) % len(PROBES)
+    shown = probes[which].view(logits.shape)
+    head.forward = torch.compiler.disable(lambda _hidden: shown)
+    try:
+        seen = forward(**inputs).logits.to(wide)
+    finally:
+        del head.forward
+    small, great = (seen.flatten()[which == number][0].item() for number in (1, 5))
+    scale = small / PROBES[1]
+    softcap = great if abs(great) < 0.9 * abs(scale * PROBES[5]) else None
+    transform = LogitTransform(scale, softcap)
+    if not torch.allclose(seen, transform(shown), rtol=1e-5, atol=1e-7):
+        return "it does something to its logits that is neither a scale nor a soft cap"
+    return transform
+
+
+# ---- the graph around the head ----
+
+
+class _Anchor(torch.autograd.Function):
+    """(batch, seq, 1) zeros that hang on the loss, to be returned in place of logits.
+
+    Whatever wraps the modules behind the head, and registers on their outputs what has to happen before their
+    backward (ZeRO-3 and FSDP gather weights there), finds them in the graph in front of the loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, shape: tuple[int, int]) -> Tensor:
+        return loss.new_zeros(*shape, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(()), None
+
+
+class _Tie(torch.autograd.Function):
+    """The loss, which sends a gradient of zeros to what became of the anchor before its own is complete."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (logits,) = ctx.saved_tensors
+        return grad, torch.zeros_like(logits)
+
+
+def _tie(loss: Tensor, logits: Tensor) -> Tensor:
+    return _Tie.apply(loss, logits) if loss.requires_grad else loss

@@ -1,0 +1,265 @@
+"""The DFT loss straight from hidden states: the logits are never all there.
+
+The weight of a token is detached and depends on its own row alone, so the gradient on the logits,
+w_t * (softmax - onehot) / N, is known as soon as the row is. Rows are taken in tiles: one product gives their
+logits, the statistics come from these, the logits make room for their gradient, and two products carry it to
+the hidden states and to the weight. That is 6 * N * D * V operations for forward and backward, where keeping
+no logits otherwise means computing them twice (8 * N * D * V). The backward only scales.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dft.constants import loss_positions
+from dft.loss.dft import TokenStats, check_alpha, normalizer
+from dft.loss.rows import Shape, score_rows
+
+TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}
+"""What one tile of logits with its gradient may take. It does not depend on batch or vocabulary, as long as a
+single row fits. Larger ones keep the products efficient, smaller ones keep them in the cache."""
+BLOCK_BYTES = 8 * 2**20
+"""What is converted at a time of a weight in half precision, where a product cannot give float32 itself."""
+HALF_SCALE = 2.0**14
+"""float16 ends at 6e-8, above most gradients; they are kept larger by this much."""
+
+
+class Wanted(NamedTuple):
+    """Of what the gradient is asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Head(NamedTuple):
+    """weight: (vocab, hidden) in the precision of the products. bias: (vocab,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def linear_dft_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 1.0,
+    num_items: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, TokenStats]:
+    """`dft_loss(logits, labels, ...)` of `logits = hidden @ weight.T + bias`, without the logits.
+
+    Logits, statistics and the sum of the weight's gradient are float32 (float64 for float64 input), whatever
+    the precision of the products. Under autocast the products are in its precision, on a CPU in the weight's.
+
+    Args:
+        hidden: (batch, seq, hidden).
+        weight: (vocab, hidden). If it requires no gradient, none is computed.
+        labels: (batch, seq), not shifted: hidden[:, t] predicts labels[:, t + 1]. Unsupervised: -100.
+        alpha: share of the dynamic weight, in [0, 1].
+        num_items: N, the supervised tokens of the whole optimizer step. Default: those of this batch.
+        bias: (vocab,).
+        logit_scale, logit_softcap: the logits are cap * tanh(scale * z / cap), or scale * z without a cap.
+        positions: (tokens,) int64, where labels[:, t + 1] is supervised as b * seq + t, ascending. Given, the
+            host need not wait for the device to count them.
+
+    Returns:
+        (loss, stats) as `dft_loss` does. The loss has a first derivative only, to be asked for once.
+
+    Raises:
+        ValueError: shapes that do not fit, or alpha outside [0, 1].
+    """
+    if hidden.ndim != 3 or labels.shape != hidden.shape[:2] or weight.shape[1:] != hidden.shape[2:]:
+        raise ValueError(
+            "hidden must be (batch, seq, hidden), labels (batch, seq) and weight (vocab, hidden), got "
+            f"{tuple(hidden.shape)}, {tuple(labels.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be (vocab,), got {tuple(bias.shape)} with {weight.shape[0]} tokens")
+    check_alpha(alpha)
+    if positions is None:
+        positions = loss_positions(labels)
+    targets = labels.flatten()[positions + 1]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    count = normalizer(num_items, targets)
+    # Filled on the device: to copy a number there would wait for it.
+    scale = torch.full((), 1.0, dtype=wide, device=hidden.device) / count
+    wanted = Wanted(
+        *(torch.is_grad_enabled() and one is not None and one.requires_grad for one in (hidden, weight, bias))
+    )
+    shape = Shape(alpha, logit_scale, logit_softcap)
+    loss, *stats = _LinearDFT.apply(hidden, weight, bias, positions, targets, scale, shape, wanted)
+    return loss, TokenStats(*stats)
+
+
+class _LinearDFT(torch.autograd.Function):
+    """(loss, nll, p_correct, weight, correct, entropy); all but the loss are detached."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        positions: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        shape: Shape,
+        wanted: Wanted,
+    ) -> tuple[Tensor, ...]:
+        device = hidden.device.type
+        dtype = product_dtype(hidden, weight)
+        with torch.autocast(device, enabled=False):
+            rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions).to(dtype)
+            head = Head(weight.detach().to(dtype), None if bias is None else bias.detach())
+            stats, gradients = run_tiles(rows, head, targets, scale, shape, wanted)
+            loss = (stats.weight * stats.nll).sum() * scale
+        ctx.gradients, ctx.positions = gradients, positions
+        ctx.like = [(one.shape, one.dtype) if one is not None else None for one in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(*stats)
+        return loss, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the gradient of linear_dft_loss was asked for a second time; it is computed with the loss "
+                "and given away once, so call it again instead of keeping the graph"
+            )
+        (hidden, weight, bias), ctx.gradients = ctx.gradients, None
+        like_hidden, like_weight, like_bias = ctx.like
+        if hidden is not None:
+            shape, dtype = like_hidden
+            rows = scaled(hidden, grad, dtype)
+            hidden = rows.new_zeros(shape).view(-1, shape[-1]).index_copy_(0, ctx.positions, rows).view(shape)
+        if weight is not None:
+            weight = scaled(weight, grad, like_weight[1])
+        if bias is not None:
+            bias = scaled(bias, grad, like_bias[1])
+        return hidden, weight, bias, None, None, None, None, None
+
+
+def run_tiles(
+    rows: Tensor, head: Head, targets: Tensor, scale: Tensor, shape: Shape, wanted: Wanted
+) -> tuple[TokenStats, Gradients]:
+    """Statistics of all rows, and the gradients of `scale * sum(w * nll)`, tile by tile.
+
+    Args:
+        rows: (tokens, hidden), in the precision of the products.
+        targets: (tokens,) int64.
+        scale: scalar, 1 / N.
+        wanted: which gradients.
+
+    Returns:
+        stats: (tokens,) each. gradients: on rows, (tokens, hidden) in their dtype; on weight and bias in
+        float32 or wider; None where not wanted.
+    """
+    tokens, width = rows.shape
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    backward = any(wanted)
+    enlarged = HALF_SCALE if rows.dtype == torch.float16 else 1.0
+    row_scale = scale.to(wide) * enlarged
+    d_rows = torch.empty_like(rows) if wanted.hidden else None
+    d_weight = rows.new_empty(head.weight.shape, dtype=wide) if wanted.weight else None
+    d_bias = rows.new_zeros(head.weight.shape[:1], dtype=wide) if wanted.bias else None
+    parts: list[TokenStats] = []
+    if d_weight is not None and not tokens:
+        d_weight.zero_()
+    for start, end in tiles(tokens, head.weight.shape[0], wide.itemsize, rows.device.type):
+        tile = wide_product(rows[start:end], head.weight)  # (rows, vocab)
+        if head.bias is not None:
+            tile += head.bias
+        stats, gradient = score_rows(
+            tile, targets[start:end], row_scale if backward else None, shape, rows.dtype
+        )
+        parts.append(stats)
+        if gradient is None:
+            continue
+        if d_rows is not None:
+            torch.mm(gradient.to(rows.dtype), head.weight, out=d_rows[start:end])
+        if d_weight is not None:
+            accumulate(d_weight, gradient, rows[start:end], afresh=start == 0)
+        if d_bias is not None:
+            d_bias += gradient.sum(0, dtype=wide)
+    for one in (d_rows, d_weight, d_bias):
+        if one is not None and enlarged != 1:
+            one /= enlarged
+    if not parts:
+        empty = rows.new_zeros(0, dtype=wide)
+        parts.append(TokenStats(empty, empty, empty, empty.bool(), empty))
+    stats = TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return stats, (d_rows, d_weight, d_bias)
+
+
+def tiles(tokens: int, vocab: int, itemsize: int, device: str) -> list[tuple[int, int]]:
+    """[start, end) of the rows of each tile: as few as keep it under `TILE_BYTES`, of about one size."""
+    # The logits and, beside them, their softmax or gradient.
+    fit = max(1, TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (2 * vocab * itemsize))
+    count = -(-tokens // fit)
+    bounds = [tokens * index // count for index in range(count + 1)] if count else []
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+# ---- products ----
+
+
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """In which precision the products are computed.
+
+    Under autocast on a CPU that of the weight: logits are float32 there at any rate, so a copy of the weight
+    in half precision would cost time and bring nothing.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and device != "cpu":
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def wide_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows @ weight.T, (rows, vocab), accumulated and given in float32 or wider.
+
+    A product that is rounded to bfloat16 is off by 0.06 where logits are about 20, which would go straight
+    into the probability and so into the weight of the token.
+    """
+    if rows.dtype.itemsize >= 4:
+        return torch.mm(rows, weight.t())
+    if rows.device.type == "cuda":
+        return torch.mm(rows, weight.t(), out_dtype=torch.float32)
+    # No such product here; the weight is converted block by block, never as a whole.
+    vocab, width = weight.shape
+    made = rows.new_empty(len(rows), vocab, dtype=torch.float32)
+    rows = rows.float()
+    step = max(1, BLOCK_BYTES // (4 * width))
+    block = rows.new_empty(min(step, vocab), width)
+    for start in range(0, vocab, step):
+        part = block[: len(weight[start : start + step])].copy_(weight[start : start + step])
+        torch.mm(rows, part.t(), out=made[:, start : start + step])
+    return made
+
+
+def accumulate(total: Tensor, gradient: Tensor, rows: Tensor, afresh: bool) -> None:
+    """total += gradient.T @ rows, or = where it starts afresh; summed in the precision of `total`."""
+    beta = 0 if afresh else 1  # with 0, what `total` holds is not read
+    if rows.device.type == "cuda" and rows.dtype.itemsize < 4:
+        torch.addmm(total, gradient.t(), rows, beta=beta, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(gradient.t(), rows.to(total.dtype), beta=beta)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in a dtype, in place where that is the same. Not even read where the factor is 1."""
+    if gradient.device.type == "cpu" and factor.item() == 1:
+        return gradient.to(dtype)
+    if gradient.dtype != dtype:
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    return gradient.mul_(factor)
