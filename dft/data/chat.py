@@ -1,7 +1,7 @@
 """Conversation -> (input_ids, labels): what the chat template renders, tokenized once, with its mask."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, lru_cache
@@ -20,6 +20,10 @@ from dft.errors import UserError
 
 GUARDS = ("0", "\n", "a", ";")
 """Texts to tokenize a piece behind, for tokenizers that put a space in front of all they get."""
+BATCH_TEXT = 1 << 20
+"""Characters that are tokenized at once."""
+MOST_RENDERED = 64_000_000
+"""Characters of all sequences of one conversation; under a template that rewrites history there are many."""
 TAIL = 16
 """Tokens behind the last special token of a prompt up to which its tokenization is worth remembering."""
 
@@ -127,21 +131,32 @@ class ChatEncoder:
     ) -> list[list[tuple[Rendering, Example]] | BadLine]:
         """What `encode` gives, each sequence with the text that it was made from."""
         rendered = self.render(conversations)
-        texts = [one.text for group in rendered if not isinstance(group, BadLine) for one in group]
-        encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
+        sequences = [one for group in rendered if not isinstance(group, BadLine) for one in group]
+        examples = self._examples(sequences)
         return [
-            group
-            if isinstance(group, BadLine)
-            else [(one, self.example(one, next(encodings))) for one in group]
+            group if isinstance(group, BadLine) else [(one, next(examples)) for one in group]
             for group in rendered
         ]
+
+    def _examples(self, sequences: list[Rendering]) -> Iterator[Example]:
+        """Tokenized in batches of about `BATCH_TEXT`: an encoding takes hundreds of bytes per token."""
+        batch, size = [], 0
+        for number, one in enumerate(sequences, 1):
+            batch.append(one)
+            size += len(one.text)
+            if size >= BATCH_TEXT or number == len(sequences):
+                encodings = self.backend.encode_batch(
+                    [other.text for other in batch], add_special_tokens=False
+                )
+                yield from map(self.example, batch, encodings)
+                batch, size = [], 0
 
     def render(self, conversations: Sequence[Conversation]) -> list[list[Rendering] | BadLine]:
         """The texts of each conversation's sequences, or what is wrong with it."""
         rendered: list[list[Rendering] | BadLine] = []
         for conversation in conversations:
             try:
-                rendered.append(self.template.render(conversation))
+                rendered.append(within_bounds(self.template.render(conversation)))
             except BadLine as error:
                 rendered.append(error)
         return rendered
@@ -263,6 +278,19 @@ class ChatEncoder:
             header = piece.text[encoding.token_to_chars(first)[0] : position]
             return ids[first:behind] == self._ids_of_header(header)
         return ids[:behind] == self.ids_of(piece.text[:position])
+
+
+def within_bounds(sequences: list[Rendering]) -> list[Rendering]:
+    """Raises `BadLine` for a conversation whose sequences have too much text to be held at once."""
+    size = sum(len(one.text) for one in sequences)
+    if size > MOST_RENDERED:
+        raise BadLine(
+            f"the chat template makes {len(sequences)} sequences of the conversation with "
+            f"{size / 1e6:,.0f} MB of text; at most {MOST_RENDERED // 1_000_000} MB can be tokenized, so "
+            "split it into several conversations or take it out",
+            "too much text once rendered",
+        )
+    return sequences
 
 
 def piece_of(pieces: list[Piece], position: int) -> Piece:

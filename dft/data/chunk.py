@@ -1,6 +1,7 @@
 """A few records -> sequences: parsed, rendered, tokenized, masked, cut to length, checked and counted."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 
@@ -11,12 +12,15 @@ from dft.data.chat import ChatEncoder, Example
 from dft.data.conversation import Conversation, parse_conversation
 from dft.data.faults import BadLine
 from dft.data.options import EncodeOptions
-from dft.data.records import NOTHING_MORE, Record
+from dft.data.records import BOM, Record
+from dft.data.rendering import Rendering
 from dft.data.selfcheck import check_conversation
 from dft.errors import UserError
 
 CHECKED_FIRST, CHECKED = 32, 1
 """Conversations of the first, and of every other chunk of a file that the self-check looks at."""
+TEXT_AT_ONCE = 1 << 20
+"""Bytes of several records that are tokenized together: the tokenizer takes some hundred times as much."""
 UNTAUGHT = "the chat template renders nothing of the assistant's turns"
 OVER_LIMIT = "longer than --max_length"
 KEY = "S16"
@@ -59,8 +63,15 @@ class Totals:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A record that cannot be used. `text` is there if it is to be kept, and could be read at all."""
+    """A record that cannot be used.
 
+    Attributes:
+        number: of the record, from 0 within the chunk.
+        line, kind, reason: where it stands and what is wrong.
+        text: to be kept; None if it is not to be, or leaving the record out could lose more than this.
+    """
+
+    number: int
     line: int
     kind: str
     reason: str
@@ -102,7 +113,7 @@ def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, work: Work) -> Ch
         UserError: the self-check found that a conversation is not supervised as it should be.
     """
     parsed = [_parse(record, options) for record in work.records]
-    encoded = iter(encoder.sequences([one for one in parsed if isinstance(one, Conversation)]))
+    encoded = _sequences(encoder, work.records, parsed)
     kept: list[tuple[int, int, list[Example], bytes, bytes]] = []
     usable, rejected, totals = [], [], Totals(read=len(parsed))
     for number, (record, conversation) in enumerate(zip(work.records, parsed, strict=True)):
@@ -118,10 +129,9 @@ def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, work: Work) -> Ch
             within = [one for example in examples if (one := fit(example, options, totals))]
         except BadLine as error:
             totals.rejected[error.kind] += 1
-            # What cannot be read to its end cannot be kept, so it is never skipped.
-            kept_text = options.keep_rejected and NOTHING_MORE not in (record.fault or "")
-            text = record.text if kept_text else None
-            rejected.append(Rejected(record.line, error.kind, str(error), text))
+            keep = options.keep_rejected and (record.flaw is None or record.flaw.skippable)
+            text = record.text if keep else None
+            rejected.append(Rejected(number, record.line, error.kind, str(error), text))
             continue
         _count(conversation, examples, within, totals, options)
         usable.append((record, sequences))
@@ -182,13 +192,31 @@ def digests(examples: list[Example]) -> tuple[bytes, bytes]:
 
 
 def _parse(record: Record, options: EncodeOptions) -> Conversation | BadLine:
-    if record.fault is not None:
-        return BadLine(record.fault, record.fault.split(" (")[0].split(":")[0])
+    if record.flaw is not None:
+        return BadLine(record.flaw.reason, record.flaw.kind)
+    text = record.text.rstrip(b"\r")  # or what is wrong with a line would be told of its end
     try:
-        conversation = parse_conversation(record.text)
+        conversation = parse_conversation(text.removeprefix(BOM) if record.line == 1 else text)
     except BadLine as error:
         return error
     return conversation.last_turn_only() if options.last_turn_only else conversation
+
+
+def _sequences(
+    encoder: ChatEncoder, records: list[Record], parsed: list[Conversation | BadLine]
+) -> Iterator[list[tuple[Rendering, Example]] | BadLine]:
+    """What `encoder.sequences` makes of the conversations, in order."""
+    some: list[Conversation] = []
+    size = 0
+    for record, conversation in zip(records, parsed, strict=True):
+        if isinstance(conversation, BadLine):
+            continue
+        if some and size + len(record.text) > TEXT_AT_ONCE:
+            yield from encoder.sequences(some)
+            some, size = [], 0
+        some.append(conversation)
+        size += len(record.text)
+    yield from encoder.sequences(some)
 
 
 def _count(

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
@@ -18,6 +20,7 @@ from dft.data.dataset import SCHEMA
 from dft.data.faults import Fault, Faults
 from dft.data.options import EncodeOptions
 from dft.data.reader import read_batches
+from dft.data.records import Record
 from dft.data.sources import Source
 from dft.data.workers import in_processes, one_thread_per_process
 
@@ -84,9 +87,10 @@ def encode_sources(
     """
     totals = [Totals() for _ in sources]
     store = _Writer(path)
-    chunks = _encoded_chunks(sources, encoder, options, workers)
+    aside = _Aside(path.parent, options.keep_rejected)
+    chunks = _encoded_chunks(sources, encoder, options, workers, aside)
     # Closing the generator ends its processes, also when writing fails half-way.
-    with closing(chunks), store:
+    with aside, closing(chunks), store:
         for source, chunk in chunks:
             totals[source] += chunk.totals
             name = sources[source].name
@@ -95,7 +99,7 @@ def encode_sources(
                     faults.add([Fault(f"{name}:{one.line}", one.kind, one.reason)])
                 else:
                     rejects.write(_reject_line(source, one))
-            store.add(source, chunk)
+            store.add(source, replace(chunk, rejected=[]))  # the store holds many, and texts may be long
     return store.encoded(), totals
 
 
@@ -160,15 +164,58 @@ class _Writer:
         return Encoded(path=self.path, rows=np.arange(len(columns["lengths"])), **columns)
 
 
+Places = dict[int, tuple[int, int]]
+"""Where in the file of an `_Aside` a text begins and how long it is, by the number of its record."""
+
+
+class _Aside:
+    """Texts that are kept but not parsed, on disk until their turn comes.
+
+    They may be long: no process has to be sent them, and memory never holds those of all tasks under way.
+    """
+
+    def __init__(self, folder: Path, keep: bool) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def __enter__(self) -> None:
+        self.file = tempfile.TemporaryFile(dir=self.folder)
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def put(self, records: list[Record]) -> tuple[list[Record], Places]:
+        """The records, those with a flaw without their text."""
+        places: Places = {}
+        left = records
+        for number, record in enumerate(records):
+            if record.flaw is None or not record.text:
+                continue
+            left = [*left[:number], record._replace(text=b""), *left[number + 1 :]]
+            if self.keep:
+                places[number] = (self.file.seek(0, os.SEEK_END), len(record.text))
+                self.file.write(record.text)
+        return left, places
+
+    def take(self, rejected: Rejected, places: Places) -> Rejected:
+        """The same with its text, if that was put aside."""
+        if rejected.number not in places:
+            return rejected
+        start, size = places[rejected.number]
+        self.file.seek(start)
+        return replace(rejected, text=self.file.read(size))
+
+
 def _encoded_chunks(
-    sources: list[Source], encoder: ChatEncoder, options: EncodeOptions, workers: int
+    sources: list[Source], encoder: ChatEncoder, options: EncodeOptions, workers: int, aside: _Aside
 ) -> Iterator[tuple[int, Chunk]]:
     """(number of the file, what became of some of its records) in order, with a bar over the bytes read."""
     size = sum(source.path.stat().st_size for source in sources)
     works = (
-        ((index, batch.consumed), Work(source.name, number, batch.records))
+        ((index, batch.consumed, places), Work(source.name, number, records))
         for index, source in enumerate(sources)
         for number, batch in enumerate(read_batches(source))
+        for records, places in [aside.put(batch.records)]
     )
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None, leave=False)
     with bar, one_thread_per_process():
@@ -177,9 +224,9 @@ def _encoded_chunks(
         else:
             done = in_processes(works, encode_chunk, (encoder, options), workers)
         with closing(done):
-            for (index, consumed), chunk in done:
+            for (index, consumed, places), chunk in done:
                 bar.update(consumed)
-                yield index, chunk
+                yield index, replace(chunk, rejected=[aside.take(one, places) for one in chunk.rejected])
 
 
 def _reject_line(source: int, rejected: Rejected) -> str:

@@ -1,24 +1,35 @@
 """Files -> records of JSON text, found by their extent alone; `dft.data.conversation` parses them."""
 
-import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any
 
-import pyarrow as pa
-
-from dft.data.records import BATCH_RECORDS, LONGEST, NOTHING_MORE, PIECE, TOO_LONG, Batch, Record
+from dft.data.conversation import has_form
+from dft.data.decompress import READERS, Leftover
+from dft.data.records import (
+    BATCH_BYTES,
+    BATCH_RECORDS,
+    BOM,
+    LONGEST,
+    MOST_TEXT,
+    NO_CONVERSATION,
+    TOO_LONG,
+    Batch,
+    Flaw,
+    Record,
+    end_of_reading,
+    too_much_text,
+)
 from dft.data.scanner import BLANKS, CUT_STRING, Pending, Scanner
 from dft.data.sources import Source
 from dft.data.tables import TableReader
 
-BATCH_BYTES = 4 << 20
-SIP = 1 << 12
-"""Bytes asked of pyarrow at a time: what it decompressed before it met damage within one call is lost."""
 LOOKAHEAD = 4 << 20
 """Bytes within which the first line of a .jsonl file has to end to be told apart from an array."""
-BOM = b"\xef\xbb\xbf"
+NO_JSON = object()
+NEEDS_MEMORY = "requires too much memory"
+"""In what zstd says of a frame whose window is larger than its decoder accepts."""
 
 
 def read_batches(source: Source) -> Iterator[Batch]:
@@ -26,7 +37,7 @@ def read_batches(source: Source) -> Iterator[Batch]:
 
     Text files are an array if their first character is "[", except a `.jsonl` file whose first line is a
     whole array that other lines follow; else JSON Lines, blank lines passed over. A `.json` file whose first
-    line is no whole value is one object over several lines.
+    line is no whole value is one object over several lines, unless another line is a conversation.
 
     Memory stays bounded by the longest record, not by the file.
     """
@@ -38,14 +49,17 @@ def read_batches(source: Source) -> Iterator[Batch]:
     size, reported, none = 0, 0, True
     for record in reader.records():
         none = False
-        if records and (len(records) == BATCH_RECORDS or size + len(record.text) > BATCH_BYTES):
+        length = len(record.text)
+        if length > MOST_TEXT and record.flaw is None:
+            record = record._replace(flaw=too_much_text(length))
+        if records and (len(records) == BATCH_RECORDS or size + length > BATCH_BYTES):
             position = reader.position()
             yield Batch(records, position - reported)
             records, size, reported = [], 0, position
         records.append(record)
-        size += len(record.text)
+        size += length
     if none:
-        records = [Record(1, b"", fault="there is no conversation in this file")]
+        records = [Record(1, b"", NO_CONVERSATION)]
     yield Batch(records, reader.position() - reported)
 
 
@@ -55,7 +69,9 @@ class TextReader:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._position = 0
-        self._damage: str | None = None  # why the bytes ended before the file did
+        self._damage: Flaw | None = None  # why the bytes ended before the file did
+        self._leftover = b""  # what follows a compressed stream that is whole
+        self._end = 1  # the line behind the last record
 
     def position(self) -> int:
         """Bytes of the file on disk that were read so far."""
@@ -66,32 +82,45 @@ class TextReader:
         head: list[bytes] = []  # what is read ahead to tell the kind of the file
         opening = b""
         for piece in pieces:
-            head.append(piece if head else piece.removeprefix(BOM))
-            opening = head[-1].lstrip(BLANKS)
+            opening = (piece if head else piece.removeprefix(BOM)).lstrip(BLANKS)
+            head.append(piece)
             if opening:
                 break
         if opening.startswith(b"["):
             is_array = self.source.kind == "json" or not _lines_of_arrays(head, pieces)
             parse = self._array if is_array else self._lines
-        elif self.source.kind == "jsonl" or not opening or _first_line_is_whole(opening, head, pieces):
+        elif (
+            self.source.kind == "jsonl"
+            or not opening
+            or _first_line_is_whole(opening, head, pieces)
+            or _another_line_is_whole(head, pieces)
+        ):
             parse = self._lines
         else:
             parse = self._one_object
         yield from parse(_chain(head, pieces))
+        if self._leftover:
+            yield self._leftover_record()
 
     def _pieces(self) -> Iterator[bytes]:
         """The bytes of the file, decompressed. Ends early, with `_damage` set, where they cannot be read."""
         packed = self.source.compression
-        read = {None: _read_plain, "gzip": _read_gzip, "zstd": _read_zstd}[packed]
         try:
             with open(self.source.path, "rb") as file:
-                for piece in read(file):
+                for piece in READERS[packed](file):
                     self._position = file.tell()
                     yield piece
+        except Leftover as error:
+            self._leftover = error.rest
         except (OSError, EOFError, zlib.error) as error:
-            system = error.strerror if isinstance(error, OSError) else None
-            what = f"the {packed} stream is damaged or cut off" if packed and not system else "cannot be read"
-            self._damage = f"{what} ({system or error}); {NOTHING_MORE}"
+            self._damage = _why_it_ends(error, packed)
+
+    def _leftover_record(self) -> Record:
+        size = len(self._leftover)
+        if size > LONGEST:
+            return Record(self._end, b"", TOO_LONG)
+        kind = f"bytes behind the end of the {self.source.compression} stream"
+        return Record(self._end, self._leftover, Flaw(f"{size:,} {kind}; cut them off", kind))
 
     def _lines(self, pieces: Iterator[bytes]) -> Iterator[Record]:
         """Every line that is not blank."""
@@ -111,21 +140,23 @@ class TextReader:
             for line in lines:
                 number += 1
                 if line and not line.isspace():
-                    yield Record(number, line.rstrip(b"\r"))
+                    yield Record(number, line)
             number += 1
             begun, size = [last], len(last)
         if self._damage is not None:
-            yield Record(number, b"", fault=self._damage)
+            yield Record(number, b"", self._damage)
         else:
             yield from _line(number, b"".join(begun), size)
+        self._end = number + (size > 0)
 
     def _one_object(self, pieces: Iterator[bytes]) -> Iterator[Record]:
         """The whole file."""
         pending = Pending()
         for piece in pieces:
-            pending.add(piece)
+            pending.add(piece if pending.first is not None else piece.removeprefix(BOM))
+        self._end = pending.line
         if self._damage is not None:
-            yield Record(pending.line, b"", fault=self._damage)
+            yield Record(pending.line, b"", self._damage)
         else:
             yield from pending.take()
 
@@ -154,7 +185,7 @@ class TextReader:
             if reason is not None:
                 if reason != CUT_STRING:  # the element before it is whole
                     yield from pending.take()
-                yield pending.broken(f"{reason}; {NOTHING_MORE}")
+                yield pending.broken(reason, ends=True)
                 return
             found = pending.take()
             if not found and no_value_yet:
@@ -169,21 +200,23 @@ class TextReader:
             text = piece.lstrip(BLANKS)
             pending.line += piece.count(b"\n", 0, len(piece) - len(text))
             if text:
-                yield pending.broken(f"text after the closing ']'; {NOTHING_MORE}")
+                yield pending.broken("text after the closing ']'", ends=True)
                 return
+        self._end = pending.line
         if self._damage is not None:
-            yield Record(pending.line, b"", fault=self._damage)
+            yield Record(pending.line, b"", self._damage)
 
     def _unfinished_array(self, scanner: Scanner, pending: Pending) -> Iterator[Record]:
         if self._damage is not None:
-            yield Record(pending.line, b"", fault=self._damage)
+            yield Record(pending.line, b"", self._damage)
             return
+        self._end = pending.line
         last = pending.take()
         # An element that lacks its "}" takes the "]" of the array for it.
         ends = scanner.depth == 1 and not scanner.in_string
         if last and not (ends and last[0].text.startswith(b"{") == last[0].text.endswith(b"}")):
             pending.line = last[0].line
-            yield pending.broken(f"the element that begins here does not end; {NOTHING_MORE}")
+            yield pending.broken("the element that begins here does not end", ends=True)
         else:
             yield from last
             yield pending.broken("the closing ']' is missing")
@@ -192,16 +225,29 @@ class TextReader:
 def _line(number: int, line: bytes, size: int) -> list[Record]:
     """A line of `size` bytes; none if it is blank."""
     if size > LONGEST:
-        return [Record(number, b"", fault=TOO_LONG)]
-    return [Record(number, line.rstrip(b"\r"))] if line and not line.isspace() else []
+        return [Record(number, b"", TOO_LONG)]
+    # The mark at the beginning of a file is part of its first line, but makes it no less blank.
+    visible = line.removeprefix(BOM) if number == 1 else line
+    return [Record(number, line)] if visible and not visible.isspace() else []
 
 
-# The two look-aheads append to `head` what they read.
+def _why_it_ends(error: OSError | EOFError | zlib.error, packed: str | None) -> Flaw:
+    """Why the bytes of a file end early."""
+    if isinstance(error, OSError) and error.strerror:
+        return end_of_reading(f"cannot be read ({error.strerror})", "cannot be read")
+    if NEEDS_MEMORY in str(error):
+        kind = "the zstd stream has a window of more than 128 MiB"
+        return end_of_reading(f"{kind}; compress it again without --long, or with --long=27 at most", kind)
+    kind = f"the {packed} stream is damaged or cut off" if packed else "cannot be read"
+    return end_of_reading(f"{kind} ({error})", kind)
+
+
+# The look-aheads append to `head` what they read.
 
 
 def _lines_of_arrays(head: list[bytes], pieces: Iterator[bytes]) -> bool:
     """Whether the first line is an array of its own, and other lines follow it."""
-    start = b"".join(head).lstrip(BLANKS)
+    start = b"".join(head).removeprefix(BOM).lstrip(BLANKS)
     while len(start) < LOOKAHEAD and not start.partition(b"\n")[2].strip():
         piece = next(pieces, b"")
         if not piece:
@@ -229,41 +275,39 @@ def _first_line_is_whole(opening: bytes, head: list[bytes], pieces: Iterator[byt
     return scanner.depth == 0 and not scanner.in_string
 
 
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text.decode())
-    except (ValueError, RecursionError):
+def _another_line_is_whole(head: list[bytes], pieces: Iterator[bytes]) -> bool:
+    """Whether the first line is the torn one of JSON Lines, and not where an object of several lines begins.
+
+    A line that is a conversation tells, unless all lines together are one value.
+    """
+    wanted, size = LOOKAHEAD, 0
+    while size <= wanted and (piece := next(pieces, b"")):
+        head.append(piece)
+        size += len(piece)
+    text = b"".join(head).removeprefix(BOM).lstrip(BLANKS)
+    if size <= wanted and _is_json(text):
         return False
-    return True
+    return any(_is_conversation(line) for line in text.split(b"\n")[1:])
+
+
+def _is_json(text: bytes) -> bool:
+    return _json(text) is not NO_JSON
+
+
+def _is_conversation(text: bytes) -> bool:
+    value = _json(text)
+    return isinstance(value, dict) and has_form(value)
+
+
+def _json(text: bytes) -> Any:
+    """The value of a text; `NO_JSON` if it is none."""
+    try:
+        return json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return NO_JSON
 
 
 def _chain(head: list[bytes], pieces: Iterator[bytes]) -> Iterator[bytes]:
     while head:
         yield head.pop(0)
     yield from pieces
-
-
-def _read_plain(file: BinaryIO) -> Iterator[bytes]:
-    while piece := file.read(PIECE):
-        yield piece
-
-
-def _read_gzip(file: BinaryIO) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=file) as stream:
-        while piece := stream.read1(PIECE):
-            yield piece
-
-
-def _read_zstd(file: BinaryIO) -> Iterator[bytes]:
-    with pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd") as stream:
-        ended = False
-        while not ended:
-            sips: list[bytes] = []
-            try:
-                while len(sips) < PIECE // SIP and not ended:
-                    sips.append(stream.read(SIP))
-                    ended = not sips[-1]
-            except OSError:
-                yield b"".join(sips)
-                raise
-            yield b"".join(sips)

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from dft.data.records import LONGEST, TOO_LONG, Record
+from dft.data.records import LONGEST, TOO_LONG, Flaw, Record, end_of_reading
 
 BLANKS = b" \t\r\n"
+BROKEN = "broken JSON array"
 QUOTE, COMMA, LINE_END, OPEN, CLOSE = range(1, 6)
 TOKENS = {'"': QUOTE, ",": COMMA, "\n": LINE_END, "[": OPEN, "{": OPEN, "]": CLOSE, "}": CLOSE}
 CODES = bytes(TOKENS.get(chr(byte), 0) for byte in range(256))
@@ -111,11 +112,13 @@ class Pending:
         if self.first is None:
             return []
         if self._size > LONGEST:
-            record = Record(self.first, b"", fault=TOO_LONG)
+            record = Record(self.first, b"", TOO_LONG)
         else:
             record = Record(self.first, b"".join(self._parts).rstrip(BLANKS))
         self.first, self._parts, self._size = None, [], 0
         return [record]
 
-    def broken(self, why: str) -> Record:
-        return Record(self.line, b"", fault=f"broken JSON array: {why}")
+    def broken(self, why: str, ends: bool = False) -> Record:
+        """What is wrong at the line that was reached; if it `ends` there, nothing behind it can be read."""
+        make = end_of_reading if ends else Flaw
+        return Record(self.line, b"", make(f"{BROKEN}: {why}", BROKEN))

@@ -13,6 +13,7 @@ from dft.errors import UserError
 
 TEXT_KINDS = {".jsonl": "jsonl", ".json": "json"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+PLAIN = (("jsonl", None), ("json", None))
 SUFFIXES = (*TEXT_KINDS, *(text + packed for text in TEXT_KINDS for packed in COMPRESSIONS), ".parquet")
 ENDINGS = ".jsonl or .json (both also with .gz or .zst) or .parquet"
 HUB_NAME = re.compile(
@@ -118,7 +119,7 @@ def _file_source(path: str, name: str, entry: int, flag: str) -> Source:
     kinds = split_suffix(path)
     if kinds is None:
         raise UserError(f"{told}: expected a file that ends in {ENDINGS}")
-    if size == 0:
+    if size == 0 and kinds not in PLAIN:  # an empty text is read, and found to hold no conversation
         raise UserError(f"{told}: the file is empty; it should hold at least one conversation")
     return Source(name, Path(path), *kinds, entry)
 

@@ -175,12 +175,14 @@ def run_tiles(
     parts: list[TokenStats] = []
     if d_weight is not None and not tokens:
         d_weight.zero_()
-    for start, end in tiles(tokens, head.weight.shape[0], wide.itemsize, rows.device.type):
-        tile = wide_product(rows[start:end], head.weight)  # (rows, vocab)
+    cut = tiles(tokens, head.weight.shape[0], wide.itemsize, rows.device.type)
+    space = TileSpace(max((end - start for start, end in cut), default=0), head.weight.shape[0], rows, wide)
+    for start, end in cut:
+        tile = wide_product(rows[start:end], head.weight, space.logits)  # (rows, vocab)
         if head.bias is not None:
             tile += head.bias
         stats, gradient = score_rows(
-            tile, targets[start:end], row_scale if backward else None, shape, rows.dtype
+            tile, targets[start:end], row_scale if backward else None, shape, rows.dtype, space.softmax
         )
         parts.append(stats)
         if gradient is None:
@@ -225,19 +227,30 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def wide_product(rows: Tensor, weight: Tensor) -> Tensor:
+class TileSpace:
+    """Memory that all tiles share, (rows, vocab) each. On a GPU the allocator of torch does that itself."""
+
+    def __init__(self, rows: int, vocab: int, like: Tensor, dtype: torch.dtype) -> None:
+        on_cpu = like.device.type == "cpu"
+        self.logits = like.new_empty(rows, vocab, dtype=dtype) if on_cpu else None
+        self.softmax = like.new_empty(rows, vocab, dtype=dtype) if on_cpu else None
+
+
+def wide_product(rows: Tensor, weight: Tensor, space: Tensor | None) -> Tensor:
     """rows @ weight.T, (rows, vocab), accumulated and given in float32 or wider.
 
     A product that is rounded to bfloat16 is off by 0.06 where logits are about 20, which would go straight
     into the probability and so into the weight of the token.
     """
-    if rows.dtype.itemsize >= 4:
-        return torch.mm(rows, weight.t())
-    if rows.device.type == "cuda":
+    if rows.dtype.itemsize < 4 and rows.device.type == "cuda":
         return torch.mm(rows, weight.t(), out_dtype=torch.float32)
+    made = None if space is None else space[: len(rows)]
+    if rows.dtype.itemsize >= 4:
+        return torch.mm(rows, weight.t(), out=made)
     # No such product here; the weight is converted block by block, never as a whole.
     vocab, width = weight.shape
-    made = rows.new_empty(len(rows), vocab, dtype=torch.float32)
+    if made is None:
+        made = rows.new_empty(len(rows), vocab, dtype=torch.float32)
     rows = rows.float()
     step = max(1, BLOCK_BYTES // (4 * width))
     block = rows.new_empty(min(step, vocab), width)

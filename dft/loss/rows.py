@@ -22,7 +22,12 @@ class Shape(NamedTuple):
 
 
 def score_rows(
-    tile: Tensor, targets: Tensor, row_scale: Tensor | None, shape: Shape, dtype: torch.dtype
+    tile: Tensor,
+    targets: Tensor,
+    row_scale: Tensor | None,
+    shape: Shape,
+    dtype: torch.dtype,
+    space: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
     """Statistics of rows of a head's output, and the gradient of `row_scale * sum(w * nll)` on it.
 
@@ -31,6 +36,7 @@ def score_rows(
         targets: (rows,) int64.
         row_scale: scalar; None for statistics alone.
         dtype: in which the gradient goes on; that of the tile, or half precision.
+        space: (at least rows, vocab) memory to use on a CPU.
 
     Returns:
         stats: (rows,) each, in the tile's dtype. gradient: (rows, vocab), or None. On a CPU it is in the
@@ -40,11 +46,11 @@ def score_rows(
         from dft.loss.kernels import score_rows as score_rows_triton  # triton comes with CUDA builds of torch
 
         return score_rows_triton(tile, targets, row_scale, shape, dtype)
-    return score_rows_torch(tile, targets, row_scale, shape)
+    return score_rows_torch(tile, targets, row_scale, shape, space)
 
 
 def score_rows_torch(
-    tile: Tensor, targets: Tensor, row_scale: Tensor | None, shape: Shape
+    tile: Tensor, targets: Tensor, row_scale: Tensor | None, shape: Shape, space: Tensor | None = None
 ) -> tuple[TokenStats, Tensor | None]:
     """`score_rows` in plain torch. Each operation that is left out here is a pass over the tile saved."""
     if shape.scale != 1:
@@ -54,7 +60,7 @@ def score_rows_torch(
     at = targets[:, None]
     target_logits = tile.gather(1, at).squeeze(1)
     best = tile.argmax(1)
-    softmax = torch.softmax(tile, 1)
+    softmax = torch.softmax(tile, 1, out=None if space is None else space[: len(tile)])
     # The greatest probability is at least 1 / vocab, so its logarithm is exact where those of others are not.
     top = best[:, None]
     log_sum = (tile.gather(1, top) - softmax.gather(1, top).log()).squeeze(1)

@@ -110,14 +110,19 @@ def check(outcome: Outcome | None, expected: dict[int, bytes]) -> None:
 
 
 @FUZZ
-@given(lines=st.lists(mutated(), min_size=1, max_size=30), end=st.sampled_from([b"\n", b"\r\n"]))
-def test_every_line_of_a_file_is_trained_on_or_reported(encoder, lines, end):
+@given(
+    lines=st.lists(mutated(), min_size=1, max_size=30),
+    end=st.sampled_from([b"\n", b"\r\n"]),
+    mark=st.sampled_from([b"", b"\xef\xbb\xbf"]),
+)
+def test_every_line_of_a_file_is_trained_on_or_reported(encoder, lines, end, mark):
     # The first line is a good one: a file that begins with "[" would be read as an array.
     lines = [b'{"prompt": "q", "completion": "a"}', *lines]
-    kept = {number: one.rstrip(b"\r\n") for number, one in enumerate(lines, start=1) if one.strip()}
-    check(prepared(encoder, "a.jsonl", end.join(lines)), kept)
+    raw = mark + end.join(lines)
+    kept = {number: one for number, one in enumerate(raw.split(b"\n"), start=1) if one.strip()}
+    check(prepared(encoder, "a.jsonl", raw), kept)
     if len(lines) < 4:
-        check(prepared(encoder, "a.jsonl.gz", gzip.compress(end.join(lines))), kept)
+        check(prepared(encoder, "a.jsonl.gz", gzip.compress(raw)), kept)
 
 
 @FUZZ

@@ -12,17 +12,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dft.data import reader, scanner
+from dft.data import decompress, reader, scanner
 from dft.data.faults import Fault, Faults
-from dft.data.reader import Batch, Record, read_batches
+from dft.data.reader import read_batches
+from dft.data.records import MOST_TEXT, Batch, Flaw, Record
 from dft.data.sources import Source, split_suffix
 from dft.errors import UserError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 LINE = json.dumps({"messages": TURNS})
 NOTHING = "there is no conversation in this file"
+NOT_UTF8 = Flaw("not valid UTF-8 (invalid start byte at byte 0 of a string)", "not valid UTF-8")
 MORE = "nothing from here on can be read"
 FORMS = "'messages', 'conversations' or 'prompt' with 'completion'"
+TOO_LONG = "longer than 256 MiB, too long to be copied; take it out of the file"
 MiB = 1 << 20
 
 
@@ -42,8 +45,11 @@ def records(folder: Path, name: str, content: str | bytes) -> list[Record]:
 
 
 def told(folder: Path, name: str, content: str | bytes) -> list[tuple[int, str]]:
-    """Line and text, or line and fault, of every record."""
-    return [(one.line, one.fault or one.text.decode()) for one in records(folder, name, content)]
+    """Line and text, or line and what is wrong, of every record."""
+    return [
+        (one.line, one.flaw.reason if one.flaw else one.text.decode())
+        for one in records(folder, name, content)
+    ]
 
 
 def zstd(*frames: bytes) -> bytes:
@@ -55,7 +61,7 @@ def zstd(*frames: bytes) -> bytes:
 
 def test_lines_are_verbatim_and_blank_ones_passed_over(tmp_path):
     content = f"\ufeff{LINE}\r\n\r\n  \n {LINE} \n\n{LINE}"
-    expected = [(1, LINE), (4, f" {LINE} "), (6, LINE)]
+    expected = [(1, f"\ufeff{LINE}\r"), (4, f" {LINE} "), (6, LINE)]
     assert told(tmp_path, "a.jsonl", content) == expected
     assert told(tmp_path, "a.json", content) == expected
 
@@ -80,7 +86,8 @@ def test_a_file_without_conversations_is_told(tmp_path, name, content):
 
 def test_a_file_that_went_away_is_told(tmp_path):
     (batch,) = read_batches(source(tmp_path / "gone.jsonl"))
-    assert batch.records == [Record(1, b"", f"cannot be read (No such file or directory); {MORE}")]
+    flaw = Flaw(f"cannot be read (No such file or directory); {MORE}", "cannot be read", skippable=False)
+    assert batch.records == [Record(1, b"", flaw)]
 
 
 # ---- arrays, lines and single objects in one suffix ----
@@ -110,12 +117,26 @@ def test_a_jsonl_file_that_begins_with_a_bracket_is_an_array_or_lines_of_arrays(
 
 
 def test_the_kind_of_a_file_is_told_across_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "PIECE", 3)
+    monkeypatch.setattr(decompress, "PIECE", 3)
     pretty = json.dumps({"messages": TURNS}, indent=2)
     assert told(tmp_path, "a.json", f"\n\n\n\n\n{pretty}\n") == [(6, pretty)]
     assert told(tmp_path, "a.json", f"\n\n{LINE}\n{LINE}") == [(3, LINE), (4, LINE)]
     assert told(tmp_path, "a.jsonl", f"\n\n[1]\n\n\n\n{LINE}") == [(3, "[1]"), (7, LINE)]
     assert told(tmp_path, "a.jsonl", "\n\n\n\n[1\n]") == [(5, "1")]
+
+
+def test_a_json_file_of_lines_whose_first_one_is_torn_is_read_as_lines(tmp_path):
+    for torn in (LINE[:-1], LINE[:-9], LINE[:30], '{"messages": ['):
+        assert told(tmp_path, "a.json", f"\ufeff\n{torn}\n3\n{LINE}\n") == [(2, torn), (3, "3"), (4, LINE)]
+
+
+def test_an_object_over_several_lines_is_one_even_if_one_of_them_is_an_object(tmp_path):
+    turn = '{"role": "user", "content": "q"}'
+    whole = f'{{"messages": [\n{turn},\n{turn}\n]}}'
+    broken = whole.replace(",\n", "\n")
+    nested = f'{{"data": [\n{LINE},\n{LINE}\n]}}'
+    for text in (whole, broken, nested):
+        assert told(tmp_path, "a.json", text) == [(1, text)]
 
 
 # ---- arrays ----
@@ -143,7 +164,7 @@ def test_any_value_is_an_element_and_its_inside_is_not_looked_at(tmp_path):
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 64])
 def test_pieces_may_be_cut_anywhere(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(reader, "PIECE", piece)
+    monkeypatch.setattr(decompress, "PIECE", piece)
     chance = random.Random(piece)
     alphabet = ['"', "\\", "[", "]", "{", "}", ",", ":", "\n", " ", "a", "é", "😀"]
     for _ in range(60):
@@ -180,7 +201,7 @@ def test_pieces_may_be_cut_anywhere(tmp_path, monkeypatch, piece):
 def test_a_broken_array_is_told_at_the_line_where_it_breaks(
     tmp_path, monkeypatch, array, line, reason, piece
 ):
-    monkeypatch.setattr(reader, "PIECE", piece)
+    monkeypatch.setattr(decompress, "PIECE", piece)
     found = told(tmp_path, "a.json", array)
     assert found[0] == (1, LINE)
     assert found[-1] == (line, f"broken JSON array: {reason}")
@@ -227,12 +248,12 @@ def test_records_that_are_too_long_are_told_and_the_others_read(tmp_path, monkey
         monkeypatch.setattr(module, "LONGEST", 1000)
     fits, long = f'["{"x" * 996}"]', f'["{"x" * 997}"]'
     for piece in (100, 999):
-        monkeypatch.setattr(reader, "PIECE", piece)
-        lines = [(1, fits), (2, "longer than 1 GiB"), (3, fits)]
+        monkeypatch.setattr(decompress, "PIECE", piece)
+        lines = [(1, fits), (2, TOO_LONG), (3, fits)]
         assert told(tmp_path, "a.jsonl.gz", gzip.compress(f"{fits}\n{long}\n{fits}".encode())) == lines
-        assert told(tmp_path, "a.jsonl", f"{fits}\n{fits}\n{long}")[2] == (3, "longer than 1 GiB")
+        assert told(tmp_path, "a.jsonl", f"{fits}\n{fits}\n{long}")[2] == (3, TOO_LONG)
         assert told(tmp_path, "a.json", f"[{fits},\n{long},\n{fits}]") == lines
-    assert told(tmp_path, "a.json", "{\n" + " " * 1000 + "}") == [(1, "longer than 1 GiB")]
+    assert told(tmp_path, "a.json", "{\n" + " " * 1000 + "}") == [(1, TOO_LONG)]
 
 
 def peak_of(read: Callable[[], None]) -> int:
@@ -261,13 +282,26 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_a_record_of_100_mb_is_read_whole(tmp_path, name):
+def test_a_record_of_100_mb_is_read_whole_and_told_to_be_too_much(tmp_path, name):
     row = b'{"messages": "' + b"x, \\n " * (100_000_000 // 6) + b'"}'
     content = b"[" + row + b",\n" + row + b"]" if name == "a.json" else row + b"\n" + row
     found = batches(tmp_path, name, content)
     assert [[(record.line, record.text == row) for record in batch.records] for batch in found] == [
         [(1, True)], [(2, True)],
     ]  # fmt: skip
+    flaw = Flaw(
+        "the conversation has 100.1 MB of text; at most 16 MB can be tokenized at once, so split it into "
+        "several conversations or take it out",
+        "too much text in one conversation",
+    )
+    assert [record.flaw for batch in found for record in batch.records] == [flaw, flaw]
+
+
+def test_the_largest_record_is_not_told_to_be_too_much(tmp_path):
+    largest = b"x" * MOST_TEXT
+    found = records(tmp_path, "a.jsonl", largest + b"\n" + largest + b"x")
+    assert found[0] == Record(1, largest)
+    assert found[1].flaw.reason.startswith("the conversation has 16.1 MB of text; at most 16 MB")
 
 
 # ---- compression ----
@@ -292,7 +326,7 @@ def noise(count: int) -> list[str]:
 @pytest.mark.parametrize(
     ("suffix", "compress", "reason"),
     [
-        ("gz", gzip.compress, "Compressed file ended before the end-of-stream marker was reached"),
+        ("gz", gzip.compress, "it ends before its end mark"),
         ("zst", zstd, "Truncated compressed stream"),
     ],
 )
@@ -313,7 +347,11 @@ def test_a_stream_that_is_cut_off_gives_the_good_lines_and_where_it_stops(
 
 def test_streams_that_are_no_streams_are_told(tmp_path):
     assert told(tmp_path, "a.jsonl.gz", LINE) == [
-        (1, f"the gzip stream is damaged or cut off (Not a gzipped file (b'{{\"')); {MORE}")
+        (
+            1,
+            "the gzip stream is damaged or cut off (Error -3 while decompressing data: incorrect header "
+            f"check); {MORE}",
+        )
     ]
     reason = "ZSTD decompress failed: Unknown frame descriptor"
     assert told(tmp_path, "a.json.zst", LINE) == [
@@ -322,8 +360,43 @@ def test_streams_that_are_no_streams_are_told(tmp_path):
     damaged = bytearray(gzip.compress("\n".join(noise(3000)).encode()))
     damaged[-6] ^= 1
     *good, (line, fault) = told(tmp_path, "a.jsonl.gz", bytes(damaged))
-    assert [len(good), line] == [2999, 3000]
-    assert fault.startswith("the gzip stream is damaged or cut off (CRC check failed ")
+    assert 2970 < len(good) < 3000 and line == len(good) + 1
+    assert "(Error -3 while decompressing data: incorrect data check)" in fault
+
+
+@pytest.mark.parametrize("rest", [b"garbage", b"\0g", b"\x1f", b"\x1fg", LINE.encode(), b"g" * 9000])
+def test_bytes_behind_a_whole_gzip_stream_are_a_record_of_their_own(tmp_path, rest):
+    kind = "bytes behind the end of the gzip stream"
+    left = rest.lstrip(b"\0")
+    flaw = Flaw(f"{len(left):,} {kind}; cut them off", kind)
+    for content in (f"{LINE}\n{LINE}\n", f"{LINE}\n{LINE}"):
+        found = records(tmp_path, "a.jsonl.gz", gzip.compress(content.encode()) + rest)
+        assert found == [Record(1, LINE.encode()), Record(2, LINE.encode()), Record(3, left, flaw)]
+    found = records(tmp_path, "a.json.gz", gzip.compress(f"[{LINE},\n{LINE}]\n".encode()) + rest)
+    assert found == [Record(1, LINE.encode()), Record(2, LINE.encode()), Record(3, left, flaw)]
+
+
+def test_a_second_gzip_member_that_is_cut_off_is_not_taken_for_leftover_bytes(tmp_path):
+    raw = gzip.compress(f"{LINE}\n".encode())
+    for cut in (2, 3, 12, len(raw) - 1):
+        *good, last = records(tmp_path, "a.jsonl.gz", raw + b"\0" * 600 + raw[:cut])
+        assert {record.text for record in good} == {LINE.encode()}
+        assert (last.line, last.flaw.skippable) == (len(good) + 1, False)
+
+
+def frame(window: int, content: bytes) -> bytes:
+    """A zstd frame of one block that is not compressed, which asks for a window of 2**window bytes."""
+    block = (len(content) << 3 | 1).to_bytes(3, "little") + content
+    return bytes([0x28, 0xB5, 0x2F, 0xFD, 0, (window - 10) << 3]) + block
+
+
+def test_a_zstd_window_that_is_too_large_is_told_as_such_with_the_remedy(tmp_path):
+    assert told(tmp_path, "a.jsonl.zst", frame(27, LINE.encode())) == [(1, LINE)]
+    reason = (
+        "the zstd stream has a window of more than 128 MiB; compress it again without --long, or with "
+        f"--long=27 at most; {MORE}"
+    )
+    assert told(tmp_path, "a.jsonl.zst", frame(31, LINE.encode())) == [(1, reason)]
 
 
 # ---- tables ----
@@ -376,9 +449,10 @@ def test_tables_are_read_in_batches(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_tables_without_conversations_are_told(tmp_path, name):
     path = write_table(tmp_path / name, [{"text": "a", "prompt": "b"}])
-    assert read(path) == [Record(1, b"", f"no conversation; the columns are text, prompt, expected {FORMS}")]
+    reason = f"no conversation; the columns are text, prompt, expected {FORMS}"
+    assert read(path) == [Record(1, b"", Flaw(reason, "no conversation in the columns", skippable=False))]
     empty = write_table(tmp_path / name, [], pa.schema({"messages": pa.string()}))
-    assert read(empty) == [Record(1, b"", NOTHING)]
+    assert read(empty) == [Record(1, b"", Flaw(NOTHING, NOTHING))]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
@@ -392,7 +466,7 @@ def test_values_that_json_has_no_form_for_are_text_or_a_fault_of_their_row(tmp_p
     schema = pa.schema({"messages": pa.list_(turn)})
     assert read(write_table(tmp_path / name, rows, schema)) == [
         Record(1, b'{"messages": [{"content": "a", "at": "2024-05-06 00:00:00", "map": {"k": 1}}]}'),
-        Record(2, b"", "not valid UTF-8 (invalid start byte at byte 0 of a string)"),
+        Record(2, b"", NOT_UTF8),
     ]
 
 
@@ -404,7 +478,7 @@ def test_a_column_of_text_that_is_not_utf8_is_a_fault_of_its_row(tmp_path):
         stream.write_table(table)
     assert read(tmp_path / "a.arrow") == [
         Record(1, b'{"prompt": "a", "completion": "a"}'),
-        Record(2, b"", "not valid UTF-8 (invalid start byte at byte 0 of a string)"),
+        Record(2, b"", NOT_UTF8),
         Record(3, b'{"prompt": "c", "completion": "c"}'),
     ]
 
@@ -418,12 +492,23 @@ def test_damaged_tables_are_told(tmp_path, name):
     path.write_bytes(raw[: len(raw) // 2])
     *good, last = read(path)
     kind = path.suffix[1:]
-    assert last.fault.startswith(f"the {kind} file is damaged (")
-    assert last.fault.endswith(f"); {MORE}")
+    assert last.flaw.reason.startswith(f"the {kind} file is damaged (")
+    assert last.flaw.reason.endswith(f"); {MORE}")
     assert last.line == len(good) + 1 == (1 if kind == "parquet" else 501)
     path.write_bytes(b"text")
     (only,) = read(path)
-    assert (only.line, only.fault.split(" (")[0]) == (1, f"the {kind} file is damaged")
+    assert (only.line, only.flaw.reason.split(" (")[0]) == (1, f"the {kind} file is damaged")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_large_rows_of_tables_are_made_text_of_a_few_at_a_time(tmp_path, name):
+    path = write_table(tmp_path / name, [{"prompt": f"{row}" * MiB, "completion": "a"} for row in range(99)])
+    found: list[int] = []
+    peak = peak_of(
+        lambda: found.extend(len(one.text) for b in read_batches(source(path)) for one in b.records)
+    )
+    assert len(found) == 99 and sum(found) > 99 * MiB
+    assert peak < 40 * MiB
 
 
 # ---- all faults in one error ----

@@ -348,3 +348,22 @@ def test_every_answer_is_taught_once_and_nothing_of_a_question(tokenizer_json, f
         taught.append(encoder.tokenizer.decode([label for label in labels if label != -100]))
     words = "".join(taught)
     assert words.count("Two is four") == 1 and words.count("c") >= 1 and "What" not in words
+
+
+def test_a_conversation_that_unrolls_into_too_much_text_is_refused(tokenizer_json, monkeypatch):
+    """Each turn of a template that forgets reasoning gets a sequence of its own."""
+    monkeypatch.setattr("dft.data.chat.MOST_RENDERED", 1000)
+    encoder = encoder_for(tokenizer_json, "forgets_reasoning")
+    answer = turn("assistant", f"<think>{'hm ' * 40}</think>one")
+    assert len(sequences(encoder, talk([ASKED, answer, ASKED, answer]))) == 2
+    refused = refusal_of(encoder, talk([ASKED, answer] * 6))
+    assert str(refused).startswith("the chat template makes 6 sequences of the conversation with ")
+    assert refused.kind == "too much text once rendered"
+
+
+def test_sequences_are_the_same_in_small_batches_of_text(tokenizer_json, monkeypatch):
+    encoder = encoder_for(tokenizer_json, "chatml")
+    some = [talk([ASKED, turn("assistant", "one " * count)]) for count in range(1, 9)]
+    expected = [[plain(one) for one in group] for group in encoder.encode(some)]
+    monkeypatch.setattr("dft.data.chat.BATCH_TEXT", 60)
+    assert [[plain(one) for one in group] for group in encoder.encode(some)] == expected

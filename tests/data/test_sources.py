@@ -108,12 +108,12 @@ def test_a_file_whose_name_looks_like_a_pattern_goes_before_the_pattern(tmp_path
 
 def test_files_that_cannot_be_used_are_refused_by_name(tmp_path):
     (good,) = touch(tmp_path, "good.jsonl")
-    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "empty.parquet").touch()
     (csv,) = touch(tmp_path, "data.csv")
     cases = {
         str(tmp_path / "none.jsonl"): f"no such file (looked in {tmp_path})",
         f"{good}/x.jsonl": f"no such file (looked in {good})",
-        str(tmp_path / "empty.jsonl"): "the file is empty; it should hold at least one conversation",
+        str(tmp_path / "empty.parquet"): "the file is empty; it should hold at least one conversation",
         csv: f"expected a file that ends in {ENDINGS}",
         str(tmp_path / ("x" * 300 + ".jsonl")): "cannot be read (File name too long)",
         "/dev/null": f"is not a regular file; name one that ends in {ENDINGS}",
@@ -123,11 +123,11 @@ def test_files_that_cannot_be_used_are_refused_by_name(tmp_path):
 
 
 def test_an_empty_file_in_a_folder_is_refused_by_its_own_name(tmp_path):
-    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "empty.parquet").touch()
     with pytest.raises(UserError) as caught:
         resolve_sources([str(tmp_path)], "--data_files")
     reason = "the file is empty; it should hold at least one conversation"
-    assert str(caught.value) == f"--data_files {tmp_path}/empty.jsonl: {reason}"
+    assert str(caught.value) == f"--data_files {tmp_path}/empty.parquet: {reason}"
 
 
 @pytest.mark.parametrize(
