@@ -1,6 +1,9 @@
 """Fixtures shared by all tests. Nothing here needs a network, or writes outside of temporary folders."""
 
+import os
 from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: there is no GPU to run its kernels
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dft.loss.dft import TokenStats, dft_loss
 from dft.loss.linear import linear_dft_loss
 
-PROBES = (0.0, 2.0**-6, -(2.0**-6), 1.0, -1.0, 2.0**20, -(2.0**20))
+PROBES = (0.0, 2.0**-12, -(2.0**-12), 1.0, -1.0, 2.0**20, -(2.0**20))
 """Outputs of the head that are shown to the model, to see which logits it makes of them."""
 COARSEST = 1e-1
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: COARSEST}
@@ -152,7 +152,7 @@ def _transform_of(
     scale = small / PROBES[1]
     softcap = great if abs(great) < 0.9 * abs(scale * PROBES[5]) else None
     transform = LogitTransform(scale, softcap)
-    if not torch.allclose(seen, transform(shown), rtol=1e-5, atol=1e-7):
+    if not scale or not torch.allclose(seen, transform(shown), rtol=1e-5, atol=1e-7):
         return "it does something to its logits that is neither a scale nor a soft cap"
     return transform
 

@@ -7,11 +7,11 @@ the hidden states and to the weight. That is 6 * N * D * V operations for forwar
 no logits otherwise means computing them twice (8 * N * D * V). The backward only scales.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dft.constants import loss_positions
 from dft.loss.dft import TokenStats, check_alpha, normalizer
@@ -129,8 +129,12 @@ class _LinearDFT(torch.autograd.Function):
         return loss, *stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_dft_loss has a first derivative only, and create_graph=True asks for more; use "
+                "dft_loss on logits"
+            )
         if ctx.gradients is None:
             raise RuntimeError(
                 "the gradient of linear_dft_loss was asked for a second time; it is computed with the loss "
@@ -161,15 +165,16 @@ def run_tiles(
         wanted: which gradients.
 
     Returns:
-        stats: (tokens,) each. gradients: on rows, (tokens, hidden) in their dtype; on weight and bias in
-        float32 or wider; None where not wanted.
+        stats: (tokens,) each. gradients: on rows, (tokens, hidden) in their dtype, but float16, which they
+        may not reach yet; on weight and bias in float32 or wider; None where not wanted.
     """
     tokens, width = rows.shape
     wide = torch.promote_types(rows.dtype, torch.float32)
     backward = any(wanted)
     enlarged = HALF_SCALE if rows.dtype == torch.float16 else 1.0
     row_scale = scale.to(wide) * enlarged
-    d_rows = torch.empty_like(rows) if wanted.hidden else None
+    narrow = rows.dtype if rows.dtype != torch.float16 else wide
+    d_rows = torch.empty_like(rows, dtype=narrow) if wanted.hidden else None
     d_weight = rows.new_empty(head.weight.shape, dtype=wide) if wanted.weight else None
     d_bias = rows.new_zeros(head.weight.shape[:1], dtype=wide) if wanted.bias else None
     parts: list[TokenStats] = []
@@ -188,7 +193,7 @@ def run_tiles(
         if gradient is None:
             continue
         if d_rows is not None:
-            torch.mm(gradient.to(rows.dtype), head.weight, out=d_rows[start:end])
+            product(gradient, head.weight, d_rows[start:end])
         if d_weight is not None:
             accumulate(d_weight, gradient, rows[start:end], afresh=start == 0)
         if d_bias is not None:
@@ -247,17 +252,32 @@ def wide_product(rows: Tensor, weight: Tensor, space: Tensor | None) -> Tensor:
     made = None if space is None else space[: len(rows)]
     if rows.dtype.itemsize >= 4:
         return torch.mm(rows, weight.t(), out=made)
-    # No such product here; the weight is converted block by block, never as a whole.
-    vocab, width = weight.shape
-    if made is None:
-        made = rows.new_empty(len(rows), vocab, dtype=torch.float32)
-    rows = rows.float()
-    step = max(1, BLOCK_BYTES // (4 * width))
-    block = rows.new_empty(min(step, vocab), width)
-    for start in range(0, vocab, step):
-        part = block[: len(weight[start : start + step])].copy_(weight[start : start + step])
-        torch.mm(rows, part.t(), out=made[:, start : start + step])
+    rows = rows.float()  # there is no such product on a CPU
+    for start, part in wide_blocks(weight):
+        torch.mm(rows, part.t(), out=made[:, start : start + len(part)])
     return made
+
+
+def product(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = gradient @ weight, (rows, hidden), in the precision of `out`."""
+    if out.dtype == weight.dtype:
+        torch.mm(gradient.to(weight.dtype), weight, out=out)
+    elif out.device.type == "cuda":
+        torch.mm(gradient, weight, out_dtype=out.dtype, out=out)
+    else:
+        out.zero_()
+        for start, part in wide_blocks(weight):
+            out.addmm_(gradient[:, start : start + len(part)], part)
+
+
+def wide_blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """A weight in half precision as float32, block by block in the same memory, each with its first row."""
+    vocab, width = weight.shape
+    step = min(max(1, BLOCK_BYTES // (4 * width)), vocab)
+    block = weight.new_empty(step, width, dtype=torch.float32)
+    for start in range(0, vocab, step):
+        part = weight[start : start + step]
+        yield start, block[: len(part)].copy_(part)
 
 
 def accumulate(total: Tensor, gradient: Tensor, rows: Tensor, afresh: bool) -> None:

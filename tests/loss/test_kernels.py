@@ -1,0 +1,112 @@
+"""The Triton kernel, interpreted on the CPU, against plain torch in float64; and that GPUs can compile it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dft.loss.rows import Shape, score_rows_torch
+
+pytest.importorskip("triton")  # which has no build for this platform
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value")
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def kernels():
+    from dft.loss import kernels  # interpreted, by what tests/conftest.py sets
+
+    return kernels
+
+
+SHAPES = [Shape(1.0), Shape(0.0), Shape(0.3, 0.25), Shape(1.0, 1.0, 30.0), Shape(0.7, 2.0, 5.0)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("vocab", [1, 2, 37, 128, 300])
+def test_statistics_and_gradient_are_those_of_float64(kernels, monkeypatch, vocab, shape):
+    monkeypatch.setattr(kernels, "BLOCK", 128)  # several blocks, and a last one that is not full
+    generator = torch.Generator().manual_seed(vocab)
+    tile = 8 * torch.randn(6, vocab, generator=generator)
+    targets = torch.randint(vocab, (6,), generator=generator)
+    targets[::2] = tile.argmax(1)[::2]
+    row_scale = torch.tensor(0.37)
+    expected, expected_gradient = score_rows_torch(tile.double(), targets, row_scale.double(), shape)
+    stats, none = kernels.score_rows(tile.clone(), targets, None, shape, torch.float32)
+    assert none is None
+    for name, one, other in zip(stats._fields, stats, expected, strict=True):
+        assert one.dtype == (torch.bool if name == "correct" else torch.float32)
+        torch.testing.assert_close(one.to(other.dtype), other, rtol=1e-5, atol=2e-5)
+    for dtype, close in {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}.items():
+        given = tile.clone()
+        again, gradient = kernels.score_rows(given, targets, row_scale, shape, dtype)
+        assert all(torch.equal(one, other) for one, other in zip(again, stats, strict=True))
+        assert gradient.dtype == dtype and (gradient is given) == (dtype == torch.float32)
+        torch.testing.assert_close(gradient.double(), expected_gradient, rtol=close, atol=close)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_extreme_logits_and_what_is_not_finite(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    tile = torch.zeros(5, 40)
+    tile[0, 3], tile[1, 3] = 1e4, -1e4
+    tile[:, 20:] = -torch.inf  # padding: a whole block of it, too
+    tile[2, :16] = -torch.inf  # the first block has nothing at all
+    tile[3, 5], tile[4, 5] = torch.nan, torch.inf
+    targets = torch.tensor([3, 4, 17, 1, 1])
+    stats, gradient = kernels.score_rows(tile.clone(), targets, torch.tensor(1.0), Shape(0.5), torch.float32)
+    exact = tile[:3].double()
+    expected, expected_gradient = score_rows_torch(exact, targets[:3], torch.tensor(1.0).double(), Shape(0.5))
+    for one, other in zip(stats, expected, strict=True):
+        torch.testing.assert_close(one[:3].to(other.dtype), other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient[:3].double(), expected_gradient, rtol=1e-5, atol=1e-6)
+    assert stats.nll[3:].isnan().all() and gradient[3:].isnan().any(1).all()
+
+
+def test_among_equal_logits_the_first_is_the_choice(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    tile = torch.zeros(2, 50)
+    targets = torch.tensor([0, 33])
+    for one in (
+        kernels.score_rows(tile.clone(), targets, None, Shape(), torch.float32)[0],
+        score_rows_torch(tile.clone(), targets, None, Shape())[0],
+    ):
+        assert one.correct.tolist() == [True, False]
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from dft.loss.kernels import _rows
+
+kinds = {"targets": "*i64", "correct_out": "*i1"}
+kinds |= dict.fromkeys(["tile", "nll_out", "p_out", "weight_out", "entropy_out", "row_scale"], "*fp32")
+kinds |= dict.fromkeys(["vocab", "tile_stride", "gradient_stride"], "i32")
+kinds |= dict.fromkeys(["alpha", "scale", "softcap"], "fp32")
+kinds |= dict.fromkeys(["SOFTCAP", "GRADIENT", "BLOCK"], "constexpr")
+for capability in (80, 90):
+    for gradient in ("*fp32", "*bf16", "*fp16"):
+        for softcap in (False, True):
+            signature = {name: {**kinds, "gradient": gradient}[name] for name in _rows.arg_names}
+            constants = {"SOFTCAP": softcap, "GRADIENT": True, "BLOCK": 4096}
+            source = triton.compiler.ASTSource(_rows, signature, constants)
+            made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+            print(f".target sm_{capability}" in made.asm["ptx"], len(made.asm["cubin"]) > 1000)
+"""
+
+
+def test_it_compiles_for_gpus(tmp_path):
+    """In a process of its own: here Triton is set to interpret."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env={**kept, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.splitlines() == ["True True"] * 12, done.stderr
