@@ -1,12 +1,16 @@
 """The one exception a user should ever see, and how it reaches the terminal."""
 
 import os
+import signal
 import sys
 import time
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import NoReturn
 
 PATIENCE = 30
 """Seconds that other ranks leave rank 0 to report the same mistake before they report it themselves."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a program that Ctrl-C ended, as shells count it."""
 
 
 class UserError(ValueError):
@@ -20,13 +24,19 @@ def report_user_errors() -> None:
     others wait for the launcher to end them, which it does as soon as one rank fails: a rank that left at
     once would get rank 0 killed before its message is out. If nobody ends them, the fault was theirs alone,
     and they say so.
+
+    Ctrl-C is one line as well, and exit code 130.
     """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one does not wait for what ends in order
+            _say_interrupted()
+            raise SystemExit(INTERRUPTED)
         if not issubclass(kind, UserError):
             sys.__excepthook__(kind, error, trace)
             return
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_rank = _local_rank()
         prefix = ""
         if local_rank != 0:
             time.sleep(PATIENCE)
@@ -34,3 +44,25 @@ def report_user_errors() -> None:
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
 
     sys.excepthook = hook
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup or a notebook
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Ends the program in order, which a second Ctrl-C must not disturb half-way but cut short."""
+    signal.signal(signal.SIGINT, _interrupt_again)
+    raise KeyboardInterrupt
+
+
+def _interrupt_again(_number: int, _frame: FrameType | None) -> NoReturn:
+    _say_interrupted()
+    os._exit(INTERRUPTED)
+
+
+def _say_interrupted() -> None:
+    if _local_rank() == 0:
+        os.write(2, b"interrupted\n")  # print may not be entered again by a signal handler
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -26,6 +26,7 @@ from dft.data.arguments import (
 )
 from dft.data.chat import ChatEncoder
 from dft.data.dataset import Sequences
+from dft.data.files import writing_into
 from dft.data.prepare import prepare
 from dft.data.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
@@ -63,6 +64,9 @@ def main() -> None:
     if show.count < 1:
         raise UserError(f"--count {show.count}: must be greater than 0")
     check_data_arguments(data)
+    if show.output_dir is not None:
+        with writing_into(Path(show.output_dir), "--output_dir"):  # fails before the preparation, not after
+            Path(show.output_dir).mkdir(parents=True, exist_ok=True)
     tokenizer, notes = load_tokenizer(
         show.model_name_or_path, chat_template=data.chat_template, trust_remote_code=show.trust_remote_code
     )

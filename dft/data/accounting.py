@@ -137,6 +137,7 @@ def _counts(encoded: Encoded) -> dict[str, int]:
     return {
         "conversations": conversation_count(encoded),
         "sequences": len(encoded),
+        "repeated_sequences": len(encoded) - len(np.unique(encoded.rows)),
         "tokens": int(encoded.lengths.sum()),
         "supervised_tokens": int(encoded.supervised.sum()),
     }
@@ -144,10 +145,12 @@ def _counts(encoded: Encoded) -> dict[str, int]:
 
 def _counts_by_file(encoded: Encoded) -> list[dict[str, int]]:
     _, first = np.unique(encoded.conversations, return_index=True)
+    once = np.unique(encoded.rows, return_index=True)[1]
     # Sums of doubles are exact up to 2**53 tokens.
     columns = {
         "conversations": np.bincount(encoded.sources[first]),
         "sequences": np.bincount(encoded.sources),
+        "repeated_sequences": np.bincount(encoded.sources) - np.bincount(encoded.sources[once]),
         "tokens": np.bincount(encoded.sources, weights=encoded.lengths),
         "supervised_tokens": np.bincount(encoded.sources, weights=encoded.supervised),
     }

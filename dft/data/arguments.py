@@ -14,6 +14,12 @@ from dft.data.template import DATE
 from dft.errors import UserError
 
 
+def default_cache_dir() -> str:
+    """The user's cache folder; the XDG specification wants variables that are empty or relative ignored."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return str((given if given.is_absolute() else Path("~/.cache")) / "dft")
+
+
 @dataclass
 class DataArguments:
     """Which conversations, and how they become training sequences."""
@@ -95,7 +101,7 @@ class DataArguments:
         default=min(os.cpu_count() or 1, 8), metadata={"help": "Processes that tokenize."}
     )
     data_cache_dir: str = field(
-        default_factory=lambda: str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "dft"),
+        default_factory=default_cache_dir,
         metadata={"help": "Where prepared data is kept, keyed by its content."},
     )
     prepare_only: bool = field(
@@ -139,7 +145,9 @@ def template_variables(data: DataArguments) -> dict[str, Any]:
     if given is None:
         return {}
     try:
-        variables = json.loads(given)
+        variables = json.loads(
+            given, object_pairs_hook=_refuse_repeated, parse_constant=_finite, parse_float=_finite
+        )
     except ValueError as error:
         raise UserError(f"--chat_template_kwargs {given}: not valid JSON ({error})") from None
     if not isinstance(variables, dict):
@@ -160,6 +168,22 @@ def template_date(data: DataArguments) -> date:
         raise UserError(
             f"--chat_template_date {data.chat_template_date}: expected a date such as {DATE}"
         ) from None
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f"the key {name!r} appears twice in one object")
+        made[name] = value
+    return made
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
 def prepare_options(data: DataArguments, seed: int) -> PrepareOptions:

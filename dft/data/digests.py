@@ -9,7 +9,7 @@ from pathlib import Path
 import xxhash
 from tqdm import tqdm
 
-from dft.data.files import write_whole
+from dft.data.files import FORBIDDEN, FULL, write_whole
 
 BLOCK = 1 << 22
 """Bytes read at a time."""
@@ -20,6 +20,10 @@ Within the resolution of a clock a file can change twice; see "racy git".
 """
 BAR_FROM = 1 << 30
 """Bytes to read from which on it takes long enough for a progress bar."""
+SMALL = 1 << 24
+"""Bytes up to which a file is read as a whole by `sampled_digest`."""
+SAMPLES, SAMPLE = 128, 1 << 17
+"""Number and bytes of the pieces that are read of a larger one."""
 
 
 def content_digests(paths: list[Path], cache_dir: Path) -> list[str]:
@@ -44,7 +48,10 @@ def _recall(memory: Path, path: Path) -> str | None:
         noted = json.loads(_note(memory, path).read_bytes())
     except (FileNotFoundError, ValueError):  # none, or one that a power failure has emptied
         return None
-    return noted["digest"] if noted["state"] == _state(path.stat()) else None
+    match noted:
+        case {"state": state, "digest": str(digest)} if state == _state(path.stat()):
+            return digest
+    return None
 
 
 def _digest(memory: Path, path: Path, bar: tqdm) -> str:
@@ -57,7 +64,30 @@ def _digest(memory: Path, path: Path, bar: tqdm) -> str:
     changed = max(before.st_mtime, before.st_ctime)
     if _state(before) == _state(path.stat()) and time.time() - changed > SETTLED:
         note = {"path": str(path), "state": _state(before), "digest": digest.hexdigest()}
-        write_whole(_note(memory, path), json.dumps(note))
+        try:
+            write_whole(_note(memory, path), [json.dumps(note)])
+        except OSError as error:
+            # All it would save is reading the file again. What is prepared already can be used without it.
+            if error.errno not in (*FORBIDDEN, *FULL):
+                raise
+    return digest.hexdigest()
+
+
+def sampled_digest(path: Path) -> str:
+    """A digest of a file that may be many gigabytes and must be checked in a fraction of a second.
+
+    Of a large file it reads pieces at even distances, the first and the last bytes among them, and nothing
+    else. That finds what happens to files of a known size that were written once: zeros, or the bytes of
+    another file, over a stretch of at least a 127th of it. It does not find a single flipped bit.
+    """
+    digest, size = xxhash.xxh3_128(), path.stat().st_size
+    with open(path, "rb", buffering=0) as stream:
+        if size <= SMALL:
+            digest.update(stream.read())
+        else:
+            for number in range(SAMPLES):
+                stream.seek(number * (size - SAMPLE) // (SAMPLES - 1))
+                digest.update(stream.read(SAMPLE))
     return digest.hexdigest()
 
 

@@ -1,19 +1,74 @@
-"""Writing files that other processes may read at any moment."""
+"""Files that other processes may read at any moment, on disks that may be full or not ours to write."""
 
+import errno
 import os
-import tempfile
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from uuid import uuid4
+
+from dft.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that whoever opens it finds all of it, or what was there before."""
+def write_whole(path: Path, parts: Iterable[str]) -> None:
+    """Writes a file so that whoever opens it finds all of it, or what was there before.
+
+    Raises:
+        OSError: `filename` is the path, also when the disk ran full while writing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, staging = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
-    with ExitStack() as undo:
-        undo.callback(os.unlink, staging)
-        # Names of files may hold bytes that are no UTF-8; within JSON their escapes are valid.
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.write(text)
-        os.replace(staging, path)
-        undo.pop_all()
+    staging = path.with_name(f"{path.name}.{uuid4().hex}")
+    try:
+        with ExitStack() as undo:
+            # Names of files may hold bytes that are no UTF-8; within JSON their escapes are valid.
+            with open(staging, "x", encoding="utf-8", errors="backslashreplace") as stream:
+                undo.callback(os.unlink, staging)
+                stream.writelines(parts)
+            os.replace(staging, path)
+            undo.pop_all()
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, would survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems flush no folders
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def writing_into(folder: Path, flag: str) -> Iterator[None]:
+    """Turns what can go wrong with a folder that the user named into one `UserError`."""
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError) as error:
+        what = "" if error.filename in (None, str(folder)) else f"{error.filename} "
+        raise UserError(f"{flag} {folder}: {what}is not a folder; remove it or name another") from None
+    except OSError as error:
+        if error.errno not in (*FULL, *FORBIDDEN, errno.EISDIR, errno.ENOENT):
+            raise
+        where = error.filename or folder
+        if error.errno == errno.EISDIR:
+            raise UserError(
+                f"{flag} {folder}: {where} is a folder where a file belongs; remove it or name another"
+            ) from None
+        if error.errno in FULL:
+            free = shutil.disk_usage(folder).free
+            raise UserError(
+                f"{flag} {folder}: no space left on the device for {where} ({free:,} bytes are free); free "
+                "some or name a folder on another disk"
+            ) from None
+        raise UserError(
+            f"{flag} {folder}: {where} cannot be written ({error.strerror}); name another folder"
+        ) from None

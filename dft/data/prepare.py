@@ -2,14 +2,16 @@
 
 Prepared data is stored under a key of everything that shapes it. One process prepares while the others wait
 for a file lock, not in a collective, so no communication time-out can end an hour of tokenizing. One that
-is interrupted leaves only a folder of another name, which nothing reads and the next one removes.
+is killed leaves only a folder of another name, which nothing reads and a later one removes.
 """
 
-import errno
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,16 +23,16 @@ from typing import Any
 import numpy as np
 import tokenizers
 import transformers
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from dft.data.accounting import group_of, named, report_of
 from dft.data.chat import ChatEncoder
 from dft.data.chunk import Totals
 from dft.data.dataset import Sequences
-from dft.data.digests import content_digests
+from dft.data.digests import content_digests, sampled_digest
 from dft.data.encode import Encoded, encode_sources
 from dft.data.faults import Faults
-from dft.data.files import write_whole
+from dft.data.files import FULL, flush_to_disk, write_whole, writing_into
 from dft.data.options import EncodeOptions, PrepareOptions
 from dft.data.selection import select
 from dft.data.sources import Source, resolve_sources
@@ -39,7 +41,16 @@ from dft.errors import UserError
 REPORT = "data_report.json"
 REJECTED = "rejected.jsonl"
 CONTENTS = "contents.json"
-"""Sizes of the files of a prepared folder: a disk that ran full or lost power may have cut them."""
+"""Sizes and digests of the files of a prepared folder: what a disk or a person did to them must be seen."""
+EACH_HAS = {REPORT, "train.arrow", "train.order.npy"}
+"""Files that no prepared folder is without."""
+STAGING = re.compile(r"([0-9a-f]{32})\.[a-z0-9_]{8}")
+"""Name of a folder that is being filled: the key of the data, and what `tempfile.mkdtemp` adds."""
+ABANDONED = 24 * 3600
+"""Seconds without a write after which one of these is left over.
+
+Its lock is free then too, but between the machines of a cluster not every file system keeps locks.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,19 +79,25 @@ class PreparedData:
         return self.names[group_of(split, self.names)]
 
     def write_report(self, folder: Path) -> None:
-        """`data_report.json` and, if anything was rejected, `rejected.jsonl` into a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / REPORT, json.dumps(self.report, indent=2, ensure_ascii=False))
-        if not self.report["rejected"]:
-            (folder / REJECTED).unlink(missing_ok=True)  # of an earlier run
-            return
-        # Names of files may hold bytes that are no UTF-8, see `write_whole`.
-        with open(folder / REJECTED, "w", encoding="utf-8", errors="backslashreplace") as stream:
-            for group, names in self.names.items():
-                kept = self.path / f"{group}.{REJECTED}"
-                for line in kept.open(encoding="utf-8") if kept.exists() else ():
-                    row = json.loads(line)
-                    stream.write(json.dumps({**row, "file": names[row["file"]]}, ensure_ascii=False) + "\n")
+        """`data_report.json` and, if anything was rejected, `rejected.jsonl` into the output directory.
+
+        Raises:
+            UserError: they cannot be written there.
+        """
+        with writing_into(folder, "--output_dir"):
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.report["rejected"]:
+                write_whole(folder / REJECTED, self._rejected_lines())
+            else:
+                (folder / REJECTED).unlink(missing_ok=True)  # of an earlier run
+            write_whole(folder / REPORT, [json.dumps(self.report, indent=2, ensure_ascii=False)])
+
+    def _rejected_lines(self) -> Iterator[str]:
+        for group, names in self.names.items():
+            kept = self.path / f"{group}.{REJECTED}"
+            for line in kept.open(encoding="utf-8") if kept.exists() else ():
+                row = json.loads(line)
+                yield json.dumps({**row, "file": names[row["file"]]}, ensure_ascii=False) + "\n"
 
 
 def prepare(
@@ -106,7 +123,7 @@ def prepare(
         "train": resolve_sources(data_files, "--data_files"),
         "eval": resolve_sources(eval_data_files, "--eval_data_files"),
     }
-    with _cache_errors(cache_dir):
+    with _cache_errors(cache_dir, sources):
         cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         contents = contents_of(sources, cache_dir)
         target = cache_dir / cache_key(sources, contents, encoder, options)
@@ -153,35 +170,64 @@ def cache_key(
 
 
 @contextmanager
-def _cache_errors(cache_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--data_cache_dir {cache_dir}: is not a folder") from None
-    except OSError as error:
-        if error.filename is not None and cache_dir not in Path(error.filename).parents:
-            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
-        if error.errno == errno.ENOSPC:
-            raise UserError(
-                f"--data_cache_dir {cache_dir}: no space left on the device for the prepared data; name a "
-                "folder on another disk"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
-            raise UserError(
-                f"--data_cache_dir {cache_dir}: cannot be written ({error.strerror}); name another folder"
-            ) from None
-        raise
+def _cache_errors(cache_dir: Path, sources: dict[str, list[Source]]) -> Iterator[None]:
+    read = {str(source.path) for group in sources.values() for source in group}
+    with writing_into(cache_dir, "--data_cache_dir"):
+        try:
+            yield
+        except OSError as error:
+            if str(error.filename) in read and not isinstance(error, FileExistsError):
+                raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+            raise
 
 
 # ---- the folder in the cache ----
 
 
 def _is_whole(target: Path) -> bool:
+    """Whether everything in it is as it was written, as far as `sampled_digest` sees."""
     try:
-        sizes = json.loads((target / CONTENTS).read_text(encoding="utf-8"))
-        return all((target / name).stat().st_size == size for name, size in sizes.items())
-    except (FileNotFoundError, ValueError):
+        contents = json.loads((target / CONTENTS).read_bytes())
+        if not isinstance(contents, dict) or not contents.keys() >= EACH_HAS:
+            return False
+        return all(_entry(target / name) == entry for name, entry in contents.items())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return False
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    """What `CONTENTS` says of a file."""
+    return {"size": file.stat().st_size, "xxh3_128": sampled_digest(file)}
+
+
+def _seal(folder: Path) -> None:
+    """Writes `CONTENTS`, and waits until all of the folder would survive a loss of power.
+
+    Only then it may get its name: a file system may keep the name and lose what was written before it.
+    """
+    contents = {one.name: _entry(one) for one in folder.iterdir()}
+    (folder / CONTENTS).write_text(json.dumps(contents), encoding="utf-8")
+    for one in folder.iterdir():
+        flush_to_disk(one)
+    flush_to_disk(folder)
+
+
+def _remove_abandoned(cache_dir: Path, key: str) -> None:
+    """Removes what killed preparations left, of this key and of others.
+
+    The lock of `key` is ours, so nobody else fills a folder of it.
+    """
+    for folder in cache_dir.iterdir():
+        found = STAGING.fullmatch(folder.name)
+        if found is None or not folder.is_dir():
+            continue
+        if found[1] == key:
+            shutil.rmtree(folder)
+            continue
+        with suppress(Timeout, OSError):  # someone fills it, ends it, or owns it: not this run's business
+            if time.time() - max(one.stat().st_mtime for one in (folder, *folder.iterdir())) > ABANDONED:
+                with FileLock(cache_dir / f"{found[1]}.lock", timeout=0):
+                    shutil.rmtree(folder)
 
 
 def _load(target: Path, split: str, names: dict[str, list[str]]) -> Sequences:
@@ -207,28 +253,52 @@ def _prepare_once(
         if _is_whole(target):
             return
         if error_file.exists() and error_file.stat().st_mtime >= asked:
-            raise UserError(error_file.read_text(encoding="utf-8"))
-        for left in target.parent.glob(f"{target.name}.*"):
-            if left.is_dir():  # of a process that was killed, since nobody else can hold the lock
-                shutil.rmtree(left)
-        shutil.rmtree(target, ignore_errors=True)  # damaged
+            raise UserError(error_file.read_text(encoding="utf-8", errors="replace"))
+        _remove_abandoned(target.parent, target.name)
+        if target.exists():
+            print(f"note        {target} is damaged and prepared anew", file=sys.stderr, flush=True)
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink()
         staging = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
-            _prepare(staging, sources, encoder, options, workers)
-            if contents_of(sources, target.parent) != contents:
-                raise UserError(
-                    "the data files changed while they were prepared; start again once they are written"
-                )
-            sizes = {one.name: one.stat().st_size for one in staging.iterdir()}
-            (staging / CONTENTS).write_text(json.dumps(sizes), encoding="utf-8")
+            with _cache_errors(target.parent, sources):
+                _fill(staging, sources, contents, encoder, options, workers)
             staging.rename(target)
-        except (UserError, OSError) as error:
+            flush_to_disk(target.parent)
+        except UserError as error:
             with suppress(OSError):  # the disk that is full may be this one
-                write_whole(error_file, str(error))
+                write_whole(error_file, [str(error)])
             raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         error_file.unlink(missing_ok=True)
+
+
+def _fill(
+    folder: Path,
+    sources: dict[str, list[Source]],
+    contents: list[str],
+    encoder: ChatEncoder,
+    options: PrepareOptions,
+    workers: int,
+) -> None:
+    try:
+        _prepare(folder, sources, encoder, options, workers)
+        if contents_of(sources, folder.parent) != contents:
+            raise UserError(
+                "the data files changed while they were prepared; start again once they are written"
+            )
+        _seal(folder)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        written = sum(one.stat().st_size for one in folder.iterdir())
+        raise UserError(
+            f"--data_cache_dir {folder.parent}: no space left on the device after {written:,} bytes of "
+            "prepared data, which are removed again; free more than that or name a folder on another disk"
+        ) from None
 
 
 def _prepare(
@@ -256,10 +326,17 @@ def _prepare(
     if not sources["eval"]:
         os.unlink(folder / "eval.arrow")
     for name, split in splits.items():
-        np.save(folder / f"{name}.order.npy", split.encoded.rows)
+        _save(folder / f"{name}.order.npy", split.encoded.rows)
         if split.offsets is not None:
-            np.save(folder / f"{name}.offsets.npy", split.offsets)
+            _save(folder / f"{name}.offsets.npy", split.offsets)
     weights = options.data_weights or (1,) * (1 + max(entries))
     report = report_of(splits, totals, left_out, options.max_length, [weights[entry] for entry in entries])
     report["options"] = asdict(options)
     (folder / REPORT).write_text(json.dumps(report), encoding="utf-8")
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """`np.save`, but a full disk is an error that says so: numpy's own has no number."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    path.write_bytes(buffer.getbuffer())

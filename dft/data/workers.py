@@ -2,13 +2,16 @@
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.pool import ExceptionWithTraceback
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from dft.errors import UserError
@@ -16,6 +19,8 @@ from dft.errors import UserError
 About, Task, Result = TypeVar("About"), TypeVar("Task"), TypeVar("Result")
 AHEAD = 4
 """Tasks per worker that are read ahead: enough to keep all of them busy, few enough to fit in memory."""
+HANDED_OUT = 3
+"""Of these, those a worker has itself: the one it works on, and enough to last while the parent writes."""
 
 
 def in_processes(
@@ -26,29 +31,98 @@ def in_processes(
 ) -> Iterator[tuple[About, Result]]:
     """`(about, function(*shared, task))` for each `(about, task)`, in order.
 
+    However it ends, also by Ctrl-C or when the iterator is closed, the processes end with it at once,
+    whatever they are working on.
+
     Raises:
         UserError: a process was killed. What `function` raises is raised here.
     """
-    # fork shares the loaded tokenizer, and the children run nothing of torch. Fresh interpreters would each
-    # have to import transformers first.
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(function, shared))
-    waiting: deque[tuple[About, Future[Result]]] = deque()
+    crew = _Crew()
+    waiting: deque[tuple[int, About]] = deque()
     try:
-        for about, task in tasks:
-            waiting.append((about, pool.submit(_work, task)))
+        crew.start(workers, function, shared)
+        for number, (about, task) in enumerate(tasks):
+            crew.give(number, task)
+            waiting.append((number, about))
             if len(waiting) >= AHEAD * workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        for done, future in waiting:
-            yield done, future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a tokenizing process was killed, most likely for lack of memory; "
-            f"lower --preprocessing_num_workers (now {workers})"
-        ) from None
+                first, done = waiting.popleft()
+                yield done, crew.result(first)
+        for first, done in waiting:
+            yield done, crew.result(first)
     finally:
-        pool.shutdown(cancel_futures=True)
+        crew.end()
+
+
+class _Crew:
+    """Worker processes, what each of them has to do, and what is not handed out or not asked for yet.
+
+    An executor of the standard library would wait for its workers to finish, and talks to them from threads
+    that may hang for ever once a worker ends in the middle of a message. Here nothing but the pipe of a
+    worker is lost with it.
+    """
+
+    def __init__(self) -> None:
+        self.processes: list[BaseProcess] = []
+        self.busy: dict[Connection, int] = {}
+        self.tasks: deque[tuple[int, Any]] = deque()
+        self.results: dict[int, tuple[BaseException | None, Any]] = {}
+
+    def start(self, workers: int, function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
+        # fork shares the loaded tokenizer, and the children run nothing of torch. Fresh interpreters would
+        # each have to import transformers first.
+        context = multiprocessing.get_context("fork")
+        for _ in range(workers):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, function, shared), daemon=True)
+            with _without_interrupts():
+                process.start()
+                self.processes.append(process)
+            there.close()  # the worker has the only copy, so that its end is seen here
+            self.busy[here] = 0
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        for connection in self.busy:
+            connection.close()
+
+    def give(self, number: int, task: Any) -> None:
+        self.tasks.append((number, task))
+        self._move(timeout=0)
+
+    def result(self, number: int) -> Any:
+        """Waits for it."""
+        while number not in self.results:
+            self._move(timeout=None)
+        error, value = self.results.pop(number)
+        if error is not None:
+            raise error
+        return value
+
+    def _move(self, timeout: float | None) -> None:
+        """Hands out what there is to do, takes what is done, and hands out again."""
+        try:
+            self._hand_out()
+            for connection in wait(list(self.busy), timeout):
+                number, error, value = connection.recv()
+                self.results[number] = error, value
+                self.busy[connection] -= 1
+            self._hand_out()
+        except (EOFError, OSError):
+            raise UserError(
+                "a tokenizing process was killed, most likely for lack of memory; "
+                f"lower --preprocessing_num_workers (now {len(self.processes)})"
+            ) from None
+
+    def _hand_out(self) -> None:
+        while self.tasks:
+            idlest = min(self.busy, key=self.busy.__getitem__)
+            if self.busy[idlest] >= HANDED_OUT:
+                return
+            idlest.send(self.tasks.popleft())
+            self.busy[idlest] += 1
 
 
 @contextmanager
@@ -66,22 +140,42 @@ def one_thread_per_process() -> Iterator[None]:
             os.environ[name] = before
 
 
-_function: Callable[..., Any]
-_shared: tuple[Any, ...]
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits. A process that is forked here never hears of it, as it is the parent's to handle."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
-    global _function, _shared
-    _function, _shared = function, shared
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+# ---- in a worker ----
+
+
+def _serve(connection: Connection, function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
+    """Works until it is killed. One thread receives, one works, this one sends: nobody waits for another."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    given: queue.SimpleQueue[tuple[int, Future[Any]]] = queue.SimpleQueue()
+    with ThreadPoolExecutor(1) as desk:
+
+        def receive() -> None:
+            while True:
+                number, task = connection.recv()
+                given.put((number, desk.submit(function, *shared, task)))
+
+        threading.Thread(target=receive, daemon=True).start()
+        while True:
+            number, future = given.get()
+            error = future.exception()
+            if error is None:
+                connection.send((number, None, future.result()))
+            else:  # with the lines it came from, which are not here but there
+                connection.send((number, ExceptionWithTraceback(error, error.__traceback__), None))
+            del future  # a result may be large
 
 
 def _end_with_parent() -> None:
     """A parent that is killed cannot end its workers, and they would wait for work for ever."""
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-def _work(task: Any) -> Any:
-    return _function(*_shared, task)

@@ -17,10 +17,10 @@ from dft.constants import loss_positions
 from dft.loss.dft import TokenStats, check_alpha, normalizer
 from dft.loss.rows import Shape, score_rows
 
-TILE_BYTES = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}
-"""What one tile of logits with its gradient may take. It does not depend on batch or vocabulary, as long as a
-single row fits. Larger ones keep the products efficient, smaller ones keep them in the cache."""
-BLOCK_BYTES = 8 * 2**20
+TILE_BYTES = {"cpu": 384 * 2**20, "cuda": 1024 * 2**20}
+"""What one tile of logits may take, whatever batch and vocabulary are, as long as a single row fits. Of large
+tiles the products are efficient, and the weight's gradient is read and written less often."""
+BLOCK_BYTES = 32 * 2**20
 """What is converted at a time of a weight in half precision, where a product cannot give float32 itself."""
 HALF_SCALE = 2.0**14
 """float16 ends at 6e-8, above most gradients; they are kept larger by this much."""
@@ -166,7 +166,8 @@ def run_tiles(
 
     Returns:
         stats: (tokens,) each. gradients: on rows, (tokens, hidden) in their dtype, but float16, which they
-        may not reach yet; on weight and bias in float32 or wider; None where not wanted.
+        may not reach yet; on weight and bias in float32 or wider, or rounded to their dtype; None where not
+        wanted.
     """
     tokens, width = rows.shape
     wide = torch.promote_types(rows.dtype, torch.float32)
@@ -175,33 +176,36 @@ def run_tiles(
     row_scale = scale.to(wide) * enlarged
     narrow = rows.dtype if rows.dtype != torch.float16 else wide
     d_rows = torch.empty_like(rows, dtype=narrow) if wanted.hidden else None
-    d_weight = rows.new_empty(head.weight.shape, dtype=wide) if wanted.weight else None
+    d_weight = None
     d_bias = rows.new_zeros(head.weight.shape[:1], dtype=wide) if wanted.bias else None
     parts: list[TokenStats] = []
-    if d_weight is not None and not tokens:
-        d_weight.zero_()
     cut = tiles(tokens, head.weight.shape[0], wide.itemsize, rows.device.type)
-    space = TileSpace(max((end - start for start, end in cut), default=0), head.weight.shape[0], rows, wide)
+    space = None
+    if rows.device.type == "cpu" and cut:  # on a GPU torch's own allocator hands out the same memory again
+        space = rows.new_empty(max(end - start for start, end in cut), head.weight.shape[0], dtype=wide)
     for start, end in cut:
-        tile = wide_product(rows[start:end], head.weight, space.logits)  # (rows, vocab)
+        tile = wide_product(rows[start:end], head.weight, space)  # (rows, vocab)
         if head.bias is not None:
             tile += head.bias
         stats, gradient = score_rows(
-            tile, targets[start:end], row_scale if backward else None, shape, rows.dtype, space.softmax
+            tile, targets[start:end], row_scale if backward else None, shape, rows.dtype
         )
         parts.append(stats)
         if gradient is None:
             continue
+        if rows.dtype == torch.bfloat16:
+            gradient = gradient.to(torch.bfloat16)
         if d_rows is not None:
             product(gradient, head.weight, d_rows[start:end])
-        if d_weight is not None:
-            accumulate(d_weight, gradient, rows[start:end], afresh=start == 0)
+        if wanted.weight:
+            d_weight = accumulated(d_weight, gradient, rows[start:end], only=len(cut) == 1)
         if d_bias is not None:
             d_bias += gradient.sum(0, dtype=wide)
     for one in (d_rows, d_weight, d_bias):
         if one is not None and enlarged != 1:
             one /= enlarged
-    if not parts:
+    if not tokens:
+        d_weight = torch.zeros_like(head.weight) if wanted.weight else None
         empty = rows.new_zeros(0, dtype=wide)
         parts.append(TokenStats(empty, empty, empty, empty.bool(), empty))
     stats = TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -210,8 +214,7 @@ def run_tiles(
 
 def tiles(tokens: int, vocab: int, itemsize: int, device: str) -> list[tuple[int, int]]:
     """[start, end) of the rows of each tile: as few as keep it under `TILE_BYTES`, of about one size."""
-    # The logits and, beside them, their softmax or gradient.
-    fit = max(1, TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (2 * vocab * itemsize))
+    fit = max(1, TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (vocab * itemsize))
     count = -(-tokens // fit)
     bounds = [tokens * index // count for index in range(count + 1)] if count else []
     return list(zip(bounds, bounds[1:], strict=False))
@@ -230,15 +233,6 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and device != "cpu":
         return torch.get_autocast_dtype(device)
     return weight.dtype
-
-
-class TileSpace:
-    """Memory that all tiles share, (rows, vocab) each. On a GPU the allocator of torch does that itself."""
-
-    def __init__(self, rows: int, vocab: int, like: Tensor, dtype: torch.dtype) -> None:
-        on_cpu = like.device.type == "cpu"
-        self.logits = like.new_empty(rows, vocab, dtype=dtype) if on_cpu else None
-        self.softmax = like.new_empty(rows, vocab, dtype=dtype) if on_cpu else None
 
 
 def wide_product(rows: Tensor, weight: Tensor, space: Tensor | None) -> Tensor:
@@ -280,13 +274,25 @@ def wide_blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, block[: len(part)].copy_(part)
 
 
-def accumulate(total: Tensor, gradient: Tensor, rows: Tensor, afresh: bool) -> None:
-    """total += gradient.T @ rows, or = where it starts afresh; summed in the precision of `total`."""
-    beta = 0 if afresh else 1  # with 0, what `total` holds is not read
-    if rows.device.type == "cuda" and rows.dtype.itemsize < 4:
-        torch.addmm(total, gradient.t(), rows, beta=beta, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(gradient.t(), rows.to(total.dtype), beta=beta)
+def accumulated(total: Tensor | None, gradient: Tensor, rows: Tensor, only: bool) -> Tensor:
+    """total + gradient.T @ rows, (vocab, hidden), summed in float32 or wider.
+
+    `only`: there is no other tile, so that in bfloat16 the product need not be widened to be narrowed again.
+    """
+    on_gpu = rows.device.type == "cuda" and rows.dtype.itemsize < 4
+    if gradient.dtype == torch.bfloat16 and not on_gpu:
+        part = torch.mm(gradient.t(), rows)  # summed in float32, then rounded
+        if total is None:
+            return part if only else part.float()
+        for start, block in wide_blocks(part):
+            total[start : start + len(block)] += block
+        return total
+    if total is None:
+        options = {"out_dtype": torch.float32} if on_gpu else {}
+        return torch.mm(gradient.t(), rows if on_gpu else rows.to(gradient.dtype), **options)
+    if on_gpu:
+        return torch.addmm(total, gradient.t(), rows, out_dtype=torch.float32, out=total)
+    return total.addmm_(gradient.t(), rows.to(gradient.dtype))
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

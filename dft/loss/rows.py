@@ -21,13 +21,12 @@ class Shape(NamedTuple):
     softcap: float | None = None
 
 
+CACHED_BYTES = 4 * 2**20
+"""Of a tile that plain torch works on at a time, so that its passes read from the cache."""
+
+
 def score_rows(
-    tile: Tensor,
-    targets: Tensor,
-    row_scale: Tensor | None,
-    shape: Shape,
-    dtype: torch.dtype,
-    space: Tensor | None = None,
+    tile: Tensor, targets: Tensor, row_scale: Tensor | None, shape: Shape, dtype: torch.dtype
 ) -> tuple[TokenStats, Tensor | None]:
     """Statistics of rows of a head's output, and the gradient of `row_scale * sum(w * nll)` on it.
 
@@ -36,23 +35,37 @@ def score_rows(
         targets: (rows,) int64.
         row_scale: scalar; None for statistics alone.
         dtype: in which the gradient goes on; that of the tile, or half precision.
-        space: (at least rows, vocab) memory to use on a CPU.
 
     Returns:
-        stats: (rows,) each, in the tile's dtype. gradient: (rows, vocab), or None. On a CPU it is in the
-        tile's dtype, since products that sum in float32 want it there.
+        stats: (rows,) each, in the tile's dtype. gradient: (rows, vocab), or None. It is the tile, unless
+        written in half precision on a GPU; on a CPU products that sum in float32 want it there.
     """
     if tile.is_cuda:
         from dft.loss.kernels import score_rows as score_rows_triton  # triton comes with CUDA builds of torch
 
         return score_rows_triton(tile, targets, row_scale, shape, dtype)
-    return score_rows_torch(tile, targets, row_scale, shape, space)
+    return score_rows_torch(tile, targets, row_scale, shape)
 
 
 def score_rows_torch(
-    tile: Tensor, targets: Tensor, row_scale: Tensor | None, shape: Shape, space: Tensor | None = None
+    tile: Tensor, targets: Tensor, row_scale: Tensor | None, shape: Shape
 ) -> tuple[TokenStats, Tensor | None]:
-    """`score_rows` in plain torch. Each operation that is left out here is a pass over the tile saved."""
+    """`score_rows` in plain torch, a few rows at a time."""
+    rows, vocab = tile.shape
+    step = max(1, CACHED_BYTES // (vocab * tile.itemsize))
+    space = tile.new_empty(min(step, rows), vocab)
+    parts = [
+        _score_some(tile[start : start + step], targets[start : start + step], row_scale, shape, space)
+        for start in range(0, rows, step)
+    ]
+    stats = TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return stats, None if row_scale is None else tile
+
+
+def _score_some(
+    tile: Tensor, targets: Tensor, row_scale: Tensor | None, shape: Shape, space: Tensor
+) -> TokenStats:
+    """Statistics of some rows, whose logits make room for their gradient."""
     if shape.scale != 1:
         tile *= shape.scale
     if shape.softcap is not None:
@@ -60,28 +73,26 @@ def score_rows_torch(
     at = targets[:, None]
     target_logits = tile.gather(1, at).squeeze(1)
     best = tile.argmax(1)
-    softmax = torch.softmax(tile, 1, out=None if space is None else space[: len(tile)])
+    softmax = torch.softmax(tile, 1, out=space[: len(tile)])
     # The greatest probability is at least 1 / vocab, so its logarithm is exact where those of others are not.
     top = best[:, None]
     log_sum = (tile.gather(1, top) - softmax.gather(1, top).log()).squeeze(1)
     nll = log_sum - target_logits
     p_correct = torch.exp(-nll)
     weight = shape.alpha * p_correct + (1 - shape.alpha)
-    entropy = log_sum - expectation(softmax, tile)
-    stats = TokenStats(nll, p_correct, weight, best == targets, entropy)
-    if row_scale is None:
-        return stats, None
-    factor = weight * row_scale  # (rows,)
-    gradient = softmax.mul_(factor[:, None])
-    gradient.scatter_add_(1, at, -factor[:, None])
-    if shape.softcap is not None:
-        gradient *= tile.div_(shape.softcap).square_().neg_().add_(1)
-    if shape.scale != 1:
-        gradient *= shape.scale
-    return stats, gradient
+    entropy = log_sum - _expectation(softmax, tile)
+    if row_scale is not None:
+        factor = (weight * row_scale * shape.scale)[:, None]
+        if shape.softcap is None:
+            torch.mul(softmax, factor, out=tile)
+            tile.scatter_add_(1, at, -factor)
+        else:
+            softmax.scatter_add_(1, at, softmax.new_full((), -1.0).expand_as(at)).mul_(factor)
+            tile.div_(shape.softcap).square_().neg_().add_(1).mul_(softmax)
+    return TokenStats(nll, p_correct, weight, best == targets, entropy)
 
 
-def expectation(softmax: Tensor, logits: Tensor) -> Tensor:
+def _expectation(softmax: Tensor, logits: Tensor) -> Tensor:
     """(rows,) sum of softmax * logits, where a logit of -inf adds nothing."""
     found = torch.bmm(softmax[:, None], logits[:, :, None]).flatten()
     if found.isnan().any():

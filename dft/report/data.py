@@ -60,7 +60,7 @@ def _split_lines(split: str, report: dict[str, Any]) -> list[str]:
         rows, full = _count(numbers["rows"], "row"), 100 * numbers["packing_density"]
         lines.append(f"            in {rows} of {limit:,} tokens, {full:.1f} % full")
     if repeated := numbers["conversations"] - numbers["different_conversations"]:
-        lines.append(f"            {repeated:,} of them the same as another")
+        lines.append(f"            {repeated:,} of the conversations the same as another")
     files = numbers["files"]
     if len(files) > 1:
         for entry in files[:FILES]:
@@ -132,9 +132,13 @@ def _length_lines(split: str, numbers: dict[str, Any]) -> list[str]:
 
 
 def _numbers(numbers: dict[str, Any]) -> str:
+    """A conversation that is taken several times is one conversation, and its sequences count each time."""
     share = 100 * numbers["supervised_tokens"] / max(numbers["tokens"], 1)
+    sequences = _count(numbers["sequences"], "sequence")
+    if repeated := numbers["repeated_sequences"]:
+        sequences += f" ({repeated:,} of them again, by --data_weights)"
     return (
-        f"{_count(numbers['conversations'], 'conversation')}, {_count(numbers['sequences'], 'sequence')}, "
+        f"{_count(numbers['conversations'], 'conversation')}, {sequences}, "
         f"{_count(numbers['tokens'], 'token')}, {share:.1f} % supervised"
     )
 

@@ -1,24 +1,35 @@
 """Prepared data is whole or not there, made once, and the same however many processes make it."""
 
+import errno
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from filelock import FileLock
 
+from dft.data import digests as digests_module
 from dft.data import encode as encode_module
 from dft.data import prepare as prepare_module
+from dft.data.arguments import DataArguments
 from dft.data.chat import ChatEncoder
+from dft.data.digests import sampled_digest
+from dft.data.files import write_whole
 from dft.data.options import PrepareOptions
-from dft.data.prepare import REPORT, prepare
+from dft.data.prepare import REPORT, STAGING, prepare
 from dft.data.sources import resolve_sources
 from dft.errors import UserError
 from tests.data.chat_templates import CHATML_LINES, with_template
 from tests.data.rows import column, conversation, numbered, write
+from tests.launching import ROOT
 
 FORK = multiprocessing.get_context("fork")
 
@@ -181,20 +192,252 @@ def test_files_that_change_while_they_are_prepared_are_refused(encoder, tmp_path
     assert len(data.datasets["train"]) == 20
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "contents"])
-def test_a_damaged_folder_is_prepared_anew(encoder, tmp_path, damage):
+ALIEN = ["", "{", "{}", "[]", "null", "3", '{"train.arrow": 5}', "\\x00garbage"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", "gone", "zeroed", "zeroed order", "other report", "folder", "file", *ALIEN]
+)
+def test_a_damaged_folder_is_prepared_anew_and_this_is_told(encoder, tmp_path, damage, capfd):
     file, options = write(tmp_path / "a.jsonl", numbered(20)), PrepareOptions(64)
     first = prepare([file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
     before = column(first.datasets["train"], "labels")
-    store = first.path / "train.arrow"
+    store, order, contents = (
+        first.path / name for name in ("train.arrow", "train.order.npy", "contents.json")
+    )
+    report = first.path / REPORT
     if damage == "cut":
         os.truncate(store, store.stat().st_size // 2)
     elif damage == "gone":
         store.unlink()
+    elif damage == "zeroed":
+        store.write_bytes(bytes(store.stat().st_size))
+    elif damage == "zeroed order":
+        order.write_bytes(bytes(order.stat().st_size))
+    elif damage == "other report":
+        report.write_text(report.read_text().replace('"conversations_read": 20', '"conversations_read": 21'))
+    elif damage == "folder":
+        contents.unlink()
+        contents.mkdir()
+    elif damage == "file":
+        shutil.rmtree(first.path)
+        first.path.write_text("a file")
     else:
-        (first.path / "contents.json").write_text("{")
+        contents.write_text(damage)
+    del first
+    capfd.readouterr()
     again = prepare([file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
-    assert column(again.datasets["train"], "labels") == before and again.path == first.path
+    assert column(again.datasets["train"], "labels") == before
+    assert capfd.readouterr().err == f"note        {again.path} is damaged and prepared anew\n"
+    prepare([file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_stretch_of_zeros_in_a_large_file_is_seen(tmp_path):
+    file, size = tmp_path / "large", 1 << 25
+    file.write_bytes(np.random.default_rng(0).bytes(size))
+    whole = sampled_digest(file)
+    assert sampled_digest(file) == whole
+    stretch = size // (digests_module.SAMPLES - 1)
+    for start in (0, 12_345_678, size - stretch):
+        with open(file, "r+b") as stream:
+            stream.seek(start)
+            kept = stream.read(stretch)
+            stream.seek(start)
+            stream.write(bytes(stretch))
+            stream.flush()
+            assert sampled_digest(file) != whole
+            stream.seek(start)
+            stream.write(kept)
+    assert sampled_digest(file) == whole
+    for cut in (size - 1, size - stretch):
+        os.truncate(file, cut)
+        assert sampled_digest(file) != whole
+
+
+def test_all_of_a_folder_is_on_the_disk_before_it_gets_its_name(encoder, tmp_path, monkeypatch):
+    file, cache, flushed = write(tmp_path / "a.jsonl", numbered(5)), tmp_path / "cache", []
+    real = prepare_module.flush_to_disk
+
+    def flush(path: Path) -> None:
+        named = [one.name for one in cache.iterdir() if one.is_dir() and "." not in one.name]
+        flushed.append((path.name, bool(named)))
+        real(path)
+
+    monkeypatch.setattr(prepare_module, "flush_to_disk", flush)
+    data = prepare([file], [], encoder, PrepareOptions(64), cache_dir=cache, workers=1)
+    assert [named for _, named in flushed] == [False] * (len(flushed) - 1) + [True]
+    assert {one.name for one in data.path.iterdir()} < {name for name, _ in flushed}
+    assert flushed[-2][0].startswith(data.path.name) and flushed[-1][0] == "cache"
+
+
+def test_a_lock_that_is_a_folder_is_one_error(encoder, tmp_path):
+    file, cache = write(tmp_path / "a.jsonl", numbered(5)), tmp_path / "cache"
+    key = prepare([file], [], encoder, PrepareOptions(64), cache_dir=cache, workers=1).path
+    shutil.rmtree(key)
+    Path(f"{key}.lock").unlink()
+    Path(f"{key}.lock").mkdir()
+    with pytest.raises(UserError, match=rf"{key.name}.lock is a folder where a file belongs; remove it"):
+        prepare([file], [], encoder, PrepareOptions(64), cache_dir=cache, workers=1)
+
+
+def full_after(budget: int) -> Callable[..., object]:
+    """A `Path.write_bytes` of a disk that has that many bytes left."""
+    real = Path.write_bytes
+
+    def write_bytes(path: Path, data: bytes) -> int:
+        real(path, bytes(data)[:budget])
+        if len(data) > budget:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return len(data)
+
+    return write_bytes
+
+
+def test_a_disk_that_is_full_is_one_error_and_leaves_nothing(encoder, tmp_path, monkeypatch):
+    file, cache = write(tmp_path / "a.jsonl", numbered(20)), tmp_path / "cache"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full_after(100))
+        with pytest.raises(UserError, match=r"no space left .* after [\d,]+ bytes of prepared data") as told:
+            prepare([file], [], encoder, PrepareOptions(64), cache_dir=cache, workers=1)
+    assert f"--data_cache_dir {cache}: " in str(told.value) and "another disk" in str(told.value)
+    assert not [one for one in cache.iterdir() if one.is_dir()]
+    data = prepare([file], [], encoder, PrepareOptions(64), cache_dir=cache, workers=1)
+    assert len(data.datasets["train"]) == 20
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_report_that_cannot_be_written_is_one_error_and_the_earlier_one_stays(
+    prepared, tmp_path, monkeypatch, code
+):
+    data = prepared([*numbered(3), {"messages": 1}], on_bad_data="skip")
+    output = tmp_path / "out"
+    data.write_report(output)
+    earlier = {one.name: one.read_bytes() for one in output.iterdir()}
+    assert sorted(earlier) == [REPORT, "rejected.jsonl"]
+
+    def failing(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(UserError, match=rf"--output_dir {output}: .*{output}/rejected.jsonl") as told:
+        data.write_report(output)
+    assert ("bytes are free" in str(told.value)) == (code in (errno.ENOSPC, errno.EDQUOT))
+    assert {one.name: one.read_bytes() for one in output.iterdir()} == earlier
+    with pytest.raises(UserError, match=f"--output_dir {output}/{REPORT}: is not a folder"):
+        data.write_report(output / REPORT)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_prepared_data_in_a_folder_that_takes_no_note_is_used(encoder, tmp_path, monkeypatch, code):
+    file, options = write(tmp_path / "a.jsonl", numbered(5)), PrepareOptions(64)
+    first = prepare([file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
+    monkeypatch.setattr(digests_module, "SETTLED", -1.0)
+    monkeypatch.setattr(prepare_module, "encode_sources", forbidden)
+
+    def refused(path: Path, _: object) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(digests_module, "write_whole", refused)
+    again = prepare([file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
+    assert again.path == first.path and not (tmp_path / "cache" / "digests").exists()
+
+
+def test_folders_of_killed_runs_with_other_data_are_removed_once_nobody_fills_them(encoder, tmp_path):
+    file, cache = write(tmp_path / "a.jsonl", numbered(5)), tmp_path / "cache"
+    old = time.time() - 2 * prepare_module.ABANDONED
+
+    def folder(name: str, changed: float) -> Path:
+        made = cache / name
+        made.mkdir(parents=True)
+        (made / "train.arrow").write_bytes(b"x")
+        for one in (made / "train.arrow", made):
+            os.utime(one, (changed, changed))
+        return made
+
+    abandoned, locked, fresh = (folder(f"{letter * 32}.ab_cd012", old) for letter in "abc")
+    written_lately = fresh / "train.arrow"
+    os.utime(written_lately)
+    others = [folder(name, old) for name in ("d" * 32, "my.data", f"{'e' * 32}.backup_of_mine")]
+    with FileLock(cache / f"{'b' * 32}.lock"):
+        prepare([file], [], encoder, PrepareOptions(64), cache_dir=cache, workers=1)
+    assert not abandoned.exists()
+    assert locked.exists() and fresh.exists() and all(one.exists() for one in others)
+
+
+@pytest.mark.parametrize("given", [None, "", "relative", "/somewhere"])
+def test_a_cache_folder_of_the_environment_counts_if_it_is_absolute(monkeypatch, given):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if given is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+    expected = "/somewhere/dft" if given == "/somewhere" else "~/.cache/dft"
+    assert DataArguments(data_files=[]).data_cache_dir == expected
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
+    def failing() -> object:
+        yield "half"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_whole(tmp_path / "a", ["one", "two"])
+    with pytest.raises(OSError) as told:
+        write_whole(tmp_path / "a", failing())
+    assert told.value.filename == str(tmp_path / "a")
+    assert [one.name for one in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "onetwo"
+
+
+@pytest.mark.parametrize("again_after", [None, 0.0, 0.05])
+def test_ctrl_c_ends_a_preparation_at_once_with_one_line(tokenizer_folder, tmp_path, again_after):
+    file, pids = write(tmp_path / "a.jsonl", numbered(600)), tmp_path / "pids"
+    pids.mkdir()
+    program = """
+import os, runpy, sys, time
+from pathlib import Path
+from dft.data import encode
+
+def stuck(*_):
+    Path(os.environ["PIDS"], str(os.getpid())).touch()
+    time.sleep(60)
+
+encode.SMALL, encode.encode_chunk = 0, stuck
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+    words = ["--model_name_or_path", str(tokenizer_folder), "--data_files", file]
+    words += ["--data_cache_dir", str(tmp_path / "cache"), "--preprocessing_num_workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(ROOT / "scripts" / "show_data.py"), *words],
+        env={**os.environ, "PIDS": str(pids), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: len(list(pids.iterdir())) == 2, seconds=60)
+    started = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers too
+    if again_after is not None:
+        time.sleep(again_after)
+        os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert time.monotonic() - started < 6, "half a second if the machine has nothing else to do"
+    # A shell calls both 130. A second Ctrl-C may meet the interpreter when it has said what it had to say.
+    assert process.returncode in ((130,) if again_after is None else (130, -signal.SIGINT))
+    assert errors.splitlines()[-1:] == ["interrupted"], errors
+    assert errors.count("interrupted") == 1 and "Traceback" not in errors
+    wait_for(lambda: not any(is_running(int(one.name)) for one in pids.iterdir()), seconds=2)
+    if again_after is None:
+        assert not [one for one in (tmp_path / "cache").iterdir() if STAGING.fullmatch(one.name)]
+
+
+def test_an_error_in_a_worker_keeps_the_lines_it_came_from(prepared, monkeypatch):
+    def failing(*_: object) -> None:
+        raise KeyError("of the worker")
+
+    monkeypatch.setattr(encode_module, "SMALL", 0)
+    monkeypatch.setattr(encode_module, "encode_chunk", failing)
+    with pytest.raises(KeyError, match="of the worker") as told:
+        prepared(numbered(600), workers=2)
+    assert "in failing" in str(told.value.__cause__) and not multiprocessing.active_children()
 
 
 def test_a_worker_that_is_killed_is_told_with_a_remedy(prepared, tmp_path, monkeypatch):

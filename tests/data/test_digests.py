@@ -1,5 +1,6 @@
 """Files are read once, and again as soon as anything about them could have changed."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -63,11 +64,13 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path, reads, monkeyp
     assert reads == [file, file] and not (tmp_path / "cache").exists()
 
 
-def test_a_note_that_was_damaged_is_written_anew(tmp_path, reads):
+@pytest.mark.parametrize("damage", ["", "{}", "[]", "null", "3", '{"digest": "a"}', "\\x00", "digest"])
+def test_a_note_that_was_damaged_is_written_anew(tmp_path, reads, damage):
     file = tmp_path / "caf\udce9"
     file.write_bytes(b"one")
     first = content_digests([file], tmp_path / "cache")
     (note,) = (tmp_path / "cache" / "digests").iterdir()
-    note.write_bytes(b"")
+    whole = note.read_text()
+    note.write_text(json.dumps({**json.loads(whole), "digest": None}) if damage == "digest" else damage)
     assert content_digests([file], tmp_path / "cache") == first == content_digests([file], tmp_path / "cache")
-    assert reads == [file, file]
+    assert reads == [file, file] and note.read_text() == whole

@@ -31,6 +31,8 @@ WAYS = {
             "deepspeed": ROOT / "ds_config/zero3.json",
         },
     ),
+    "fsdp2": ("torchrun", {"per_device_train_batch_size": 4, "fsdp": True}),
+    "compiled": ("python", {"per_device_train_batch_size": 8, "torch_compile": True}),
 }
 
 
@@ -38,7 +40,7 @@ def run(example, name, launcher, flags):
     output = example.folder / f"invariance-{name}"
     words = example.words(
         output, dft_alpha=0.7, num_train_epochs=1, max_train_samples=SAMPLES, eval_strategy="epoch",
-        per_device_eval_batch_size=5, lr_scheduler_type="constant", **flags,
+        per_device_eval_batch_size=5, lr_scheduler_type="constant", **{"fused_head": "on", **flags},
     )  # fmt: skip
     finished = launch(words, folder=example.folder, launcher=launcher)
     assert finished.code == 0, finished.output
@@ -47,8 +49,8 @@ def run(example, name, launcher, flags):
 
 @pytest.fixture(scope="module")
 def whole(example):
-    """Batches of 8 in one process, no accumulation: what the others must equal."""
-    return run(example, "8x1", "python", {"per_device_train_batch_size": 8})
+    """Batches of 8 in one process, no accumulation, the loss from whole logits: what the others must equal."""
+    return run(example, "8x1", "python", {"per_device_train_batch_size": 8, "fused_head": "off"})
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def test_the_summary_tells_what_is_used_and_what_was_lost(tokenizer, tmp_path):
         f"train       3 conversations, 3 sequences, {sum(tokens)} tokens, "
         f"{100 * sum(taught) / sum(tokens):.1f} % supervised; median {short}, 99 % up to 40, "
         "longest 40 tokens",
-        "            1 of them the same as another",
+        "            1 of the conversations the same as another",
         f"            {tmp_path}/0.jsonl: 2 conversations, 2 sequences, {2 * short} tokens, "
         f"{100 * taught[0] / short:.1f} % supervised",
         f"            {tmp_path}/1.jsonl: 1 conversation, 1 sequence, 40 tokens, "
@@ -68,6 +68,23 @@ def test_each_file_is_told_with_its_own_weight_also_one_that_is_given_twice(toke
     lines = [line for line in data_summary(data.report) if str(file) in line]
     assert [line.endswith(", taken 0.5 times") for line in lines] == [False, True]
     assert "4 conversations" in lines[0] and "2 conversations" in lines[1]
+
+
+def test_what_weights_repeat_is_told_beside_the_conversations_it_is_made_of(tokenizer, tmp_path):
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        rows = [conversation(f"{file.name} {number}", "a") for number in range(4)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options, encoder = PrepareOptions(40, data_weights=(2.5, 1)), ChatEncoder(tokenizer)
+    data = prepare([str(file) for file in files], [], encoder, options, cache_dir=tmp_path / "c", workers=1)
+    assert data.report["train"]["repeated_sequences"] == 6
+    whole, first, second = data_summary(data.report)[:3]
+    assert whole.startswith(
+        "train       8 conversations, 14 sequences (6 of them again, by --data_weights), "
+    )
+    assert ": 4 conversations, 10 sequences (6 of them again, by --data_weights), " in first
+    assert first.endswith(", taken 2.5 times")
+    assert ": 4 conversations, 4 sequences, " in second and "taken" not in second
 
 
 def test_turns_without_a_stop_token_are_a_warning(tokenizer, tmp_path):

@@ -46,3 +46,13 @@ def test_conversations_and_the_report_are_shown(tokenizer_folder, tmp_path):
     ):
         assert any(line.startswith(expected) for line in printed), expected
     assert json.loads((output / "rejected.jsonl").read_text())["text"] == "{"
+
+
+def test_an_output_folder_that_is_a_file_is_one_error_before_any_work(tokenizer_folder, tmp_path):
+    (tmp_path / "a.jsonl").write_text("{")
+    for given in ("a.jsonl", "a.jsonl/below"):
+        refused = show(tmp_path, tokenizer_folder, "--output_dir", given)
+        assert refused.returncode == 1
+        told = f"error: --output_dir {given}: is not a folder; remove it or name another"
+        assert refused.stderr.splitlines()[-1] == told and "Traceback" not in refused.stderr
+    assert not (tmp_path / "cache").exists()
