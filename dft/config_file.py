@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from dft.data.files import write_whole, writing_into
 from dft.errors import UserError
 
 RUN_ARGS = "run_args.yaml"
@@ -91,5 +92,5 @@ def write_run_args(
         kept, sort_keys=True
     )
     comments = "".join(f"#   {name}: {value}\n" for name, value in derived.items())
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_ARGS).write_text(f"{text}# What this run derived from them:\n{comments}")
+    with writing_into(folder, "--output_dir"):
+        write_whole(folder / RUN_ARGS, [text, "# What this run derived from them:\n", comments])

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -23,13 +22,14 @@ from typing import Any
 import numpy as np
 import tokenizers
 import transformers
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from dft.data.accounting import group_of, named, report_of
+from dft.data.cache import REPORT, is_whole, remove_abandoned, seal
 from dft.data.chat import ChatEncoder
 from dft.data.chunk import Totals
 from dft.data.dataset import Sequences
-from dft.data.digests import content_digests, sampled_digest
+from dft.data.digests import content_digests
 from dft.data.encode import Encoded, encode_sources
 from dft.data.faults import Faults
 from dft.data.files import FULL, flush_to_disk, write_whole, writing_into
@@ -38,19 +38,7 @@ from dft.data.selection import select
 from dft.data.sources import Source, resolve_sources
 from dft.errors import UserError
 
-REPORT = "data_report.json"
 REJECTED = "rejected.jsonl"
-CONTENTS = "contents.json"
-"""Sizes and digests of the files of a prepared folder: what a disk or a person did to them must be seen."""
-EACH_HAS = {REPORT, "train.arrow", "train.order.npy"}
-"""Files that no prepared folder is without."""
-STAGING = re.compile(r"([0-9a-f]{32})\.[a-z0-9_]{8}")
-"""Name of a folder that is being filled: the key of the data, and what `tempfile.mkdtemp` adds."""
-ABANDONED = 24 * 3600
-"""Seconds without a write after which one of these is left over.
-
-Its lock is free then too, but between the machines of a cluster not every file system keeps locks.
-"""
 
 
 @dataclass(frozen=True)
@@ -127,7 +115,7 @@ def prepare(
         cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         contents = contents_of(sources, cache_dir)
         target = cache_dir / cache_key(sources, contents, encoder, options)
-        if not _is_whole(target):
+        if not is_whole(target):
             _prepare_once(target, sources, contents, encoder, options, workers)
     names = {group: [source.name for source in some] for group, some in sources.items()}
     report = named(json.loads((target / REPORT).read_text(encoding="utf-8")), names)
@@ -184,52 +172,6 @@ def _cache_errors(cache_dir: Path, sources: dict[str, list[Source]]) -> Iterator
 # ---- the folder in the cache ----
 
 
-def _is_whole(target: Path) -> bool:
-    """Whether everything in it is as it was written, as far as `sampled_digest` sees."""
-    try:
-        contents = json.loads((target / CONTENTS).read_bytes())
-        if not isinstance(contents, dict) or not contents.keys() >= EACH_HAS:
-            return False
-        return all(_entry(target / name) == entry for name, entry in contents.items())
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
-        return False
-
-
-def _entry(file: Path) -> dict[str, Any]:
-    """What `CONTENTS` says of a file."""
-    return {"size": file.stat().st_size, "xxh3_128": sampled_digest(file)}
-
-
-def _seal(folder: Path) -> None:
-    """Writes `CONTENTS`, and waits until all of the folder would survive a loss of power.
-
-    Only then it may get its name: a file system may keep the name and lose what was written before it.
-    """
-    contents = {one.name: _entry(one) for one in folder.iterdir()}
-    (folder / CONTENTS).write_text(json.dumps(contents), encoding="utf-8")
-    for one in folder.iterdir():
-        flush_to_disk(one)
-    flush_to_disk(folder)
-
-
-def _remove_abandoned(cache_dir: Path, key: str) -> None:
-    """Removes what killed preparations left, of this key and of others.
-
-    The lock of `key` is ours, so nobody else fills a folder of it.
-    """
-    for folder in cache_dir.iterdir():
-        found = STAGING.fullmatch(folder.name)
-        if found is None or not folder.is_dir():
-            continue
-        if found[1] == key:
-            shutil.rmtree(folder)
-            continue
-        with suppress(Timeout, OSError):  # someone fills it, ends it, or owns it: not this run's business
-            if time.time() - max(one.stat().st_mtime for one in (folder, *folder.iterdir())) > ABANDONED:
-                with FileLock(cache_dir / f"{found[1]}.lock", timeout=0):
-                    shutil.rmtree(folder)
-
-
 def _load(target: Path, split: str, names: dict[str, list[str]]) -> Sequences:
     offsets = target / f"{split}.offsets.npy"
     return Sequences(
@@ -250,11 +192,11 @@ def _prepare_once(
     """Fills `target`, unless another process does so meanwhile; then its error, if it fails, is ours too."""
     asked, error_file = time.time(), Path(f"{target}.error")
     with FileLock(f"{target}.lock"):
-        if _is_whole(target):
+        if is_whole(target):
             return
         if error_file.exists() and error_file.stat().st_mtime >= asked:
             raise UserError(error_file.read_text(encoding="utf-8", errors="replace"))
-        _remove_abandoned(target.parent, target.name)
+        remove_abandoned(target.parent, target.name)
         if target.exists():
             print(f"note        {target} is damaged and prepared anew", file=sys.stderr, flush=True)
             if target.is_dir():
@@ -290,7 +232,7 @@ def _fill(
             raise UserError(
                 "the data files changed while they were prepared; start again once they are written"
             )
-        _seal(folder)
+        seal(folder)
     except OSError as error:
         if error.errno not in FULL:
             raise

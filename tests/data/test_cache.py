@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from dft.data import cache as cache_module
 from dft.data import digests as digests_module
 from dft.data import encode as encode_module
 from dft.data import prepare as prepare_module
 from dft.data.arguments import DataArguments
+from dft.data.cache import ABANDONED, REPORT, STAGING
 from dft.data.chat import ChatEncoder
 from dft.data.digests import sampled_digest
 from dft.data.files import write_whole
 from dft.data.options import PrepareOptions
-from dft.data.prepare import REPORT, STAGING, prepare
+from dft.data.prepare import prepare
 from dft.data.sources import resolve_sources
 from dft.errors import UserError
 from tests.data.chat_templates import CHATML_LINES, with_template
@@ -264,7 +266,8 @@ def test_all_of_a_folder_is_on_the_disk_before_it_gets_its_name(encoder, tmp_pat
         flushed.append((path.name, bool(named)))
         real(path)
 
-    monkeypatch.setattr(prepare_module, "flush_to_disk", flush)
+    for module in (cache_module, prepare_module):
+        monkeypatch.setattr(module, "flush_to_disk", flush)
     data = prepare([file], [], encoder, PrepareOptions(64), cache_dir=cache, workers=1)
     assert [named for _, named in flushed] == [False] * (len(flushed) - 1) + [True]
     assert {one.name for one in data.path.iterdir()} < {name for name, _ in flushed}
@@ -345,7 +348,7 @@ def test_prepared_data_in_a_folder_that_takes_no_note_is_used(encoder, tmp_path,
 
 def test_folders_of_killed_runs_with_other_data_are_removed_once_nobody_fills_them(encoder, tmp_path):
     file, cache = write(tmp_path / "a.jsonl", numbered(5)), tmp_path / "cache"
-    old = time.time() - 2 * prepare_module.ABANDONED
+    old = time.time() - 2 * ABANDONED
 
     def folder(name: str, changed: float) -> Path:
         made = cache / name

@@ -49,7 +49,7 @@ def run(example, name, launcher, flags):
 
 @pytest.fixture(scope="module")
 def whole(example):
-    """Batches of 8 in one process, no accumulation, the loss from whole logits: what the others must equal."""
+    """Batches of 8 in one process, no accumulation, whole logits: what the others must equal."""
     return run(example, "8x1", "python", {"per_device_train_batch_size": 8, "fused_head": "off"})
 
 

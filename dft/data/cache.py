@@ -1,0 +1,73 @@
+"""Folders of prepared data: whether one is whole, how it becomes that, and what killed runs leave of them."""
+
+import json
+import re
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dft.data.digests import sampled_digest
+from dft.data.files import flush_to_disk
+
+REPORT = "data_report.json"
+CONTENTS = "contents.json"
+"""Sizes and digests of the files of a prepared folder: what a disk or a person did to them must be seen."""
+EACH_HAS = {REPORT, "train.arrow", "train.order.npy"}
+"""Files that no prepared folder is without."""
+STAGING = re.compile(r"([0-9a-f]{32})\.[a-z0-9_]{8}")
+"""Name of a folder that is being filled: the key of the data, and what `tempfile.mkdtemp` adds."""
+ABANDONED = 24 * 3600
+"""Seconds without a write after which one of these is left over.
+
+Its lock is free then too, but between the machines of a cluster not every file system keeps locks.
+"""
+
+
+def is_whole(target: Path) -> bool:
+    """Whether everything in it is as it was written, as far as `sampled_digest` sees."""
+    try:
+        contents = json.loads((target / CONTENTS).read_bytes())
+        if not isinstance(contents, dict) or not contents.keys() >= EACH_HAS:
+            return False
+        return all(_entry(target / name) == entry for name, entry in contents.items())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+        return False
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    """What `CONTENTS` says of a file."""
+    return {"size": file.stat().st_size, "xxh3_128": sampled_digest(file)}
+
+
+def seal(folder: Path) -> None:
+    """Writes `CONTENTS`, and waits until all of the folder would survive a loss of power.
+
+    Only then it may get its name: a file system may keep the name and lose what was written before it.
+    """
+    contents = {one.name: _entry(one) for one in folder.iterdir()}
+    (folder / CONTENTS).write_text(json.dumps(contents), encoding="utf-8")
+    for one in folder.iterdir():
+        flush_to_disk(one)
+    flush_to_disk(folder)
+
+
+def remove_abandoned(cache_dir: Path, key: str) -> None:
+    """Removes what killed preparations left, of this key and of others.
+
+    The lock of `key` is ours, so nobody else fills a folder of it.
+    """
+    for folder in cache_dir.iterdir():
+        found = STAGING.fullmatch(folder.name)
+        if found is None or not folder.is_dir():
+            continue
+        if found[1] == key:
+            shutil.rmtree(folder)
+            continue
+        with suppress(Timeout, OSError):  # someone fills it, ends it, or owns it: not this run's business
+            if time.time() - max(one.stat().st_mtime for one in (folder, *folder.iterdir())) > ABANDONED:
+                with FileLock(cache_dir / f"{found[1]}.lock", timeout=0):
+                    shutil.rmtree(folder)
