@@ -47,6 +47,7 @@ def check(arguments: Arguments) -> None:
     check_precision(arguments)
     check_packages(training)
     check_optimizer(training)
+    check_fsdp(training)
     check_deepspeed(training)
 
 
@@ -196,6 +197,14 @@ def check_optimizer(training: TrainingArguments) -> None:
             f"--lr_scheduler_type {training.lr_scheduler_type.value} with --lr_scheduler_kwargs "
             f"{json.dumps(training.lr_scheduler_kwargs)}: {' '.join(str(error).split())}"
         ) from None
+
+
+def check_fsdp(training: TrainingArguments) -> None:
+    if training.fsdp and training.device.type == "cpu":
+        raise UserError(
+            f"--fsdp {training.fsdp}: accelerate shards on accelerators only and would train whole copies on "
+            "this CPU; use --deepspeed ds_config/zero3.json"
+        )
 
 
 def check_deepspeed(training: TrainingArguments) -> None:

@@ -104,27 +104,25 @@ def inspect_head(
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         return f"{type(model).__name__} has no output embedding"
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        return (
-            f"its output embedding is a {type(head).__module__}.{type(head).__name__}, not a plain nn.Linear"
-        )
-    if "forward" in vars(head):
-        return "the forward of its output embedding has been replaced"
     ids = inputs["input_ids"]
-    shapes: list[tuple[int, ...]] = []
-    hook = head.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape)))
     with torch.no_grad():
-        logits = forward(**inputs).logits
-        hook.remove()
+        outputs, logits = _outputs_within(head, forward, inputs)
+        shapes = [tuple(output.shape) for module, output in outputs if module is head]
         if shapes != [tuple(logits.shape)] or logits.shape[:2] != ids.shape:
             return (
                 f"its logits are {tuple(logits.shape)} for {tuple(ids.shape)} tokens, where its output "
                 f"embedding gave {' and '.join(map(str, shapes)) or 'nothing'}"
             )
-        transform = _transform_of(head, forward, inputs, logits)
+        linear = _plain_linear(outputs)
+        if linear is None:
+            kind = f"{type(head).__module__}.{type(head).__name__}"
+            return f"its output embedding is a {kind} that does more than one plain nn.Linear"
+        if "forward" in vars(linear):
+            return "the forward of its output embedding has been replaced"
+        transform = _transform_of(linear, forward, inputs, logits)
         if isinstance(transform, str):
             return transform
-        fused = FusedHead(head, transform)
+        fused = FusedHead(linear, transform)
         _, expected = dft_loss(logits, ids)
         _, stats, _ = fused.score(forward, inputs, ids)
     off = (stats.nll - expected.nll).abs().mean().item()
@@ -132,6 +130,35 @@ def inspect_head(
     if not off <= TOLERANCE.get(dtype, COARSEST):
         return f"the fused loss is not that of its own logits (off by {off:.2g} nats on average)"
     return fused
+
+
+def _outputs_within(
+    head: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any]
+) -> tuple[list[tuple[nn.Module, Any]], Tensor]:
+    """What the head and each module inside it give, in the order in which they end, and the logits."""
+    outputs: list[tuple[nn.Module, Any]] = []
+
+    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs.append((module, output))
+
+    hooks = [module.register_forward_hook(note) for module in head.modules()]
+    try:
+        return outputs, forward(**inputs).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _plain_linear(outputs: list[tuple[nn.Module, Any]]) -> nn.Linear | None:
+    """The one module that makes the output of the head, if that is a plain linear layer.
+
+    It may stand inside wrappers that hand its output on untouched, as PEFT's for modules that are trained
+    whole. An adapter calls more modules, or makes another tensor of the output.
+    """
+    module, made = outputs[0]
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return None
+    return module if all(output is made for _, output in outputs) else None
 
 
 def _transform_of(

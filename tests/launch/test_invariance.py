@@ -31,7 +31,6 @@ WAYS = {
             "deepspeed": ROOT / "ds_config/zero3.json",
         },
     ),
-    "fsdp2": ("torchrun", {"per_device_train_batch_size": 4, "fsdp": True}),
     "compiled": ("python", {"per_device_train_batch_size": 8, "torch_compile": True}),
 }
 

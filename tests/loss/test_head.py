@@ -198,7 +198,12 @@ def test_heads_that_are_not_plain_are_not_fused():
     assert "where its output embedding gave" in inspected(Twice(transformers.Qwen3Config(**SMALL)).eval())
     model = make("qwen3", {})
     model.lm_head = Slow(16, VOCAB)
-    assert inspected(model).endswith("test_head.Slow, not a plain nn.Linear")
+    assert inspected(model).endswith("test_head.Slow that does more than one plain nn.Linear")
+    model = make("qwen3", {})
+    model.lm_head = nn.Sequential(model.lm_head, nn.Identity())  # hands the output on: not a head of its own
+    compare(model, inspected(model))
+    model.lm_head = nn.Sequential(model.lm_head[0], nn.Dropout(0.0), nn.Hardtanh(-1e9, 1e9))
+    assert inspected(model).endswith("Sequential that does more than one plain nn.Linear")
     model = make("qwen3", {})
     model.lm_head.forward = lambda hidden: nn.functional.linear(hidden, model.lm_head.weight)
     assert inspected(model) == "the forward of its output embedding has been replaced"
