@@ -29,6 +29,8 @@ from dft.training.distributed import say
 from dft.training.metrics import TokenMeter
 from dft.training.trackers import SwanLabRunCallback
 
+OF_THE_LOSS = ("fused_linear_cross_entropy", "cross_entropy")
+"""Kernels of Liger that replace a model's loss; the second one replaces torch's own function, too."""
 FUSED_HEAD = ("auto", "on", "off")
 
 
@@ -80,6 +82,8 @@ class DFTTrainer(transformers.Trainer):
             packed = is_packed(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
             data_collator = choose_collator(model, padding_id(model), packed)
         check_cache(args, data_collator)
+        if args.use_liger_kernel:
+            args.liger_kernel_config = layer_kernels(args.liger_kernel_config)
         config = model.config.get_text_config()
         self._saved_use_cache = config.use_cache
         super().__init__(model, args, data_collator=data_collator, **kwargs)
@@ -355,6 +359,22 @@ def check_arguments(args: transformers.TrainingArguments) -> None:
             f"--train_sampling_strategy {args.train_sampling_strategy}: must be random, sequential or "
             "group_by_length"
         )
+
+
+def layer_kernels(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`liger_kernel_config` without the kernels that would bring a loss of their own.
+
+    Raises:
+        ValueError: one of these is asked for.
+    """
+    given = config or {}
+    for name in OF_THE_LOSS:
+        if given.get(name):
+            raise ValueError(
+                f"--liger_kernel_config: {name!r} is a loss of Liger's own, where this trainer computes the "
+                "DFT loss; leave it out, the kernels of the layers are used all the same"
+            )
+    return {**given, **dict.fromkeys(OF_THE_LOSS, False)}
 
 
 def check_cache(args: transformers.TrainingArguments, data_collator: Any) -> None:
