@@ -1,0 +1,163 @@
+"""DFTTrainer on the fused head: the same training as from whole logits, and no logits anywhere."""
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from dft import DFTTrainer
+from dft.errors import UserError
+from dft.loss import linear, rows
+from dft.loss.head import FusedHead
+from dft.loss.linear import linear_dft_loss
+from dft.training.metrics import TokenMeter
+from dft.training.trainer import token_count
+from tests.training.test_trainer import VOCAB, conversations, tiny
+
+
+def trainer(tmp_path, fused_head="on", model=None, **flags) -> DFTTrainer:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, logging_steps=1, save_strategy="no", learning_rate=1e-2,
+        lr_scheduler_type="constant", disable_tqdm=True, seed=5, per_device_train_batch_size=4, max_steps=4,
+        eval_strategy="steps", eval_steps=2, **flags,
+    )  # fmt: skip
+    train, evaluation = (Dataset.from_list(some) for some in (conversations(16), conversations(9, 2)))
+    return DFTTrainer(
+        model or tiny(),
+        arguments,
+        alpha=0.6,
+        fused_head=fused_head,
+        train_dataset=train,
+        eval_dataset=evaluation,
+    )
+
+
+def history(run: DFTTrainer) -> list[dict[str, float]]:
+    run.train()
+    kept = ("loss", "nll", "avg_p_correct", "acc", "objective", "grad_norm")
+    kept += tuple(f"eval_{name}" for name in kept[:-1])
+    return [{name: record[name] for name in kept if name in record} for record in run.state.log_history[:-1]]
+
+
+WAYS = {
+    "plain": ({}, 1e-5),
+    "accumulated": ({"gradient_accumulation_steps": 3}, 1e-5),
+    "checkpointed": ({"gradient_checkpointing": True}, 1e-5),
+    "autocast": ({"bf16": True}, 3e-2),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_training_and_evaluation_are_those_of_whole_logits(tmp_path, name):
+    flags, close = WAYS[name]
+    expected = history(trainer(tmp_path, "off", **flags))
+    found = history(trainer(tmp_path, "on", **flags))
+    assert len(found) == len(expected) == 6 and any("eval_nll" in record for record in found)
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=close, abs=0.1 if name == "autocast" else 1e-12)
+
+
+def test_pure_bfloat16_trains_as_well(tmp_path):
+    wide = history(trainer(tmp_path, "on"))
+    found = history(trainer(tmp_path, "on", model=tiny().to(torch.bfloat16)))
+    for one, other in zip(found, wide, strict=True):
+        (name,) = {"nll", "eval_nll"} & one.keys()
+        assert one[name] == pytest.approx(other[name], rel=2e-2)
+
+
+def test_no_logits_are_ever_computed(tmp_path):
+    run = trainer(tmp_path, eval_accumulation_steps=1)
+    run.model.eval()
+    run._inspected_head(run.model)
+    shapes = []
+    run.model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    run.train()
+    run.evaluate()
+    assert len(shapes) > 6 and {shape[-1] for shape in shapes} == {1}
+
+
+def test_whoever_asks_for_logits_gets_them(tmp_path):
+    run = trainer(tmp_path)
+    predicted = run.predict(run.eval_dataset)
+    assert predicted.predictions.shape[-1] == VOCAB and predicted.metrics["test_nll"] > 0
+    batch = run.data_collator(conversations(3))
+    _, outputs = run.compute_loss(run.model, batch, return_outputs=True)
+    assert outputs.logits.shape == (*batch["labels"].shape, VOCAB)
+
+
+def test_the_model_generates_and_is_saved_as_ever(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.arange(5, 11)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, run.model.eval()(input_ids=ids).logits)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(loaded.generate(ids, **options), run.model.generate(ids, **options))
+
+
+def test_why_it_is_not_fused_is_said_once_or_refused(tmp_path, capsys):
+    def model():
+        made = tiny()
+        made.lm_head.forward = lambda hidden: torch.nn.functional.linear(hidden, made.lm_head.weight)
+        return made
+
+    trainer(tmp_path, "auto", model=model()).train()
+    reason = "the forward of its output embedding has been replaced"
+    assert (
+        capsys.readouterr().out.count(f"note        the loss is computed from whole logits: {reason}\n") == 1
+    )
+    with pytest.raises(UserError, match=f"--fused_head on: {reason}; use --fused_head auto"):
+        trainer(tmp_path, "on", model=model()).train()
+    trainer(tmp_path, "off").train()
+    assert "whole logits" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="fused_head 'maybe': must be one of auto, on, off"):
+        trainer(tmp_path, "maybe")
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what would make the host wait for a device, were there one."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket._qualified_op_name
+        assert name not in (
+            "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::item",
+            "aten::masked_select", "aten::unique",
+        ), name  # fmt: skip
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_micro_batch_does_not_wait_for_the_device(tmp_path, monkeypatch):
+    """What only a CPU does, where nothing has to be waited for, is left out."""
+    monkeypatch.setattr(
+        rows,
+        "_expectation",
+        lambda softmax, logits: torch.bmm(softmax[:, None], logits[:, :, None]).flatten(),
+    )
+    monkeypatch.setattr(linear, "scaled", lambda gradient, factor, dtype: (gradient * factor).to(dtype))
+    batch = trainer(tmp_path).data_collator(conversations(5))
+    hidden = torch.randn(*batch["labels"].shape, 16, requires_grad=True)
+    weight = torch.randn(VOCAB, 16, requires_grad=True)
+    meter, count = TokenMeter(torch.device("cpu")), torch.tensor(17)
+    with NoSync():
+        loss, stats = linear_dft_loss(
+            hidden, weight, batch["labels"], num_items=count, positions=batch["loss_positions"]
+        )
+        meter.update(stats, token_count(batch), loss.detach())
+        loss.backward()
+    assert meter.sums[0] == len(batch["loss_positions"]) > 0
+    with pytest.raises(AssertionError, match="nonzero"), NoSync():
+        linear_dft_loss(hidden, weight, batch["labels"], num_items=count)
+
+
+def test_the_head_is_looked_at_once(tmp_path):
+    run = trainer(tmp_path)
+    run.evaluate()
+    head = run._head
+    assert isinstance(head, FusedHead)
+    run.train()
+    run.evaluate()
+    assert run._head is head
