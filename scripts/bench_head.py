@@ -38,7 +38,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dft.constants import loss_positions
+from dft.labels import loss_positions
 from dft.loss.dft import shifted_targets
 from dft.loss.linear import linear_dft_loss
 

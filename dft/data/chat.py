@@ -11,12 +11,12 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from dft.constants import IGNORE_INDEX
 from dft.data.conversation import Conversation
 from dft.data.faults import BadLine
 from dft.data.rendering import ChatTemplate, Rendering
 from dft.data.template import DATE
 from dft.errors import UserError
+from dft.labels import IGNORE_INDEX
 
 GUARDS = ("0", "\n", "a", ";")
 """Texts to tokenize a piece behind, for tokenizers that put a space in front of all they get."""

@@ -7,7 +7,6 @@ from hashlib import blake2b
 
 import numpy as np
 
-from dft.constants import IGNORE_INDEX
 from dft.data.chat import ChatEncoder, Example
 from dft.data.conversation import Conversation, parse_conversation
 from dft.data.faults import BadLine
@@ -16,6 +15,7 @@ from dft.data.records import BOM, Record
 from dft.data.rendering import Rendering
 from dft.data.selfcheck import check_conversation
 from dft.errors import UserError
+from dft.labels import IGNORE_INDEX
 
 CHECKED_FIRST, CHECKED = 32, 1
 """Conversations of the first, and of every other chunk of a file that the self-check looks at."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dft.constants import IGNORE_INDEX, loss_positions
+from dft.labels import IGNORE_INDEX, loss_positions
 
 Example = Mapping[str, Any]
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from dft.constants import IGNORE_INDEX
+from dft.labels import IGNORE_INDEX
 
 BLANK = -1
 """The index of an example that nothing is learned from."""

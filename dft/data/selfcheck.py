@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dft.constants import IGNORE_INDEX
 from dft.data.chat import ChatEncoder, Example
 from dft.data.rendering import Rendering
 from dft.errors import UserError
+from dft.labels import IGNORE_INDEX
 
 SHOWN = 60
 """Characters of a text that a message quotes."""

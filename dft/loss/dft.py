@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Categorical
 
-from dft.constants import IGNORE_INDEX
+from dft.labels import IGNORE_INDEX
 
 
 class TokenStats(NamedTuple):

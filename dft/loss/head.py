@@ -18,7 +18,8 @@ PROBES = (0.0, 2.0**-12, -(2.0**-12), 1.0, -1.0, 2.0**20, -(2.0**20))
 """Outputs of the head that are shown to the model, to see which logits it makes of them."""
 COARSEST = 1e-1
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: COARSEST}
-"""How many nats the nll may be off on average from that of the model's own logits, which are rounded."""
+"""How many nats the nll may be off on average from that of the model's own logits; or as much as these are
+rounded, if they are large."""
 
 
 class LogitTransform(NamedTuple):
@@ -73,9 +74,15 @@ class FusedHead:
         try:
             outputs = forward(**inputs)
         finally:
+            # Also after an error: the graph and the gradients in it would be held until the next call.
+            result, self._result, self._call = self._result, None, None
             del self.module.forward
-            self._call = None
-        (loss, stats), self._result = self._result, None
+        if result is None:
+            raise RuntimeError(
+                f"{type(self.module).__name__} {tuple(self.module.weight.shape)}, the output embedding when "
+                "training began, was not called; the model has changed since"
+            )
+        loss, stats = result
         return _tie(loss, outputs.logits), stats, outputs
 
     def _score_hidden(self, hidden: Tensor) -> Tensor:
@@ -126,8 +133,10 @@ def inspect_head(
         _, expected = dft_loss(logits, ids)
         _, stats, _ = fused.score(forward, inputs, ids)
     off = (stats.nll - expected.nll).abs().mean().item()
+    size = logits[logits.isfinite()].abs().amax().item() if logits.isfinite().any() else 0.0
+    rounding = torch.finfo(dtype).eps * size
     # Not above the bound rather than below it: NaN must count.
-    if not off <= TOLERANCE.get(dtype, COARSEST):
+    if not off <= max(TOLERANCE.get(dtype, COARSEST), rounding):
         return f"the fused loss is not that of its own logits (off by {off:.2g} nats on average)"
     return fused
 
@@ -177,6 +186,7 @@ def _transform_of(
         del head.forward
     small, great = (seen.flatten()[which == number][0].item() for number in (1, 5))
     scale = small / PROBES[1]
+    scale = 1.0 if abs(scale - 1) < 1e-6 else scale  # as it comes out of a tanh
     softcap = great if abs(great) < 0.9 * abs(scale * PROBES[5]) else None
     transform = LogitTransform(scale, softcap)
     if not scale or not torch.allclose(seen, transform(shown), rtol=1e-5, atol=1e-7):

@@ -9,10 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dft.loss.dft import TokenStats
-from dft.loss.rows import Shape
+from dft.loss.rows import RowOptions
 
 BLOCK = 4096
-"""Logits of a row that are read at a time."""
+"""Numbers that are read at a time."""
 
 
 @triton.jit
@@ -49,9 +49,15 @@ def _rows(
     tile += row * tile_stride
     gradient += row * gradient_stride
     target = tl.load(targets + row)
+    # Read before the reductions, whose barriers all warps pass before one of them overwrites the tile with
+    # its gradient. A target that is no token gives NaN, which shows, and reads nothing.
+    known = (target >= 0) & (target < vocab)
+    z_target = tl.load(tile + target, mask=known, other=float("nan")).to(tl.float32) * scale
+    if SOFTCAP:
+        z_target = softcap * (2 * tl.sigmoid(2 * z_target / softcap) - 1)
     offsets = tl.arange(0, BLOCK)
 
-    # Online: the greatest logit so far, where it stands, and sums of exp(z - top) and of exp(z - top) * z.
+    # Online: the greatest logit so far, where it stands, and sums of e = exp(z - top) and of e * (z - top).
     top = float("-inf")
     best = tl.full((), 0, tl.int64)
     total = 0.0
@@ -60,45 +66,42 @@ def _rows(
         columns = start + offsets
         inside = columns < vocab
         z = _logits(tile, columns, inside, scale, softcap, SOFTCAP)
-        # NaN must come out as NaN, which a maximum would hide.
         here, where = tl.max(z, 0, return_indices=True)
         if here > top:
             best = (start + where).to(tl.int64)
         new = tl.maximum(top, here)
-        # As long as all are -inf there is nothing to sum.
+        # As long as all are -inf there is nothing to sum. NaN and +inf come out as NaN by way of exp.
         shift = tl.where(new == float("-inf"), 0.0, new)
-        rescale = tl.exp(top - shift)
+        moved = tl.where(top == float("-inf"), 0.0, top - shift)
+        rescale = tl.where(top == float("-inf"), 0.0, tl.exp(moved))
         e = tl.exp(z - shift)
+        weighted = (weighted + total * moved) * rescale + tl.sum(tl.where(e == 0, 0.0, e * (z - shift)), 0)
         total = total * rescale + tl.sum(e, 0)
-        weighted = weighted * rescale + tl.sum(tl.where(e == 0, 0.0, e * z), 0)
         top = new
-    log_sum = top + tl.log(total)
-    z_target = tl.load(tile + target).to(tl.float32) * scale
-    if SOFTCAP:
-        z_target = softcap * (2 * tl.sigmoid(2 * z_target / softcap) - 1)
-    nll = log_sum - z_target
+    log_total = tl.log(total)
+    nll = (top - z_target) + log_total
     p = tl.exp(-nll)
     weight = alpha * p + (1 - alpha)
     tl.store(nll_out + row, nll)
     tl.store(p_out + row, p)
     tl.store(weight_out + row, weight)
     tl.store(correct_out + row, best == target)
-    tl.store(entropy_out + row, log_sum - weighted / total)
+    tl.store(entropy_out + row, log_total - weighted / total)
 
     if GRADIENT:
-        factor = weight * tl.load(row_scale).to(tl.float32)
+        factor = weight * tl.load(row_scale).to(tl.float32) * scale
         for start in range(0, vocab, BLOCK):
             columns = start + offsets
             inside = columns < vocab
             z = _logits(tile, columns, inside, scale, softcap, SOFTCAP)
-            g = factor * (tl.exp(z - log_sum) - tl.where(columns == target, 1.0, 0.0)) * scale
+            g = factor * (tl.exp(z - top) / total - tl.where(columns == target, 1.0, 0.0))
             if SOFTCAP:
                 g *= 1 - (z / softcap) * (z / softcap)
             tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=inside)
 
 
 def score_rows(
-    tile: Tensor, targets: Tensor, row_scale: Tensor | None, shape: Shape, dtype: torch.dtype
+    tile: Tensor, targets: Tensor, row_scale: Tensor | None, options: RowOptions, dtype: torch.dtype
 ) -> tuple[TokenStats, Tensor | None]:
     """`dft.loss.rows.score_rows` for float32 tiles: the gradient overwrites a tile, or is written beside it
     in half precision."""
@@ -108,24 +111,47 @@ def score_rows(
         gradient = tile if dtype == tile.dtype else torch.empty_like(tile, dtype=dtype)
     nll, p_correct, weight, entropy = (tile.new_empty(rows) for _ in range(4))
     correct = torch.empty(rows, dtype=torch.bool, device=tile.device)
-    _rows[(rows,)](
-        tile,
-        tile if gradient is None else gradient,
-        targets,
-        targets if row_scale is None else row_scale,
-        nll,
-        p_correct,
-        weight,
-        correct,
-        entropy,
-        vocab,
-        tile.stride(0),
-        tile.stride(0) if gradient is None else gradient.stride(0),
-        shape.alpha,
-        shape.scale,
-        1.0 if shape.softcap is None else shape.softcap,
-        SOFTCAP=shape.softcap is not None,
-        GRADIENT=gradient is not None,
-        BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
-    )
+    with torch.cuda.device_of(tile):
+        _rows[(rows,)](
+            tile,
+            tile if gradient is None else gradient,
+            targets,
+            tile if row_scale is None else row_scale,
+            nll,
+            p_correct,
+            weight,
+            correct,
+            entropy,
+            vocab,
+            tile.stride(0),
+            tile.stride(0) if gradient is None else gradient.stride(0),
+            float(options.alpha),
+            float(options.scale),
+            1.0 if options.softcap is None else float(options.softcap),
+            SOFTCAP=options.softcap is not None,
+            GRADIENT=gradient is not None,
+            BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
+        )
     return TokenStats(nll, p_correct, weight, correct, entropy), gradient
+
+
+@triton.jit
+def _scale(numbers, factor, count, BLOCK: tl.constexpr):
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < count
+        scaled = tl.load(numbers + columns, mask=inside).to(tl.float32) * by
+        tl.store(numbers + columns, scaled.to(numbers.dtype.element_ty), mask=inside)
+
+
+def scale_(numbers: Tensor, factor: Tensor) -> Tensor:
+    """numbers *= factor. Whether that is 1, and nothing to do, is seen on the device: the host need not wait.
+
+    Args:
+        numbers: contiguous, in float32 or half precision.
+        factor: scalar on the same device.
+    """
+    with torch.cuda.device_of(numbers):
+        _scale[(triton.cdiv(numbers.numel(), BLOCK),)](numbers, factor, numbers.numel(), BLOCK=BLOCK)
+    return numbers

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dft.constants import loss_positions
+from dft.labels import loss_positions
 from dft.loss.dft import TokenStats, check_alpha, normalizer
-from dft.loss.rows import Shape, score_rows
+from dft.loss.rows import RowOptions, score_rows
 
 TILE_BYTES = {"cpu": 384 * 2**20, "cuda": 1024 * 2**20}
 """What one tile of logits may take, whatever batch and vocabulary are, as long as a single row fits. Of large
@@ -23,7 +23,8 @@ tiles the products are efficient, and the weight's gradient is read and written 
 BLOCK_BYTES = 32 * 2**20
 """What is converted at a time of a weight in half precision, where a product cannot give float32 itself."""
 HALF_SCALE = 2.0**14
-"""float16 ends at 6e-8, above most gradients; they are kept larger by this much."""
+"""float16 ends at 6e-8, above most gradients, and at 65,504. Those of a row sum to at most 2 before they are
+divided by N, so they are written this much larger, and divided afterwards in float32."""
 
 
 class Wanted(NamedTuple):
@@ -60,6 +61,7 @@ def linear_dft_loss(
 
     Logits, statistics and the sum of the weight's gradient are float32 (float64 for float64 input), whatever
     the precision of the products. Under autocast the products are in its precision, on a CPU in the weight's.
+    (There is one more rounding on a CPU: each tile's share in the gradient of a bfloat16 weight is bfloat16.)
 
     Args:
         hidden: (batch, seq, hidden).
@@ -83,6 +85,8 @@ def linear_dft_loss(
             "hidden must be (batch, seq, hidden), labels (batch, seq) and weight (vocab, hidden), got "
             f"{tuple(hidden.shape)}, {tuple(labels.shape)} and {tuple(weight.shape)}"
         )
+    if isinstance(num_items, Tensor) and num_items.ndim:
+        raise ValueError(f"num_items must be a scalar, got a tensor of shape {tuple(num_items.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (vocab,), got {tuple(bias.shape)} with {weight.shape[0]} tokens")
     check_alpha(alpha)
@@ -92,12 +96,12 @@ def linear_dft_loss(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     count = normalizer(num_items, targets)
     # Filled on the device: to copy a number there would wait for it.
-    scale = torch.full((), 1.0, dtype=wide, device=hidden.device) / count
+    scale = (torch.ones((), dtype=wide, device=hidden.device) / count).to(wide)
     wanted = Wanted(
         *(torch.is_grad_enabled() and one is not None and one.requires_grad for one in (hidden, weight, bias))
     )
-    shape = Shape(alpha, logit_scale, logit_softcap)
-    loss, *stats = _LinearDFT.apply(hidden, weight, bias, positions, targets, scale, shape, wanted)
+    options = RowOptions(alpha, logit_scale, logit_softcap)
+    loss, *stats = _LinearDFT.apply(hidden, weight, bias, positions, targets, scale, options, wanted)
     return loss, TokenStats(*stats)
 
 
@@ -113,7 +117,7 @@ class _LinearDFT(torch.autograd.Function):
         positions: Tensor,
         targets: Tensor,
         scale: Tensor,
-        shape: Shape,
+        options: RowOptions,
         wanted: Wanted,
     ) -> tuple[Tensor, ...]:
         device = hidden.device.type
@@ -121,7 +125,7 @@ class _LinearDFT(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions).to(dtype)
             head = Head(weight.detach().to(dtype), None if bias is None else bias.detach())
-            stats, gradients = run_tiles(rows, head, targets, scale, shape, wanted)
+            stats, gradients = run_tiles(rows, head, targets, scale, options, wanted)
             loss = (stats.weight * stats.nll).sum() * scale
         ctx.gradients, ctx.positions = gradients, positions
         ctx.like = [(one.shape, one.dtype) if one is not None else None for one in (hidden, weight, bias)]
@@ -154,7 +158,7 @@ class _LinearDFT(torch.autograd.Function):
 
 
 def run_tiles(
-    rows: Tensor, head: Head, targets: Tensor, scale: Tensor, shape: Shape, wanted: Wanted
+    rows: Tensor, head: Head, targets: Tensor, scale: Tensor, options: RowOptions, wanted: Wanted
 ) -> tuple[TokenStats, Gradients]:
     """Statistics of all rows, and the gradients of `scale * sum(w * nll)`, tile by tile.
 
@@ -171,10 +175,10 @@ def run_tiles(
     """
     tokens, width = rows.shape
     wide = torch.promote_types(rows.dtype, torch.float32)
-    backward = any(wanted)
-    enlarged = HALF_SCALE if rows.dtype == torch.float16 else 1.0
-    row_scale = scale.to(wide) * enlarged
-    narrow = rows.dtype if rows.dtype != torch.float16 else wide
+    row_scale, remaining, narrow = scale, None, rows.dtype
+    if rows.dtype == torch.float16:
+        row_scale = torch.full_like(scale, HALF_SCALE / max(1.0, abs(options.scale)))
+        remaining, narrow = scale / row_scale, wide
     d_rows = torch.empty_like(rows, dtype=narrow) if wanted.hidden else None
     d_weight = None
     d_bias = rows.new_zeros(head.weight.shape[:1], dtype=wide) if wanted.bias else None
@@ -188,12 +192,10 @@ def run_tiles(
         if head.bias is not None:
             tile += head.bias
         stats, gradient = score_rows(
-            tile, targets[start:end], row_scale if backward else None, shape, rows.dtype
+            tile, targets[start:end], row_scale if any(wanted) else None, options, rows.dtype
         )
         parts.append(stats)
-        if gradient is None:
-            continue
-        if rows.dtype == torch.bfloat16:
+        if gradient is not None and rows.dtype == torch.bfloat16:
             gradient = gradient.to(torch.bfloat16)
         if d_rows is not None:
             product(gradient, head.weight, d_rows[start:end])
@@ -201,9 +203,10 @@ def run_tiles(
             d_weight = accumulated(d_weight, gradient, rows[start:end], only=len(cut) == 1)
         if d_bias is not None:
             d_bias += gradient.sum(0, dtype=wide)
+        del tile, gradient  # or the next tile would be made while this one is still held
     for one in (d_rows, d_weight, d_bias):
-        if one is not None and enlarged != 1:
-            one /= enlarged
+        if one is not None and remaining is not None:
+            one *= remaining
     if not tokens:
         d_weight = torch.zeros_like(head.weight) if wanted.weight else None
         empty = rows.new_zeros(0, dtype=wide)
@@ -291,14 +294,20 @@ def accumulated(total: Tensor | None, gradient: Tensor, rows: Tensor, only: bool
         options = {"out_dtype": torch.float32} if on_gpu else {}
         return torch.mm(gradient.t(), rows if on_gpu else rows.to(gradient.dtype), **options)
     if on_gpu:
+        # A sum that is wider than the factors: older versions of torch refuse it.
         return torch.addmm(total, gradient.t(), rows, out_dtype=torch.float32, out=total)
     return total.addmm_(gradient.t(), rows.to(gradient.dtype))
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor in a dtype, in place where that is the same. Not even read where the factor is 1."""
-    if gradient.device.type == "cpu" and factor.item() == 1:
+    """gradient * factor in a dtype, in place where that is the same, and then not even read if it is 1."""
+    on_cpu = gradient.device.type == "cpu"
+    if on_cpu and factor.item() == 1:
         return gradient.to(dtype)
     if gradient.dtype != dtype:
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-    return gradient.mul_(factor)
+    if on_cpu or gradient.dtype == torch.float64:
+        return gradient.mul_(factor)
+    from dft.loss.kernels import scale_  # triton comes with CUDA builds of torch
+
+    return scale_(gradient, factor)

@@ -7,9 +7,12 @@ from torch import Tensor
 
 from dft.loss.dft import TokenStats
 
+CACHED_BYTES = 4 * 2**20
+"""Of a tile that plain torch works on at a time, so that its passes read from the cache."""
 
-class Shape(NamedTuple):
-    """What is done with the head's output, and how tokens are weighted.
+
+class RowOptions(NamedTuple):
+    """What is done with the head's output z, and how tokens are weighted.
 
     Attributes:
         alpha: the weight of a token is alpha * p + (1 - alpha).
@@ -21,12 +24,8 @@ class Shape(NamedTuple):
     softcap: float | None = None
 
 
-CACHED_BYTES = 4 * 2**20
-"""Of a tile that plain torch works on at a time, so that its passes read from the cache."""
-
-
 def score_rows(
-    tile: Tensor, targets: Tensor, row_scale: Tensor | None, shape: Shape, dtype: torch.dtype
+    tile: Tensor, targets: Tensor, row_scale: Tensor | None, options: RowOptions, dtype: torch.dtype
 ) -> tuple[TokenStats, Tensor | None]:
     """Statistics of rows of a head's output, and the gradient of `row_scale * sum(w * nll)` on it.
 
@@ -40,22 +39,22 @@ def score_rows(
         stats: (rows,) each, in the tile's dtype. gradient: (rows, vocab), or None. It is the tile, unless
         written in half precision on a GPU; on a CPU products that sum in float32 want it there.
     """
-    if tile.is_cuda:
+    if tile.is_cuda and tile.dtype == torch.float32:
         from dft.loss.kernels import score_rows as score_rows_triton  # triton comes with CUDA builds of torch
 
-        return score_rows_triton(tile, targets, row_scale, shape, dtype)
-    return score_rows_torch(tile, targets, row_scale, shape)
+        return score_rows_triton(tile, targets, row_scale, options, dtype)
+    return score_rows_torch(tile, targets, row_scale, options)
 
 
 def score_rows_torch(
-    tile: Tensor, targets: Tensor, row_scale: Tensor | None, shape: Shape
+    tile: Tensor, targets: Tensor, row_scale: Tensor | None, options: RowOptions
 ) -> tuple[TokenStats, Tensor | None]:
     """`score_rows` in plain torch, a few rows at a time."""
     rows, vocab = tile.shape
     step = max(1, CACHED_BYTES // (vocab * tile.itemsize))
     space = tile.new_empty(min(step, rows), vocab)
     parts = [
-        _score_some(tile[start : start + step], targets[start : start + step], row_scale, shape, space)
+        _score_some(tile[start : start + step], targets[start : start + step], row_scale, options, space)
         for start in range(0, rows, step)
     ]
     stats = TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -63,33 +62,35 @@ def score_rows_torch(
 
 
 def _score_some(
-    tile: Tensor, targets: Tensor, row_scale: Tensor | None, shape: Shape, space: Tensor
+    tile: Tensor, targets: Tensor, row_scale: Tensor | None, options: RowOptions, space: Tensor
 ) -> TokenStats:
     """Statistics of some rows, whose logits make room for their gradient."""
-    if shape.scale != 1:
-        tile *= shape.scale
-    if shape.softcap is not None:
-        tile.div_(shape.softcap).tanh_().mul_(shape.softcap)
+    if options.scale != 1:
+        tile *= options.scale
+    if options.softcap is not None:
+        tile.div_(options.softcap).tanh_().mul_(options.softcap)
     at = targets[:, None]
-    target_logits = tile.gather(1, at).squeeze(1)
-    best = tile.argmax(1)
+    best = tile.argmax(1, keepdim=True)
+    # From here on logits are counted from the greatest: what is small is subtracted before it is rounded at
+    # the size of the logits, which may all be large.
+    top = tile.gather(1, best)
+    tile -= top
     softmax = torch.softmax(tile, 1, out=space[: len(tile)])
     # The greatest probability is at least 1 / vocab, so its logarithm is exact where those of others are not.
-    top = best[:, None]
-    log_sum = (tile.gather(1, top) - softmax.gather(1, top).log()).squeeze(1)
-    nll = log_sum - target_logits
+    log_total = -softmax.gather(1, best).log().squeeze(1)
+    nll = log_total - tile.gather(1, at).squeeze(1)
     p_correct = torch.exp(-nll)
-    weight = shape.alpha * p_correct + (1 - shape.alpha)
-    entropy = log_sum - _expectation(softmax, tile)
+    weight = options.alpha * p_correct + (1 - options.alpha)
+    entropy = log_total - _expectation(softmax, tile)
     if row_scale is not None:
-        factor = (weight * row_scale * shape.scale)[:, None]
-        if shape.softcap is None:
+        factor = (weight * row_scale * options.scale)[:, None]
+        if options.softcap is None:
             torch.mul(softmax, factor, out=tile)
             tile.scatter_add_(1, at, -factor)
         else:
             softmax.scatter_add_(1, at, softmax.new_full((), -1.0).expand_as(at)).mul_(factor)
-            tile.div_(shape.softcap).square_().neg_().add_(1).mul_(softmax)
-    return TokenStats(nll, p_correct, weight, best == targets, entropy)
+            tile.add_(top).div_(options.softcap).square_().neg_().add_(1).mul_(softmax)
+    return TokenStats(nll, p_correct, weight, best.squeeze(1) == targets, entropy)
 
 
 def _expectation(softmax: Tensor, logits: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dft.constants import IGNORE_INDEX
 from dft.data.dataset import Sequences
 from dft.data.prepare import REJECTED
+from dft.labels import IGNORE_INDEX
 
 SUPERVISED, OTHER = ">> |", "   |"
 FILES = 20

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dft.loss.rows import Shape, score_rows_torch
+from dft.loss.rows import RowOptions, score_rows_torch
 
 pytest.importorskip("triton")  # which has no build for this platform
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value")
@@ -23,7 +23,13 @@ def kernels():
     return kernels
 
 
-SHAPES = [Shape(1.0), Shape(0.0), Shape(0.3, 0.25), Shape(1.0, 1.0, 30.0), Shape(0.7, 2.0, 5.0)]
+SHAPES = [
+    RowOptions(1.0),
+    RowOptions(0.0),
+    RowOptions(0.3, 0.25),
+    RowOptions(1.0, 1.0, 30.0),
+    RowOptions(0.7, 2.0, 5.0),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -58,9 +64,13 @@ def test_extreme_logits_and_what_is_not_finite(kernels, monkeypatch):
     tile[2, :16] = -torch.inf  # the first block has nothing at all
     tile[3, 5], tile[4, 5] = torch.nan, torch.inf
     targets = torch.tensor([3, 4, 17, 1, 1])
-    stats, gradient = kernels.score_rows(tile.clone(), targets, torch.tensor(1.0), Shape(0.5), torch.float32)
+    stats, gradient = kernels.score_rows(
+        tile.clone(), targets, torch.tensor(1.0), RowOptions(0.5), torch.float32
+    )
     exact = tile[:3].double()
-    expected, expected_gradient = score_rows_torch(exact, targets[:3], torch.tensor(1.0).double(), Shape(0.5))
+    expected, expected_gradient = score_rows_torch(
+        exact, targets[:3], torch.tensor(1.0).double(), RowOptions(0.5)
+    )
     for one, other in zip(stats, expected, strict=True):
         torch.testing.assert_close(one[:3].to(other.dtype), other, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient[:3].double(), expected_gradient, rtol=1e-5, atol=1e-6)
@@ -72,8 +82,8 @@ def test_among_equal_logits_the_first_is_the_choice(kernels, monkeypatch):
     tile = torch.zeros(2, 50)
     targets = torch.tensor([0, 33])
     for one in (
-        kernels.score_rows(tile.clone(), targets, None, Shape(), torch.float32)[0],
-        score_rows_torch(tile.clone(), targets, None, Shape())[0],
+        kernels.score_rows(tile.clone(), targets, None, RowOptions(), torch.float32)[0],
+        score_rows_torch(tile.clone(), targets, None, RowOptions())[0],
     ):
         assert one.correct.tolist() == [True, False]
 

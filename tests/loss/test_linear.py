@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dft import dft_loss, linear_dft_loss
-from dft.constants import loss_positions
+from dft.labels import loss_positions
 from dft.loss import linear, rows
 
 WIDTH, VOCAB = 16, 37
