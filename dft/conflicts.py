@@ -17,9 +17,10 @@ from dft.arguments import Arguments, TrainingArguments
 from dft.data.arguments import check_data_arguments
 from dft.errors import UserError
 from dft.training.checkpoints import resolve_resume
+from dft.training.checks import check_arguments
 from dft.training.distributed import world_size
 from dft.training.metrics import METRICS
-from dft.training.trainer import DFTTrainer, check_arguments
+from dft.training.trainer import DFTTrainer
 
 NEED_A_MODEL = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
 """Optimizers that cannot be tried on a parameter alone, like all with --optim_target_modules."""

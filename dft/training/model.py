@@ -49,13 +49,6 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
             f"and would be random, among them {', '.join(missing[:3])}; the files belong to another "
             "architecture or are incomplete"
         )
-    config = model.config.get_text_config().to_dict()
-    if config.get("output_router_logits") and config.get("router_aux_loss_coef") is None:
-        raise UserError(
-            f"--model_name_or_path {wanted.model_name_or_path}: 'output_router_logits' in its config.json "
-            "asks for the auxiliary loss of a mixture of experts, and there is no 'router_aux_loss_coef' to "
-            "multiply it by; add it, or set the former to false"
-        )
     grow_embeddings(model, tokenizer, arguments)
     settle_generation_config(model, arguments)
     return model

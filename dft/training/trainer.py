@@ -24,13 +24,12 @@ from dft.errors import UserError
 from dft.loss.dft import TokenStats, check_alpha, dft_loss, normalizer
 from dft.loss.head import FusedHead, inspect_head
 from dft.training.batching import OURS, Collator, batching, check_isolation, choose_collator, is_packed
+from dft.training.checks import check_arguments, check_cache, layer_kernels, router_coefficient
 from dft.training.console import ConsoleCallback
 from dft.training.distributed import say
 from dft.training.metrics import TokenMeter
 from dft.training.trackers import SwanLabRunCallback
 
-OF_THE_LOSS = ("fused_linear_cross_entropy", "cross_entropy")
-"""Kernels of Liger that replace a model's loss; the second one replaces torch's own function, too."""
 FUSED_HEAD = ("auto", "on", "off")
 
 
@@ -86,6 +85,7 @@ class DFTTrainer(transformers.Trainer):
             args.liger_kernel_config = layer_kernels(args.liger_kernel_config)
         config = model.config.get_text_config()
         self._saved_use_cache = config.use_cache
+        self._router_coefficient = router_coefficient(config)
         super().__init__(model, args, data_collator=data_collator, **kwargs)
         config.use_cache = args.use_cache  # Trainer sets the outer one only
         # compute_loss divides by the step's tokens itself and hands nothing to the model's own loss, so
@@ -134,7 +134,7 @@ class DFTTrainer(transformers.Trainer):
         if aux_loss is not None:
             # A mean over the step's tokens, as all else, whatever micro-batches they are cut into.
             share = stats.nll.numel() / normalizer(num_items_in_batch, stats.nll)
-            loss = loss + share * router_coefficient(self.model) * aux_loss
+            loss = loss + share * self._router_coefficient * aux_loss
         self._train_meter.update(stats, token_count(inputs), aux_loss)
         return (loss, outputs) if return_outputs else loss
 
@@ -323,67 +323,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def router_coefficient(model: nn.Module) -> float:
-    """What a mixture of experts multiplies its auxiliary loss by."""
-    config = model.config.get_text_config()
-    return getattr(model, "router_aux_loss_coef", None) or config.router_aux_loss_coef
-
-
-def check_arguments(args: transformers.TrainingArguments) -> None:
-    """Raises ValueError for arguments under which the loss would not be what it says."""
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"--label_smoothing_factor {args.label_smoothing_factor:g}: DFT weights the probability of the "
-            "one right token, which label smoothing has not; leave it at 0"
-        )
-    if not args.average_tokens_across_devices:
-        raise ValueError(
-            "--average_tokens_across_devices False would divide each rank's loss by its own token count; the "
-            "DFT loss is divided by the tokens of the whole step"
-        )
-    batching = args.accelerator_config
-    if batching.split_batches or batching.dispatch_batches or not batching.even_batches:
-        raise ValueError(
-            "--accelerator_config: split_batches, dispatch_batches and even_batches deal out other batches "
-            "than those whose tokens are counted; leave them at their defaults"
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process; start one process per GPU (deepspeed "
-            "train_dft.py ... or torchrun), or set CUDA_VISIBLE_DEVICES to one of them"
-        )
-    if args.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
-        raise ValueError(
-            f"--train_sampling_strategy {args.train_sampling_strategy}: must be random, sequential or "
-            "group_by_length"
-        )
-
-
-def layer_kernels(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`liger_kernel_config` without the kernels that would bring a loss of their own.
-
-    Raises:
-        ValueError: one of these is asked for.
-    """
-    given = config or {}
-    for name in OF_THE_LOSS:
-        if given.get(name):
-            raise ValueError(
-                f"--liger_kernel_config: {name!r} is a loss of Liger's own, where this trainer computes the "
-                "DFT loss; leave it out, the kernels of the layers are used all the same"
-            )
-    return {**given, **dict.fromkeys(OF_THE_LOSS, False)}
-
-
-def check_cache(args: transformers.TrainingArguments, data_collator: Any) -> None:
-    """Raises ValueError where the cache of keys and values would undo the separation of sequences."""
-    if args.use_cache and isinstance(data_collator, PackedCollator | FlatCollator):
-        raise ValueError(
-            "--use_cache True: with a cache, transformers takes several conversations in a row for one; it "
-            "is of no use in training, leave it out"
-        )
 
 
 def compute_dtype(args: transformers.TrainingArguments, model: nn.Module) -> torch.dtype:

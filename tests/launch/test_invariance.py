@@ -31,6 +31,7 @@ WAYS = {
             "deepspeed": ROOT / "ds_config/zero3.json",
         },
     ),
+    "fused": ("python", {"per_device_train_batch_size": 8}),
     "compiled": ("python", {"per_device_train_batch_size": 8, "torch_compile": True}),
 }
 

@@ -222,8 +222,33 @@ def test_an_error_in_the_model_leaves_it_as_it_was():
     compare(model, head)
 
 
-def test_nothing_random_is_consumed():
-    model = make("qwen3", {"attention_dropout": 0.5})
-    before = torch.get_rng_state()
-    inspected(model)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_large_logits_are_rounded_more_and_fused_all_the_same():
+    """In bfloat16 the own logits of this model are the coarse ones: steps of 1 at 200."""
+    model = make("phi", {"num_key_value_heads": 2}, torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.bias -= 200
+        model.lm_head.weight *= 4
+    assert isinstance(inspected(model, torch.bfloat16), FusedHead)
+
+
+def test_a_head_that_is_no_longer_called_is_told():
+    model = make("qwen3", {})
+    head = inspected(model)
+    model.lm_head = nn.Linear(16, VOCAB, bias=False)
+    inputs, labels = batch()
+    with pytest.raises(RuntimeError, match=r"Linear \(61, 16\), the output embedding when training began"):
+        head.score(model, inputs, labels)
+
+
+def test_an_error_behind_the_head_holds_nothing():
+    model = make("qwen3", {})
+    head = inspected(model)
+    inputs, labels = batch()
+
+    def failing(**kwargs):
+        model(**kwargs)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        head.score(failing, inputs, labels)
+    assert head._result is None and "forward" not in vars(model.lm_head)

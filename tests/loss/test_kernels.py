@@ -88,24 +88,63 @@ def test_among_equal_logits_the_first_is_the_choice(kernels, monkeypatch):
         assert one.correct.tolist() == [True, False]
 
 
+@pytest.mark.parametrize("offset", [30.0, 1e4])
+def test_rows_lose_nothing_to_the_size_of_their_logits(kernels, monkeypatch, offset):
+    monkeypatch.setattr(kernels, "BLOCK", 64)
+    generator = torch.Generator().manual_seed(0)
+    tile = torch.randn(6, 200, generator=generator).mul(2**9).round().div(2**9) + offset
+    targets = tile.argmax(1)
+    row_scale = torch.tensor(1.0)
+    expected, expected_gradient = score_rows_torch(tile.double(), targets, row_scale.double(), RowOptions())
+    stats, gradient = kernels.score_rows(tile.clone(), targets, row_scale, RowOptions(), torch.float32)
+    for one, other in zip(stats, expected, strict=True):
+        torch.testing.assert_close(one.to(other.dtype), other, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("target", [-100, 50])
+def test_a_target_that_is_no_token_shows(kernels, target):
+    stats, _ = kernels.score_rows(
+        torch.zeros(1, 50), torch.tensor([target]), None, RowOptions(), torch.float32
+    )
+    assert stats.nll.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_are_scaled_in_place(kernels, monkeypatch, dtype):
+    monkeypatch.setattr(kernels, "BLOCK", 8)
+    given = torch.arange(21, dtype=dtype).view(3, 7)
+    expected = given * 3
+    assert kernels.scale_(given, torch.tensor(1.0)) is given and torch.equal(3 * given, expected)
+    kernels.scale_(given, torch.tensor(3.0))
+    assert torch.equal(given, expected)
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
-from dft.loss.kernels import _rows
+from dft.loss.kernels import _rows, _scale
 
 kinds = {"targets": "*i64", "correct_out": "*i1"}
 kinds |= dict.fromkeys(["tile", "nll_out", "p_out", "weight_out", "entropy_out", "row_scale"], "*fp32")
 kinds |= dict.fromkeys(["vocab", "tile_stride", "gradient_stride"], "i32")
 kinds |= dict.fromkeys(["alpha", "scale", "softcap"], "fp32")
 kinds |= dict.fromkeys(["SOFTCAP", "GRADIENT", "BLOCK"], "constexpr")
+cases = [
+    (_rows, {**kinds, "gradient": kind}, {"SOFTCAP": softcap, "GRADIENT": wanted, "BLOCK": 4096})
+    for kind, softcap, wanted in [
+        ("*fp32", False, True), ("*bf16", False, True), ("*fp16", True, True), ("*fp32", True, False)
+    ]
+]
+for kind in ("*fp32", "*bf16"):
+    signature = {"numbers": kind, "factor": "*fp32", "count": "i64", "BLOCK": "constexpr"}
+    cases.append((_scale, signature, {"BLOCK": 4096}))
 for capability in (80, 90):
-    for gradient in ("*fp32", "*bf16", "*fp16"):
-        for softcap in (False, True):
-            signature = {name: {**kinds, "gradient": gradient}[name] for name in _rows.arg_names}
-            constants = {"SOFTCAP": softcap, "GRADIENT": True, "BLOCK": 4096}
-            source = triton.compiler.ASTSource(_rows, signature, constants)
-            made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-            print(f".target sm_{capability}" in made.asm["ptx"], len(made.asm["cubin"]) > 1000)
+    for kernel, kinds, constants in cases:
+        signature = {name: kinds[name] for name in kernel.arg_names}
+        source = triton.compiler.ASTSource(kernel, signature, constants)
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        print(f".target sm_{capability}" in made.asm["ptx"], len(made.asm["cubin"]) > 1000)
 """
 
 

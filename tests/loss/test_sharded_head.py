@@ -1,5 +1,7 @@
 """The fused head in a model sharded by FSDP2 over two processes, against the whole model in one."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -72,11 +74,12 @@ def test_fsdp2_gives_the_gradients_of_the_whole_model(tied, halves, checkpointed
     results = context.SimpleQueue()
     arguments = (free_port(), tied, halves, checkpointed, results)
     processes = mp.spawn(worker, arguments, nprocs=RANKS, join=False)
-    deadline = 120
+    deadline = time.monotonic() + 120
+    while results.empty() and not processes.join(timeout=1):
+        assert time.monotonic() < deadline, [process.kill() for process in processes.processes]
+    total, found = results.get()  # before they are joined: a full pipe would hold them
     while not processes.join(timeout=1):
-        deadline -= 1
-        assert deadline, [process.kill() for process in processes.processes]
-    total, found = results.get()
+        assert time.monotonic() < deadline, [process.kill() for process in processes.processes]
     model, (ids, labels) = make(tied), batch()
     expected, _ = dft_loss(model(input_ids=ids).logits, labels, alpha=0.7, num_items=TOKENS)
     expected.backward()

@@ -17,6 +17,12 @@ from dft.training.trainer import token_count
 from tests.training.test_trainer import VOCAB, conversations, tiny
 
 
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Five rows fit a tile, so that every batch has several."""
+    monkeypatch.setitem(linear.TILE_BYTES, "cpu", 4 * VOCAB * 5)
+
+
 def trainer(tmp_path, fused_head="on", model=None, **flags) -> DFTTrainer:
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, logging_steps=1, save_strategy="no", learning_rate=1e-2,
@@ -161,3 +167,17 @@ def test_the_head_is_looked_at_once(tmp_path):
     run.train()
     run.evaluate()
     assert run._head is head
+
+
+def test_looking_at_the_model_draws_no_random_numbers_and_leaves_its_mode(tmp_path):
+    model = tiny()
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    run = trainer(tmp_path, model=model)
+    run.model.train()
+    before = torch.get_rng_state()
+    run._inspect_model()
+    assert torch.equal(torch.get_rng_state(), before) and run.model.training
+    run.model(input_ids=torch.arange(8)[None])
+    assert not torch.equal(torch.get_rng_state(), before), "dropout is on in training"

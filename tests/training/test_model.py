@@ -215,11 +215,3 @@ def test_a_sequence_beyond_the_learned_positions_is_refused(folder):
     assert (
         given.notes[-1] == "the longest sequence has 33 tokens, more than the 32 that the model was made for"
     )
-
-
-def test_a_router_loss_is_refused_rather_than_left_out(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config["output_router_logits"] = True
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="output_router_logits"):
-        load(folder)

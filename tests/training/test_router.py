@@ -6,7 +6,7 @@ import transformers
 from datasets import Dataset
 
 from dft import DFTTrainer
-from tests.training.test_trainer import VOCAB, conversations
+from tests.training.test_trainer import VOCAB, conversations, tiny
 
 COEFFICIENT = 0.5
 CONFIG = {
@@ -17,27 +17,42 @@ CONFIG = {
 }  # fmt: skip
 
 
+SIZES = {"vocab_size": VOCAB, "pad_token_id": 0, "output_router_logits": True}
+OTHERS = {
+    "jetmoe": {
+        **SIZES, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2,
+        "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "aux_loss_coef": COEFFICIENT,
+    },
+    "dbrx": {
+        **SIZES, "d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 32, "use_cache": False,
+        "ffn_config": {
+            "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "moe_loss_weight": COEFFICIENT,
+        },
+        "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8},
+    },
+}  # fmt: skip
+"""Families that call their coefficient by another name."""
+
+
 def make(model_type: str) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **CONFIG)
+    config = transformers.AutoConfig.for_model(model_type, **OTHERS.get(model_type, CONFIG))
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def trainer(tmp_path, model, rows, **flags) -> DFTTrainer:
+def trainer(tmp_path, model, rows, fused_head="on", **flags) -> DFTTrainer:
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, logging_steps=1, save_strategy="no", learning_rate=1e-2,
         disable_tqdm=True, seed=5, max_grad_norm=0, lr_scheduler_type="constant", **flags,
     )  # fmt: skip
-    fused = flags.pop("fused_head", "on")
-    return DFTTrainer(model, arguments, alpha=0, fused_head=fused, train_dataset=Dataset.from_list(rows))
+    return DFTTrainer(model, arguments, alpha=0, fused_head=fused_head, train_dataset=Dataset.from_list(rows))
 
 
 @pytest.mark.parametrize("fused_head", ["on", "off"])
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "granitemoe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "granitemoe", "jetmoe", "dbrx"])
 def test_loss_and_gradients_are_those_of_the_models_own_forward(tmp_path, model_type, fused_head):
     rows, model = conversations(6), make(model_type)
-    run = trainer(tmp_path, model, rows)
-    run.fused_head, run._head = fused_head, run._head if fused_head == "on" else "off"
+    run = trainer(tmp_path, model, rows, fused_head)
     batch = run.data_collator(rows)
     count = (batch["labels"] != -100).sum()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
@@ -82,3 +97,10 @@ def test_a_step_weighs_the_auxiliary_losses_of_its_parts_by_their_tokens(tmp_pat
             expected += output.aux_loss.item() * len(part["loss_positions"]) / total
     assert record["aux_loss"] == pytest.approx(expected, rel=1e-5)
     assert record["loss"] == pytest.approx(record["nll"], rel=1e-6), "the loss is that of the tokens alone"
+
+
+def test_a_router_loss_without_its_coefficient_is_refused(tmp_path):
+    model = tiny()
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits.* add 'router_aux_loss_coef'"):
+        trainer(tmp_path, model, conversations(2))
