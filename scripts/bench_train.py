@@ -230,6 +230,7 @@ def main() -> None:
     )
     parser.add_argument("--vocabularies", type=int, nargs="+", default=list(VOCABULARIES))
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each contender")
+    parser.add_argument("--batches", nargs="+", choices=BATCH, default=list(BATCH))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -258,8 +259,8 @@ def main() -> None:
         print("| vocabulary | | | tokens per second, median | to the bare loop, median of rounds |")
         print("|---|---|---|---|---|")
         for vocabulary in arguments.vocabularies:
-            for packed in (False, True):
-                compare(folder, vocabulary, packed, names, arguments.rounds)
+            for batches in arguments.batches:
+                compare(folder, vocabulary, batches == "packed", names, arguments.rounds)
 
 
 if __name__ == "__main__":

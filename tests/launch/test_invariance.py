@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.launching import ROOT, eval_records, launch, train_records
 
@@ -68,15 +69,41 @@ def bare_model(example):
     return folder
 
 
+@pytest.fixture(scope="module")
+def untied_model(example):
+    """The example's model with an output embedding of its own."""
+    folder = example.folder / "untied"
+    model = AutoModelForCausalLM.from_pretrained(example.model, tie_word_embeddings=False)
+    with torch.no_grad():
+        noise = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight + 0.01 * noise)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(example.model).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", WAYS)
 def test_a_step_is_the_same_however_it_is_cut_up(example, whole, name):
-    train, evaluation = run(example, name, *WAYS[name])
-    expected_train, expected_eval = whole
+    assert_same(run(example, name, *WAYS[name]), whole)
+
+
+def test_a_step_is_the_same_with_an_output_embedding_of_its_own(example, untied_model):
+    """Under ZeRO-3 and fused, against one process and whole logits."""
+    plain = {"per_device_train_batch_size": 8, "fused_head": "off", "model_name_or_path": untied_model}
+    launcher, flags = WAYS["zero3"]
+    sharded = run(example, "untied-zero3", launcher, {**flags, "model_name_or_path": untied_model})
+    assert_same(sharded, run(example, "untied-8x1", "python", plain))
+    saved = load_file(example.folder / "invariance-untied-zero3" / "model.safetensors")
+    assert not torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
+
+
+def assert_same(got, expected):
+    (train, evaluation), (expected_train, expected_eval) = got, expected
     assert len(train) == len(expected_train) == STEPS
-    for step, (got, expected) in enumerate(zip(train, expected_train, strict=True), start=1):
+    for step, (one, other) in enumerate(zip(train, expected_train, strict=True), start=1):
         for metric in ("loss", "nll", "avg_p_correct", "objective", "grad_norm"):
-            assert got[metric] == pytest.approx(expected[metric], rel=1e-5), f"{metric} at step {step}"
-        assert got["acc"] == pytest.approx(expected["acc"], abs=0.02)  # a tie may fall to the other side
+            assert one[metric] == pytest.approx(other[metric], rel=1e-5), f"{metric} at step {step}"
+        assert one["acc"] == pytest.approx(other["acc"], abs=0.02)  # a tie may fall to the other side
     for metric in ("eval_loss", "eval_nll", "eval_avg_p_correct", "eval_objective"):
         assert evaluation[-1][metric] == pytest.approx(expected_eval[-1][metric], rel=1e-5)
 

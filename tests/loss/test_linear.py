@@ -190,7 +190,7 @@ def test_without_a_supervised_token_loss_and_gradients_are_zeros_in_the_graph(se
 @pytest.mark.parametrize("offset", [0, 1e4, -1e4])
 @pytest.mark.parametrize("size", [0, 1e4, -1e4])
 def test_extreme_logits(dtype, size, offset):
-    """One column dominates every row or none does, all are far from 0, two are padding that is never chosen."""
+    """One column dominates every row or none does, all are far from 0, two are padding, never chosen."""
     hidden, weight, bias, labels = case(torch.float64)
     labels[labels >= VOCAB - 2] = 0
     with torch.no_grad():
