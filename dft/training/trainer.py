@@ -120,8 +120,8 @@ class DFTTrainer(transformers.Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """The share of one micro-batch in the DFT loss of its optimizer step.
 
-        DDP, FSDP and DeepSpeed average gradients over the ranks, where the loss is a sum over them: hence N is
-        divided by their number.
+        DDP, FSDP and DeepSpeed average gradients over the ranks, where the loss is a sum over them: hence N
+        is divided by their number.
         """
         if num_items_in_batch is None and self.is_in_train:
             raise ValueError(
