@@ -33,6 +33,10 @@ class LogitTransform(NamedTuple):
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
+class ModelChanged(RuntimeError):
+    """The model no longer calls its head as it did when it was looked at."""
+
+
 class FusedHead:
     """Scores batches with a model whose logits are never computed.
 
@@ -69,6 +73,8 @@ class FusedHead:
         Returns:
             (loss, stats, outputs); the `logits` of the outputs are (batch, seq, 1) zeros.
         """
+        if "forward" in vars(self.module):
+            raise ModelChanged("the forward of the output embedding has been replaced since training began")
         self._call = {"labels": labels, "alpha": alpha, "num_items": num_items, "positions": positions}
         self.module.forward = self._forward
         try:
@@ -78,11 +84,16 @@ class FusedHead:
             result, self._result, self._call = self._result, None, None
             del self.module.forward
         if result is None:
-            raise RuntimeError(
+            raise ModelChanged(
                 f"{type(self.module).__name__} {tuple(self.module.weight.shape)}, the output embedding when "
                 "training began, was not called; the model has changed since"
             )
         loss, stats = result
+        if outputs.logits.shape != (*labels.shape, 1):
+            raise ModelChanged(
+                f"logits of shape {tuple(outputs.logits.shape)} were made of the {(*labels.shape, 1)} in "
+                "their place; the model has changed since training began"
+            )
         return _tie(loss, outputs.logits), stats, outputs
 
     def _score_hidden(self, hidden: Tensor) -> Tensor:
@@ -126,12 +137,15 @@ def inspect_head(
             return f"its output embedding is a {kind} that does more than one plain nn.Linear"
         if "forward" in vars(linear):
             return "the forward of its output embedding has been replaced"
-        transform = _transform_of(linear, forward, inputs, logits)
+        transform = _transform_of(model, linear, forward, inputs, logits)
         if isinstance(transform, str):
             return transform
         fused = FusedHead(linear, transform)
         _, expected = dft_loss(logits, ids)
-        _, stats, _ = fused.score(forward, inputs, ids)
+        try:
+            _, stats, _ = fused.score(forward, inputs, ids)
+        except ModelChanged:
+            return "its logits do not have the shape of what its output embedding gives"
     off = (stats.nll - expected.nll).abs().mean().item()
     size = logits[logits.isfinite()].abs().amax().item() if logits.isfinite().any() else 0.0
     rounding = torch.finfo(dtype).eps * size
@@ -171,20 +185,39 @@ def _plain_linear(outputs: list[tuple[nn.Module, Any]]) -> nn.Linear | None:
 
 
 def _transform_of(
-    head: nn.Linear, forward: Callable[..., Any], inputs: Mapping[str, Any], logits: Tensor
+    model: nn.Module,
+    head: nn.Linear,
+    forward: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    logits: Tensor,
 ) -> LogitTransform | str:
     """Shows the model known numbers in place of its head's output, and reads off what becomes of them."""
     # Never in half precision, so that the numbers that come out are exact.
     wide = torch.promote_types(head.weight.dtype, torch.float32)
     probes = torch.tensor(PROBES, dtype=wide, device=logits.device)
-    which = torch.arange(logits.numel(), device=logits.device) % len(PROBES)
-    shown = probes[which].view(logits.shape)
-    head.forward = torch.compiler.disable(lambda _hidden: shown)
+    rows, columns = (torch.arange(count, device=logits.device) for count in logits.flatten(0, 1).shape)
+    which = ((rows[:, None] + columns) % len(PROBES)).view(logits.shape)  # each token sees each number
+    shown = probes[which]
+
+    def show(_hidden: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)  # to see whether a parameter is trained behind the head
+        return shown
+
+    def end(*_: Any) -> None:
+        torch.set_grad_enabled(False)
+
+    # Before what wraps the model could take the call for one that a backward follows.
+    hook = model.register_forward_hook(end)
+    head.forward = torch.compiler.disable(show)
     try:
-        seen = forward(**inputs).logits.to(wide)
+        seen = forward(**inputs).logits
     finally:
         del head.forward
-    small, great = (seen.flatten()[which == number][0].item() for number in (1, 5))
+        hook.remove()
+    if seen.requires_grad:
+        return "a parameter is trained behind its output embedding"
+    seen = seen.to(wide)
+    small, great = (seen[which == number][0].item() for number in (1, 5))
     scale = small / PROBES[1]
     scale = 1.0 if abs(scale - 1) < 1e-6 else scale  # as it comes out of a tanh
     softcap = great if abs(great) < 0.9 * abs(scale * PROBES[5]) else None

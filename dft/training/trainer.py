@@ -76,11 +76,16 @@ class DFTTrainer(transformers.Trainer):
         if fused_head not in FUSED_HEAD:
             raise ValueError(f"fused_head {fused_head!r}: must be one of {', '.join(FUSED_HEAD)}")
         self.fused_head = fused_head
-        self._head: FusedHead | str | None = "it is switched off" if fused_head == "off" else None
+        self._head: FusedHead | str | None = None
+        self._told: str | None = None
+        self._forget_head()
         if data_collator is None:
             packed = is_packed(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
             data_collator = choose_collator(model, padding_id(model), packed)
         check_cache(args, data_collator)
+        if args.accelerator_config.dispatch_batches is None:
+            # Left open, accelerate deals out batches of a stream itself: it cuts all their tensors alike.
+            args.accelerator_config.dispatch_batches = False
         if args.use_liger_kernel:
             args.liger_kernel_config = layer_kernels(args.liger_kernel_config)
         config = model.config.get_text_config()
@@ -153,13 +158,20 @@ class DFTTrainer(transformers.Trainer):
         labels, how = inputs["labels"], {"alpha": self.alpha, "num_items": num_items}
         head = None if with_logits else self._inspected_head(model)
         if isinstance(head, FusedHead):
-            return head.score(model, features, labels, positions=inputs.get("loss_positions"), **how)
+            # Another collator may change labels behind the back of ours.
+            known = isinstance(self.data_collator, Collator)
+            positions = inputs.get("loss_positions") if known else None
+            return head.score(model, features, labels, positions=positions, **how)
         outputs = model(**features)
         loss, stats = dft_loss(outputs.logits, labels, **how)
         return loss, stats, outputs
 
+    def _forget_head(self) -> None:
+        """The model is looked at anew for each run: in between it may have got an adapter or new tokens."""
+        self._head = "it is switched off" if self.fused_head == "off" else None
+
     def _inspected_head(self, model: nn.Module) -> FusedHead | str:
-        """The head to score with, or why the loss is computed from logits. Found out once, by all ranks."""
+        """The head to score with, or why the loss is computed from logits. Found out by all ranks."""
         if self._head is None:
             inner = self.accelerator.unwrap_model(model)
             # Not through the compiled model, which would be compiled three times more.
@@ -170,7 +182,9 @@ class DFTTrainer(transformers.Trainer):
             if isinstance(self._head, str):
                 if self.fused_head == "on":
                     raise UserError(f"--fused_head on: {self._head}; use --fused_head auto")
-                say(f"note        the loss is computed from whole logits: {self._head}")
+                if self._head != self._told:
+                    say(f"note        the loss is computed from whole logits: {self._head}")
+                self._told = self._head
         return self._head
 
     def _probe(self) -> dict[str, Any]:
@@ -210,6 +224,8 @@ class DFTTrainer(transformers.Trainer):
     ) -> EvalLoopOutput:
         """Trainer's loop, with metrics weighted by token in place of a mean over batches."""
         started = time.perf_counter()
+        if not self.is_in_train:
+            self._forget_head()
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
@@ -256,6 +272,7 @@ class DFTTrainer(transformers.Trainer):
             with evaluating(self.model_wrapped), self.compute_loss_context_manager():
                 dtype = compute_dtype(self.args, self.model)
                 check_isolation(self.model_wrapped, self.model, self.data_collator, self.args.device, dtype)
+        self._forget_head()
         self._inspected_head(self.model_wrapped)
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:

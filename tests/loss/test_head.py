@@ -161,6 +161,7 @@ CHANGES = {
     "masked": (lambda z: z.masked_fill(torch.arange(z.shape[-1]) > 50, -torch.inf), UNKNOWN),
     "cut": (lambda z: z[..., :50], r"its logits are \(2, 8, 50\) for \(2, 8\) tokens, where its output "),
     "shifted": (lambda z: z.roll(1, 1), UNKNOWN),
+    "one token": (lambda z: z + 5.0 * (torch.arange(z.shape[-1]) == 5), UNKNOWN),
     "constant": (lambda z: torch.zeros_like(z), UNKNOWN),
 }
 
@@ -179,6 +180,21 @@ def test_a_scale_and_a_cap_are_seen_wherever_they_come_from():
     assert head.transform.softcap == pytest.approx(7)
     model = odd(lambda z: 7 * torch.tanh(z * 0.3 / 7))
     compare(model, inspected(model))
+
+
+@pytest.mark.parametrize("kind", ["bias", "scale"])
+def test_a_parameter_behind_the_head_is_not_taken_for_a_constant(kind):
+    """A bias of zeros, and a scale of one, change nothing when the model is looked at."""
+    behind = nn.Parameter(torch.zeros(VOCAB) if kind == "bias" else torch.ones(()))
+    model = odd(lambda z: z + behind if kind == "bias" else z * behind)
+    assert inspected(model) == "a parameter is trained behind its output embedding"
+    assert torch.is_grad_enabled()
+    behind.requires_grad_(False)
+    frozen = inspected(model)
+    if kind == "bias":
+        assert frozen == "its logits do not have the shape of what its output embedding gives"
+    else:
+        assert isinstance(frozen, FusedHead)
 
 
 class Twice(transformers.Qwen3ForCausalLM):

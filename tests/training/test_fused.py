@@ -3,11 +3,13 @@
 import pytest
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from dft import DFTTrainer
+from dft import DFTTrainer, dft_loss
+from dft.data.collator import PaddedCollator
 from dft.errors import UserError
 from dft.loss import linear, rows
 from dft.loss.head import FusedHead
@@ -81,7 +83,8 @@ def test_no_logits_are_ever_computed(tmp_path):
     run.model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
     run.train()
     run.evaluate()
-    assert len(shapes) > 6 and {shape[-1] for shape in shapes} == {1}
+    probed = [shape for shape in shapes if shape[-1] != 1]  # when each run begins, on 16 tokens
+    assert len(shapes) > 6 and len(probed) <= 4 and set(probed) == {(2, 8, VOCAB)}
 
 
 def test_whoever_asks_for_logits_gets_them(tmp_path):
@@ -159,14 +162,61 @@ def test_a_micro_batch_does_not_wait_for_the_device(tmp_path, monkeypatch):
         linear_dft_loss(hidden, weight, batch["labels"], num_items=count)
 
 
-def test_the_head_is_looked_at_once(tmp_path):
+def test_the_head_is_looked_at_for_each_run(tmp_path):
     run = trainer(tmp_path)
     run.evaluate()
-    head = run._head
-    assert isinstance(head, FusedHead)
+    first = run._head
+    assert isinstance(first, FusedHead)
+    run.model.resize_token_embeddings(VOCAB + 7)
     run.train()
+    assert run._head is not first and run._head.module is run.model.lm_head
+    assert run.model.lm_head.weight.shape[0] == VOCAB + 7
+
+
+def test_an_adapter_that_comes_between_two_runs_is_trained(tmp_path):
+    run = trainer(tmp_path, "auto")
     run.evaluate()
-    assert run._head is head
+    run.model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    before = run.model.lm_head.lora_B["default"].weight.detach().clone()
+    run.train()
+    assert isinstance(run._head, str)
+    assert not torch.equal(run.model.lm_head.lora_B["default"].weight, before)
+
+
+@pytest.mark.parametrize("fused_head", ["on", "off"])
+def test_a_stream_of_examples_loses_no_token(tmp_path, fused_head):
+    def stream():
+        yield from conversations(16)
+
+    run = trainer(tmp_path, fused_head)
+    run.train_dataset = run.eval_dataset = IterableDataset.from_generator(stream)
+    run.train()
+    (record,) = [one for one in run.state.log_history if one.get("step") == 1 and "grad_norm" in one]
+    rows = conversations(4)
+    plain = trainer(tmp_path, "off")
+    plain.train_dataset, plain.args.train_sampling_strategy = Dataset.from_list(rows), "sequential"
+    plain.args.max_steps = 1
+    plain.train()
+    expected = next(one for one in plain.state.log_history if "grad_norm" in one)
+    for name in ("loss", "nll", "grad_norm"):
+        assert record[name] == pytest.approx(expected[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("fused_head", ["on", "off"])
+def test_a_collator_around_ours_may_change_labels(tmp_path, fused_head):
+    ours = PaddedCollator(0)
+
+    def collate(examples):
+        batch = ours(examples)
+        batch["labels"] = batch["labels"].masked_fill(torch.arange(batch["labels"].shape[1]) % 3 == 0, -100)
+        return batch
+
+    run = trainer(tmp_path, fused_head)
+    run.data_collator = collate
+    batch = collate(conversations(5))
+    loss = run.compute_loss(run.model.eval(), batch)
+    expected, _ = dft_loss(run.model(input_ids=batch["input_ids"]).logits, batch["labels"], alpha=0.6)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_looking_at_the_model_draws_no_random_numbers_and_leaves_its_mode(tmp_path):
