@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dft.data.conversation import RESERVED
+from dft.data.conversation import RESERVED, refuse_repeated_keys
 from dft.data.options import PrepareOptions
 from dft.data.template import DATE
 from dft.errors import UserError
@@ -146,7 +146,7 @@ def template_variables(data: DataArguments) -> dict[str, Any]:
         return {}
     try:
         variables = json.loads(
-            given, object_pairs_hook=_refuse_repeated, parse_constant=_finite, parse_float=_finite
+            given, object_pairs_hook=refuse_repeated_keys, parse_constant=_finite, parse_float=_finite
         )
     except ValueError as error:
         raise UserError(f"--chat_template_kwargs {given}: not valid JSON ({error})") from None
@@ -168,15 +168,6 @@ def template_date(data: DataArguments) -> date:
         raise UserError(
             f"--chat_template_date {data.chat_template_date}: expected a date such as {DATE}"
         ) from None
-
-
-def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in made:
-            raise ValueError(f"the key {name!r} appears twice in one object")
-        made[name] = value
-    return made
 
 
 def _finite(text: str) -> float:

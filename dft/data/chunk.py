@@ -1,7 +1,6 @@
 """A few records -> sequences: parsed, rendered, tokenized, masked, cut to length, checked and counted."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 
@@ -12,15 +11,12 @@ from dft.data.conversation import Conversation, parse_conversation
 from dft.data.faults import BadLine
 from dft.data.options import EncodeOptions
 from dft.data.records import BOM, Record
-from dft.data.rendering import Rendering
 from dft.data.selfcheck import check_conversation
 from dft.errors import UserError
 from dft.labels import IGNORE_INDEX
 
 CHECKED_FIRST, CHECKED = 32, 1
 """Conversations of the first, and of every other chunk of a file that the self-check looks at."""
-TEXT_AT_ONCE = 1 << 20
-"""Bytes of several records that are tokenized together: the tokenizer takes some hundred times as much."""
 UNTAUGHT = "the chat template renders nothing of the assistant's turns"
 OVER_LIMIT = "longer than --max_length"
 KEY = "S16"
@@ -113,7 +109,7 @@ def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, work: Work) -> Ch
         UserError: the self-check found that a conversation is not supervised as it should be.
     """
     parsed = [_parse(record, options) for record in work.records]
-    encoded = _sequences(encoder, work.records, parsed)
+    encoded = iter(encoder.sequences([one for one in parsed if not isinstance(one, BadLine)]))
     kept: list[tuple[int, int, list[Example], bytes, bytes]] = []
     usable, rejected, totals = [], [], Totals(read=len(parsed))
     for number, (record, conversation) in enumerate(zip(work.records, parsed, strict=True)):
@@ -200,23 +196,6 @@ def _parse(record: Record, options: EncodeOptions) -> Conversation | BadLine:
     except BadLine as error:
         return error
     return conversation.last_turn_only() if options.last_turn_only else conversation
-
-
-def _sequences(
-    encoder: ChatEncoder, records: list[Record], parsed: list[Conversation | BadLine]
-) -> Iterator[list[tuple[Rendering, Example]] | BadLine]:
-    """What `encoder.sequences` makes of the conversations, in order."""
-    some: list[Conversation] = []
-    size = 0
-    for record, conversation in zip(records, parsed, strict=True):
-        if isinstance(conversation, BadLine):
-            continue
-        if some and size + len(record.text) > TEXT_AT_ONCE:
-            yield from encoder.sequences(some)
-            some, size = [], 0
-        some.append(conversation)
-        size += len(record.text)
-    yield from encoder.sequences(some)
 
 
 def _count(

@@ -109,15 +109,20 @@ def _refuse_constant(name: str) -> NoReturn:
     raise BadLine(f"{BROKEN}: {name} is not a JSON value", BROKEN)
 
 
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class RepeatedKey(ValueError):
+    """An object has one key twice, of which JSON parsers silently take the last."""
+
+
+def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A hook for `json` that raises `RepeatedKey`."""
     made = dict(pairs)
     if len(made) != len(pairs):
         repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise BadLine(f"{BROKEN}: the key {_short(repeated)} appears twice in one object", BROKEN)
+        raise RepeatedKey(f"the key {_short(repeated)} appears twice in one object")
     return made
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys, parse_constant=_refuse_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=refuse_repeated_keys, parse_constant=_refuse_constant)
 
 
 def _parse_json(raw: bytes) -> Any:
@@ -132,6 +137,8 @@ def _decode(text: str) -> Any:
         return DECODER.decode(text)
     except BadLine:
         raise
+    except RepeatedKey as error:
+        raise BadLine(f"{BROKEN}: {error}", BROKEN) from None
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise BadLine(f"{BROKEN}: {error.msg} ({line}column {error.colno})", BROKEN) from None

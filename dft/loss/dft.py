@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Categorical
 
 from dft.labels import IGNORE_INDEX
 
@@ -61,12 +60,13 @@ def dft_loss(
     keep, targets = shifted_targets(labels)
     rows = logits[:, :-1][keep]  # (tokens, vocab)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    nll = F.cross_entropy(rows, targets, reduction="none")  # (tokens,)
+    log_probs = F.log_softmax(rows, dim=-1)
+    nll = F.nll_loss(log_probs, targets, reduction="none")  # (tokens,)
     p_correct = torch.exp(-nll.detach())
     weight = alpha * p_correct + (1 - alpha)
     loss = (weight * nll).sum() / normalizer(num_items, targets)
     with torch.no_grad():
-        entropy = Categorical(logits=rows, validate_args=False).entropy()
+        entropy = torch.special.entr(log_probs.exp()).sum(-1)
         correct = rows.argmax(-1) == targets
     return loss, TokenStats(nll.detach(), p_correct, weight, correct, entropy)
 

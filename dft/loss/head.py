@@ -147,8 +147,8 @@ def inspect_head(
         except ModelChanged:
             return "its logits do not have the shape of what its output embedding gives"
     off = (stats.nll - expected.nll).abs().mean().item()
-    size = logits[logits.isfinite()].abs().amax().item() if logits.isfinite().any() else 0.0
-    rounding = torch.finfo(dtype).eps * size
+    finite = logits[logits.isfinite()]
+    rounding = torch.finfo(dtype).eps * finite.abs().amax().item() if len(finite) else 0.0
     # Not above the bound rather than below it: NaN must count.
     if not off <= max(TOLERANCE.get(dtype, COARSEST), rounding):
         return f"the fused loss is not that of its own logits (off by {off:.2g} nats on average)"

@@ -173,7 +173,7 @@ def run_tiles(
         may not reach yet; on weight and bias in float32 or wider, or rounded to their dtype; None where not
         wanted.
     """
-    tokens, width = rows.shape
+    tokens = len(rows)
     wide = torch.promote_types(rows.dtype, torch.float32)
     row_scale, remaining, narrow = scale, None, rows.dtype
     if rows.dtype == torch.float16:

@@ -1,4 +1,4 @@
-"""Which collator fits a model, and whether the model really keeps packed conversations apart."""
+"""Batches: which collator fits a model, whether it keeps packed conversations apart, what they hold."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -98,6 +99,32 @@ def _is_packed(dataset: Any) -> bool:
     if isinstance(dataset, IterableDataset) or not len(dataset):
         return False
     return "seq_lengths" in dataset[0]
+
+
+def padding_id(model: nn.Module) -> int:
+    """A token to pad with. Any will do, since padding is neither attended to nor supervised."""
+    wanted = model.config.get_text_config().pad_token_id
+    return wanted if wanted is not None and wanted >= 0 else 0
+
+
+def token_count(inputs: Mapping[str, Tensor | int]) -> Tensor:
+    """How many tokens of a batch are not padding, a scalar on its device."""
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].sum()
+    ids = inputs["input_ids"]
+    count = inputs.get("num_tokens", ids.numel())
+    # Filled on the device: to copy a number there would wait for it, in every micro-batch.
+    return count if isinstance(count, Tensor) else torch.full((), count, device=ids.device)
+
+
+def sequence_lengths(dataset: Any) -> np.ndarray:
+    """(size,) tokens of each example, all its sequences; where it lies in Arrow, without reading them."""
+    if isinstance(dataset, Sequences):
+        return dataset.lengths
+    if isinstance(dataset, datasets.Dataset):
+        column = dataset.with_format("arrow")["input_ids"]
+        return pc.list_value_length(column[:]).to_numpy()
+    return np.array([len(dataset[index]["input_ids"]) for index in range(len(dataset))])
 
 
 @torch.no_grad()

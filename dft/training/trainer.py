@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 import transformers
-from datasets import Dataset
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PrinterCallback, ProgressCallback
@@ -18,12 +17,21 @@ from transformers.integrations import SwanLabCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, SaveStrategy
 
 from dft.data.collator import FlatCollator, PackedCollator
-from dft.data.dataset import Sequences
 from dft.data.sampler import EpochSampler, WithBlank
 from dft.errors import UserError
 from dft.loss.dft import TokenStats, check_alpha, dft_loss, normalizer
 from dft.loss.head import FusedHead, inspect_head
-from dft.training.batching import OURS, Collator, batching, check_isolation, choose_collator, is_packed
+from dft.training.batching import (
+    OURS,
+    Collator,
+    batching,
+    check_isolation,
+    choose_collator,
+    is_packed,
+    padding_id,
+    sequence_lengths,
+    token_count,
+)
 from dft.training.checks import check_arguments, check_cache, layer_kernels, router_coefficient
 from dft.training.console import ConsoleCallback
 from dft.training.distributed import say
@@ -175,7 +183,7 @@ class DFTTrainer(transformers.Trainer):
         if self._head is None:
             inner = self.accelerator.unwrap_model(model)
             # Not through the compiled model, which would be compiled three times more.
-            forward = getattr(model, "_orig_mod", model)
+            forward = model._orig_mod if is_compiled_module(model) else model
             with evaluating(model), self.compute_loss_context_manager():
                 dtype = compute_dtype(self.args, self.model)
                 self._head = inspect_head(inner, forward, self._probe(), dtype)
@@ -349,29 +357,3 @@ def compute_dtype(args: transformers.TrainingArguments, model: nn.Module) -> tor
     if args.fp16 or (args.tf32 and model.dtype == torch.float32):
         return torch.float16
     return model.dtype
-
-
-def padding_id(model: nn.Module) -> int:
-    """A token to pad with. Any will do, since padding is neither attended to nor supervised."""
-    wanted = model.config.get_text_config().pad_token_id
-    return wanted if wanted is not None and wanted >= 0 else 0
-
-
-def token_count(inputs: Mapping[str, Tensor | int]) -> Tensor:
-    """How many tokens of a batch are not padding, a scalar on its device."""
-    if "attention_mask" in inputs:
-        return inputs["attention_mask"].sum()
-    ids = inputs["input_ids"]
-    count = inputs.get("num_tokens", ids.numel())
-    # Filled on the device: to copy a number there would wait for it, in every micro-batch.
-    return count if isinstance(count, Tensor) else torch.full((), count, device=ids.device)
-
-
-def sequence_lengths(dataset: Any) -> np.ndarray:
-    """(size,) tokens of each example, all its sequences; where it lies in Arrow, without reading them."""
-    if isinstance(dataset, Sequences):
-        return dataset.lengths
-    if isinstance(dataset, Dataset):
-        column = dataset.with_format("arrow")["input_ids"]
-        return pc.list_value_length(column[:]).to_numpy()
-    return np.array([len(dataset[index]["input_ids"]) for index in range(len(dataset))])

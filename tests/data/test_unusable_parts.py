@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dft.data import chunk
 from dft.data.chat import ChatEncoder
 from dft.data.chunk import Work, encode_chunk
+from dft.data.conversation import parse_conversation
 from dft.data.options import EncodeOptions, PrepareOptions
 from dft.data.prepare import PreparedData, prepare
 from dft.data.records import Record
@@ -124,12 +124,20 @@ def test_a_chunk_is_tokenized_a_few_conversations_at_a_time(encoder, monkeypatch
     whole = encode_chunk(encoder, options, Work("a", 0, records))
     sizes = []
 
-    def noted(conversations):
-        sizes.append(len(conversations))
-        return ChatEncoder.sequences(encoder, conversations)
+    class Noting:
+        """The tokenizer, which is no Python object that could be patched."""
 
-    monkeypatch.setattr(encoder, "sequences", noted)
-    monkeypatch.setattr(chunk, "TEXT_AT_ONCE", 2 * len(LINES[0]))
+        def __getattr__(self, name):
+            return getattr(backend, name)
+
+        def encode_batch(self, texts, **options):
+            sizes.append(len(texts))
+            return backend.encode_batch(texts, **options)
+
+    backend = encoder.backend
+    (sequence,) = encoder.render([parse_conversation(LINES[0].encode())])[0]
+    monkeypatch.setattr(encoder, "backend", Noting())
+    monkeypatch.setattr("dft.data.chat.BATCH_TEXT", 2 * len(sequence.text))
     parts = encode_chunk(encoder, options, Work("a", 0, records))
     assert sizes == [2, 2, 1]
     assert parts.input_ids.tolist() == whole.input_ids.tolist()

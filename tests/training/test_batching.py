@@ -32,8 +32,7 @@ from dft import DFTTrainer
 from dft.data.collator import FlatCollator, PackedCollator, PaddedCollator
 from dft.data.dataset import SCHEMA, Sequences
 from dft.errors import UserError
-from dft.training.batching import check_isolation, choose_collator, is_packed
-from dft.training.trainer import sequence_lengths, token_count
+from dft.training.batching import check_isolation, choose_collator, is_packed, sequence_lengths, token_count
 
 VOCAB = 40
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from dft.errors import UserError
 from dft.loss import linear, rows
 from dft.loss.head import FusedHead
 from dft.loss.linear import linear_dft_loss
+from dft.training.batching import token_count
 from dft.training.metrics import TokenMeter
-from dft.training.trainer import token_count
 from tests.training.test_trainer import VOCAB, conversations, tiny
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dft import DFTTrainer
-from dft.training.trainer import sequence_lengths
+from dft.training.batching import sequence_lengths
 
 VOCAB = 40
 
