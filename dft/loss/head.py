@@ -119,6 +119,7 @@ def inspect_head(
         inputs: what it is called with, `input_ids` (batch, seq) among them. They are the labels, too.
         dtype: in which it computes.
     """
+    # A library user may bring any nn.Module; only the models of transformers have the method.
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         return f"{type(model).__name__} has no output embedding"
