@@ -21,11 +21,14 @@ from dft.data.prepare import PreparedData, prepare
 from dft.data.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
 from dft.report.data import data_summary, show_sequences
+from dft.report.preflight import preflight_lines, preflight_report
+from dft.report.preflight_page import write_preflight
+from dft.report.record import ReportCallback, run_record
 from dft.report.run import final_lines, new_notes, start_lines, write_resolved_arguments
 from dft.training.checkpoints import remove_checkpoints
 from dft.training.distributed import is_main_process, leave_ranks, say
 from dft.training.model import check_positions, load_model, resolve_attention, stop_where_turns_end
-from dft.training.trackers import go_offline_without_login, write_under
+from dft.training.trackers import RunRecordCallback, go_offline_without_login, write_under
 from dft.training.trainer import DFTTrainer
 
 
@@ -55,7 +58,7 @@ def main() -> None:
         say(f"the chat template writes today's date: it is {wanted.chat_template_date} for all conversations")
     data = prepare_data(arguments, encoder)
     if arguments.data.debug_data_processing:
-        say(show_sequences(data.datasets["train"].unpacked(), tokenizer, data.names_in("train")))
+        say(show_sequences(data.datasets["train"].unpacked(), tokenizer))
     if arguments.data.prepare_only:
         write_resolved_arguments(arguments)
         say(f"prepared: {data.path}")
@@ -67,6 +70,14 @@ def main() -> None:
     check_positions(model, data.longest, arguments)
     stop_where_turns_end(model, tokenizer, data.report["end_of_turn_tokens"], arguments)
     trainer = make_trainer(arguments, model, data, tokenizer)
+    if arguments.watch.preflight:
+        preflight(arguments, trainer, tokenizer)
+        leave_ranks()
+        return
+    record = run_record(arguments, model, data.report)
+    trainer.add_callback(RunRecordCallback(record, trainer.callback_handler))
+    if arguments.watch.report:
+        trainer.add_callback(ReportCallback(trainer, record, tokenizer))
     remove_checkpoints(arguments.training)
     write_resolved_arguments(arguments, model)
     for line in (*start_lines(arguments, model, data.report, trainer.batching), *new_notes(arguments)):
@@ -74,7 +85,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
-    for line in final_lines(trainer.state, arguments.training):
+    for line in final_lines(trainer.state, arguments.training, arguments.watch.report):
         say(line)
     leave_ranks()
 
@@ -89,12 +100,27 @@ def make_trainer(
             arguments.training,
             alpha=arguments.dft.dft_alpha,
             fused_head=arguments.dft.fused_head,
+            end_of_turn_ids=tokenizer.convert_tokens_to_ids(list(data.report["end_of_turn_tokens"])),
+            log_per_file=arguments.watch.log_per_file,
+            on_nonfinite=arguments.watch.on_nonfinite,
             train_dataset=data.datasets["train"],
             eval_dataset=data.datasets.get("eval"),
             processing_class=tokenizer,
         )
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from None
+
+
+def preflight(arguments: Arguments, trainer: DFTTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Scores a sample of the training data with the model as it is, and says what follows."""
+    training, watch = arguments.training, arguments.watch
+    sample = trainer.train_dataset.sample(watch.preflight_samples, training.seed)
+    table, name = trainer.score(sample), arguments.model.model_name_or_path
+    report = preflight_report(table, sample.files, trainer.end_of_turn_ids, tokenizer.decode, name)
+    if is_main_process():
+        write_preflight(report, Path(training.output_dir))
+    for line in preflight_lines(report, training.output_dir):
+        say(line)
 
 
 def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:

@@ -1,4 +1,4 @@
-"""Command line -> four dataclasses."""
+"""Command line -> five dataclasses."""
 
 import dataclasses
 import difflib
@@ -15,7 +15,12 @@ from transformers import HfArgumentParser
 from dft.config_file import expand_config
 from dft.data.arguments import DataArguments
 from dft.errors import UserError
-from dft.training.distributed import init_cpu_deepspeed, is_launched, mute_deepspeed_deprecations
+from dft.training.distributed import (
+    choose_deepspeed_accelerator,
+    init_cpu_deepspeed,
+    is_launched,
+    mute_deepspeed_deprecations,
+)
 from dft.training.metrics import LOWER_IS_BETTER
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -83,6 +88,39 @@ class DFTArguments:
 
 
 @dataclass
+class WatchArguments:
+    """What is said of a run, and what it does when something is wrong."""
+
+    _argument_group_name: ClassVar[str] = "watching"
+
+    report: bool = field(
+        default=True,
+        metadata={"help": "Write report.html and report.png at each evaluation and at the end."},
+    )
+    log_per_file: bool = field(
+        default=False, metadata={"help": "Evaluation gives nll and avg_p_correct of each data file, too."}
+    )
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "When a loss or gradient is not finite: stop with the step, the rank and the "
+            "conversations, or skip the update.",
+            "choices": ["stop", "skip"],
+        },
+    )
+    preflight: bool = field(
+        default=False,
+        metadata={
+            "help": "Score a sample of the training data with the untouched model, say whether DFT fits, and "
+            "end without training."
+        },
+    )
+    preflight_samples: int = field(
+        default=512, metadata={"help": "Sequences of each data file that --preflight scores, at most."}
+    )
+
+
+@dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """transformers' arguments, with defaults that fit, and names of older releases mapped or explained."""
 
@@ -124,6 +162,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if not self.use_cpu and not torch.accelerator.is_available():
             self.use_cpu = True
             self.notes.append("no accelerator found: running on CPU")
+        if self.use_cpu:
+            choose_deepspeed_accelerator("cpu")
         self._map_older_names()
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             metric = self.metric_for_best_model.removeprefix("eval_")
@@ -198,16 +238,17 @@ class Arguments:
     model: ModelArguments
     data: DataArguments
     dft: DFTArguments
+    watch: WatchArguments
     training: TrainingArguments
     given: dict[str, Any]
     notes: list[str]
 
 
 class Parser(HfArgumentParser):
-    """Flags of the four dataclasses; a mistake is a `UserError` instead of a page of usage."""
+    """Flags of the five dataclasses; a mistake is a `UserError` instead of a page of usage."""
 
     def __init__(self) -> None:
-        kinds = (ModelArguments, DataArguments, DFTArguments, TrainingArguments)
+        kinds = (ModelArguments, DataArguments, DFTArguments, WatchArguments, TrainingArguments)
         super().__init__(kinds, allow_abbrev=False, prog="train_dft.py")
         self.add_argument(
             "--config",
@@ -229,14 +270,14 @@ class Parser(HfArgumentParser):
         if given["prepare_only"]:
             wanted.update(OF_THE_DEVICE)
         try:
-            model, data, dft, training = self.parse_dict(wanted, allow_extra_keys=False)
+            model, data, dft, watch, training = self.parse_dict(wanted, allow_extra_keys=False)
         except UserError:
             raise
         except (ValueError, ImportError, OSError) as error:  # how transformers refuses a value
             raise UserError(" ".join(str(error).split())) from None
         if model.enable_gradient_checkpointing:
             training.activation_checkpointing = training.gradient_checkpointing = True
-        return Arguments(model, data, dft, training, given, list(training.notes))
+        return Arguments(model, data, dft, watch, training, given, list(training.notes))
 
     def _unknown(self, unknown: list[str]) -> str:
         flag = next((word for word in unknown if word.startswith("--")), unknown[0])
@@ -254,7 +295,7 @@ def default_flags() -> dict[str, Any]:
 
 def own_flags() -> set[str]:
     """Names of the flags that are not transformers' own."""
-    kinds = (ModelArguments, DataArguments, DFTArguments)
+    kinds = (ModelArguments, DataArguments, DFTArguments, WatchArguments)
     return {one.name for kind in kinds for one in dataclasses.fields(kind)}
 
 

@@ -84,8 +84,7 @@ def main() -> None:
     if show.split not in prepared.datasets:
         raise UserError("--split eval needs --eval_data_files or --validation_split_percentage")
     dataset = prepared.datasets[show.split].unpacked()
-    names, which = prepared.names_in(show.split), chosen(dataset, show)
-    print(show_sequences(dataset, tokenizer, names, which, color=sys.stdout.isatty()))
+    print(show_sequences(dataset, tokenizer, chosen(dataset, show), color=sys.stdout.isatty()))
     print()
     for line in (*(f"note        {note}" for note in notes), *data_details(prepared.report, show.output_dir)):
         print(line)

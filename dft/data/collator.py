@@ -1,10 +1,13 @@
 """Examples -> one batch of tensors: padded, packed into padded rows, or without padding in a single row.
 
 Each batch also says where its supervised tokens are predicted, `loss_positions` (tokens,) int64: found here,
-on the CPU, so that no step of training waits for the device to count them.
+on the CPU, so that no step of training waits for the device to count them; and which of its sequences each
+token belongs to, `sequence_ids` (batch, seq) int64, with -1 for padding.
 
 An example is one sequence, `input_ids` (tokens,) and `labels` (tokens,), or several in a row, and then
-`seq_lengths` holds the tokens of each. The first token of a sequence is never a target.
+`seq_lengths` holds the tokens of each. The first token of a sequence is never a target. If examples have
+`origins`, (sequences, 2) or a list of pairs, file and line of each sequence, the batch has those of all its
+sequences, (-1, -1) where an example has none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +49,8 @@ class PaddedCollator:
         ids, labels = _padded(examples, self.pad_token_id)
         ones = [torch.ones(len(example["input_ids"]), dtype=torch.int64) for example in examples]
         mask = pad_sequence(ones, batch_first=True)
-        return with_positions({"input_ids": ids, "labels": labels, "attention_mask": mask})
+        batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        return completed(batch, examples, ids.shape[1])
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,13 @@ class PackedCollator:
             positions.append(_positions([*lengths, width - sum(lengths)]))
         position_ids = torch.stack(positions)  # (batch, seq)
         labels[position_ids == 0] = IGNORE_INDEX
-        return with_positions(
-            {
-                "input_ids": ids,
-                "labels": labels,
-                "position_ids": position_ids,
-                "num_tokens": sum(len(example["input_ids"]) for example in examples),
-            }
-        )
+        batch = {
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": position_ids,
+            "num_tokens": sum(len(example["input_ids"]) for example in examples),
+        }
+        return completed(batch, examples, width)
 
 
 @dataclass(frozen=True)
@@ -103,21 +106,48 @@ class FlatCollator:
         labels = torch.cat([_int64(example["labels"]) for example in examples])
         labels[position_ids == 0] = IGNORE_INDEX
         bounds = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-        return with_positions(
-            {
-                "input_ids": torch.cat([_int64(example["input_ids"]) for example in examples])[None],
-                "labels": labels[None],
-                "position_ids": position_ids[None],
-                "cu_seq_lens_q": bounds,
-                "cu_seq_lens_k": bounds.clone(),
-                "max_length_q": max(lengths),
-                "max_length_k": max(lengths),
-            }
-        )
+        batch = {
+            "input_ids": torch.cat([_int64(example["input_ids"]) for example in examples])[None],
+            "labels": labels[None],
+            "position_ids": position_ids[None],
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds.clone(),
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        }
+        return completed(batch, examples, None)
 
 
-def with_positions(batch: dict[str, Any]) -> dict[str, Any]:
-    return {**batch, "loss_positions": loss_positions(batch["labels"])}
+def completed(batch: dict[str, Any], examples: Sequence[Example], width: int | None) -> dict[str, Any]:
+    """A batch with what loss and metrics want to know of it.
+
+    Args:
+        width: to which each example is padded; None where they stand end to end in one row.
+    """
+    numbers: list[int] = []  # per stretch of tokens: of which sequence
+    lengths: list[int] = []
+    sequences = 0
+    for example in examples:
+        within = sequence_lengths(example)
+        padding = 0 if width is None else width - sum(within)
+        numbers += [*range(sequences, sequences + len(within)), -1]
+        lengths += [*within, padding]
+        sequences += len(within)
+    ids = torch.repeat_interleave(torch.tensor(numbers), torch.tensor(lengths))
+    batch |= {
+        "loss_positions": loss_positions(batch["labels"]),
+        "sequence_ids": ids.view_as(batch["labels"]),
+    }
+    if any("origins" in example for example in examples):
+        batch["origins"] = torch.cat([_origins(example) for example in examples])
+    return batch
+
+
+def _origins(example: Example) -> Tensor:
+    """(sequences, 2) int64."""
+    if "origins" in example:
+        return _int64(example["origins"]).view(-1, 2)
+    return torch.full((len(sequence_lengths(example)), 2), -1)
 
 
 def sequence_lengths(example: Example) -> list[int]:

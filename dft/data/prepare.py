@@ -62,10 +62,6 @@ class PreparedData:
         """Tokens of the longest sequence."""
         return max(self.report[split]["length_percentiles"]["100"] for split in self.datasets)
 
-    def names_in(self, split: str) -> list[str]:
-        """What the files are called that the sequences of a split number."""
-        return self.names[group_of(split, self.names)]
-
     def write_report(self, folder: Path) -> None:
         """`data_report.json` and, if anything was rejected, `rejected.jsonl` into the output directory.
 
@@ -178,6 +174,7 @@ def _load(target: Path, split: str, names: dict[str, list[str]]) -> Sequences:
         target / f"{group_of(split, names)}.arrow",
         np.load(target / f"{split}.order.npy", mmap_mode="r"),
         np.load(offsets, mmap_mode="r") if offsets.exists() else None,
+        names[group_of(split, names)],
     )
 
 

@@ -18,6 +18,7 @@ class TokenStats(NamedTuple):
         weight: (tokens,) the DFT weight alpha * p_correct + (1 - alpha).
         correct: (tokens,) bool, whether the target is the argmax.
         entropy: (tokens,) of the model's distribution, in nats.
+        target: (tokens,) int64, the token that was to be predicted.
     """
 
     nll: Tensor
@@ -25,6 +26,7 @@ class TokenStats(NamedTuple):
     weight: Tensor
     correct: Tensor
     entropy: Tensor
+    target: Tensor
 
 
 def dft_loss(
@@ -68,7 +70,7 @@ def dft_loss(
     with torch.no_grad():
         entropy = torch.special.entr(log_probs.exp()).sum(-1)
         correct = rows.argmax(-1) == targets
-    return loss, TokenStats(nll.detach(), p_correct, weight, correct, entropy)
+    return loss, TokenStats(nll.detach(), p_correct, weight, correct, entropy, targets)
 
 
 def check_alpha(alpha: float) -> None:

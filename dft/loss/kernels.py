@@ -132,7 +132,7 @@ def score_rows(
             GRADIENT=gradient is not None,
             BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
         )
-    return TokenStats(nll, p_correct, weight, correct, entropy), gradient
+    return TokenStats(nll, p_correct, weight, correct, entropy, targets), gradient
 
 
 @triton.jit

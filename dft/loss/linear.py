@@ -106,7 +106,7 @@ def linear_dft_loss(
 
 
 class _LinearDFT(torch.autograd.Function):
-    """(loss, nll, p_correct, weight, correct, entropy); all but the loss are detached."""
+    """(loss, nll, p_correct, weight, correct, entropy, target); all but the loss are detached."""
 
     @staticmethod
     def forward(
@@ -210,7 +210,7 @@ def run_tiles(
     if not tokens:
         d_weight = torch.zeros_like(head.weight) if wanted.weight else None
         empty = rows.new_zeros(0, dtype=wide)
-        parts.append(TokenStats(empty, empty, empty, empty.bool(), empty))
+        parts.append(TokenStats(empty, empty, empty, empty.bool(), empty, targets))
     stats = TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return stats, (d_rows, d_weight, d_bias)
 

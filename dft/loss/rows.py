@@ -36,8 +36,9 @@ def score_rows(
         dtype: in which the gradient goes on; that of the tile, or half precision.
 
     Returns:
-        stats: (rows,) each, in the tile's dtype. gradient: (rows, vocab), or None. It is the tile, unless
-        written in half precision on a GPU; on a CPU products that sum in float32 want it there.
+        stats: (rows,) each, what is no bool and no id in the tile's dtype. gradient: (rows, vocab), or None.
+        It is the tile, unless written in half precision on a GPU; on a CPU products that sum in float32 want
+        it there.
     """
     if tile.is_cuda and tile.dtype == torch.float32:
         from dft.loss.kernels import score_rows as score_rows_triton  # triton comes with CUDA builds of torch
@@ -90,7 +91,7 @@ def _score_some(
         else:
             softmax.scatter_add_(1, at, softmax.new_full((), -1.0).expand_as(at)).mul_(factor)
             tile.add_(top).div_(options.softcap).square_().neg_().add_(1).mul_(softmax)
-    return TokenStats(nll, p_correct, weight, best.squeeze(1) == targets, entropy)
+    return TokenStats(nll, p_correct, weight, best.squeeze(1) == targets, entropy, targets)
 
 
 def _expectation(softmax: Tensor, logits: Tensor) -> Tensor:

@@ -150,7 +150,6 @@ def _count(number: int, noun: str) -> str:
 def show_sequences(
     dataset: Sequences,
     tokenizer: PreTrainedTokenizerBase,
-    names: list[str],
     which: Iterable[int] = (0, 1),
     *,
     color: bool = False,
@@ -161,7 +160,6 @@ def show_sequences(
 
     Args:
         dataset: not packed; `Sequences.unpacked` is.
-        names: of the files that the dataset numbers.
         which: rows to show; those past the end are left out.
         color: supervised lines in green, for a terminal.
     """
@@ -173,7 +171,7 @@ def show_sequences(
         supervised = int((labels != IGNORE_INDEX).sum())
         ((file, line),) = dataset.origins(row)
         counts = f"{len(ids):,} tokens, {supervised:,} supervised (marked >>)"
-        shown.append(f"{names[file]}:{line}, sequence {row}: {counts}")
+        shown.append(f"{dataset.files[file]}:{line}, sequence {row}: {counts}")
         pairs = zip(ids.tolist(), labels.tolist(), strict=True)
         for taught, group in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
             text = tokenizer.decode(

@@ -10,6 +10,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from dft.arguments import Arguments, TrainingArguments, default_flags, own_flags
 from dft.config_file import RUN_ARGS, write_run_args
 from dft.training.distributed import is_main_process, world_size
+from dft.training.memory import memory_estimate
 
 
 def write_resolved_arguments(arguments: Arguments, model: PreTrainedModel | None = None) -> None:
@@ -80,7 +81,8 @@ def start_lines(
         f"{share * per_step:,.0f} supervised tokens; {batching}",
         f"schedule    {steps} steps, {training.get_warmup_steps(steps)} of them warm-up, "
         f"{training.lr_scheduler_type.value}, learning rate {training.learning_rate:g}",
-        f"output      {training.output_dir}",
+        f"memory      {memory_estimate(model, training)}",
+        f"output      {training.output_dir}; trackers: {', '.join(training.report_to) or 'none'}",
     ]
     return lines
 
@@ -92,7 +94,7 @@ def new_notes(arguments: Arguments) -> list[str]:
     return lines
 
 
-def final_lines(state: TrainerState, training: TrainingArguments) -> list[str]:
+def final_lines(state: TrainerState, training: TrainingArguments, report: bool) -> list[str]:
     """Where everything is."""
     output_dir, metric = training.output_dir, training.metric_for_best_model
     lines = [f"model       {output_dir} (AutoModelForCausalLM.from_pretrained loads it)"]
@@ -101,4 +103,6 @@ def final_lines(state: TrainerState, training: TrainingArguments) -> list[str]:
     lines.append(
         f"records     {output_dir}/trainer_state.json, {output_dir}/data_report.json, {output_dir}/{RUN_ARGS}"
     )
+    if report:
+        lines.append(f"report      {output_dir}/report.html, for a glance {output_dir}/report.png")
     return lines

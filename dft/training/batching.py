@@ -1,7 +1,7 @@
 """Batches: which collator fits a model, whether it keeps packed conversations apart, what they hold."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -10,17 +10,18 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import is_flash_attention_requested
 
 from dft.data.collator import FlatCollator, PackedCollator, PaddedCollator
 from dft.data.dataset import Sequences
+from dft.data.sampler import WithBlank
 from dft.errors import UserError
 
 Collator = PaddedCollator | PackedCollator | FlatCollator
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 """Types of layers that see a sequence through the attention mask alone."""
-OURS = ("labels", "num_tokens", "loss_positions")
+OURS = ("labels", "num_tokens", "loss_positions", "sequence_ids", "origins")
 """What a batch holds for the loss and its metrics, not for the model."""
 PROBE = 8
 """Tokens of each of the two sequences that the check packs."""
@@ -107,6 +108,21 @@ def padding_id(model: nn.Module) -> int:
     return wanted if wanted is not None and wanted >= 0 else 0
 
 
+def end_of_turn(tokenizer: Any, given: Sequence[int] | None) -> list[int]:
+    """Tokens that end a turn: those given, else the tokenizer's end token, if there is a tokenizer."""
+    if given is not None:
+        return list(given)
+    ends = tokenizer.eos_token_id if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+    return [] if ends is None else [ends]
+
+
+def files_of(dataset: Any) -> list[str]:
+    """Names of the files that the examples of a dataset are from, as its `origins` number them."""
+    if isinstance(dataset, WithBlank):
+        dataset = dataset.dataset
+    return getattr(dataset, "files", [])  # ours or a library user's, which need not have them
+
+
 def token_count(inputs: Mapping[str, Tensor | int]) -> Tensor:
     """How many tokens of a batch are not padding, a scalar on its device."""
     if "attention_mask" in inputs:
@@ -115,6 +131,20 @@ def token_count(inputs: Mapping[str, Tensor | int]) -> Tensor:
     count = inputs.get("num_tokens", ids.numel())
     # Filled on the device: to copy a number there would wait for it, in every micro-batch.
     return count if isinstance(count, Tensor) else torch.full((), count, device=ids.device)
+
+
+def attended_pairs(inputs: Mapping[str, Tensor | int]) -> Tensor:
+    """How many pairs of a token and one that it may attend to a batch has, a scalar on its device.
+
+    Of whole sequences under causal attention; windows and chunks of attention, which see less, are not known.
+    """
+    if "attention_mask" in inputs:
+        lengths = inputs["attention_mask"].sum(-1)
+        return (lengths * (lengths + 1) // 2).sum()
+    if "position_ids" in inputs:
+        return (inputs["position_ids"] + 1).sum()
+    rows, length = inputs["input_ids"].shape
+    return torch.full((), rows * length * (length + 1) // 2, device=inputs["input_ids"].device)
 
 
 def sequence_lengths(dataset: Any) -> np.ndarray:

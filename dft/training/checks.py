@@ -50,6 +50,11 @@ def check_arguments(args: transformers.TrainingArguments) -> None:
         )
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r}: must be one of {', '.join(choices)}")
+
+
 def check_cache(args: transformers.TrainingArguments, data_collator: Any) -> None:
     """Raises ValueError where the cache of keys and values would undo the separation of sequences."""
     if args.use_cache and isinstance(data_collator, PackedCollator | FlatCollator):

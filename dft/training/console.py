@@ -6,7 +6,16 @@ from transformers import ProgressCallback, TrainerControl, TrainerState, Trainin
 
 from dft.training.metrics import METRICS
 
-TRAIN_COLUMNS = (*METRICS, "grad_norm", "learning_rate", "tokens_per_second")
+TRAIN_COLUMNS = (
+    *METRICS,
+    "aux_loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "padding_share",
+    "mfu",
+)
+EVAL_COLUMNS = (*METRICS, "supervised_tokens")
 
 
 class ConsoleCallback(ProgressCallback):
@@ -63,11 +72,24 @@ def log_line(logs: dict[str, float], step: int, max_steps: int) -> str | None:
     if "learning_rate" in logs:
         kind, columns = "train", {name: logs[name] for name in TRAIN_COLUMNS if name in logs}
     elif any(f"eval_{name}" in logs for name in METRICS):
-        kind, columns = "eval", {name: logs[f"eval_{name}"] for name in METRICS if f"eval_{name}" in logs}
+        kind, columns = (
+            "eval",
+            {name: logs[f"eval_{name}"] for name in EVAL_COLUMNS if f"eval_{name}" in logs},
+        )
     else:
         return None
-    cells = "  ".join(f"{name} {number(value):<9}" for name, value in columns.items())
-    return f"{kind:<5} step {step:>{width}}/{max_steps}  epoch {logs.get('epoch', 0):<6.2f}  {cells}".rstrip()
+    cells = [f"{name} {number(value):<9}" for name, value in columns.items()]
+    if "peak_memory_gib" in logs:
+        cells.append(f"memory {logs['peak_memory_gib']:.2f} GiB  left {clock(logs['seconds_left'])}")
+    place = f"{kind:<5} step {step:>{width}}/{max_steps}  epoch {logs.get('epoch', 0):<6.2f}"
+    return f"{place}  {'  '.join(cells)}".rstrip()
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def number(value: float) -> str:

@@ -1,6 +1,8 @@
 """What has to be known or done about the other ranks before a Trainer exists."""
 
+import atexit
 import os
+import sys
 import warnings
 
 import torch
@@ -31,13 +33,17 @@ def mute_deepspeed_deprecations() -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
+def choose_deepspeed_accelerator(name: str) -> None:
+    """Tells DeepSpeed, which accelerate imports in any run, where it is; it would guess, and say so."""
+    os.environ.setdefault("DS_ACCELERATOR", name)
+
+
 def init_cpu_deepspeed() -> None:
     """Joins the ranks of a DeepSpeed run on CPU.
 
     Must come before transformers parses its arguments: accelerate picks no backend for DeepSpeed on CPU and
     would otherwise see a world of one.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # slow to import, and not needed by runs without it
 
     # An operator for inference, which DeepSpeed would compile for half a minute, or fail without a compiler.
@@ -47,10 +53,17 @@ def init_cpu_deepspeed() -> None:
 
 
 def leave_ranks() -> None:
-    """Ends the communication between the ranks in order.
+    """Ends a rank whose work is done, with exit code 0; a run of one process just goes on to its end.
 
-    Left to the end of the interpreter, threads of the backend may be destroyed while they run, which aborts a
-    process that has done all its work.
+    Not by way of the interpreter's end: while that takes itself apart, a thread of the backend that is still
+    running is made to exit in the middle of C++ code, which now and then aborts a process that has lost
+    nothing. What was registered to run at exit, as trackers do to send their last records, is run here.
     """
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if not torch.distributed.is_initialized():
+        return
+    torch.distributed.barrier()  # no rank is left talking to one that is gone
+    torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,57 +1,104 @@
 """Token-weighted metrics: summed on the device, reduced over the ranks only when they are logged."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from dft.loss.dft import TokenStats
+from dft.training.batching import attended_pairs, token_count
 
-METRICS = ("loss", "nll", "avg_p_correct", "acc", "objective")
+METRICS = (
+    "loss", "nll", "avg_p_correct", "acc", "objective", "entropy", "effective_tokens", "p_end_of_turn",
+)  # fmt: skip
 """What training logs as such, and evaluation with the prefix `eval_`."""
+HISTOGRAM = "p_histogram"
+"""With the prefix of an evaluation: how many of its tokens have which p."""
+BINS = 20
+"""Of the histogram of p, equal parts of [0, 1]; p = 1 belongs to the last."""
 METER = "token_meter.json"
 """In a checkpoint: the sums since the last line of the log, a row for each rank."""
-LOWER_IS_BETTER = ("loss", "nll", "objective")
+LOWER_IS_BETTER = ("loss", "nll", "objective", "entropy")
+
+SUMS = (
+    "supervised", "tokens", "positions", "pairs", "weighted_nll", "nll", "p_correct", "correct", "entropy",
+    "weight", "end_of_turn", "p_end_of_turn", "aux_loss",
+)  # fmt: skip
+"""What is counted: supervised tokens, tokens that are not padding, tokens with padding, pairs of tokens of
+which one attends to the other; then sums over supervised tokens."""
+OF_FILES = ("supervised", "nll", "p_correct")
+"""What is summed for each file."""
 
 
 class TokenMeter:
     """Sums over supervised tokens since the last reset.
 
     Float64: a window may hold billions of tokens, and a float32 sum stops growing at 2**24 of them.
+
+    Args:
+        device: where batches are.
+        end_of_turn_ids: tokens that end a turn.
+        files: how many files are summed for each by itself; 0 for none.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        # supervised tokens, all tokens, then the sums of w * nll, nll, p, hits and the auxiliary loss
-        self.sums = torch.zeros(7, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, end_of_turn_ids: list[int], files: int = 0) -> None:
+        self.sums = torch.zeros(len(SUMS) + BINS, dtype=torch.float64, device=device)
+        self.of_files = torch.zeros(files, len(OF_FILES), dtype=torch.float64, device=device)
         self.has_auxiliary = False
+        self._end_of_turn_ids = torch.tensor(end_of_turn_ids, dtype=torch.int64, device=device)
+        self._edges = torch.arange(1, BINS, dtype=torch.float64, device=device) / BINS
+        self._files = torch.arange(files, device=device)
 
-    def update(self, stats: TokenStats, tokens: Tensor, aux_loss: Tensor | None = None) -> None:
-        """Adds one batch.
+    def update(
+        self,
+        stats: TokenStats,
+        inputs: Mapping[str, Tensor | int],
+        aux_loss: Tensor | None = None,
+        files: Tensor | None = None,
+    ) -> None:
+        """Adds one batch, without waiting for the device.
 
         Args:
-            tokens: how many of it are not padding, a scalar on the device.
+            inputs: the batch.
             aux_loss: of the router of a mixture of experts, a scalar.
+            files: (supervised tokens,) the number of the file that each is from.
         """
-        nll, p_correct = stats.nll.double(), stats.p_correct.double()
+        nll, p_correct, weight = stats.nll.double(), stats.p_correct.double(), stats.weight.double()
+        count = nll.numel()
+        ends = torch.isin(stats.target, self._end_of_turn_ids)
         self.has_auxiliary |= aux_loss is not None
-        auxiliary = nll.new_zeros(()) if aux_loss is None else aux_loss.detach().double() * nll.numel()
-        self.sums += torch.stack(
-            [
-                nll.new_full((), nll.numel()),
-                tokens.double(),
-                (stats.weight.double() * nll).sum(),
-                nll.sum(),
-                p_correct.sum(),
-                stats.correct.sum(dtype=torch.float64),
-                auxiliary,
-            ]
-        )
+        counted = {
+            "supervised": nll.new_full((), count),
+            "tokens": token_count(inputs).double(),
+            "positions": nll.new_full((), inputs["labels"].numel()),
+            "pairs": attended_pairs(inputs).double(),
+            "weighted_nll": (weight * nll).sum(),
+            "nll": nll.sum(),
+            "p_correct": p_correct.sum(),
+            "correct": stats.correct.sum(dtype=torch.float64),
+            "entropy": stats.entropy.sum(dtype=torch.float64),
+            "weight": weight.sum(),
+            "end_of_turn": ends.sum(dtype=torch.float64),
+            "p_end_of_turn": (p_correct * ends).sum(),
+            "aux_loss": nll.new_zeros(()) if aux_loss is None else aux_loss.detach().double() * count,
+        }
+        # Neither bincount nor histc: on a GPU the one waits for the device, and neither is deterministic.
+        above = (p_correct[:, None] >= self._edges).sum(0, dtype=torch.float64)  # (BINS - 1,)
+        everywhere = torch.cat([counted["supervised"][None], above])
+        histogram = everywhere - torch.cat([above, above.new_zeros(1)])
+        self.sums += torch.cat([torch.stack([counted[name] for name in SUMS]), histogram])
+        if len(self._files) and files is not None:
+            member = (files == self._files[:, None]).double()  # (files, supervised tokens)
+            self.of_files += member @ torch.stack([torch.ones_like(nll), nll, p_correct], dim=1)
 
     def save(self, folder: Path, accelerator: Accelerator) -> None:
         """Writes the sums of all ranks into a checkpoint, so that a resumed window is whole. A collective."""
-        rows = accelerator.gather(self.sums[None]).tolist()  # (ranks, 6)
+        rows = accelerator.gather(self.sums[None]).tolist()  # (ranks, sums)
         if accelerator.is_main_process:
             (folder / METER).write_text(json.dumps(rows))
 
@@ -63,19 +110,81 @@ class TokenMeter:
         rank, ranks = accelerator.process_index, accelerator.num_processes
         self.sums += rows[rank::ranks].sum(dim=0).to(self.sums.device)
 
-    def reduce(self, accelerator: Accelerator, alpha: float) -> tuple[dict[str, float], int]:
-        """Means over the tokens of all ranks, and how many tokens the ranks read. Starts anew. A collective.
-
-        Without a supervised token there is nothing to average, and the means are left out.
-        """
-        sums = accelerator.reduce(self.sums, "sum").tolist()
-        supervised, tokens, weighted, nll, p_correct, hits, auxiliary = sums
+    def reduce(self, accelerator: Accelerator, alpha: float) -> "Reduced":
+        """Means over the tokens of all ranks. Starts anew. A collective."""
+        sums = accelerator.reduce(torch.cat([self.sums, self.of_files.flatten()]), "sum").tolist()
         self.sums.zero_()
-        if not supervised:
-            return {}, int(tokens)
-        means = {"loss": weighted, "nll": nll, "avg_p_correct": p_correct, "acc": hits}
-        if self.has_auxiliary:
-            means["aux_loss"] = auxiliary
-        means = {name: total / supervised for name, total in means.items()}
-        means["objective"] = alpha * (1 - means["avg_p_correct"]) + (1 - alpha) * means["nll"]
-        return means, int(tokens)
+        self.of_files.zero_()
+        named = dict(zip(SUMS, sums, strict=False))
+        histogram = [round(count) for count in sums[len(SUMS) : len(SUMS) + BINS]]
+        width = len(OF_FILES)
+        rest = sums[len(SUMS) + BINS :]
+        of_files = [rest[start : start + width] for start in range(0, len(rest), width)]
+        means = means_of(named, alpha, self.has_auxiliary)
+        return Reduced(named, histogram, [file_means(one) for one in of_files], means)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What the sums of all ranks come to.
+
+    Attributes:
+        counts: of `SUMS`.
+        histogram: (BINS,) supervised tokens by p.
+        files: for each file its `nll` and `avg_p_correct`, nothing where it has no supervised token.
+        means: the metrics. Without a supervised token there is nothing to average, and there are none.
+    """
+
+    counts: dict[str, float]
+    histogram: list[int]
+    files: list[dict[str, float]]
+    means: dict[str, float]
+
+
+def means_of(counts: Mapping[str, float], alpha: float, has_auxiliary: bool) -> dict[str, float]:
+    """The metrics, from sums over supervised tokens."""
+    supervised = counts["supervised"]
+    if not supervised:
+        return {}
+    p, nll = counts["p_correct"] / supervised, counts["nll"] / supervised
+    means = {
+        "loss": counts["weighted_nll"] / supervised,
+        "nll": nll,
+        "avg_p_correct": p,
+        "acc": counts["correct"] / supervised,
+        "objective": alpha * (1 - p) + (1 - alpha) * nll,
+        "entropy": counts["entropy"] / supervised,
+        "effective_tokens": counts["weight"] / supervised,
+    }
+    if counts["end_of_turn"]:
+        means["p_end_of_turn"] = counts["p_end_of_turn"] / counts["end_of_turn"]
+    if has_auxiliary:
+        means["aux_loss"] = counts["aux_loss"] / supervised
+    return means
+
+
+def file_means(sums: list[float]) -> dict[str, float]:
+    supervised, nll, p_correct = sums
+    return {"nll": nll / supervised, "avg_p_correct": p_correct / supervised} if supervised else {}
+
+
+def named_after_files(files: list[str], means: list[dict[str, float]]) -> dict[str, Any]:
+    """`<file>/<metric>`, with as little of each path as tells the files apart."""
+    return {
+        f"{name}/{metric}": value
+        for name, values in zip(short_names(files), means, strict=True)
+        for metric, value in values.items()
+    }
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """The ends of paths, as long as it takes for each to be the only one with its end."""
+    names = []
+    for path in paths:
+        parts = path.strip("/").split("/")
+        others = [other.strip("/").split("/") for other in paths if other != path]
+        length = 1
+        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
+            length += 1
+        names.append("/".join(parts[-length:]))
+    return names

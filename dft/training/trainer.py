@@ -1,9 +1,7 @@
 """DFTTrainer: transformers' Trainer with the DFT loss and metrics that are weighted by token."""
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations import SwanLabCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, SaveStrategy
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from dft.data.collator import FlatCollator, PackedCollator
 from dft.data.sampler import EpochSampler, WithBlank
@@ -30,18 +28,24 @@ from dft.training.batching import (
     is_packed,
     padding_id,
     sequence_lengths,
-    token_count,
 )
-from dft.training.checks import check_arguments, check_cache, layer_kernels, router_coefficient
+from dft.training.checks import (
+    check_arguments,
+    check_cache,
+    check_choice,
+    layer_kernels,
+    router_coefficient,
+)
 from dft.training.console import ConsoleCallback
 from dft.training.distributed import say
-from dft.training.metrics import TokenMeter
-from dft.training.trackers import SwanLabRunCallback
+from dft.training.measured import MeasuredTrainer
+from dft.training.throughput import compute_dtype
+from dft.training.trackers import HistogramCallback, SwanLabRunCallback
 
 FUSED_HEAD = ("auto", "on", "off")
 
 
-class DFTTrainer(transformers.Trainer):
+class DFTTrainer(MeasuredTrainer):
     """Trains a causal language model by Dynamic Fine-Tuning (arXiv 2508.05629, Eq. 9).
 
     The loss of an optimizer step is divided by the supervised tokens of the whole step: all its
@@ -52,18 +56,29 @@ class DFTTrainer(transformers.Trainer):
         model: a causal language model whose output has `logits` (batch, seq, vocab).
         args: transformers' TrainingArguments.
         alpha: the weight of a token is alpha * p + (1 - alpha); 1 is the paper's DFT, 0 is SFT.
+        end_of_turn_ids: tokens that end a turn, for `p_end_of_turn`. Default: the end token of the tokenizer
+            given as `processing_class`.
+        log_per_file: evaluation gives nll and avg_p_correct of each file, too (of datasets that have
+            `files`, and examples with `origins`).
+        on_nonfinite: what to do when a loss or gradient is not finite: "stop", or "skip" the update. Neither
+            lets it reach the weights.
         fused_head: "auto" computes the loss without logits (`dft.linear_dft_loss`) where that is known to
             give what the model's own logits would, else says why not; "on" insists; "off" never does.
         data_collator: examples -> input_ids, labels (-100 where unsupervised, not shifted) and, with padding,
             attention_mask, each (batch, seq); in place of the mask, `num_tokens` may say how many tokens are
             not padding. Default: what suits the model and the data, see `choose_collator`.
-        **kwargs: everything else `transformers.Trainer` takes. Datasets hold `input_ids` and `labels`, and
-            `seq_lengths` where an example consists of several sequences.
+        **kwargs: everything else `transformers.Trainer` takes. Datasets hold `input_ids` and `labels`,
+            `seq_lengths` where an example consists of several sequences, and if known `origins`, the file and
+            the line of each.
+
+    Attributes:
+        end_of_turn_ids: tokens that end a turn.
+        examples: a few sequences of the last evaluation token by token, on the main process.
 
     Raises:
         ValueError: alpha outside [0, 1], arguments that would change the meaning of the loss, or packed data
             for a model that does not keep packed conversations apart. Training raises the last as well, if
-            the model turns out not to.
+            the model turns out not to, and for a loss or gradient that is not finite.
     """
 
     def __init__(
@@ -73,6 +88,9 @@ class DFTTrainer(transformers.Trainer):
         *,
         alpha: float = 1.0,
         fused_head: str = "auto",
+        end_of_turn_ids: Sequence[int] | None = None,
+        log_per_file: bool = False,
+        on_nonfinite: str = "stop",
         data_collator: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -80,9 +98,7 @@ class DFTTrainer(transformers.Trainer):
         check_arguments(args)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would replace the DFT loss; use transformers.Trainer instead")
-        self.alpha = alpha
-        if fused_head not in FUSED_HEAD:
-            raise ValueError(f"fused_head {fused_head!r}: must be one of {', '.join(FUSED_HEAD)}")
+        check_choice("fused_head", fused_head, FUSED_HEAD)
         self.fused_head = fused_head
         self._head: FusedHead | str | None = None
         self._told: str | None = None
@@ -99,7 +115,16 @@ class DFTTrainer(transformers.Trainer):
         config = model.config.get_text_config()
         self._saved_use_cache = config.use_cache
         self._router_coefficient = router_coefficient(config)
-        super().__init__(model, args, data_collator=data_collator, **kwargs)
+        super().__init__(
+            model,
+            args,
+            alpha=alpha,
+            end_of_turn_ids=end_of_turn_ids,
+            log_per_file=log_per_file,
+            on_nonfinite=on_nonfinite,
+            data_collator=data_collator,
+            **kwargs,
+        )
         config.use_cache = args.use_cache  # Trainer sets the outer one only
         # compute_loss divides by the step's tokens itself and hands nothing to the model's own loss, so
         # Trainer must count them whatever the model's forward accepts, and must not divide once more.
@@ -112,10 +137,8 @@ class DFTTrainer(transformers.Trainer):
         if "swanlab" in args.report_to:
             self.remove_callback(SwanLabCallback)
             self.add_callback(SwanLabRunCallback)
-        self._train_meter = TokenMeter(args.device)
-        self._eval_meter = TokenMeter(args.device)
+        self.add_callback(HistogramCallback(self.callback_handler))
         self._train_order: EpochSampler | None = None
-        self._window_start = time.perf_counter()
 
     @property
     def batching(self) -> str:
@@ -148,7 +171,7 @@ class DFTTrainer(transformers.Trainer):
             # A mean over the step's tokens, as all else, whatever micro-batches they are cut into.
             share = stats.nll.numel() / normalizer(num_items_in_batch, stats.nll)
             loss = loss + share * self._router_coefficient * aux_loss
-        self._train_meter.update(stats, token_count(inputs), aux_loss)
+        loss = self._note_training(loss, stats, inputs, aux_loss)
         return (loss, outputs) if return_outputs else loss
 
     def _score(
@@ -215,63 +238,28 @@ class DFTTrainer(transformers.Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             _, stats, outputs = self._score(model, inputs, None, with_logits=not prediction_loss_only)
-        self._eval_meter.update(stats, token_count(inputs))
+        self._note_evaluation(stats, inputs)
         if prediction_loss_only:
             return None, None, None
         return None, outputs.logits, inputs["labels"]
 
-    # ---- the metrics ----
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Trainer's loop, with metrics weighted by token in place of a mean over batches."""
-        started = time.perf_counter()
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         if not self.is_in_train:
             self._forget_head()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        means, _ = self._eval_meter.reduce(self.accelerator, self.alpha)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        self._pause(started)
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Completes the training metrics of a logging window; the rest passes through."""
-        if "loss" in logs:
-            means, tokens = self._train_meter.reduce(self.accelerator, self.alpha)
-            now = time.perf_counter()
-            logs = {**means, **{name: value for name, value in logs.items() if name != "loss"}}
-            logs["dft_alpha"] = self.alpha
-            logs["tokens_per_second"] = tokens / (now - self._window_start)
-            self._window_start = now
-        super().log(logs, start_time)
-
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._window_start = time.perf_counter()
-        self._train_meter.load(kwargs.get("resume_from_checkpoint"), self.accelerator)
-        return super()._inner_training_loop(*args, **kwargs)
-
-    def _pause(self, started: float) -> None:
-        """Leaves what took place since `started` out of the tokens per second."""
-        self._window_start += time.perf_counter() - started
+        return super().evaluation_loop(*args, **kwargs)
 
     # ---- the data ----
 
     def _set_signature_columns_if_needed(self) -> None:
         # The collator and the loss read them, whatever the model's forward does.
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "labels", "seq_lengths"])]
+        ours = ("labels", "seq_lengths", "origins")
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, *ours])]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._inspect_model()
+        self._clock.start(self.state.global_step)  # the inspection does not count
         return prepared
 
     def _inspect_model(self) -> None:
@@ -323,14 +311,6 @@ class DFTTrainer(transformers.Trainer):
             return False
         return super()._determine_best_metric(metrics, trial)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        started = time.perf_counter()
-        super()._save_checkpoint(model, trial)
-        if not self.args.save_only_model:
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self._train_meter.save(folder, self.accelerator)
-        self._pause(started)
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # Trainer turns the cache off for training; a model that is loaded to generate wants it as it was.
         config = self.model.config.get_text_config()
@@ -348,12 +328,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def compute_dtype(args: transformers.TrainingArguments, model: nn.Module) -> torch.dtype:
-    """In which precision the model's matrix products are computed. TF32 rounds about as float16 does."""
-    if args.bf16:
-        return torch.bfloat16
-    if args.fp16 or (args.tf32 and model.dtype == torch.float32):
-        return torch.float16
-    return model.dtype

@@ -68,7 +68,7 @@ def test_a_flat_batch_of_single_sequences_is_that_of_transformers():
         examples.append({"input_ids": ids, "labels": ids})
     ours = FlatCollator()(examples)
     theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(examples)
-    assert ours.keys() - theirs.keys() == {"loss_positions"} and theirs.keys() <= ours.keys()
+    assert ours.keys() - theirs.keys() == {"loss_positions", "sequence_ids"} and theirs.keys() <= ours.keys()
     for name, value in theirs.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(ours[name], value) and ours[name].dtype == value.dtype, name
@@ -103,3 +103,34 @@ def test_read_only_arrays_are_taken_without_a_warning(recwarn):
     ids.flags.writeable = False
     PaddedCollator(0)([{"input_ids": ids, "labels": ids}])
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("collator", "expected"),
+    [
+        (PaddedCollator(9), [[0, 0, 0], [1, -1, -1]]),
+        (PackedCollator(9), [[0, 0, 0], [1, -1, -1]]),
+        (FlatCollator(), [[0, 0, 0, 1]]),
+    ],
+)
+def test_a_batch_says_which_sequence_each_token_is_of(collator, expected):
+    """An example without an origin, such as a blank, has (-1, -1)."""
+    one = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "origins": [(4, 5)]}
+    batch = collator([one, {"input_ids": [9], "labels": [-100]}])
+    assert batch["sequence_ids"].tolist() == expected
+    assert batch["origins"].tolist() == [[4, 5], [-1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("collator", "expected"),
+    [(PackedCollator(9), [[0, 0, 1, 1, 1], [2, -1, -1, -1, -1]]), (FlatCollator(), [[0, 0, 1, 1, 1, 2]])],
+)
+def test_packed_sequences_are_numbered_through(collator, expected):
+    packed = {
+        "input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, -100, 4, 5], "seq_lengths": [2, 3],
+        "origins": [(0, 1), (1, 7)],
+    }  # fmt: skip
+    batch = collator([packed, {"input_ids": [6], "labels": [6], "origins": [(0, 2)]}])
+    assert batch["sequence_ids"].tolist() == expected
+    assert batch["origins"].tolist() == [[0, 1], [1, 7], [0, 2]]
+    assert "origins" not in collator([{"input_ids": [6], "labels": [6]}])

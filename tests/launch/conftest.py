@@ -42,6 +42,7 @@ class Example:
             "logging_steps": 1,
             "save_strategy": "no",
             "seed": 7,
+            "report": False,  # a second for each page
             **flags,
         }
         words = []

@@ -45,7 +45,7 @@ def test_statistics_and_gradient_are_those_of_float64(kernels, monkeypatch, voca
     stats, none = kernels.score_rows(tile.clone(), targets, None, shape, torch.float32)
     assert none is None
     for name, one, other in zip(stats._fields, stats, expected, strict=True):
-        assert one.dtype == (torch.bool if name == "correct" else torch.float32)
+        assert one.dtype == {"correct": torch.bool, "target": torch.int64}.get(name, torch.float32)
         torch.testing.assert_close(one.to(other.dtype), other, rtol=1e-5, atol=2e-5)
     for dtype, close in {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}.items():
         given = tile.clone()

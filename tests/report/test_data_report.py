@@ -98,7 +98,8 @@ def test_turns_without_a_stop_token_are_a_warning(tokenizer, tmp_path):
 def test_shown_sequences_mark_exactly_the_supervised_text(tokenizer, tmp_path, color):
     rows = [conversation("q", "one\n\nßtwo\x1b"), conversation("r", "a"), conversation("s", "a")]
     data = prepared(tmp_path, tokenizer, [rows], [conversation("t", "b")], 60)
-    shown = show_sequences(data.datasets["train"], tokenizer, ["a.jsonl"], color=color)
+    data.datasets["train"].files = ["a.jsonl"]
+    shown = show_sequences(data.datasets["train"], tokenizer, color=color)
     green, plain = ("\033[32m", "\033[0m") if color else ("", "")
     lines = shown.splitlines()
     length = len(data.datasets["train"][0]["input_ids"])

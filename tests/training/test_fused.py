@@ -14,8 +14,9 @@ from dft.errors import UserError
 from dft.loss import linear, rows
 from dft.loss.head import FusedHead
 from dft.loss.linear import linear_dft_loss
-from dft.training.batching import token_count
 from dft.training.metrics import TokenMeter
+from dft.training.nonfinite import StepWatch, passing_on_nonfinite
+from dft.training.scoring import origins_of_tokens
 from tests.training.test_trainer import VOCAB, conversations, tiny
 
 
@@ -150,13 +151,15 @@ def test_a_micro_batch_does_not_wait_for_the_device(tmp_path, monkeypatch):
     batch = trainer(tmp_path).data_collator(conversations(5))
     hidden = torch.randn(*batch["labels"].shape, 16, requires_grad=True)
     weight = torch.randn(VOCAB, 16, requires_grad=True)
-    meter, count = TokenMeter(torch.device("cpu")), torch.tensor(17)
+    meter, count = TokenMeter(torch.device("cpu"), [3, 5], files=2), torch.tensor(17)
+    batch["origins"], watch = torch.zeros(5, 2, dtype=torch.int64), StepWatch()
     with NoSync():
         loss, stats = linear_dft_loss(
             hidden, weight, batch["labels"], num_items=count, positions=batch["loss_positions"]
         )
-        meter.update(stats, token_count(batch), loss.detach())
-        loss.backward()
+        watch.add(loss, stats.nll, batch, meter.sums)
+        meter.update(stats, batch, loss.detach(), origins_of_tokens(batch)[:, 0])
+        passing_on_nonfinite(loss).backward()
     assert meter.sums[0] == len(batch["loss_positions"]) > 0
     with pytest.raises(AssertionError, match="nonzero"), NoSync():
         linear_dft_loss(hidden, weight, batch["labels"], num_items=count)

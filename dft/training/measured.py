@@ -1,0 +1,223 @@
+"""transformers' Trainer with metrics that are means over tokens, and an eye on what is not finite."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
+
+from dft.errors import UserError
+from dft.loss.dft import TokenStats
+from dft.training.batching import Collator, end_of_turn, files_of
+from dft.training.checks import check_choice
+from dft.training.distributed import say
+from dft.training.metrics import HISTOGRAM, TokenMeter, named_after_files
+from dft.training.nonfinite import (
+    POLICIES,
+    StepWatch,
+    is_finite,
+    of_all_ranks,
+    passing_on_nonfinite,
+    skip_message,
+    stop_message,
+)
+from dft.training.scoring import (
+    EXAMPLES,
+    ScoredSequence,
+    TokenTable,
+    origins_of_tokens,
+    scored_sequences,
+)
+from dft.training.throughput import (
+    Clock,
+    ModelFlops,
+    compute_dtype,
+    model_flops,
+    peak_flops,
+    peak_memory,
+)
+
+
+class MeasuredTrainer(transformers.Trainer):
+    """What `DFTTrainer` says about its training, apart from what it does.
+
+    A subclass hands on the statistics of each micro-batch: `_note_training` and `_note_evaluation`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: transformers.TrainingArguments,
+        *,
+        alpha: float,
+        end_of_turn_ids: Sequence[int] | None,
+        log_per_file: bool,
+        on_nonfinite: str,
+        **kwargs: Any,
+    ) -> None:
+        check_choice("on_nonfinite", on_nonfinite, POLICIES)
+        super().__init__(model, args, **kwargs)
+        self.alpha = alpha
+        self.log_per_file = log_per_file
+        self.on_nonfinite = on_nonfinite
+        self.end_of_turn_ids = end_of_turn(self.processing_class, end_of_turn_ids)
+        self.examples: list[ScoredSequence] = []
+        self._train_meter = TokenMeter(args.device, self.end_of_turn_ids)
+        self._eval_meter = TokenMeter(args.device, self.end_of_turn_ids)
+        self._scored: list[TokenTable] | None = None
+        self._tr_loss = torch.zeros((), device=args.device)  # Trainer's own sum, made anew in each run
+        self._watch = StepWatch()
+        self._clock = Clock()
+        self._flops: ModelFlops | None = None
+
+    def _note_training(
+        self, loss: Tensor, stats: TokenStats, inputs: Mapping[str, Any], aux_loss: Tensor | None
+    ) -> Tensor:
+        """Adds a micro-batch to the sums of its logging window. Returns the loss to go backward from."""
+        if not self.is_in_train:
+            self._train_meter.update(stats, inputs, aux_loss)
+            return loss
+        self._watch.add(loss, stats.nll, inputs, self._train_meter.sums, self._tr_loss)
+        self._train_meter.update(stats, inputs, aux_loss)
+        return passing_on_nonfinite(loss)
+
+    def _note_evaluation(self, stats: TokenStats, inputs: Mapping[str, Any]) -> None:
+        """Adds a batch to the sums of its evaluation, and keeps what is shown of it afterwards."""
+        ours = isinstance(self.data_collator, Collator)
+        files = origins_of_tokens(inputs)[:, 0] if ours and self.log_per_file else None
+        self._eval_meter.update(stats, inputs, files=files)
+        if not ours:
+            return
+        if self._scored is not None:
+            self._scored.append(TokenTable.of_batch(stats, inputs))
+        wanted = EXAMPLES - len(self.examples)
+        if wanted and self.is_world_process_zero():
+            self.examples += scored_sequences(stats, inputs, wanted)
+
+    def leave_out(self, seconds: float) -> None:
+        """What took place just now is no training: it counts in no tokens per second."""
+        self._clock.leave_out(seconds)
+
+    # ---- what is not finite ----
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """Between the last backward of a step and its update: the norm, which all ranks see alike."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not is_finite(norm):
+            self._refuse_step(model)
+        self._watch.clear()
+        return norm
+
+    def _refuse_step(self, model: nn.Module) -> None:
+        """Stops the run before a gradient that is not finite reaches the weights, or leaves the step out."""
+        names = files_of(self.train_dataset)
+        blames = of_all_ranks(self._watch.blame(self.accelerator.process_index, names))
+        if self.args.fp16 and all(blame.loss_is_finite for blame in blames):
+            return  # too great for float16: the loss scale is lowered and the step left out, as ever
+        step = self.state.global_step + 1
+        if self.on_nonfinite == "stop":
+            folder = Path(self.args.output_dir)
+            kept = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+            raise UserError(stop_message(step, blames, kept))
+        say(f"warning     {skip_message(step, blames)}")
+        # DeepSpeed leaves such a step out by itself, a loss scale too.
+        if self.deepspeed is None and not self.args.fp16:
+            model.zero_grad()  # to None, and what has no gradient is not updated
+        self._watch.take_back(self._train_meter.sums, self._tr_loss)
+
+    # ---- the metrics ----
+
+    def score(self, dataset: Any) -> TokenTable:
+        """Every supervised token of a dataset under the model as it is. All ranks get the whole table.
+
+        Raises:
+            ValueError: a collator was given, which may not say what a batch is made of.
+        """
+        if not isinstance(self.data_collator, Collator):
+            raise ValueError("score() needs the trainer's own data_collator; leave it out")
+        self._scored = []
+        try:
+            self.evaluation_loop(self.get_eval_dataloader(dataset), "Scoring", prediction_loss_only=True)
+            return TokenTable.of_all_ranks(self._scored)
+        finally:
+            self._scored = None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's loop, with metrics weighted by token in place of a mean over batches."""
+        started = time.perf_counter()
+        files = files_of(dataloader.dataset) if self.log_per_file else []
+        self._eval_meter = TokenMeter(self.args.device, self.end_of_turn_ids, len(files))
+        self.examples = []
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        found = self._eval_meter.reduce(self.accelerator, self.alpha)
+        metrics = {**found.means, **named_after_files(files, found.files), HISTOGRAM: found.histogram}
+        metrics["supervised_tokens"] = int(found.counts["supervised"])
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self.leave_out(time.perf_counter() - started)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Completes the metrics of a logging window; the rest passes through.
+
+        Callbacks get numbers only; `state.log_history` has the histogram of an evaluation as well.
+        """
+        if "loss" in logs:
+            logs = {**self._window(), **{name: value for name, value in logs.items() if name != "loss"}}
+            logs["dft_alpha"] = self.alpha
+        lists = {name: value for name, value in logs.items() if isinstance(value, list)}
+        numbers = {name: value for name, value in logs.items() if name not in lists}
+        super().log(numbers, start_time)
+        logs.update(numbers)
+        self.state.log_history[-1].update(lists)
+
+    def _window(self) -> dict[str, float]:
+        """Metrics and speed since the last line of the log. A collective."""
+        memory = torch.tensor([peak_memory(self.args.device)], device=self.args.device)
+        memory = self.accelerator.gather(memory).max().item()
+        found = self._train_meter.reduce(self.accelerator, self.alpha)
+        seconds = self._clock.window(self.state.global_step)
+        counts = found.counts
+        logs = {**found.means, "tokens_per_second": counts["tokens"] / seconds}
+        logs["supervised_tokens"] = int(counts["supervised"])
+        if counts["positions"]:
+            logs["padding_share"] = 1 - counts["tokens"] / counts["positions"]
+        peak = peak_flops(self.args.device, compute_dtype(self.args, self.model))
+        if peak is not None and self._flops is not None:
+            done = self._flops.of(counts["tokens"], counts["pairs"], counts["supervised"])
+            logs["mfu"] = done / seconds / (peak * self.accelerator.num_processes)
+        logs["peak_memory_gib"] = memory
+        logs["seconds_left"] = self._clock.seconds_left(self.state.max_steps)
+        return logs
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._watch.clear()
+        self._train_meter.load(kwargs.get("resume_from_checkpoint"), self.accelerator)
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._flops = model_flops(self.accelerator.unwrap_model(self.model_wrapped))
+        self._clock.start(self.state.global_step)
+        return prepared
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        started = time.perf_counter()
+        super()._save_checkpoint(model, trial)
+        if not self.args.save_only_model:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._train_meter.save(folder, self.accelerator)
+        self.leave_out(time.perf_counter() - started)

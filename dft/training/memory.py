@@ -1,0 +1,66 @@
+"""About how much memory a device needs before the first activation, known from sizes alone."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from dft.arguments import TrainingArguments
+from dft.loss.linear import TILE_BYTES
+from dft.training.distributed import world_size
+from dft.training.throughput import GIB, element_count
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """GiB per device.
+
+    Attributes:
+        weights, gradients: of the model.
+        optimizer: the two moments of AdamW, and float32 master weights where DeepSpeed keeps them; None for
+            other optimizers, whose state is not known here.
+        head: the gradient of the output embedding in float32, and one tile of logits.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float | None
+    head: float
+
+    def __str__(self) -> str:
+        total = self.weights + self.gradients + (self.optimizer or 0) + self.head
+        state = "the optimizer not counted" if self.optimizer is None else f"optimizer {self.optimizer:.2f}"
+        return (
+            f"about {total:.2f} GiB per device before activations: weights {self.weights:.2f}, gradients "
+            f"{self.gradients:.2f}, {state}, loss {self.head:.2f}"
+        )
+
+
+def memory_estimate(model: nn.Module, training: TrainingArguments) -> MemoryEstimate:
+    """What ZeRO shards is divided by the ranks, what it offloads to the CPU is not counted."""
+    stage, optimizer_away, weights_away = zero_of(training)
+    ranks = world_size()
+    itemsize = 2 if stage and (training.bf16 or training.fp16) else model.dtype.itemsize
+    count = sum(element_count(one) for one in model.parameters())
+    trained = sum(element_count(one) for one in model.parameters() if one.requires_grad)
+    head = model.get_output_embeddings()
+    vocab = model.config.get_text_config().vocab_size
+    tile = min(TILE_BYTES["cuda" if training.device.type == "cuda" else "cpu"], 4 * vocab * 2**14)
+    weights = 0 if weights_away else count * itemsize / (ranks if stage == 3 else 1)
+    gradients = 0 if optimizer_away else trained * itemsize / (ranks if stage >= 2 else 1)
+    state = None
+    if training.optim.value.startswith("adamw") and "8bit" not in training.optim.value:
+        bytes_each = (12 if itemsize == 2 else 8) if stage else 2 * itemsize
+        state = 0 if optimizer_away else trained * bytes_each / (ranks if stage else 1) / GIB
+    in_head = 0 if head is None else 4 * element_count(head.weight) * head.weight.requires_grad
+    return MemoryEstimate(weights / GIB, gradients / GIB, state, (in_head + tile) / GIB)
+
+
+def zero_of(training: TrainingArguments) -> tuple[int, bool, bool]:
+    """Stage of ZeRO (0 without DeepSpeed), whether the optimizer and whether the weights are offloaded."""
+    if not training.deepspeed:
+        return 0, False, False
+    get = training.hf_deepspeed_config.get_value
+    away = [
+        get(f"zero_optimization.offload_{what}.device", "none") != "none" for what in ("optimizer", "param")
+    ]
+    return get("zero_optimization.stage", 0), *away

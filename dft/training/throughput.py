@@ -1,0 +1,150 @@
+"""How fast a run is, of what its device could do, and how much memory it takes."""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import nn
+from transformers import PretrainedConfig
+
+PEAK_TFLOPS = {
+    "B200": 2250, "GB200": 2500, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "GH200": 989,
+    "H20": 148, "A100": 312, "A800": 312, "H800": 989, "L40S": 362, "L40": 181, "L4": 121, "A40": 150,
+    "A30": 165, "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "RTX 5090": 209, "MI300X": 1307,
+    "MI325X": 1307, "MI250X": 191, "RTX 6000 Ada": 364, "RTX A6000": 155, "V100": 125,
+}  # fmt: skip
+"""Dense products in half precision that sum in float32, 1e12 operations a second, from the makers' data
+sheets (without sparsity; of an MI250X one of its two dies, which is one device). The longest name that is
+part of the device's counts."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Floating-point operations of a training step that the mathematics asks for; recomputing is not counted.
+
+    After PaLM (Chowdhery et al., arXiv 2204.02311, appendix B): two operations per weight and token forward,
+    two for the gradient on its input, two for that on the weight if it is trained. Other than there,
+    attention counts the pairs that a causal mask leaves, and the output embedding supervised tokens alone.
+
+    Attributes:
+        per_token: of the layers' weights.
+        per_pair: of attention, for each pair of tokens of which one attends to the other.
+        per_supervised: of the output embedding.
+    """
+
+    per_token: float
+    per_pair: float
+    per_supervised: float
+
+    def of(self, tokens: float, pairs: float, supervised: float) -> float:
+        return self.per_token * tokens + self.per_pair * pairs + self.per_supervised * supervised
+
+
+def model_flops(model: nn.Module) -> ModelFlops | None:
+    """What a step of a model costs; None for a mixture of experts that does not say how many are active."""
+    config: PretrainedConfig = model.config.get_text_config()
+    embeddings = {id(model.get_input_embeddings().weight)}
+    head = model.get_output_embeddings()
+    if head is not None:
+        embeddings.add(id(head.weight))
+    active = active_share(config)
+    layers = 0.0
+    for name, parameter in model.named_parameters():
+        if id(parameter) in embeddings or element_dims(parameter) < 2:
+            continue
+        if ".experts." in name:
+            if active is None:
+                return None
+            layers += active * cost(parameter)
+        else:
+            layers += cost(parameter)
+    given = config.to_dict()
+    heads, width = given.get("num_attention_heads"), given.get("hidden_size")
+    pair = 0.0
+    if heads and width:
+        inner = heads * (given.get("head_dim") or width // heads)
+        pair = 3 * 2 * 2 * inner * config.num_hidden_layers  # scores and values; forward, and twice backward
+    return ModelFlops(layers, pair, 0.0 if head is None else cost(head.weight))
+
+
+def cost(parameter: nn.Parameter) -> float:
+    """Operations per token: of forward, the gradient on the input, and that on the weight."""
+    return (6 if parameter.requires_grad else 4) * element_count(parameter)
+
+
+def element_count(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, also where ZeRO-3 keeps a part of it here."""
+    return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+
+
+def element_dims(parameter: nn.Parameter) -> int:
+    return len(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.dim()
+
+
+def active_share(config: PretrainedConfig) -> float | None:
+    """Of a mixture of experts, how many work on one token."""
+    given = config.to_dict()
+    total = next(
+        (given[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if given.get(name)),
+        None,
+    )
+    chosen = given.get("num_experts_per_tok")
+    return chosen / total if total and chosen else None
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second that a device can do; None where that is not known, or not in half precision."""
+    if device.type != "cuda" or dtype.itemsize != 2:
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = max((one for one in PEAK_TFLOPS if one in name), key=len, default=None)
+    return None if known is None else PEAK_TFLOPS[known] * 1e12
+
+
+class Clock:
+    """Seconds of training steps, without those of evaluating and saving."""
+
+    def __init__(self) -> None:
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Training goes on from a step."""
+        self._began = self._window = time.perf_counter()
+        self._first = self._step = step
+
+    def leave_out(self, seconds: float) -> None:
+        """What just took place does not count."""
+        self._began += seconds
+        self._window += seconds
+
+    def window(self, step: int) -> float:
+        """Seconds since this was last asked."""
+        now = time.perf_counter()
+        seconds, self._window, self._step = now - self._window, now, step
+        return seconds
+
+    def seconds_left(self, last: int) -> float:
+        """Until a step, at the pace of this run so far."""
+        done = self._step - self._first
+        return (self._window - self._began) / max(done, 1) * (last - self._step)
+
+
+def compute_dtype(args: transformers.TrainingArguments, model: nn.Module) -> torch.dtype:
+    """In which precision the model's matrix products are computed. TF32 rounds about as float16 does."""
+    if args.bf16:
+        return torch.bfloat16
+    if args.fp16 or (args.tf32 and model.dtype == torch.float32):
+        return torch.float16
+    return model.dtype
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that this process held at most: of the device's memory, on a CPU of the machine's."""
+    if device.type == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    return torch.accelerator.max_memory_allocated(device) / GIB

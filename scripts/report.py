@@ -1,0 +1,57 @@
+"""The page of a run, made anew, or one page that lays several runs over one another.
+
+    python scripts/report.py runs/first                        # runs/first/report.html and report.png
+    python scripts/report.py runs/sft runs/dft runs/half       # report_comparison.html and .png
+    python scripts/report.py runs/sft runs/dft --output sft_and_dft.html
+
+A run is an --output_dir or the report.json in it. Of an older or interrupted run without one, the log in
+trainer_state.json or in that of the newest checkpoint is shown.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from dft.data.files import writing_into
+from dft.errors import UserError, report_user_errors
+from dft.report.comparison import comparison_page, comparison_picture, runs_of
+from dft.report.page import PAGE, run_page, run_picture, write_page
+from dft.report.saved import folder_of, load_report
+
+COMPARISON = "report_comparison.html"
+
+
+def main() -> None:
+    report_user_errors()
+    parser = argparse.ArgumentParser(description="Write the page of a run, or one that compares runs.")
+    parser.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+", help="an --output_dir or its report.json"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE.html",
+        type=Path,
+        help=f"where to write the page, with a .png beside it (default: {PAGE} in the folder of a single "
+        f"run, {COMPARISON} here for several)",
+    )
+    arguments = parser.parse_args()
+    if arguments.output is not None and arguments.output.suffix != ".html":
+        raise UserError(f"--output {arguments.output}: must end in .html; the picture beside it ends in .png")
+    reports = [load_report(run) for run in arguments.runs]
+    folders = [folder_of(run) for run in arguments.runs]
+    if len(reports) == 1:
+        file = arguments.output or folders[0] / PAGE
+        html, picture = run_page(reports[0], folders[0]), run_picture(reports[0])
+    else:
+        file = arguments.output or Path(COMPARISON)
+        runs = runs_of(reports, folders)
+        html, picture = comparison_page(runs), comparison_picture(runs)
+    with writing_into(file.parent, "--output" if arguments.output else "RUN"):
+        write_page(html, picture, file)
+    print(file)
+
+
+if __name__ == "__main__":
+    main()

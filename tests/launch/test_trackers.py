@@ -1,0 +1,255 @@
+"""Runs that report to several trackers at once, and what their files hold when the processes have ended."""
+
+import json
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from swanlab.converter.wb.wbdatastore import WBDataStoreReader
+from swanlab.proto.swanlab.record.v1.record_pb2 import Record as SwanLabRecord
+from swanlab.proto.swanlab.run.v1.run_pb2 import RunState
+from swanlab.sdk.internal.core_python.store import DataStoreReader
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
+
+from dft.report.record import git_commit
+from tests.launching import ROOT, Finished, history, launch
+
+Series = dict[str, list[tuple[int, float]]]
+"""Of each metric, as a tracker calls it: (step, value), in order."""
+
+OF_THE_RUN = (
+    "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos",
+)  # fmt: skip
+"""What is logged once, which SwanLab and wandb keep apart."""
+HISTOGRAM = "eval/p_histogram"
+
+
+def logged(output: Path, *, without: tuple[str, ...] = ()) -> Series:
+    """What trainer_state.json has, under the names that trackers should have for it."""
+    series = defaultdict(list)
+    for record in history(output):
+        for name, value in record.items():
+            if name not in ("step", *without) and not isinstance(value, list):
+                kind, plain = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
+                series[f"{kind}/{plain}"].append((record["step"], value))
+    return dict(series)
+
+
+def histograms(output: Path) -> list[tuple[int, list[int]]]:
+    return [
+        (record["step"], record["eval_p_histogram"])
+        for record in history(output)
+        if "eval_p_histogram" in record
+    ]
+
+
+def assert_same(found: Series, wanted: Series, *, rel: float) -> None:
+    assert found.keys() == wanted.keys()
+    for name, points in wanted.items():
+        assert [step for step, _ in found[name]] == [step for step, _ in points], name
+        values = [value for _, value in points]
+        assert [value for _, value in found[name]] == pytest.approx(values, rel=rel, nan_ok=True), name
+
+
+def assert_is_the_record(record: dict[str, Any], output: Path) -> None:
+    """It holds what report.json and data_report.json do."""
+    report = json.loads((output / "report.json").read_text())
+    assert record["environment"] == report["environment"]
+    assert record["environment"]["git_commit"] == git_commit(ROOT)
+    assert record["arguments"] == report["arguments"] and record["arguments"]["learning_rate"] == 2e-3
+    data = json.loads((output / "data_report.json").read_text())
+    assert record["data"]["train"]["supervised_tokens"] == data["train"]["supervised_tokens"]
+
+
+# ---- several at once, of which two would like to be online ----
+
+
+@pytest.fixture(scope="module")
+def several(example) -> tuple[Path, Path, Finished]:
+    """The output folder, that of the trackers, and what was printed by two ranks."""
+    output, logs = example.folder / "tracked", example.folder / "tracked-logs"
+    words = example.words(
+        output,
+        data_files=[example.train, example.other],
+        report_to=["tensorboard", "swanlab", "wandb"],
+        logging_dir=logs,
+        run_name="several",
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        max_eval_samples=16,
+    )
+    env = {"SWANLAB_PROJECT": "dft-tests", "WANDB_PROJECT": "dft-tests"}
+    finished = launch(words, folder=example.folder, launcher="torchrun", env=env)
+    assert finished.code == 0, finished.output
+    assert len(histograms(output)) == 2
+    return output, logs, finished
+
+
+def test_tensorboard_has_all(several):
+    output, logs, _ = several
+    (file,) = logs.glob("events.out.tfevents.*")
+    events = EventAccumulator(str(file), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0})
+    events.Reload()
+    found = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+    assert_same(found, logged(output), rel=1e-6)  # of float32
+
+    shown = [(event.step, event.histogram_value) for event in events.Histograms(HISTOGRAM)]
+    assert [(step, list(one.bucket)) for step, one in shown] == histograms(output)
+    assert shown[0][1].bucket_limit == pytest.approx([edge / 20 for edge in range(1, 21)])
+
+    record = {}
+    for name in ("arguments", "data", "environment"):
+        (text,) = events.Tensors(f"run/{name}/text_summary")
+        shown = text.tensor_proto.string_val[0].decode()
+        record[name] = json.loads(shown.removeprefix("```json\n").removesuffix("\n```"))
+    assert_is_the_record(record, output)
+
+
+def test_wandb_has_all(several):
+    output, logs, finished = several
+    (file,) = logs.glob("wandb/offline-run-*/run-*.wandb")
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    found, shown, ended, project = defaultdict(list), [], False, ""
+    for record in wandb_records(file):
+        config.update(wandb_items(record.config.update))
+        summary.update(wandb_items(record.summary.update))
+        row = wandb_items(record.history.item)
+        for name, value in row.items():
+            if name == HISTOGRAM:
+                shown.append((row["train/global_step"], value))
+            elif not name.startswith("_") and name != "train/global_step":
+                found[name].append((row["train/global_step"], value))
+        ended |= record.HasField("exit") and record.exit.exit_code == 0
+        project = record.run.project or project
+    assert ended and project == "dft-tests"
+    assert_same(dict(found), logged(output, without=OF_THE_RUN), rel=1e-12)
+    assert [(step, one["values"]) for step, one in shown] == histograms(output)
+    assert shown[0][1]["bins"] == pytest.approx([edge / 20 for edge in range(21)])
+    assert summary["train_loss"] == history(output)[-1]["train_loss"]
+    assert_is_the_record(config, output)
+
+
+def wandb_records(file: Path) -> Iterator[WandbRecord]:
+    with WBDataStoreReader() as reader:
+        reader.open(file)
+        while (data := reader.scan()) is not None:
+            yield WandbRecord.FromString(data)
+
+
+def wandb_items(items: Any) -> dict[str, Any]:
+    """wandb takes dictionaries apart: what is in them has the keys on the way to it as its name."""
+    found: dict[str, Any] = {}
+    for item in items:
+        *way, last = item.nested_key or [item.key]
+        inner = found
+        for key in way:
+            inner = inner.setdefault(key, {})
+        inner[last] = json.loads(item.value_json)
+    return found
+
+
+def test_swanlab_offline_has_all(several):
+    output, logs, _ = several
+    (folder,) = logs.glob("run-*")
+    found, charts, start, finish = read_swanlab(folder)
+    assert start.project == "dft-tests" and start.name == "several"
+    assert finish.state == RunState.RUN_STATE_FINISHED and not finish.error
+    assert_same(found, swanlab_series(output), rel=1e-12)
+
+    bars = [(step, json.loads((folder / "media/echarts" / name).read_text())) for step, name in charts]
+    assert [(step, one["series"][0]["data"]) for step, one in bars] == histograms(output)
+    assert bars[0][1]["xAxis"][0]["data"][:2] == ["0.00 to 0.05", "0.05 to 0.10"]
+    assert_is_the_record(swanlab_config(folder), output)
+
+
+def swanlab_series(output: Path) -> Series:
+    """Its callback logs the step as well. SwanLab keeps one value of a metric at a step, such as `epoch`."""
+    series = logged(output, without=OF_THE_RUN)
+    series["train/global_step"] = [(record["step"], record["step"]) for record in history(output)]
+    last = history(output)[-1]
+    series |= {f"single_value/{name}": [(last["step"], last[name])] for name in OF_THE_RUN}
+    return {name: [*dict(points).items()] for name, points in series.items()}
+
+
+def read_swanlab(folder: Path) -> tuple[Series, list[tuple[int, str]], Any, Any]:
+    """Scalars, files of charts, and how the run began and ended."""
+    (file,) = folder.glob("run-*.swanlab")
+    found, charts, start, finish = defaultdict(list), [], None, None
+    reader = DataStoreReader()
+    reader.open(file)
+    while (data := reader.scan()) is not None:
+        record = SwanLabRecord.FromString(data)
+        if record.HasField("scalar") and not record.scalar.key.startswith("__swanlab__"):
+            found[record.scalar.key].append((record.scalar.step, record.scalar.value.number))
+        elif record.HasField("media"):
+            assert record.media.key == HISTOGRAM
+            charts += [(record.media.step, item.filename) for item in record.media.value.items]
+        elif record.HasField("start"):
+            start = record.start
+        elif record.HasField("finish"):
+            finish = record.finish
+    reader.close()
+    return dict(found), charts, start, finish
+
+
+def swanlab_config(folder: Path) -> dict[str, Any]:
+    """The configuration, of which ours is `<group>/<name>` and further down."""
+    config = yaml.safe_load((folder / "files/config.yaml").read_text())
+    record: dict[str, Any] = {}
+    for name, entry in config.items():
+        *way, last = name.split("/")
+        inner = record
+        for key in way:
+            inner = inner.setdefault(key, {})
+        inner[last] = entry["value"]
+    return record
+
+
+def test_trackers_say_little_and_leave_no_process(example, several):
+    output, logs, finished = several
+    for tracker in ("swanlab", "wandb"):
+        assert finished.output.count(f"{tracker}: no login and no {tracker.upper()}_MODE") == 1
+    assert not re.search(r"Run summary|wandb: WARNING|Traceback|\x1b", finished.output)
+    home = str(example.folder / "home")
+    deadline = time.monotonic() + 10
+    while left := [one.info for one in psutil.process_iter(["environ", "cmdline"]) if of_home(one, home)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+def of_home(process: psutil.Process, home: str) -> bool:
+    return (process.info["environ"] or {}).get("HOME") == home
+
+
+# ---- SwanLab with a dashboard of its own ----
+
+
+def test_swanlab_local_has_all_but_the_histogram(example):
+    output, logs = example.folder / "local", example.folder / "local-logs"
+    words = example.words(
+        output,
+        report_to="swanlab",
+        logging_dir=logs,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        max_eval_samples=8,
+    )
+    finished = launch(words, folder=example.folder, env={"SWANLAB_MODE": "local"})
+    assert finished.code == 0, finished.output
+    (folder,) = logs.glob("run-*")
+    found, charts, _, finish = read_swanlab(folder)
+    assert finish.state == RunState.RUN_STATE_FINISHED and not charts
+    assert_same(found, swanlab_series(output), rel=1e-12)
+    assert_is_the_record(swanlab_config(folder), output)
