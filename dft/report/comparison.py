@@ -117,8 +117,9 @@ def comparison_page(runs: Sequence[Run]) -> str:
         machine=columns(runs, "", MACHINE),
         seconds=[dict(sections.throughput(report["log"])).get("run time", "–") for report in reports],
         tables=[
-            ("Evaluation, last", columns(runs, EVAL, QUALITY)),
-            ("Training, last line of the log", columns(runs, "", QUALITY)),
+            (title, found)
+            for title, prefix in (("Evaluation, last", EVAL), ("Training, last line of the log", ""))
+            if (found := columns(runs, prefix, QUALITY))
         ],
         differing=differing_arguments(reports),
         curves=curve_panels(runs),

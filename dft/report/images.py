@@ -26,6 +26,8 @@ NEEDLESS = re.compile(
 )
 SHORTHAND = re.compile(r"font: ([\d.]+px) [^;\"]*")
 SIZE = re.compile(r" (?:width|height)=\"[\d.]+pt\"")
+REFERENCE = re.compile(r"(?:url\(|href=\")#([^)\"]+)")
+DECIMALS = re.compile(r"(?<=[\s\"(,-])\d+\.\d{3,}(?=[\s\",)])")  # of coordinates; text stands between > and <
 ID = re.compile(r" id=\"([^\"]+)\"")
 
 
@@ -42,9 +44,11 @@ def inline_svg(figure: Figure, name: str, title: str) -> Markup:
     text = SHORTHAND.sub(r"font-size: \1", NEEDLESS.sub("", stream.getvalue()))
     opening, rest = text.split(">", 1)
     opening = SIZE.sub("", opening)
-    used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", rest))
-    rest = ID.sub(lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", rest)
-    rest = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{name}-", rest)
+    # Only ids that something refers to are kept, counted in the order of their use.
+    used = {old: f"{name}-{place}" for place, old in enumerate(dict.fromkeys(REFERENCE.findall(rest)))}
+    rest = ID.sub(lambda found: f' id="{used[found[1]]}"' if found[1] in used else "", rest)
+    rest = REFERENCE.sub(lambda found: found[0].replace(found[1], used[found[1]]), rest)
+    rest = DECIMALS.sub(lambda found: f"{float(found[0]):.2f}", rest)
     rest = re.sub(r"\n\s*", "\n", rest).strip()
     return Markup(f'{opening} role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>{rest}')
 

@@ -172,15 +172,16 @@ def bounded(value: Any) -> Any:
 def flat(record: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """`{"data": {"train": {"tokens": 9}}}` as `{"data/train/tokens": 9}`; lists of dictionaries as JSON.
 
-    SwanLab's local dashboard shows neither dictionaries nor what is in them.
+    SwanLab's local dashboard shows no dictionaries, and None is an empty one to swanlab.
     """
     found = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
             found |= flat(value, f"{above}{name}/")
+        elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
+            found[f"{above}{name}"] = json.dumps(value, ensure_ascii=False)
         else:
-            nested = isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value)
-            found[f"{above}{name}"] = json.dumps(value, ensure_ascii=False) if nested else value
+            found[f"{above}{name}"] = "none" if value is None else value
     return found
 
 

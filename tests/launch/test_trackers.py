@@ -85,11 +85,13 @@ def several(example) -> tuple[Path, Path, Finished]:
         eval_strategy="steps",
         eval_steps=2,
         max_eval_samples=16,
+        log_per_file=True,
+        report=True,
     )
     env = {"SWANLAB_PROJECT": "dft-tests", "WANDB_PROJECT": "dft-tests"}
     finished = launch(words, folder=example.folder, launcher="torchrun", env=env)
     assert finished.code == 0, finished.output
-    assert len(histograms(output)) == 2
+    assert len(histograms(output)) == 2 and "eval/eval.jsonl/nll" in logged(output)
     return output, logs, finished
 
 
@@ -212,7 +214,7 @@ def swanlab_config(folder: Path) -> dict[str, Any]:
         inner = record
         for key in way:
             inner = inner.setdefault(key, {})
-        inner[last] = entry["value"]
+        inner[last] = None if entry["value"] == "none" else entry["value"]
     return record
 
 
@@ -245,6 +247,7 @@ def test_swanlab_local_has_all_but_the_histogram(example):
         eval_strategy="steps",
         eval_steps=1,
         max_eval_samples=8,
+        report=True,
     )
     finished = launch(words, folder=example.folder, env={"SWANLAB_MODE": "local"})
     assert finished.code == 0, finished.output

@@ -141,11 +141,14 @@ def test_long_lists_and_texts_are_cut():
 
 
 def test_swanlab_gets_no_dictionaries():
-    record = {"data": {"train": {"tokens": 9, "files": [{"file": "a"}], "none": {}}, "names": ["a", "b"]}}
+    record = {
+        "data": {"train": {"tokens": 9, "files": [{"file": "a"}], "empty": {}}, "names": ["a"], "seed": None}
+    }
     assert flat(record) == {
         "data/train/tokens": 9,
         "data/train/files": '[{"file": "a"}]',
-        "data/names": ["a", "b"],
+        "data/names": ["a"],
+        "data/seed": "none",
     }
 
 

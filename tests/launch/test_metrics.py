@@ -1,0 +1,165 @@
+"""Through the command line: metrics against float64, and steps that are not finite, on one and two ranks."""
+
+import json
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dft.training.metrics import BINS
+from tests.launching import ROOT, eval_records, launch, train_records
+
+ALPHA = 0.6
+
+
+def tokens_of(arrow, model, end: int) -> list[dict]:
+    """Every supervised token of a prepared file, sequence by sequence, from float64 logits."""
+    found = []
+    for row in datasets.Dataset.from_file(str(arrow)):
+        with torch.no_grad():
+            logp = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        for position, target in enumerate(row["labels"][1:]):
+            if target != -100:
+                at = logp[position]
+                found.append(
+                    {
+                        "file": row["source"],
+                        "nll": -at[target].item(),
+                        "p": at[target].exp().item(),
+                        "hit": int(at.argmax()) == target,
+                        "entropy": -(at.exp() * at).sum().item(),
+                        "end": target == end,
+                    }
+                )
+    return found
+
+
+def means(tokens) -> dict[str, float]:
+    nll, p = (np.array([one[name] for one in tokens]) for name in ("nll", "p"))
+    weight = ALPHA * p + 1 - ALPHA
+    return {
+        "loss": (weight * nll).mean(),
+        "nll": nll.mean(),
+        "avg_p_correct": p.mean(),
+        "acc": np.mean([one["hit"] for one in tokens]),
+        "objective": (ALPHA * (1 - p) + (1 - ALPHA) * nll).mean(),
+        "entropy": np.mean([one["entropy"] for one in tokens]),
+        "effective_tokens": weight.mean(),
+        "p_end_of_turn": np.mean([one["p"] for one in tokens if one["end"]]),
+    }
+
+
+@pytest.fixture(scope="module")
+def evaluation_files(example):
+    rows = example.eval.read_text().splitlines()
+    files = [example.folder / "data" / name for name in ("first.jsonl", "second.jsonl")]
+    for file, some in zip(files, (rows[:9], rows[9:]), strict=True):
+        file.write_text("\n".join(some) + "\n")
+    return files
+
+
+@pytest.mark.parametrize(
+    ("launcher", "batch", "accumulated"), [("python", 16, 1), ("python", 4, 4), ("torchrun", 4, 4)]
+)
+def test_metrics_of_an_epoch_are_those_of_its_tokens(example, evaluation_files, launcher, batch, accumulated):
+    """At a learning rate of 0 the whole epoch sees one model: its line of the log is a mean over its data."""
+    output = example.folder / f"metrics-{launcher}-{accumulated}"
+    words = example.words(
+        output, data_files=[example.train, example.other], dft_alpha=ALPHA, learning_rate=0,
+        num_train_epochs=1, logging_strategy="epoch", eval_strategy="epoch", log_per_file=True,
+        eval_data_files=evaluation_files, per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulated,
+    )  # fmt: skip
+    finished = launch(words, folder=example.folder, launcher=launcher)
+    assert finished.code == 0, finished.output
+    report = json.loads((output / "data_report.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(example.model)
+    model = AutoModelForCausalLM.from_pretrained(example.model, dtype=torch.float64)
+    (record,), evaluation = train_records(output), eval_records(output)[-1]
+    prepared = ROOT / report["prepared_path"]
+    tokens = tokens_of(prepared / "train.arrow", model, tokenizer.eos_token_id)
+    assert record["supervised_tokens"] == len(tokens)
+    for name, value in means(tokens).items():
+        assert record[name] == pytest.approx(value, rel=2e-5), name
+    held_out = tokens_of(prepared / "eval.arrow", model, tokenizer.eos_token_id)
+    for name, value in means(held_out).items():
+        assert evaluation[f"eval_{name}"] == pytest.approx(value, rel=2e-5), name
+    counts, _ = np.histogram([one["p"] for one in held_out], bins=BINS, range=(0, 1))
+    assert evaluation["eval_p_histogram"] == counts.tolist()
+    for number, name in enumerate(["first.jsonl", "second.jsonl"]):
+        of_file = means([one for one in held_out if one["file"] == number])
+        for metric in ("nll", "avg_p_correct"):
+            assert evaluation[f"eval_{name}/{metric}"] == pytest.approx(of_file[metric], rel=2e-5)
+    assert record["padding_share"] > 0 and record["peak_memory_gib"] > 0.1
+
+
+@pytest.fixture(scope="module")
+def poisoned(example):
+    """A model whose embedding of one word is not a number, a word of one conversation of `data`."""
+    folder = example.folder / "poisoned"
+    model = AutoModelForCausalLM.from_pretrained(example.model, tie_word_embeddings=False)
+    tokenizer = AutoTokenizer.from_pretrained(example.model)
+    tokenizer.add_tokens(["xyzzy"])
+    model.resize_token_embeddings(len(tokenizer))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][tokenizer.convert_tokens_to_ids("xyzzy")] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    rows = example.train.read_text().splitlines()[:24]
+    rows[19] = json.dumps(
+        {"messages": [{"role": "user", "content": "xyzzy?"}, {"role": "assistant", "content": "no"}]}
+    )
+    data = folder / "data.jsonl"
+    data.write_text("\n".join(rows) + "\n")
+    return folder, data
+
+
+def words_of(example, poisoned, output, **flags):
+    model, data = poisoned
+    return example.words(
+        output, model_name_or_path=model, data_files=data, eval_data_files=None, max_steps=6,
+        per_device_train_batch_size=1, gradient_accumulation_steps=2, train_sampling_strategy="sequential",
+        **flags,
+    )  # fmt: skip
+
+
+def test_zero3_stops_before_the_update_and_keeps_the_last_checkpoint(example, poisoned):
+    """Two ranks take two conversations each per step: line 20 is in step 5, on the second."""
+    output = example.folder / "nonfinite-stop"
+    words = words_of(
+        example,
+        poisoned,
+        output,
+        deepspeed=ROOT / "ds_config/zero3.json",
+        save_strategy="steps",
+        save_steps=2,
+    )
+    finished = launch(words, folder=example.folder, launcher="deepspeed")
+    assert finished.code != 0
+    (line,) = [line for line in finished.output.splitlines() if "error: step" in line]
+    assert "step 5" in line and "on rank 1" in line and "rank 0" not in line
+    assert f"{poisoned[1]}:20" in line and "checkpoint-4" in line and "--on_nonfinite skip" in line
+    assert not (output / "model.safetensors").exists() and (output / "checkpoint-4").is_dir()
+    assert "Traceback" not in finished.output
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_ranks_skip_the_same_step_and_go_on(example, poisoned, launcher):
+    output = example.folder / f"nonfinite-skip-{launcher}"
+    config = ROOT / "ds_config/zero3.json" if launcher == "deepspeed" else None
+    words = words_of(example, poisoned, output, on_nonfinite="skip", deepspeed=config)
+    finished = launch(words, folder=example.folder, launcher=launcher)
+    assert finished.code == 0, finished.output
+    (line,) = [line for line in finished.output.splitlines() if line.startswith("warning     step")]
+    assert "step 5 is left out" in line and f"{poisoned[1]}:20" in line
+    records = train_records(output)
+    assert [math.isfinite(record["grad_norm"]) for record in records] == [True] * 4 + [False, True]
+    assert all(math.isfinite(record["nll"]) for record in records if "nll" in record)
+    weights = load_file(output / "model.safetensors")
+    assert weights["lm_head.weight"].isfinite().all() and weights["model.norm.weight"].isfinite().all()

@@ -1,0 +1,250 @@
+"""scripts/report.py: one run's page made anew, several runs on one page, and what it says of broken ones."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from dft.errors import UserError
+from dft.report.comparison import comparison_page, comparison_picture, differing_arguments, labels_of, runs_of
+from dft.report.history import series
+from dft.report.saved import load_report
+from scripts import report as script
+from tests.report.reports import FIRST, NEWEST, Page, eval_record, run_report, train_record
+
+NAN = float("nan")
+
+
+def of_alpha(alpha: float, name: str, **metrics: float) -> dict:
+    """A run with two evaluations, of which the second has the given metrics."""
+    report = run_report(name=name, alpha=alpha, method="DFT" if alpha else "SFT")
+    report["arguments"] = {**report["arguments"], "dft_alpha": alpha, "output_dir": f"runs/{name}"}
+    log = [eval_record(0, FIRST), train_record(1), eval_record(2, NEWEST, objective=0.5, **metrics)]
+    return {**report, "log": log}
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict]:
+    return [
+        of_alpha(0.0, "sft", nll=0.75, acc=0.625, loss=0.75, avg_p_correct=0.5),
+        of_alpha(1.0, "dft", nll=1.5, acc=0.875, loss=0.25, avg_p_correct=NAN),
+        of_alpha(0.5, "half", nll=0.75, acc=0.75, loss=0.5, avg_p_correct=0.25),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folders() -> list[Path]:
+    return [Path("runs/a"), Path("runs/b"), Path("runs/c")]
+
+
+@pytest.fixture(scope="module")
+def page(reports, folders) -> Page:
+    return Page(comparison_page(runs_of(reports, folders)))
+
+
+LABELS = ["● sft, SFT, alpha 0", "■ dft, DFT, alpha 1", "▲ half, DFT, alpha 0.5"]
+
+
+def header(page: Page) -> list[str]:
+    return next(cells for cells in page.rows if cells[0] == "run" and cells[1].startswith("loss"))
+
+
+def test_the_table_has_the_last_values_and_marks_the_best_of_each_column(page):
+    columns = [cell.replace("\n", "") for cell in header(page)][1:]
+    assert columns == [
+        "lossno best", "nlllower is better", "avg_p_correcthigher is better", "acchigher is better",
+        "objectivenot comparable across alphas", "entropyno best",
+    ]  # fmt: skip
+    first, second, third = (page.row(label) for label in LABELS)
+    assert first == ["0.7500", "0.7500 best", "0.5000 best", "0.6250", "0.5000", "0.9000"]
+    assert second == ["0.2500", "1.5000", "NaN", "0.8750 best", "0.5000", "0.9000"]
+    assert third == ["0.5000", "0.7500 best", "0.2500", "0.7500", "0.5000", "0.9000"]
+    assert "not comparable across alphas: no best is marked" in page.text
+
+
+def test_runs_of_one_alpha_can_be_compared_by_their_objective_but_not_by_their_loss():
+    reports = [of_alpha(1.0, name, loss=loss) for name, loss in (("a", 0.1), ("b", 0.2))]
+    reports[1]["log"][2]["eval_objective"] = 0.25
+    page = Page(comparison_page(runs_of(reports, [Path("a"), Path("b")])))
+    place = [cell.split("lower")[0] for cell in header(page)].index("objective")
+    assert [page.row(label)[place - 1] for label in ("● a", "■ b")] == ["0.5000", "0.2500 best"]
+    assert page.row("● a")[0] == "0.1000" and "across alphas" not in page.text
+
+
+def test_every_run_has_a_line_in_every_figure_and_a_histogram_of_its_own(page):
+    labels = page.values("aria-label")
+    (nll,) = (label for label in labels if label.startswith("evaluation-nll: "))
+    assert nll == (
+        "evaluation-nll: sft, SFT, alpha 0 from 1.2500 to 0.7500 (2 records); "
+        "dft, DFT, alpha 1 from 1.2500 to 1.5000 (2 records); "
+        "half, DFT, alpha 0.5 from 1.2500 to 0.7500 (2 records)"
+    )
+    assert sum(label.startswith("training-nll: ") for label in labels) == 1
+    assert sum(label.startswith("Tokens by p of ") for label in labels) == 3
+    assert page.row("sft, SFT, alpha 0, step 0") == ["38.7 %", "51.6 %", "9.7 %"]
+    assert page.row("half, DFT, alpha 0.5, step 2") == ["9.5 %", "40.5 %", "50.0 %"]
+    assert len(page.values("id")) == len(set(page.values("id")))
+    assert not page.values("src") and "script" not in {tag for tag, _ in page.tags}
+
+
+def test_arguments_that_differ_are_shown_and_no_others(page, reports):
+    assert page.row("dft_alpha") == ["0.0", "1.0", "0.5"]
+    assert list(differing_arguments(reports)) == ["dft_alpha"]
+    of_file_only = {**reports[0], "arguments": {"dft_alpha": 0.0}, "given": {"dft_alpha": 0.0}}
+    assert differing_arguments([of_file_only, reports[0]]) == {
+        "learning_rate": ["not given", "1e-06"], "data_files": ["not given", '["a<b>.jsonl"]'],
+    }  # fmt: skip
+
+
+def test_names_are_made_unique_by_what_differs():
+    def named(name: str, alpha: float = 1.0, **arguments: object) -> dict:
+        report = of_alpha(alpha, name)
+        return {**report, "arguments": {**report["arguments"], **arguments}}
+
+    def labels(*reports: dict) -> list[str]:
+        return labels_of(reports, [Path(f"runs/{place}") for place in range(len(reports))])
+
+    assert labels(named("a"), named("b")) == ["a", "b"]
+    assert labels(named("a"), named("a", 0.5)) == ["a, DFT, alpha 1", "a, DFT, alpha 0.5"]
+    assert labels(named("a", seed=1), named("a", seed=2), named("b", seed=2)) == [
+        "a, seed 1",
+        "a, seed 2",
+        "b",
+    ]
+    assert labels(named("a"), named("a")) == ["a, runs/0", "a, runs/1"]
+    assert labels_of([named("a")] * 2, [Path("x")] * 2) == ["a, x, 1", "a, x, 2"]
+
+
+def test_what_stands_between_runs_and_a_comparison_is_said(reports, folders):
+    other = {**reports[1], "model": {"name": "another"}, "log": [eval_record(9)]}
+    other["log"][0]["eval_supervised_tokens"] = 1000
+    text = Page(comparison_page(runs_of([reports[0], other], folders[:2]))).text
+    assert "The models differ." in text
+    assert "not of the same tokens (31, 1,000)" in text
+    assert "The last evaluations are of different steps." in text
+
+
+def test_runs_without_anything_logged_are_compared_too(folders):
+    empty = run_report(log=[], tokens=[], data={}, arguments={}, given={}, model={}, steps={}, method=None)
+    runs = runs_of([empty, {**empty, "name": "b"}], folders[:2])
+    text = Page(comparison_page(runs)).text
+    assert "None are logged." in text and "No evaluation has a histogram of p." in text
+    assert comparison_picture(runs).axes
+
+
+def test_the_picture_lays_the_runs_over_one_another(reports, folders):
+    figure = comparison_picture(runs_of(reports, folders))
+    titles = [axes.get_title("left") for axes in figure.axes if axes.axison]
+    assert titles[:2] == ["nll, evaluation", "avg_p_correct, evaluation"] and "acc, training" in titles
+    drawn = [line.get_ydata().tolist() for line in figure.axes[0].lines if len(line.get_ydata())]
+    assert drawn == [[1.25, 0.75], [1.25, 1.5], [1.25, 0.75]]
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == [label[2:] for label in LABELS]
+
+
+def save(folder: Path, content: object, name: str = "report.json") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: object) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
+    monkeypatch.setattr(script, "report_user_errors", lambda: None)  # a hook of the whole process
+    script.main()
+
+
+def test_the_page_of_one_run_is_made_anew_in_its_folder(tmp_path, monkeypatch, capsys):
+    save(tmp_path / "r", run_report(log=[train_record(1, nll=NAN)]))
+    for given in ("r", "r/report.json"):
+        run(monkeypatch, tmp_path, given)
+        assert capsys.readouterr().out == "r/report.html\n"
+        page = Page((tmp_path / "r/report.html").read_text())
+        assert page.row("nll") == ["NaN", "NaN"] and page.row("folder") == [str(tmp_path / "r")]
+        assert {path.name for path in (tmp_path / "r").iterdir()} == {
+            "report.html",
+            "report.json",
+            "report.png",
+        }
+        (tmp_path / "r/report.html").unlink()
+
+
+def test_several_runs_are_compared_in_the_current_folder_or_where_it_is_said(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b"):
+        save(tmp_path / name, of_alpha(1.0, name))
+    run(monkeypatch, tmp_path, "a", "b")
+    run(monkeypatch, tmp_path, "a", "b", "--output", "pages/ab.html")
+    assert capsys.readouterr().out == "report_comparison.html\npages/ab.html\n"
+    assert (tmp_path / "report_comparison.html").read_text() == (tmp_path / "pages/ab.html").read_text()
+    pictures = [tmp_path / "report_comparison.png", tmp_path / "pages/ab.png"]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    with pytest.raises(UserError, match=r"--output ab: must end in \.html"):
+        run(monkeypatch, tmp_path, "a", "b", "--output", "ab")
+
+
+def test_a_run_without_a_report_is_read_from_its_newest_state(tmp_path):
+    def state(step: int) -> dict:
+        log = [train_record(step, dft_alpha=0.5), eval_record(step)]
+        return {"log_history": log, "global_step": step, "max_steps": 100}
+
+    for step in (9, 10):
+        save(tmp_path / f"run/checkpoint-{step}", state(step), "trainer_state.json")
+    (tmp_path / "run/checkpoint-11").mkdir()  # interrupted while it was saved
+    report = load_report(tmp_path / "run")
+    assert (report["name"], report["method"], report["alpha"]) == ("run", "DFT", 0.5)
+    assert report["steps"] == {"done": 10, "total": 100}
+    assert series(report["log"], "eval_nll").steps.tolist() == [10]
+    assert report["status"] == f"unknown: read from {tmp_path}/run/checkpoint-10/trainer_state.json"
+    save(tmp_path / "run", "dft_alpha: 0.0\nrun_name: named\nmodel_name_or_path: m\n", "run_args.yaml")
+    done = {"log_history": [{"step": 12, "train_runtime": 1.0}], "global_step": 12, "max_steps": 12}
+    save(tmp_path / "run", done, "trainer_state.json")
+    report = load_report(tmp_path / "run")
+    assert (report["name"], report["method"], report["status"]) == ("named", "SFT", "finished")
+    assert report["given"] == {"dft_alpha": 0.0, "run_name": "named", "model_name_or_path": "m"}
+    assert report["model"] == {"name": "m"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (None, None, "{run}: no such file or folder; give the --output_dir of a run"),
+        ("other.txt", "", "{run}: holds neither report.json nor trainer_state.json, nor a checkpoint"),
+        (
+            "report.json",
+            '{"log": [',
+            "{run}/report.json: broken JSON (.*); give the folder above it, or remove",
+        ),
+        ("report.json", "[]", "{run}/report.json: not a JSON object; "),
+        ("report.json", "{}", "{run}/report.json: has no list of records 'log'; give the --output_dir"),
+        ("report.json", '{"log": [1]}', "{run}/report.json: has no list of records 'log'"),
+        ("trainer_state.json", "", "{run}/trainer_state.json: broken JSON (.*); name a run"),
+        ("trainer_state.json", "{}", "{run}/trainer_state.json: has no list of records 'log_history'"),
+    ],
+)
+def test_what_is_no_run_is_one_error_with_its_path(tmp_path, name, content, told):
+    if name is not None:
+        save(tmp_path / "run", content, name)
+    pattern = told.replace("(", r"\(").replace(")", r"\)").format(run=tmp_path / "run")
+    with pytest.raises(UserError, match=pattern) as error:
+        load_report(tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_broken_flags_of_a_run_are_an_error(tmp_path):
+    save(tmp_path / "run", {"log_history": []}, "trainer_state.json")
+    for content in ("a: [", "- a"):
+        save(tmp_path / "run", content, "run_args.yaml")
+        with pytest.raises(UserError, match=r"run_args\.yaml: not .*; mend or remove it"):
+            load_report(tmp_path / "run")
+
+
+def test_an_error_ends_the_script_as_it_ends_the_others(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "nowhere"])
+    monkeypatch.setattr(script, "report_user_errors", lambda: asked.append("one line, exit code 1"))
+    with pytest.raises(UserError, match="^nowhere: no such file or folder; give the --output_dir of a run$"):
+        script.main()
+    assert asked and not any(tmp_path.iterdir())
