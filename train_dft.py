@@ -22,26 +22,32 @@ from dft.data.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
 from dft.report.data import data_summary, show_sequences
 from dft.report.preflight import preflight_lines, preflight_report
-from dft.report.preflight_page import write_preflight
 from dft.report.record import ReportCallback, run_record
 from dft.report.run import final_lines, new_notes, start_lines, write_resolved_arguments
 from dft.training.checkpoints import remove_checkpoints
+from dft.training.console import tag_warnings
 from dft.training.distributed import is_main_process, leave_ranks, say
-from dft.training.model import check_positions, load_model, resolve_attention, stop_where_turns_end
-from dft.training.trackers import RunRecordCallback, go_offline_without_login, write_under
+from dft.training.model import (
+    check_positions,
+    load_model,
+    resolve_attention,
+    settle_ddp,
+    stop_where_turns_end,
+)
+from dft.training.trackers import RunRecordCallback, finish_trackers, prepare_trackers
 from dft.training.trainer import DFTTrainer
 
 
 def main() -> None:
     report_user_errors()
+    tag_warnings()
     arguments = parse_arguments()
     check(arguments)
     if not arguments.data.prepare_only:
         resolve_attention(arguments)  # fails before an hour of tokenizing, not after
     if arguments.training.disable_tqdm:
         disable_progress_bar()
-    write_under(arguments.training.logging_dir)
-    arguments.notes.extend(go_offline_without_login(arguments.training.report_to))
+    arguments.notes.extend(prepare_trackers(arguments.training.report_to, arguments.training.logging_dir))
 
     tokenizer, notes = load_tokenizer(
         arguments.model.model_name_or_path,
@@ -68,6 +74,7 @@ def main() -> None:
     set_seed(arguments.training.seed)  # the rows of new tokens are drawn at random
     model = load_model(arguments, tokenizer)
     check_positions(model, data.longest, arguments)
+    settle_ddp(model, arguments)
     stop_where_turns_end(model, tokenizer, data.report["end_of_turn_tokens"], arguments)
     trainer = make_trainer(arguments, model, data, tokenizer)
     if arguments.watch.preflight:
@@ -85,6 +92,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
+    finish_trackers(arguments.training.report_to)
     for line in final_lines(trainer.state, arguments.training, arguments.watch.report):
         say(line)
     leave_ranks()
@@ -113,6 +121,8 @@ def make_trainer(
 
 def preflight(arguments: Arguments, trainer: DFTTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
     """Scores a sample of the training data with the model as it is, and says what follows."""
+    from dft.report.preflight_page import write_preflight  # brings matplotlib, slow to import
+
     training, watch = arguments.training, arguments.watch
     sample = trainer.train_dataset.sample(watch.preflight_samples, training.seed)
     table, name = trainer.score(sample), arguments.model.model_name_or_path

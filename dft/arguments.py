@@ -20,6 +20,7 @@ from dft.training.distributed import (
     init_cpu_deepspeed,
     is_launched,
     mute_deepspeed_deprecations,
+    share_cores,
 )
 from dft.training.metrics import LOWER_IS_BETTER
 
@@ -134,6 +135,10 @@ class TrainingArguments(transformers.TrainingArguments):
         default="eval_acc",
         metadata={"help": "Decides which checkpoint is the best and is never rotated away."},
     )
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Trackers, several at once: swanlab, wandb, tensorboard, ...; all, or none."},
+    )
     warmup_ratio: float | None = field(
         default=None,
         metadata={"help": "Share of the steps that warm up; the same as --warmup_steps below 1."},
@@ -164,6 +169,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.notes.append("no accelerator found: running on CPU")
         if self.use_cpu:
             choose_deepspeed_accelerator("cpu")
+            share_cores()
         self._map_older_names()
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             metric = self.metric_for_best_model.removeprefix("eval_")

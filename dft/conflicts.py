@@ -19,7 +19,7 @@ from dft.errors import UserError
 from dft.training.checkpoints import resolve_resume
 from dft.training.checks import check_arguments
 from dft.training.distributed import world_size
-from dft.training.metrics import METRICS
+from dft.training.metrics import METRICS, NEITHER_IS_BETTER
 from dft.training.trainer import DFTTrainer
 
 NEED_A_MODEL = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
@@ -114,9 +114,12 @@ def check_evaluation(arguments: Arguments) -> None:
         if wanted and not evaluates:
             raise UserError(f"{flag} needs --eval_data_files or --validation_split_percentage")
     metric = training.metric_for_best_model
-    known = [f"eval_{name}" for name in METRICS]
+    known = [f"eval_{name}" for name in METRICS if name not in NEITHER_IS_BETTER]
     if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in known:
-        raise UserError(f"--metric_for_best_model {metric}: not measured; choose one of {', '.join(known)}")
+        raise UserError(
+            f"--metric_for_best_model {metric}: not measured, or no measure of quality; choose one of "
+            f"{', '.join(known)}"
+        )
     if evaluates and metric is not None and metric.removeprefix("eval_") == "loss":
         arguments.notes.append(
             f"--metric_for_best_model {metric}: the DFT loss -p log p is not monotone in quality (a model "

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -34,7 +35,7 @@ def report_user_errors() -> None:
             _say_interrupted()
             raise SystemExit(INTERRUPTED)
         if not issubclass(kind, UserError):
-            sys.__excepthook__(kind, error, trace)
+            _print_traceback(kind, error, trace)
             return
         local_rank = _local_rank()
         prefix = ""
@@ -46,6 +47,18 @@ def report_user_errors() -> None:
     sys.excepthook = hook
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup or a notebook
         signal.signal(signal.SIGINT, _interrupt)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own, each line under its rank where there are several."""
+    lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
+    tag = rank_tag()
+    print("\n".join(tag + line for line in lines), file=sys.stderr, flush=True)
+
+
+def rank_tag() -> str:
+    """What a line of this process begins with, so that a log of several ranks can be read."""
+    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

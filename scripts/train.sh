@@ -24,7 +24,7 @@ VALIDATION_PERCENT=${VALIDATION_PERCENT:-2.0}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/dft}
 LOGGING_DIR=${LOGGING_DIR:-$OUTPUT_DIR/logs}
 DS_CONFIG=${DS_CONFIG:-./ds_config/zero3.json} # zero3_offload.json where GPU memory is too small
-REPORT_TO=${REPORT_TO:-swanlab}                # swanlab, wandb, tensorboard, none
+REPORT_TO=${REPORT_TO:-swanlab}                # swanlab, wandb, tensorboard, several ("swanlab wandb"), none
 
 flags=(
     --model_name_or_path "$MODEL"
@@ -52,7 +52,7 @@ flags=(
     --save_total_limit 3
     --save_only_model True # False also keeps the optimizer, to go on with --resume_from_checkpoint True
     --logging_steps 10
-    --report_to "$REPORT_TO"
+    --report_to $REPORT_TO
     --deepspeed "$DS_CONFIG"
     --output_dir "$OUTPUT_DIR"
     --logging_dir "$LOGGING_DIR"

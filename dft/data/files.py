@@ -15,17 +15,22 @@ FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def write_whole(path: Path, parts: Iterable[str]) -> None:
-    """Writes a file so that whoever opens it finds all of it, or what was there before.
+    """Writes a text so that whoever opens the file finds all of it, or what was there before.
 
     Raises:
         OSError: `filename` is the path, also when the disk ran full while writing.
     """
+    # Names of files may hold bytes that are no UTF-8; within JSON their escapes are valid.
+    write_whole_bytes(path, (part.encode("utf-8", errors="backslashreplace") for part in parts))
+
+
+def write_whole_bytes(path: Path, parts: Iterable[bytes]) -> None:
+    """`write_whole` for what is no text."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     staging = path.with_name(f"{path.name}.{uuid4().hex}")
     try:
         with ExitStack() as undo:
-            # Names of files may hold bytes that are no UTF-8; within JSON their escapes are valid.
-            with open(staging, "x", encoding="utf-8", errors="backslashreplace") as stream:
+            with open(staging, "xb") as stream:
                 undo.callback(os.unlink, staging)
                 stream.writelines(parts)
             os.replace(staging, path)

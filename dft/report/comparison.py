@@ -105,6 +105,16 @@ def differing_arguments(reports: Sequence[dict[str, Any]]) -> dict[str, list[str
     return found
 
 
+def by_value(arguments: dict[str, list[str]], runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
+    """A row for each value: the argument, named in the first of its rows, the value, and who has it."""
+    rows = []
+    for name, values in arguments.items():
+        for value in dict.fromkeys(values):
+            having = [run for run, own in zip(runs, values, strict=True) if own == value]
+            rows.append((name if value == values[0] else "", value, having))
+    return rows
+
+
 def comparison_page(runs: Sequence[Run]) -> str:
     """The HTML that lays runs over one another."""
     reports = [run.report for run in runs]
@@ -121,7 +131,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
             for title, prefix in (("Evaluation, last", EVAL), ("Training, last line of the log", ""))
             if (found := columns(runs, prefix, QUALITY))
         ],
-        differing=differing_arguments(reports),
+        differing=by_value(differing_arguments(reports), runs),
         curves=curve_panels(runs),
         histograms=histogram_panels(runs),
         distributions=distributions(runs),

@@ -103,7 +103,7 @@ def histogram_figure(before: Histogram | None, after: Histogram, floor: float | 
         floor: the lowest share that is shown, for several figures to have the same scale.
     """
     with styled():
-        figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+        figure = Figure(figsize=(5.0, 2.5), layout="constrained")
         draw_histogram(figure.subplots(), before, after, floor)
     return figure
 

@@ -1,17 +1,16 @@
 """Figures as they leave this program: SVG within a page, PNG as a file."""
 
 import io
-import os
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
 
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from dft.data.files import write_whole_bytes
 from dft.report.figures import styled
 
 DOTS = 110
@@ -58,15 +57,7 @@ def write_png(figure: Figure, path: Path) -> None:
     stream = io.BytesIO()
     with styled(), _without_warnings():
         figure.savefig(stream, format="png", dpi=DOTS, metadata={"Software": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f"{path.name}.{uuid4().hex}")
-    try:
-        staging.write_bytes(stream.getvalue())
-        os.replace(staging, path)
-    except OSError as error:
-        staging.unlink(missing_ok=True)
-        error.filename, error.filename2 = str(path), None
-        raise
+    write_whole_bytes(path, [stream.getvalue()])
 
 
 @contextmanager

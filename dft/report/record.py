@@ -25,11 +25,14 @@ from dft.config_file import SECRETS, plain
 from dft.data.files import write_whole
 from dft.report.run import derived
 from dft.training.batching import files_of
+from dft.training.distributed import say
 from dft.training.scoring import ScoredSequence
 from dft.training.trainer import DFTTrainer
 
 REPORT = "report.json"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "deepspeed")
+LONGEST_LETTER = 8
+"""Tokens after which one that is still no whole letter is given up."""
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -152,8 +155,11 @@ class ReportCallback(TrainerCallback):
             "log": state.log_history,
             "tokens": self.views,
         }
-        write_whole(self.folder / REPORT, [json.dumps(report, ensure_ascii=False)])
-        write_report_page(report, self.folder)
+        try:
+            write_whole(self.folder / REPORT, [json.dumps(report, ensure_ascii=False)])
+            write_report_page(report, self.folder)
+        except OSError as error:  # a full disk is no reason to lose the training
+            say(f"warning     no report of step {state.global_step}: {error}")
 
     def _conversation(self, scored: ScoredSequence) -> dict[str, Any]:
         files = files_of(self.trainer.eval_dataset)
@@ -172,15 +178,20 @@ class ReportCallback(TrainerCallback):
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """Each token as text. A letter of several tokens stands with the last of them, the others are empty."""
-    texts, pending = [], []
-    for index in ids:
+    texts: list[str] = []
+    before: list[int] = []  # the last tokens that were whole: some tokenizers drop the space of a first one
+    pending: list[int] = []
+    for place, index in enumerate(ids):
         pending.append(index)
-        text = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd") and len(pending) < 8:
+        known = len(_decoded(tokenizer, before)) if before else 0
+        text = _decoded(tokenizer, before + pending)[known:]
+        if text.endswith("\ufffd") and len(pending) < LONGEST_LETTER and place < len(ids) - 1:
             texts.append("")
             continue
         texts.append(text)
-        pending = []
-    if pending:
-        texts[-1] = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        before, pending = pending, []
     return texts
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

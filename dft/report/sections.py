@@ -91,7 +91,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         said.append(f"{key} is not finite at step {told}{more} (a cross in its figure).")
     if log and not any(key.startswith(EVAL) for record in log for key in record):
         said.append(
-            "No evaluation yet. With --eval_data_files FILE or --validation_split_percentage 2 and "
+            "No evaluation is logged. With --eval_data_files FILE or --validation_split_percentage 2 and "
             "--eval_strategy steps --eval_steps N a run has them; --eval_on_start True adds the untouched "
             "model."
         )
@@ -151,7 +151,7 @@ def distribution(shown: Sequence[Histogram]) -> list[dict[str, Any]]:
         {
             "step": one.step,
             "tokens": int(one.counts.sum()),
-            "shares": [f"{100 * one.between(low, high):.1f} %" for low, high in RANGES],
+            "shares": [f"{100 * one.between(low, high):.1f}\u00a0%" for low, high in RANGES],
         }
         for one in shown
     ]

@@ -1,11 +1,16 @@
 """What a person sees of a run: one aligned line per logging step, from rank 0."""
 
+import logging
+import warnings
 from typing import Any
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dft.errors import rank_tag
 from dft.training.metrics import METRICS
 
+LIBRARIES = ("transformers", "datasets", "accelerate")
+"""Whose log records begin with the rank."""
 TRAIN_COLUMNS = (
     *METRICS,
     "aux_loss",
@@ -16,6 +21,24 @@ TRAIN_COLUMNS = (
     "mfu",
 )
 EVAL_COLUMNS = (*METRICS, "supervised_tokens")
+
+
+def tag_warnings() -> None:
+    """Where there are several ranks, a warning or record of a log says from which it is."""
+    tag = rank_tag()
+    if not tag:
+        return
+    plain = warnings.formatwarning
+
+    def tagged(*args: Any, **kwargs: Any) -> str:
+        return tag + plain(*args, **kwargs)
+
+    warnings.formatwarning = tagged
+    form = logging.Formatter(tag + "%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig()
+    for logger in (logging.getLogger(), *map(logging.getLogger, LIBRARIES)):
+        for handler in logger.handlers:
+            handler.setFormatter(form)
 
 
 class ConsoleCallback(ProgressCallback):

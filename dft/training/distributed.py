@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 
+import psutil
 import torch
 
 
@@ -36,6 +37,14 @@ def mute_deepspeed_deprecations() -> None:
 def choose_deepspeed_accelerator(name: str) -> None:
     """Tells DeepSpeed, which accelerate imports in any run, where it is; it would guess, and say so."""
     os.environ.setdefault("DS_ACCELERATOR", name)
+
+
+def share_cores() -> None:
+    """Gives each rank on a machine its part of the cores, as accelerate would with a warning from each."""
+    if is_launched() and "OMP_NUM_THREADS" not in os.environ:
+        share = psutil.cpu_count(logical=False) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, share))
+        torch.set_num_threads(max(1, share))
 
 
 def init_cpu_deepspeed() -> None:

@@ -164,8 +164,10 @@ class MeasuredTrainer(transformers.Trainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         found = self._eval_meter.reduce(self.accelerator, self.alpha)
-        metrics = {**found.means, **named_after_files(files, found.files), HISTOGRAM: found.histogram}
+        metrics = {**found.means, **named_after_files(files, found.files)}
         metrics["supervised_tokens"] = int(found.counts["supervised"])
+        if description == "Evaluation":  # what trackers get of a prediction has to be numbers
+            metrics[HISTOGRAM] = found.histogram
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         self.leave_out(time.perf_counter() - started)
         return output

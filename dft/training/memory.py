@@ -28,11 +28,15 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         total = self.weights + self.gradients + (self.optimizer or 0) + self.head
-        state = "the optimizer not counted" if self.optimizer is None else f"optimizer {self.optimizer:.2f}"
+        state = "optimizer not counted" if self.optimizer is None else f"optimizer {size(self.optimizer)}"
         return (
-            f"about {total:.2f} GiB per device before activations: weights {self.weights:.2f}, gradients "
-            f"{self.gradients:.2f}, {state}, loss {self.head:.2f}"
+            f"about {size(total)} per device before activations: weights {size(self.weights)}, gradients "
+            f"{size(self.gradients)}, {state}, loss {size(self.head)}"
         )
+
+
+def size(gib: float) -> str:
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
 
 
 def memory_estimate(model: nn.Module, training: TrainingArguments) -> MemoryEstimate:

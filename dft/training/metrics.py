@@ -23,7 +23,8 @@ BINS = 20
 """Of the histogram of p, equal parts of [0, 1]; p = 1 belongs to the last."""
 METER = "token_meter.json"
 """In a checkpoint: the sums since the last line of the log, a row for each rank."""
-LOWER_IS_BETTER = ("loss", "nll", "objective", "entropy")
+LOWER_IS_BETTER = ("loss", "nll", "objective")
+NEITHER_IS_BETTER = ("entropy", "effective_tokens")
 
 SUMS = (
     "supervised", "tokens", "positions", "pairs", "weighted_nll", "nll", "p_correct", "correct", "entropy",

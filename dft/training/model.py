@@ -128,6 +128,18 @@ def check_positions(model: PreTrainedModel, longest: int, arguments: Arguments) 
     )
 
 
+def settle_ddp(model: PreTrainedModel, arguments: Arguments) -> None:
+    """Where nothing is said, DDP looks for parameters without a gradient in mixtures of experts alone.
+
+    transformers has it look in all models, which takes time in each step, and in dense ones finds nothing and
+    is warned of on every rank.
+    """
+    training = arguments.training
+    if training.ddp_find_unused_parameters is None:
+        names = (name for name, _ in model.named_parameters())
+        training.ddp_find_unused_parameters = any(".experts." in name for name in names)
+
+
 def resolve_dtype(arguments: Arguments) -> torch.dtype | str:
     """The dtype the weights are loaded in; "auto" is that of the checkpoint."""
     chosen = arguments.model.torch_dtype

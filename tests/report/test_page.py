@@ -76,8 +76,8 @@ def test_every_logged_metric_has_a_figure_and_its_meaning(page):
 
 
 def test_the_histogram_has_a_table_of_before_and_after(page):
-    assert page.row("before, step 0 (31 tokens)") == ["38.7 %", "51.6 %", "9.7 %"]
-    assert page.row("after, step 2 (42 tokens)") == ["9.5 %", "40.5 %", "50.0 %"]
+    assert page.row("before, step 0 (31 tokens)") == ["38.7\u00a0%", "51.6\u00a0%", "9.7\u00a0%"]
+    assert page.row("after, step 2 (42 tokens)") == ["9.5\u00a0%", "40.5\u00a0%", "50.0\u00a0%"]
     assert "How to read it: DFT polarizes" in page.text and "--eval_on_start" not in page.text
 
 
@@ -170,7 +170,7 @@ NOTHING = {"log": [], "tokens": [], "data": {}, "environment": {}, "arguments": 
     [
         ({**NOTHING, "method": None, "alpha": None, "updated": None, "steps": {}}, "Nothing is logged yet."),
         ({"log": [], "status": "running", "steps": {"done": 0, "total": 0}}, "0 of 0 (0 %)"),
-        ({"log": [train_record(1)], "tokens": []}, "No evaluation yet. With --eval_data_files FILE"),
+        ({"log": [train_record(1)], "tokens": []}, "No evaluation is logged. With --eval_data_files FILE"),
         ({"log": [eval_record(4)]}, "No evaluation has a histogram of p."),
         ({"log": [eval_record(4, [0] * 20)]}, "evaluation, step 4 (0 tokens)"),
         ({"log": [{"step": 9, "train_runtime": 3661.0}]}, "1:01:01"),
