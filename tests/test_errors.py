@@ -53,6 +53,9 @@ def test_a_rank_that_is_ended_while_it_waits_says_nothing():
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_bug_keeps_its_traceback_on_every_rank(rank):
-    process = start('KeyError("internal")', LOCAL_RANK=rank)
+    process = start('KeyError("internal")', LOCAL_RANK=rank, RANK=rank, WORLD_SIZE="2")
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" in errors and "KeyError: 'internal'" in errors
+    assert process.returncode == 1
+    lines = errors.splitlines()
+    assert f"[rank {rank}] Traceback (most recent call last):" in lines
+    assert lines[-1] == f"[rank {rank}] KeyError: 'internal'"
