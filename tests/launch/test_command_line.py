@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.launching import ROOT, eval_records, launch, train_records
+from tests.launching import ROOT, eval_records, history, launch, train_records
 
 COMMAND = """
     --torch_dtype bfloat16 --trust_remote_code True --max_length 8192 --preprocessing_num_workers 8
@@ -53,6 +53,11 @@ def test_the_long_command_line_trains(example, long_run):
     assert evaluations[-1]["eval_nll"] < 0.8 * evaluations[0]["eval_nll"]
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.dtype == torch.bfloat16
+    report = json.loads((output / "report.json").read_text())
+    assert report["log"] == history(output) and report["status"] == "finished"
+    assert report["given"]["dft_alpha"] == 0.7 and report["environment"]["parallelism"] == "DeepSpeed ZeRO-3"
+    assert len(report["tokens"]) == 2 and all(view["conversations"] for view in report["tokens"])
+    assert "DeepSpeed ZeRO-3" in (output / "report.html").read_text() and (output / "report.png").exists()
 
 
 def test_the_short_command_line_trains_on_a_split_of_its_data(example):
