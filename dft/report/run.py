@@ -69,7 +69,9 @@ def start_lines(
     per_step, rows = chosen["rows_per_step"], report["train"]["rows"]
     steps = schedule(training, rows)
     share = report["train"]["supervised_tokens"] / rows
-    what = "rows" if "packing_density" in report["train"] else "sequences"
+    packed = "packing_density" in report["train"]
+    what = "rows" if packed else "sequences"
+    longest = arguments.data.max_length if packed else report["train"]["length_percentiles"]["100"]
     lines = [
         f"model       {arguments.model.model_name_or_path}: {get_model_param_count(model) / 1e6:,.1f} M "
         f"parameters, {chosen['weights']} weights, {chosen['attention']} attention",
@@ -81,7 +83,7 @@ def start_lines(
         f"{share * per_step:,.0f} supervised tokens; {batching}",
         f"schedule    {steps} steps, {training.get_warmup_steps(steps)} of them warm-up, "
         f"{training.lr_scheduler_type.value}, learning rate {training.learning_rate:g}",
-        f"memory      {memory_estimate(model, training)}",
+        f"memory      {memory_estimate(model, training, longest * training.per_device_train_batch_size)}",
         f"output      {training.output_dir}; trackers: {', '.join(training.report_to) or 'none'}",
     ]
     return lines

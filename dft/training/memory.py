@@ -39,8 +39,12 @@ def size(gib: float) -> str:
     return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
 
 
-def memory_estimate(model: nn.Module, training: TrainingArguments) -> MemoryEstimate:
-    """What ZeRO shards is divided by the ranks, what it offloads to the CPU is not counted."""
+def memory_estimate(model: nn.Module, training: TrainingArguments, tokens: int) -> MemoryEstimate:
+    """What ZeRO shards is divided by the ranks, what it offloads to the CPU is not counted.
+
+    Args:
+        tokens: of a micro-batch, at most.
+    """
     stage, optimizer_away, weights_away = zero_of(training)
     ranks = world_size()
     itemsize = 2 if stage and (training.bf16 or training.fp16) else model.dtype.itemsize
@@ -48,7 +52,7 @@ def memory_estimate(model: nn.Module, training: TrainingArguments) -> MemoryEsti
     trained = sum(element_count(one) for one in model.parameters() if one.requires_grad)
     head = model.get_output_embeddings()
     vocab = model.config.get_text_config().vocab_size
-    tile = min(TILE_BYTES["cuda" if training.device.type == "cuda" else "cpu"], 4 * vocab * 2**14)
+    tile = min(TILE_BYTES["cuda" if training.device.type == "cuda" else "cpu"], 4 * vocab * tokens)
     weights = 0 if weights_away else count * itemsize / (ranks if stage == 3 else 1)
     gradients = 0 if optimizer_away else trained * itemsize / (ranks if stage >= 2 else 1)
     state = None

@@ -8,10 +8,11 @@ from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from dft.loss.linear import TILE_BYTES
 from dft.training.memory import MemoryEstimate, memory_estimate
 from dft.training.throughput import GIB, Clock, model_flops, peak_flops, peak_memory
 from tests.test_arguments import checked
-from tests.training.test_trainer import tiny
+from tests.training.test_trainer import VOCAB, tiny
 
 BATCH, SEQ = 3, 16
 
@@ -93,12 +94,15 @@ def test_memory_is_about_what_this_process_has():
 def test_the_estimate_is_the_sum_of_what_is_held(tmp_path):
     model = tiny()
     training = checked(tmp_path).training
-    found = memory_estimate(model, training)
+    found = memory_estimate(model, training, 1000)
     count = sum(one.numel() for one in model.parameters())
     assert found.weights * GIB == found.gradients * GIB == 4 * count and found.optimizer * GIB == 8 * count
-    assert memory_estimate(model.bfloat16(), training).weights * GIB == 2 * count
+    head = 4 * model.lm_head.weight.numel()
+    assert found.head * GIB == head + 4 * VOCAB * 1000
+    assert memory_estimate(model, training, 10**9).head * GIB == head + TILE_BYTES["cpu"]
+    assert memory_estimate(model.bfloat16(), training, 1000).weights * GIB == 2 * count
     training.optim = type(training.optim)("sgd")
-    assert memory_estimate(model, training).optimizer is None
+    assert memory_estimate(model, training, 1000).optimizer is None
     assert str(MemoryEstimate(2.0, 1.0, None, 0.25)) == (
         "about 3.2 GiB per device before activations: weights 2.0 GiB, gradients 1.0 GiB, optimizer not "
         "counted, loss 256 MiB"
