@@ -61,6 +61,7 @@ def check_ranges(arguments: Arguments) -> None:
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "num_train_epochs": training.num_train_epochs,
         "save_total_limit": training.save_total_limit,
+        "preflight_samples": arguments.watch.preflight_samples,
         "dataloader_prefetch_factor": training.dataloader_prefetch_factor,
     }
     for name, value in positive.items():

@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from dft.errors import UserError
 from dft.training.metrics import BINS, short_names
+from dft.training.nonfinite import origin_name
 from dft.training.scoring import TokenTable
 
 STRONG, WEAK = 0.5, 0.1
@@ -33,8 +35,6 @@ FLOOR_ALPHA = 0.9
 """With which every token keeps at least a tenth of it."""
 SHOWN = 12
 """Kinds of silenced tokens that are listed."""
-BAR = 40
-"""Characters of the longest bar of a histogram."""
 
 
 def preflight_report(
@@ -51,24 +51,28 @@ def preflight_report(
         end_of_turn_ids: tokens that end a turn.
         shown_as: a token as text.
         model: its name.
+
+    Raises:
+        UserError: probabilities that are not numbers.
     """
-    whole = numbers_of(table, end_of_turn_ids)
+    if len(broken := np.flatnonzero(np.isnan(table.nll))):
+        place = origin_name(int(table.file[broken[0]]), int(table.line[broken[0]]), files)
+        raise UserError(
+            f"--preflight True: {model} gives probabilities that are not numbers for {len(broken):,} of "
+            f"{len(table):,} tokens, first in {place}; its weights may be broken"
+        )
+
+    def numbers(some: TokenTable) -> dict[str, Any]:
+        return {**numbers_of(some, end_of_turn_ids), "silenced": silenced_of(some, shown_as)}
+
     names = short_names(list(files))
-    of_files = {
-        names[number]: numbers_of(table.where(table.file == number), end_of_turn_ids)
-        for number in np.unique(table.file)
-        if number >= 0
-    }
-    silenced = Counter(table.target[table.p_correct < SILENCED].tolist())
-    occurring = Counter(table.target.tolist())
+    known = [number for number in np.unique(table.file) if number >= 0]
+    whole = numbers(table)
+    of_files = {names[number]: numbers(table.where(table.file == number)) for number in known}
     return {
         "model": model,
         "whole": whole,
         "files": of_files,
-        "silenced": [
-            {"token": token, "shown": repr(shown_as(token)), "silenced": number, "of": occurring[token]}
-            for token, number in silenced.most_common(SHOWN)
-        ],
         "thresholds": {"strong": STRONG, "weak": WEAK, "unknown_end": UNKNOWN_END, "silenced": SILENCED},
         "advice": advice(whole, of_files),
     }
@@ -98,6 +102,16 @@ def numbers_of(table: TokenTable, end_of_turn_ids: Sequence[int]) -> dict[str, A
         "silenced_share": float((p < SILENCED).mean()),
         "p_histogram": counts.tolist(),
     }
+
+
+def silenced_of(table: TokenTable, shown_as: Callable[[int], str]) -> list[dict[str, Any]]:
+    """The kinds of tokens that most often have p below `SILENCED`, and how often they occur at all."""
+    silenced = Counter(table.target[table.p_correct < SILENCED].tolist())
+    occurring = Counter(table.target.tolist())
+    return [
+        {"token": token, "shown": repr(shown_as(token)), "silenced": number, "of": occurring[token]}
+        for token, number in silenced.most_common(SHOWN)
+    ]
 
 
 def advice(whole: dict[str, Any], files: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
@@ -175,13 +189,12 @@ def ending(numbers: dict[str, Any]) -> dict[str, str] | None:
 
 def preflight_lines(report: dict[str, Any], folder: str) -> list[str]:
     """The report for a terminal."""
-    whole = report["whole"]
-    lines = ["preflight   the untouched model on a sample of the training data; nothing was trained"]
-    groups = {"all": whole, **(report["files"] if len(report["files"]) > 1 else {})}
-    width = max(map(len, groups))
-    lines.append(
-        f"            {'':<{width}}  {'tokens':>9}  mean p     nll  entropy    acc  p end  kept  silenced"
-    )
+    groups = {"all": report["whole"], **(report["files"] if len(report["files"]) > 1 else {})}
+    width = max(4, *map(len, groups))
+    lines = [
+        "preflight   the untouched model on a sample of the training data; nothing was trained",
+        f"            {'':<{width}}  {'tokens':>9}  mean p     nll  entropy    acc  p end  kept  silenced",
+    ]
     for name, one in groups.items():
         end = "    -" if one["p_end_of_turn"] is None else f"{one['p_end_of_turn']:5.3f}"
         lines.append(
@@ -193,11 +206,15 @@ def preflight_lines(report: dict[str, Any], folder: str) -> list[str]:
         "            p end: of end-of-turn tokens; kept: DFT's share of SFT's gradient, sum(w |g|) / "
         "sum(|g|);",
         f"            silenced: tokens with p < {SILENCED:g}, which DFT leaves as they are",
+        f"{'p':<12}{'from':<{width}}  {'  '.join(f'{tenth / 10:4.1f}' for tenth in range(10))}",
     ]
-    lines += histogram_lines(whole["p_histogram"])
-    if report["silenced"]:
-        told = ", ".join(f"{one['shown']} {one['silenced']:,} of {one['of']:,}" for one in report["silenced"])
-        lines.append(f"silenced    most often: {told}")
+    for name, one in groups.items():
+        shares = "  ".join(f"{share:4.1f}" for share in tenths(one["p_histogram"]))
+        lines.append(f"            {name:<{width}}  {shares}  % of the tokens")
+    for name, one in groups.items():
+        if one["silenced"]:
+            told = ", ".join(f"{of['shown']} {of['silenced']:,}/{of['of']:,}" for of in one["silenced"])
+            lines.append(f"{'silenced' if name == 'all' else '':<12}{name:<{width}}  {told}")
     for one in report["advice"]:
         lines += [
             f"advice      {one['recommendation']}",
@@ -208,13 +225,7 @@ def preflight_lines(report: dict[str, Any], folder: str) -> list[str]:
     return lines
 
 
-def histogram_lines(counts: Sequence[int]) -> list[str]:
-    """One bar for every two bins of p."""
-    pairs = [sum(counts[start : start + 2]) for start in range(0, len(counts), 2)]
-    most, total = max(*pairs, 1), max(sum(pairs), 1)
-    step = 1 / len(pairs)
-    return [
-        f"{'p' if index == 0 else '':<12}{index * step:.1f} to {(index + 1) * step:.1f}  "
-        f"{'#' * -(-BAR * count // most):<{BAR}} {100 * count / total:5.1f}%"
-        for index, count in enumerate(pairs)
-    ]
+def tenths(counts: Sequence[int]) -> list[float]:
+    """Percent of the tokens in each tenth of [0, 1], of counts in twentieths."""
+    total = max(sum(counts), 1)
+    return [100 * sum(counts[start : start + 2]) / total for start in range(0, len(counts), 2)]

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from dft import DFTTrainer
+from dft.errors import UserError
 from dft.report.preflight import (
     SILENCED,
     STRONG,
@@ -102,16 +103,16 @@ def test_files_of_different_priors_are_told_apart():
 
 def test_the_tokens_that_would_be_silenced_are_named_with_how_often_they_occur():
     report = report_of(table([SILENCED / 2] * 3 + [0.9, 0.009], target=[4, 4, 5, 4, 6]))
-    assert report["silenced"][0] == {"token": 4, "shown": "'<t4>'", "silenced": 2, "of": 3}
-    assert {one["token"] for one in report["silenced"]} == {4, 5, 6}
+    assert report["whole"]["silenced"][0] == {"token": 4, "shown": "'<t4>'", "silenced": 2, "of": 3}
+    assert {one["token"] for one in report["whole"]["silenced"]} == {4, 5, 6}
     assert report["whole"]["silenced_share"] == pytest.approx(4 / 5)
 
 
 def test_a_model_that_knows_the_data_and_one_that_does_not_get_opposite_advice(tmp_path):
     rows = Rows(ended(6))
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, max_steps=120, learning_rate=3e-2, save_strategy="no",
-        per_device_train_batch_size=6, disable_tqdm=True, lr_scheduler_type="constant", logging_steps=120,
+        output_dir=str(tmp_path), use_cpu=True, max_steps=60, learning_rate=3e-2, save_strategy="no",
+        per_device_train_batch_size=6, disable_tqdm=True, lr_scheduler_type="constant", logging_steps=60,
     )  # fmt: skip
     trainer = DFTTrainer(tiny(), arguments, alpha=0.0, train_dataset=rows, end_of_turn_ids=[END])
     told = []
@@ -124,16 +125,29 @@ def test_a_model_that_knows_the_data_and_one_that_does_not_get_opposite_advice(t
     assert told[1][0].startswith("DFT fits") and len(told[1]) == 1
 
 
-def test_the_lines_for_a_terminal_have_every_number():
-    report = report_of(table([0.9] * 3 + [0.02] * 3, file=[0] * 3 + [1] * 3))
+def test_the_lines_for_a_terminal_have_every_number_of_every_file():
+    report = report_of(table([0.9] * 3 + [0.002] * 3, file=[0] * 3 + [1] * 3))
     lines = preflight_lines(report, "runs/x")
-    rows = {line.split()[0]: line.split() for line in lines if re.match(r" {12}(all|[ab]\.jsonl) ", line)}
-    assert rows["all"][1] == "6" and rows["a.jsonl"][2] == "0.900" and rows["b.jsonl"][2] == "0.020"
-    assert rows["b.jsonl"][6] == "-" and rows["b.jsonl"][8] == "0.0%"
-    shares = [float(line.split()[-1].rstrip("%")) for line in lines if re.search(r"\d\.\d to \d\.\d  ", line)]
-    assert len(shares) == 10 and sum(shares) == pytest.approx(100) and shares[0] == shares[9] == 50
+    rows = [line.split() for line in lines if re.match(r" {12}(all|[ab]\.jsonl) ", line)]
+    numbers, shares, silenced = rows[:3], rows[3:6], rows[6:]
+    assert [row[0] for row in numbers] == [row[0] for row in shares] == ["all", "a.jsonl", "b.jsonl"]
+    assert numbers[0][1] == "6" and numbers[1][2] == "0.900" and numbers[2][2] == "0.002"
+    assert numbers[2][6] == "-" and numbers[2][8] == "100.0%"
+    assert [float(share) for share in shares[0][1:11]] == [50.0, *[0.0] * 8, 50.0]
+    assert float(shares[1][10]) == float(shares[2][1]) == 100
+    assert silenced == [["b.jsonl", "'<t1>'", "3/3"]]
+    assert "silenced    all      '<t1>' 3/6" in lines
     assert lines[-1].endswith("runs/x/preflight.json, runs/x/preflight.html")
     assert sum(line.startswith("advice") for line in lines) == len(report["advice"])
+
+
+def test_probabilities_that_are_not_numbers_are_one_error():
+    given = table([0.5, 0.5, 0.5])
+    given.nll[1] = np.nan
+    with pytest.raises(
+        UserError, match=r"not numbers for 1 of 3 tokens, first in data/a.jsonl:2; its weights"
+    ):
+        report_of(given)
 
 
 def test_the_page_is_one_file_and_escapes_what_it_shows(tmp_path):
