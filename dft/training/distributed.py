@@ -64,14 +64,13 @@ def init_cpu_deepspeed() -> None:
 def leave_ranks() -> None:
     """Ends a rank whose work is done, with exit code 0; a run of one process just goes on to its end.
 
-    Not by way of the interpreter's end: while that takes itself apart, a thread of the backend that is still
-    running is made to exit in the middle of C++ code, which now and then aborts a process that has lost
-    nothing. What was registered to run at exit, as trackers do to send their last records, is run here.
+    Neither the backend nor the interpreter is taken apart first: a thread that is still running then is made
+    to exit in the middle of C++ code, which now and then aborted a process that had lost nothing. What was
+    registered to run at exit, as trackers do to send their last records, is run here.
     """
     if not torch.distributed.is_initialized():
         return
     torch.distributed.barrier()  # no rank is left talking to one that is gone
-    torch.distributed.destroy_process_group()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -12,6 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dft.loss.dft import dft_loss
 from dft.loss.head import FusedHead, inspect_head
+from dft.training.distributed import leave_ranks
 from tests.launching import free_port
 
 RANKS, VOCAB, TOKENS = 2, 61, 31
@@ -60,8 +61,7 @@ def worker(rank: int, port: int, tied: bool, halves: bool, checkpointed: bool, r
     found = {name: one.grad.full_tensor() for name, one in model.named_parameters()}
     if rank == 0:
         results.put((total.item(), {name: one.numpy() for name, one in found.items()}))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_ranks()
 
 
 @pytest.mark.parametrize(
