@@ -81,18 +81,28 @@ def main() -> None:
         preflight(arguments, trainer, tokenizer)
         leave_ranks()
         return
-    record = run_record(arguments, model, data.report)
+    record = run_record(arguments, model, data.report) if is_main_process() else {}
     trainer.add_callback(RunRecordCallback(record, trainer.callback_handler))
+    report = ReportCallback(trainer, record, tokenizer)
     if arguments.watch.report:
-        trainer.add_callback(ReportCallback(trainer, record, tokenizer))
+        trainer.add_callback(report)
     remove_checkpoints(arguments.training)
     write_resolved_arguments(arguments, model)
     for line in (*start_lines(arguments, model, data.report, trainer.batching), *new_notes(arguments)):
         say(line)
-    trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    finish_trackers(arguments.training.report_to)
+    status = "stopped by an error"
+    try:
+        trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        status = "finished" if trainer.state.global_step >= trainer.state.max_steps else "finished early"
+    except UserError as error:  # a step that is not finite
+        status = f"stopped: {error}"
+        raise
+    finally:
+        if arguments.watch.report:
+            report.close(status)
+        finish_trackers(arguments.training.report_to)
     for line in final_lines(trainer.state, arguments.training, arguments.watch.report):
         say(line)
     leave_ranks()

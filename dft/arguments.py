@@ -218,6 +218,17 @@ class TrainingArguments(transformers.TrainingArguments):
                 self.notes.append(f"--{name} {value} has no effect: {why}")
 
 
+def zero_stage(config: str) -> int:
+    """Of a DeepSpeed configuration, a file or JSON.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    check_deepspeed_file(config)
+    content = json.loads(config if config.startswith("{") else Path(config).read_text())
+    return content.get("zero_optimization", {}).get("stage", 0)
+
+
 def check_deepspeed_file(config: str | dict[str, Any]) -> None:
     """Raises `UserError` for a DeepSpeed configuration that is no file or no JSON object."""
     if isinstance(config, dict) or config.startswith("{"):
@@ -275,6 +286,8 @@ class Parser(HfArgumentParser):
         wanted = dict(given)
         if given["prepare_only"]:
             wanted.update(OF_THE_DEVICE)
+        if given["preflight"] and given["deepspeed"] and zero_stage(given["deepspeed"]) != 3:
+            wanted["deepspeed"] = None  # which scores models with ZeRO-3 alone, and others need none to score
         try:
             model, data, dft, watch, training = self.parse_dict(wanted, allow_extra_keys=False)
         except UserError:

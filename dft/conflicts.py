@@ -236,6 +236,17 @@ def check_deepspeed(training: TrainingArguments) -> None:
             f"--deepspeed {training.deepspeed}: has no {', '.join(missing)}, so flags of this run would have "
             'no effect; set them to "auto", as the files in ds_config/ do'
         )
+    if zero.get_value("zero_optimization.stage", 0) == 0:
+        raise UserError(
+            f"--deepspeed {training.deepspeed}: without ZeRO, DeepSpeed does not tell the norm of the "
+            "gradient, so a step that is not finite would reach the weights; set 'zero_optimization: "
+            "{stage: 1}' or more, or leave --deepspeed out for DDP"
+        )
+    if zero.is_false("bf16.check_grad_overflow"):
+        raise UserError(
+            f"--deepspeed {training.deepspeed}: 'bf16: {{check_grad_overflow: false}}' would let a gradient "
+            "that is not finite reach the weights; leave it out"
+        )
     if zero.get_value("tensor_parallel.autotp_size", 0) > 1:
         raise UserError(f"--deepspeed {training.deepspeed}: tensor parallelism is not supported; remove it")
     if zero.is_zero3() and not zero.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"):

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from dft.report.guide import HIGHER, LOWER, Metric
+from dft.training import metrics
 
 EVAL = "eval_"
-HISTOGRAM = "eval_p_histogram"
+HISTOGRAM = f"eval_{metrics.HISTOGRAM}"
 PER_FILE = ("nll", "avg_p_correct")
 """Metrics that an evaluation may have for each file, as `eval_<file>/<metric>`."""
 

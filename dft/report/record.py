@@ -24,12 +24,12 @@ from dft.arguments import Arguments, default_flags
 from dft.config_file import SECRETS, plain
 from dft.data.files import write_whole
 from dft.report.run import derived
+from dft.report.saved import REPORT
 from dft.training.batching import files_of
 from dft.training.distributed import say
 from dft.training.scoring import ScoredSequence
 from dft.training.trainer import DFTTrainer
 
-REPORT = "report.json"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "deepspeed")
 LONGEST_LETTER = 8
 """Tokens after which one that is still no whole letter is given up."""
@@ -97,8 +97,8 @@ def git_commit(folder: Path) -> str | None:
     try:
         commit = _git(folder, "rev-parse", "HEAD").strip()
         return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None  # there is no git, or no repository
+    except (OSError, subprocess.SubprocessError):
+        return None  # there is no git, no repository, or one on a disk that does not answer
 
 
 def _git(folder: Path, *words: str) -> str:
@@ -108,7 +108,7 @@ def _git(folder: Path, *words: str) -> str:
 
 
 class ReportCallback(TrainerCallback):
-    """Writes `report.json`, and the page made of it, at each evaluation and at the end."""
+    """Writes `report.json`, and the page made of it, at each evaluation; `close` does so at the end."""
 
     def __init__(
         self, trainer: DFTTrainer, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase
@@ -138,11 +138,10 @@ class ReportCallback(TrainerCallback):
             self._write(state, "running")
         self.trainer.leave_out(time.perf_counter() - started)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            self._write(state, "finished" if state.global_step >= state.max_steps else "stopped early")
+    def close(self, status: str) -> None:
+        """Writes the last report, when all else that is to lie beside it does."""
+        if self.trainer.is_world_process_zero():
+            self._write(self.trainer.state, status)
 
     def _write(self, state: TrainerState, status: str) -> None:
         from dft.report.page import write_report_page  # brings matplotlib, slow to import

@@ -43,6 +43,8 @@ def parallelism(training: TrainingArguments) -> str:
     if training.deepspeed:
         stage = training.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
         return f"DeepSpeed ZeRO-{stage}"
+    if training.fsdp:
+        return "FSDP"
     return "DDP" if world_size() > 1 else "single process"
 
 

@@ -142,7 +142,8 @@ def attended_pairs(inputs: Mapping[str, Tensor | int]) -> Tensor:
         lengths = inputs["attention_mask"].sum(-1)
         return (lengths * (lengths + 1) // 2).sum()
     if "position_ids" in inputs:
-        return (inputs["position_ids"] + 1).sum()
+        pairs = inputs["position_ids"] + 1
+        return (pairs * (inputs["sequence_ids"] >= 0) if "sequence_ids" in inputs else pairs).sum()
     rows, length = inputs["input_ids"].shape
     return torch.full((), rows * length * (length + 1) // 2, device=inputs["input_ids"].device)
 

@@ -93,7 +93,7 @@ def log_line(logs: dict[str, float], step: int, max_steps: int) -> str | None:
     """One log record as a line, or None for one that holds nothing to read."""
     width = len(str(max_steps))
     if "learning_rate" in logs:
-        kind, columns = "train", {name: logs[name] for name in TRAIN_COLUMNS if name in logs}
+        kind, columns = "train", columns_of(logs, TRAIN_COLUMNS)
     elif any(f"eval_{name}" in logs for name in METRICS):
         kind, columns = (
             "eval",
@@ -108,6 +108,11 @@ def log_line(logs: dict[str, float], step: int, max_steps: int) -> str | None:
     return f"{place}  {'  '.join(cells)}".rstrip()
 
 
+def columns_of(logs: dict[str, float], names: tuple[str, ...]) -> dict[str, float | None]:
+    """What is in the log, and of the metrics also what is not, so that lines stand under one another."""
+    return {name: logs.get(name) for name in names if name in logs or name in METRICS}
+
+
 def clock(seconds: float) -> str:
     """Hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
@@ -115,6 +120,8 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
     """Four significant digits, without an exponent where a reader can do without one."""
+    if value is None:
+        return "-"
     return f"{value:.0f}" if abs(value) >= 10_000 else f"{value:.4g}"

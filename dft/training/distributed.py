@@ -42,7 +42,7 @@ def choose_deepspeed_accelerator(name: str) -> None:
 def share_cores() -> None:
     """Gives each rank on a machine its part of the cores, as accelerate would with a warning from each."""
     if is_launched() and "OMP_NUM_THREADS" not in os.environ:
-        share = psutil.cpu_count(logical=False) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        share = (psutil.cpu_count(logical=False) or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         os.environ["OMP_NUM_THREADS"] = str(max(1, share))
         torch.set_num_threads(max(1, share))
 

@@ -36,7 +36,6 @@ from dft.training.scoring import (
 from dft.training.throughput import (
     Clock,
     ModelFlops,
-    compute_dtype,
     model_flops,
     peak_flops,
     peak_memory,
@@ -80,7 +79,6 @@ class MeasuredTrainer(transformers.Trainer):
     ) -> Tensor:
         """Adds a micro-batch to the sums of its logging window. Returns the loss to go backward from."""
         if not self.is_in_train:
-            self._train_meter.update(stats, inputs, aux_loss)
             return loss
         self._watch.add(loss, stats.nll, inputs, self._train_meter.sums, self._tr_loss)
         self._train_meter.update(stats, inputs, aux_loss)
@@ -106,8 +104,15 @@ class MeasuredTrainer(transformers.Trainer):
     # ---- what is not finite ----
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
-        """Between the last backward of a step and its update: the norm, which all ranks see alike."""
+        """The norm, which all ranks see alike, asked for before the update of a step.
+
+        DeepSpeed has made the update by then, or left it out: ZeRO does so by itself where the norm is not
+        finite, and the settings with which it would not are refused (`dft.conflicts`). The host waits for the
+        device here, once a step.
+        """
         norm = super()._get_grad_norm(model, grad_norm)
+        if self.deepspeed is None and not self.args.fp16:
+            self.optimizer._is_overflow = False
         if not is_finite(norm):
             self._refuse_step(model)
         self._watch.clear()
@@ -117,8 +122,8 @@ class MeasuredTrainer(transformers.Trainer):
         """Stops the run before a gradient that is not finite reaches the weights, or leaves the step out."""
         names = files_of(self.train_dataset)
         blames = of_all_ranks(self._watch.blame(self.accelerator.process_index, names))
-        if self.args.fp16 and all(blame.loss_is_finite for blame in blames):
-            return  # too great for float16: the loss scale is lowered and the step left out, as ever
+        if self._is_too_great_for_float16() and all(blame.loss_is_finite for blame in blames):
+            return  # the loss scale is lowered and the step left out, as ever
         step = self.state.global_step + 1
         if self.on_nonfinite == "stop":
             folder = Path(self.args.output_dir)
@@ -128,7 +133,15 @@ class MeasuredTrainer(transformers.Trainer):
         # DeepSpeed leaves such a step out by itself, a loss scale too.
         if self.deepspeed is None and not self.args.fp16:
             model.zero_grad()  # to None, and what has no gradient is not updated
+            self.optimizer._is_overflow = True  # as they do, so that no learning rate of the schedule is lost
         self._watch.take_back(self._train_meter.sums, self._tr_loss)
+
+    def _is_too_great_for_float16(self) -> bool:
+        """Whether it may be the fault of a loss scale that can still be lowered."""
+        if not self.args.fp16:
+            return False
+        scaler = self.accelerator.scaler  # DeepSpeed has its own, which gives up by itself
+        return scaler is None or scaler.get_scale() > 1
 
     # ---- the metrics ----
 
@@ -197,7 +210,8 @@ class MeasuredTrainer(transformers.Trainer):
         logs["supervised_tokens"] = int(counts["supervised"])
         if counts["positions"]:
             logs["padding_share"] = 1 - counts["tokens"] / counts["positions"]
-        peak = peak_flops(self.args.device, compute_dtype(self.args, self.model))
+        halves = self.args.bf16 or self.args.fp16 or self.model.dtype.itemsize == 2
+        peak = peak_flops(self.args.device) if halves else None
         if peak is not None and self._flops is not None:
             done = self._flops.of(counts["tokens"], counts["pairs"], counts["supervised"])
             logs["mfu"] = done / seconds / (peak * self.accelerator.num_processes)
@@ -207,12 +221,13 @@ class MeasuredTrainer(transformers.Trainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._watch.clear()
+        self._train_meter.reset()  # an earlier run may have ended within a window
         self._train_meter.load(kwargs.get("resume_from_checkpoint"), self.accelerator)
         return super()._inner_training_loop(*args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._flops = model_flops(self.model)  # before FSDP flattens its weights
         prepared = super()._prepare_for_training(*args, **kwargs)
-        self._flops = model_flops(self.accelerator.unwrap_model(self.model_wrapped))
         self._clock.start(self.state.global_step)
         return prepared
 

@@ -16,7 +16,7 @@ class MemoryEstimate:
 
     Attributes:
         weights, gradients: of the model.
-        optimizer: the two moments of AdamW, and float32 master weights where DeepSpeed keeps them; None for
+        optimizer: the two moments of AdamW, and the master weights that DeepSpeed keeps in float32; None for
             other optimizers, whose state is not known here.
         head: the gradient of the output embedding in float32, and one tile of logits.
     """
@@ -40,7 +40,7 @@ def size(gib: float) -> str:
 
 
 def memory_estimate(model: nn.Module, training: TrainingArguments, tokens: int) -> MemoryEstimate:
-    """What ZeRO shards is divided by the ranks, what it offloads to the CPU is not counted.
+    """What ZeRO and FSDP shard is divided by the ranks, what is offloaded to the CPU is not counted.
 
     Args:
         tokens: of a micro-batch, at most.
@@ -53,14 +53,23 @@ def memory_estimate(model: nn.Module, training: TrainingArguments, tokens: int) 
     head = model.get_output_embeddings()
     vocab = model.config.get_text_config().vocab_size
     tile = min(TILE_BYTES["cuda" if training.device.type == "cuda" else "cpu"], 4 * vocab * tokens)
-    weights = 0 if weights_away else count * itemsize / (ranks if stage == 3 else 1)
-    gradients = 0 if optimizer_away else trained * itemsize / (ranks if stage >= 2 else 1)
+    shared = [ranks if training.fsdp or stage >= least else 1 for least in (3, 2, 1)]
+    weights = 0 if weights_away else count * itemsize / shared[0]
+    gradients = 0 if optimizer_away else trained * gradient_size(training, itemsize) / shared[1]
     state = None
     if training.optim.value.startswith("adamw") and "8bit" not in training.optim.value:
-        bytes_each = (12 if itemsize == 2 else 8) if stage else 2 * itemsize
-        state = 0 if optimizer_away else trained * bytes_each / (ranks if stage else 1) / GIB
+        bytes_each = 12 if stage else 2 * itemsize
+        state = 0 if optimizer_away else trained * bytes_each / shared[2] / GIB
     in_head = 0 if head is None else 4 * element_count(head.weight) * head.weight.requires_grad
     return MemoryEstimate(weights / GIB, gradients / GIB, state, (in_head + tile) / GIB)
+
+
+def gradient_size(training: TrainingArguments, itemsize: int) -> int:
+    """Bytes of one element of the gradient, which DeepSpeed may sum wider than the weights are."""
+    if not training.deepspeed:
+        return itemsize
+    wanted = training.hf_deepspeed_config.get_value("data_types.grad_accum_dtype")
+    return {"fp32": 4, "fp16": 2, "bf16": 2}.get(wanted, itemsize)
 
 
 def zero_of(training: TrainingArguments) -> tuple[int, bool, bool]:

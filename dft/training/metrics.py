@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dft.errors import UserError
 from dft.loss.dft import TokenStats
 from dft.training.batching import attended_pairs, token_count
 
@@ -97,6 +98,11 @@ class TokenMeter:
             member = (files == self._files[:, None]).double()  # (files, supervised tokens)
             self.of_files += member @ torch.stack([torch.ones_like(nll), nll, p_correct], dim=1)
 
+    def reset(self) -> None:
+        self.sums.zero_()
+        self.of_files.zero_()
+        self.has_auxiliary = False
+
     def save(self, folder: Path, accelerator: Accelerator) -> None:
         """Writes the sums of all ranks into a checkpoint, so that a resumed window is whole. A collective."""
         rows = accelerator.gather(self.sums[None]).tolist()  # (ranks, sums)
@@ -108,20 +114,25 @@ class TokenMeter:
         if folder is None or not (Path(folder) / METER).is_file():
             return
         rows = torch.tensor(json.loads((Path(folder) / METER).read_text()), dtype=torch.float64)
+        if rows.shape[1:] != self.sums.shape:
+            raise UserError(
+                f"{Path(folder) / METER}: saved by another version of this trainer; remove the file to go on "
+                "without the metrics of the logging window in which the run was interrupted"
+            )
         rank, ranks = accelerator.process_index, accelerator.num_processes
         self.sums += rows[rank::ranks].sum(dim=0).to(self.sums.device)
 
     def reduce(self, accelerator: Accelerator, alpha: float) -> "Reduced":
         """Means over the tokens of all ranks. Starts anew. A collective."""
         sums = accelerator.reduce(torch.cat([self.sums, self.of_files.flatten()]), "sum").tolist()
-        self.sums.zero_()
-        self.of_files.zero_()
+        has_auxiliary = self.has_auxiliary
+        self.reset()
         named = dict(zip(SUMS, sums, strict=False))
         histogram = [round(count) for count in sums[len(SUMS) : len(SUMS) + BINS]]
         width = len(OF_FILES)
         rest = sums[len(SUMS) + BINS :]
         of_files = [rest[start : start + width] for start in range(0, len(rest), width)]
-        means = means_of(named, alpha, self.has_auxiliary)
+        means = means_of(named, alpha, has_auxiliary)
         return Reduced(named, histogram, [file_means(one) for one in of_files], means)
 
 

@@ -129,15 +129,16 @@ def check_positions(model: PreTrainedModel, longest: int, arguments: Arguments) 
 
 
 def settle_ddp(model: PreTrainedModel, arguments: Arguments) -> None:
-    """Where nothing is said, DDP looks for parameters without a gradient in mixtures of experts alone.
+    """Where nothing is said, DDP looks for no parameters without a gradient in dense models of text.
 
-    transformers has it look in all models, which takes time in each step, and in dense ones finds nothing and
-    is warned of on every rank.
+    transformers has it look in all models, which takes time in each step, and where there are none is warned
+    of on every rank. Experts that no token chose have none, nor has what sees or hears.
     """
     training = arguments.training
-    if training.ddp_find_unused_parameters is None:
-        names = (name for name, _ in model.named_parameters())
-        training.ddp_find_unused_parameters = any(".experts." in name for name in names)
+    of_text = model.config.get_text_config() is model.config
+    has_experts = any(".experts." in name for name, _ in model.named_parameters())
+    if training.ddp_find_unused_parameters is None and of_text and not has_experts:
+        training.ddp_find_unused_parameters = False
 
 
 def resolve_dtype(arguments: Arguments) -> torch.dtype | str:

@@ -18,7 +18,7 @@ def passing_on_nonfinite(loss: Tensor) -> Tensor:
     """The loss, whose gradient is not finite where it is not finite itself.
 
     A weight of 0 hides an infinite nll from the gradient. The norm of the gradient is what all ranks see
-    alike, at no cost beyond what a step has anyway, so it must tell. Of a finite loss nothing changes.
+    alike without another collective, so it must tell. Of a finite loss nothing changes.
     """
     return loss * (1 + 0 * loss.detach())
 
@@ -41,8 +41,8 @@ class Blame:
         named = ", ".join(self.conversations[:NAMED]) or "conversations of unknown origin"
         if (more := len(self.conversations) - NAMED) > 0:
             named += f" and {more} more"
-        what = "the gradient, though not the loss, of" if self.loss_is_finite else "the loss of"
-        return f"on rank {self.rank}, {what} {named}"
+        what = "gradient, though not the loss," if self.loss_is_finite else "loss"
+        return f"the {what} of {named} on rank {self.rank}"
 
 
 @dataclass
@@ -114,7 +114,7 @@ def is_finite(norm: Tensor | float) -> bool:
 
 def stop_message(step: int, blames: list[Blame], checkpoint: str | None) -> str:
     """For the one error with which all ranks end."""
-    kept = f"go on from {checkpoint}" if checkpoint else "there is no checkpoint yet"
+    kept = f"the newest checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
     return (
         f"step {step}: {_described(blames)}. The weights were not updated; {kept}. Look at these "
         "conversations, lower --learning_rate, or leave such steps out with --on_nonfinite skip"
@@ -127,4 +127,4 @@ def skip_message(step: int, blames: list[Blame]) -> str:
 
 def _described(blames: list[Blame]) -> str:
     guilty = [blame for blame in blames if not blame.loss_is_finite] or blames
-    return f"not finite is, {'; '.join(map(str, guilty))}"
+    return f"{'; '.join(map(str, guilty))} is not finite"

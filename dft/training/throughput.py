@@ -1,5 +1,6 @@
 """How fast a run is, of what its device could do, and how much memory it takes."""
 
+import re
 import resource
 import sys
 import time
@@ -17,8 +18,8 @@ PEAK_TFLOPS = {
     "MI325X": 1307, "MI250X": 191, "RTX 6000 Ada": 364, "RTX A6000": 155, "V100": 125,
 }  # fmt: skip
 """Dense products in half precision that sum in float32, 1e12 operations a second, from the makers' data
-sheets (without sparsity; of an MI250X one of its two dies, which is one device). The longest name that is
-part of the device's counts."""
+sheets (without sparsity; of an MI250X one of its two dies, which is one device). The longest name whose words
+are among those of the device counts."""
 GIB = 2**30
 
 
@@ -96,17 +97,19 @@ def active_share(config: PretrainedConfig) -> float | None:
     return chosen / total if total and chosen else None
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second that a device can do; None where that is not known, or not in half precision."""
-    if device.type != "cuda" or dtype.itemsize != 2:
+def peak_flops(device: torch.device) -> float | None:
+    """Operations a second that a device can do in half precision; None where that is not known."""
+    if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    known = max((one for one in PEAK_TFLOPS if one in name), key=len, default=None)
+    if "Laptop" in name:
+        return None  # slower than the card of the same name, each by its cooling
+    known = max((one for one in PEAK_TFLOPS if re.search(rf"\b{one}\b", name)), key=len, default=None)
     return None if known is None else PEAK_TFLOPS[known] * 1e12
 
 
 class Clock:
-    """Seconds of training steps, without those of evaluating and saving."""
+    """Seconds of training steps, without evaluating and saving, and seconds that are left, with them."""
 
     def __init__(self) -> None:
         self.start(0)
@@ -118,8 +121,9 @@ class Clock:
 
     def leave_out(self, seconds: float) -> None:
         """What just took place does not count."""
-        self._began += seconds
         self._window += seconds
+        if self._step == self._first:
+            self._began += seconds  # of the untouched model; that does not come again
 
     def window(self, step: int) -> float:
         """Seconds since this was last asked."""
@@ -128,9 +132,9 @@ class Clock:
         return seconds
 
     def seconds_left(self, last: int) -> float:
-        """Until a step, at the pace of this run so far."""
+        """Until a step, at the pace of this run so far, with all that it does between steps."""
         done = self._step - self._first
-        return (self._window - self._began) / max(done, 1) * (last - self._step)
+        return (time.perf_counter() - self._began) / max(done, 1) * (last - self._step)
 
 
 def compute_dtype(args: transformers.TrainingArguments, model: nn.Module) -> torch.dtype:

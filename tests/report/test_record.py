@@ -46,12 +46,20 @@ def trained(folder, tokenizer, **flags) -> DFTTrainer:
     return trainer
 
 
+def closed(trainer, status: str = "finished") -> None:
+    """Ends the report as train_dft.py does."""
+    (callback,) = [one for one in trainer.callback_handler.callbacks if isinstance(one, ReportCallback)]
+    callback.close(status)
+
+
 RECORD = ("name", "method", "alpha", "model", "arguments", "given", "environment", "data")
 
 
 def test_a_run_leaves_its_report_and_its_page(tmp_path, numbered):
     trainer = trained(tmp_path, numbered)
     trainer.train()
+    assert json.loads((tmp_path / REPORT).read_text())["status"] == "running"
+    closed(trainer)
     report = json.loads((tmp_path / REPORT).read_text())
     assert report["status"] == "finished" and report["steps"] == {"done": 4, "total": 4}
     assert report["log"] == trainer.state.log_history

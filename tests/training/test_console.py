@@ -31,6 +31,13 @@ def test_lines_stand_under_one_another():
     assert other.index("grad_norm") == log_line(TRAIN, 7, 1000).index("grad_norm")
 
 
+def test_a_window_without_a_metric_leaves_its_place():
+    logs = {name: value for name, value in TRAIN.items() if name not in ("p_end_of_turn", "loss")}
+    line = log_line(logs, 7, 1000)
+    assert "loss -  " in line and "p_end_of_turn -  " in line
+    assert line.index("grad_norm") == log_line(TRAIN, 7, 1000).index("grad_norm")
+
+
 def test_a_line_of_evaluation_has_its_metrics_and_no_histogram():
     logs = {f"eval_{name}": value for name, value in TRAIN.items()} | {"epoch": 1.0, "eval_runtime": 3.0}
     line = log_line(logs, 10, 1000)

@@ -67,7 +67,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, fused):
     with pytest.raises(UserError) as caught:
         trainer.train()
     message = str(caught.value)
-    assert "step 4" in message and "rank 0" in message and "file 0:7" in message
+    assert "step 4" in message and "the loss of file 0:7 on rank 0 is not finite" in message
     assert "file 0:8" not in message and "--on_nonfinite skip" in message
     clean = weights(model)
     clean["model.embed_tokens.weight"][POISON] = 0
@@ -128,7 +128,9 @@ def test_a_gradient_alone_is_caught_as_well(tmp_path):
 
     model.model.layers[0].mlp.up_proj.weight.register_hook(spoil)
     trainer = run(tmp_path, model, Rows(12, None), "stop")
-    with pytest.raises(UserError, match=r"step 3: .*rank 0.*though not the loss.*file 0:5, file 0:6"):
+    with pytest.raises(
+        UserError, match=r"step 3: the gradient, though not the loss, of file 0:5, file 0:6 on rank 0"
+    ):
         trainer.train()
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
@@ -155,3 +157,15 @@ def test_the_weights_of_a_clean_run_do_not_depend_on_the_policy(tmp_path):
 def test_what_skips_is_one_of_two_words(tmp_path):
     with pytest.raises(ValueError, match="on_nonfinite 'go on': must be one of stop, skip"):
         run(tmp_path, tiny(), Rows(2, None), "go on")
+
+
+def test_a_run_after_one_that_was_stopped_counts_its_own_tokens_alone(tmp_path):
+    rows = Rows(12, 6)
+    trainer = run(tmp_path, poisonous(), rows, "stop", logging_steps=4)
+    with pytest.raises(UserError):
+        trainer.train()
+    trainer.train_dataset.rows[6] = trainer.train_dataset.rows[5]
+    trainer.train()
+    record = next(one for one in trainer.state.log_history if "grad_norm" in one)
+    supervised = sum(one != -100 for row in rows.rows[:8] for one in row["labels"][1:])
+    assert record["supervised_tokens"] == supervised and math.isfinite(record["nll"])

@@ -68,23 +68,28 @@ def test_the_peak_is_that_of_the_longest_name(monkeypatch):
     for name, expected in {
         "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
         "NVIDIA L40S": 362e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A10": 125e12, "Tesla K80": None,
+        "NVIDIA RTX A4000": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+        "NVIDIA GeForce RTX 4090": 165e12,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device, name=name: name)
-        assert peak_flops(torch.device("cuda"), torch.bfloat16) == expected, name
-    assert peak_flops(torch.device("cuda"), torch.float32) is None
-    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
+        assert peak_flops(torch.device("cuda")) == expected, name
+    assert peak_flops(torch.device("cpu")) is None
 
 
-def test_the_clock_leaves_out_what_is_no_training(monkeypatch):
+def test_the_clock_leaves_out_what_is_no_training_and_tells_what_is_left_with_it(monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     clock = Clock()
     clock.start(10)
-    now = 120.0
+    now = 107.0
+    clock.leave_out(7)  # of the untouched model: that does not come again
+    now = 127.0
+    assert clock.window(14) == 20 and clock.seconds_left(20) == 20 / 4 * 6
+    now = 135.0
     clock.leave_out(8)
-    assert clock.window(14) == 12 and clock.seconds_left(20) == 12 / 4 * 6
-    now = 130.0
-    assert clock.window(20) == 10 and clock.seconds_left(20) == 0
+    now = 155.0
+    assert clock.window(18) == 20 and clock.seconds_left(20) == 48 / 8 * 2
+    assert clock.seconds_left(18) == 0
 
 
 def test_memory_is_about_what_this_process_has():
