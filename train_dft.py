@@ -90,19 +90,21 @@ def main() -> None:
     write_resolved_arguments(arguments, model)
     for line in (*start_lines(arguments, model, data.report, trainer.batching), *new_notes(arguments)):
         say(line)
-    status = "stopped by an error"
+    status, failure = "stopped by an error", "an error"
     try:
         trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
         trainer.save_model()
         trainer.save_state()
         status = "finished" if trainer.state.global_step >= trainer.state.max_steps else "finished early"
+        failure = None
     except UserError as error:  # a step that is not finite
-        status = f"stopped: {error}"
+        status, failure = f"stopped: {error}", str(error)
         raise
     finally:
         if arguments.watch.report:
             report.close(status)
-        finish_trackers(arguments.training.report_to)
+        finish_trackers(arguments.training.report_to, failure)
+        report_user_errors()  # wandb puts a hook of its own in front
     for line in final_lines(trainer.state, arguments.training, arguments.watch.report):
         say(line)
     leave_ranks()
@@ -154,9 +156,10 @@ def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
         cache_dir=Path(wanted.data_cache_dir).expanduser(),
         workers=wanted.preprocessing_num_workers,
     )
-    if is_main_process():
+    keeps = not arguments.watch.preflight  # which may look into the folder of a run
+    if is_main_process() and keeps:
         data.write_report(Path(training.output_dir))
-    for line in data_summary(data.report, training.output_dir):
+    for line in data_summary(data.report, training.output_dir if keeps else None):
         say(line)
     return data
 

@@ -19,7 +19,7 @@ from dft.training.distributed import (
     choose_deepspeed_accelerator,
     init_cpu_deepspeed,
     is_launched,
-    mute_deepspeed_deprecations,
+    mute_deepspeed,
     share_cores,
 )
 from dft.training.metrics import LOWER_IS_BETTER
@@ -183,7 +183,7 @@ class TrainingArguments(transformers.TrainingArguments):
                     f"--deepspeed {self.deepspeed}: DeepSpeed learns of its ranks from a launcher, also when "
                     "there is one only; start with `deepspeed train_dft.py ...` in place of python"
                 )
-            mute_deepspeed_deprecations()
+            mute_deepspeed()
             if self.use_cpu:
                 init_cpu_deepspeed()
         super().__post_init__()
@@ -225,8 +225,12 @@ def zero_stage(config: str) -> int:
         UserError: it cannot be read.
     """
     check_deepspeed_file(config)
-    content = json.loads(config if config.startswith("{") else Path(config).read_text())
-    return content.get("zero_optimization", {}).get("stage", 0)
+    try:
+        content = json.loads(config if config.startswith("{") else Path(config).read_text())
+    except ValueError as error:
+        raise UserError(f"--deepspeed {config}: not valid JSON: {error}") from None
+    zero = content.get("zero_optimization")
+    return zero.get("stage", 0) if isinstance(zero, dict) else 0
 
 
 def check_deepspeed_file(config: str | dict[str, Any]) -> None:

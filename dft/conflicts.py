@@ -33,6 +33,7 @@ def check(arguments: Arguments) -> None:
     """
     check_ranges(arguments)
     settle_evaluation(arguments)
+    check_preflight(arguments)
     check_output(arguments)
     if arguments.data.prepare_only:
         return  # the rest is about a machine and a training that may be elsewhere
@@ -90,6 +91,19 @@ def check_ranges(arguments: Arguments) -> None:
             raise UserError(f"--{name} {value}: expected a JSON object such as '{{\"name\": 1}}'")
     if not 0 <= dft.dft_alpha <= 1:
         raise UserError(f"--dft_alpha {dft.dft_alpha:g}: must lie in [0, 1]; 1 is the paper's DFT, 0 is SFT")
+
+
+def check_preflight(arguments: Arguments) -> None:
+    if not arguments.watch.preflight:
+        return
+    if arguments.data.prepare_only:
+        raise UserError("--preflight True needs the model, --prepare_only True leaves it out; give one")
+    resume = arguments.training.resume_from_checkpoint
+    if resume is not None and resume.lower() != "false":
+        raise UserError(
+            f"--preflight True scores --model_name_or_path, not --resume_from_checkpoint {resume}; leave "
+            "that out, or name the checkpoint as the model"
+        )
 
 
 def settle_evaluation(arguments: Arguments) -> None:
@@ -294,7 +308,7 @@ def check_output(arguments: Arguments) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
-    if arguments.data.prepare_only:
+    if arguments.data.prepare_only or arguments.watch.preflight:
         return
     resume = resolve_resume(training)
     checkpoints = list(folder.glob("checkpoint-*"))

@@ -145,9 +145,16 @@ def completed(batch: dict[str, Any], examples: Sequence[Example], width: int | N
 
 def _origins(example: Example) -> Tensor:
     """(sequences, 2) int64."""
-    if "origins" in example:
-        return _int64(example["origins"]).view(-1, 2)
-    return torch.full((len(sequence_lengths(example)), 2), -1)
+    count = len(sequence_lengths(example))
+    if "origins" not in example:
+        return torch.full((count, 2), -1)
+    given = np.array(example["origins"])
+    if given.shape != (count, 2) or given.dtype.kind not in "iu":
+        raise ValueError(
+            f"origins {example['origins']!r}: must be {count} pair(s) of numbers, file and line of each "
+            "sequence; give a column of another meaning another name"
+        )
+    return _int64(given)
 
 
 def sequence_lengths(example: Example) -> list[int]:

@@ -36,8 +36,7 @@ def write_whole_bytes(path: Path, parts: Iterable[bytes]) -> None:
             os.replace(staging, path)
             undo.pop_all()
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def flush_to_disk(path: Path) -> None:

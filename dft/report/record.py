@@ -23,8 +23,9 @@ from transformers.trainer_pt_utils import get_model_param_count
 from dft.arguments import Arguments, default_flags
 from dft.config_file import SECRETS, plain
 from dft.data.files import write_whole
+from dft.errors import UserError
 from dft.report.run import derived
-from dft.report.saved import REPORT
+from dft.report.saved import REPORT, load_report
 from dft.training.batching import files_of
 from dft.training.distributed import say
 from dft.training.scoring import ScoredSequence
@@ -122,8 +123,12 @@ class ReportCallback(TrainerCallback):
     ) -> None:
         """A resumed run keeps what the model said before it was trained."""
         earlier = self.folder / REPORT
-        if state.is_world_process_zero and state.global_step and earlier.is_file():
-            self.views = json.loads(earlier.read_text())["tokens"][:1]
+        if not (state.is_world_process_zero and state.global_step and earlier.is_file()):
+            return
+        try:
+            self.views = load_report(self.folder)["tokens"][:1]
+        except (UserError, OSError) as error:
+            say(f"warning     the report begins anew at step {state.global_step}: {error}")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

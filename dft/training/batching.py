@@ -120,7 +120,8 @@ def files_of(dataset: Any) -> list[str]:
     """Names of the files that the examples of a dataset are from, as its `origins` number them."""
     if isinstance(dataset, WithBlank):
         dataset = dataset.dataset
-    return getattr(dataset, "files", [])  # ours or a library user's, which need not have them
+    files = getattr(dataset, "files", [])  # of a library user it may mean another thing
+    return files if isinstance(files, list) else []
 
 
 def token_count(inputs: Mapping[str, Tensor | int]) -> Tensor:

@@ -94,11 +94,9 @@ def log_line(logs: dict[str, float], step: int, max_steps: int) -> str | None:
     width = len(str(max_steps))
     if "learning_rate" in logs:
         kind, columns = "train", columns_of(logs, TRAIN_COLUMNS)
-    elif any(f"eval_{name}" in logs for name in METRICS):
-        kind, columns = (
-            "eval",
-            {name: logs[f"eval_{name}"] for name in EVAL_COLUMNS if f"eval_{name}" in logs},
-        )
+    elif prefix := evaluation_prefix(logs):
+        kind = prefix.rstrip("_").replace("_", " ", 1)
+        columns = columns_of({name.removeprefix(prefix): logs[name] for name in logs}, EVAL_COLUMNS)
     else:
         return None
     cells = [f"{name} {number(value):<9}" for name, value in columns.items()]
@@ -106,6 +104,12 @@ def log_line(logs: dict[str, float], step: int, max_steps: int) -> str | None:
         cells.append(f"memory {logs['peak_memory_gib']:.2f} GiB  left {clock(logs['seconds_left'])}")
     place = f"{kind:<5} step {step:>{width}}/{max_steps}  epoch {logs.get('epoch', 0):<6.2f}"
     return f"{place}  {'  '.join(cells)}".rstrip()
+
+
+def evaluation_prefix(logs: dict[str, float]) -> str | None:
+    """`eval_`, or `eval_<name>_` of one of several datasets; None for what is no evaluation."""
+    names = [name for name in logs if name.startswith("eval_") and name.endswith("_supervised_tokens")]
+    return names[0].removesuffix("supervised_tokens") if names else None
 
 
 def columns_of(logs: dict[str, float], names: tuple[str, ...]) -> dict[str, float | None]:

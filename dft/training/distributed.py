@@ -1,6 +1,7 @@
 """What has to be known or done about the other ranks before a Trainer exists."""
 
 import atexit
+import logging
 import os
 import sys
 import warnings
@@ -29,8 +30,12 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def mute_deepspeed_deprecations() -> None:
-    """DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, which no user can change."""
+def mute_deepspeed() -> None:
+    """Leaves warnings and errors of DeepSpeed: what it notes of its own set-up is of no use to a run.
+
+    DeepSpeed 0.19 also calls collectives by names that torch 2.13 deprecates, which no user can change.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 

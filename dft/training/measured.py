@@ -18,6 +18,7 @@ from dft.training.checks import check_choice
 from dft.training.distributed import say
 from dft.training.metrics import HISTOGRAM, TokenMeter, named_after_files
 from dft.training.nonfinite import (
+    MOST_IN_A_ROW,
     POLICIES,
     StepWatch,
     is_finite,
@@ -71,6 +72,7 @@ class MeasuredTrainer(transformers.Trainer):
         self._scored: list[TokenTable] | None = None
         self._tr_loss = torch.zeros((), device=args.device)  # Trainer's own sum, made anew in each run
         self._watch = StepWatch()
+        self._left_out = 0  # steps in a row
         self._clock = Clock()
         self._flops: ModelFlops | None = None
 
@@ -111,9 +113,11 @@ class MeasuredTrainer(transformers.Trainer):
         device here, once a step.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.deepspeed is None and not self.args.fp16:
+        if self.deepspeed is None and self._loss_scaler() is None:
             self.optimizer._is_overflow = False
-        if not is_finite(norm):
+        if is_finite(norm):
+            self._left_out = 0
+        else:
             self._refuse_step(model)
         self._watch.clear()
         return norm
@@ -125,25 +129,36 @@ class MeasuredTrainer(transformers.Trainer):
         if self._is_too_great_for_float16() and all(blame.loss_is_finite for blame in blames):
             return  # the loss scale is lowered and the step left out, as ever
         step = self.state.global_step + 1
-        if self.on_nonfinite == "stop":
+        self._left_out += 1
+        if self.on_nonfinite == "stop" or self._left_out > MOST_IN_A_ROW:
             folder = Path(self.args.output_dir)
             kept = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-            raise UserError(stop_message(step, blames, kept))
+            raise UserError(stop_message(step, blames, kept, self._left_out - 1))
         say(f"warning     {skip_message(step, blames)}")
         # DeepSpeed leaves such a step out by itself, a loss scale too.
-        if self.deepspeed is None and not self.args.fp16:
+        if self.deepspeed is None and self._loss_scaler() is None:
             model.zero_grad()  # to None, and what has no gradient is not updated
             self.optimizer._is_overflow = True  # as they do, so that no learning rate of the schedule is lost
         self._watch.take_back(self._train_meter.sums, self._tr_loss)
 
     def _is_too_great_for_float16(self) -> bool:
         """Whether it may be the fault of a loss scale that can still be lowered."""
-        if not self.args.fp16:
-            return False
-        scaler = self.accelerator.scaler  # DeepSpeed has its own, which gives up by itself
-        return scaler is None or scaler.get_scale() > 1
+        if self.deepspeed is not None:
+            return self.args.fp16  # its own scale gives up by itself
+        scaler = self._loss_scaler()
+        return scaler is not None and scaler.get_scale() > 1
+
+    def _loss_scaler(self) -> torch.amp.GradScaler | None:
+        """Where there is one: not on a CPU, where accelerate computes in float16 without."""
+        scaler = self.accelerator.scaler
+        return scaler if scaler is not None and scaler.is_enabled() else None
 
     # ---- the metrics ----
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The metrics, which are numbers; callbacks and the history have the histogram as well."""
+        metrics = super().evaluate(*args, **kwargs)
+        return {name: value for name, value in metrics.items() if not isinstance(value, list)}
 
     def score(self, dataset: Any) -> TokenTable:
         """Every supervised token of a dataset under the model as it is. All ranks get the whole table.
@@ -179,6 +194,11 @@ class MeasuredTrainer(transformers.Trainer):
         found = self._eval_meter.reduce(self.accelerator, self.alpha)
         metrics = {**found.means, **named_after_files(files, found.files)}
         metrics["supervised_tokens"] = int(found.counts["supervised"])
+        if broken := int(found.counts["not_numbers"]):
+            say(
+                f"warning     {broken:,} of {metrics['supervised_tokens']:,} tokens evaluated have a p that "
+                "is not a number; they are in no histogram, and no checkpoint is the best by this evaluation"
+            )
         if description == "Evaluation":  # what trackers get of a prediction has to be numbers
             metrics[HISTOGRAM] = found.histogram
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})

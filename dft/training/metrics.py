@@ -29,10 +29,10 @@ NEITHER_IS_BETTER = ("entropy", "effective_tokens")
 
 SUMS = (
     "supervised", "tokens", "positions", "pairs", "weighted_nll", "nll", "p_correct", "correct", "entropy",
-    "weight", "end_of_turn", "p_end_of_turn", "aux_loss",
+    "weight", "end_of_turn", "p_end_of_turn", "aux_loss", "not_numbers",
 )  # fmt: skip
 """What is counted: supervised tokens, tokens that are not padding, tokens with padding, pairs of tokens of
-which one attends to the other; then sums over supervised tokens."""
+which one attends to the other; then sums over supervised tokens, and those whose p is not a number."""
 OF_FILES = ("supervised", "nll", "p_correct")
 """What is summed for each file."""
 
@@ -88,10 +88,11 @@ class TokenMeter:
             "end_of_turn": ends.sum(dtype=torch.float64),
             "p_end_of_turn": (p_correct * ends).sum(),
             "aux_loss": nll.new_zeros(()) if aux_loss is None else aux_loss.detach().double() * count,
+            "not_numbers": p_correct.isnan().sum(dtype=torch.float64),
         }
         # Neither bincount nor histc: on a GPU the one waits for the device, and neither is deterministic.
         above = (p_correct[:, None] >= self._edges).sum(0, dtype=torch.float64)  # (BINS - 1,)
-        everywhere = torch.cat([counted["supervised"][None], above])
+        everywhere = torch.cat([(counted["supervised"] - counted["not_numbers"])[None], above])
         histogram = everywhere - torch.cat([above, above.new_zeros(1)])
         self.sums += torch.cat([torch.stack([counted[name] for name in SUMS]), histogram])
         if len(self._files) and files is not None:

@@ -10,6 +10,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 POLICIES = ("stop", "skip")
+MOST_IN_A_ROW = 20
+"""Steps that are left out one after the other before a run that skips them is stopped: nothing is learned."""
 NAMED = 20
 """Conversations of a rank that a message names."""
 
@@ -90,8 +92,8 @@ class StepWatch:
 
 def _origins(nll: Tensor, batch: Mapping[str, Tensor], files: Sequence[str], whole: bool) -> list[str]:
     """`file:line` of the conversations with a token that is not finite, or of the whole batch."""
-    if "origins" not in batch:
-        return []
+    if len(batch) < 3:
+        return []  # of another collator
     origins = batch["origins"]
     if not whole:
         of_tokens = batch["sequence_ids"].flatten()[batch["loss_positions"]]
@@ -112,12 +114,14 @@ def is_finite(norm: Tensor | float) -> bool:
     return math.isfinite(norm.item() if isinstance(norm, torch.Tensor) else norm)
 
 
-def stop_message(step: int, blames: list[Blame], checkpoint: str | None) -> str:
-    """For the one error with which all ranks end."""
+def stop_message(step: int, blames: list[Blame], checkpoint: str | None, skipped: int) -> str:
+    """For the one error with which all ranks end. `skipped`: the steps before it that were left out."""
+    after = f", and neither were the {skipped} steps before it" if skipped else ""
     kept = f"the newest checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+    or_skip = "" if skipped else ", or leave such steps out with --on_nonfinite skip"
     return (
-        f"step {step}: {_described(blames)}. The weights were not updated; {kept}. Look at these "
-        "conversations, lower --learning_rate, or leave such steps out with --on_nonfinite skip"
+        f"step {step}: {_described(blames)}{after}. The weights were not updated; {kept}. Look at these "
+        f"conversations, lower --learning_rate{or_skip}"
     )
 
 

@@ -22,6 +22,10 @@ from dft.training.metrics import HISTOGRAM
 LONGEST_LIST = 50
 """Items of a list in the record of a run; the files of the run itself have all."""
 LONGEST_TEXT = 2000
+MODES = {
+    "wandb": ("online", "offline", "disabled", "dryrun", "shared"),
+    "swanlab": ("online", "cloud", "offline", "local", "disabled"),
+}
 SWANLAB_NAME = re.compile(r"[0-9a-zA-Z_+.-]{1,100}")
 """Of a project."""
 
@@ -208,14 +212,24 @@ def prepare_trackers(report_to: list[str], logging_dir: str | None = None) -> li
     write_under(logging_dir)
     # wandb ends with tables of all metrics, which the log of the run has already.
     os.environ.setdefault("WANDB_QUIET", "true")
+    check_modes(report_to)
     notes = go_offline_without_login(report_to)
     if "swanlab" in report_to and is_main_process():
         check_swanlab_dashboard()
     return notes
 
 
-def finish_trackers(report_to: list[str]) -> None:
-    """Ends the runs of wandb and SwanLab, whose records are complete then.
+def check_modes(report_to: list[str]) -> None:
+    """Raises `UserError` for a mode that a tracker does not know."""
+    for tracker, modes in MODES.items():
+        variable = f"{tracker.upper()}_MODE"
+        mode = os.environ.get(variable)
+        if tracker in report_to and mode and mode not in modes:
+            raise UserError(f"{variable} {mode!r}: {tracker} knows {', '.join(modes)}")
+
+
+def finish_trackers(report_to: list[str], error: str | None = None) -> None:
+    """Ends the runs of wandb and SwanLab, whose records are complete then; as failed ones after an error.
 
     Left to the end of the process, wandb writes escape sequences of colors into log files.
     """
@@ -224,12 +238,12 @@ def finish_trackers(report_to: list[str]) -> None:
     if "wandb" in report_to:
         import wandb  # its callback did so already
 
-        wandb.finish()
+        wandb.finish(exit_code=1 if error else 0)
     if "swanlab" in report_to:
         import swanlab
 
         if swanlab.has_run():
-            swanlab.finish()
+            swanlab.finish(state="crashed" if error else "success", error=error)
 
 
 def go_offline_without_login(report_to: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """DFTTrainer: transformers' Trainer with the DFT loss and metrics that are weighted by token."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -309,6 +310,12 @@ class DFTTrainer(MeasuredTrainer):
         # An evaluation between two saves leaves no checkpoint behind, so it can be no best one either.
         if self.args.save_strategy != SaveStrategy.BEST and not self.control.should_save:
             return False
+        wanted = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        if wanted not in metrics:
+            say(f"warning     no {wanted} in this evaluation, so it can have no best checkpoint")
+            return False
+        if not math.isfinite(metrics.get("eval_nll", 0.0)):
+            return False  # acc may be finite all the same, and mean nothing
         return super()._determine_best_metric(metrics, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -84,6 +84,15 @@ def test_a_resumed_run_keeps_what_the_untouched_model_said(tmp_path, numbered, m
     assert after[0] == before and before["step"] == 0 and after[1]["step"] == 4
 
 
+def test_a_broken_report_is_no_obstacle_to_going_on(tmp_path, numbered, monkeypatch, capsys):
+    monkeypatch.setattr("dft.report.page.write_report_page", lambda report, folder: None)
+    trained(tmp_path, numbered, save_strategy="steps", save_steps=2).train()
+    (tmp_path / REPORT).write_text('{"status": "ru')
+    trained(tmp_path, numbered).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "the report begins anew at step 2" in capsys.readouterr().out
+    assert [view["step"] for view in json.loads((tmp_path / REPORT).read_text())["tokens"]][-1] == 4
+
+
 def test_a_report_that_cannot_be_written_is_said_and_costs_nothing(tmp_path, numbered, capsys):
     (tmp_path / REPORT).mkdir()
     trainer = trained(tmp_path, numbered)

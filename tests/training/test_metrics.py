@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from dft import DFTTrainer, dft_loss
 from dft.data.collator import FlatCollator, PackedCollator, PaddedCollator
@@ -122,8 +123,9 @@ def test_evaluation_metrics_histogram_and_files(tmp_path, fused):
     for name, value in expected_of(tokens, 0.6).items():
         assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
     counts, _ = np.histogram([one["p"] for one in tokens], bins=BINS, range=(0, 1))
-    assert metrics["eval_p_histogram"] == counts.tolist()
-    assert sum(metrics["eval_p_histogram"]) == metrics["eval_supervised_tokens"] == len(tokens)
+    histogram = run.state.log_history[-1]["eval_p_histogram"]
+    assert histogram == counts.tolist() and sum(histogram) == metrics["eval_supervised_tokens"] == len(tokens)
+    assert all(isinstance(value, int | float) for value in metrics.values())
     for file, name in enumerate(["a.jsonl", "b.jsonl"]):
         of_file = [one for one in tokens if one["row"] % 2 == file]
         assert metrics[f"eval_{name}/nll"] == pytest.approx(
@@ -228,3 +230,44 @@ def test_nothing_supervised_gives_no_means(tmp_path):
     metrics = run.evaluate()
     assert "eval_nll" not in metrics and metrics["eval_supervised_tokens"] == 0
     assert math.isfinite(run.state.log_history[0]["grad_norm"])
+
+
+def test_a_token_without_a_probability_is_in_no_histogram_and_makes_no_best_checkpoint(tmp_path, capsys):
+    rows = ended(8)
+    run = made(
+        tmp_path, Rows(rows), evaluation=Rows(rows), metric_for_best_model="eval_acc", fused_head="off"
+    )
+    run.args.save_strategy = SaveStrategy.BEST
+    assert run._determine_best_metric(run.evaluate(), None)
+    run.state.best_metric = None
+    run.model.lm_head.weight = torch.nn.Parameter(run.model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        run.model.model.embed_tokens.weight[20] = math.nan  # in some of the conversations
+    metrics = run.evaluate()
+    found = run.state.log_history[-1]
+    assert math.isnan(metrics["eval_nll"]) and math.isfinite(metrics["eval_acc"])
+    assert 0 < sum(found["eval_p_histogram"]) < metrics["eval_supervised_tokens"]
+    assert "tokens evaluated have a p that is not a number" in capsys.readouterr().out
+    assert not run._determine_best_metric(metrics, None)
+
+
+def test_a_metric_that_an_evaluation_does_not_have_makes_no_best_checkpoint(tmp_path, capsys):
+    run = made(tmp_path, Rows(ended(2)), evaluation=Rows(ended(2)), metric_for_best_model="p_end_of_turn")
+    run.args.save_strategy = SaveStrategy.BEST
+    assert not run._determine_best_metric({"eval_nll": 1.0}, None)
+    assert "no eval_p_end_of_turn in this evaluation" in capsys.readouterr().out
+
+
+def test_a_column_of_another_meaning_is_one_error(tmp_path):
+    rows = Rows(ended(2))
+    rows.files = "a method or a text"
+    assert made(tmp_path, rows, evaluation=rows, log_per_file=True).evaluate()["eval_nll"] > 0
+    row = {**ended(1)[0], "origins": "wikipedia"}
+    with pytest.raises(ValueError, match="origins 'wikipedia': must be 1 pair"):
+        PaddedCollator(0)([row])
+
+
+def test_one_of_several_evaluations_has_its_line(tmp_path, capsys):
+    run = made(tmp_path, Rows(ended(2)), evaluation={"b": Rows(ended(2))})
+    metrics = run.evaluate()
+    assert metrics["eval_b_nll"] > 0 and "eval b step 0/0" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from dft import DFTTrainer
 from dft.errors import UserError
-from dft.training.nonfinite import passing_on_nonfinite
+from dft.training.nonfinite import StepWatch, passing_on_nonfinite
 from tests.training.test_trainer import conversations, tiny
 
 POISON = 20
@@ -169,3 +169,27 @@ def test_a_run_after_one_that_was_stopped_counts_its_own_tokens_alone(tmp_path):
     record = next(one for one in trainer.state.log_history if "grad_norm" in one)
     supervised = sum(one != -100 for row in rows.rows[:8] for one in row["labels"][1:])
     assert record["supervised_tokens"] == supervised and math.isfinite(record["nll"])
+
+
+def test_a_run_that_skips_everything_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("dft.training.measured.MOST_IN_A_ROW", 3)
+    rows = Rows(12, 0)
+    rows.rows = [rows.rows[0]] * 12
+    trainer = run(tmp_path, poisonous(), rows, "skip")
+    with pytest.raises(UserError, match="step 4: .*and neither were the 3 steps before it"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_on_a_cpu_has_no_loss_scale_to_leave_the_step_out(tmp_path, precision):
+    model = poisonous()
+    run(tmp_path, model, Rows(12, 6), "skip", **{precision: True}).train()
+    clean = weights(model)
+    clean["model.embed_tokens.weight"][POISON] = 0
+    assert all(value.isfinite().all() for value in clean.values())
+
+
+def test_a_batch_of_another_collator_is_blamed_without_names():
+    watch = StepWatch()
+    watch.add(torch.tensor(math.nan), torch.tensor([math.nan]), {"origins": torch.zeros(1, 2)})
+    assert str(watch.blame(3, [])) == "the loss of conversations of unknown origin on rank 3"

@@ -187,3 +187,10 @@ def test_ranks_without_a_tracker_send_nothing(tmp_path):
     RunRecordCallback({"data": {}}, handler).on_train_begin(None, state, None)
     HistogramCallback(handler).on_evaluate(None, state, None, metrics={"eval_p_histogram": COUNTS})
     assert not swanlab.has_run()
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "swanlab"])
+def test_a_mode_that_a_tracker_does_not_know_is_one_error(tracker, monkeypatch):
+    monkeypatch.setenv(f"{tracker.upper()}_MODE", "foo")
+    with pytest.raises(UserError, match=f"{tracker.upper()}_MODE 'foo': {tracker} knows online, "):
+        prepare_trackers([tracker])
