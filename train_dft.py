@@ -90,6 +90,14 @@ def main() -> None:
     write_resolved_arguments(arguments, model)
     for line in (*start_lines(arguments, model, data.report, trainer.batching), *new_notes(arguments)):
         say(line)
+    train(arguments, trainer, report)
+    for line in final_lines(trainer.state, arguments.training, arguments.watch.report):
+        say(line)
+    leave_ranks()
+
+
+def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback) -> None:
+    """Trains and saves; however that ends, the report and the trackers say how."""
     status, failure = "stopped by an error", "an error"
     try:
         trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
@@ -105,9 +113,6 @@ def main() -> None:
             report.close(status)
         finish_trackers(arguments.training.report_to, failure)
         report_user_errors()  # wandb puts a hook of its own in front
-    for line in final_lines(trainer.state, arguments.training, arguments.watch.report):
-        say(line)
-    leave_ranks()
 
 
 def make_trainer(

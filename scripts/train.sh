@@ -58,6 +58,8 @@ flags=(
     --logging_dir "$LOGGING_DIR"
     --remove_unused_columns False
     --ddp_find_unused_parameters False
+    # --eval_on_start True # what the untouched model says, for the report's before and after
+    # --log_per_file True
     # --max_eval_samples 1000
     # --dataloader_num_workers 8
     # --debug_data_processing True # prints the first sequences with their supervised parts marked
