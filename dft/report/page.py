@@ -20,7 +20,7 @@ from dft.report.tokens import SHADES, conversations
 
 PAGE, PICTURE = "report.html", "report.png"
 TEMPLATES = Path(__file__).parent
-FLAG = re.compile(r"(?<!\S)(--[a-z][a-z_]*)")
+FLAG = re.compile(r"(?<![^\s(])(--[a-z][a-z_]*)")
 JOINT = re.compile(r"([_/])")
 
 
