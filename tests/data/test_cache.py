@@ -394,9 +394,11 @@ def test_ctrl_c_ends_a_preparation_at_once_with_one_line(tokenizer_folder, tmp_p
     file, pids = write(tmp_path / "a.jsonl", numbered(600)), tmp_path / "pids"
     pids.mkdir()
     program = """
-import os, runpy, sys, time
+import os, runpy, signal, sys, time
 from pathlib import Path
 from dft.data import encode
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are deaf to it
 
 def stuck(*_):
     Path(os.environ["PIDS"], str(os.getpid())).touch()

@@ -137,6 +137,7 @@ def test_zero3_stops_before_the_update_and_keeps_the_last_checkpoint(example, po
         deepspeed=ROOT / "ds_config/zero3.json",
         save_strategy="steps",
         save_steps=2,
+        report=True,
     )
     finished = launch(words, folder=example.folder, launcher="deepspeed")
     assert finished.code != 0
