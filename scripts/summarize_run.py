@@ -18,6 +18,7 @@ METRICS = ("loss", "nll", "avg_p_correct", "acc")
 FILES = {
     "trainer_state.json": "every logged value",
     "data_report.json": "what was read, kept and dropped",
+    "report.html": "the run as a page: curves, p before and after, conversations token by token",
     "run_args.yaml": "the flags, to repeat the run with --config",
 }
 

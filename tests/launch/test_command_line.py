@@ -117,6 +117,7 @@ def test_run_args_replays_the_run(example, long_run):
     kept = yaml.safe_load((output / "run_args.yaml").read_text())
     assert kept["learning_rate"] == 3e-3 and kept["data_files"] == [str(example.train), str(example.other)]
     words = ["--config", str(output / "run_args.yaml"), "--output_dir", str(replayed), "--report_to", "none"]
+    words += ["--report", "False"]
     finished = launch(words, folder=example.folder, launcher="deepspeed")
     assert finished.code == 0, finished.output
     losses = [[record["loss"] for record in train_records(folder)] for folder in (output, replayed)]
