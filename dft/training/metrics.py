@@ -1,6 +1,7 @@
 """Token-weighted metrics: summed on the device, reduced over the ranks only when they are logged."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,12 +193,10 @@ def named_after_files(files: list[str], means: list[dict[str, float]]) -> dict[s
 
 def short_names(paths: list[str]) -> list[str]:
     """The ends of paths, as long as it takes for each to be the only one with its end."""
+    parts = {path: tuple(path.strip("/").split("/")) for path in paths}
+    ends = Counter(words[start:] for words in parts.values() for start in range(len(words)))
     names = []
-    for path in paths:
-        parts = path.strip("/").split("/")
-        others = [other.strip("/").split("/") for other in paths if other != path]
-        length = 1
-        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
-            length += 1
-        names.append("/".join(parts[-length:]))
+    for words in (parts[path] for path in paths):
+        alone = (words[start:] for start in reversed(range(len(words))) if ends[words[start:]] == 1)
+        names.append("/".join(next(alone, words)))
     return names

@@ -12,30 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dft.training.metrics import BINS
 from tests.launching import ROOT, eval_records, launch, train_records
+from tests.training.test_metrics import tokens_of
 
 ALPHA = 0.6
 
 
-def tokens_of(arrow, model, end: int) -> list[dict]:
-    """Every supervised token of a prepared file, sequence by sequence, from float64 logits."""
-    found = []
-    for row in datasets.Dataset.from_file(str(arrow)):
-        with torch.no_grad():
-            logp = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
-        for position, target in enumerate(row["labels"][1:]):
-            if target != -100:
-                at = logp[position]
-                found.append(
-                    {
-                        "file": row["source"],
-                        "nll": -at[target].item(),
-                        "p": at[target].exp().item(),
-                        "hit": int(at.argmax()) == target,
-                        "entropy": -(at.exp() * at).sum().item(),
-                        "end": target == end,
-                    }
-                )
-    return found
+def prepared_tokens(arrow, model, end: int) -> list[dict]:
+    """Every supervised token of a prepared file, with the number of the file that it is from."""
+    rows = list(datasets.Dataset.from_file(str(arrow)))
+    return [{**one, "file": rows[one["row"]]["source"]} for one in tokens_of(model, rows, end)]
 
 
 def means(tokens) -> dict[str, float]:
@@ -79,11 +64,11 @@ def test_metrics_of_an_epoch_are_those_of_its_tokens(example, evaluation_files, 
     model = AutoModelForCausalLM.from_pretrained(example.model, dtype=torch.float64)
     (record,), evaluation = train_records(output), eval_records(output)[-1]
     prepared = ROOT / report["prepared_path"]
-    tokens = tokens_of(prepared / "train.arrow", model, tokenizer.eos_token_id)
+    tokens = prepared_tokens(prepared / "train.arrow", model, tokenizer.eos_token_id)
     assert record["supervised_tokens"] == len(tokens)
     for name, value in means(tokens).items():
         assert record[name] == pytest.approx(value, rel=2e-5), name
-    held_out = tokens_of(prepared / "eval.arrow", model, tokenizer.eos_token_id)
+    held_out = prepared_tokens(prepared / "eval.arrow", model, tokenizer.eos_token_id)
     for name, value in means(held_out).items():
         assert evaluation[f"eval_{name}"] == pytest.approx(value, rel=2e-5), name
     counts, _ = np.histogram([one["p"] for one in held_out], bins=BINS, range=(0, 1))

@@ -37,8 +37,8 @@ def ended(count: int) -> list[dict]:
     return rows
 
 
-def tokens_of(model, rows) -> list[dict]:
-    """Every supervised token, from the model's logits in float64."""
+def tokens_of(model, rows, end: int = END) -> list[dict]:
+    """Every supervised token, sequence by sequence, from the model's logits in float64."""
     model = copy.deepcopy(model).double().eval()
     found = []
     for number, row in enumerate(rows):
@@ -52,7 +52,8 @@ def tokens_of(model, rows) -> list[dict]:
                         "p": at[target].exp().item(),
                         "nll": -at[target].item(),
                         "entropy": -(at.exp() * at).sum().item(),
-                        "end": target == END,
+                        "hit": int(at.argmax()) == target,
+                        "end": target == end,
                         "row": number,
                         "target": target,
                     }
