@@ -23,8 +23,8 @@ from dft.errors import UserError, report_user_errors
 from dft.report.data import data_summary, show_sequences
 from dft.report.preflight import preflight_lines, preflight_report
 from dft.report.record import ReportCallback, run_record
-from dft.report.run import final_lines, new_notes, start_lines, write_resolved_arguments
-from dft.training.checkpoints import remove_checkpoints
+from dft.report.run import final_lines, new_notes, start_lines, stopped_lines, write_resolved_arguments
+from dft.training.checkpoints import clear_away
 from dft.training.console import tag_warnings
 from dft.training.distributed import is_main_process, leave_ranks, say
 from dft.training.model import (
@@ -34,12 +34,15 @@ from dft.training.model import (
     settle_ddp,
     stop_where_turns_end,
 )
+from dft.training.stopping import STOPPED, Stopped, StopRequest
 from dft.training.trackers import RunRecordCallback, finish_trackers, prepare_trackers
 from dft.training.trainer import DFTTrainer
 
 
 def main() -> None:
     report_user_errors()
+    stop = StopRequest()
+    stop.listen()
     tag_warnings()
     arguments = parse_arguments()
     check(arguments)
@@ -86,11 +89,17 @@ def main() -> None:
     report = ReportCallback(trainer, record, tokenizer)
     if arguments.watch.report:
         trainer.add_callback(report)
-    remove_checkpoints(arguments.training)
+    clear_away(arguments.training)
     write_resolved_arguments(arguments, model)
+    trainer.stop = stop
     for line in (*start_lines(arguments, model, data.report, trainer.batching), *new_notes(arguments)):
         say(line)
-    train(arguments, trainer, report)
+    try:
+        train(arguments, trainer, report)
+    except Stopped as stopped:
+        for line in stopped_lines(stopped):
+            say(line)
+        leave_ranks(STOPPED)
     for line in final_lines(trainer.state, arguments.training, arguments.watch.report):
         say(line)
     leave_ranks()
@@ -105,7 +114,10 @@ def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback) -> 
         trainer.save_state()
         status = "finished" if trainer.state.global_step >= trainer.state.max_steps else "finished early"
         failure = None
-    except UserError as error:  # a step that is not finite
+    except Stopped as stopped:
+        status, failure = str(stopped), None
+        raise
+    except UserError as error:  # a step that is not finite, a full disk
         status, failure = f"stopped: {error}", str(error)
         raise
     finally:

@@ -150,6 +150,10 @@ class TrainingArguments(transformers.TrainingArguments):
         default=False,
         metadata={"help": "Batches of similar length; --train_sampling_strategy group_by_length."},
     )
+    trust_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "Go on from a checkpoint that others own or may write to: it can run code."},
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Start afresh in an output directory that already holds checkpoints."},

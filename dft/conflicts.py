@@ -315,6 +315,6 @@ def check_output(arguments: Arguments) -> None:
     if checkpoints and resume is None and not training.overwrite_output_dir:
         raise UserError(
             f"--output_dir {folder}: holds {len(checkpoints)} checkpoint(s) of an earlier run; go on from "
-            "them with --resume_from_checkpoint True, choose another folder, or start afresh with "
+            "them with --resume_from_checkpoint auto, choose another folder, or start afresh with "
             "--overwrite_output_dir True"
         )

@@ -12,6 +12,8 @@ PATIENCE = 30
 """Seconds that other ranks leave rank 0 to report the same mistake before they report it themselves."""
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a program that Ctrl-C ended, as shells count it."""
+REFUSED = 2
+"""Exit code after a `UserError`: the same command would end in the same way."""
 
 
 class UserError(ValueError):
@@ -19,7 +21,7 @@ class UserError(ValueError):
 
 
 def report_user_errors() -> None:
-    """Make an uncaught `UserError` print as one message instead of a traceback. The exit code stays 1.
+    """Make an uncaught `UserError` print as one message instead of a traceback, and exit with code 2.
 
     Most mistakes (flags, files, models) meet every rank of a node, so the first one speaks for all. The
     others wait for the launcher to end them, which it does as soon as one rank fails: a rank that left at
@@ -43,6 +45,7 @@ def report_user_errors() -> None:
             time.sleep(PATIENCE)
             prefix = f"[rank {os.environ.get('RANK', local_rank)}] "
         print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(REFUSED)
 
     sys.excepthook = hook
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup or a notebook

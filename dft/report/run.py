@@ -9,8 +9,9 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from dft.arguments import Arguments, TrainingArguments, default_flags, own_flags
 from dft.config_file import RUN_ARGS, write_run_args
-from dft.training.distributed import is_main_process, world_size
+from dft.training.distributed import is_main_process, parallelism, rows_per_step, world_size
 from dft.training.memory import memory_estimate
+from dft.training.stopping import Stopped
 
 
 def write_resolved_arguments(arguments: Arguments, model: PreTrainedModel | None = None) -> None:
@@ -37,19 +38,6 @@ def derived(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
         "alpha": arguments.dft.dft_alpha,
         "rows_per_step": rows_per_step(training),
     }
-
-
-def parallelism(training: TrainingArguments) -> str:
-    if training.deepspeed:
-        stage = training.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
-        return f"DeepSpeed ZeRO-{stage}"
-    if training.fsdp:
-        return "FSDP"
-    return "DDP" if world_size() > 1 else "single process"
-
-
-def rows_per_step(training: TrainingArguments) -> int:
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size()
 
 
 def schedule(training: TrainingArguments, rows: int) -> int:
@@ -96,6 +84,16 @@ def new_notes(arguments: Arguments) -> list[str]:
     lines = [f"note        {note}" for note in arguments.notes]
     arguments.notes.clear()
     return lines
+
+
+def stopped_lines(stopped: Stopped) -> list[str]:
+    """How a run that was asked to stop goes on."""
+    if stopped.checkpoint is None:
+        return [f"{stopped}, before anything was trained: run the same command again"]
+    return [
+        f"{stopped}: saved {stopped.checkpoint}",
+        "to go on: the same command with --resume_from_checkpoint auto",
+    ]
 
 
 def final_lines(state: TrainerState, training: TrainingArguments, report: bool) -> list[str]:

@@ -8,6 +8,7 @@ import warnings
 
 import psutil
 import torch
+import transformers
 
 
 def world_size() -> int:
@@ -28,6 +29,19 @@ def say(line: str) -> None:
     """Prints a line of this run once, from its first process."""
     if is_main_process():
         print(line, flush=True)
+
+
+def parallelism(training: transformers.TrainingArguments) -> str:
+    """How the ranks of a run share its work."""
+    if training.deepspeed:
+        return f"DeepSpeed ZeRO-{training.hf_deepspeed_config.get_value('zero_optimization.stage', 0)}"
+    if training.fsdp:
+        return "FSDP"
+    return "DDP" if world_size() > 1 else "single process"
+
+
+def rows_per_step(training: transformers.TrainingArguments) -> int:
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size()
 
 
 def mute_deepspeed() -> None:
@@ -66,17 +80,19 @@ def init_cpu_deepspeed() -> None:
         deepspeed.init_distributed("gloo", verbose=False)
 
 
-def leave_ranks() -> None:
-    """Ends a rank whose work is done, with exit code 0; a run of one process just goes on to its end.
+def leave_ranks(code: int = 0) -> None:
+    """Ends a rank whose work is done; a run of one process just goes on to its end if the code is 0.
 
     Neither the backend nor the interpreter is taken apart first: a thread that is still running then is made
     to exit in the middle of C++ code, which now and then aborted a process that had lost nothing. What was
     registered to run at exit, as trackers do to send their last records, is run here.
     """
     if not torch.distributed.is_initialized():
+        if code:
+            sys.exit(code)
         return
     torch.distributed.barrier()  # no rank is left talking to one that is gone
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)

@@ -9,11 +9,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput
 
 from dft.errors import UserError
 from dft.loss.dft import TokenStats
 from dft.training.batching import Collator, end_of_turn, files_of
+from dft.training.checkpoints import newest_checkpoint
 from dft.training.checks import check_choice
 from dft.training.distributed import say
 from dft.training.metrics import HISTOGRAM, TokenMeter, named_after_files
@@ -27,6 +28,7 @@ from dft.training.nonfinite import (
     skip_message,
     stop_message,
 )
+from dft.training.saving import SavingTrainer
 from dft.training.scoring import (
     EXAMPLES,
     ScoredSequence,
@@ -43,7 +45,7 @@ from dft.training.throughput import (
 )
 
 
-class MeasuredTrainer(transformers.Trainer):
+class MeasuredTrainer(SavingTrainer):
     """What `DFTTrainer` says about its training, apart from what it does.
 
     A subclass hands on the statistics of each micro-batch: `_note_training` and `_note_evaluation`.
@@ -131,9 +133,9 @@ class MeasuredTrainer(transformers.Trainer):
         step = self.state.global_step + 1
         self._left_out += 1
         if self.on_nonfinite == "stop" or self._left_out > MOST_IN_A_ROW:
-            folder = Path(self.args.output_dir)
-            kept = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-            raise UserError(stop_message(step, blames, kept, self._left_out - 1))
+            kept, _ = newest_checkpoint(Path(self.args.output_dir), resumable=False)
+            last = None if kept is None else str(kept.path)
+            raise UserError(stop_message(step, blames, last, self._left_out - 1))
         say(f"warning     {skip_message(step, blames)}")
         # DeepSpeed leaves such a step out by itself, a loss scale too.
         if self.deepspeed is None and self._loss_scaler() is None:
@@ -188,9 +190,10 @@ class MeasuredTrainer(transformers.Trainer):
         files = files_of(dataloader.dataset) if self.log_per_file else []
         self._eval_meter = TokenMeter(self.args.device, self.end_of_turn_ids, len(files))
         self.examples = []
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        with torch.random.fork_rng(devices=[]):  # how often it is evaluated changes nothing in training
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         found = self._eval_meter.reduce(self.accelerator, self.alpha)
         metrics = {**found.means, **named_after_files(files, found.files)}
         metrics["supervised_tokens"] = int(found.counts["supervised"])
@@ -242,7 +245,6 @@ class MeasuredTrainer(transformers.Trainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._watch.clear()
         self._train_meter.reset()  # an earlier run may have ended within a window
-        self._train_meter.load(kwargs.get("resume_from_checkpoint"), self.accelerator)
         return super()._inner_training_loop(*args, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -251,10 +253,13 @@ class MeasuredTrainer(transformers.Trainer):
         self._clock.start(self.state.global_step)
         return prepared
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _state_to_keep(self) -> dict[str, Any]:
+        return {"meter": self._train_meter.rows(self.accelerator)}
+
+    def _take_up(self, kept: Mapping[str, Any]) -> None:
+        self._train_meter.take_up(kept["meter"], self.accelerator)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         started = time.perf_counter()
-        super()._save_checkpoint(model, trial)
-        if not self.args.save_only_model:
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self._train_meter.save(folder, self.accelerator)
+        super()._save_checkpoint(*args, **kwargs)
         self.leave_out(time.perf_counter() - started)

@@ -1,10 +1,8 @@
 """Token-weighted metrics: summed on the device, reduced over the ranks only when they are logged."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +21,6 @@ HISTOGRAM = "p_histogram"
 """With the prefix of an evaluation: how many of its tokens have which p."""
 BINS = 20
 """Of the histogram of p, equal parts of [0, 1]; p = 1 belongs to the last."""
-METER = "token_meter.json"
-"""In a checkpoint: the sums since the last line of the log, a row for each rank."""
 LOWER_IS_BETTER = ("loss", "nll", "objective")
 NEITHER_IS_BETTER = ("entropy", "effective_tokens")
 
@@ -105,24 +101,20 @@ class TokenMeter:
         self.of_files.zero_()
         self.has_auxiliary = False
 
-    def save(self, folder: Path, accelerator: Accelerator) -> None:
-        """Writes the sums of all ranks into a checkpoint, so that a resumed window is whole. A collective."""
-        rows = accelerator.gather(self.sums[None]).tolist()  # (ranks, sums)
-        if accelerator.is_main_process:
-            (folder / METER).write_text(json.dumps(rows))
+    def rows(self, accelerator: Accelerator) -> list[list[float]]:
+        """The sums of all ranks, a row for each, so that a resumed window is whole. A collective."""
+        auxiliary = self.sums.new_full((1,), self.has_auxiliary)
+        return accelerator.gather(torch.cat([self.sums, auxiliary])[None]).tolist()
 
-    def load(self, folder: str | None, accelerator: Accelerator) -> None:
-        """Takes up the sums of this rank from a checkpoint, and its share of those of ranks that are gone."""
-        if folder is None or not (Path(folder) / METER).is_file():
-            return
-        rows = torch.tensor(json.loads((Path(folder) / METER).read_text()), dtype=torch.float64)
-        if rows.shape[1:] != self.sums.shape:
-            raise UserError(
-                f"{Path(folder) / METER}: saved by another version of this trainer; remove the file to go on "
-                "without the metrics of the logging window in which the run was interrupted"
-            )
+    def take_up(self, rows: list[list[float]], accelerator: Accelerator) -> None:
+        """Goes on from the row of this rank, and its share of those of ranks that are gone."""
+        saved = torch.tensor(rows, dtype=torch.float64)  # (ranks, sums and one)
+        if saved.shape[1:] != (len(self.sums) + 1,):
+            raise UserError("--resume_from_checkpoint: the checkpoint is of another version of this trainer")
         rank, ranks = accelerator.process_index, accelerator.num_processes
-        self.sums += rows[rank::ranks].sum(dim=0).to(self.sums.device)
+        mine = saved[rank::ranks].sum(dim=0).to(self.sums.device)
+        self.sums += mine[:-1]
+        self.has_auxiliary = bool(saved[:, -1].any())
 
     def reduce(self, accelerator: Accelerator, alpha: float) -> "Reduced":
         """Means over the tokens of all ranks. Starts anew. A collective."""

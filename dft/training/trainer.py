@@ -236,6 +236,7 @@ class DFTTrainer(MeasuredTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Adds a batch to the evaluation's sums. Returns logits only to a caller with metrics of its own."""
+        self._look_for_stop()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             _, stats, outputs = self._score(model, inputs, None, with_logits=not prediction_loss_only)

@@ -1,0 +1,440 @@
+"""transformers' Trainer with checkpoints that are whole or not there, and runs that go on exactly."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import transformers
+import xxhash
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from dft.data.files import FORBIDDEN, FULL, flush_to_disk, write_whole
+from dft.errors import UserError
+from dft.training.batching import sequence_lengths
+from dft.training.checkpoints import UNFINISHED, open_checkpoint, publish, rotate, seal, unfinished
+from dft.training.distributed import parallelism, rows_per_step, say
+from dft.training.stopping import Stopped, StopRequest
+
+RUN_STATE = "run_state.json"
+"""In a checkpoint: what transformers does not keep of the moment at which it was written."""
+UNFINISHED_MODEL = f"{UNFINISHED}model"
+"""In the output directory, where the final model is written before it takes the place of an earlier one."""
+LOOKED_EVERY = 10
+"""Batches of an evaluation after which the ranks agree whether they were asked to stop, for which they
+wait for the device."""
+
+
+@dataclass
+class Left:
+    """What was still to be done after the step of a checkpoint, and is done first when a run goes on from it.
+
+    Attributes:
+        evaluate, save: were due, and put off because the run was asked to stop.
+        end_epoch: the events at the end of an epoch, which come after those at the end of its last step.
+    """
+
+    evaluate: bool = False
+    save: bool = False
+    end_epoch: bool = False
+
+
+@dataclass
+class LastStep:
+    """What a line of the log at the end of an epoch says of the step before.
+
+    Attributes:
+        logged: the step of the last line of the log.
+    """
+
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    logged: int = 0
+
+
+class StoppedEvaluation(Exception):
+    """An evaluation that was cut short, on all ranks at once."""
+
+
+class SavingTrainer(transformers.Trainer):
+    """How checkpoints are written, and how a run goes on from one. Knows nothing of the loss.
+
+    Attributes:
+        stop: asks for an early end; None for a trainer that no signal stops.
+    """
+
+    stop: StopRequest | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._left = Left()
+        self._last = LastStep()
+        self._seen_step = 0  # whose events at its end have begun
+        self._is_end_of_epoch = False
+        self._full_at: int | None = None  # the step of the last checkpoint to go on from
+        self._resumed_from: str | None = None
+        self._known_order: dict[str, Any] | None = None
+        self._evaluated_batches = 0
+
+    # ---- what a subclass adds ----
+
+    def _state_to_keep(self) -> dict[str, Any]:
+        """What else has to be in a checkpoint, as JSON holds it. A collective."""
+        return {}
+
+    def _take_up(self, kept: Mapping[str, Any]) -> None:
+        """Goes on from what `_state_to_keep` gave."""
+
+    # ---- writing ----
+
+    def _save_checkpoint(
+        self, model: nn.Module, trial: Any, left: Left | None = None, full: bool = False
+    ) -> None:
+        """Writes a checkpoint under another name and gives it its own when all of it is on disk.
+
+        Only then older ones are removed. A save that fails leaves them all, and no half of its own.
+
+        Args:
+            left: what is still to be done after this step.
+            full: also under --save_only_model True.
+        """
+        args, state = self.args, self.state
+        run = Path(self._get_output_dir(trial))
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        staging, is_full = unfinished(folder), full or not args.save_only_model
+        if trial is None:
+            self.store_flos()
+        with writing_a_save(run, staging):
+            if not run.is_dir():
+                raise UserError(
+                    f"--output_dir {run}: it is gone, so step {state.global_step} cannot be saved; was a "
+                    "disk unmounted, or the folder removed?"
+                )
+            self._clear(staging)
+            self.save_model(str(staging), _internal_call=True)
+            best = run / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            if state.best_global_step and (best == folder or best.exists()):
+                state.best_model_checkpoint = str(best)
+            if is_full:
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_scaler(str(staging))
+                self._save_rng_state(str(staging))
+                self._save_run_state(staging, left or self._left_after_step())
+            if args.should_save:
+                self._note_callbacks()
+                state.save_to_json(str(staging / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+            self._publish(folder, is_full)
+        self._full_at = state.global_step if is_full else self._full_at
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if args.should_save:
+            rotate(run, args.save_total_limit, state.best_model_checkpoint)
+
+    def _publish(self, folder: Path, is_full: bool) -> None:
+        """First rank 0, then whoever has a disk of its own that the rename did not reach."""
+        facts = {
+            "step": self.state.global_step,
+            "resumable": is_full,
+            "ranks": self.args.world_size,
+            "rows_per_step": rows_per_step(self.args),
+            "parallelism": parallelism(self.args),
+            "order": self._order(),
+        }
+        if self.is_world_process_zero():
+            seal(unfinished(folder), facts)
+            publish(folder)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_local_main_process and unfinished(folder).exists():
+            seal(unfinished(folder), facts)
+            publish(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _order(self) -> dict[str, Any]:
+        """What the order of the data depends on; of the data themselves the number and lengths of rows."""
+        if self._known_order is None:
+            args, dataset = self.args, self.train_dataset
+            known = dataset is not None and not isinstance(dataset, IterableDataset)
+            lengths = np.ascontiguousarray(sequence_lengths(dataset) if known else [], dtype=np.int64)
+            self._known_order = {
+                "rows": len(lengths),
+                "lengths": xxhash.xxh3_64_hexdigest(lengths.tobytes()),
+                "seed": args.seed,
+                "data_seed": args.data_seed,
+                "train_sampling_strategy": args.train_sampling_strategy,
+                "dataloader_drop_last": args.dataloader_drop_last,
+            }
+        return self._known_order
+
+    def _note_callbacks(self) -> None:
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                name, kept = type(callback).__name__, callback.state()
+                if isinstance(self.state.stateful_callbacks[name], list):
+                    self.state.stateful_callbacks[name].append(kept)
+                else:
+                    self.state.stateful_callbacks[name] = kept
+
+    def _save_run_state(self, folder: Path, left: Left) -> None:
+        losses = self.accelerator.gather(self._tr_loss.detach()[None].double()).tolist()
+        kept = {
+            "left": asdict(left),
+            "last": asdict(self._last),
+            "losses": losses,
+            "total_loss": self._total_loss_scalar,
+            **self._state_to_keep(),
+        }
+        if self.is_world_process_zero():
+            write_whole(folder / RUN_STATE, [json.dumps(kept)])
+
+    def _left_after_step(self) -> Left:
+        state = self.state
+        ends = float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
+        return Left(end_epoch=ends and not self._is_end_of_epoch)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model. What lies there already is replaced file by file when the new one is complete."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        staging = folder / UNFINISHED_MODEL
+        with writing_a_save(folder, staging):
+            self._clear(staging)
+            super().save_model(str(staging), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                move_files(staging, folder)
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _clear(self, staging: Path) -> None:
+        """Makes an empty folder of it, whatever an earlier save left there."""
+        if self.accelerator.is_local_main_process and staging.exists():
+            shutil.rmtree(staging)
+        self.accelerator.wait_for_everyone()
+        staging.mkdir(parents=True, exist_ok=True)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # Trainer's pickle of its arguments, which nothing reads, and in which a token of the hub would stand.
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink()
+
+    # ---- going on ----
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._last, self._seen_step, self._full_at, self._known_order = LastStep(), 0, None, None
+        self._resumed_from = kwargs.get("resume_from_checkpoint")
+        if self.stop is not None:
+            self.stop.begin_training()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _run_epoch(self, *, model: nn.Module, start_time: float, **kwargs: Any) -> None:
+        if self._resumed_from is not None:
+            self._catch_up(model, start_time, kwargs["trial"], kwargs["ignore_keys_for_eval"])
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # Trainer would make one step more
+            return
+        super()._run_epoch(model=model, start_time=start_time, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> TrainOutput:
+        if self._resumed_from is not None:  # at its last step
+            self._catch_up(self.model_wrapped, start_time, trial, None)
+        output = super()._finalize_training(trial, num_train_samples, start_time)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _catch_up(self, model: nn.Module, start_time: float, trial: Any, ignored: Any) -> None:
+        """Goes on within the step of the checkpoint: what was still to be done after it is done now."""
+        folder, self._resumed_from = Path(self._resumed_from), None
+        kept = json.loads((folder / RUN_STATE).read_text())
+        left, self._last = Left(**kept["left"]), LastStep(**kept["last"])
+        ranks, losses = self.args.world_size, kept["losses"]
+        self._tr_loss += sum(losses[self.args.process_index :: ranks]) * ranks / len(losses)
+        self._total_loss_scalar = kept["total_loss"]
+        self._globalstep_last_logged = self._last.logged
+        self._take_up(kept)
+        for line in self._unlike(open_checkpoint(folder).facts):
+            say(line)
+        self._load_rng_state(str(folder))  # a save among what is left keeps it
+        last, place = self._last, (trial, self.state.epoch, ignored, start_time)
+        self._seen_step = 0 if left.end_epoch else self.state.global_step
+        if left.evaluate or left.save:
+            self.control.should_evaluate, self.control.should_save = left.evaluate, left.save
+            self._maybe_log_save_evaluate(self._tr_loss, last.grad_norm, model, *place, last.learning_rate)
+        if left.end_epoch:
+            self._seen_step = self.state.global_step
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._maybe_log_save_evaluate(self._tr_loss, last.grad_norm, model, *place, last.learning_rate)
+
+    def _unlike(self, facts: Mapping[str, Any]) -> Iterator[str]:
+        """What cannot go on exactly as it was, a line each."""
+        if facts["ranks"] != self.args.world_size:
+            yield (
+                f"note        saved by {facts['ranks']} ranks, and this run has {self.args.world_size}: "
+                "data, optimizer, schedule and metrics go on where they were; random numbers (dropout) do not, "
+                "and sums over ranks are rounded otherwise"
+            )
+        before, now = facts["order"], self._order()
+        if (before["rows"], before["lengths"]) != (now["rows"], now["lengths"]):
+            yield (
+                f"warning     the training data are not those of the checkpoint ({before['rows']:,} rows "
+                f"then, {now['rows']:,} now): it goes on at the same place in another order"
+            )
+        for name in ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"):
+            if before[name] != now[name]:
+                yield (
+                    f"warning     --{name} was {before[name]} and is {now[name]}: from here on the data come "
+                    "in another order"
+                )
+
+    # ---- what takes place at the end of a step ----
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor,
+        grad_norm: Tensor | float | None,
+        model: nn.Module,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        step = self.state.global_step
+        self._is_end_of_epoch, self._seen_step = self._seen_step == step, step
+        norm = grad_norm.item() if isinstance(grad_norm, Tensor) else grad_norm  # it was waited for already
+        self._last.grad_norm, self._last.learning_rate = norm, learning_rate
+        if self.control.should_log:
+            self._last.logged = step
+        due = Left(self.control.should_evaluate, self.control.should_save, self._left_after_step().end_epoch)
+        asked = self._is_asked_to_stop()
+        if asked:  # an evaluation may take longer than there is time
+            self.control.should_evaluate = self.control.should_save = False
+        place = (trial, epoch, ignore_keys_for_eval, start_time)
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *place, learning_rate=learning_rate)
+        except StoppedEvaluation:
+            asked = True
+        else:
+            if self._full_at == step and not asked and self._is_asked_to_stop():
+                self._stop(step)
+        if asked:
+            self._save_checkpoint(model, trial, left=due, full=True)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self._stop(step)
+
+    def _evaluate(
+        self, trial: Any, ignored: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """Trainer's, but --eval_on_start (which alone skips the scheduler) is for the start of a run only."""
+        if not skip_scheduler:
+            return super()._evaluate(trial, ignored)
+        if self.state.global_step:
+            return {}
+        try:
+            return super()._evaluate(trial, ignored, skip_scheduler)
+        except StoppedEvaluation:
+            raise Stopped(self._signal, 0, None) from None
+
+    def _stop(self, step: int) -> NoReturn:
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        raise Stopped(self._signal, step, str(folder))
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether any rank was. A collective, for all of them have to stop after the same step."""
+        if self.stop is None:
+            return False
+        number = self.stop.number
+        if self.args.world_size > 1:
+            number = self.accelerator.gather(torch.tensor([number], device=self.args.device)).max().item()
+        self._signal = signal.Signals(number).name if number else ""
+        return bool(number)
+
+    def _look_for_stop(self) -> None:
+        """For every batch of an evaluation. A collective now and then."""
+        if self.is_in_train:
+            self._evaluated_batches += 1
+            if self._evaluated_batches % LOOKED_EVERY == 0 and self._is_asked_to_stop():
+                raise StoppedEvaluation
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's own mean of the loss, in its last line, is one over the steps since the run went on."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
+        super().log(logs, start_time)
+
+
+# ---- files ----
+
+
+@contextmanager
+def writing_a_save(run: Path, staging: Path) -> Iterator[None]:
+    """A save that fails is one error, and leaves no half of itself on a disk that is full.
+
+    Raises:
+        UserError: the disk is full, or cannot be written to any more.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = disk_fault(error, run)
+        if reason is None:
+            raise
+        shutil.rmtree(staging, ignore_errors=True)  # where it cannot be removed either, there is no remedy
+        raise UserError(
+            f"--output_dir {run}: {staging.name.removeprefix(UNFINISHED)} cannot be saved: {reason}; earlier "
+            "checkpoints are as they were, and --resume_from_checkpoint auto goes on from the newest"
+        ) from None
+
+
+def disk_fault(error: Exception, folder: Path) -> str | None:
+    """What an error says about the disk that a folder is on; None if it is about something else.
+
+    torch and safetensors report a failed write in words of their own.
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    words = str(error)
+    if isinstance(error, FileNotFoundError) and not folder.is_dir():
+        return f"{folder} is gone"
+    if code in FULL or "No space left" in words or "Disk quota exceeded" in words:
+        return f"no space left on the device ({free_bytes(folder):,} bytes are free)"
+    if code in (*FORBIDDEN, errno.EIO, errno.ESTALE, errno.EFBIG):
+        return f"{error.strerror}: {error.filename or folder}"
+    if "PytorchStreamWriter" in words or "I/O error" in words:
+        return f"{' '.join(words.split())} ({free_bytes(folder):,} bytes are free)"
+    return None
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk that a folder is, or would be, on."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Moves all files of a folder into another, each in one step, after all of them are on disk."""
+    paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
+    for path in paths:
+        flush_to_disk(path)
+    for path in paths:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+    shutil.rmtree(source)
+    flush_to_disk(target)
