@@ -17,7 +17,7 @@ import transformers
 import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -27,6 +27,7 @@ from dft.errors import UserError
 from dft.training.batching import sequence_lengths
 from dft.training.checkpoints import UNFINISHED, open_checkpoint, publish, rotate, seal, unfinished
 from dft.training.distributed import parallelism, rows_per_step, say
+from dft.training.resharding import mend_zero3, resharded
 from dft.training.stopping import Stopped, StopRequest
 
 RUN_STATE = "run_state.json"
@@ -244,6 +245,21 @@ class SavingTrainer(transformers.Trainer):
             self.stop.begin_training()
         return super()._inner_training_loop(*args, **kwargs)
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> Any:
+        prepare = super()._prepare_for_training
+        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
+            return prepare(max_steps, train_dataloader, resume_from_checkpoint)
+        checkpoint = open_checkpoint(Path(resume_from_checkpoint))
+        if checkpoint.facts["ranks"] == self.args.world_size:
+            return prepare(max_steps, train_dataloader, resume_from_checkpoint)
+        with resharded(checkpoint.path, Path(self.args.output_dir), self.accelerator) as folder:
+            prepared = prepare(max_steps, train_dataloader, str(folder))
+            if self.deepspeed.zero_optimization_partition_weights():
+                mend_zero3(self.deepspeed.optimizer, folder)
+            return prepared
+
     def _run_epoch(self, *, model: nn.Module, start_time: float, **kwargs: Any) -> None:
         if self._resumed_from is not None:
             self._catch_up(model, start_time, kwargs["trial"], kwargs["ignore_keys_for_eval"])
@@ -286,8 +302,8 @@ class SavingTrainer(transformers.Trainer):
         if facts["ranks"] != self.args.world_size:
             yield (
                 f"note        saved by {facts['ranks']} ranks, and this run has {self.args.world_size}: "
-                "data, optimizer, schedule and metrics go on where they were; random numbers (dropout) do not, "
-                "and sums over ranks are rounded otherwise"
+                "data, optimizer, schedule and metrics go on where they were; random numbers (dropout) "
+                "do not, and sums over ranks are rounded otherwise"
             )
         before, now = facts["order"], self._order()
         if (before["rows"], before["lengths"]) != (now["rows"], now["lengths"]):
