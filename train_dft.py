@@ -34,6 +34,7 @@ from dft.training.model import (
     settle_ddp,
     stop_where_turns_end,
 )
+from dft.training.peers import watched
 from dft.training.stopping import STOPPED, Stopped, StopRequest
 from dft.training.trackers import RunRecordCallback, finish_trackers, prepare_trackers
 from dft.training.trainer import DFTTrainer
@@ -109,9 +110,10 @@ def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback) -> 
     """Trains and saves; however that ends, the report and the trackers say how."""
     status, failure = "stopped by an error", "an error"
     try:
-        trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
-        trainer.save_model()
-        trainer.save_state()
+        with watched(arguments.training.ddp_timeout) as trainer.peers:
+            trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
+            trainer.save_model()
+            trainer.save_state()
         status = "finished" if trainer.state.global_step >= trainer.state.max_steps else "finished early"
         failure = None
     except Stopped as stopped:
@@ -121,6 +123,7 @@ def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback) -> 
         status, failure = f"stopped: {error}", str(error)
         raise
     finally:
+        trainer.stop.end_training()
         if arguments.watch.report:
             report.close(status)
         finish_trackers(arguments.training.report_to, failure)

@@ -16,6 +16,9 @@ REFUSED = 2
 """Exit code after a `UserError`: the same command would end in the same way."""
 
 
+_tells: bool | None = None
+
+
 class UserError(ValueError):
     """Something the user gave cannot work. The message names the value, the reason and the remedy."""
 
@@ -40,16 +43,22 @@ def report_user_errors() -> None:
             _print_traceback(kind, error, trace)
             return
         local_rank = _local_rank()
-        prefix = ""
-        if local_rank != 0:
+        prefix = f"[rank {os.environ.get('RANK', local_rank)}] " if local_rank else ""
+        if _tells is False or (local_rank and _tells is None):
             time.sleep(PATIENCE)
-            prefix = f"[rank {os.environ.get('RANK', local_rank)}] "
-        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+        if _tells is not False:
+            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(REFUSED)
 
     sys.excepthook = hook
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup or a notebook
         signal.signal(signal.SIGINT, _interrupt)
+
+
+def has_first_word(told_by_me: bool) -> None:
+    """Settles who reports an error, where the ranks have agreed on that, instead of by number and time."""
+    global _tells
+    _tells = told_by_me
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -27,6 +27,7 @@ from dft.errors import UserError
 from dft.training.batching import sequence_lengths
 from dft.training.checkpoints import UNFINISHED, open_checkpoint, publish, rotate, seal, unfinished
 from dft.training.distributed import parallelism, rows_per_step, say
+from dft.training.peers import Peers
 from dft.training.resharding import mend_zero3, resharded
 from dft.training.stopping import Stopped, StopRequest
 
@@ -75,9 +76,11 @@ class SavingTrainer(transformers.Trainer):
 
     Attributes:
         stop: asks for an early end; None for a trainer that no signal stops.
+        peers: the watch over the other ranks, to be told that this one gets on.
     """
 
     stop: StopRequest | None = None
+    peers: Peers | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -112,6 +115,7 @@ class SavingTrainer(transformers.Trainer):
             left: what is still to be done after this step.
             full: also under --save_only_model True.
         """
+        self._beat()
         args, state = self.args, self.state
         run = Path(self._get_output_dir(trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -383,10 +387,19 @@ class SavingTrainer(transformers.Trainer):
 
     def _look_for_stop(self) -> None:
         """For every batch of an evaluation. A collective now and then."""
+        self._beat()
         if self.is_in_train:
             self._evaluated_batches += 1
             if self._evaluated_batches % LOOKED_EVERY == 0 and self._is_asked_to_stop():
                 raise StoppedEvaluation
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._beat()
+        return super().training_step(*args, **kwargs)
+
+    def _beat(self) -> None:
+        if self.peers is not None:
+            self.peers.beat()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's own mean of the loss, in its last line, is one over the steps since the run went on."""

@@ -53,6 +53,14 @@ class StopRequest:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as for a job that a shell put aside
             signal.signal(signal.SIGINT, self._note)
 
+    def end_training(self) -> None:
+        """From now on a signal ends the program as if it had not been listened for."""
+        self._is_training = False
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a worker that was forked, and is not asked to save anything
             if number == signal.SIGINT:
