@@ -2,11 +2,13 @@
 # Fine-tunes a model with the DFT loss. Edit the variables, then:
 #
 #   nohup scripts/train.sh &              # in the background; the log is under logs/
-#   scripts/train.sh                      # in the terminal; Ctrl-C ends every process
+#   scripts/train.sh                      # in the terminal
 #   scripts/train.sh --learning_rate 1e-6 # flags given here override those below
 #   MODEL=Qwen/Qwen2.5-7B scripts/train.sh
 #
 # Relative paths count from the repository. Two runs at a time need different GPUs and an OUTPUT_DIR each.
+# Ctrl-C, SIGTERM and SIGUSR1 end the run with a checkpoint and exit code 75: the same command goes on, given
+# --resume_from_checkpoint auto. A second one ends it at once.
 set -euo pipefail
 
 NUM_GPUS=${NUM_GPUS:-auto} # auto: all that CUDA_VISIBLE_DEVICES leaves; 0: CPU
@@ -25,6 +27,8 @@ OUTPUT_DIR=${OUTPUT_DIR:-outputs/dft}
 LOGGING_DIR=${LOGGING_DIR:-$OUTPUT_DIR/logs}
 DS_CONFIG=${DS_CONFIG:-./ds_config/zero3.json} # zero3_offload.json where GPU memory is too small
 REPORT_TO=${REPORT_TO:-swanlab}                # swanlab, wandb, tensorboard, several ("swanlab wandb"), none
+MAX_RESTARTS=${MAX_RESTARTS:-0}                # after a crash, go on from the newest checkpoint, so often at most
+GRACE=${GRACE:-1800}                           # seconds that a run may take to save when it is asked to stop
 
 flags=(
     --model_name_or_path "$MODEL"
@@ -50,7 +54,7 @@ flags=(
     --save_strategy steps
     --save_steps 200
     --save_total_limit 3
-    --save_only_model True # False also keeps the optimizer, to go on with --resume_from_checkpoint True
+    --save_only_model True # False also keeps the optimizer, to go on with --resume_from_checkpoint auto
     --logging_steps 10
     --report_to $REPORT_TO
     --deepspeed "$DS_CONFIG"
@@ -128,49 +132,146 @@ else
 fi
 # The choice is made; deepspeed would warn that it ignores the variable.
 unset CUDA_VISIBLE_DEVICES
-# A fixed port would make a second run on this machine join, or fail on, the first.
-port=${MASTER_PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-command=(deepspeed "${devices[@]}" --master_port "$port" --log_level error train_dft.py "${flags[@]}" "$@")
+
+# The value of a flag, which the last word about it decides.
+value_of() {
+    local flag=$1 value=$2
+    shift 2
+    while (($#)); do
+        case $1 in
+            "$flag") value=${2-} ;;
+            "$flag="*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    echo "$value"
+}
+
+output_dir=$(value_of --output_dir "$OUTPUT_DIR" "$@")
+[[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS: a number"
+[[ $GRACE =~ ^[0-9]+$ ]] || fail "GRACE=$GRACE: a number of seconds"
+if ((MAX_RESTARTS)); then
+    case $(value_of --save_only_model "" "${flags[@]}" "$@") in
+        [Ff]alse) ;;
+        *) fail "MAX_RESTARTS=$MAX_RESTARTS needs checkpoints to go on from: set --save_only_model False" ;;
+    esac
+    given --resume_from_checkpoint "${flags[@]}" "$@" || given --overwrite_output_dir "$@" ||
+        flags+=(--resume_from_checkpoint auto)
+fi
+
+# The step of the newest checkpoint; a folder has that name only when all of it is there.
+newest_step() {
+    local folder step newest=-1
+    for folder in "$output_dir"/checkpoint-*/; do
+        step=${folder%/} step=${step##*checkpoint-}
+        [[ ! $step =~ ^[0-9]+$ ]] || ((step <= newest)) || newest=$step
+    done
+    echo "$newest"
+}
 
 mkdir -p logs
 log=${LOG_FILE:-$ROOT/logs/train_$(date +%Y-%m-%d_%H-%M-%S).log}
 [[ ! -e $log ]] || log=${log%.log}_$$.log
-{ printf '%q ' "${command[@]}" && echo; } >"$log"
 echo "log: $log"
 echo "follow it: tail -f $log"
 
-job=
-stop() {
-    trap '' INT TERM HUP
-    echo "stopping all processes of this run" >&2
+job= asked=
+
+end_all() {
     kill -TERM -- "-$job" 2>/dev/null || true
-    for _ in {1..400}; do
-        kill -0 -- "-$job" 2>/dev/null || exit "$1"
+    for _ in {1..50}; do
+        kill -0 -- "-$job" 2>/dev/null || return 0
         sleep 0.1
     done
     kill -KILL -- "-$job" 2>/dev/null || true
-    exit "$1"
 }
 
-# Job control gives the launcher and its ranks a process group of their own, which `stop` can end as a whole.
-set -m
-"${command[@]}" >>"$log" 2>&1 </dev/null &
-job=$!
-trap 'stop 130' INT
-trap 'stop 143' TERM
-trap 'stop 129' HUP
-follower=
-if [[ -t 1 || -n ${SHOW_LOG:-} ]]; then
-    tail -n +2 -f -s 0.2 --pid "$job" "$log" &
-    follower=$!
-fi
-set +m
+# To the ranks themselves, which are the children of the launcher's child: the launcher would give them half a
+# minute to save, and then kill them. Fails where there are none yet.
+signal_ranks() {
+    "$PYTHON" -c '
+import sys, psutil
+try:
+    ranks = [rank for one in psutil.Process(int(sys.argv[1])).children() for rank in one.children()]
+    for rank in ranks:
+        rank.send_signal(int(sys.argv[2]))
+except psutil.NoSuchProcess:
+    ranks = []
+sys.exit(not ranks)' "$job" "$(kill -l "$1")"
+}
 
-status=0
-wait "$job" || status=$?
-[[ -z $follower ]] || wait "$follower" || true
-if ((status)); then
+ask_to_stop() {
+    if [[ -n $asked ]]; then
+        echo "again: ending all processes at once" >&2
+        end_all
+        return
+    fi
+    asked=$1
+    [[ -n $job ]] || exit "$((128 + $(kill -l "$asked")))"
+    echo "SIG$asked: the run finishes its step, saves and ends, within $GRACE s; a second signal ends it at once" >&2
+    # SIGHUP means nothing to a rank; without ranks nothing is trained yet.
+    signal_ranks "${asked/HUP/TERM}" || end_all
+}
+trap 'ask_to_stop INT' INT
+trap 'ask_to_stop TERM' TERM
+trap 'ask_to_stop HUP' HUP
+trap 'ask_to_stop USR1' USR1
+
+# Runs training once; `status` is its exit code.
+attempt() {
+    local port follower=
+    # A fixed port would make a second run on this machine join, or fail on, the first.
+    port=${MASTER_PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+    local command=(deepspeed "${devices[@]}" --master_port "$port" --log_level error train_dft.py "${flags[@]}" "$@")
+    { printf '%q ' "${command[@]}" && echo; } >>"$log"
+    local seen
+    seen=$(stat -c %s "$log" 2>/dev/null || stat -f %z "$log")
+    # Job control gives the launcher and its ranks a process group of their own, which can be ended as a whole.
+    set -m
+    "${command[@]}" >>"$log" 2>&1 </dev/null &
+    job=$!
+    if [[ -t 1 || -n ${SHOW_LOG:-} ]]; then
+        tail -c "+$((seen + 1))" -f -s 0.2 --pid "$job" "$log" &
+        follower=$!
+    fi
+    set +m
+    while true; do
+        status=0
+        wait "$job" || status=$?
+        kill -0 "$job" 2>/dev/null || break # else a signal has ended the wait
+        local deadline=$((SECONDS + GRACE))
+        while kill -0 "$job" 2>/dev/null; do
+            ((SECONDS < deadline)) || end_all
+            sleep 0.2
+        done
+    done
+    if kill -0 -- "-$job" 2>/dev/null; then
+        ((status)) || status=1 # a launcher that is killed says 0, and leaves its processes behind
+        end_all
+    fi
+    [[ -z $follower ]] || wait "$follower" || true
+}
+
+restarts=0 stuck=0 before=$(newest_step)
+while true; do
+    attempt "$@"
+    ((status)) || break
+    if [[ -n $asked ]]; then
+        ((status != 75)) || echo "stopped: everything is saved, the same command with --resume_from_checkpoint auto goes on" >&2
+        ((status == 75)) || status=$((128 + $(kill -l "$asked")))
+        exit "$status"
+    fi
     echo "error: training ended with exit code $status; see $log" >&2
-    exit "$status"
-fi
+    # 75: a rank was asked to stop, by whom it concerns. 2: what was given is wrong, and will be again.
+    ((status != 75 && status != 2 && restarts < MAX_RESTARTS)) || exit "$status"
+    now=$(newest_step)
+    ((now > before)) && stuck=0 || stuck=$((stuck + 1))
+    if ((stuck > 1)); then
+        echo "error: two attempts in a row without a new checkpoint; MAX_RESTARTS gives up" >&2
+        exit "$status"
+    fi
+    before=$now restarts=$((restarts + 1))
+    set -- "$@" --resume_from_checkpoint auto --overwrite_output_dir False
+    echo "restart $restarts of $MAX_RESTARTS, from $( ((now < 0)) && echo the start || echo "checkpoint-$now")" | tee -a "$log"
+done
 echo "done: $log"

@@ -23,7 +23,9 @@ def copy(tmp_path):
     shutil.copytree(ROOT / "scripts", root / "scripts")
     bin_folder = tmp_path / "env" / "bin"
     bin_folder.mkdir(parents=True)
-    (bin_folder / "python").symlink_to(sys.executable)
+    # No link: Python would look for its packages beside that.
+    (bin_folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (bin_folder / "python").chmod(0o755)
     return root, bin_folder
 
 
@@ -146,6 +148,123 @@ def test_a_signal_ends_every_process(copy, tmp_path):
     for pid in map(int, pids.read_text().split()):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+LAUNCHER = """
+rank() {{ {rank}; }}
+launch() {{ rank & wait $!; exit $?; }}
+[[ $1 != ranks ]] || {{ shift; "$@"; exit; }}
+launch & wait $!; exit $?
+"""
+"""A process, its child and a grandchild, as deepspeed, its launcher and a rank."""
+
+
+def wait_for(path: Path) -> str:
+    deadline = time.monotonic() + 30
+    while not (path.is_file() and path.read_text().strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return path.read_text()
+
+
+def fake_ranks(copy, rank: str) -> None:
+    fake_deepspeed(copy[1], LAUNCHER.format(rank=rank))
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("number", "told"), [("TERM", "SIGTERM"), ("USR1", "SIGUSR1"), ("INT", "SIGINT")])
+def test_ranks_are_asked_to_stop_and_given_the_time_to_save(copy, tmp_path, number, told):
+    fake_ranks(
+        copy, f'trap "sleep 1; echo saved >>{tmp_path}/saved; exit 75" {number}; '
+        f"echo $BASHPID >{tmp_path}/pid; while true; do sleep 0.1; done",
+    )  # fmt: skip
+    process = start(copy, *DATA, "--save_only_model", "False", MODEL="m", MAX_RESTARTS="3")
+    rank = int(wait_for(tmp_path / "pid"))
+    process.send_signal(getattr(signal, told))
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 75 and (tmp_path / "saved").is_file() and not is_running(rank)
+    assert f"{told}: the run finishes its step" in errors and "everything is saved" in errors
+
+
+def test_a_second_signal_ends_at_once_what_does_not_stop(copy, tmp_path):
+    fake_ranks(copy, f'trap "" TERM; echo $BASHPID >{tmp_path}/pid; while true; do sleep 0.1; done')
+    process = start(copy, *DATA, MODEL="m")
+    rank = int(wait_for(tmp_path / "pid"))
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143 and not is_running(rank) and "at once" in errors
+    assert time.monotonic() - started < 10  # seconds
+
+
+def test_a_rank_that_does_not_save_in_time_is_ended(copy, tmp_path):
+    fake_ranks(copy, f'trap "" TERM; echo $BASHPID >{tmp_path}/pid; while true; do sleep 0.1; done')
+    process = start(copy, *DATA, MODEL="m", GRACE="1")
+    rank = int(wait_for(tmp_path / "pid"))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143 and not is_running(rank)
+
+
+def test_a_launcher_that_is_killed_leaves_no_rank_behind(copy, tmp_path):
+    fake_ranks(copy, f"echo $BASHPID $PPID >{tmp_path}/pid; exec sleep 300")
+    process = start(copy, *DATA, MODEL="m")
+    rank, _ = map(int, wait_for(tmp_path / "pid").split())
+    (deepspeed,) = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "deepspeed"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(deepspeed), signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert process.returncode != 0 and not is_running(rank)
+
+
+CRASHES = """
+step=$(ls -d {output}/checkpoint-* 2>/dev/null | wc -l)
+echo "attempt at $step: $*" >>{output}/attempts
+{then}
+exit 9
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "restarts", "attempts", "code"),
+    [
+        ("((step >= 2)) && exit 0; mkdir {output}/checkpoint-$((step + 1))", 3, 3, 0),
+        ("mkdir {output}/checkpoint-$((step + 1))", 2, 3, 9),
+        ("mkdir {output}/incomplete-checkpoint-$RANDOM", 5, 2, 9),
+        ("exit 2", 5, 1, 2),
+        ("exit 75", 5, 1, 75),
+        ("mkdir {output}/checkpoint-$((step + 1))", 0, 1, 9),
+    ],
+    ids=["finishes", "too-often", "no-progress", "refused", "stopped", "not-asked-for"],
+)
+def test_restarts_go_on_and_give_up_without_progress(copy, tmp_path, then, restarts, attempts, code):
+    output = tmp_path / "run"
+    output.mkdir()
+    fake_deepspeed(copy[1], CRASHES.format(output=output, then=then.format(output=output)))
+    words = (*DATA, "--save_only_model", "False", "--output_dir", str(output))
+    ended, _, errors = run(copy, *words, MODEL="m", MAX_RESTARTS=str(restarts))
+    made = (output / "attempts").read_text().splitlines()
+    assert (len(made), ended) == (attempts, code), errors
+    assert all("--resume_from_checkpoint auto" in line for line in made[1:])
+    if restarts:
+        assert "--resume_from_checkpoint auto" in made[0]
+
+
+def test_restarts_need_checkpoints_to_go_on_from(copy):
+    fake_deepspeed(copy[1], "echo started")
+    code, output, errors = run(copy, *DATA, MODEL="m", MAX_RESTARTS="2")
+    assert code == 1 and "set --save_only_model False" in errors and "started" not in output
 
 
 def test_setting_up_again_is_quick_and_changes_nothing():
