@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from dft.errors import UserError
 from dft.loss.dft import TokenStats
@@ -235,12 +235,28 @@ class MeasuredTrainer(SavingTrainer):
             logs["padding_share"] = 1 - counts["tokens"] / counts["positions"]
         halves = self.args.bf16 or self.args.fp16 or self.model.dtype.itemsize == 2
         peak = peak_flops(self.args.device) if halves else None
+        done = self._count_flops(counts)
         if peak is not None and self._flops is not None:
-            done = self._flops.of(counts["tokens"], counts["pairs"], counts["supervised"])
             logs["mfu"] = done / seconds / (peak * self.accelerator.num_processes)
         logs["peak_memory_gib"] = memory
         logs["seconds_left"] = self._clock.seconds_left(self.state.max_steps)
         return logs
+
+    def _count_flops(self, counts: Mapping[str, float]) -> float:
+        """What a window's tokens cost, added to the run's `total_flos`; 0 where that is not known."""
+        if self._flops is None:
+            return 0.0
+        done = self._flops.of(counts["tokens"], counts["pairs"], counts["supervised"])
+        self.state.total_flos += done
+        return done
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Nothing: Trainer's estimate asks a sharded model for its size. `_count_flops` counts."""
+        return 0
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> TrainOutput:
+        self._count_flops(self._train_meter.reduce(self.accelerator, self.alpha).counts)
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._watch.clear()

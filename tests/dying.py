@@ -1,0 +1,76 @@
+"""A trainer that is killed at a chosen moment.
+
+DIE_AT names it: `step 4`, when that step is done and before anything follows; `micro 4.1`, within the step
+after 4, when so many of its micro-batches are done; `evaluating 4` and `evaluated 4`, within and after the
+evaluation at that step; `saving 4 PART`, in the save of that step when PART of it (model, optimizer, state,
+sealed) is written. DIE_BY is the
+signal, DIE_TIMES how often it is sent, DIE_RANK the rank that gets it, all of them by default.
+"""
+
+import os
+import signal
+from typing import Any
+
+import dft.training.saving as saving
+from dft import DFTTrainer
+
+_is_dead = False
+
+
+def die_at(moment: str) -> None:
+    wanted, rank = os.environ.get("DIE_AT"), os.environ.get("RANK", "0")
+    global _is_dead
+    if wanted == moment and not _is_dead and os.environ.get("DIE_RANK", rank) == rank:
+        _is_dead = True  # a signal may be survived, and the moment come again
+        for _ in range(int(os.environ.get("DIE_TIMES", "1"))):
+            os.kill(os.getpid(), signal.Signals[os.environ.get("DIE_BY", "SIGKILL")])
+
+
+class DyingTrainer(DFTTrainer):
+    _micro = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        self._micro += 1
+        die_at(f"micro {self.state.global_step}.{self._micro}")
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._micro = 0
+        die_at(f"step {self.state.global_step}")
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        metrics = super()._evaluate(*args, **kwargs)
+        die_at(f"evaluated {self.state.global_step}")
+        return metrics
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        die_at(f"evaluating {self.state.global_step}")
+        return super().prediction_step(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        self._saved("model" if _internal_call else "final")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._saved("optimizer")
+
+    def _save_run_state(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_run_state(*args, **kwargs)
+        self._saved("state")
+
+    def _publish(self, *args: Any, **kwargs: Any) -> None:
+        publish = saving.publish
+
+        def dying(folder: Any) -> None:
+            self._saved("sealed")
+            publish(folder)
+
+        saving.publish = dying
+        super()._publish(*args, **kwargs)
+        saving.publish = publish
+
+    def _saved(self, part: str) -> None:
+        die_at(f"saving {self.state.global_step} {part}")

@@ -1,0 +1,61 @@
+"""The example that runs of the tests work on."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.make_example import read_conversations, tiny_model, train_tokenizer, write_conversations
+
+OTHER = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Count: {n}"},
+            {"role": "assistant", "content": str(n + 1)},
+        ],
+        "id": n,
+    }
+    for n in range(3)
+]
+"""A second file, an array whose rows have a column that the first file has not."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tiny model and its data, and the folder that runs work in."""
+
+    folder: Path
+    model: Path
+    train: Path
+    other: Path
+    eval: Path
+
+    def words(self, output: Path, **flags: object) -> list[str]:
+        """The command line of a short run; `flags` override."""
+        settings: dict[str, object] = {
+            "model_name_or_path": self.model,
+            "data_files": self.train,
+            "eval_data_files": self.eval,
+            "output_dir": output,
+            "learning_rate": 2e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "seed": 7,
+            "report": False,  # a second for each page
+            **flags,
+        }
+        words = []
+        for name, value in settings.items():
+            if value is not None:
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return words
+
+
+def make_example(folder: Path) -> Example:
+    train, evaluation = write_conversations(folder / "data", count=330)
+    tokenizer = train_tokenizer(read_conversations(train))
+    model = folder / "model"
+    tiny_model(tokenizer).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    other = folder / "data" / "other.json"
+    other.write_text(json.dumps(OTHER))
+    return Example(folder, model, train, other, evaluation)

@@ -1,0 +1,207 @@
+"""However a run is interrupted, what it comes to in the end is what it would have come to, bit for bit."""
+
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dft.training.stopping import STOPPED
+from tests.launching import ROOT, eval_records, history
+
+OF_THE_MACHINE = ("tokens_per_second", "peak_memory_gib", "seconds_left")
+ENDINGS = ("_runtime", "_per_second")
+"""What no two runs log alike."""
+STEPS_PER_EPOCH = 5
+KINDS = ("single", "zero3")
+
+
+@dataclass
+class Setting:
+    """A way to train for two epochs of five steps, each of two micro-batches on every rank."""
+
+    kind: str
+    flags: dict[str, object]
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.kind == "single" else 2
+
+
+FLAGS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "packed": {"packing": True, "max_length": 96, "per_device_train_batch_size": 16},
+    "workers": {"dataloader_num_workers": 2},
+    "by_epoch": {"logging_strategy": "epoch", "eval_strategy": "epoch", "save_strategy": "epoch"},
+}
+
+
+@pytest.fixture(scope="module")
+def train(example, forks):
+    """Runs a setting into a folder; `env` says when it is to die (`tests.dying`). Gives codes and output."""
+
+    def run(output: Path, setting: str, kind: str, env: dict[str, str] | None = None, **flags):
+        ranks = 1 if kind == "single" else 2
+        more = {"deepspeed": ROOT / f"ds_config/{kind}.json", "use_cpu": True} if ranks > 1 else {}
+        batch = {"per_device_train_batch_size": 32}
+        wanted = {**batch, **FLAGS[setting], **more, **flags}
+        wanted["per_device_train_batch_size"] = int(wanted["per_device_train_batch_size"]) // ranks
+        words = example.words(
+            output,
+            **{
+                "num_train_epochs": 2, "gradient_accumulation_steps": 2, "save_strategy": "steps",
+                "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3, "logging_steps": 2,
+                "resume_from_checkpoint": "auto", "warmup_ratio": 0.2,
+                "per_device_eval_batch_size": 1,  # several batches, between which a stop is looked for
+                **wanted,
+            },
+        )  # fmt: skip
+        return forks.run(words, ranks, **(env or {}))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(example, train):
+    """Folders of runs that nothing interrupted, each made when it is first asked for."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(setting: str, kind: str) -> Path:
+        if (setting, kind) not in made:
+            made[setting, kind] = example.folder / f"whole-{setting}-{kind}"
+            codes, output = train(made[setting, kind], setting, kind)
+            assert not any(codes), output
+        return made[setting, kind]
+
+    return make
+
+
+def logged(folder: Path) -> list[dict[str, object]]:
+    """Everything a run logged that does not depend on how fast the machine was."""
+    return [
+        {k: v for k, v in record.items() if k not in OF_THE_MACHINE and not k.endswith(ENDINGS)}
+        for record in history(folder)
+    ]
+
+
+def assert_same(folder: Path, reference: Path) -> None:
+    expected, got = load_file(reference / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert expected.keys() == got.keys()
+    for name, weight in expected.items():
+        assert torch.equal(weight, got[name]), name
+    assert logged(folder) == logged(reference)
+    assert not list(folder.glob("incomplete-*"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("setting", "moment"),
+    [
+        ("plain", "micro 4.1"),  # between two micro-batches, in the middle of the first epoch
+        ("plain", "step 8"),  # in the second epoch, between two saves
+        ("plain", "evaluated 6"),  # right after an evaluation, before its save
+        ("plain", "saving 6 optimizer"),  # within a save
+        ("plain", "saving 6 sealed"),  # all of it is there but the name
+        ("packed", "step 7"),
+        ("workers", "micro 7.1"),
+        ("by_epoch", "saving 5 state"),
+        ("by_epoch", "step 6"),
+    ],
+)
+def test_a_killed_run_ends_as_if_it_had_not_been(example, train, whole, setting, moment, kind):
+    reference = whole(setting, kind)
+    output = example.folder / f"killed-{setting}-{moment}-{kind}".replace(" ", "-")
+    codes, printed = train(output, setting, kind, {"DIE_AT": moment})
+    assert -signal.SIGKILL in codes, printed
+    codes, printed = train(output, setting, kind)
+    assert not any(codes), printed
+    assert "Traceback" not in printed
+    assert_same(output, reference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_at_the_end_of_an_epoch(example, train, whole, kind):
+    """A save at the last step of an epoch comes before the events at the end of that epoch."""
+    how = {"save_strategy": "steps", "save_steps": STEPS_PER_EPOCH}
+    reference = example.folder / f"whole-epoch-end-{kind}"
+    output = example.folder / f"killed-epoch-end-{kind}"
+    assert not any(train(reference, "by_epoch", kind, **how)[0])
+    # The evaluation at the end of the epoch never takes place in the first attempt.
+    codes, printed = train(output, "by_epoch", kind, {"DIE_AT": "evaluating 5"}, **how)
+    assert -signal.SIGKILL in codes and (output / "checkpoint-5").is_dir(), printed
+    codes, printed = train(output, "by_epoch", kind, **how)
+    assert not any(codes), printed
+    assert [record["step"] for record in eval_records(output)] == [5, 10]
+    assert_same(output, reference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("number", "moment", "setting"),
+    [
+        ("SIGTERM", "micro 4.1", "plain"),
+        ("SIGUSR1", "micro 5.2", "plain"),  # at this step an evaluation and a save are due
+        ("SIGINT", "evaluating 3", "plain"),
+        ("SIGTERM", "micro 9.2", "by_epoch"),  # the last step, with all that follows the end of training
+        ("SIGTERM", "saving 6 model", "plain"),
+        ("SIGTERM", "micro 7.1", "workers"),
+    ],
+)
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
+    example, train, whole, number, moment, setting, kind
+):
+    reference = whole(setting, kind)
+    output = example.folder / f"stopped-{number}-{setting}-{moment}-{kind}".replace(" ", "-")
+    env = {"DIE_AT": moment, "DIE_BY": number, "DIE_RANK": str(int(kind != "single"))}
+    codes, printed = train(output, setting, kind, env)
+    assert set(codes) == {STOPPED}, printed
+    assert f"stopped by {number} after step" in printed and "to go on: the same command" in printed
+    codes, printed = train(output, setting, kind)
+    assert not any(codes), printed
+    assert_same(output, reference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_interrupt_ends_at_once(example, train, kind):
+    output = example.folder / f"twice-{kind}"
+    env = {"DIE_AT": "micro 4.1", "DIE_BY": "SIGINT", "DIE_TIMES": "2"}
+    started = time.monotonic()
+    codes, printed = train(output, "plain", kind, env)
+    assert 130 in codes and "ends at once" in printed
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3"]
+    assert time.monotonic() - started < 60  # seconds
+
+
+def test_before_training_a_signal_ends_a_run_at_once(example, forks):
+    started = forks.start(example.words(example.folder / "early", logging_steps=2))
+    time.sleep(0.3)
+    started.kill(signal.SIGTERM)
+    (code,) = started.codes()
+    assert code == STOPPED and "before training began" in started.output
+
+
+def test_nothing_to_go_on_from_is_a_new_start_and_what_is_passed_over_is_said(example, train, whole):
+    reference = whole("plain", "single")
+    output = example.folder / "passed-over"
+    shutil.copytree(reference / "checkpoint-3", output / "checkpoint-3")
+    for step, spoil in {6: "optimizer.pt", 9: "manifest.json"}.items():
+        shutil.copytree(reference / f"checkpoint-{step}", output / f"checkpoint-{step}")
+        os.truncate(output / f"checkpoint-{step}" / spoil, 100)
+    codes, printed = train(output, "plain", "single")
+    assert codes == [0], printed
+    assert "checkpoint-6: not complete, optimizer.pt has 100 of" in printed
+    assert "checkpoint-9: not complete, its manifest.json cannot be read" in printed
+    assert_same(output, reference)
+
+
+def test_a_finished_run_is_not_trained_again(example, train, whole):
+    output = example.folder / "finished"
+    shutil.copytree(whole("plain", "single"), output)
+    codes, printed = train(output, "plain", "single")
+    assert codes == [0], printed
+    assert_same(output, whole("plain", "single"))
