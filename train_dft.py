@@ -35,6 +35,7 @@ from dft.training.model import (
     stop_where_turns_end,
 )
 from dft.training.peers import watched
+from dft.training.space import check_space
 from dft.training.stopping import STOPPED, Stopped, StopRequest
 from dft.training.trackers import RunRecordCallback, finish_trackers, prepare_trackers
 from dft.training.trainer import DFTTrainer
@@ -85,6 +86,7 @@ def main() -> None:
         preflight(arguments, trainer, tokenizer)
         leave_ranks()
         return
+    check_space(model, arguments.training, len(data.datasets["train"]))
     record = run_record(arguments, model, data.report) if is_main_process() else {}
     trainer.add_callback(RunRecordCallback(record, trainer.callback_handler))
     report = ReportCallback(trainer, record, tokenizer)

@@ -15,6 +15,7 @@ from transformers.utils import is_liger_kernel_available
 
 from dft.arguments import Arguments, TrainingArguments
 from dft.data.arguments import check_data_arguments
+from dft.deepspeed_file import check_parts
 from dft.errors import UserError
 from dft.training.checkpoints import resolve_resume
 from dft.training.checks import check_arguments
@@ -24,6 +25,19 @@ from dft.training.trainer import DFTTrainer
 
 NEED_A_MODEL = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
 """Optimizers that cannot be tried on a parameter alone, like all with --optim_target_modules."""
+
+
+MOST = {
+    "per_device_train_batch_size": 10**6,
+    "per_device_eval_batch_size": 10**6,
+    "gradient_accumulation_steps": 10**6,
+    "num_train_epochs": 10**6,
+    "max_steps": 10**9,
+    "dataloader_num_workers": 1024,
+    "dataloader_prefetch_factor": 10**6,
+    "learning_rate": 1000,
+}
+"""Beyond these a number is a slip of the keyboard, and would overflow something or never end."""
 
 
 def check(arguments: Arguments) -> None:
@@ -74,14 +88,25 @@ def check_ranges(arguments: Arguments) -> None:
         "max_grad_norm": training.max_grad_norm,
         "dataloader_num_workers": training.dataloader_num_workers,
         "logging_steps": training.logging_steps,
+        "warmup_steps": training.warmup_steps,
         "save_steps": training.save_steps,
         "eval_steps": training.eval_steps,
     }
     if training.save_strategy == SaveStrategy.STEPS and training.save_steps == 0:
         raise UserError("--save_steps 0: must be greater than 0 with --save_strategy steps")
+    if arguments.given["eval_steps"] == 0:  # transformers would take --logging_steps
+        raise UserError("--eval_steps 0: must be greater than 0; leave it out for --logging_steps")
     for name, value in not_negative.items():
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{name} {value}: must be a finite number, at least 0")
+    for name, most in MOST.items():
+        value = vars(training)[name]
+        if value is not None and value > most:
+            raise UserError(f"--{name} {value}: must be at most {most:,}")
+    if training.max_steps < 1 and training.max_steps != -1:
+        raise UserError(
+            f"--max_steps {training.max_steps}: must be greater than 0, or -1 for all of --num_train_epochs"
+        )
     for name, value in {"seed": training.seed, "data_seed": training.data_seed}.items():
         if value is not None and not 0 <= value < 2**32:
             raise UserError(f"--{name} {value}: must be at least 0 and below 2**32")
@@ -229,9 +254,8 @@ def check_fsdp(training: TrainingArguments) -> None:
 def check_deepspeed(training: TrainingArguments) -> None:
     if not training.deepspeed:
         return
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS  # slow to import, and only needed here
-
     zero = training.hf_deepspeed_config
+    check_parts(zero.config, f"--deepspeed {training.deepspeed}")
     if zero.mismatches:
         raise UserError(
             f"--deepspeed {training.deepspeed} contradicts the flags: {'; '.join(zero.mismatches)}; the "
@@ -268,13 +292,6 @@ def check_deepspeed(training: TrainingArguments) -> None:
             f"--deepspeed {training.deepspeed}: ZeRO-3 needs 'stage3_gather_16bit_weights_on_model_save: "
             "true' in 'zero_optimization', or no model can be saved that from_pretrained loads"
         )
-    optimizer = zero.get_value("optimizer.type")
-    if (
-        optimizer is not None
-        and optimizer.lower() not in DEEPSPEED_OPTIMIZERS
-        and optimizer not in dir(torch.optim)
-    ):
-        raise UserError(f"--deepspeed {training.deepspeed}: DeepSpeed has no optimizer {optimizer!r}")
     if training.save_only_model and training.load_best_model_at_end:
         raise UserError(
             "--load_best_model_at_end True with --save_only_model True: DeepSpeed cannot load a checkpoint "
@@ -310,9 +327,17 @@ def check_output(arguments: Arguments) -> None:
         raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
     if arguments.data.prepare_only or arguments.watch.preflight:
         return
+    wanted = (training.resume_from_checkpoint or "false").lower()
+    if training.overwrite_output_dir and wanted != "false":
+        raise UserError(
+            f"--overwrite_output_dir True starts afresh, --resume_from_checkpoint "
+            f"{training.resume_from_checkpoint} goes on; give one"
+        )
+    if training.enable_jit_checkpoint:
+        raise UserError("--enable_jit_checkpoint True: every run saves when it gets SIGTERM; leave it out")
     resume = resolve_resume(training)
     checkpoints = list(folder.glob("checkpoint-*"))
-    if checkpoints and resume is None and not training.overwrite_output_dir:
+    if checkpoints and resume is None and wanted != "auto" and not training.overwrite_output_dir:
         raise UserError(
             f"--output_dir {folder}: holds {len(checkpoints)} checkpoint(s) of an earlier run; go on from "
             "them with --resume_from_checkpoint auto, choose another folder, or start afresh with "

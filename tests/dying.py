@@ -3,12 +3,17 @@
 DIE_AT names it: `step 4`, when that step is done and before anything follows; `micro 4.1`, within the step
 after 4, when so many of its micro-batches are done; `evaluating 4` and `evaluated 4`, within and after the
 evaluation at that step; `saving 4 PART`, in the save of that step when PART of it (model, optimizer, state,
-sealed) is written. DIE_BY is the
-signal, DIE_TIMES how often it is sent, DIE_RANK the rank that gets it, all of them by default.
+sealed) is written.
+
+DIE_BY is the signal, or FULL, READ_ONLY or GONE: then the run lives on, and DISK is that. DIE_TIMES is how
+often the signal is sent, DIE_RANK the rank that gets it, all of them by default.
 """
 
 import os
 import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import dft.training.saving as saving
@@ -18,12 +23,27 @@ _is_dead = False
 
 
 def die_at(moment: str) -> None:
+    """Does what is to be done at this moment, once."""
     wanted, rank = os.environ.get("DIE_AT"), os.environ.get("RANK", "0")
     global _is_dead
     if wanted == moment and not _is_dead and os.environ.get("DIE_RANK", rank) == rank:
         _is_dead = True  # a signal may be survived, and the moment come again
-        for _ in range(int(os.environ.get("DIE_TIMES", "1"))):
-            os.kill(os.getpid(), signal.Signals[os.environ.get("DIE_BY", "SIGKILL")])
+        by, disk = os.environ.get("DIE_BY", "SIGKILL"), os.environ.get("DISK", "")
+        if by == "FULL":
+            fill(Path(disk))
+        elif by == "READ_ONLY":
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        elif by == "GONE":
+            os.rename(disk, f"{disk}.gone")
+        else:
+            for _ in range(int(os.environ.get("DIE_TIMES", "1"))):
+                os.kill(os.getpid(), signal.Signals[by])
+
+
+def fill(disk: Path) -> None:
+    with suppress(OSError), open(disk / "ballast", "wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(2**16))
 
 
 class DyingTrainer(DFTTrainer):

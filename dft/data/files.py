@@ -51,6 +51,13 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def free_bytes(folder: Path) -> int:
+    """Of the disk that a folder is on, or would be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 @contextmanager
 def writing_into(folder: Path, flag: str) -> Iterator[None]:
     """Turns what can go wrong with a folder that the user named into one `UserError`."""
@@ -60,7 +67,7 @@ def writing_into(folder: Path, flag: str) -> Iterator[None]:
         what = "" if error.filename in (None, str(folder)) else f"{error.filename} "
         raise UserError(f"{flag} {folder}: {what}is not a folder; remove it or name another") from None
     except OSError as error:
-        if error.errno not in (*FULL, *FORBIDDEN, errno.EISDIR, errno.ENOENT):
+        if error.errno not in (*FULL, *FORBIDDEN, errno.EISDIR, errno.ENOENT, errno.ELOOP):
             raise
         where = error.filename or folder
         if error.errno == errno.EISDIR:

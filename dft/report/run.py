@@ -1,6 +1,5 @@
 """What a run says about itself before its first step and after its last."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,13 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from dft.arguments import Arguments, TrainingArguments, default_flags, own_flags
 from dft.config_file import RUN_ARGS, write_run_args
-from dft.training.distributed import is_main_process, parallelism, rows_per_step, world_size
+from dft.training.distributed import (
+    is_main_process,
+    parallelism,
+    rows_per_step,
+    schedule,
+    world_size,
+)
 from dft.training.memory import memory_estimate
 from dft.training.stopping import Stopped
 
@@ -38,17 +43,6 @@ def derived(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
         "alpha": arguments.dft.dft_alpha,
         "rows_per_step": rows_per_step(training),
     }
-
-
-def schedule(training: TrainingArguments, rows: int) -> int:
-    """Optimizer steps of the run, as Trainer will count them."""
-    if training.max_steps > 0:
-        return training.max_steps
-    rounded = math.floor if training.dataloader_drop_last else math.ceil
-    batches = rounded(rows / (training.per_device_train_batch_size * world_size()))
-    return math.ceil(
-        training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps))
-    )
 
 
 def start_lines(

@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import math
 import os
 import sys
 import warnings
@@ -42,6 +43,17 @@ def parallelism(training: transformers.TrainingArguments) -> str:
 
 def rows_per_step(training: transformers.TrainingArguments) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size()
+
+
+def schedule(training: transformers.TrainingArguments, rows: int) -> int:
+    """Optimizer steps of the run, as Trainer will count them."""
+    if training.max_steps > 0:
+        return training.max_steps
+    rounded = math.floor if training.dataloader_drop_last else math.ceil
+    batches = rounded(rows / (training.per_device_train_batch_size * world_size()))
+    return math.ceil(
+        training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps))
+    )
 
 
 def mute_deepspeed() -> None:

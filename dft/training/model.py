@@ -1,19 +1,28 @@
 """The model of a run: its dtype, its attention, its weights, and room for every token of the tokenizer."""
 
+import math
 from collections.abc import Iterable
-from pickle import UnpicklingError
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import is_flash_attn_2_available
 
 from dft.arguments import Arguments
 from dft.data.tokenizer import UNLOADABLE
 from dft.errors import UserError
 
+OF_CONFIG = (ArithmeticError, LookupError)
+"""What building a model raises besides, for numbers in config.json that make no sense."""
+SHAPES = "size mismatch"
+OF_THE_FILES = ("negative dimension", SHAPES, "conversion of the weights")
+"""Words in those of its RuntimeErrors that are about a model's files."""
 OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 FLASH = "flash_attention_2"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,35 +32,144 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     """The model with its weights; under ZeRO-3 each rank holds its share.
 
     Raises:
-        UserError: no such model, broken or missing weights, or a tokenizer that does not belong to it.
+        UserError: no such model, broken, missing or infinite weights, an encoder, or a tokenizer that does
+            not belong to it.
     """
-    wanted = arguments.model
+    name = arguments.model.model_name_or_path
+    check_weight_files(name)
     attention = resolve_attention(arguments)
+    failure = None
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            wanted.model_name_or_path,
+            name,
             dtype=resolve_dtype(arguments),
             attn_implementation=None if attention == "auto" else attention,
-            trust_remote_code=wanted.trust_remote_code,
+            trust_remote_code=arguments.model.trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # to be told here, with their names
             output_loading_info=True,
         )
-    except (*UNLOADABLE, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+    except (*UNLOADABLE, *OF_CONFIG, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OF_THE_FILES):
             raise  # a full device, a broken process group: no fault of the files
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
-            f"--model_name_or_path {wanted.model_name_or_path}: cannot be loaded: {reason}"
-        ) from None
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise UserError(
-            f"--model_name_or_path {wanted.model_name_or_path}: {len(missing)} weights are not in its files "
-            f"and would be random, among them {', '.join(missing[:3])}; the files belong to another "
-            "architecture or are incomplete"
-        )
+        if isinstance(error, SafetensorError):
+            reason += "; the file is damaged, or was not downloaded to its end"
+        if isinstance(error, (*OF_CONFIG, RuntimeError)):
+            reason += "; look at the numbers in config.json"
+        failure = f"--model_name_or_path {name}: cannot be loaded: {reason}"
+        if SHAPES not in reason:
+            raise UserError(failure) from None
+    # Under ZeRO-3 rank 0 alone compares shapes, at the end, when the others think that all is well.
+    failure = first_of_ranks(failure)
+    if failure is not None:
+        raise UserError(failure)
+    check_loading(loading, name, arguments)
+    check_causal(model, name)
+    check_finite(model, name, arguments.training.device)
     grow_embeddings(model, tokenizer, arguments)
     settle_generation_config(model, arguments)
     return model
+
+
+def first_of_ranks(failure: str | None) -> str | None:
+    """What went wrong on the first rank where something did; a collective."""
+    if not torch.distributed.is_initialized():
+        return failure
+    failures: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(failures, failure)
+    return next((one for one in failures if one is not None), None)
+
+
+def check_weight_files(name: str) -> None:
+    """Raises `UserError` where a model's folder has no weights, or has them as a pickle alone.
+
+    A pickle runs whatever code is in it when it is read. Of models on the hub, too, nothing but safetensors
+    is loaded.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return
+    adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+    wanted = "adapter_model.safetensors" if adapter else "*.safetensors"
+    if any(folder.glob(wanted)):
+        return
+    pickles = sorted(one.name for one in folder.iterdir() if one.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if not pickles:
+        raise UserError(f"--model_name_or_path {name}: the folder holds no weights ({wanted})")
+    raise UserError(
+        f"--model_name_or_path {name}: its weights are there only as a pickle ({pickles[0]}), which may run "
+        "any code when it is read; convert them to safetensors, with a transformers that reads nothing but "
+        'tensors out of it: python -c "from transformers import AutoModelForCausalLM as Model; '
+        f"Model.from_pretrained({name!r}).save_pretrained('NEW')\", and copy the tokenizer's files"
+    )
+
+
+def check_loading(loading: dict[str, Any], name: str, arguments: Arguments) -> None:
+    """Raises `UserError` for weights that are not in the files or have another shape there.
+
+    Adds a note of weights that the model has no place for.
+    """
+    if loading["mismatched_keys"]:
+        weight, there, wanted = min(loading["mismatched_keys"])
+        raise UserError(
+            f"--model_name_or_path {name}: {weight} has the shape {list(there)} in its files and "
+            f"{list(wanted)} by config.json; one of the two belongs to another model"
+        )
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(
+            f"--model_name_or_path {name}: {len(missing)} weights are not in its files "
+            f"and would be random, among them {', '.join(missing[:3])}; the files belong to another "
+            "architecture or are incomplete"
+        )
+    if loading["unexpected_keys"]:
+        unused = sorted(loading["unexpected_keys"])
+        arguments.notes.append(
+            f"{len(unused)} weights in the model's files have no place in the model and are left out, among "
+            f"them {', '.join(unused[:3])}"
+        )
+
+
+def check_causal(model: PreTrainedModel, name: str) -> None:
+    """Raises `UserError` for an encoder: it would see the token that it is to predict."""
+    config = model.config.to_dict()
+    encodes = config["model_type"] in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if encodes and not (config.get("is_decoder") or config.get("causal")):
+        raise UserError(
+            f"--model_name_or_path {name}: {config['model_type']} is an encoder, whose attention sees the "
+            "tokens that are to be predicted; choose a causal language model (or set 'is_decoder' in its "
+            "config.json to true, if it was trained as one)"
+        )
+
+
+def check_finite(model: PreTrainedModel, name: str, device: torch.device) -> None:
+    """Raises `UserError`, on all ranks, for weights that are NaN or infinite on one of them."""
+    parameters = dict(model.named_parameters())
+    broken = torch.tensor(
+        [not _is_finite(one) for one in parameters.values()], device=device, dtype=torch.int
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
+    names = [one for one, bad in zip(parameters, broken.tolist(), strict=True) if bad]
+    if names:
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(
+            f"--model_name_or_path {name}: values that are not finite (NaN, infinity) in {names[0]}{others} "
+            f"of {len(parameters)} weights; the files are damaged, or come from a training that diverged"
+        )
+
+
+def _is_finite(parameter: nn.Parameter) -> bool:
+    """Whether the part of a weight that this rank holds is."""
+    values = parameter.detach()
+    if is_deepspeed_zero3_enabled():
+        share = parameter.ds_tensor
+        begun = share.ds_numel * torch.distributed.get_rank(parameter.ds_process_group)
+        values = share.detach()[: max(0, parameter.ds_numel - begun)]  # what follows is never written
+    if values.is_meta or not values.numel() or not values.is_floating_point():
+        return True
+    return all(math.isfinite(one) for one in torch.aminmax(values))  # NaN is both; makes no copy
 
 
 def settle_generation_config(model: PreTrainedModel, arguments: Arguments) -> None:

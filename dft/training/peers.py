@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 import psutil
@@ -85,9 +85,12 @@ class Peers:
         if self.me.rank:
             time.sleep(2 * PERIOD)
         self.close()
-        is_first = self._store.add("failing", 1) == 1
-        if is_first:
-            self._store.set("failed", json.dumps([self.me.rank, code]))
+        is_first = False
+        with suppress(dist.DistError):  # rank 0 was first, has told, and is gone with the store
+            is_first = self._store.add("failing", 1) == 1
+            if is_first:
+                self._store.set("failed", json.dumps([self.me.rank, code]))
+                time.sleep(2 * PERIOD)  # until all have read that
         has_first_word(is_first)
 
     def settle(self) -> None:

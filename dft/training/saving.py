@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from dft.data.files import FORBIDDEN, FULL, flush_to_disk, write_whole
+from dft.data.files import FORBIDDEN, FULL, flush_to_disk, free_bytes, write_whole
 from dft.errors import UserError
 from dft.training.batching import sequence_lengths
 from dft.training.checkpoints import UNFINISHED, open_checkpoint, publish, rotate, seal, unfinished
@@ -447,13 +447,6 @@ def disk_fault(error: Exception, folder: Path) -> str | None:
     if "PytorchStreamWriter" in words or "I/O error" in words:
         return f"{' '.join(words.split())} ({free_bytes(folder):,} bytes are free)"
     return None
-
-
-def free_bytes(folder: Path) -> int:
-    """Of the disk that a folder is, or would be, on."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def move_files(source: Path, target: Path) -> None:

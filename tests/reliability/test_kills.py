@@ -46,7 +46,8 @@ def test_kills_at_random_moments(example, forks, kind):
             # One rank, or all of them, as when a machine goes down.
             run.kill(signal.SIGKILL, chance.choice([None, *range(ranks)]))
             codes = run.codes()
-            assert "Traceback" not in run.output, run.output
+            if "train step" in run.output:  # before that ranks do not watch one another yet
+                assert "Traceback" not in run.output, run.output
             if not any(codes):
                 continue  # it had been quicker
             kills += 1

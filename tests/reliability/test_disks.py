@@ -1,0 +1,96 @@
+"""Disks that are full, read-only or gone: one error, and what was saved before stays as it was."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dft.errors import REFUSED
+from dft.training.checkpoints import newest_checkpoint
+from tests.launching import ROOT
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 40 MB; a checkpoint of the example takes 8."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"may not mount a file system here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def words(example, output: Path, ranks: int = 1, **flags) -> list[str]:
+    more = {"deepspeed": ROOT / "ds_config/zero3.json", "use_cpu": True} if ranks > 1 else {}
+    settings = {
+        "save_strategy": "steps", "save_steps": 2, "max_steps": 8, "per_device_train_batch_size": 16,
+        "logging_steps": 2, "resume_from_checkpoint": "auto", "save_total_limit": 2, **more, **flags,
+    }  # fmt: skip
+    return example.words(output, **settings)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("FULL", "checkpoint-4 cannot be saved: no space left on the device"),
+        ("READ_ONLY", "checkpoint-4 cannot be saved: Read-only file system"),
+        ("GONE", "it is gone, so step 4 cannot be saved"),
+    ],
+)
+def test_a_disk_that_fails_while_it_is_trained(example, forks, disk, fault, message, ranks):
+    output = disk / "run"
+    at = str(disk if fault != "GONE" else output)
+    env = {"DIE_AT": "step 3", "DIE_BY": fault, "DISK": at, "DIE_RANK": "0"}
+    codes, printed = forks.run(words(example, output, ranks), ranks, **env)
+    assert set(codes) == {REFUSED}, printed
+    assert printed.count("error:") == 1 and message in printed and "Traceback" not in printed
+    if fault == "READ_ONLY":
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    if fault == "FULL":
+        (disk / "ballast").unlink()
+    if fault == "GONE":
+        Path(f"{output}.gone").rename(output)
+    found, _ = newest_checkpoint(output)
+    assert found is not None and found.step == 2 and not list(output.glob("incomplete-*/*.safetensors"))
+    codes, printed = forks.run(words(example, output, ranks), ranks)
+    assert not any(codes), printed
+
+
+def test_a_disk_that_fills_up_before_the_final_model_is_written(example, forks, disk):
+    env = {"DIE_AT": "step 8", "DIE_BY": "FULL", "DISK": str(disk)}
+    (code,), printed = forks.run(words(example, disk / "run", save_steps=100), **env)
+    assert code == REFUSED and "cannot be saved: no space left" in printed and "Traceback" not in printed
+
+
+def test_a_disk_that_is_too_small_is_known_before_training(example, forks, disk):
+    flags = {"save_steps": 1, "save_total_limit": None}
+    (code,), printed = forks.run(words(example, disk / "run", **flags))
+    assert code == REFUSED, printed
+    assert "8 checkpoints of 0.01 GiB and a model of 0.00 GiB will not fit, with 0.04 GiB free" in printed
+    assert "--save_total_limit" in printed and "train step" not in printed
+
+
+def test_a_read_only_output_directory_is_known_before_anything_else(example, forks, disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    (code,), printed = forks.run(words(example, disk / "run"))
+    assert code == REFUSED and "--output_dir" in printed and "Read-only file system" in printed
+    assert "train " not in printed
+
+
+def test_checkpoints_are_removed_only_when_a_newer_one_is_whole(example, forks):
+    """With one to be kept, a save that fails leaves that one."""
+    output = example.folder / "one-kept"
+    env = {"DIE_AT": "saving 4 optimizer"}
+    forks.run(words(example, output, save_total_limit=1), **env)
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    (code,), printed = forks.run(words(example, output, save_total_limit=1))
+    assert code == 0, printed
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-8"]
+    shutil.rmtree(output)
