@@ -47,7 +47,8 @@ def report_user_errors() -> None:
         if _tells is False or (local_rank and _tells is None):
             time.sleep(PATIENCE)
         if _tells is not False:
-            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+            # Not to sys.stderr: torch's hook in front of this one holds that back, and drops it at an exit.
+            print(f"{prefix}error: {error}", file=sys.__stderr__, flush=True)
         raise SystemExit(REFUSED)
 
     sys.excepthook = hook

@@ -12,6 +12,7 @@ often the signal is sent, DIE_RANK the rank that gets it, all of them by default
 import os
 import signal
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -93,4 +94,5 @@ class DyingTrainer(DFTTrainer):
         saving.publish = publish
 
     def _saved(self, part: str) -> None:
+        time.sleep(float(os.environ.get("SAVE_SLOWLY", "0")))  # seconds, so that kills at random come within
         die_at(f"saving {self.state.global_step} {part}")

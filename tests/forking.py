@@ -7,6 +7,7 @@ the same, and are killed as such.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dft.training import peers
 from tests.launching import ROOT, free_port
 
 LIMIT = 120
@@ -125,10 +127,14 @@ def fork_rank(asked: dict[str, Any], rank: int) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(asked["env"])
-    if asked["ranks"] > 1:
+    if asked["ranks"] > 1 or "--deepspeed" in asked["words"]:  # which wants a launcher for one rank as well
         world = {"WORLD_SIZE": asked["ranks"], "LOCAL_WORLD_SIZE": asked["ranks"], "RANK": rank}
         world |= {"LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": asked["port"]}
         os.environ.update({name: str(value) for name, value in world.items()})
+    if "HOSTS" in asked["env"]:  # as if each rank were on a machine of that name
+        host = asked["env"]["HOSTS"].split()[rank]
+        socket.gethostname = lambda: host
+    peers.SILENCE = float(asked["env"].get("SILENCE", peers.SILENCE))  # seconds
     sys.argv = ["train_dft.py", *asked["words"]]
     os._exit(main_of_rank())
 

@@ -123,6 +123,7 @@ WRONG = [
     ("--learning_rte 3", "unknown argument --learning_rte; did you mean --learning_rate?"),
     ("--wholly_unknown", "unknown argument --wholly_unknown"),
     ("--config nowhere.yaml", "--config nowhere.yaml: no such file"),
+    ("--hub_token=SECRET", "--hub_token: a token on the command line is seen by everyone"),
     ("--deepspeed ds_config/zero3.json", "DeepSpeed learns of its ranks from a launcher"),
     ("--deepspeed nowhere.json", "--deepspeed nowhere.json: no such file; the ones that come along are in"),
     ("--lr_scheduler_kwargs notjson", "--lr_scheduler_kwargs notjson: expected a JSON object"),
@@ -218,8 +219,9 @@ def test_run_args_leave_out_what_belongs_to_one_run(tmp_path):
 
 
 def test_run_args_hold_what_was_given_and_no_secret(tmp_path):
-    more = ["--hub_token", "SECRET", "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--learning_rate", "3e-5"]
-    more += ["--run_name=-dashed", "--local_rank", "1"]
+    (tmp_path / "token.yaml").write_text("hub_token: SECRET")
+    more = ["--config", str(tmp_path / "token.yaml"), "--lr_scheduler_kwargs", '{"num_cycles": 2}']
+    more += ["--learning_rate", "3e-5", "--run_name=-dashed", "--local_rank", "1"]
     arguments = parse_arguments([*words(tmp_path), *more])
     write_run_args(tmp_path, arguments.given, default_flags(), own_flags(), {"ranks": 2})
     text = (tmp_path / "run_args.yaml").read_text()

@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import psutil
@@ -82,15 +84,17 @@ class Peers:
         """This rank ends by an error of its own. The first one to say so reports it, the others follow it
         without a word, with the same exit code. Rank 0 is given the first word where all have the error.
         """
+        first = self._processes.get(self.all[0])
         if self.me.rank:
-            time.sleep(2 * PERIOD)
+            time.sleep(PERIOD)
         self.close()
-        is_first = False
-        with suppress(dist.DistError):  # rank 0 was first, has told, and is gone with the store
-            is_first = self._store.add("failing", 1) == 1
-            if is_first:
-                self._store.set("failed", json.dumps([self.me.rank, code]))
-                time.sleep(2 * PERIOD)  # until all have read that
+        if first is not None and not is_alive(first):  # it has told, and the store is gone with it
+            has_first_word(False)
+            return
+        is_first = self._store.add("failing", 1) == 1
+        if is_first:
+            self._store.set("failed", json.dumps([self.me.rank, code]))
+            time.sleep(3 * PERIOD)  # until all have read that
         has_first_word(is_first)
 
     def settle(self) -> None:
@@ -100,25 +104,34 @@ class Peers:
     # ---- the thread ----
 
     def _watch(self) -> None:
-        tick = 0
+        asking, tick = ThreadPoolExecutor(1, "peers"), 0
         while not self._ended.wait(PERIOD):
             tick += 1
             gone = [one for one, process in self._processes.items() if not is_alive(process)]
-            if gone and (len(self._leaders) == 1 or gone[0].rank == 0):  # whose store is gone as well
-                self._end(f"{gone[0]} is gone; what it said last stands above")
+            lost = f"{gone[0]} is gone; what it said last stands above" if gone else None
+            if lost is not None and (len(self._leaders) == 1 or gone[0].rank == 0):
+                self._end(lost)  # without the store, which is gone with rank 0
             try:
-                if self._store.check(["failed"]):
-                    self._follow(*json.loads(self._store.get("failed")))
-                if gone:
-                    self._report(gone[0], f"{gone[0]} is gone; what it said last stands above")
-                if self._leads and len(self._leaders) > 1:
-                    self._listen(tick)
-                if self._store.check(["lost"]):
-                    self._end(self._store.get("lost").decode())
-                if time.monotonic() - self._last_beat > self.patience:
-                    self._end(self._who_hangs())
+                # A store whose process is stopped never answers.
+                asking.submit(self._ask, tick, lost).result(SILENCE)
+            except FutureTimeout:
+                self._end(f"{self.all[0]} has not answered for {SILENCE:.0f} s")
             except dist.DistError as error:
                 self._end(f"{self.all[0]} is gone, or cannot be reached ({type(error).__name__})")
+        asking.shutdown(wait=False)
+
+    def _ask(self, tick: int, lost: str | None) -> None:
+        """One look into the store; ends this rank if it cannot go on."""
+        if self._store.check(["failed"]):
+            self._follow(*json.loads(self._store.get("failed")))
+        if lost is not None:
+            self._report(lost)
+        if self._leads and len(self._leaders) > 1:
+            self._listen(tick)
+        if self._store.check(["lost"]):
+            self._end(self._store.get("lost").decode())
+        if time.monotonic() - self._last_beat > self.patience:
+            self._report(self._who_hangs())
 
     def _follow(self, rank: int, code: int) -> None:
         """Ends with a rank that reports its error, but not before it: a launcher would cut it short."""
@@ -138,9 +151,9 @@ class Peers:
             before, since = self._heard.get(host, (-1, now))
             self._heard[host] = (said, now if said != before else since)
             if now - self._heard[host][1] > SILENCE:
-                self._report(leader, f"{leader} has not been heard of for {SILENCE:.0f} s")
+                self._report(f"{leader} has not been heard of for {SILENCE:.0f} s")
 
-    def _report(self, lost: Peer, line: str) -> None:
+    def _report(self, line: str) -> None:
         self._store.set("lost", line)
         self._end(line)
 
@@ -156,9 +169,7 @@ class Peers:
         furthest = max(reached.values())
         silent = [one for one in self.all if one not in reached]
         behind = silent or [one for one, beats in reached.items() if beats < furthest] or self.all
-        line = f"{', '.join(map(str, behind))} did not get on for {self.patience:.0f} s (--ddp_timeout)"
-        self._store.set("lost", line)
-        return line
+        return f"{', '.join(map(str, behind))} did not get on for {self.patience:.0f} s (--ddp_timeout)"
 
     def _end(self, line: str | None, code: int = LOST) -> None:
         """Ends this rank, whose main thread may be waiting for ever. One rank of each machine tells."""

@@ -33,15 +33,16 @@ def test_kills_at_random_moments(example, forks, kind):
 
     reference = example.folder / f"unkilled-{kind}"
     assert not any(forks.run(words(reference), ranks)[0])
+    slow = {"SAVE_SLOWLY": "0.1"}
     started = time.monotonic()
-    assert not any(forks.run(words(example.folder / f"timed-{kind}"), ranks)[0])
+    assert not any(forks.run(words(example.folder / f"timed-{kind}"), ranks, **slow)[0])
     lasts = time.monotonic() - started
     chance = random.Random(7)
     kills = passed_over = within_saves = 0
     while kills < KILLS:
         output = example.folder / f"killed-often-{kind}-{kills}"
         for _ in range(LIVES):
-            run = forks.start(words(output), ranks)
+            run = forks.start(words(output), ranks, **slow)
             time.sleep(chance.uniform(0.1, 0.9) * lasts)
             # One rank, or all of them, as when a machine goes down.
             run.kill(signal.SIGKILL, chance.choice([None, *range(ranks)]))

@@ -152,9 +152,7 @@ def test_a_run_goes_on_at_the_end_of_an_epoch(example, train, whole, kind):
         ("SIGTERM", "micro 7.1", "workers"),
     ],
 )
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on(
-    example, train, whole, number, moment, setting, kind
-):
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(example, train, whole, number, moment, setting, kind):
     reference = whole(setting, kind)
     output = example.folder / f"stopped-{number}-{setting}-{moment}-{kind}".replace(" ", "-")
     env = {"DIE_AT": moment, "DIE_BY": number, "DIE_RANK": str(int(kind != "single"))}

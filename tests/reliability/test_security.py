@@ -1,0 +1,293 @@
+"""What a model, a data file, a chat template or another user of the machine brings is not run or believed."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dft.arguments import parse_arguments
+from dft.data.cache import CONTENTS, _entry
+from dft.data.chat import ChatEncoder
+from dft.data.options import PrepareOptions
+from dft.data.prepare import PreparedData, prepare
+from dft.data.template import Template
+from dft.data.tokenizer import load_tokenizer
+from dft.errors import UserError
+from dft.training.model import load_model
+from tests.launching import launch
+from tests.reliability.spoiling import CHATML, LINE, Ground, Malicious, pickled, settings
+
+EVIL = "from pathlib import Path\nPath({marker!r}).touch()\nclass Evil: pass\n"
+
+
+@pytest.fixture
+def folder(tiny, tmp_path) -> Path:
+    """A copy of the model, to be spoiled."""
+    return Ground(tmp_path, tiny).copy()
+
+
+@pytest.fixture
+def encoder(tiny) -> ChatEncoder:
+    return ChatEncoder(load_tokenizer(str(tiny))[0])
+
+
+def load(folder: Path) -> None:
+    """Tokenizer and model, as a run does it by default."""
+    words = ["--model_name_or_path", str(folder), "--data_files", "a", "--output_dir", str(folder / "out")]
+    tokenizer, _ = load_tokenizer(str(folder))
+    load_model(parse_arguments([*words, "--use_cpu", "True"]), tokenizer)
+
+
+# ---- models ----
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known-architecture", "unknown-architecture"])
+def test_code_that_comes_with_a_model_does_not_run(folder, tmp_path, known):
+    marker = tmp_path / "ran"
+    (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
+    kind = {} if known else {"model_type": "evil", "architectures": ["Evil"]}
+    settings(
+        "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}, **kind
+    )(folder)
+    settings("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})(folder)
+    if known:
+        load(folder)
+    else:
+        with pytest.raises(UserError, match="trust_remote_code"):
+            load(folder)
+    assert not marker.exists()
+
+
+def test_code_that_comes_with_a_tokenizer_does_not_run(folder, tmp_path):
+    marker = tmp_path / "ran"
+    (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
+    auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    settings("tokenizer_config.json", auto_map=auto_map, tokenizer_class="Evil")(folder)
+    settings("config.json", model_type="evil")(folder)
+    with pytest.raises(UserError, match="contains custom code which must be executed"):
+        load_tokenizer(str(folder))
+    assert not marker.exists()
+
+
+def test_a_pickle_is_not_read(folder, tmp_path):
+    pickled(folder)
+    with pytest.raises(UserError, match=r"only as a pickle \(pytorch_model.bin\).*save_pretrained\('NEW'\)"):
+        load(folder)
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_pickle_beside_safetensors_is_not_read(folder, tmp_path):
+    weights = (folder / "model.safetensors").read_bytes()
+    pickled(folder)
+    (folder / "model.safetensors").write_bytes(weights)
+    load(folder)
+    assert not (tmp_path / "unpickled").exists()
+
+
+# ---- chat templates ----
+
+
+def test_templates_are_rendered_in_the_sandbox():
+    assert isinstance(Template(CHATML, {}).compiled.environment, ImmutableSandboxedEnvironment)
+
+
+def test_limits_of_templates_leave_this_process_as_it_is(encoder, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINE * 300)
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF)
+    prepared(encoder, tmp_path / "a.jsonl", tmp_path / "cache")
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF)) == before
+
+
+# ---- data files ----
+
+
+def prepared(encoder: ChatEncoder, file: Path, cache: Path, workers: int = 1) -> PreparedData:
+    options = PrepareOptions(max_length=256, on_bad_data="skip")
+    return prepare([str(file)], [], encoder, options, cache_dir=cache, workers=workers)
+
+
+def opened_while(action: Callable[[], object], log: Path) -> str:
+    """Every path that a process and those it starts opened meanwhile, or asked the file system for."""
+
+    def watched() -> None:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+        def hear(event: str, arguments: tuple[object, ...]) -> None:
+            if event.startswith(("open", "os.", "shutil.", "socket.", "urllib.", "subprocess.")):
+                os.write(handle, f"{event} {arguments!r}\n".encode(errors="replace"))
+
+        sys.addaudithook(hear)
+        action()
+
+    process = multiprocessing.get_context("fork").Process(target=watched)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    return log.read_text(errors="replace")
+
+
+def test_paths_in_data_files_are_never_opened(tiny, tmp_path):
+    canary = tmp_path / "canary"
+    os.mkfifo(canary)  # to open it would block for ever
+    (tmp_path / "t.jinja").write_text("{{ messages[0].image }}{{ messages[0].content }}" + CHATML)
+    encoder = ChatEncoder(load_tokenizer(str(tiny), chat_template=str(tmp_path / "t.jinja"))[0])
+    url, path = f"file://{canary}", str(canary)
+    contents = [
+        path, url, [{"type": "text", "text": path}], [{"type": "image", "path": path}],
+        [{"type": "image_url", "image_url": {"url": url}}], [{"type": "video", "video": url}], {"path": path},
+    ]  # fmt: skip
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": one, "image": path},
+                {"role": "assistant", "content": url},
+            ],
+            "images": [path],
+            "path": path,
+            "chat_template_kwargs": {"documents": [path], "include": path},
+            "tools": [{"type": "function", "function": {"name": path, "parameters": {"$ref": url}}}],
+        }
+        for one in contents
+    ]
+    rows += [{key: value for key, value in row.items() if key != "tools"} for row in rows]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened = opened_while(
+        lambda: prepared(encoder, tmp_path / "a.jsonl", tmp_path / "cache").write_report(tmp_path / "out"),
+        tmp_path / "opened",
+    )
+    assert "a.jsonl" in opened and "canary" not in opened
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert report["train"]["conversations"] == 3 and report["rejected"] == 11
+
+
+# ---- secrets ----
+
+SECRETS = {
+    "HF_TOKEN": "hf_SeCrEt000000000000000000000000000001", "HUGGING_FACE_HUB_TOKEN": "hf_SeCrEt2",
+    "WANDB_API_KEY": "5ec7e75ec7e75ec7e75ec7e75ec7e75ec7e75ec7", "SWANLAB_API_KEY": "SeCrEt4swanlab",
+    "OPENAI_API_KEY": "sk-SeCrEt5",
+}  # fmt: skip
+"""In the environment."""
+IN_FILE = "hf_SeCrEt7"
+
+
+def test_a_token_on_the_command_line_is_refused_and_not_repeated(tmp_path):
+    with pytest.raises(UserError, match="a token on the command line is seen by everyone") as caught:
+        parse_arguments(["--model_name_or_path", "m", "--data_files", "a", "--hub-token", IN_FILE])
+    assert IN_FILE not in str(caught.value)
+
+
+def test_no_secret_is_written_or_printed(tiny, tmp_path):
+    output, logs = tmp_path / "out", tmp_path / "logs"
+    rows = [LINE.replace(b"1 + 1", f"{n} + 1".encode()) for n in range(8)]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(rows))
+    (tmp_path / "flags.yaml").write_text(f"hub_token: {IN_FILE}\n")
+    words = [
+        "--config", str(tmp_path / "flags.yaml"), "--output_dir", str(output),
+        "--model_name_or_path", str(tiny), "--data_files", str(tmp_path / "a.jsonl"),
+        "--validation_split_percentage", "25", "--eval_strategy", "steps", "--eval_steps", "1",
+        "--max_steps", "2", "--save_steps", "1", "--logging_dir", str(logs), "--use_cpu", "True",
+        "--data_cache_dir", str(tmp_path / "prepared"), "--report_to", "tensorboard", "wandb", "swanlab",
+    ]  # fmt: skip
+    modes = {"WANDB_MODE": "offline", "SWANLAB_MODE": "offline"}
+    finished = launch(words, folder=tmp_path, env={**SECRETS, **modes})
+    assert finished.code == 0, finished.output
+    secrets = [value.encode() for value in (*SECRETS.values(), IN_FILE)]
+    places = [("output", finished.output.encode())]
+    places += [
+        (str(file), file.read_bytes())
+        for file in tmp_path.rglob("*")
+        if file.is_file() and file.name != "flags.yaml"
+    ]
+    assert len(places) > 20 and any("run_args.yaml" in name for name, _ in places)
+    found = [(name, secret) for name, content in places for secret in secrets if secret in content]
+    assert not found, found
+
+
+# ---- prepared data ----
+
+
+def cached(encoder: ChatEncoder, tmp_path: Path) -> PreparedData:
+    (tmp_path / "a.jsonl").write_bytes(LINE * 3)
+    return prepared(encoder, tmp_path / "a.jsonl", tmp_path / "cache")
+
+
+def test_prepared_data_is_private(encoder, tmp_path):
+    made = cached(encoder, tmp_path)
+    for one in (tmp_path / "cache", made.path):
+        assert stat.S_IMODE(one.stat().st_mode) == 0o700
+
+
+def test_prepared_data_that_others_can_write_is_not_used(encoder, tmp_path):
+    made = cached(encoder, tmp_path)
+    made.path.chmod(0o777)
+    with pytest.raises(UserError, match="can be written by other users, and is not used; remove it"):
+        cached(encoder, tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize("name", [".", "train.arrow"])
+def test_prepared_data_of_another_user_is_not_used(encoder, tmp_path, name):
+    made = cached(encoder, tmp_path)
+    os.chown(made.path / name, 12345, 12345)
+    with pytest.raises(UserError, match=r"belongs to another user \(uid 12345\), and is not used; remove it"):
+        cached(encoder, tmp_path)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["a-file", "the-folder"])
+def test_links_in_the_cache_are_not_followed(encoder, tmp_path, inside):
+    made = cached(encoder, tmp_path)
+    link = made.path / "train.arrow" if inside else made.path
+    link.rename(tmp_path / "elsewhere")
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is or holds a symbolic link, and is not used; remove it"):
+        cached(encoder, tmp_path)
+
+
+def test_links_in_the_place_of_locks_and_leftovers_are_not_followed(encoder, tmp_path):
+    made = cached(encoder, tmp_path)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("kept")
+    (made.path.parent / f"{made.path.name}.abcdefgh").symlink_to(precious)
+    (made.path / "train.arrow").write_bytes(b"damaged")
+    cached(encoder, tmp_path)
+    assert (precious / "file").read_text() == "kept"
+    lock = made.path.with_name(f"{made.path.name}.lock")
+    lock.unlink(missing_ok=True)
+    lock.symlink_to(precious / "file")
+    (made.path / "train.arrow").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="--data_cache_dir .* cannot be written"):
+        cached(encoder, tmp_path)
+    assert (precious / "file").read_text() == "kept"
+
+
+def test_names_that_lead_out_of_a_prepared_folder_are_not_followed(encoder, tmp_path, capfd):
+    made = cached(encoder, tmp_path)
+    (made.path.parent / "outside").write_text("x")
+    contents = json.loads((made.path / CONTENTS).read_text())
+    contents["../outside"] = _entry(made.path.parent / "outside")
+    (made.path / CONTENTS).write_text(json.dumps(contents))
+    cached(encoder, tmp_path)
+    assert "is damaged and prepared anew" in capfd.readouterr().err
+
+
+def test_no_pickle_is_read_from_prepared_data(encoder, tmp_path):
+    made, marker = cached(encoder, tmp_path), tmp_path / "unpickled"
+    file = made.path / "train.order.npy"
+    np.save(file, np.array([Malicious(marker)], dtype=object), allow_pickle=True)
+    contents = json.loads((made.path / CONTENTS).read_text()) | {file.name: _entry(file)}
+    (made.path / CONTENTS).write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match="Python objects in dtype"):
+        cached(encoder, tmp_path)
+    assert not marker.exists()
