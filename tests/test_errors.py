@@ -1,4 +1,4 @@
-"""A user's mistake ends every rank with code 1 and is told once; anything else keeps its traceback."""
+"""A user's mistake ends every rank with code 2 and is told once; anything else keeps its traceback."""
 
 import os
 import signal
@@ -33,13 +33,13 @@ def start(error: str, **env: str) -> subprocess.Popen[str]:
 def test_a_users_mistake_is_its_message_alone():
     process = start('UserError("--flag 3: no")', LOCAL_RANK="0")
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and errors.endswith("error: --flag 3: no\n") and "Traceback" not in errors
+    assert process.returncode == 2 and errors.endswith("error: --flag 3: no\n") and "Traceback" not in errors
 
 
 def test_other_ranks_leave_the_first_word_to_rank_0_and_are_heard_if_it_has_none():
     process = start('UserError("--flag 3: no")', LOCAL_RANK="1", RANK="5")
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and errors.endswith("[rank 5] error: --flag 3: no\n")
+    assert process.returncode == 2 and errors.endswith("[rank 5] error: --flag 3: no\n")
 
 
 def test_a_rank_that_is_ended_while_it_waits_says_nothing():

@@ -163,7 +163,7 @@ def test_bad_data_is_one_message_and_ends_every_rank(example):
 )
 def test_a_wrong_flag_is_one_line(example, flags, message):
     finished = launch(example.words(example.folder / "wrong", **flags), folder=example.folder, timeout=90)
-    assert finished.code == 1
+    assert finished.code == 2
     assert message in finished.output
     errors = [line for line in finished.output.splitlines() if "error:" in line]
     assert len(errors) == 1 and "Traceback" not in finished.output
