@@ -6,12 +6,13 @@ off: no line of a log, no tracker, and no sums either: what counts tokens and lo
      finite does nothing.
 on:  all metrics every `--logging_steps`, to the console, TensorBoard, wandb and SwanLab (offline) at once.
 
-The model and the batches are those of bench_train.py with the small vocabulary. The two take turns in one
-process; the first steps of each turn do not count, nor do evaluation and the report, which take their time
-outside of the steps.
+The model and the batches are those of bench_train.py, on a CPU with the small vocabulary; a tracker that is
+not installed is left out. The two take turns in one process; the first steps of each turn do not count, nor
+do evaluation and the report, which take their time outside of the steps.
 """
 
 import argparse
+import importlib.util
 import os
 import statistics
 import sys
@@ -26,10 +27,10 @@ from unittest.mock import patch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from bench_train import CONVERSATIONS, VOCABULARIES, callback, make_model, prepared
+from bench_train import BATCH, CONVERSATIONS, ON_GPU, VOCABULARIES, callback, make_model, prepared
 
-WARM_UP, STEPS, BATCH = 2, 20, 8
-TRACKERS = ["tensorboard", "wandb", "swanlab"]
+WARM_UP, STEPS = 2, 20
+TRACKERS = [name for name in ("tensorboard", "wandb", "swanlab") if importlib.util.find_spec(name)]
 
 
 class Steps:
@@ -51,13 +52,17 @@ def train(folder: Path, dataset: Any, logging_steps: int | None) -> float:
 
     how = {"logging_strategy": "no"} if logging_steps is None else {"logging_steps": logging_steps}
     arguments = TrainingArguments(
-        output_dir=str(folder / "out"), use_cpu=True, per_device_train_batch_size=BATCH, learning_rate=1e-4,
-        max_steps=WARM_UP + STEPS, save_strategy="no", disable_tqdm=True, logging_nan_inf_filter=False,
+        output_dir=str(folder / "out"), use_cpu=not ON_GPU, learning_rate=1e-4,
+        per_device_train_batch_size=BATCH["unpacked"], max_steps=WARM_UP + STEPS, save_strategy="no",
+        disable_tqdm=True, logging_nan_inf_filter=False,
         report_to=[] if logging_steps is None else TRACKERS, **how,
     )  # fmt: skip
     steps = Steps()
     trainer = DFTTrainer(
-        make_model(folder, VOCABULARIES[0]), arguments, train_dataset=dataset, callbacks=[callback(steps)]
+        make_model(folder, VOCABULARIES[ON_GPU]),
+        arguments,
+        train_dataset=dataset,
+        callbacks=[callback(steps)],
     )
     trainer.train()
     return steps.seconds()

@@ -3,8 +3,10 @@
     python scripts/bench_train.py --corpus GSM8K/train.chatml.jsonl
     python scripts/bench_train.py --corpus GSM8K/train.chatml.jsonl --vocabularies 4096 --rounds 5
 
-A Qwen3 model of 4 layers, 256 wide, in float32, with a small and a large vocabulary; sequences of up to 512
-tokens, the assistant's tokens supervised; AdamW, gradients clipped at norm 1, one micro-batch per step.
+On a CPU a Qwen3 model of 4 layers, 256 wide, in float32, with a small and a large vocabulary, and sequences
+of up to 512 tokens. On a GPU one of 24 layers, 896 wide (0.5 billion weights), in bfloat16, with the large
+vocabulary, rows of up to 2,048 tokens, and more of them. The assistant's tokens are supervised; AdamW,
+gradients clipped at norm 1, one micro-batch per step. On a GPU the peak of its memory is measured, too.
 
 bare: PyTorch alone over batches that are made already, the logits of supervised rows, one cross-entropy, no
       metrics, no log: what a trainer can hardly be faster than.
@@ -29,13 +31,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-CONVERSATIONS = 600
-MAX_LENGTH = 512
-WARM_UP, STEPS = 2, 8
-BATCH = {"unpacked": 8, "packed": 4}
+ON_GPU = torch.cuda.is_available()
+CONVERSATIONS = 7000 if ON_GPU else 600
+MAX_LENGTH = 2048 if ON_GPU else 512
+WARM_UP, STEPS = (5, 15) if ON_GPU else (2, 8)
+BATCH = {"unpacked": 128, "packed": 16} if ON_GPU else {"unpacked": 8, "packed": 4}
 """Sequences or rows, about as many tokens."""
 VOCABULARIES = (4096, 151_936)
 
@@ -60,22 +65,25 @@ class Clock:
 
 
 def make_model(folder: Path, vocabulary: int) -> Any:
-    import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
+    if ON_GPU:
+        sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+        sizes["num_attention_heads"] = 14
+    model = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=4, head_dim=64,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=MAX_LENGTH,
-            tie_word_embeddings=False, use_cache=False, pad_token_id=0,
+            vocab_size=vocabulary, head_dim=64, num_key_value_heads=2, max_position_embeddings=MAX_LENGTH,
+            tie_word_embeddings=ON_GPU, use_cache=False, pad_token_id=0, **sizes,
         )
     )  # fmt: skip
+    return model.to("cuda", torch.bfloat16) if ON_GPU else model
 
 
 def arguments_for(kind: type, folder: Path, packed: bool, **more: Any) -> Any:
     return kind(
-        output_dir=str(folder / "out"), use_cpu=True, per_device_train_batch_size=BATCH[named(packed)],
+        output_dir=str(folder / "out"), use_cpu=not ON_GPU, per_device_train_batch_size=BATCH[named(packed)],
         max_steps=WARM_UP + STEPS, learning_rate=1e-4, logging_steps=1, save_strategy="no", report_to="none",
         disable_tqdm=True, bf16=False, **more,
     )  # fmt: skip
@@ -112,7 +120,6 @@ def prepared(folder: Path, packed: bool) -> Any:
 
 
 def run_bare(folder: Path, vocabulary: int, packed: bool) -> float:
-    import torch
     import torch.nn.functional as F
 
     from dft.training.batching import choose_collator
@@ -127,6 +134,7 @@ def run_bare(folder: Path, vocabulary: int, packed: bool) -> float:
     ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     for batch in batches:
+        batch = {name: one.to(model.device) if torch.is_tensor(one) else one for name, one in batch.items()}
         inputs = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
         hidden = model.model(input_ids=batch["input_ids"], **inputs).last_hidden_state
         following = batch["labels"][:, 1:]
@@ -136,6 +144,8 @@ def run_bare(folder: Path, vocabulary: int, packed: bool) -> float:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if ON_GPU:
+            torch.cuda.synchronize()
         clock.ends.append(time.perf_counter())
     return clock.rate()
 
@@ -194,9 +204,10 @@ CONTENDERS: dict[str, Callable[[Path, int, bool], float]] = {
 # ---- all of them ----
 
 
-def measured(name: str, folder: Path, vocabulary: int, packed: bool) -> float:
+def measured(name: str, folder: Path, vocabulary: int, packed: bool) -> tuple[float, float]:
+    """(tokens per second, GiB of GPU memory at the peak)"""
     words = ["--measure", name, "--folder", str(folder), "--vocabularies", str(vocabulary)]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets"), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets")}
     done = subprocess.run(
         [sys.executable, __file__, *words, *(["--packed"] if packed else [])],
         capture_output=True,
@@ -205,20 +216,24 @@ def measured(name: str, folder: Path, vocabulary: int, packed: bool) -> float:
     )
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return float(done.stdout.splitlines()[-1])
+    rate, peak = map(float, done.stdout.splitlines()[-1].split())
+    return rate, peak
 
 
 def compare(folder: Path, vocabulary: int, packed: bool, names: list[str], rounds: int) -> None:
     rates: dict[str, list[float]] = {name: [] for name in names}
+    peaks: dict[str, float] = {}
     for number in range(rounds):
         for name in names:
-            rates[name].append(measured(name, folder, vocabulary, packed))
-            print(f"round {number + 1}: {name} {rates[name][-1]:,.0f}", file=sys.stderr)
+            rate, peaks[name] = measured(name, folder, vocabulary, packed)
+            rates[name].append(rate)
+            print(f"round {number + 1}: {name} {rate:,.0f}", file=sys.stderr, flush=True)
     for name, some in rates.items():
         ratios = [one / base for one, base in zip(some, rates["bare"], strict=True)]
+        memory = f" {peaks[name]:.1f} |" if ON_GPU else ""
         print(
             f"| {vocabulary:,} | {named(packed)} | {name} | {statistics.median(some):,.0f} "
-            f"| {statistics.median(ratios):.2f} |",
+            f"| {statistics.median(ratios):.2f} |{memory}",
             flush=True,
         )
 
@@ -228,7 +243,7 @@ def main() -> None:
     parser.add_argument(
         "--corpus", type=Path, help="ChatML .jsonl, the first conversations of which are used"
     )
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=list(VOCABULARIES))
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES[ON_GPU:])
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each contender")
     parser.add_argument("--batches", nargs="+", choices=BATCH, default=list(BATCH))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
@@ -238,7 +253,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure:
         (vocabulary,) = arguments.vocabularies
-        print(CONTENDERS[arguments.measure](arguments.folder, vocabulary, arguments.packed))
+        rate = CONTENDERS[arguments.measure](arguments.folder, vocabulary, arguments.packed)
+        print(rate, torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else 0)
         return
     if arguments.corpus is None:
         parser.error("--corpus is needed")
@@ -256,8 +272,9 @@ def main() -> None:
         )
         with open(arguments.corpus, "rb") as lines, open(folder / "data.jsonl", "wb") as stream:
             stream.writelines(islice(lines, CONVERSATIONS))
-        print("| vocabulary | | | tokens per second, median | to the bare loop, median of rounds |")
-        print("|---|---|---|---|---|")
+        more = (" peak GiB |", "---|") if ON_GPU else ("", "")
+        print(f"| vocabulary | | | tokens per second, median | to the bare loop, median of rounds |{more[0]}")
+        print(f"|---|---|---|---|---|{more[1]}")
         for vocabulary in arguments.vocabularies:
             for batches in arguments.batches:
                 compare(folder, vocabulary, batches == "packed", names, arguments.rounds)

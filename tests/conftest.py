@@ -3,7 +3,10 @@
 import os
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: there is no GPU to run its kernels
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: there is no GPU to run its kernels
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -13,6 +13,8 @@ from dft.loss.rows import RowOptions
 
 BLOCK = 4096
 """Numbers that are read at a time."""
+WARPS = 4
+"""Of 32 threads each, that work on a row."""
 
 
 @triton.jit
@@ -101,14 +103,13 @@ def _rows(
 
 
 def score_rows(
-    tile: Tensor, targets: Tensor, row_scale: Tensor | None, options: RowOptions, dtype: torch.dtype
+    tile: Tensor, targets: Tensor, row_scale: Tensor | None, options: RowOptions, into: Tensor | None = None
 ) -> tuple[TokenStats, Tensor | None]:
-    """`dft.loss.rows.score_rows` for float32 tiles: the gradient overwrites a tile, or is written beside it
-    in half precision."""
+    """`dft.loss.rows.score_rows` for float32 tiles."""
     rows, vocab = tile.shape
     gradient = None
     if row_scale is not None:
-        gradient = tile if dtype == tile.dtype else torch.empty_like(tile, dtype=dtype)
+        gradient = tile if into is None else into
     nll, p_correct, weight, entropy = (tile.new_empty(rows) for _ in range(4))
     correct = torch.empty(rows, dtype=torch.bool, device=tile.device)
     with torch.cuda.device_of(tile):
@@ -131,6 +132,7 @@ def score_rows(
             SOFTCAP=options.softcap is not None,
             GRADIENT=gradient is not None,
             BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
+            num_warps=WARPS,
         )
     return TokenStats(nll, p_correct, weight, correct, entropy, targets), gradient
 

@@ -20,6 +20,10 @@ from dft.loss.rows import RowOptions, score_rows
 TILE_BYTES = {"cpu": 384 * 2**20, "cuda": 1024 * 2**20}
 """What one tile of logits may take, whatever batch and vocabulary are, as long as a single row fits. Of large
 tiles the products are efficient, and the weight's gradient is read and written less often."""
+GROUP_BYTES = 2 * 2**30
+"""What the gradient of some tiles may take in half precision on a GPU, where it is written beside the logits.
+One product for all of them sums the weight's gradient in float32 without ever holding it so; with more than
+one group the sum is held, and read and written for each."""
 BLOCK_BYTES = 32 * 2**20
 """What is converted at a time of a weight in half precision, where a product cannot give float32 itself."""
 HALF_SCALE = 2.0**14
@@ -36,10 +40,12 @@ class Wanted(NamedTuple):
 
 
 class Head(NamedTuple):
-    """weight: (vocab, hidden) in the precision of the products. bias: (vocab,) or None."""
+    """weight: (vocab, hidden) in the precision of the products. bias: (vocab,) or None. dtype: that of the
+    weight's gradient."""
 
     weight: Tensor
     bias: Tensor | None
+    dtype: torch.dtype
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -124,7 +130,7 @@ class _LinearDFT(torch.autograd.Function):
         dtype = product_dtype(hidden, weight)
         with torch.autocast(device, enabled=False):
             rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions).to(dtype)
-            head = Head(weight.detach().to(dtype), None if bias is None else bias.detach())
+            head = Head(weight.detach().to(dtype), None if bias is None else bias.detach(), weight.dtype)
             stats, gradients = run_tiles(rows, head, targets, scale, options, wanted)
             loss = (stats.weight * stats.nll).sum() * scale
         ctx.gradients, ctx.positions = gradients, positions
@@ -187,23 +193,33 @@ def run_tiles(
     space = None
     if rows.device.type == "cpu" and cut:  # on a GPU torch's own allocator hands out the same memory again
         space = rows.new_empty(max(end - start for start, end in cut), head.weight.shape[0], dtype=wide)
-    for start, end in cut:
-        tile = wide_product(rows[start:end], head.weight, space)  # (rows, vocab)
-        if head.bias is not None:
-            tile += head.bias
-        stats, gradient = score_rows(
-            tile, targets[start:end], row_scale if any(wanted) else None, options, rows.dtype
-        )
-        parts.append(stats)
+    beside = rows.device.type == "cuda" and rows.dtype.itemsize < 4 and any(wanted)
+    together = groups(cut, head.weight.shape[0] * rows.dtype.itemsize) if beside else [[one] for one in cut]
+    for group in together:
+        first, last = group[0][0], group[-1][1]
+        gradient = rows.new_empty(last - first, head.weight.shape[0]) if beside else None
+        for start, end in group:
+            tile = wide_product(rows[start:end], head.weight, space)  # (rows, vocab)
+            if head.bias is not None:
+                tile += head.bias
+            into = gradient[start - first : end - first] if beside else None
+            stats, written = score_rows(
+                tile, targets[start:end], row_scale if any(wanted) else None, options, into
+            )
+            parts.append(stats)
+            if not beside:
+                gradient = written
+            del tile, written  # or the next tile would be made while this one is still held
         if gradient is not None and rows.dtype == torch.bfloat16:
             gradient = gradient.to(torch.bfloat16)
         if d_rows is not None:
-            product(gradient, head.weight, d_rows[start:end])
+            product(gradient, head.weight, d_rows[first:last])
         if wanted.weight:
-            d_weight = accumulated(d_weight, gradient, rows[start:end], only=len(cut) == 1)
+            only = len(together) == 1 and head.dtype == rows.dtype
+            d_weight = accumulated(d_weight, gradient, rows[first:last], only)
         if d_bias is not None:
             d_bias += gradient.sum(0, dtype=wide)
-        del tile, gradient  # or the next tile would be made while this one is still held
+        del gradient
     for one in (d_rows, d_weight, d_bias):
         if one is not None and remaining is not None:
             one *= remaining
@@ -221,6 +237,17 @@ def tiles(tokens: int, vocab: int, itemsize: int, device: str) -> list[tuple[int
     count = -(-tokens // fit)
     bounds = [tokens * index // count for index in range(count + 1)] if count else []
     return list(zip(bounds, bounds[1:], strict=False))
+
+
+def groups(cut: list[tuple[int, int]], row_bytes: int) -> list[list[tuple[int, int]]]:
+    """Tiles that follow one another, together as long as their rows keep under `GROUP_BYTES`."""
+    made: list[list[tuple[int, int]]] = []
+    for start, end in cut:
+        if made and (end - made[-1][0][0]) * row_bytes <= GROUP_BYTES:
+            made[-1].append((start, end))
+        else:
+            made.append([(start, end)])
+    return made
 
 
 # ---- products ----
@@ -280,10 +307,10 @@ def wide_blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
 def accumulated(total: Tensor | None, gradient: Tensor, rows: Tensor, only: bool) -> Tensor:
     """total + gradient.T @ rows, (vocab, hidden), summed in float32 or wider.
 
-    `only`: there is no other tile, so that in bfloat16 the product need not be widened to be narrowed again.
+    `only`: nothing is to be added, and the sum is wanted in bfloat16: it need not be widened to be narrowed.
     """
     on_gpu = rows.device.type == "cuda" and rows.dtype.itemsize < 4
-    if gradient.dtype == torch.bfloat16 and not on_gpu:
+    if gradient.dtype == torch.bfloat16 and (only or not on_gpu):
         part = torch.mm(gradient.t(), rows)  # summed in float32, then rounded
         if total is None:
             return part if only else part.float()

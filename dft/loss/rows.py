@@ -25,7 +25,7 @@ class RowOptions(NamedTuple):
 
 
 def score_rows(
-    tile: Tensor, targets: Tensor, row_scale: Tensor | None, options: RowOptions, dtype: torch.dtype
+    tile: Tensor, targets: Tensor, row_scale: Tensor | None, options: RowOptions, into: Tensor | None = None
 ) -> tuple[TokenStats, Tensor | None]:
     """Statistics of rows of a head's output, and the gradient of `row_scale * sum(w * nll)` on it.
 
@@ -33,17 +33,16 @@ def score_rows(
         tile: (rows, vocab), float32 or wider. It is overwritten.
         targets: (rows,) int64.
         row_scale: scalar; None for statistics alone.
-        dtype: in which the gradient goes on; that of the tile, or half precision.
+        into: (rows, vocab) in half precision on a GPU, where the gradient is written; else it overwrites the
+            tile, as on a CPU, whose products that sum in float32 want it there.
 
     Returns:
         stats: (rows,) each, what is no bool and no id in the tile's dtype. gradient: (rows, vocab), or None.
-        It is the tile, unless written in half precision on a GPU; on a CPU products that sum in float32 want
-        it there.
     """
     if tile.is_cuda and tile.dtype == torch.float32:
         from dft.loss.kernels import score_rows as score_rows_triton  # triton comes with CUDA builds of torch
 
-        return score_rows_triton(tile, targets, row_scale, options, dtype)
+        return score_rows_triton(tile, targets, row_scale, options, into)
     return score_rows_torch(tile, targets, row_scale, options)
 
 
