@@ -2,18 +2,17 @@
 
 import dataclasses
 import difflib
-import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import torch
 import transformers
 from transformers import HfArgumentParser
 
-from dft.config_file import expand_config
+from dft.config_file import SECRETS, expand_config
 from dft.data.arguments import DataArguments
+from dft.deepspeed_file import read_deepspeed, zero_stage
 from dft.errors import UserError
 from dft.training.distributed import (
     choose_deepspeed_accelerator,
@@ -26,7 +25,7 @@ from dft.training.metrics import LOWER_IS_BETTER
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-
+SECRET_FLAGS = [f"--{one}" for name in SECRETS for one in (name, name.replace("_", "-"))]
 OF_THE_DEVICE = {"deepspeed": None, "tf32": None, "fsdp": None, "bf16": False, "fp16": False}
 """Flags on which no data depends and which a machine without a GPU may refuse, as --prepare_only has them."""
 
@@ -109,6 +108,14 @@ class WatchArguments:
             "choices": ["stop", "skip"],
         },
     )
+    verify_save: str = field(
+        default="True",
+        metadata={
+            "help": "Look at a saved model before it takes its place: True reads the files of every "
+            "checkpoint, and loads the final model and compares its logits; all loads every one; or False.",
+            "choices": ["True", "False", "all"],
+        },
+    )
     preflight: bool = field(
         default=False,
         metadata={
@@ -181,7 +188,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a bar in a log file is noise
         if self.deepspeed:
-            check_deepspeed_file(self.deepspeed)
+            read_deepspeed(self.deepspeed)
             if not is_launched():
                 raise UserError(
                     f"--deepspeed {self.deepspeed}: DeepSpeed learns of its ranks from a launcher, also when "
@@ -222,35 +229,6 @@ class TrainingArguments(transformers.TrainingArguments):
                 self.notes.append(f"--{name} {value} has no effect: {why}")
 
 
-def zero_stage(config: str) -> int:
-    """Of a DeepSpeed configuration, a file or JSON.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    check_deepspeed_file(config)
-    try:
-        content = json.loads(config if config.startswith("{") else Path(config).read_text())
-    except ValueError as error:
-        raise UserError(f"--deepspeed {config}: not valid JSON: {error}") from None
-    zero = content.get("zero_optimization")
-    return zero.get("stage", 0) if isinstance(zero, dict) else 0
-
-
-def check_deepspeed_file(config: str | dict[str, Any]) -> None:
-    """Raises `UserError` for a DeepSpeed configuration that is no file or no JSON object."""
-    if isinstance(config, dict) or config.startswith("{"):
-        return
-    if not Path(config).is_file():
-        raise UserError(f"--deepspeed {config}: no such file; the ones that come along are in ds_config/")
-    try:
-        content = json.loads(Path(config).read_text())
-    except ValueError as error:
-        raise UserError(f"--deepspeed {config}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--deepspeed {config}: expected a JSON object")
-
-
 @dataclass(frozen=True)
 class Arguments:
     """All of a run's arguments.
@@ -286,7 +264,9 @@ class Parser(HfArgumentParser):
 
     def parse(self, argv: list[str]) -> Arguments:
         """Raises `UserError` for an unknown flag or a value that cannot be read."""
-        namespace, unknown = self.parse_known_args(expand_config(argv))
+        refuse_secrets(argv)
+        words = expand_config(argv)
+        namespace, unknown = self.parse_known_args(words)
         if unknown:
             raise UserError(self._unknown(unknown))
         given = vars(namespace)
@@ -304,7 +284,7 @@ class Parser(HfArgumentParser):
             raise UserError(" ".join(str(error).split())) from None
         if model.enable_gradient_checkpointing:
             training.activation_checkpointing = training.gradient_checkpointing = True
-        return Arguments(model, data, dft, watch, training, given, list(training.notes))
+        return Arguments(model, data, dft, watch, training, given, [*given_again(argv), *training.notes])
 
     def _unknown(self, unknown: list[str]) -> str:
         flag = next((word for word in unknown if word.startswith("--")), unknown[0])
@@ -312,6 +292,34 @@ class Parser(HfArgumentParser):
         near = difflib.get_close_matches(name, self._option_string_actions, n=1)
         hint = f"; did you mean {near[0]}?" if near else " (train_dft.py --help lists every flag)"
         return f"unknown argument {name}{hint}"
+
+
+def refuse_secrets(argv: list[str]) -> None:
+    """Raises `UserError` for a token on the command line, without repeating it."""
+    for word in argv:
+        if word.partition("=")[0] in SECRET_FLAGS:
+            raise UserError(
+                f"{word.partition('=')[0]}: a token on the command line is seen by everyone on this machine, "
+                "and launchers and trackers record it; let it be HF_TOKEN in the environment, or stand in a "
+                "--config file"
+            )
+
+
+def given_again(argv: list[str]) -> list[str]:
+    """A note for each flag that the command line has twice, as scripts/train.sh gives those it is given."""
+    found: dict[str, list[str]] = {}
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            values = found.setdefault(name, [])
+            values.append(value if equals else "")
+        elif found:
+            values[-1] = f"{values[-1]} {word}".strip()
+    return [
+        f"{name} is given as {', then as '.join(values)}: the last one counts"
+        for name, values in found.items()
+        if name != "--config" and len(set(values)) > 1
+    ]
 
 
 def default_flags() -> dict[str, Any]:

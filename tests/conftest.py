@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dft.data.tokenizer import CHATML
+from scripts.make_example import tiny_model, train_tokenizer
+from tests.reliability.spoiling import GOOD, LINE
 
 # fmt: off
 SPECIAL_TOKENS = [
@@ -61,3 +63,14 @@ def tokenizer_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytes
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the model, with `a.jsonl` beside it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = train_tokenizer([GOOD["messages"]], vocab_size=300)
+    tiny_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "a.jsonl").write_bytes(LINE * 2)
+    return folder / "model"

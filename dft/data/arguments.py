@@ -113,6 +113,13 @@ class DataArguments:
     )
 
 
+MOST = {"max_length": 2**31 - 1, "preprocessing_num_workers": 1024}
+SHOWN = 200
+"""Characters of a value that a message quotes."""
+MOST_EPOCHS = 10_000
+"""Within one of the run, of one of the files: the rows of all are held as a list."""
+
+
 def check_data_arguments(data: DataArguments) -> None:
     """Raises `UserError` for a number out of range, or flags that contradict one another."""
     positive = ("max_length", "preprocessing_num_workers", "max_train_samples", "max_eval_samples")
@@ -120,6 +127,9 @@ def check_data_arguments(data: DataArguments) -> None:
         value = vars(data)[name]
         if value is not None and value <= 0:
             raise UserError(f"--{name} {value}: must be greater than 0")
+    for name, most in MOST.items():
+        if vars(data)[name] > most:
+            raise UserError(f"--{name} {vars(data)[name]}: must be at most {most:,}")
     if data.max_length < 2:
         raise UserError(f"--max_length {data.max_length}: a target needs a token before it, so at least 2")
     if not 0 <= data.validation_split_percentage < 100:
@@ -135,6 +145,8 @@ def check_data_arguments(data: DataArguments) -> None:
         )
     if not all(weight > 0 and math.isfinite(weight) for weight in data.data_weights):
         raise UserError(f"--data_weights {shown}: each must be a number greater than 0")
+    if any(weight > MOST_EPOCHS for weight in data.data_weights):
+        raise UserError(f"--data_weights {shown}: each must be at most {MOST_EPOCHS:,}")
     template_variables(data)
     template_date(data)
 
@@ -144,19 +156,22 @@ def template_variables(data: DataArguments) -> dict[str, Any]:
     given = data.chat_template_kwargs
     if given is None:
         return {}
+    told = f"--chat_template_kwargs {given if len(given) <= SHOWN else given[:SHOWN] + '...'}"
     try:
         variables = json.loads(
             given, object_pairs_hook=refuse_repeated_keys, parse_constant=_finite, parse_float=_finite
         )
     except ValueError as error:
-        raise UserError(f"--chat_template_kwargs {given}: not valid JSON ({error})") from None
-    if not isinstance(variables, dict):
+        raise UserError(f"{told}: not valid JSON ({error})") from None
+    except RecursionError:
         raise UserError(
-            f"--chat_template_kwargs {given}: expected a JSON object such as '{{\"enable_thinking\": false}}'"
-        )
+            f"--chat_template_kwargs {given[:80]}...: not valid JSON (nested too deeply)"
+        ) from None
+    if not isinstance(variables, dict):
+        raise UserError(f"{told}: expected a JSON object such as '{{\"enable_thinking\": false}}'")
     for name in RESERVED:
         if name in variables:
-            raise UserError(f"--chat_template_kwargs {given}: {name!r} is made from each row; remove it")
+            raise UserError(f"{told}: {name!r} is made from each row; remove it")
     return variables
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, lru_cache
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dft.data.conversation import Conversation
 from dft.data.faults import BadLine
+from dft.data.limits import MOST_RENDERED, limited_memory
 from dft.data.rendering import ChatTemplate, Rendering
 from dft.data.template import DATE
 from dft.errors import UserError
@@ -22,8 +24,6 @@ GUARDS = ("0", "\n", "a", ";")
 """Texts to tokenize a piece behind, for tokenizers that put a space in front of all they get."""
 BATCH_TEXT = 1 << 20
 """Characters that are tokenized at once."""
-MOST_RENDERED = 64_000_000
-"""Characters of all sequences of one conversation; under a template that rewrites history there are many."""
 TAIL = 16
 """Tokens behind the last special token of a prompt up to which its tokenization is worth remembering."""
 
@@ -152,13 +152,18 @@ class ChatEncoder:
                 batch, size = [], 0
 
     def render(self, conversations: Sequence[Conversation]) -> list[list[Rendering] | BadLine]:
-        """The texts of each conversation's sequences, or what is wrong with it."""
+        """The texts of each conversation's sequences, or what is wrong with it.
+
+        Raises:
+            OverLimit: the template takes more than it may.
+        """
         rendered: list[list[Rendering] | BadLine] = []
-        for conversation in conversations:
-            try:
-                rendered.append(within_bounds(self.template.render(conversation)))
-            except BadLine as error:
-                rendered.append(error)
+        with limited_memory() if self.template.template.limited else nullcontext():
+            for conversation in conversations:
+                try:
+                    rendered.append(within_bounds(self.template.render(conversation)))
+                except BadLine as error:
+                    rendered.append(error)
         return rendered
 
     def example(self, rendering: Rendering, encoding: Encoding) -> Example:

@@ -9,6 +9,7 @@ import numpy as np
 from dft.data.chat import ChatEncoder, Example
 from dft.data.conversation import Conversation, parse_conversation
 from dft.data.faults import BadLine
+from dft.data.limits import OverLimit
 from dft.data.options import EncodeOptions
 from dft.data.records import BOM, Record
 from dft.data.selfcheck import check_conversation
@@ -82,6 +83,15 @@ class Work:
     number: int
     records: list[Record]
 
+    def over_limit(self, what: str) -> UserError:
+        """What to raise where the chat template takes more than it may."""
+        first, last = self.records[0].line, self.records[-1].line
+        place = f"{self.name}:{first}" if first == last else f"{self.name}, lines {first} to {last}"
+        return UserError(
+            f"{place}: the chat template {what} to render a conversation; pass another one "
+            "(--chat_template), or look at what is special about the conversation"
+        )
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -106,10 +116,14 @@ def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, work: Work) -> Ch
     """Parses, renders, tokenizes, masks and truncates a few conversations, and checks a sample of them.
 
     Raises:
-        UserError: the self-check found that a conversation is not supervised as it should be.
+        UserError: the chat template takes more than it may, or the self-check found that a conversation is
+            not supervised as it should be.
     """
     parsed = [_parse(record, options) for record in work.records]
-    encoded = iter(encoder.sequences([one for one in parsed if not isinstance(one, BadLine)]))
+    try:
+        encoded = iter(encoder.sequences([one for one in parsed if not isinstance(one, BadLine)]))
+    except OverLimit as error:
+        raise work.over_limit(str(error)) from None
     kept: list[tuple[int, int, list[Example], bytes, bytes]] = []
     usable, rejected, totals = [], [], Totals(read=len(parsed))
     for number, (record, conversation) in enumerate(zip(work.records, parsed, strict=True)):

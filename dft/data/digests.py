@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from dft.data.files import FORBIDDEN, FULL, write_whole
 
+DIGESTS = "digests"
+"""Name of the folder in the cache."""
 BLOCK = 1 << 22
 """Bytes read at a time."""
 SETTLED = 10.0
@@ -32,7 +34,7 @@ def content_digests(paths: list[Path], cache_dir: Path) -> list[str]:
     It is remembered in `cache_dir` together with the file's size and times. The time of the last change of
     the inode is among them, which no program can set back.
     """
-    memory = cache_dir / "digests"
+    memory = cache_dir / DIGESTS
     known = [_recall(memory, path) for path in paths]
     unread = sum(path.stat().st_size for path, digest in zip(paths, known, strict=True) if digest is None)
     hide = None if unread >= BAR_FROM else True  # None: no bar in a log file

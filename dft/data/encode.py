@@ -18,14 +18,16 @@ from dft.data.chat import ChatEncoder
 from dft.data.chunk import KEY, Chunk, Rejected, Totals, Work, encode_chunk
 from dft.data.dataset import SCHEMA
 from dft.data.faults import Fault, Faults
+from dft.data.limits import TOO_LONG
 from dft.data.options import EncodeOptions
 from dft.data.reader import read_batches
 from dft.data.records import Record
 from dft.data.sources import Source
-from dft.data.workers import in_processes, one_thread_per_process
+from dft.data.workers import WorkerLost, in_processes, one_thread_per_process
+from dft.errors import UserError
 
 SMALL = 1 << 20
-"""Bytes of all files below which starting processes costs more than it saves."""
+"""Bytes of all files below which a second process costs more than it saves."""
 BATCH_TOKENS = 1 << 22
 """Tokens of a batch of the Arrow file: large ones are written and found fast."""
 
@@ -209,7 +211,11 @@ class _Aside:
 def _encoded_chunks(
     sources: list[Source], encoder: ChatEncoder, options: EncodeOptions, workers: int, aside: _Aside
 ) -> Iterator[tuple[int, Chunk]]:
-    """(number of the file, what became of some of its records) in order, with a bar over the bytes read."""
+    """(number of the file, what became of some of its records) in order, with a bar over the bytes read.
+
+    Raises:
+        UserError: the chat template takes more than it may, or a process was killed.
+    """
     size = sum(source.path.stat().st_size for source in sources)
     works = (
         ((index, batch.consumed, places), Work(source.name, number, records))
@@ -218,15 +224,30 @@ def _encoded_chunks(
         for records, places in [aside.put(batch.records)]
     )
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None, leave=False)
+    workers = min(workers, 1) if size < SMALL else workers
     with bar, one_thread_per_process():
-        if workers <= 1 or size < SMALL:
+        if workers < 1:
             done = ((about, encode_chunk(encoder, options, work)) for about, work in works)
         else:
-            done = in_processes(works, encode_chunk, (encoder, options), workers)
-        with closing(done):
-            for (index, consumed, places), chunk in done:
-                bar.update(consumed)
-                yield index, replace(chunk, rejected=[aside.take(one, places) for one in chunk.rejected])
+            done = in_processes(works, encode_within_limits, (encoder, options), workers)
+        try:
+            with closing(done):
+                for (index, consumed, places), chunk in done:
+                    bar.update(consumed)
+                    yield index, replace(chunk, rejected=[aside.take(one, places) for one in chunk.rejected])
+        except WorkerLost as error:
+            if error.out_of_time:
+                raise error.task.over_limit(TOO_LONG) from None
+            raise UserError(
+                "a tokenizing process was killed, most likely for lack of memory; "
+                f"lower --preprocessing_num_workers (now {workers})"
+            ) from None
+
+
+def encode_within_limits(encoder: ChatEncoder, options: EncodeOptions, work: Work) -> Chunk:
+    """`encode_chunk` in a process that ends if the chat template does not."""
+    encoder.template.template.limited = True
+    return encode_chunk(encoder, options, work)
 
 
 def _reject_line(source: int, rejected: Rejected) -> str:

@@ -116,3 +116,10 @@ def thought_of(message: Message) -> str:
 
 def left_out(index: int, what: str) -> BadLine:
     return BadLine(f"messages[{index}]: the chat template {what}", KINDS[what])
+
+
+def unread(role: str) -> BadLine:
+    """What is wrong with every conversation under a template that leaves out what a role says."""
+    return BadLine(
+        f"the chat template does not render what the {role} says; {REMEDY}", "content is not rendered"
+    )

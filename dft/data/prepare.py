@@ -25,11 +25,11 @@ import transformers
 from filelock import FileLock
 
 from dft.data.accounting import group_of, named, report_of
-from dft.data.cache import REPORT, is_whole, remove_abandoned, seal
+from dft.data.cache import REPORT, check_private, is_whole, remove_abandoned, seal
 from dft.data.chat import ChatEncoder
 from dft.data.chunk import Totals
 from dft.data.dataset import Sequences
-from dft.data.digests import content_digests
+from dft.data.digests import DIGESTS, content_digests
 from dft.data.encode import Encoded, encode_sources
 from dft.data.faults import Faults
 from dft.data.files import FULL, flush_to_disk, write_whole, writing_into
@@ -98,10 +98,13 @@ def prepare(
     Args:
         data_files: files, folders, globs or hub datasets, as `dft.data.sources.resolve_sources` reads them.
         eval_data_files: the same; if there are any, they are evaluated on in place of a validation split.
+        workers: processes that render and tokenize. With 0 this process does it, and a chat template that
+            loops is not ended.
 
     Raises:
         UserError: missing files, bad lines (the first 20 as `file:line: reason`, with a total per reason),
-            nothing left to train or to evaluate on, or a cache folder that cannot be written.
+            nothing left to train or to evaluate on, or a cache folder that cannot be written or that others
+            can write.
     """
     sources = {
         "train": resolve_sources(data_files, "--data_files"),
@@ -109,8 +112,10 @@ def prepare(
     }
     with _cache_errors(cache_dir, sources):
         cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        check_private(cache_dir / DIGESTS, cache_dir)
         contents = contents_of(sources, cache_dir)
         target = cache_dir / cache_key(sources, contents, encoder, options)
+        check_private(target, cache_dir)
         if not is_whole(target):
             _prepare_once(target, sources, contents, encoder, options, workers)
     names = {group: [source.name for source in some] for group, some in sources.items()}
@@ -191,7 +196,7 @@ def _prepare_once(
     with FileLock(f"{target}.lock"):
         if is_whole(target):
             return
-        if error_file.exists() and error_file.stat().st_mtime >= asked:
+        if error_file.is_file() and not error_file.is_symlink() and error_file.stat().st_mtime >= asked:
             raise UserError(error_file.read_text(encoding="utf-8", errors="replace"))
         remove_abandoned(target.parent, target.name)
         if target.exists():

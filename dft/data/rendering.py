@@ -15,7 +15,7 @@ from typing import Any
 
 from dft.data.conversation import Conversation
 from dft.data.faults import BadLine
-from dft.data.omissions import check_calls, check_thinking, check_tools, omission
+from dft.data.omissions import check_calls, check_thinking, check_tools, omission, unread
 from dft.data.template import DATE, PLACEHOLDER, Chat, Message, Template
 
 
@@ -72,6 +72,8 @@ class ChatTemplate:
         Raises:
             BadLine: the template refuses these messages, or leaves out tools, calls or reasoning.
         """
+        if self.template.leaves_out is not None:
+            raise unread(self.template.leaves_out)
         chat = Chat(self.template, conversation)
         tagged = self._render_tagged(chat) if self.template.tags_spans else None
         full = chat.render() if tagged is None else tagged.text

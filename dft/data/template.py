@@ -1,7 +1,7 @@
 """Calling a chat template, and what it wants to be called with, found out by probes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -18,8 +18,11 @@ from transformers.utils.chat_template_utils import (
 
 from dft.data.conversation import REASONING, Conversation
 from dft.data.faults import BadLine
+from dft.data.limits import MOST_RENDERED, TOO_MUCH_TEXT, OverLimit, start_clock, stop_clock
 
 Message = dict[str, Any]
+Rendered = tuple[str, list[tuple[int, int]]]
+"""A text, and where in it stands what {% generation %} blocks hold."""
 REFUSED = "the chat template refuses the conversation"
 PLACEHOLDER = "Zq7Placeholder7qZ"
 """Stands for a text where only what the template does with it, or writes around it, matters. Any word will
@@ -55,6 +58,9 @@ class Template:
         special_tokens: what the template may write by name (`bos_token`, `eos_token`, ...).
         variables: what else it gets for every conversation; those of a conversation win.
         today: what `strftime_now` takes for today.
+
+    Attributes:
+        limited: whether a rendering that takes too long ends this process. To be set where that is no loss.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class Template:
         variables: Mapping[str, Any] | None = None,
         today: date = DATE,
     ) -> None:
+        self.limited = False
         self.writes_date = "strftime_now" in source
         self.today = today
         self.special_tokens = dict(special_tokens)
@@ -101,23 +108,31 @@ class Template:
 
         Raises:
             BadLine: the template refuses these messages.
+            OverLimit: it writes too much text.
         """
-        try:
-            return self.compiled.render(
-                {**context, "messages": messages, "add_generation_prompt": add_generation_prompt}
-            )
-        except (jinja2.TemplateError, *FAILURES) as error:
-            raise refusal(error) from None
+        options = {**context, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        return self._limited(lambda: (self.compiled.render(options), []))[0]
 
     def render_tagged(
         self, messages: list[Message], context: Mapping[str, Any]
     ) -> tuple[str, list[tuple[int, int]]]:
         """The same, with the [start, end) characters of what stands in {% generation %} blocks."""
         options = {**context, "messages": messages, "add_generation_prompt": False}
+        return self._limited(lambda: _render_with_assistant_indices(self.compiled, **options))
+
+    def _limited(self, render: Callable[[], Rendered]) -> Rendered:
+        if self.limited:
+            start_clock()
         try:
-            return _render_with_assistant_indices(self.compiled, **options)
+            rendered = render()
         except (jinja2.TemplateError, *FAILURES) as error:
             raise refusal(error) from None
+        finally:
+            if self.limited:
+                stop_clock()
+        if len(rendered[0]) > MOST_RENDERED:
+            raise OverLimit(TOO_MUCH_TEXT)
+        return rendered
 
     def shows(self, text: str, messages: list[Message], context: Mapping[str, Any]) -> bool:
         """Whether a text gets into the rendering of messages; not where the template refuses them."""
@@ -170,6 +185,19 @@ class Template:
             if as_parts and not as_text:
                 found.add(role)
         return frozenset(found)
+
+    @cached_property
+    def leaves_out(self) -> str | None:
+        """The role, user or assistant, whose content does not get into an ordinary conversation."""
+        for role in ("user", "assistant"):
+            said = {"user": ".", "assistant": "."} | {role: PLACEHOLDER}
+            try:
+                text = self.render([self.turn(*one) for one in said.items()], self.defaults)
+            except BadLine:
+                return None  # a template that wants other conversations
+            if PLACEHOLDER not in text:
+                return role
+        return None
 
     @cached_property
     def call_style(self) -> CallStyle | None:

@@ -1,15 +1,20 @@
 """The tokenizer with the chat template that this run trains, and the tokens that end generation."""
 
+import json
 import re
+from contextlib import closing
 from pathlib import Path
 
 import jinja2
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from dft.data.chat import template_of
+from dft.data.limits import TOO_LONG, OverLimit, limited_memory, start_clock
+from dft.data.template import Template
+from dft.data.workers import WorkerLost, in_processes
 from dft.errors import UserError
 
 CHATML = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8").rstrip("\n")
@@ -41,7 +46,9 @@ def load_tokenizer(
         tokenizer.chat_template = read_template(chat_template)
         notes.append(f"chat template: {chat_template}")
     elif tokenizer.chat_template:
-        check_template(template_of(tokenizer), f"--model_name_or_path {name_or_path}: chat template, line ")
+        check_template(
+            template_of(tokenizer), f"--model_name_or_path {name_or_path}: chat template", ", line "
+        )
     else:
         notes += _use_chatml(tokenizer)
     vocabulary = tokenizer.get_vocab()
@@ -70,16 +77,51 @@ def read_template(file: str) -> str:
         raise UserError(f"--chat_template {file}: cannot be read ({error.strerror})") from None
     if not source.strip():
         raise UserError(f"--chat_template {file}: the file is empty; expected a Jinja chat template")
-    check_template(source, f"--chat_template {file}:")
+    check_template(source, f"--chat_template {file}", ":")
     return source
 
 
-def check_template(source: str, where: str) -> None:
-    """Raises `UserError` for a template that does not parse; `where` goes on with the number of the line."""
+def check_template(source: str, told: str, line: str) -> None:
+    """Tries a template on a question and an answer, in a process that ends if the template does not.
+
+    Args:
+        told: what messages begin with.
+        line: what stands between that and the number of a line.
+
+    Raises:
+        UserError: it does not parse, or takes more than `dft.data.limits` has for it.
+    """
     try:
-        render_jinja_template([], chat_template=source)
+        with closing(in_processes([(None, source)], _fault, (), workers=1)) as done:
+            ((_, fault),) = done
+    except WorkerLost as error:
+        fault = None, TOO_LONG if error.out_of_time else "crashes the interpreter"
+    if fault is not None:
+        number, what = fault
+        raise UserError(
+            f"{told}: it {what}; pass another one (--chat_template)"
+            if number is None
+            else f"{told}{line}{number}: {what}"
+        )
+
+
+def _fault(source: str) -> tuple[int | None, str] | None:
+    """What is wrong with a template as such, and in which line; not whether it fits some conversation."""
+    start_clock()  # also for reading it: Jinja computes constants then
+    try:
+        with limited_memory():
+            template = Template(source, {})
+            template.limited = True
+            asked, answered = [{"role": "user", "content": "."}], {"role": "assistant", "content": "."}
+            template.shows("", asked, template.defaults)
+            template.shows("", [*asked, answered], template.defaults)
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{where}{error.lineno}: not valid Jinja: {error.message}") from None
+        return error.lineno, f"not valid Jinja: {error.message}"
+    except (SyntaxError, RecursionError) as error:  # of the Python that Jinja makes of it
+        return None, f"has too many blocks or brackets within one another ({error})"
+    except OverLimit as error:
+        return None, str(error)
+    return None
 
 
 def stop_token_ids(name_or_path: str, trust_remote_code: bool = False) -> list[int]:
@@ -125,8 +167,13 @@ def _use_chatml(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _load(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     flag = f"--model_name_or_path {name_or_path}"
     path = Path(name_or_path).expanduser()
+    if not name_or_path:
+        raise UserError("--model_name_or_path '': name a folder or a model of the hub")
     if name_or_path.startswith(("/", "./", "../", "~")) and not path.is_dir():
         raise UserError(f"{flag}: no such folder")
+    for file in (path / CONFIG_NAME, path / TOKENIZER_CONFIG_FILE):
+        if file.is_file():
+            _check_object(file, f"{flag}: {file.name}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except UNLOADABLE as error:
@@ -141,5 +188,17 @@ def _load(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase
     return tokenizer
 
 
+def _check_object(file: Path, told: str) -> None:
+    """Raises `UserError` for a file that is no JSON object, which transformers would stumble over."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{told}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{told}: expected a JSON object")
+
+
 def _first_line(error: Exception) -> str:
+    if isinstance(error, StrictDataclassError):  # the first line names the field, the second what is wrong
+        return " ".join(str(error).split())
     return (str(error).strip() or type(error).__name__).splitlines()[0]

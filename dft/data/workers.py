@@ -9,18 +9,40 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.pool import ExceptionWithTraceback
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from dft.errors import UserError
+from dft.data.limits import OUT_OF_TIME
 
 About, Task, Result = TypeVar("About"), TypeVar("Task"), TypeVar("Result")
 AHEAD = 4
 """Tasks per worker that are read ahead: enough to keep all of them busy, few enough to fit in memory."""
 HANDED_OUT = 3
 """Of these, those a worker has itself: the one it works on, and enough to last while the parent writes."""
+
+
+class WorkerLost(Exception):
+    """A process ended before its work.
+
+    Attributes:
+        task: what it was doing.
+        out_of_time: whether its own clock ended it (`dft.data.limits`).
+    """
+
+    def __init__(self, task: Any, out_of_time: bool) -> None:
+        super().__init__(task, out_of_time)
+        self.task, self.out_of_time = task, out_of_time
+
+
+@dataclass
+class _Worker:
+    """A process and what it was handed, first the task it works on."""
+
+    process: BaseProcess
+    tasks: deque[tuple[int, Any]] = field(default_factory=deque)
 
 
 def in_processes(
@@ -35,7 +57,7 @@ def in_processes(
     whatever they are working on.
 
     Raises:
-        UserError: a process was killed. What `function` raises is raised here.
+        WorkerLost: a process was killed. What `function` raises is raised here.
     """
     crew = _Crew()
     waiting: deque[tuple[int, About]] = deque()
@@ -63,7 +85,7 @@ class _Crew:
 
     def __init__(self) -> None:
         self.processes: list[BaseProcess] = []
-        self.busy: dict[Connection, int] = {}
+        self.workers: dict[Connection, _Worker] = {}
         self.tasks: deque[tuple[int, Any]] = deque()
         self.results: dict[int, tuple[BaseException | None, Any]] = {}
 
@@ -78,14 +100,14 @@ class _Crew:
                 process.start()
                 self.processes.append(process)
             there.close()  # the worker has the only copy, so that its end is seen here
-            self.busy[here] = 0
+            self.workers[here] = _Worker(process)
 
     def end(self) -> None:
         for process in self.processes:
             process.kill()
         for process in self.processes:
             process.join()
-        for connection in self.busy:
+        for connection in self.workers:
             connection.close()
 
     def give(self, number: int, task: Any) -> None:
@@ -103,26 +125,33 @@ class _Crew:
 
     def _move(self, timeout: float | None) -> None:
         """Hands out what there is to do, takes what is done, and hands out again."""
-        try:
-            self._hand_out()
-            for connection in wait(list(self.busy), timeout):
+        self._hand_out()
+        for connection in wait(list(self.workers), timeout):
+            worker = self.workers[connection]
+            try:
                 number, error, value = connection.recv()
-                self.results[number] = error, value
-                self.busy[connection] -= 1
-            self._hand_out()
-        except (EOFError, OSError):
-            raise UserError(
-                "a tokenizing process was killed, most likely for lack of memory; "
-                f"lower --preprocessing_num_workers (now {len(self.processes)})"
-            ) from None
+            except (EOFError, OSError):
+                raise _lost(worker) from None
+            self.results[number] = error, value
+            worker.tasks.popleft()
+        self._hand_out()
 
     def _hand_out(self) -> None:
         while self.tasks:
-            idlest = min(self.busy, key=self.busy.__getitem__)
-            if self.busy[idlest] >= HANDED_OUT:
+            connection, worker = min(self.workers.items(), key=lambda one: len(one[1].tasks))
+            if len(worker.tasks) >= HANDED_OUT:
                 return
-            idlest.send(self.tasks.popleft())
-            self.busy[idlest] += 1
+            try:
+                connection.send(self.tasks[0])
+            except OSError:
+                raise _lost(worker) from None
+            worker.tasks.append(self.tasks.popleft())
+
+
+def _lost(worker: _Worker) -> WorkerLost:
+    worker.process.join()  # its end of the pipe is closed, so it is about to be gone
+    _, task = worker.tasks[0] if worker.tasks else (None, None)
+    return WorkerLost(task, worker.process.exitcode == -OUT_OF_TIME)
 
 
 @contextmanager
@@ -155,6 +184,7 @@ def _without_interrupts() -> Iterator[None]:
 
 def _serve(connection: Connection, function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
     """Works until it is killed. One thread receives, one works, this one sends: nobody waits for another."""
+    signal.signal(OUT_OF_TIME, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     given: queue.SimpleQueue[tuple[int, Future[Any]]] = queue.SimpleQueue()
     with ThreadPoolExecutor(1) as desk:

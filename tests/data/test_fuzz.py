@@ -77,7 +77,7 @@ def prepared(encoder: ChatEncoder, name: str, raw: bytes) -> Outcome | None:
         file = Path(folder) / name
         file.write_bytes(raw)
         try:
-            data = prepare([str(file)], [], encoder, OPTIONS, cache_dir=Path(folder) / "cache", workers=1)
+            data = prepare([str(file)], [], encoder, OPTIONS, cache_dir=Path(folder) / "cache", workers=0)
         except UserError as error:
             assert "nothing is left of" in str(error) or "the file is empty" in str(error)
             return None

@@ -319,7 +319,7 @@ def test_a_template_that_renders_no_answer_is_told_by_line(tokenizer_json, tmp_p
     template = "{% for m in messages if m.role != 'assistant' %}{{ m.content + '<|im_end|>' }}{% endfor %}"
     encoder = ChatEncoder(with_template(tokenizer_json, template, eos_token="<|im_end|>"))
     file = write(tmp_path / "a.jsonl", numbered(2))
-    with pytest.raises(UserError, match="a.jsonl:2: the chat template renders nothing of the assistant's"):
+    with pytest.raises(UserError, match="a.jsonl:2: the chat template does not render what the a"):
         prepare([file], [], encoder, PrepareOptions(64), cache_dir=tmp_path / "cache", workers=1)
 
 

@@ -103,7 +103,8 @@ def test_a_report_that_cannot_be_written_is_said_and_costs_nothing(tmp_path, num
 
 def test_the_arguments_are_complete_and_hold_no_secret(tmp_path):
     (tmp_path / "token.yaml").write_text("hub_token: hf_secret")
-    arguments = parse_arguments(words(tmp_path, "--dft_alpha", "0.7", "--config", str(tmp_path / "token.yaml")))
+    config = str(tmp_path / "token.yaml")
+    arguments = parse_arguments(words(tmp_path, "--dft_alpha", "0.7", "--config", config))
     resolved, given = resolved_arguments(arguments), given_arguments(arguments)
     assert given["dft_alpha"] == 0.7 and "learning_rate" not in given
     assert resolved["learning_rate"] == 5e-5 and resolved["max_length"] == 2048 and resolved["report"] is True

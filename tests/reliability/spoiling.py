@@ -1,0 +1,189 @@
+"""One thing of a run that would work, spoiled: its files, its flags, and what must be said of it."""
+
+import io
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file, save_file
+
+GOOD = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
+LINE = json.dumps(GOOD).encode() + b"\n"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+)
+EMBEDDING = "model.embed_tokens.weight"
+TOKENIZER = "tokenizer.json", "tokenizer_config.json"
+ASKED = ("user", "q")
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A folder of a case's own, and a model that works, not to be changed."""
+
+    folder: Path
+    model: Path
+
+    def file(self, name: str, content: bytes | str) -> Path:
+        path = self.folder / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def copy(self) -> Path:
+        """The model, to be spoiled."""
+        return Path(shutil.copytree(self.model, self.folder / "model"))
+
+
+Flags = dict[str, Any]
+"""Override those of the run that works; None takes one out, a list gives several values."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Attributes:
+    name: the id of its test.
+    spoil: makes its files and gives its flags.
+    message: a regular expression that the one message must match.
+    more: words to append as they are.
+    """
+
+    name: str
+    spoil: Callable[[Ground], Flags]
+    message: str
+    more: tuple[str, ...] = ()
+
+
+def flags(name: str, words: str, message: str) -> Case:
+    return Case(name, lambda _: {}, message, tuple(words.split()))
+
+
+def data(name: str, file: str, content: bytes | Callable[[], bytes], message: str) -> Case:
+    def spoil(ground: Ground) -> Flags:
+        return {"data_files": ground.file(file, content() if callable(content) else content)}
+
+    return Case(name, spoil, message)
+
+
+def template(name: str, source: str, message: str) -> Case:
+    return Case(name, lambda ground: {"chat_template": ground.file("t.jinja", source)}, message)
+
+
+def config(name: str, content: bytes | str, message: str) -> Case:
+    return Case(name, lambda ground: {"config": ground.file("flags.yaml", content)}, message)
+
+
+def deepspeed(name: str, content: Any, message: str, **more: object) -> Case:
+    def spoil(ground: Ground) -> Flags:
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        return {"deepspeed": ground.file("ds.json", text), **more}
+
+    return Case(name, spoil, message)
+
+
+def model(name: str, change: Callable[[Path], object], message: str, **more: object) -> Case:
+    def spoil(ground: Ground) -> Flags:
+        folder = ground.copy()
+        change(folder)
+        return {"model_name_or_path": folder, **more}
+
+    return Case(name, spoil, message)
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    """A change of the weights in a model's folder."""
+
+    def spoil(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def settings(file: str, **values: object) -> Callable[[Path], object]:
+    """A change of a JSON file in a model's folder; None takes a key out."""
+
+    def spoil(folder: Path) -> None:
+        content = json.loads((folder / file).read_text()) | values
+        kept = {key: value for key, value in content.items() if value is not None}
+        (folder / file).write_text(json.dumps(kept))
+
+    return spoil
+
+
+def both(*changes: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: [change(folder) for change in changes]
+
+
+def without(*names: str) -> Callable[[Path], object]:
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def filled(name: str, value: float, at: int = 1) -> Callable[[Path], object]:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights[name].view(-1)[at] = value
+
+    return tensors(change)
+
+
+def reshaped(name: str, *shape: int) -> Callable[[Path], object]:
+    return tensors(lambda weights: weights.update({name: torch.zeros(*shape)}))
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5000])
+
+
+def parquet(table: dict[str, list[object]], cut: int | None = None) -> Callable[[], bytes]:
+    def made() -> bytes:
+        stream = io.BytesIO()
+        pq.write_table(pa.table(table), stream)
+        return stream.getvalue()[:cut]
+
+    return made
+
+
+class Malicious:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.marker,)
+
+
+def pickled(folder: Path) -> None:
+    """The weights as a pickle that runs code when it is read."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(folder.parent / "unpickled")))
+
+
+def bert(folder: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    made = BertConfig(
+        vocab_size=size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (folder / name).unlink()
+    BertForMaskedLM(made).save_pretrained(folder)
+
+
+def chat(*turns: tuple[str, object]) -> bytes:
+    rows = [{"role": role, "content": content} for role, content in turns]
+    return json.dumps({"messages": rows}).encode() + b"\n"
+
+
+def long_line() -> bytes:
+    return b'{"messages": "' + b"a" * 300_000_000 + b'"}\n'

@@ -1,0 +1,122 @@
+"""Whatever is wrong with what a run is given: one message that names it, on every rank, and no training."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT, TIMEOUT, launch
+from tests.reliability.corpus import CASES, FINE
+from tests.reliability.spoiling import Case, Ground
+
+SCRIPT = Path(__file__).parent / "trying.py"
+Outcomes = list[dict[str, dict[str, str]]]
+"""For each rank how each case ended, by its name."""
+
+
+def words_of(case: Case, folder: Path, tiny: Path) -> list[str]:
+    """The command line of a case, whose files are made in a folder of its own."""
+    folder = folder / case.name
+    folder.mkdir()
+    settings = {
+        "model_name_or_path": tiny,
+        "data_files": tiny.parent / "a.jsonl",
+        "output_dir": folder / "out",
+        "data_cache_dir": folder / "cache",
+        "max_steps": 1,
+        "save_strategy": "no",
+        "report": False,
+        "use_cpu": True,
+        "preprocessing_num_workers": 1,
+        **case.spoil(Ground(folder, tiny)),
+    }
+    words = [*case.more]
+    for name, value in settings.items():
+        if value is not None and f"--{name}" not in case.more:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def started(tiny: Path, folder: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
+    """All cases, one after the other, on so many ranks at once."""
+    rows = [{"name": case.name, "words": words_of(case, folder, tiny)} for case in (*CASES, *FINE)]
+    (folder / "table.json").write_text(json.dumps(rows))
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder / "table.json"), str(folder / "outcomes.json")],
+            cwd=folder,
+            env={
+                **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1",
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+            },
+            start_new_session=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny, tmp_path_factory) -> dict[int, Outcomes]:
+    """By number of ranks, 1 and 2, which run side by side."""
+    folders = {ranks: tmp_path_factory.mktemp(f"ranks-{ranks}-") for ranks in (1, 2)}
+    processes = [one for ranks, folder in folders.items() for one in started(tiny, folder, ranks)]
+    try:
+        for process in processes:
+            assert process.wait(TIMEOUT) == 0
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return {
+        ranks: [json.loads((folder / f"outcomes.{rank}.json").read_text()) for rank in range(ranks)]
+        for ranks, folder in folders.items()
+    }
+
+
+def by_name(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+def check_refusal(case: Case, outcome: dict[str, str]) -> None:
+    assert outcome["how"] == "refused", f"{outcome['how']}: {outcome['message']}\n{outcome['log']}"
+    assert re.search(case.message, outcome["message"], re.DOTALL), outcome["message"]
+    assert "Traceback" not in outcome["log"]
+
+
+@by_name(CASES)
+def test_bad_input_is_one_message(case, outcomes):
+    check_refusal(case, outcomes[1][0][case.name])
+
+
+@by_name(CASES)
+def test_bad_input_is_the_same_message_on_both_ranks(case, outcomes):
+    first, second = (rank[case.name] for rank in outcomes[2])
+    check_refusal(case, first)
+    check_refusal(case, second)
+    assert first["message"] == second["message"]
+
+
+@by_name(FINE)
+def test_odd_input_that_is_no_mistake_trains(case, outcomes):
+    outcome = outcomes[1][0][case.name]
+    assert outcome["how"] == "went through", f"{outcome['message']}\n{outcome['log']}"
+    assert re.search(case.message, outcome["log"], re.MULTILINE), outcome["log"]
+
+
+@pytest.mark.parametrize("name", ["data-cut-line", "zero3-nan", "deepspeed-unknown-key"])
+def test_under_the_launcher_it_is_one_line_and_all_ranks_end(tiny, tmp_path, name):
+    case = next(case for case in CASES if case.name == name)
+    words = words_of(case, tmp_path, tiny)
+    finished = launch(words, folder=tmp_path, launcher="deepspeed")
+    assert finished.code != 0 and "Traceback" not in finished.output
+    errors = re.findall(r"^.*\berror: .*", finished.output, re.MULTILINE)
+    assert len(errors) == 1, finished.output
+    assert re.search(case.message, finished.output, re.DOTALL)

@@ -1,0 +1,98 @@
+"""Runs train_dft.py with one command line after the other, and writes how each ended: TABLE.json OUT.json.
+
+Each run is a fork of a process that has imported everything, so that it takes no time to start and leaves
+nothing behind. With RANK and WORLD_SIZE set, every rank is given the same table, and starts the next
+run when all are done with this one.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import deepspeed  # noqa: F401  slow to import
+import torch
+
+import dft.data.limits
+import train_dft
+from dft.errors import UserError
+from tests.launching import free_port
+
+PATIENCE = 60
+"""Seconds after which a run counts as hung."""
+
+
+def attempt(words: list[str], port: int, log: Path, pipe: Connection) -> None:
+    dft.data.limits.SECONDS = 0.5  # the message still says 10
+    os.environ["MASTER_PORT"] = str(port)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.argv = ["train_dft.py", *words]
+    how, message = "went through", ""
+    try:
+        train_dft.main()
+    except UserError as error:
+        how, message = "refused", str(error)
+    except BaseException:
+        how, message = "crashed", traceback.format_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pipe.send((how, message))
+    time.sleep(2 * PATIENCE)  # until it is killed: another rank may still be joining this one
+
+
+def outcome(words: list[str], port: int, log: Path, ended: list[Path]) -> dict[str, str]:
+    """How a run ended on this rank.
+
+    Args:
+        ended: files that the ranks write when they know; the first one is for this rank to write.
+    """
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=attempt, args=(words, port, log, there))
+    process.start()
+    there.close()
+    try:
+        how, message = here.recv() if here.poll(PATIENCE) else ("hung", "")
+    except EOFError:  # where several ranks are done, they end without a word
+        process.join()
+        how, message = "died" if process.exitcode else "went through", ""
+    ended[0].touch()
+    deadline = time.monotonic() + PATIENCE
+    while not all(one.exists() for one in ended) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    return {"how": how, "message": message, "log": log.read_text(errors="replace")}
+
+
+def agreed_port(file: Path, rank: int) -> int:
+    """A port that is free now, chosen by rank 0 when it comes to the run."""
+    if rank == 0:
+        file.with_suffix(".new").write_text(str(free_port()))
+        file.with_suffix(".new").replace(file)
+    while not file.exists():
+        time.sleep(0.01)
+    return int(file.read_text())
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # more would not survive the fork
+    table, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    found = {}
+    for row in table:
+        name = row["name"]
+        port = agreed_port(results.with_suffix(f".{name}.port"), rank)
+        ended = [results.with_suffix(f".{name}.{(rank + other) % ranks}") for other in range(ranks)]
+        found[name] = outcome(row["words"], port, results.with_suffix(f".{rank}.log"), ended)
+    results.with_suffix(f".{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
