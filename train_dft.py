@@ -95,6 +95,8 @@ def main() -> None:
     clear_away(arguments.training)
     write_resolved_arguments(arguments, model)
     trainer.stop = stop
+    trainer.verify_save = arguments.watch.verify_save
+    trainer.trust_remote_code = arguments.model.trust_remote_code
     for line in (*start_lines(arguments, model, data.report, trainer.batching), *new_notes(arguments)):
         say(line)
     try:

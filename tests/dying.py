@@ -3,19 +3,24 @@
 DIE_AT names it: `step 4`, when that step is done and before anything follows; `micro 4.1`, within the step
 after 4, when so many of its micro-batches are done; `evaluating 4` and `evaluated 4`, within and after the
 evaluation at that step; `saving 4 PART`, in the save of that step when PART of it (model, optimizer, state,
-sealed) is written.
+sealed) is written; `verifying 4`, when the model of that save is to be verified.
 
-DIE_BY is the signal, or FULL, READ_ONLY or GONE: then the run lives on, and DISK is that. DIE_TIMES is how
-often the signal is sent, DIE_RANK the rank that gets it, all of them by default.
+DIE_BY is the signal, or something else happens and the run lives on: FULL, READ_ONLY or GONE, which the DISK
+is then; NAN, written into the weights in the folder DISK; or MEMORY, of which the process may take DISK more
+bytes from then on. DIE_TIMES is how often the signal is sent, DIE_RANK the rank that gets it, all of them by
+default.
 """
 
 import os
+import resource
 import signal
 import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save_file
 
 import dft.training.saving as saving
 from dft import DFTTrainer
@@ -36,6 +41,12 @@ def die_at(moment: str) -> None:
             subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         elif by == "GONE":
             os.rename(disk, f"{disk}.gone")
+        elif by == "NAN":
+            write_nan(Path(disk) / "model.safetensors")
+        elif by == "MEMORY":
+            pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+            most = pages * resource.getpagesize() + int(disk)
+            resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
         else:
             for _ in range(int(os.environ.get("DIE_TIMES", "1"))):
                 os.kill(os.getpid(), signal.Signals[by])
@@ -45,6 +56,14 @@ def fill(disk: Path) -> None:
     with suppress(OSError), open(disk / "ballast", "wb", buffering=0) as stream:
         while True:
             stream.write(bytes(2**16))
+
+
+def write_nan(file: Path) -> None:
+    weights = load_file(file)
+    name = min(weights)
+    weights[name] = weights[name].clone()
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 class DyingTrainer(DFTTrainer):
@@ -92,6 +111,11 @@ class DyingTrainer(DFTTrainer):
         saving.publish = dying
         super()._publish(*args, **kwargs)
         saving.publish = publish
+
+    def _verify(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_world_process_zero():
+            die_at(f"verifying {self.state.global_step}")
+        super()._verify(*args, **kwargs)
 
     def _saved(self, part: str) -> None:
         time.sleep(float(os.environ.get("SAVE_SLOWLY", "0")))  # seconds, so that kills at random come within

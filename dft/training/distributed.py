@@ -56,6 +56,15 @@ def schedule(training: transformers.TrainingArguments, rows: int) -> int:
     )
 
 
+def first_of_ranks(failure: str | None) -> str | None:
+    """What went wrong on the first rank where something did; a collective."""
+    if not torch.distributed.is_initialized():
+        return failure
+    failures: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(failures, failure)
+    return next((one for one in failures if one is not None), None)
+
+
 def mute_deepspeed() -> None:
     """Leaves warnings and errors of DeepSpeed: what it notes of its own set-up is of no use to a run.
 

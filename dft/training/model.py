@@ -17,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 from dft.arguments import Arguments
 from dft.data.tokenizer import UNLOADABLE
 from dft.errors import UserError
+from dft.training.distributed import first_of_ranks
 
 OF_CONFIG = (ArithmeticError, LookupError)
 """What building a model raises besides, for numbers in config.json that make no sense."""
@@ -70,15 +71,6 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     grow_embeddings(model, tokenizer, arguments)
     settle_generation_config(model, arguments)
     return model
-
-
-def first_of_ranks(failure: str | None) -> str | None:
-    """What went wrong on the first rank where something did; a collective."""
-    if not torch.distributed.is_initialized():
-        return failure
-    failures: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(failures, failure)
-    return next((one for one in failures if one is not None), None)
 
 
 def check_weight_files(name: str) -> None:

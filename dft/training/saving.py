@@ -1,12 +1,9 @@
 """transformers' Trainer with checkpoints that are whole or not there, and runs that go on exactly."""
 
-import errno
 import json
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,21 +12,23 @@ import numpy as np
 import torch
 import transformers
 import xxhash
-from safetensors import SafetensorError
+from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from dft.data.files import FORBIDDEN, FULL, flush_to_disk, free_bytes, write_whole
+from dft.data.files import write_whole
 from dft.errors import UserError
 from dft.training.batching import sequence_lengths
 from dft.training.checkpoints import UNFINISHED, open_checkpoint, publish, rotate, seal, unfinished
-from dft.training.distributed import parallelism, rows_per_step, say
+from dft.training.disk import move_files, writing_a_save
+from dft.training.distributed import first_of_ranks, parallelism, rows_per_step, say
 from dft.training.peers import Peers
 from dft.training.resharding import mend_zero3, resharded
 from dft.training.stopping import Stopped, StopRequest
+from dft.training.verify import Damaged, Expected, check_files, check_loaded, dtypes_of, probe
 
 RUN_STATE = "run_state.json"
 """In a checkpoint: what transformers does not keep of the moment at which it was written."""
@@ -77,10 +76,15 @@ class SavingTrainer(transformers.Trainer):
     Attributes:
         stop: asks for an early end; None for a trainer that no signal stops.
         peers: the watch over the other ranks, to be told that this one gets on.
+        verify_save: what is looked at again after it was written, True (the final model in
+            full, of checkpoints the files), all (everything in full) or False.
+        trust_remote_code: whether the model comes with code of its own, to load it again.
     """
 
     stop: StopRequest | None = None
     peers: Peers | None = None
+    verify_save: str = "True"
+    trust_remote_code: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -130,6 +134,7 @@ class SavingTrainer(transformers.Trainer):
                 )
             self._clear(staging)
             self.save_model(str(staging), _internal_call=True)
+            self._verify(staging, folder, in_full=self.verify_save == "all")
             best = run / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
             if state.best_global_step and (best == folder or best.exists()):
                 state.best_model_checkpoint = str(best)
@@ -220,12 +225,48 @@ class SavingTrainer(transformers.Trainer):
         with writing_a_save(folder, staging):
             self._clear(staging)
             super().save_model(str(staging), _internal_call=True)
-            self.accelerator.wait_for_everyone()
+            self._verify(staging, folder, in_full=True)
             if self.args.should_save:
                 move_files(staging, folder)
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _verify(self, written: Path, place: Path, in_full: bool) -> None:
+        """Looks at a model that was just written. A collective.
+
+        Args:
+            place: where it is to take its place.
+            in_full: loads it again and compares logits; else its files are read.
+
+        Raises:
+            UserError: it is not what was trained.
+        """
+        self._beat()
+        self.accelerator.wait_for_everyone()
+        if self.verify_save == "False":
+            return
+        logits, vocab = None, self.model.config.get_text_config().vocab_size
+        if in_full:
+            model = self.model_wrapped
+            model = model._orig_mod if is_compiled_module(model) else model
+            logits = probe(model, vocab, self.args.device)
+        fault = None
+        if self.args.should_save:
+            expected = Expected(dtypes_of(self.model), self.processing_class, logits)
+            try:
+                check_files(written, expected)
+                if in_full:
+                    check_loaded(written, expected, self.args, self.trust_remote_code)
+            except Damaged as found:
+                fault = str(found)
+        fault = first_of_ranks(fault)
+        if fault is not None:
+            raise UserError(
+                f"--verify_save {self.verify_save}: the model that was just saved is not the one that was "
+                f"trained: {fault}; it lies in {written}, and what {place} held before is as it was. Please "
+                "report this; --verify_save False saves without looking"
+            )
 
     def _clear(self, staging: Path) -> None:
         """Makes an empty folder of it, whatever an earlier save left there."""
@@ -406,57 +447,3 @@ class SavingTrainer(transformers.Trainer):
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         super().log(logs, start_time)
-
-
-# ---- files ----
-
-
-@contextmanager
-def writing_a_save(run: Path, staging: Path) -> Iterator[None]:
-    """A save that fails is one error, and leaves no half of itself on a disk that is full.
-
-    Raises:
-        UserError: the disk is full, or cannot be written to any more.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = disk_fault(error, run)
-        if reason is None:
-            raise
-        shutil.rmtree(staging, ignore_errors=True)  # where it cannot be removed either, there is no remedy
-        raise UserError(
-            f"--output_dir {run}: {staging.name.removeprefix(UNFINISHED)} cannot be saved: {reason}; earlier "
-            "checkpoints are as they were, and --resume_from_checkpoint auto goes on from the newest"
-        ) from None
-
-
-def disk_fault(error: Exception, folder: Path) -> str | None:
-    """What an error says about the disk that a folder is on; None if it is about something else.
-
-    torch and safetensors report a failed write in words of their own.
-    """
-    code = error.errno if isinstance(error, OSError) else None
-    words = str(error)
-    if isinstance(error, FileNotFoundError) and not folder.is_dir():
-        return f"{folder} is gone"
-    if code in FULL or "No space left" in words or "Disk quota exceeded" in words:
-        return f"no space left on the device ({free_bytes(folder):,} bytes are free)"
-    if code in (*FORBIDDEN, errno.EIO, errno.ESTALE, errno.EFBIG):
-        return f"{error.strerror}: {error.filename or folder}"
-    if "PytorchStreamWriter" in words or "I/O error" in words:
-        return f"{' '.join(words.split())} ({free_bytes(folder):,} bytes are free)"
-    return None
-
-
-def move_files(source: Path, target: Path) -> None:
-    """Moves all files of a folder into another, each in one step, after all of them are on disk."""
-    paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
-    for path in paths:
-        flush_to_disk(path)
-    for path in paths:
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, place)
-    shutil.rmtree(source)
-    flush_to_disk(target)

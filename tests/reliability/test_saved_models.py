@@ -1,0 +1,75 @@
+"""A save that is not what was trained does not take its place, and the run says so."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from dft.errors import REFUSED
+from dft.training.checkpoints import newest_checkpoint
+from tests.launching import ROOT
+
+
+def words(example, output: Path, ranks: int = 1, **flags) -> list[str]:
+    more = {"deepspeed": ROOT / "ds_config/zero3.json", "use_cpu": True} if ranks > 1 else {}
+    settings = {
+        "save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 16,
+        "resume_from_checkpoint": "auto", **more, **flags,
+    }  # fmt: skip
+    return example.words(output, **settings)
+
+
+def check_refused(codes: list[int], printed: str, message: str) -> None:
+    assert codes[0] == REFUSED and all(codes), printed
+    assert printed.count("error:") == 1 and message in printed and "Traceback" not in printed, printed
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_damaged_checkpoint_is_none(example, forks, tmp_path, ranks):
+    output = tmp_path / "run"
+    env = {"DIE_AT": "verifying 4", "DIE_BY": "NAN", "DISK": str(output / "incomplete-checkpoint-4")}
+    codes, printed = forks.run(words(example, output, ranks), ranks, **env)
+    check_refused(codes, printed, "holds values that are not finite (NaN, infinity)")
+    found, passed_over = newest_checkpoint(output)
+    assert found.step == 2 and "incomplete-checkpoint-4" in passed_over[0]
+    codes, printed = forks.run(words(example, output, ranks), ranks)
+    assert not any(codes), printed
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("verify", ["True", "False"])
+def test_a_damaged_final_model_does_not_replace_an_earlier_one(example, forks, tmp_path, ranks, verify):
+    output = tmp_path / "run"
+    flags = {"save_strategy": "no", "resume_from_checkpoint": None}
+    (code,), printed = forks.run(words(example, output, max_steps=1, **flags))
+    assert code == 0, printed
+    before = load_file(output / "model.safetensors")
+    env = {"DIE_AT": "verifying 4", "DIE_BY": "NAN", "DISK": str(output / "incomplete-model")}
+    given = words(example, output, ranks, verify_save=verify, **flags)
+    codes, printed = forks.run(given, ranks, **env)
+    after = load_file(output / "model.safetensors")
+    if verify == "False":
+        assert not any(codes), printed
+        assert any(not one.isfinite().all() for one in after.values())
+        return
+    check_refused(
+        codes, printed, f"it lies in {output}/incomplete-model, and what {output} held before is as"
+    )
+    assert all(torch.equal(one, before[name]) for name, one in after.items())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_verifying_changes_nothing_and_the_model_loads(example, forks, tmp_path, ranks):
+    losses = []
+    for verify in ("all", "False"):
+        output = tmp_path / verify
+        codes, printed = forks.run(words(example, output, ranks, verify_save=verify), ranks)
+        assert not any(codes) and "not loaded" not in printed, printed
+        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        losses.append([(one["nll"], one["grad_norm"]) for one in history if "grad_norm" in one])
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("all", "False"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
