@@ -8,7 +8,10 @@ r"""Fine-tune a causal language model with Dynamic Fine-Tuning (DFT, arXiv 2508.
 scripts/train.sh holds a complete command to edit; the README explains the flags.
 """
 
+import os
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -24,9 +27,9 @@ from dft.report.data import data_summary, show_sequences
 from dft.report.preflight import preflight_lines, preflight_report
 from dft.report.record import ReportCallback, run_record
 from dft.report.run import final_lines, new_notes, start_lines, stopped_lines, write_resolved_arguments
-from dft.training.checkpoints import clear_away
+from dft.training.checkpoints import clear_away, newest_checkpoint
 from dft.training.console import tag_warnings
-from dft.training.distributed import is_main_process, leave_ranks, say
+from dft.training.distributed import is_launched, is_main_process, leave_ranks, say
 from dft.training.model import (
     check_positions,
     load_model,
@@ -34,6 +37,7 @@ from dft.training.model import (
     settle_ddp,
     stop_where_turns_end,
 )
+from dft.training.oom import SHARD, OutOfMemory, check_agreed, telling_what_did_not_fit
 from dft.training.peers import watched
 from dft.training.space import check_space
 from dft.training.stopping import STOPPED, Stopped, StopRequest
@@ -77,11 +81,14 @@ def main() -> None:
 
     check_batches(arguments, len(data.datasets["train"]))
     set_seed(arguments.training.seed)  # the rows of new tokens are drawn at random
-    model = load_model(arguments, tokenizer)
+    with telling_what_did_not_fit("the model's weights do not fit", SHARD):
+        model = load_model(arguments, tokenizer)
     check_positions(model, data.longest, arguments)
     settle_ddp(model, arguments)
     stop_where_turns_end(model, tokenizer, data.report["end_of_turn_tokens"], arguments)
-    trainer = make_trainer(arguments, model, data, tokenizer)
+    with telling_what_did_not_fit("the model's weights do not fit", SHARD):
+        trainer = make_trainer(arguments, model, data, tokenizer)
+    check_agreed(arguments.training)
     if arguments.watch.preflight:
         preflight(arguments, trainer, tokenizer)
         leave_ranks()
@@ -95,6 +102,7 @@ def main() -> None:
     clear_away(arguments.training)
     write_resolved_arguments(arguments, model)
     trainer.stop = stop
+    trainer.asked_batch = arguments.training.asked_batch
     trainer.verify_save = arguments.watch.verify_save
     trainer.trust_remote_code = arguments.model.trust_remote_code
     for line in (*start_lines(arguments, model, data.report, trainer.batching), *new_notes(arguments)):
@@ -105,6 +113,10 @@ def main() -> None:
         for line in stopped_lines(stopped):
             say(line)
         leave_ranks(STOPPED)
+    except OutOfMemory as error:
+        if not error.smaller or is_launched():
+            raise
+        start_again(Path(arguments.training.output_dir), str(error))
     for line in final_lines(trainer.state, arguments.training, arguments.watch.report):
         say(line)
     leave_ranks()
@@ -132,6 +144,16 @@ def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback) -> 
             report.close(status)
         finish_trackers(arguments.training.report_to, failure)
         report_user_errors()  # wandb puts a hook of its own in front
+
+
+def start_again(output_dir: Path, reason: str) -> NoReturn:
+    """The same command once more, in this process. What it tells apart is in the output directory."""
+    say(f"warning     {reason}; starting again")
+    goes_on = newest_checkpoint(output_dir)[0] is not None
+    more = ["--resume_from_checkpoint", "auto", "--overwrite_output_dir", "False"] if goes_on else []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [*sys.orig_argv, *more])
 
 
 def make_trainer(

@@ -22,6 +22,7 @@ from dft.training.distributed import (
     share_cores,
 )
 from dft.training.metrics import LOWER_IS_BETTER
+from dft.training.oom import FOUND, found_batch
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -175,6 +176,9 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         self.notes: list[str] = []
+        self.asked_batch: tuple[int, int] | None = None
+        if self.auto_find_batch_size:
+            self._take_found_batch()
         if not self.use_cpu and not torch.accelerator.is_available():
             self.use_cpu = True
             self.notes.append("no accelerator found: running on CPU")
@@ -198,6 +202,23 @@ class TrainingArguments(transformers.TrainingArguments):
             if self.use_cpu:
                 init_cpu_deepspeed()
         super().__post_init__()
+
+    def _take_found_batch(self) -> None:
+        """A batch and an accumulation that an earlier attempt found to fit, in place of those asked for.
+
+        Trainer's own search begins anew with weights that are trained already, and makes the steps smaller.
+        """
+        self.auto_find_batch_size = False
+        batch, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        self.asked_batch = (batch, accumulation)
+        found = found_batch(self.output_dir, self.asked_batch)
+        if found is not None:
+            self.per_device_train_batch_size, self.gradient_accumulation_steps = found
+            self.notes.append(
+                f"--auto_find_batch_size True: {found[0]} rows per device and {found[1]} accumulated, in "
+                f"place of {batch} and {accumulation}, for which there was too little memory (remove "
+                f"{FOUND} from the output directory to try again)"
+            )
 
     def _map_older_names(self) -> None:
         if self.warmup_ratio is not None:

@@ -20,11 +20,17 @@ _tells: bool | None = None
 
 
 class UserError(ValueError):
-    """Something the user gave cannot work. The message names the value, the reason and the remedy."""
+    """Something the user gave cannot work. The message names the value, the reason and the remedy.
+
+    Attributes:
+        code: with which the program ends.
+    """
+
+    code = REFUSED
 
 
 def report_user_errors() -> None:
-    """Make an uncaught `UserError` print as one message instead of a traceback, and exit with code 2.
+    """Make an uncaught `UserError` print as one message instead of a traceback, and exit with its code, 2.
 
     Most mistakes (flags, files, models) meet every rank of a node, so the first one speaks for all. The
     others wait for the launcher to end them, which it does as soon as one rank fails: a rank that left at
@@ -49,7 +55,7 @@ def report_user_errors() -> None:
         if _tells is not False:
             # Not to sys.stderr: torch's hook in front of this one holds that back, and drops it at an exit.
             print(f"{prefix}error: {error}", file=sys.__stderr__, flush=True)
-        raise SystemExit(REFUSED)
+        raise SystemExit(error.code)
 
     sys.excepthook = hook
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup or a notebook

@@ -262,6 +262,11 @@ while true; do
         exit "$status"
     fi
     echo "error: training ended with exit code $status; see $log" >&2
+    if ((status == 76)); then # a smaller batch was noted, of which there are only so many
+        (($(newest_step) < 0)) || set -- "$@" --resume_from_checkpoint auto --overwrite_output_dir False
+        echo "again, with the smaller batch" | tee -a "$log"
+        continue
+    fi
     # 75: a rank was asked to stop, by whom it concerns. 2: what was given is wrong, and will be again.
     ((status != 75 && status != 2 && restarts < MAX_RESTARTS)) || exit "$status"
     now=$(newest_step)

@@ -275,6 +275,12 @@ class MeasuredTrainer(SavingTrainer):
     def _take_up(self, kept: Mapping[str, Any]) -> None:
         self._train_meter.take_up(kept["meter"], self.accelerator)
 
+    def _take_back_step(self) -> None:
+        super()._take_back_step()
+        if self._watch.losses:
+            self._watch.take_back(self._train_meter.sums, self._tr_loss)
+            self._watch.clear()
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         started = time.perf_counter()
         super()._save_checkpoint(*args, **kwargs)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+import transformers
 from torch import nn
 
-from dft.arguments import TrainingArguments
 from dft.loss.linear import TILE_BYTES
 from dft.training.distributed import world_size
 from dft.training.throughput import GIB, element_count
@@ -39,7 +39,9 @@ def size(gib: float) -> str:
     return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
 
 
-def memory_estimate(model: nn.Module, training: TrainingArguments, tokens: int) -> MemoryEstimate:
+def memory_estimate(
+    model: nn.Module, training: transformers.TrainingArguments, tokens: int
+) -> MemoryEstimate:
     """What ZeRO and FSDP shard is divided by the ranks, what is offloaded to the CPU is not counted.
 
     Args:
@@ -64,7 +66,7 @@ def memory_estimate(model: nn.Module, training: TrainingArguments, tokens: int) 
     return MemoryEstimate(weights / GIB, gradients / GIB, state, (in_head + tile) / GIB)
 
 
-def gradient_size(training: TrainingArguments, itemsize: int) -> int:
+def gradient_size(training: transformers.TrainingArguments, itemsize: int) -> int:
     """Bytes of one element of the gradient, which DeepSpeed may sum wider than the weights are."""
     if not training.deepspeed:
         return itemsize
@@ -72,7 +74,7 @@ def gradient_size(training: TrainingArguments, itemsize: int) -> int:
     return {"fp32": 4, "fp16": 2, "bf16": 2}.get(wanted, itemsize)
 
 
-def zero_of(training: TrainingArguments) -> tuple[int, bool, bool]:
+def zero_of(training: transformers.TrainingArguments) -> tuple[int, bool, bool]:
     """Stage of ZeRO (0 without DeepSpeed), whether the optimizer and whether the weights are offloaded."""
     if not training.deepspeed:
         return 0, False, False
@@ -81,3 +83,41 @@ def zero_of(training: TrainingArguments) -> tuple[int, bool, bool]:
         get(f"zero_optimization.offload_{what}.device", "none") != "none" for what in ("optimizer", "param")
     ]
     return get("zero_optimization.stage", 0), *away
+
+
+def activation_size(
+    model: nn.Module,
+    training: transformers.TrainingArguments,
+    rows: int,
+    tokens: int,
+    checkpointed: bool | None = None,
+) -> float:
+    """About how many GiB of activations a micro-batch keeps for the backward pass, without the head.
+
+    After Korthikanti et al. (arXiv 2205.05198, section 4), counted for a gated MLP: ten times the width and
+    five times that of the MLP, per layer and token. Measured on GPUs it was within a fifth of that. With
+    checkpointing what enters each layer is kept, and one layer is computed again.
+
+    Args:
+        rows, tokens: of the micro-batch; all rows together have so many tokens.
+        checkpointed: other than the run has it.
+    """
+    config = model.config.get_text_config()
+    given = config.to_dict()
+    width, layers = config.hidden_size, config.num_hidden_layers
+    inner = given.get("intermediate_size") or 4 * width
+    itemsize = 2 if training.mixed_precision != "no" else model.dtype.itemsize
+    layer = tokens * (10 * width + 5 * inner)
+    if config._attn_implementation == "eager":  # which holds the scores, and their softmax
+        layer += 2 * given.get("num_attention_heads", 1) * tokens * tokens / max(1, rows)
+    if training.gradient_checkpointing if checkpointed is None else checkpointed:
+        return itemsize * (layers * tokens * width + layer) / GIB
+    return itemsize * layers * layer / GIB
+
+
+def logits_size(model: nn.Module, training: transformers.TrainingArguments, tokens: int) -> float:
+    """GiB of a micro-batch's logits where they are held: as the model gives them and in float32, and the
+    gradient of both."""
+    vocab = model.config.get_text_config().vocab_size
+    itemsize = 2 if training.mixed_precision != "no" else model.dtype.itemsize
+    return tokens * vocab * 2 * (itemsize + 4) / GIB

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch.distributed.distributed_c10d import _get_default_store
 
-from dft.errors import REFUSED, UserError, has_first_word
+from dft.errors import UserError, has_first_word
 from dft.training.stopping import Stopped
 
 PERIOD = 1.0
@@ -205,8 +205,8 @@ def watched(patience: float) -> Iterator[Peers | None]:
     except Stopped:
         code = None
         raise
-    except UserError:
-        code = REFUSED
+    except UserError as error:
+        code = error.code
         raise
     except RuntimeError:
         peers.settle()

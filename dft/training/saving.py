@@ -15,6 +15,7 @@ import xxhash
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -92,6 +93,7 @@ class SavingTrainer(transformers.Trainer):
         self._last = LastStep()
         self._seen_step = 0  # whose events at its end have begun
         self._is_end_of_epoch = False
+        self._due = Left()  # of the step whose end is being seen to
         self._full_at: int | None = None  # the step of the last checkpoint to go on from
         self._resumed_from: str | None = None
         self._known_order: dict[str, Any] | None = None
@@ -153,6 +155,16 @@ class SavingTrainer(transformers.Trainer):
             self._push_from_checkpoint(str(folder))
         if args.should_save:
             rotate(run, args.save_total_limit, state.best_model_checkpoint)
+
+    def _save_finished_step(self) -> None:
+        """A checkpoint of the last step that was finished, where the next one failed half-way."""
+        if self.state.global_step and self._full_at != self.state.global_step:
+            self._take_back_step()
+            self._save_checkpoint(self.model_wrapped, None, left=self._due, full=True)
+
+    def _take_back_step(self) -> None:
+        """Forgets what is there of a step that was not finished."""
+        self.model.zero_grad()
 
     def _publish(self, folder: Path, is_full: bool) -> None:
         """First rank 0, then whoever has a disk of its own that the rename did not reach."""
@@ -285,6 +297,7 @@ class SavingTrainer(transformers.Trainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._last, self._seen_step, self._full_at, self._known_order = LastStep(), 0, None, None
+        self._due = Left()
         self._resumed_from = kwargs.get("resume_from_checkpoint")
         if self.stop is not None:
             self.stop.begin_training()
@@ -304,6 +317,13 @@ class SavingTrainer(transformers.Trainer):
             if self.deepspeed.zero_optimization_partition_weights():
                 mend_zero3(self.deepspeed.optimizer, folder)
             return prepared
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Trainer's, but of weights that are tied to others, and are saved with those, it says nothing."""
+        if isinstance(self.model, PreTrainedModel):
+            tied = self.model.all_tied_weights_keys
+            load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def _run_epoch(self, *, model: nn.Module, start_time: float, **kwargs: Any) -> None:
         if self._resumed_from is not None:
@@ -383,7 +403,7 @@ class SavingTrainer(transformers.Trainer):
         if self.control.should_log:
             self._last.logged = step
         due = Left(self.control.should_evaluate, self.control.should_save, self._left_after_step().end_epoch)
-        asked = self._is_asked_to_stop()
+        self._due, asked = due, self._is_asked_to_stop()
         if asked:  # an evaluation may take longer than there is time
             self.control.should_evaluate = self.control.should_save = False
         place = (trial, epoch, ignore_keys_for_eval, start_time)
@@ -398,6 +418,7 @@ class SavingTrainer(transformers.Trainer):
             self._save_checkpoint(model, trial, left=due, full=True)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             self._stop(step)
+        self._due = Left()
 
     def _evaluate(
         self, trial: Any, ignored: list[str] | None, skip_scheduler: bool = False

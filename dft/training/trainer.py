@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from dft.training.checks import (
 from dft.training.console import ConsoleCallback
 from dft.training.distributed import say
 from dft.training.measured import MeasuredTrainer
+from dft.training.oom import MicroBatch, OutOfMemory, advice, free_what_is_left, note_smaller, ran_out
 from dft.training.throughput import compute_dtype
 from dft.training.trackers import HistogramCallback, SwanLabRunCallback
 
@@ -75,12 +76,16 @@ class DFTTrainer(MeasuredTrainer):
     Attributes:
         end_of_turn_ids: tokens that end a turn.
         examples: a few sequences of the last evaluation token by token, on the main process.
+        asked_batch: rows per device and accumulation as they were asked for, where a smaller batch is to be
+            noted for the next attempt when memory runs out.
 
     Raises:
         ValueError: alpha outside [0, 1], arguments that would change the meaning of the loss, or packed data
             for a model that does not keep packed conversations apart. Training raises the last as well, if
             the model turns out not to, and for a loss or gradient that is not finite.
     """
+
+    asked_batch: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -103,6 +108,7 @@ class DFTTrainer(MeasuredTrainer):
         self.fused_head = fused_head
         self._head: FusedHead | str | None = None
         self._told: str | None = None
+        self._last_batch = MicroBatch()
         self._forget_head()
         if data_collator is None:
             packed = is_packed(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
@@ -140,6 +146,11 @@ class DFTTrainer(MeasuredTrainer):
             self.add_callback(SwanLabRunCallback)
         self.add_callback(HistogramCallback(self.callback_handler))
         self._train_order: EpochSampler | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_deepspeed_enabled:  # accelerate would take DeepSpeed's value over its own, with a warning
+            self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
 
     @property
     def batching(self) -> str:
@@ -186,6 +197,8 @@ class DFTTrainer(MeasuredTrainer):
             raise ValueError(
                 f"a batch has no 'labels', only {sorted(inputs)}; DFT learns from labeled tokens"
             )
+        rows, tokens = len(inputs["labels"]), inputs["labels"].numel()
+        self._last_batch = MicroBatch(rows, tokens, is_training=torch.is_grad_enabled())
         features = {name: value for name, value in inputs.items() if name not in OURS}
         labels, how = inputs["labels"], {"alpha": self.alpha, "num_items": num_items}
         head = None if with_logits else self._inspected_head(model)
@@ -249,6 +262,35 @@ class DFTTrainer(MeasuredTrainer):
         if not self.is_in_train:
             self._forget_head()
         return super().evaluation_loop(*args, **kwargs)
+
+    # ---- memory ----
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's. Out of memory it says what took it, with nothing lost that one process can save."""
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            is_fused, step = isinstance(self._head, FusedHead), self.state.global_step + 1
+            message = advice(self.model, self.args, self._last_batch, is_fused, error, step)
+        # Out here the exception is gone, and with it the frames that hold the activations.
+        self._end_out_of_memory(message)
+
+    def _end_out_of_memory(self, message: str) -> NoReturn:
+        free_what_is_left()
+        smaller, asked = None, self.asked_batch
+        if asked is not None and self._last_batch.is_training:
+            smaller = note_smaller(self.args, asked)
+        if smaller is not None:
+            batch, accumulation = smaller
+            message += (
+                f". --auto_find_batch_size: {batch} rows per device and {accumulation} accumulated are next, "
+                "with the same command"
+            )
+        if self.args.world_size == 1:  # others may still be within the step
+            self._save_finished_step()
+        raise OutOfMemory(message, smaller is not None)
 
     # ---- the data ----
 

@@ -1,0 +1,85 @@
+"""Runs that are given too little memory: what they say, and how they find a batch that fits."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dft.errors import REFUSED
+from dft.training.oom import SMALLER
+from tests.launching import ROOT, launch
+
+MIB = 2**20
+LITTLE = str(8 * MIB)
+"""That a process may still take after its first step: less than a batch of the runs here wants at once."""
+SCRIPT = """
+import train_dft
+from tests.dying import DyingTrainer
+train_dft.DFTTrainer = DyingTrainer
+train_dft.main()
+"""
+
+
+def words(example, output: Path, ranks: int = 1, **flags) -> list[str]:
+    more = {"deepspeed": ROOT / "ds_config/zero3.json", "use_cpu": True} if ranks > 1 else {}
+    settings = {
+        "per_device_train_batch_size": 256 // ranks, "max_steps": 4, "save_strategy": "steps",
+        "save_steps": 1, "resume_from_checkpoint": "auto", **more, **flags,
+    }  # fmt: skip
+    return example.words(output, **settings)
+
+
+def logged(output: Path) -> list[dict]:
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [one for one in history if "grad_norm" in one]
+
+
+def check_same(one: Path, other: Path) -> None:
+    """The same data in the same steps. Dropout is drawn otherwise in other batches, so numbers are but near."""
+    assert [record["step"] for record in logged(one)] == [1, 2, 3, 4]
+    for record, reference in zip(logged(one), logged(other), strict=True):
+        assert record["supervised_tokens"] == reference["supervised_tokens"]
+        assert record["nll"] == pytest.approx(reference["nll"], rel=0.01)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_says_what_took_the_memory_and_what_to_change(example, forks, tmp_path, ranks):
+    env = {"DIE_AT": "step 1", "DIE_BY": "MEMORY", "DISK": LITTLE, "DIE_RANK": str(ranks - 1)}
+    codes, printed = forks.run(words(example, tmp_path / "run", ranks), ranks, **env)
+    assert codes == [REFUSED] * ranks, printed
+    assert printed.count("error: out of memory in step") == 1 and "Traceback" not in printed
+    assert ranks == 1 or "[rank 1] error: out of memory" in printed
+    told = next(line for line in printed.splitlines() if "error:" in line)
+    assert "activations" in told and "--enable_gradient_checkpointing True" in told
+    assert f"--per_device_train_batch_size {128 // ranks} --gradient_accumulation_steps 2" in told
+    assert (tmp_path / "run" / "checkpoint-1").is_dir() and not (
+        tmp_path / "run" / "batch_size.json"
+    ).exists()
+
+
+def test_with_several_ranks_the_same_command_goes_on_with_a_smaller_batch(example, forks, tmp_path):
+    env = {"DIE_AT": "step 1", "DIE_BY": "MEMORY", "DISK": LITTLE, "DIE_RANK": "1"}
+    given = words(example, tmp_path / "run", 2, auto_find_batch_size=True)
+    codes, printed = forks.run(given, 2, **env)
+    assert codes == [SMALLER] * 2 and "64 rows per device and 2 accumulated are next" in printed
+    codes, printed = forks.run(given, 2)
+    assert not any(codes) and "(64 per device x 2 accumulated x 2 ranks)" in printed, printed
+    codes, printed = forks.run(words(example, tmp_path / "whole", 2), 2)
+    assert not any(codes), printed
+    check_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_one_process_starts_again_by_itself(example, forks, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    env = {"DIE_AT": "step 1", "DIE_BY": "MEMORY", "DISK": LITTLE}
+    given = words(example, tmp_path / "run", auto_find_batch_size=True, save_steps=100)
+    finished = launch(given, folder=tmp_path, script=script, env=env)
+    assert finished.code == 0, finished.output
+    assert "128 rows per device and 2 accumulated are next" in finished.output
+    assert "(128 per device x 2 accumulated x 1 ranks)" in finished.output
+    assert "train step 1/4" in finished.output and finished.output.count("train step") == 4
+    assert (tmp_path / "run" / "checkpoint-1").is_dir(), "nothing was lost"
+    (code,), printed = forks.run(words(example, tmp_path / "whole"))
+    assert code == 0, printed
+    check_same(tmp_path / "run", tmp_path / "whole")
