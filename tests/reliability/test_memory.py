@@ -35,7 +35,7 @@ def logged(output: Path) -> list[dict]:
 
 
 def check_same(one: Path, other: Path) -> None:
-    """The same data in the same steps. Dropout is drawn otherwise in other batches, so numbers are but near."""
+    """The same data in the same steps. In other batches dropout is drawn otherwise: numbers are but near."""
     assert [record["step"] for record in logged(one)] == [1, 2, 3, 4]
     for record, reference in zip(logged(one), logged(other), strict=True):
         assert record["supervised_tokens"] == reference["supervised_tokens"]
