@@ -6,15 +6,19 @@ takes its own name last. What has the name of a checkpoint but not all that its 
 
 import json
 import os
+import pickle
 import re
 import shutil
 import stat
+import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 
 from dft.data.files import flush_to_disk, write_whole
 from dft.errors import UserError
@@ -24,6 +28,17 @@ MANIFEST = "manifest.json"
 """In a checkpoint: what it is, and the size in bytes of every other file."""
 UNFINISHED = "incomplete-"
 """In front of the name of a checkpoint that is being written, replaced or removed."""
+FACTS = {"step", "resumable", "ranks", "rows_per_step", "parallelism", "order", "model"}
+"""What a manifest says beside the files."""
+UNREADABLE = (
+    OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError,
+    zipfile.BadZipFile, SafetensorError,
+)  # fmt: skip
+"""What is raised where a file of a checkpoint does not hold what it should."""
+OF_FILES = ("PytorchStreamReader", "loading state_dict", "state dict", "Weights only load failed")
+"""Words in those RuntimeErrors that are about a file."""
+MOST_SAID = 300
+"""Characters of what a library says about a file."""
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -34,7 +49,7 @@ class Checkpoint:
     Attributes:
         path: its folder.
         facts: what the manifest says beside the files: `step`, `resumable` (it holds more than the model),
-            `ranks`, `rows_per_step`, `parallelism`, `order`.
+            `ranks`, `rows_per_step`, `parallelism`, `order`, and `model`, the digest of its shapes.
     """
 
     path: Path
@@ -47,6 +62,23 @@ class Checkpoint:
 
 class IncompleteCheckpoint(Exception):
     """Why a folder is no complete checkpoint."""
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Raises `UserError` where what is in a checkpoint cannot be read, though all of it is there."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (*UNREADABLE, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OF_FILES):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: cannot be read ({reason[:MOST_SAID]}); it is damaged: "
+            "remove it, and --resume_from_checkpoint auto goes on from the one before"
+        ) from None
 
 
 # ---- one folder ----
@@ -99,7 +131,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             found = (folder / name).stat().st_size
             if found != size:
                 raise IncompleteCheckpoint(f"{name} has {found:,} of {size:,} bytes")
-        missing = {"step", "resumable", "ranks", "rows_per_step", "parallelism", "order"} - facts.keys()
+        missing = FACTS - facts.keys()
     except FileNotFoundError as error:
         name = Path(error.filename).relative_to(folder)
         raise IncompleteCheckpoint(f"it has no {name}") from None
@@ -288,6 +320,8 @@ def check_same_run(found: Checkpoint, training: transformers.TrainingArguments) 
             f"{what}: saved under {facts['parallelism']}, and this run is {now}; go on as it was, or start a "
             f"new run with --model_name_or_path {found.path}"
         )
+    with reading(found.path):
+        state = transformers.TrainerState.load_from_json(str(found.path / "trainer_state.json"))
     rows = rows_per_step(training)
     if facts["rows_per_step"] != rows:
         raise UserError(
@@ -299,11 +333,20 @@ def check_same_run(found: Checkpoint, training: transformers.TrainingArguments) 
     if training.max_steps > 0:
         asks_for_less = found.step > training.max_steps
     else:
-        state = transformers.TrainerState.load_from_json(str(found.path / "trainer_state.json"))
         asks_for_less = training.num_train_epochs < state.num_train_epochs and found.step >= state.max_steps
     if asks_for_less:
         raise UserError(
             f"{what}: is at step {found.step} already, and --max_steps or --num_train_epochs asks for less"
+        )
+
+
+def check_same_model(found: Checkpoint, model: str) -> None:
+    """Raises `UserError` for a checkpoint of a model with other weights than this run has."""
+    if found.facts["model"] != model:
+        raise UserError(
+            f"--resume_from_checkpoint {found.path}: is a checkpoint of another model than "
+            "--model_name_or_path: its weights have other names or shapes; give the model that the run began "
+            "with"
         )
 
 

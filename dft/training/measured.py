@@ -28,7 +28,7 @@ from dft.training.nonfinite import (
     skip_message,
     stop_message,
 )
-from dft.training.saving import SavingTrainer
+from dft.training.resuming import ResumingTrainer
 from dft.training.scoring import (
     EXAMPLES,
     ScoredSequence,
@@ -45,7 +45,7 @@ from dft.training.throughput import (
 )
 
 
-class MeasuredTrainer(SavingTrainer):
+class MeasuredTrainer(ResumingTrainer):
     """What `DFTTrainer` says about its training, apart from what it does.
 
     A subclass hands on the statistics of each micro-batch: `_note_training` and `_note_evaluation`.

@@ -1,9 +1,8 @@
-"""transformers' Trainer with checkpoints that are whole or not there, and runs that go on exactly."""
+"""transformers' Trainer with checkpoints that are whole or not there, and runs that stop with one."""
 
 import json
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,21 +13,26 @@ import transformers
 import xxhash
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel
+from torch.utils.data import IterableDataset
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dft.data.files import write_whole
 from dft.errors import UserError
 from dft.training.batching import sequence_lengths
-from dft.training.checkpoints import UNFINISHED, open_checkpoint, publish, rotate, seal, unfinished
+from dft.training.checkpoints import (
+    UNFINISHED,
+    publish,
+    rotate,
+    seal,
+    unfinished,
+)
 from dft.training.disk import move_files, writing_a_save
-from dft.training.distributed import first_of_ranks, parallelism, rows_per_step, say
+from dft.training.distributed import first_of_ranks, parallelism, rows_per_step
 from dft.training.peers import Peers
-from dft.training.resharding import mend_zero3, resharded
 from dft.training.stopping import Stopped, StopRequest
+from dft.training.throughput import shapes_digest
 from dft.training.verify import Damaged, Expected, check_files, check_loaded, dtypes_of, probe
 
 RUN_STATE = "run_state.json"
@@ -72,7 +76,7 @@ class StoppedEvaluation(Exception):
 
 
 class SavingTrainer(transformers.Trainer):
-    """How checkpoints are written, and how a run goes on from one. Knows nothing of the loss.
+    """How checkpoints are written, and how a run stops when it is asked to. Knows nothing of the loss.
 
     Attributes:
         stop: asks for an early end; None for a trainer that no signal stops.
@@ -93,9 +97,9 @@ class SavingTrainer(transformers.Trainer):
         self._last = LastStep()
         self._seen_step = 0  # whose events at its end have begun
         self._is_end_of_epoch = False
+        self._shapes = ""
         self._due = Left()  # of the step whose end is being seen to
         self._full_at: int | None = None  # the step of the last checkpoint to go on from
-        self._resumed_from: str | None = None
         self._known_order: dict[str, Any] | None = None
         self._evaluated_batches = 0
 
@@ -104,9 +108,6 @@ class SavingTrainer(transformers.Trainer):
     def _state_to_keep(self) -> dict[str, Any]:
         """What else has to be in a checkpoint, as JSON holds it. A collective."""
         return {}
-
-    def _take_up(self, kept: Mapping[str, Any]) -> None:
-        """Goes on from what `_state_to_keep` gave."""
 
     # ---- writing ----
 
@@ -175,6 +176,7 @@ class SavingTrainer(transformers.Trainer):
             "rows_per_step": rows_per_step(self.args),
             "parallelism": parallelism(self.args),
             "order": self._order(),
+            "model": self._shapes,
         }
         if self.is_world_process_zero():
             seal(unfinished(folder), facts)
@@ -293,97 +295,15 @@ class SavingTrainer(transformers.Trainer):
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink()
 
-    # ---- going on ----
+    # ---- what takes place at the end of a step ----
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._shapes = shapes_digest(self.model)  # before FSDP flattens its weights
         self._last, self._seen_step, self._full_at, self._known_order = LastStep(), 0, None, None
         self._due = Left()
-        self._resumed_from = kwargs.get("resume_from_checkpoint")
         if self.stop is not None:
             self.stop.begin_training()
         return super()._inner_training_loop(*args, **kwargs)
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
-    ) -> Any:
-        prepare = super()._prepare_for_training
-        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
-            return prepare(max_steps, train_dataloader, resume_from_checkpoint)
-        checkpoint = open_checkpoint(Path(resume_from_checkpoint))
-        if checkpoint.facts["ranks"] == self.args.world_size:
-            return prepare(max_steps, train_dataloader, resume_from_checkpoint)
-        with resharded(checkpoint.path, Path(self.args.output_dir), self.accelerator) as folder:
-            prepared = prepare(max_steps, train_dataloader, str(folder))
-            if self.deepspeed.zero_optimization_partition_weights():
-                mend_zero3(self.deepspeed.optimizer, folder)
-            return prepared
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Trainer's, but of weights that are tied to others, and are saved with those, it says nothing."""
-        if isinstance(self.model, PreTrainedModel):
-            tied = self.model.all_tied_weights_keys
-            load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(load_result)
-
-    def _run_epoch(self, *, model: nn.Module, start_time: float, **kwargs: Any) -> None:
-        if self._resumed_from is not None:
-            self._catch_up(model, start_time, kwargs["trial"], kwargs["ignore_keys_for_eval"])
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True  # Trainer would make one step more
-            return
-        super()._run_epoch(model=model, start_time=start_time, **kwargs)
-
-    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> TrainOutput:
-        if self._resumed_from is not None:  # at its last step
-            self._catch_up(self.model_wrapped, start_time, trial, None)
-        output = super()._finalize_training(trial, num_train_samples, start_time)
-        return output._replace(training_loss=output.metrics["train_loss"])
-
-    def _catch_up(self, model: nn.Module, start_time: float, trial: Any, ignored: Any) -> None:
-        """Goes on within the step of the checkpoint: what was still to be done after it is done now."""
-        folder, self._resumed_from = Path(self._resumed_from), None
-        kept = json.loads((folder / RUN_STATE).read_text())
-        left, self._last = Left(**kept["left"]), LastStep(**kept["last"])
-        ranks, losses = self.args.world_size, kept["losses"]
-        self._tr_loss += sum(losses[self.args.process_index :: ranks]) * ranks / len(losses)
-        self._total_loss_scalar = kept["total_loss"]
-        self._globalstep_last_logged = self._last.logged
-        self._take_up(kept)
-        for line in self._unlike(open_checkpoint(folder).facts):
-            say(line)
-        self._load_rng_state(str(folder))  # a save among what is left keeps it
-        last, place = self._last, (trial, self.state.epoch, ignored, start_time)
-        self._seen_step = 0 if left.end_epoch else self.state.global_step
-        if left.evaluate or left.save:
-            self.control.should_evaluate, self.control.should_save = left.evaluate, left.save
-            self._maybe_log_save_evaluate(self._tr_loss, last.grad_norm, model, *place, last.learning_rate)
-        if left.end_epoch:
-            self._seen_step = self.state.global_step
-            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-            self._maybe_log_save_evaluate(self._tr_loss, last.grad_norm, model, *place, last.learning_rate)
-
-    def _unlike(self, facts: Mapping[str, Any]) -> Iterator[str]:
-        """What cannot go on exactly as it was, a line each."""
-        if facts["ranks"] != self.args.world_size:
-            yield (
-                f"note        saved by {facts['ranks']} ranks, and this run has {self.args.world_size}: "
-                "data, optimizer, schedule and metrics go on where they were; random numbers (dropout) "
-                "do not, and sums over ranks are rounded otherwise"
-            )
-        before, now = facts["order"], self._order()
-        if (before["rows"], before["lengths"]) != (now["rows"], now["lengths"]):
-            yield (
-                f"warning     the training data are not those of the checkpoint ({before['rows']:,} rows "
-                f"then, {now['rows']:,} now): it goes on at the same place in another order"
-            )
-        for name in ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"):
-            if before[name] != now[name]:
-                yield (
-                    f"warning     --{name} was {before[name]} and is {now[name]}: from here on the data come "
-                    "in another order"
-                )
-
-    # ---- what takes place at the end of a step ----
 
     def _maybe_log_save_evaluate(
         self,

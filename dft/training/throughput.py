@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+import xxhash
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -84,6 +85,15 @@ def element_count(parameter: nn.Parameter) -> int:
 
 def element_dims(parameter: nn.Parameter) -> int:
     return len(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.dim()
+
+
+def shapes_digest(model: nn.Module) -> str:
+    """Of the names and shapes of a model's weights."""
+    lines = sorted(
+        f"{name} {list(one.ds_shape if hasattr(one, 'ds_shape') else one.shape)}\n"
+        for name, one in model.named_parameters()
+    )
+    return xxhash.xxh3_64_hexdigest("".join(lines).encode())
 
 
 def active_share(config: PretrainedConfig) -> float | None:

@@ -16,9 +16,11 @@ from tests.reliability.spoiling import (
     bert,
     both,
     chat,
+    checkpoint,
     config,
     data,
     deepspeed,
+    evil_optimizer,
     filled,
     flags,
     long_line,
@@ -26,7 +28,9 @@ from tests.reliability.spoiling import (
     parquet,
     pickled,
     reshaped,
+    said,
     settings,
+    swapped,
     template,
     tensors,
     truncated,
@@ -369,9 +373,57 @@ FLAGS = [
 
 # ---- checkpoints ----
 
-CHECKPOINTS: list[Case] = []
-"""Cases of a checkpoint that cannot be gone on from: `Case(name, spoil, message)`, where `spoil` fills the
-output directory and gives `resume_from_checkpoint`."""
+CHECKPOINTS = [
+    checkpoint(
+        "checkpoint-no-manifest", without("manifest.json"), "not a complete .*, it has no manifest.json"
+    ),
+    checkpoint("checkpoint-manifest-cut", swapped("manifest.json", b"{"), "its manifest.json cannot be read"),
+    checkpoint(
+        "checkpoint-manifest-list", swapped("manifest.json", b"[]"), "its manifest.json cannot be read"
+    ),
+    checkpoint(
+        "checkpoint-missing-file", without("optimizer.pt"), "not a complete .*, it has no optimizer.pt"
+    ),
+    checkpoint(
+        "checkpoint-cut-weights", truncated, r"model.safetensors has [\d,]+ of [\d,]+ bytes; .* auto takes"
+    ),
+    checkpoint("checkpoint-model-alone", said(resumable=False), "holds the model alone"),
+    checkpoint(
+        "checkpoint-other-batch", said(rows_per_step=64), "saved with 64 rows per step, and this run has"
+    ),
+    checkpoint("checkpoint-of-zero", said(parallelism="DeepSpeed ZeRO-3"), "saved under DeepSpeed ZeRO-3"),
+    checkpoint("checkpoint-of-another-model", said(model="other"), "is a checkpoint of another model"),
+    checkpoint("checkpoint-too-far", said(), "is at step 2 already", max_steps=1),
+    checkpoint(
+        "checkpoint-state-no-json", swapped("trainer_state.json", b"{"), "checkpoint-2: cannot be read .JSON"
+    ),
+    checkpoint("checkpoint-run-state", swapped("run_state.json", b"[]"), "checkpoint-2: cannot be read"),
+    checkpoint(
+        "checkpoint-weights-garbage", swapped("model.safetensors", b"x"), "cannot be read .*Safetensor"
+    ),
+    checkpoint("checkpoint-optimizer-garbage", swapped("optimizer.pt", b"x"), "checkpoint-2: cannot be read"),
+    checkpoint("checkpoint-schedule-garbage", swapped("scheduler.pt", b"x"), "checkpoint-2: cannot be read"),
+    checkpoint(
+        "checkpoint-optimizer-runs-code", evil_optimizer, "checkpoint-2: cannot be read .*Weights only"
+    ),
+    checkpoint("checkpoint-others-may-write", lambda f: f.chmod(0o777), "can be written by others .mode 777"),
+    checkpoint(
+        "checkpoint-file-others-may-write",
+        lambda f: (f / "optimizer.pt").chmod(0o666),
+        "optimizer.pt can be written by others",
+    ),
+    Case("checkpoint-missing", lambda g: {"resume_from_checkpoint": g.folder / "no"}, "no: no such folder"),
+    Case(
+        "checkpoint-none-yet",
+        lambda _: {"resume_from_checkpoint": True},
+        "there is no complete checkpoint in",
+    ),
+    Case(
+        "checkpoint-and-afresh",
+        lambda _: {"resume_from_checkpoint": "auto", "overwrite_output_dir": True},
+        "give one",
+    ),
+]
 
 CASES = [*DATA, *TEMPLATES, *MODELS, *CONFIGS, *FLAGS, *CHECKPOINTS]
 

@@ -27,10 +27,15 @@ NORM = "model.layers.0.input_layernorm.weight"
 
 @dataclass(frozen=True)
 class Ground:
-    """A folder of a case's own, and a model that works, not to be changed."""
+    """A folder of a case's own, and a model and a run that work, not to be changed.
+
+    Attributes:
+        run: an output directory with two checkpoints.
+    """
 
     folder: Path
     model: Path
+    run: Path | None = None
 
     def file(self, name: str, content: bytes | str) -> Path:
         path = self.folder / name
@@ -40,6 +45,10 @@ class Ground:
     def copy(self) -> Path:
         """The model, to be spoiled."""
         return Path(shutil.copytree(self.model, self.folder / "model"))
+
+    def copy_run(self) -> Path:
+        """The newest checkpoint of the run in the output directory, to be spoiled."""
+        return Path(shutil.copytree(self.run, self.folder / "out")) / "checkpoint-2"
 
 
 Flags = dict[str, Any]
@@ -187,3 +196,43 @@ def chat(*turns: tuple[str, object]) -> bytes:
 
 def long_line() -> bytes:
     return b'{"messages": "' + b"a" * 300_000_000 + b'"}\n'
+
+
+def checkpoint(name: str, change: Callable[[Path], object], message: str, **more: object) -> Case:
+    """A run that is to go on from what `change` has left of its checkpoint."""
+
+    def spoil(ground: Ground) -> Flags:
+        folder = ground.copy_run()
+        change(folder)
+        return {"resume_from_checkpoint": folder, "max_steps": 3, **more}
+
+    return Case(name, spoil, message)
+
+
+def swapped(name: str, content: bytes | Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    """Another content of a file of a checkpoint, as long as the one before."""
+
+    def spoil(folder: Path) -> None:
+        before = (folder / name).read_bytes()
+        after = content(before) if callable(content) else content
+        (folder / name).write_bytes(after[: len(before)].ljust(len(before)))
+
+    return spoil
+
+
+def evil_optimizer(folder: Path) -> None:
+    """An optimizer whose pickle runs code, noted in the manifest as it should be."""
+    content = pickle.dumps(Malicious(folder.parent / "unpickled"))
+    (folder / "optimizer.pt").write_bytes(content)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    said(files={**files, "optimizer.pt": len(content)})(folder)
+
+
+def said(**facts: object) -> Callable[[Path], object]:
+    """Another manifest of a checkpoint."""
+
+    def spoil(folder: Path) -> None:
+        content = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**content, **facts}))
+
+    return spoil

@@ -18,8 +18,9 @@ import deepspeed  # noqa: F401  slow to import
 import torch
 
 import dft.data.limits
+import dft.errors
 import train_dft
-from dft.errors import UserError
+from dft.errors import REFUSED, UserError
 from tests.launching import free_port
 
 PATIENCE = 60
@@ -43,6 +44,8 @@ def attempt(words: list[str], port: int, log: Path, pipe: Connection) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     pipe.send((how, message))
+    if dft.errors._tells is not None:  # the ranks have settled who reports: the others wait for its end
+        os._exit(REFUSED)
     time.sleep(2 * PATIENCE)  # until it is killed: another rank may still be joining this one
 
 
@@ -61,7 +64,8 @@ def outcome(words: list[str], port: int, log: Path, ended: list[Path]) -> dict[s
         how, message = here.recv() if here.poll(PATIENCE) else ("hung", "")
     except EOFError:  # where several ranks are done, they end without a word
         process.join()
-        how, message = "died" if process.exitcode else "went through", ""
+        how = {0: "went through", REFUSED: "followed"}.get(process.exitcode, "died")
+        message = ""
     ended[0].touch()
     deadline = time.monotonic() + PATIENCE
     while not all(one.exists() for one in ended) and time.monotonic() < deadline:

@@ -33,7 +33,7 @@ def write(
     (staged / "model.safetensors").write_text(text)
     (staged / "deep" / "optimizer.pt").write_text("moments")
     facts = {"step": step, "resumable": resumable, "ranks": 1, "rows_per_step": 8}
-    seal(staged, {**facts, "parallelism": "single process", "order": {}})
+    seal(staged, {**facts, "parallelism": "single process", "order": {}, "model": "m"})
     if name:
         publish(folder)
     return folder
