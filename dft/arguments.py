@@ -158,6 +158,17 @@ class TrainingArguments(transformers.TrainingArguments):
         default=False,
         metadata={"help": "Batches of similar length; --train_sampling_strategy group_by_length."},
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: go on from the newest complete checkpoint of the output directory, or begin where "
+            "there is none. True insists on one. Or the folder of a checkpoint."
+        },
+    )
+    auto_find_batch_size: bool = field(
+        default=False,
+        metadata={"help": "Out of memory, go on with smaller batches, accumulated to as many rows per step."},
+    )
     trust_checkpoint: bool = field(
         default=False,
         metadata={"help": "Go on from a checkpoint that others own or may write to: it can run code."},

@@ -1,5 +1,6 @@
 """What to say, and what to try next, when memory runs out."""
 
+import errno
 import gc
 import json
 import re
@@ -23,8 +24,10 @@ SMALLER = 76
 """Exit code of a run that noted a smaller batch under --auto_find_batch_size: the same command goes on."""
 FOUND = "batch_size.json"
 """In the output directory: the batch that --auto_find_batch_size found to fit."""
-WORDS = ("DefaultCPUAllocator: can't allocate memory", "out of memory")
-"""Of what is raised where memory runs out and there is no exception of its own for it."""
+RAISED = (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError)
+"""What is raised where memory runs out; mostly for other reasons, so `ran_out` has to be asked."""
+WORDS = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "Cannot allocate memory")
+"""In those RuntimeErrors that say so."""
 SHARD = (
     "load them in half precision (--torch_dtype bfloat16), or spread them over GPUs (--deepspeed "
     "ds_config/zero3.json) or to the CPU's memory (zero3_offload.json)"
@@ -63,6 +66,8 @@ def ran_out(error: BaseException) -> bool:
     """Whether an exception says that memory did."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
 
 
@@ -71,7 +76,7 @@ def telling_what_did_not_fit(what: str, remedy: str) -> Iterator[None]:
     """Raises `UserError` where memory runs out before there is a trainer."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except RAISED as error:
         if not ran_out(error):
             raise
         raise UserError(f"out of memory: {what} ({asked_for(error)}); {remedy}") from None

@@ -40,7 +40,7 @@ from dft.training.checks import (
 from dft.training.console import ConsoleCallback
 from dft.training.distributed import say
 from dft.training.measured import MeasuredTrainer
-from dft.training.oom import MicroBatch, OutOfMemory, advice, free_what_is_left, note_smaller, ran_out
+from dft.training.oom import RAISED, MicroBatch, OutOfMemory, advice, free_what_is_left, note_smaller, ran_out
 from dft.training.throughput import compute_dtype
 from dft.training.trackers import HistogramCallback, SwanLabRunCallback
 
@@ -269,7 +269,7 @@ class DFTTrainer(MeasuredTrainer):
         """Trainer's. Out of memory it says what took it, with nothing lost that one process can save."""
         try:
             return super()._inner_training_loop(*args, **kwargs)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except RAISED as error:
             if not ran_out(error):
                 raise
             is_fused, step = isinstance(self._head, FusedHead), self.state.global_step + 1
@@ -289,7 +289,12 @@ class DFTTrainer(MeasuredTrainer):
                 "with the same command"
             )
         if self.args.world_size == 1:  # others may still be within the step
-            self._save_finished_step()
+            try:
+                self._save_finished_step()
+            except RAISED as error:
+                if not ran_out(error):
+                    raise
+                say("warning     there is too little memory to save the last finished step as well")
         raise OutOfMemory(message, smaller is not None)
 
     # ---- the data ----

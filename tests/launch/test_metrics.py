@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dft.training.metrics import BINS
@@ -80,9 +80,33 @@ def test_metrics_of_an_epoch_are_those_of_its_tokens(example, evaluation_files, 
     assert record["padding_share"] > 0 and record["peak_memory_gib"] > 0.1
 
 
+POISONING = """
+import math
+
+import deepspeed
+
+import train_dft
+
+load = train_dft.load_model
+
+
+def load_poisoned(arguments, tokenizer):
+    # A model with such a weight is refused, so it gets one afterwards.
+    model = load(arguments, tokenizer)
+    weight = model.get_input_embeddings().weight
+    with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+        weight.data[tokenizer.convert_tokens_to_ids("xyzzy")] = math.nan
+    return model
+
+
+train_dft.load_model = load_poisoned
+train_dft.main()
+"""
+
+
 @pytest.fixture(scope="module")
 def poisoned(example):
-    """A model whose embedding of one word is not a number, a word of one conversation of `data`."""
+    """A model that `POISONING` gives an embedding that is not a number, of a word of one conversation."""
     folder = example.folder / "poisoned"
     model = AutoModelForCausalLM.from_pretrained(example.model, tie_word_embeddings=False)
     tokenizer = AutoTokenizer.from_pretrained(example.model)
@@ -91,20 +115,19 @@ def poisoned(example):
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][tokenizer.convert_tokens_to_ids("xyzzy")] = math.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    script = folder / "poisoning.py"
+    script.write_text(POISONING)
     rows = example.train.read_text().splitlines()[:24]
     rows[19] = json.dumps(
         {"messages": [{"role": "user", "content": "xyzzy?"}, {"role": "assistant", "content": "no"}]}
     )
     data = folder / "data.jsonl"
     data.write_text("\n".join(rows) + "\n")
-    return folder, data
+    return folder, data, script
 
 
 def words_of(example, poisoned, output, **flags):
-    model, data = poisoned
+    model, data, _ = poisoned
     return example.words(
         output, model_name_or_path=model, data_files=data, eval_data_files=None, max_steps=6,
         per_device_train_batch_size=1, gradient_accumulation_steps=2, train_sampling_strategy="sequential",
@@ -123,8 +146,9 @@ def test_zero3_stops_before_the_update_and_keeps_the_last_checkpoint(example, po
         save_strategy="steps",
         save_steps=2,
         report=True,
+        verify_save=False,  # it would find what was put into the model
     )
-    finished = launch(words, folder=example.folder, launcher="deepspeed")
+    finished = launch(words, folder=example.folder, launcher="deepspeed", script=poisoned[2])
     assert finished.code != 0
     (line,) = [line for line in finished.output.splitlines() if "error: step" in line]
     assert "step 5: the loss of " in line and "on rank 1 is not finite" in line and "rank 0" not in line
@@ -140,7 +164,8 @@ def test_two_ranks_skip_the_same_step_and_go_on(example, poisoned, launcher):
     output = example.folder / f"nonfinite-skip-{launcher}"
     config = ROOT / "ds_config/zero3.json" if launcher == "deepspeed" else None
     words = words_of(example, poisoned, output, on_nonfinite="skip", deepspeed=config)
-    finished = launch(words, folder=example.folder, launcher=launcher)
+    flags = ["--verify_save", "False"]  # it would find what was put into the model
+    finished = launch([*words, *flags], folder=example.folder, launcher=launcher, script=poisoned[2])
     assert finished.code == 0, finished.output
     (line,) = [line for line in finished.output.splitlines() if line.startswith("warning     step")]
     assert "step 5 is left out" in line and f"{poisoned[1]}:20" in line

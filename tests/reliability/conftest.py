@@ -2,11 +2,19 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.examples import Example, make_example
 from tests.forking import Forks, forking
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All that is tested here is reliability; what takes long is slow besides."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("reliability")
 
 
 @pytest.fixture(scope="session")

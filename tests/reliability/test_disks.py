@@ -10,6 +10,7 @@ import pytest
 from dft.errors import REFUSED
 from dft.training.checkpoints import newest_checkpoint
 from tests.launching import ROOT
+from tests.reliability.selecting import mostly_slow
 
 
 @pytest.fixture
@@ -35,22 +36,26 @@ def words(example, output: Path, ranks: int = 1, **flags) -> list[str]:
     return example.words(output, **settings)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+FAULTS = {
+    "FULL": "checkpoint-4 cannot be saved: no space left on the device",
+    "READ_ONLY": "checkpoint-4 cannot be saved: Read-only file system",
+    "GONE": "it is gone, so step 4 cannot be saved",
+}
+
+
 @pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("FULL", "checkpoint-4 cannot be saved: no space left on the device"),
-        ("READ_ONLY", "checkpoint-4 cannot be saved: Read-only file system"),
-        ("GONE", "it is gone, so step 4 cannot be saved"),
-    ],
+    ("fault", "ranks"),
+    mostly_slow(
+        [(fault, ranks) for fault in FAULTS for ranks in (1, 2)], [("FULL", 2), ("READ_ONLY", 1), ("GONE", 1)]
+    ),
 )
-def test_a_disk_that_fails_while_it_is_trained(example, forks, disk, fault, message, ranks):
+def test_a_disk_that_fails_while_it_is_trained(example, forks, disk, fault, ranks):
     output = disk / "run"
     at = str(disk if fault != "GONE" else output)
     env = {"DIE_AT": "step 3", "DIE_BY": fault, "DISK": at, "DIE_RANK": "0"}
     codes, printed = forks.run(words(example, output, ranks), ranks, **env)
     assert codes[0] == REFUSED and all(codes), printed
-    assert printed.count("error:") == 1 and message in printed and "Traceback" not in printed
+    assert printed.count("error:") == 1 and FAULTS[fault] in printed and "Traceback" not in printed
     if fault == "READ_ONLY":
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     if fault == "FULL":

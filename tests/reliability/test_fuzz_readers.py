@@ -234,7 +234,7 @@ def test_deepspeed_files_are_read_or_refused(tmp_path_factory, raw):
 # ---- coverage-guided ----
 
 
-@pytest.mark.reliability
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["lines", "templates", "flags", "deepspeed"])
 def test_the_fuzzer_finds_nothing(tmp_path, target):
     pytest.importorskip("atheris")  # there are wheels for Linux and some versions of Python

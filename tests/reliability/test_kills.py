@@ -17,7 +17,7 @@ LIVES = 3
 """Kills that one run has to survive."""
 
 
-@pytest.mark.reliability
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["single", "zero3"])
 def test_kills_at_random_moments(example, forks, kind):
     """Every step is saved, so that many kills come within a save; checkpoints are rotated meanwhile."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dft.errors import REFUSED
 from tests.forking import Run
 from tests.launching import ROOT, eval_records, train_records
+from tests.reliability.selecting import mostly_slow
 from tests.reliability.test_resume import OF_THE_MACHINE
 
 TRAINED = "train step"
@@ -35,7 +36,9 @@ def once_trained(run: Run) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("kind", "lost"), [("zero3", 0), ("zero3", 1), ("ddp", 1)])
+@pytest.mark.parametrize(
+    ("kind", "lost"), mostly_slow([("zero3", 0), ("zero3", 1), ("ddp", 1)], [("zero3", 1)])
+)
 def test_a_rank_that_dies_is_named_and_the_others_end(example, forks, kind, lost):
     run = forks.start(words(example, example.folder / f"died-{kind}-{lost}", kind), 2)
     once_trained(run)
@@ -49,7 +52,7 @@ def test_a_rank_that_dies_is_named_and_the_others_end(example, forks, kind, lost
     assert "--resume_from_checkpoint auto goes on" in run.output
 
 
-@pytest.mark.parametrize("stuck", [0, 1])
+@pytest.mark.parametrize("stuck", mostly_slow([0, 1], [1]))
 def test_a_rank_that_hangs_is_named_and_the_others_end(example, forks, stuck):
     output = example.folder / f"hung-{stuck}"
     run = forks.start(words(example, output, "zero3", ddp_timeout=4), 2, SILENCE="6")
@@ -63,6 +66,7 @@ def test_a_rank_that_hangs_is_named_and_the_others_end(example, forks, stuck):
     assert ["has not answered for 6 s", "did not get on for 4 s (--ddp_timeout)"][stuck] in run.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_machine_that_falls_silent_is_named(example, forks, lost):
     """Two ranks that take each other to be on other machines know each other by the store alone."""
@@ -76,6 +80,7 @@ def test_a_machine_that_falls_silent_is_named(example, forks, lost):
     assert f"error: rank {lost} (process {run.processes[lost]} on {host})" in run.output, run.output
 
 
+@pytest.mark.slow
 def test_what_one_rank_finds_out_ends_all_machines(example, forks):
     output = example.folder / "found-out"
     run = forks.start(words(example, output, "ddp"), 3, HOSTS="north south south")
@@ -121,8 +126,13 @@ def of_two_epochs(example, output: Path, kind: str, accumulation: int, **flags) 
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-@pytest.mark.parametrize("kind", ["zero3", "zero2", "ddp"])
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    mostly_slow(
+        [(kind, ranks) for kind in ("zero3", "zero2", "ddp") for ranks in (1, 4)],
+        [("zero3", 1), ("zero3", 4), ("ddp", 1)],
+    ),
+)
 def test_a_run_goes_on_with_another_number_of_ranks(example, forks, saved, kind, ranks):
     """Rows per step, data position, optimizer, schedule and logged window go on; dropout does not."""
     whole = saved(kind)

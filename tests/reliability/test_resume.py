@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from dft.training.stopping import STOPPED
 from tests.launching import ROOT, eval_records, history
+from tests.reliability.selecting import mostly_slow
 
 OF_THE_MACHINE = ("tokens_per_second", "peak_memory_gib", "seconds_left")
 ENDINGS = ("_runtime", "_per_second")
@@ -98,20 +99,27 @@ def assert_same(folder: Path, reference: Path) -> None:
     assert not list(folder.glob("incomplete-*"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+MOMENTS = [
+    ("plain", "micro 4.1"),  # between two micro-batches, in the middle of the first epoch
+    ("plain", "step 8"),  # in the second epoch, between two saves
+    ("plain", "evaluated 6"),  # right after an evaluation, before its save
+    ("plain", "saving 6 optimizer"),  # within a save
+    ("plain", "saving 6 sealed"),  # all of it is there but the name
+    ("packed", "step 7"),
+    ("workers", "micro 7.1"),
+    ("by_epoch", "saving 5 state"),
+    ("by_epoch", "step 6"),
+]
+QUICK_MOMENTS = [
+    ("plain", "micro 4.1", "zero3"), ("plain", "step 8", "single"), ("plain", "evaluated 6", "single"),
+    ("plain", "saving 6 optimizer", "zero3"), ("packed", "step 7", "single"),
+    ("workers", "micro 7.1", "single"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("setting", "moment"),
-    [
-        ("plain", "micro 4.1"),  # between two micro-batches, in the middle of the first epoch
-        ("plain", "step 8"),  # in the second epoch, between two saves
-        ("plain", "evaluated 6"),  # right after an evaluation, before its save
-        ("plain", "saving 6 optimizer"),  # within a save
-        ("plain", "saving 6 sealed"),  # all of it is there but the name
-        ("packed", "step 7"),
-        ("workers", "micro 7.1"),
-        ("by_epoch", "saving 5 state"),
-        ("by_epoch", "step 6"),
-    ],
+    ("setting", "moment", "kind"),
+    mostly_slow([(*moment, kind) for moment in MOMENTS for kind in KINDS], QUICK_MOMENTS),
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(example, train, whole, setting, moment, kind):
     reference = whole(setting, kind)
@@ -124,7 +132,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(example, train, whole, setting,
     assert_same(output, reference)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, ["single"]))
 def test_a_run_goes_on_at_the_end_of_an_epoch(example, train, whole, kind):
     """A save at the last step of an epoch comes before the events at the end of that epoch."""
     how = {"save_strategy": "steps", "save_steps": STEPS_PER_EPOCH}
@@ -140,17 +148,23 @@ def test_a_run_goes_on_at_the_end_of_an_epoch(example, train, whole, kind):
     assert_same(output, reference)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+REQUESTS = [
+    ("SIGTERM", "micro 4.1", "plain"),
+    ("SIGUSR1", "micro 5.2", "plain"),  # at this step an evaluation and a save are due
+    ("SIGINT", "evaluating 3", "plain"),
+    ("SIGTERM", "micro 9.2", "by_epoch"),  # the last step, with all that follows the end of training
+    ("SIGTERM", "saving 6 model", "plain"),
+    ("SIGTERM", "micro 7.1", "workers"),
+]
+QUICK_REQUESTS = [
+    ("SIGUSR1", "micro 5.2", "plain", "zero3"), ("SIGINT", "evaluating 3", "plain", "single"),
+    ("SIGTERM", "micro 7.1", "workers", "single"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("number", "moment", "setting"),
-    [
-        ("SIGTERM", "micro 4.1", "plain"),
-        ("SIGUSR1", "micro 5.2", "plain"),  # at this step an evaluation and a save are due
-        ("SIGINT", "evaluating 3", "plain"),
-        ("SIGTERM", "micro 9.2", "by_epoch"),  # the last step, with all that follows the end of training
-        ("SIGTERM", "saving 6 model", "plain"),
-        ("SIGTERM", "micro 7.1", "workers"),
-    ],
+    ("number", "moment", "setting", "kind"),
+    mostly_slow([(*request, kind) for request in REQUESTS for kind in KINDS], QUICK_REQUESTS),
 )
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(example, train, whole, number, moment, setting, kind):
     reference = whole(setting, kind)
@@ -164,7 +178,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(example, train, whole, nu
     assert_same(output, reference)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, ["single"]))
 def test_a_second_interrupt_ends_at_once(example, train, kind):
     output = example.folder / f"twice-{kind}"
     env = {"DIE_AT": "micro 4.1", "DIE_BY": "SIGINT", "DIE_TIMES": "2"}

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from dft.errors import REFUSED
 from dft.training.checkpoints import newest_checkpoint
 from tests.launching import ROOT
+from tests.reliability.selecting import mostly_slow
 
 
 def words(example, output: Path, ranks: int = 1, **flags) -> list[str]:
@@ -39,8 +40,10 @@ def test_a_damaged_checkpoint_is_none(example, forks, tmp_path, ranks):
     assert not any(codes), printed
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("verify", ["True", "False"])
+@pytest.mark.parametrize(
+    ("verify", "ranks"),
+    mostly_slow([(one, ranks) for one in ("True", "False") for ranks in (1, 2)], [("True", 1), ("False", 1)]),
+)
 def test_a_damaged_final_model_does_not_replace_an_earlier_one(example, forks, tmp_path, ranks, verify):
     output = tmp_path / "run"
     flags = {"save_strategy": "no", "resume_from_checkpoint": None}

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -56,6 +57,7 @@ def once(is_so) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_a_rank_and_is_stopped_ends_as_if_it_had_not(example, forks, tmp_path):
     reference, output, log = example.folder / "undisturbed", example.folder / "disturbed", tmp_path / "log"
     zero = {"deepspeed": ROOT / "ds_config/zero3.json", "use_cpu": True}

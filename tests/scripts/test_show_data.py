@@ -19,7 +19,7 @@ def test_conversations_and_the_report_are_shown(tokenizer_folder, tmp_path):
     lines = [json.dumps({"messages": turns}), "{", json.dumps({"prompt": "r", "completion": "no"})]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     refused = show(tmp_path, tokenizer_folder)
-    assert refused.returncode == 1 and "a.jsonl:2: broken JSON" in refused.stderr
+    assert refused.returncode == 2 and "a.jsonl:2: broken JSON" in refused.stderr
     output = tmp_path / "out"
     shown = show(
         tmp_path, tokenizer_folder, "--on_bad_data", "skip", "--packing", "True", "--max_length", "64",
@@ -52,7 +52,7 @@ def test_an_output_folder_that_is_a_file_is_one_error_before_any_work(tokenizer_
     (tmp_path / "a.jsonl").write_text("{")
     for given in ("a.jsonl", "a.jsonl/below"):
         refused = show(tmp_path, tokenizer_folder, "--output_dir", given)
-        assert refused.returncode == 1
+        assert refused.returncode == 2
         told = f"error: --output_dir {given}: is not a folder; remove it or name another"
         assert refused.stderr.splitlines()[-1] == told and "Traceback" not in refused.stderr
     assert not (tmp_path / "cache").exists()

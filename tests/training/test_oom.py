@@ -1,5 +1,6 @@
 """What is said when memory runs out, and which batch is tried next."""
 
+import errno
 import json
 
 import pytest
@@ -45,7 +46,8 @@ def arguments(tmp_path, batch: int = 8, accumulation: int = 1, **more: object) -
 
 def test_what_is_raised_where_memory_runs_out():
     assert ran_out(torch.OutOfMemoryError(CUDA_WORDS)) and ran_out(MemoryError())
-    assert ran_out(RuntimeError(CPU_WORDS))
+    assert ran_out(RuntimeError(CPU_WORDS)) and ran_out(OSError(errno.ENOMEM, "no memory to fork"))
+    assert not ran_out(OSError(errno.ENOSPC, "no space"))
     assert not ran_out(RuntimeError("size mismatch")) and not ran_out(ValueError("out of memory"))
     assert asked_for(RuntimeError(CPU_WORDS)) == "asked for 32 MiB"
     assert asked_for(torch.OutOfMemoryError(CUDA_WORDS)) == "asked for 2.50 GiB"
