@@ -58,6 +58,7 @@ def test_it_says_what_took_the_memory_and_what_to_change(example, forks, tmp_pat
     ).exists()
 
 
+@pytest.mark.slow
 def test_with_several_ranks_the_same_command_goes_on_with_a_smaller_batch(example, forks, tmp_path):
     env = {"DIE_AT": "step 1", "DIE_BY": "MEMORY", "DISK": LITTLE, "DIE_RANK": "1"}
     given = words(example, tmp_path / "run", 2, auto_find_batch_size=True)

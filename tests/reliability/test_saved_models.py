@@ -28,7 +28,7 @@ def check_refused(codes: list[int], printed: str, message: str) -> None:
     assert printed.count("error:") == 1 and message in printed and "Traceback" not in printed, printed
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", mostly_slow([1, 2], [1]))
 def test_a_damaged_checkpoint_is_none(example, forks, tmp_path, ranks):
     output = tmp_path / "run"
     env = {"DIE_AT": "verifying 4", "DIE_BY": "NAN", "DISK": str(output / "incomplete-checkpoint-4")}
