@@ -30,9 +30,10 @@ UNFINISHED = "incomplete-"
 """In front of the name of a checkpoint that is being written, replaced or removed."""
 FACTS = {"step", "resumable", "ranks", "rows_per_step", "parallelism", "order", "model"}
 """What a manifest says beside the files."""
+NO_PICKLE = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
+"""What is raised by nothing but a file that torch cannot load."""
 UNREADABLE = (
-    OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError,
-    zipfile.BadZipFile, SafetensorError,
+    *NO_PICKLE, OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError,
 )  # fmt: skip
 """What is raised where a file of a checkpoint does not hold what it should."""
 OF_FILES = ("PytorchStreamReader", "loading state_dict", "state dict", "Weights only load failed")
@@ -65,13 +66,17 @@ class IncompleteCheckpoint(Exception):
 
 
 @contextmanager
-def reading(folder: Path) -> Iterator[None]:
-    """Raises `UserError` where what is in a checkpoint cannot be read, though all of it is there."""
+def reading(folder: Path, raised: tuple[type[Exception], ...] = UNREADABLE) -> Iterator[None]:
+    """Raises `UserError` where what is in a checkpoint cannot be read, though all of it is there.
+
+    Args:
+        raised: what says so, in a context that does more than to read.
+    """
     try:
         yield
     except UserError:
         raise
-    except (*UNREADABLE, RuntimeError) as error:
+    except (*raised, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in OF_FILES):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -253,7 +258,7 @@ def resolve_resume(training: transformers.TrainingArguments) -> Checkpoint | Non
         if found is None:
             return None
     else:
-        found = _named(Path(wanted))
+        found = named_checkpoint(Path(wanted))
     check_owner(found.path, training.trust_checkpoint)
     check_same_run(found, training)
     training.resume_from_checkpoint = str(found.path)
@@ -279,7 +284,8 @@ def _newest_of(training: transformers.TrainingArguments, word: str) -> Checkpoin
     return None
 
 
-def _named(path: Path) -> Checkpoint:
+def named_checkpoint(path: Path) -> Checkpoint:
+    """Raises `UserError` for a folder that is no complete checkpoint to go on from."""
     if not path.is_dir():
         raise UserError(f"--resume_from_checkpoint {path}: no such folder")
     try:

@@ -11,7 +11,14 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from dft.errors import UserError
-from dft.training.checkpoints import check_same_model, newest_checkpoint, open_checkpoint, reading
+from dft.training.checkpoints import (
+    NO_PICKLE,
+    check_same_model,
+    named_checkpoint,
+    newest_checkpoint,
+    open_checkpoint,
+    reading,
+)
 from dft.training.distributed import say
 from dft.training.resharding import mend_zero3, resharded
 from dft.training.saving import RUN_STATE, LastStep, Left, SavingTrainer
@@ -42,12 +49,16 @@ class ResumingTrainer(SavingTrainer):
                 raise UserError(f"there is no complete checkpoint in {self.args.output_dir}")
             resume_from_checkpoint = str(found.path)
         if resume_from_checkpoint:
-            check_same_model(open_checkpoint(Path(resume_from_checkpoint)), shapes_digest(self.model))
+            check_same_model(named_checkpoint(Path(resume_from_checkpoint)), shapes_digest(self.model))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with reading(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or "")):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(Path(checkpoint or "")):
@@ -63,7 +74,7 @@ class ResumingTrainer(SavingTrainer):
         prepare = super()._prepare_for_training
         if resume_from_checkpoint is None:
             return prepare(max_steps, train_dataloader, None)
-        with reading(Path(resume_from_checkpoint)):
+        with reading(Path(resume_from_checkpoint), NO_PICKLE):
             return self._prepare_to_go_on(prepare, max_steps, train_dataloader, resume_from_checkpoint)
 
     def _prepare_to_go_on(

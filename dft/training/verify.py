@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -54,18 +55,19 @@ class Expected:
 
 
 def dtypes_of(model: nn.Module) -> frozenset[torch.dtype]:
-    return frozenset(one.dtype for one in model.state_dict().values() if one.is_floating_point())
+    """Of all that is saved. Not from its state_dict, which under FSDP all ranks have to ask for."""
+    held = [model.parameters()]
+    for module in model.modules():
+        kept = module._buffers.keys() - module._non_persistent_buffers_set
+        held.append(module._buffers[name] for name in kept if module._buffers[name] is not None)
+    return frozenset(one.dtype for one in chain(*held) if one.is_floating_point())
 
 
 # ---- the files ----
 
 
 def check_files(folder: Path, expected: Expected) -> None:
-    """Raises `Damaged` for a missing file, or a tensor of no size, of another dtype, or not finite.
-
-    Reads all of them, so a model must not be larger than what the machine reads in the time there is: about a
-    second for each few GB that were just written.
-    """
+    """Raises `Damaged` for a missing file, or a tensor of no size, of another dtype, or not finite."""
     is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
     config = folder / (ADAPTER_CONFIG_NAME if is_adapter else CONFIG_NAME)
     if not config.is_file():
@@ -169,7 +171,8 @@ def check_loaded(
         raise Damaged(f"{min(missing)} is not in its files as the model wants it")
     if tokenizer is not None:
         check_tokenizer(tokenizer, expected.tokenizer)
-    check_logits(logits, expected.logits, args, next(iter(expected.dtypes)))
+    halves = args.bf16 or args.fp16 or any(one.itemsize == 2 for one in expected.dtypes)
+    check_logits(logits, expected.logits, APART[halves])
 
 
 def device_with_room(needed: float, args: transformers.TrainingArguments) -> torch.device | None:
@@ -191,18 +194,15 @@ def check_tokenizer(found: PreTrainedTokenizerBase, expected: PreTrainedTokenize
         raise Damaged("its chat template is not the one that was trained with")
 
 
-def check_logits(
-    found: Tensor, expected: Tensor, args: transformers.TrainingArguments, dtype: torch.dtype
-) -> None:
+def check_logits(found: Tensor, expected: Tensor, most: float) -> None:
     if found.shape != expected.shape:
         raise Damaged(f"its logits have the shape {list(found.shape)} in place of {list(expected.shape)}")
     # By token, and the median: rounding may send one to another expert.
     centered = expected - expected.mean(-1, keepdim=True)
     shifted = found - found.mean(-1, keepdim=True)
     apart = ((shifted - centered).norm(dim=-1) / centered.norm(dim=-1).clamp_min(1e-6)).median().item()
-    halves = args.bf16 or args.fp16 or dtype.itemsize == 2
-    if not apart <= APART[halves]:
+    if not apart <= most:
         raise Damaged(
             f"loaded again it gives other logits than the model in memory: {apart:.2g} of their norm apart, "
-            f"where rounding explains {APART[halves]:g}"
+            f"where rounding explains {most:g}"
         )

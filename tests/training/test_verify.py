@@ -57,6 +57,12 @@ def test_what_is_as_it_was_trained_passes(saved):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_what_is_not_saved_allows_no_dtype(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved[0], dtype=torch.bfloat16)
+    assert any(one.dtype == torch.float32 for one in model.buffers()), "of the positions"
+    assert dtypes_of(model) == {torch.bfloat16}
+
+
 def test_half_precision_may_round(saved):
     folder, expected = saved
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
