@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -56,11 +55,11 @@ class Expected:
 
 def dtypes_of(model: nn.Module) -> frozenset[torch.dtype]:
     """Of all that is saved. Not from its state_dict, which under FSDP all ranks have to ask for."""
-    held = [model.parameters()]
+    held = list(model.parameters())
     for module in model.modules():
-        kept = module._buffers.keys() - module._non_persistent_buffers_set
-        held.append(module._buffers[name] for name in kept if module._buffers[name] is not None)
-    return frozenset(one.dtype for one in chain(*held) if one.is_floating_point())
+        saved = module._buffers.keys() - module._non_persistent_buffers_set
+        held += [module._buffers[name] for name in saved if module._buffers[name] is not None]
+    return frozenset(one.dtype for one in held if one.is_floating_point())
 
 
 # ---- the files ----
@@ -156,6 +155,7 @@ def check_loaded(
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
             )
+            model.config.get_text_config().use_cache = False  # as in training: nothing is generated
             logits = probe(model.to(device), expected.logits.shape[-1], device)
         tokenizer = None
         if expected.tokenizer is not None:

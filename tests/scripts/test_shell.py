@@ -261,6 +261,20 @@ def test_restarts_go_on_and_give_up_without_progress(copy, tmp_path, then, resta
         assert "--resume_from_checkpoint auto" in made[0]
 
 
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_smaller_batch_is_tried_without_being_asked(copy, tmp_path, saves):
+    """Code 76 is no crash, and does not count as one."""
+    output = tmp_path / "run"
+    output.mkdir()
+    then = '(($(wc -l <"{output}/attempts") >= 3)) && exit 0; ' + saves * "mkdir -p {output}/checkpoint-1; "
+    then = then.format(output=output) + "exit 76"
+    fake_deepspeed(copy[1], CRASHES.format(output=output, then=then))
+    code, printed, _ = run(copy, *DATA, "--output_dir", str(output), MODEL="m")
+    made = (output / "attempts").read_text().splitlines()
+    assert code == 0 and len(made) == 3 and printed.count("again, with the smaller batch") == 2
+    assert all(("--resume_from_checkpoint auto" in line) == saves for line in made[1:])
+
+
 def test_restarts_need_checkpoints_to_go_on_from(copy):
     fake_deepspeed(copy[1], "echo started")
     code, output, errors = run(copy, *DATA, MODEL="m", MAX_RESTARTS="2")

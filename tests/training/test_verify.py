@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from dft import DFTTrainer
 from dft.training import verify
 from dft.training.verify import Damaged, Expected, check_files, check_loaded, dtypes_of, probe
 from tests.reliability.spoiling import EMBEDDING
@@ -122,6 +124,44 @@ def test_a_missing_shard_and_a_truncated_one_are_found(saved):
     shard.unlink()
     with pytest.raises(Damaged, match=f"it has no {shard.name}, which model.safetensors.index.json names"):
         check(folder, expected)
+
+
+SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0}
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+FAMILIES = {
+    "gpt2": transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "tied": transformers.LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "softcap": transformers.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8),
+    "experts": transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=8),
+    "experts-with-buffers": transformers.DeepseekV3Config(
+        **SIZES, num_key_value_heads=4, n_routed_experts=4, moe_intermediate_size=16, n_group=1, topk_group=1,
+        num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, v_head_dim=8,
+        qk_nope_head_dim=8, first_k_dense_replace=1,
+    ),
+    "linear-attention": transformers.Qwen3NextConfig(
+        **SIZES, **EXPERTS, shared_expert_intermediate_size=16, head_dim=8, linear_num_value_heads=4,
+        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_good_models_of_many_families_pass(tmp_path, family, dtype):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]).to(dtype)
+    ids = list(range(5, 25))
+    data = [{"input_ids": ids, "labels": [-100] * 5 + ids[5:]}] * 2
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_steps=1, learning_rate=1e-2,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = DFTTrainer(model, arguments, train_dataset=data)
+    trainer.verify_save = "all"
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "checkpoint-1").is_dir()
 
 
 def test_where_a_model_does_not_fit_beside_itself_it_says_so(saved, monkeypatch, capsys):
