@@ -117,7 +117,8 @@ def main() -> None:
         if not error.smaller or is_launched():
             raise
         start_again(Path(arguments.training.output_dir), str(error))
-    for line in final_lines(trainer.state, arguments.training, arguments.watch.report):
+    adapters = arguments.lora.lora_r is not None
+    for line in final_lines(trainer.state, arguments.training, arguments.watch.report, adapters):
         say(line)
     leave_ranks()
 

@@ -1,4 +1,4 @@
-"""Command line -> five dataclasses."""
+"""Command line -> six dataclasses."""
 
 import dataclasses
 import difflib
@@ -21,6 +21,7 @@ from dft.training.distributed import (
     mute_deepspeed,
     share_cores,
 )
+from dft.training.lora import LoraArguments
 from dft.training.metrics import LOWER_IS_BETTER
 from dft.training.oom import FOUND, found_batch
 
@@ -273,6 +274,7 @@ class Arguments:
     model: ModelArguments
     data: DataArguments
     dft: DFTArguments
+    lora: LoraArguments
     watch: WatchArguments
     training: TrainingArguments
     given: dict[str, Any]
@@ -280,10 +282,17 @@ class Arguments:
 
 
 class Parser(HfArgumentParser):
-    """Flags of the five dataclasses; a mistake is a `UserError` instead of a page of usage."""
+    """Flags of the six dataclasses; a mistake is a `UserError` instead of a page of usage."""
 
     def __init__(self) -> None:
-        kinds = (ModelArguments, DataArguments, DFTArguments, WatchArguments, TrainingArguments)
+        kinds = (
+            ModelArguments,
+            DataArguments,
+            DFTArguments,
+            LoraArguments,
+            WatchArguments,
+            TrainingArguments,
+        )
         super().__init__(kinds, allow_abbrev=False, prog="train_dft.py")
         self.add_argument(
             "--config",
@@ -309,14 +318,16 @@ class Parser(HfArgumentParser):
         if given["preflight"] and given["deepspeed"] and zero_stage(given["deepspeed"]) != 3:
             wanted["deepspeed"] = None  # which scores models with ZeRO-3 alone, and others need none to score
         try:
-            model, data, dft, watch, training = self.parse_dict(wanted, allow_extra_keys=False)
+            model, data, dft, lora, watch, training = self.parse_dict(wanted, allow_extra_keys=False)
         except UserError:
             raise
         except (ValueError, ImportError, OSError) as error:  # how transformers refuses a value
             raise UserError(" ".join(str(error).split())) from None
         if model.enable_gradient_checkpointing:
             training.activation_checkpointing = training.gradient_checkpointing = True
-        return Arguments(model, data, dft, watch, training, given, [*given_again(argv), *training.notes])
+        return Arguments(
+            model, data, dft, lora, watch, training, given, [*given_again(argv), *training.notes]
+        )
 
     def _unknown(self, unknown: list[str]) -> str:
         flag = next((word for word in unknown if word.startswith("--")), unknown[0])
@@ -362,7 +373,7 @@ def default_flags() -> dict[str, Any]:
 
 def own_flags() -> set[str]:
     """Names of the flags that are not transformers' own."""
-    kinds = (ModelArguments, DataArguments, DFTArguments, WatchArguments)
+    kinds = (ModelArguments, DataArguments, DFTArguments, LoraArguments, WatchArguments)
     return {one.name for kind in kinds for one in dataclasses.fields(kind)}
 
 

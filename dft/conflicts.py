@@ -20,6 +20,8 @@ from dft.errors import UserError
 from dft.training.checkpoints import resolve_resume
 from dft.training.checks import check_arguments
 from dft.training.distributed import world_size
+from dft.training.lora import check_lora
+from dft.training.memory import zero_of
 from dft.training.metrics import METRICS, NEITHER_IS_BETTER
 from dft.training.trainer import DFTTrainer
 
@@ -65,6 +67,7 @@ def check(arguments: Arguments) -> None:
     check_optimizer(training)
     check_fsdp(training)
     check_deepspeed(training)
+    check_lora(arguments.lora, training, zero_of(training)[0])
 
 
 def check_ranges(arguments: Arguments) -> None:

@@ -64,7 +64,7 @@ def run_record(arguments: Arguments, model: PreTrainedModel, data: dict[str, Any
 
 def resolved_arguments(arguments: Arguments) -> dict[str, Any]:
     """Every flag with the value it came to."""
-    groups = (arguments.model, arguments.data, arguments.dft, arguments.watch)
+    groups = (arguments.model, arguments.data, arguments.dft, arguments.lora, arguments.watch)
     values = {name: value for group in groups for name, value in vars(group).items()}
     return _printable({**values, **arguments.training.to_sanitized_dict()})
 

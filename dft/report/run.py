@@ -15,6 +15,7 @@ from dft.training.distributed import (
     schedule,
     world_size,
 )
+from dft.training.lora import has_adapters
 from dft.training.memory import memory_estimate
 from dft.training.stopping import Stopped
 
@@ -70,6 +71,14 @@ def start_lines(
         f"memory      {memory_estimate(model, training, longest * training.per_device_train_batch_size)}",
         f"output      {training.output_dir}; trackers: {', '.join(training.report_to) or 'none'}",
     ]
+    if has_adapters(model):
+        config = model.peft_config["default"]
+        trained = get_model_param_count(model, trainable_only=True)
+        lines.insert(
+            1,
+            f"adapters    LoRA, rank {config.r}, alpha {config.lora_alpha:g}, dropout "
+            f"{config.lora_dropout:g}: {trained / 1e6:,.2f} M parameters are trained",
+        )
     return lines
 
 
@@ -90,10 +99,17 @@ def stopped_lines(stopped: Stopped) -> list[str]:
     ]
 
 
-def final_lines(state: TrainerState, training: TrainingArguments, report: bool) -> list[str]:
+def final_lines(
+    state: TrainerState, training: TrainingArguments, report: bool, adapters: bool = False
+) -> list[str]:
     """Where everything is."""
     output_dir, metric = training.output_dir, training.metric_for_best_model
     lines = [f"model       {output_dir} (AutoModelForCausalLM.from_pretrained loads it)"]
+    if adapters:
+        lines = [
+            f"adapters    {output_dir} (AutoModelForCausalLM.from_pretrained loads them with their model; "
+            f"scripts/merge_lora.py {output_dir} NEW makes one model of both)"
+        ]
     if state.best_model_checkpoint:
         lines.append(f"best        {state.best_model_checkpoint} ({metric} {state.best_metric:.4g})")
     lines.append(

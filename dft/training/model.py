@@ -18,6 +18,7 @@ from dft.arguments import Arguments
 from dft.data.tokenizer import UNLOADABLE
 from dft.errors import UserError
 from dft.training.distributed import first_of_ranks
+from dft.training.lora import add_adapters, quantization
 
 OF_CONFIG = (ArithmeticError, LookupError)
 """What building a model raises besides, for numbers in config.json that make no sense."""
@@ -30,7 +31,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model with its weights; under ZeRO-3 each rank holds its share.
+    """The model with its weights, and with adapters if it is to have them; under ZeRO-3 each rank has its
+    share.
 
     Raises:
         UserError: no such model, broken, missing or infinite weights, an encoder, or a tokenizer that does
@@ -46,6 +48,7 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
             dtype=resolve_dtype(arguments),
             attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=arguments.model.trust_remote_code,
+            quantization_config=quantization(arguments.lora, arguments.training),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # to be told here, with their names
             output_loading_info=True,
@@ -70,7 +73,9 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     check_finite(model, name, arguments.training.device)
     grow_embeddings(model, tokenizer, arguments)
     settle_generation_config(model, arguments)
-    return model
+    if arguments.lora.lora_r is None:
+        return model
+    return add_adapters(model, arguments.lora, arguments.training, name)
 
 
 def check_weight_files(name: str) -> None:
@@ -318,6 +323,12 @@ def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         raise UserError(
             f"--model_name_or_path {arguments.model.model_name_or_path}: the tokenizer has {len(tokenizer)} "
             f"tokens and the model {rows} embeddings; they do not belong together"
+        )
+    if arguments.lora.lora_r is not None:
+        raise UserError(
+            f"--lora_r {arguments.lora.lora_r}: the tokenizer has {len(beyond)} tokens that the model has no "
+            "embeddings for, and adapters would leave new ones random; give a --chat_template of tokens that "
+            "it has, or train all weights (without --lora_r)"
         )
     model.resize_token_embeddings(max(beyond) + 1)
     arguments.notes.append(

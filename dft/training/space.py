@@ -10,6 +10,7 @@ from dft.data.files import free_bytes
 from dft.errors import UserError
 from dft.training.checkpoints import checkpoint_folders
 from dft.training.distributed import schedule
+from dft.training.lora import has_adapters
 from dft.training.memory import zero_of
 from dft.training.throughput import GIB, element_count
 
@@ -46,6 +47,8 @@ def check_space(model: nn.Module, training: TrainingArguments, rows: int) -> Non
 def saved_bytes(model: nn.Module, training: TrainingArguments) -> tuple[int, int]:
     """(model, checkpoint), at least."""
     parameters = list(model.parameters())
+    if has_adapters(model):  # without what they adapt
+        parameters = [one for one in parameters if one.requires_grad]
     halves = training.deepspeed and (training.bf16 or training.fp16)
     weights = sum(element_count(one) * (2 if halves else one.dtype.itemsize) for one in parameters)
     if training.save_only_model or not training.optim.value.startswith("adamw_torch"):

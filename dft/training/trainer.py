@@ -39,6 +39,7 @@ from dft.training.checks import (
 )
 from dft.training.console import ConsoleCallback
 from dft.training.distributed import say
+from dft.training.lora import has_adapters
 from dft.training.measured import MeasuredTrainer
 from dft.training.oom import RAISED, MicroBatch, OutOfMemory, advice, free_what_is_left, note_smaller, ran_out
 from dft.training.throughput import compute_dtype
@@ -372,6 +373,8 @@ class DFTTrainer(MeasuredTrainer):
         trained_with, config.use_cache = config.use_cache, self._saved_use_cache
         super()._save(output_dir, state_dict)
         config.use_cache = trained_with
+        if has_adapters(self.model) and self.args.should_save:  # what ends a turn, for the merged model
+            self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
 
 @contextmanager

@@ -1,0 +1,154 @@
+"""Adapters: the same steps however they are cut up and sharded, saved, gone on from, merged."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from dft.errors import REFUSED
+from tests.forking import Forks, forking
+from tests.launching import ROOT, train_records
+
+pytest.importorskip("peft")
+LORA = {"lora_r": 4, "learning_rate": 1e-2, "max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def forks(example) -> Iterator[Forks]:
+    with forking(example.folder) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def train(example, forks):
+    """Trains adapters into a folder under single, ddp, zero2 or zero3; 32 rows per step."""
+
+    def run(output: Path, kind: str, ranks: int | None = None, env: dict[str, str] | None = None, **flags):
+        ranks = ranks or (1 if kind == "single" else 2)
+        zero = {"deepspeed": ROOT / f"ds_config/{kind}.json"} if kind.startswith("zero") else {}
+        settings = {"per_device_train_batch_size": 32 // ranks, "use_cpu": True, "eval_data_files": None}
+        settings |= {"resume_from_checkpoint": "auto", **LORA, **zero, **flags}
+        return forks.run(example.words(output, **settings), ranks, **(env or {}))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(example, train):
+    """Folders of runs that nothing interrupted."""
+    made: dict[tuple[str, float], Path] = {}
+
+    def make(kind: str, alpha: float = 1.0) -> Path:
+        if (kind, alpha) not in made:
+            made[kind, alpha] = example.folder / f"lora-{kind}-{alpha}"
+            codes, printed = train(made[kind, alpha], kind, dft_alpha=alpha)
+            assert not any(codes), printed
+            assert re.search(r"^adapters    LoRA, rank 4, alpha 8.*0.02 M parameters", printed, re.MULTILINE)
+        return made[kind, alpha]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "alpha"), [("ddp", 0.0), ("zero2", 0.5), ("zero3", 1.0), ("zero3", 0.0), ("zero3", 0.5)]
+)
+def test_a_step_is_the_same_however_it_is_sharded(whole, kind, alpha):
+    one, other = whole("single", alpha), whole(kind, alpha)
+    for record, expected in zip(train_records(other), train_records(one), strict=True):
+        for name in ("loss", "nll", "grad_norm", "acc"):
+            assert record[name] == pytest.approx(expected[name], rel=1e-4), name
+    weights, wanted = (load_file(path / "adapter_model.safetensors") for path in (other, one))
+    assert weights.keys() == wanted.keys() and len(weights) == 2 * 7 * 2  # A and B of seven layers, twice
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, wanted[name], rtol=1e-3, atol=1e-5)
+
+
+def test_adapters_alone_are_trained_and_saved(example, whole):
+    folder = whole("zero3")
+    assert not list(folder.rglob("model.safetensors"))
+    base = AutoModelForCausalLM.from_pretrained(example.model).state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    kept = {
+        name.replace(".base_layer", ""): one
+        for name, one in loaded.state_dict().items()
+        if "lora" not in name
+    }
+    assert all(torch.equal(one, base[name]) for name, one in kept.items()) and len(kept) == len(base)
+    moved = [one.abs().sum().item() for name, one in loaded.named_parameters() if "lora_B" in name]
+    assert moved and all(moved)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(example.model.resolve())
+
+
+@pytest.mark.parametrize("kind", ["single", "zero3"])
+def test_a_killed_run_ends_as_if_it_had_not_been(example, train, whole, kind):
+    output = example.folder / f"lora-killed-{kind}"
+    codes, printed = train(output, kind, env={"DIE_AT": "step 5"})
+    assert any(codes) and (output / "checkpoint-4").is_dir(), printed
+    codes, printed = train(output, kind)
+    assert not any(codes) and "train step 4" not in printed, printed
+    weights, wanted = (load_file(path / "adapter_model.safetensors") for path in (output, whole(kind)))
+    assert all(torch.equal(weight, wanted[name]) for name, weight in weights.items())
+
+
+def merge(*words: object) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, str(ROOT / "scripts/merge_lora.py"), *map(str, words)]
+    return subprocess.run(script, capture_output=True, text=True, timeout=120)
+
+
+def test_adapters_are_merged(example, whole, tmp_path):
+    folder, merged = whole("zero3"), tmp_path / "merged"
+    done = merge(folder, merged)
+    assert done.returncode == 0 and f"merged: {merged}" in done.stdout, done.stderr
+    ids = torch.arange(5, 25)[None]
+    one, other = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, merged))
+    assert not [name for name, _ in other.named_parameters() if "lora" in name]
+    torch.testing.assert_close(one(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
+    assert (
+        one(ids).logits - AutoModelForCausalLM.from_pretrained(example.model)(ids).logits
+    ).abs().max() > 0.01
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(example.model).chat_template
+    stops = GenerationConfig.from_pretrained(merged).eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in (stops if isinstance(stops, list) else [stops])
+    again = merge(folder, merged)
+    assert again.returncode == REFUSED and "is there already; name a new folder" in again.stderr
+    wrong = merge(example.model, tmp_path / "other")
+    assert wrong.returncode == REFUSED and "holds no adapters (adapter_config.json)" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lora_target_modules": "nowhere"}, "--lora_target_modules nowhere: Target modules"),
+        ({"lora_r": 0}, "--lora_r 0: must be greater than 0"),
+        ({"lora_alpha": -1}, "--lora_alpha -1: must be greater than 0"),
+        ({"lora_dropout": 1.5}, "--lora_dropout 1.5: must be at least 0 and below 1"),
+        ({"lora_r": None, "lora_alpha": 8}, "--lora_alpha without --lora_r has no effect"),
+        ({"lora_r": None, "load_in_4bit": True}, "weights in 4 bits cannot be trained; give --lora_r 16"),
+        ({"load_in_4bit": True}, "--load_in_4bit True: needs a CUDA GPU"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_one_message(train, tmp_path, flags, message):
+    (code,), printed = train(tmp_path / "out", "single", **flags)
+    assert code == REFUSED and message in printed and "Traceback" not in printed, printed
+
+
+def test_new_tokens_would_stay_random(example, train, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(example.model)
+    tokenizer.add_tokens([f"<new{n}>" for n in range(3)])
+    model = tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(example.model).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    (code,), printed = train(tmp_path / "out", "single", model_name_or_path=model)
+    assert (
+        code == REFUSED
+        and "--lora_r 4: the tokenizer has 3 tokens that the model has no embeddings" in printed
+    )
