@@ -10,8 +10,9 @@ scripts/train.sh holds a complete command to edit; the README explains the flags
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -23,6 +24,7 @@ from dft.data.chat import ChatEncoder
 from dft.data.prepare import PreparedData, prepare
 from dft.data.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
+from dft.report.card import model_card
 from dft.report.data import data_summary, show_sequences
 from dft.report.preflight import preflight_lines, preflight_report
 from dft.report.record import ReportCallback, run_record
@@ -103,6 +105,8 @@ def main() -> None:
     write_resolved_arguments(arguments, model)
     trainer.stop = stop
     trainer.asked_batch = arguments.training.asked_batch
+    if is_main_process():
+        trainer.card = partial(written_card, trainer, record)
     trainer.verify_save = arguments.watch.verify_save
     trainer.trust_remote_code = arguments.model.trust_remote_code
     for line in (*start_lines(arguments, model, data.report, trainer.batching), *new_notes(arguments)):
@@ -155,6 +159,12 @@ def start_again(output_dir: Path, reason: str) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [*sys.orig_argv, *more])
+
+
+def written_card(trainer: DFTTrainer, record: dict[str, Any], pictured: bool) -> str:
+    """The model card of a save."""
+    state = trainer.state
+    return model_card(record, state.log_history, state.global_step, state.max_steps, pictured)
 
 
 def make_trainer(

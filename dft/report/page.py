@@ -18,7 +18,7 @@ from dft.report.history import EVAL, Log, histograms, not_finite, series
 from dft.report.images import inline_svg, write_png
 from dft.report.tokens import SHADES, conversations
 
-PAGE, PICTURE = "report.html", "report.png"
+PAGE = "report.html"
 TEMPLATES = Path(__file__).parent
 FLAG = re.compile(r"(?<![^\s(])(--[a-z][a-z_]*)")
 JOINT = re.compile(r"([_/])")

@@ -13,6 +13,7 @@ from dft.config_file import RUN_ARGS
 from dft.errors import UserError
 
 REPORT = "report.json"
+PICTURE = "report.png"
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 EMPTY: dict[str, Any] = {
     "name": "",

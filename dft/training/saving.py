@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +38,9 @@ from dft.training.verify import Damaged, Expected, check_files, check_loaded, dt
 
 RUN_STATE = "run_state.json"
 """In a checkpoint: what transformers does not keep of the moment at which it was written."""
+CARD, PICTURE = "README.md", "report.png"
+MADE_HERE = "<!-- model card by train_dft.py -->"
+"""In a README.md that the next one may replace."""
 UNFINISHED_MODEL = f"{UNFINISHED}model"
 """In the output directory, where the final model is written before it takes the place of an earlier one."""
 LOOKED_EVERY = 10
@@ -83,12 +87,14 @@ class SavingTrainer(transformers.Trainer):
         peers: the watch over the other ranks, to be told that this one gets on.
         verify_save: what is looked at again after it was written, True (the final model in
             full, of checkpoints the files), all (everything in full) or False.
+        card: makes the README.md of a saved model, given whether the report's picture lies beside it.
         trust_remote_code: whether the model comes with code of its own, to load it again.
     """
 
     stop: StopRequest | None = None
     peers: Peers | None = None
     verify_save: str = "True"
+    card: Callable[[bool], str] | None = None
     trust_remote_code: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -241,6 +247,7 @@ class SavingTrainer(transformers.Trainer):
             super().save_model(str(staging), _internal_call=True)
             self._verify(staging, folder, in_full=True)
             if self.args.should_save:
+                self._spare_readme(staging, folder)
                 move_files(staging, folder)
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
@@ -293,7 +300,29 @@ class SavingTrainer(transformers.Trainer):
         super()._save(output_dir, state_dict)
         # Trainer's pickle of its arguments, which nothing reads, and in which a token of the hub would stand.
         if self.args.should_save:
-            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink()
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / TRAINING_ARGS_NAME).unlink()
+            self._write_card(folder)
+
+    def _write_card(self, folder: Path) -> None:
+        if self.card is None:
+            return
+        picture = Path(self.args.output_dir) / PICTURE
+        if picture.is_file() and folder != picture.parent:
+            shutil.copy(picture, folder)
+        write_whole(folder / CARD, [self.card(picture.is_file()), MADE_HERE, "\n"])
+
+    def _spare_readme(self, staging: Path, folder: Path) -> None:
+        """Leaves a README.md of somebody else where it is."""
+        there, new = folder / CARD, staging / CARD
+        if new.is_file() and there.is_file() and MADE_HERE not in there.read_text(errors="replace"):
+            new.unlink()
+            say(f"note        {there} is not of this program and stays as it is, without a model card")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, made when a model is pushed, unless our own was written with it."""
+        if self.card is None:
+            super().create_model_card(*args, **kwargs)
 
     # ---- what takes place at the end of a step ----
 

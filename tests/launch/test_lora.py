@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dft.errors import REFUSED
-from tests.forking import Forks, forking
 from tests.launching import ROOT, train_records
 
 pytest.importorskip("peft")
 LORA = {"lora_r": 4, "learning_rate": 1e-2, "max_steps": 6, "save_strategy": "steps", "save_steps": 4}
-
-
-@pytest.fixture(scope="module")
-def forks(example) -> Iterator[Forks]:
-    with forking(example.folder) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

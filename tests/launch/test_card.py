@@ -1,0 +1,44 @@
+"""README.md beside every saved model."""
+
+import yaml
+
+from tests.launching import eval_records, train_records
+
+
+def test_every_save_has_a_card(example, forks, tmp_path):
+    flags = {"dft_alpha": 0.7, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "report": True}
+    flags |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_train_batch_size": 32}
+    flags |= {"data_files": [example.train, example.other]}
+    (code,), printed = forks.run(example.words(tmp_path, **flags))
+    assert code == 0, printed
+    for folder, step in ((tmp_path, 4), (tmp_path / "checkpoint-2", 2)):
+        _, head, text = (folder / "README.md").read_text().split("---\n", 2)
+        assert yaml.safe_load(head) == {
+            "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dft", "fine-tuned"]
+        }, "a path on this machine is no base model of the hub"  # fmt: skip
+        assert "by 0.7 p + 0.3, where p is the model's own" in text
+        assert f"Saved after step {step} of 4." in text and "300 conversations" in text
+        assert "            other.json: 3 conversations" in text and str(example.folder) not in text
+        assert "| learning_rate | 0.002 |" in text and "torch 2" in text
+        assert "![Curves of training and evaluation](report.png)" in text
+        assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
+    train, evaluation = train_records(tmp_path)[-1], eval_records(tmp_path)[-1]
+    text = (tmp_path / "README.md").read_text()
+    assert "| | train, step 4 | eval, step 4 |" in text
+    assert f"| nll | {train['nll']:.4g} | {evaluation['eval_nll']:.4g} |" in text
+
+
+def test_a_card_of_adapters_of_a_hub_model_says_so(example, forks, tmp_path):
+    flags = {"max_steps": 1, "lora_r": 2, "dft_alpha": 0, "eval_data_files": None}
+    assert forks.run(example.words(tmp_path, **{**flags, "lora_r": None}))[0] == [0]  # whose card is replaced
+    (code,), printed = forks.run(example.words(tmp_path, **flags))
+    assert code == 0, printed
+    text = (tmp_path / "README.md").read_text()
+    assert "These are LoRA adapters of rank 2" in text and "by plain SFT" in text and "report.png" not in text
+
+
+def test_a_readme_of_somebody_else_stays(example, forks, tmp_path):
+    (tmp_path / "README.md").write_text("# My notes\n")
+    (code,), printed = forks.run(example.words(tmp_path, max_steps=1, eval_data_files=None))
+    assert code == 0 and "is not of this program and stays as it is" in printed
+    assert (tmp_path / "README.md").read_text() == "# My notes\n"
