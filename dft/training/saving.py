@@ -30,7 +30,7 @@ from dft.training.checkpoints import (
     unfinished,
 )
 from dft.training.disk import move_files, writing_a_save
-from dft.training.distributed import first_of_ranks, parallelism, rows_per_step
+from dft.training.distributed import first_of_ranks, parallelism, rows_per_step, say
 from dft.training.peers import Peers
 from dft.training.stopping import Stopped, StopRequest
 from dft.training.throughput import shapes_digest
