@@ -32,6 +32,7 @@ from dft.report.run import final_lines, new_notes, start_lines, stopped_lines, w
 from dft.training.checkpoints import clear_away, newest_checkpoint
 from dft.training.console import tag_warnings
 from dft.training.distributed import is_launched, is_main_process, leave_ranks, say
+from dft.training.hub import UNREACHED
 from dft.training.model import (
     check_positions,
     load_model,
@@ -186,6 +187,14 @@ def make_trainer(
         )
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from None
+    except UNREACHED as error:
+        if not arguments.training.push_to_hub:
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--push_to_hub True: no repository can be made on the hub: {reason}; log in (hf auth login, or "
+            "HF_TOKEN), or push the model when it is trained"
+        ) from None
 
 
 def preflight(arguments: Arguments, trainer: DFTTrainer, tokenizer: PreTrainedTokenizerBase) -> None:

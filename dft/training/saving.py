@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import transformers
 import xxhash
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from dft.training.checkpoints import (
 )
 from dft.training.disk import move_files, writing_a_save
 from dft.training.distributed import first_of_ranks, parallelism, rows_per_step, say
+from dft.training.hub import PublishingTrainer
 from dft.training.peers import Peers
 from dft.training.stopping import Stopped, StopRequest
 from dft.training.throughput import shapes_digest
@@ -79,7 +79,7 @@ class StoppedEvaluation(Exception):
     """An evaluation that was cut short, on all ranks at once."""
 
 
-class SavingTrainer(transformers.Trainer):
+class SavingTrainer(PublishingTrainer):
     """How checkpoints are written, and how a run stops when it is asked to. Knows nothing of the loss.
 
     Attributes:
@@ -248,10 +248,11 @@ class SavingTrainer(transformers.Trainer):
             self._verify(staging, folder, in_full=True)
             if self.args.should_save:
                 self._spare_readme(staging, folder)
+                self._written = [path.name for path in staging.iterdir()]
                 move_files(staging, folder)
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            self._publish_model("Model save")
 
     def _verify(self, written: Path, place: Path, in_full: bool) -> None:
         """Looks at a model that was just written. A collective.
@@ -318,11 +319,6 @@ class SavingTrainer(transformers.Trainer):
         if new.is_file() and there.is_file() and MADE_HERE not in there.read_text(errors="replace"):
             new.unlink()
             say(f"note        {there} is not of this program and stays as it is, without a model card")
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's, made when a model is pushed, unless our own was written with it."""
-        if self.card is None:
-            super().create_model_card(*args, **kwargs)
 
     # ---- what takes place at the end of a step ----
 
