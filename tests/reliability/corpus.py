@@ -145,14 +145,14 @@ TEMPLATES = [
     ),
     template(
         "template-emits-without-end",
-        "{% set r = range(99999) %}{% for i in r %}{{ 'aaaaaaaaaa' * 1000 }}{% endfor %}",
-        "writes more than 64 million characters|computes more than 10 seconds",
+        "{% set r = range(7000) %}{% for i in r %}{{ 'aaaaaaaaaa' * 1000 }}{% endfor %}",
+        "writes more than 64 million characters",
     ),
     template("template-takes-all-memory", "{{ 'a' * 10 ** 12 }}", "takes more than 2 GiB of memory"),
     template(
         "template-doubles",
-        "{% set ns = namespace(s='ab') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-        "takes more than 2 GiB of memory|computes more than 10 seconds",
+        "{% set n = namespace(s='ab') %}{% for i in range(26) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+        "writes more than 64 million characters",
     ),
     template("template-recursion", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     template("template-class", "{{ ''.__class__.__mro__ }}", "access to attribute '__class__' .* is unsafe"),
