@@ -19,6 +19,7 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
 
 from dft.data.files import flush_to_disk, write_whole
 from dft.errors import UserError
@@ -326,8 +327,14 @@ def check_same_run(found: Checkpoint, training: transformers.TrainingArguments) 
             f"{what}: saved under {facts['parallelism']}, and this run is {now}; go on as it was, or start a "
             f"new run with --model_name_or_path {found.path}"
         )
+    if not (found.path / TRAINER_STATE_NAME).is_file():
+        raise UserError(
+            f"{what}: has no {TRAINER_STATE_NAME}, which the first machine of its run wrote to a disk of its "
+            "own; let --output_dir be on a disk that all machines share (without DeepSpeed, "
+            "--save_on_each_node True does as well)"
+        )
     with reading(found.path):
-        state = transformers.TrainerState.load_from_json(str(found.path / "trainer_state.json"))
+        state = transformers.TrainerState.load_from_json(str(found.path / TRAINER_STATE_NAME))
     rows = rows_per_step(training)
     if facts["rows_per_step"] != rows:
         raise UserError(

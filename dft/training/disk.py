@@ -4,10 +4,13 @@ import errno
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from dft.data.files import FORBIDDEN, FULL, flush_to_disk, free_bytes
@@ -16,6 +19,24 @@ from dft.training.checkpoints import UNFINISHED
 
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 """Names of files that `save_pretrained` writes weights to."""
+
+
+def sees_the_same(folder: Path, accelerator: Accelerator) -> bool:
+    """Whether a folder is on a disk that this rank shares with rank 0. A collective.
+
+    Asked by the name of a file that nobody has asked for yet: what a network file system remembers of names
+    may be half a minute old.
+    """
+    name = broadcast_object_list([uuid.uuid4().hex])[0]
+    mark = folder / f".seen-{name}"
+    if accelerator.is_main_process:
+        mark.touch()
+    accelerator.wait_for_everyone()
+    seen = mark.exists()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        mark.unlink()
+    return seen
 
 
 @contextmanager

@@ -87,6 +87,12 @@ class ResumingTrainer(SavingTrainer):
         if not self.is_deepspeed_enabled:
             return prepare(max_steps, train_dataloader, resume_from_checkpoint)
         checkpoint = open_checkpoint(Path(resume_from_checkpoint))
+        if not (checkpoint.path / "latest").is_file():  # DeepSpeed's, of rank 0
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint.path}: only a part of it is on this machine; "
+                "DeepSpeed goes on from a checkpoint that all machines see as a whole, so let --output_dir "
+                "be on a disk that they share"
+            )
         if checkpoint.facts["ranks"] == self.args.world_size:
             return prepare(max_steps, train_dataloader, resume_from_checkpoint)
         with resharded(checkpoint.path, Path(self.args.output_dir), self.accelerator) as folder:

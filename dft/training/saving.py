@@ -28,7 +28,7 @@ from dft.training.checkpoints import (
     seal,
     unfinished,
 )
-from dft.training.disk import move_files, writing_a_save
+from dft.training.disk import move_files, sees_the_same, writing_a_save
 from dft.training.distributed import first_of_ranks, parallelism, rows_per_step, say
 from dft.training.hub import PublishingTrainer
 from dft.training.peers import Peers
@@ -105,6 +105,7 @@ class SavingTrainer(PublishingTrainer):
         self._is_end_of_epoch = False
         self._shapes = ""
         self._due = Left()  # of the step whose end is being seen to
+        self._shares_disk: bool | None = None  # with rank 0, the output directory's
         self._full_at: int | None = None  # the step of the last checkpoint to go on from
         self._known_order: dict[str, Any] | None = None
         self._evaluated_batches = 0
@@ -160,7 +161,7 @@ class SavingTrainer(PublishingTrainer):
         self._full_at = state.global_step if is_full else self._full_at
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder))
-        if args.should_save:
+        if self._minds_a_disk(run):
             rotate(run, args.save_total_limit, state.best_model_checkpoint)
 
     def _save_finished_step(self) -> None:
@@ -174,7 +175,6 @@ class SavingTrainer(PublishingTrainer):
         self.model.zero_grad()
 
     def _publish(self, folder: Path, is_full: bool) -> None:
-        """First rank 0, then whoever has a disk of its own that the rename did not reach."""
         facts = {
             "step": self.state.global_step,
             "resumable": is_full,
@@ -184,14 +184,19 @@ class SavingTrainer(PublishingTrainer):
             "order": self._order(),
             "model": self._shapes,
         }
+        if self._minds_a_disk(folder.parent):
+            seal(unfinished(folder), facts)
+            publish(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _minds_a_disk(self, folder: Path) -> bool:
+        """Whether this rank is the one that clears and renames on the disk of a folder: rank 0, and the first
+        rank of each machine that has a disk of its own there. A collective when it is first asked."""
+        if self._shares_disk is None:
+            self._shares_disk = sees_the_same(folder, self.accelerator)
         if self.is_world_process_zero():
-            seal(unfinished(folder), facts)
-            publish(folder)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_local_main_process and unfinished(folder).exists():
-            seal(unfinished(folder), facts)
-            publish(folder)
-        self.accelerator.wait_for_everyone()
+            return True
+        return self.accelerator.is_local_main_process and not self._shares_disk
 
     def _order(self) -> dict[str, Any]:
         """What the order of the data depends on; of the data themselves the number and lengths of rows."""
@@ -274,7 +279,7 @@ class SavingTrainer(PublishingTrainer):
             model = model._orig_mod if is_compiled_module(model) else model
             logits = probe(model, vocab, self.args.device)
         fault = None
-        if self.args.should_save:
+        if self.is_world_process_zero():  # the others get no weights, also under --save_on_each_node True
             expected = Expected(dtypes_of(self.model), self.processing_class, logits)
             try:
                 check_files(written, expected)
@@ -292,7 +297,8 @@ class SavingTrainer(PublishingTrainer):
 
     def _clear(self, staging: Path) -> None:
         """Makes an empty folder of it, whatever an earlier save left there."""
-        if self.accelerator.is_local_main_process and staging.exists():
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        if self._minds_a_disk(staging.parent) and staging.exists():
             shutil.rmtree(staging)
         self.accelerator.wait_for_everyone()
         staging.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from dft import DFTTrainer
 from dft.arguments import parse_arguments
-from dft.report.page import PAGE, PICTURE
+from dft.report.page import PAGE
 from dft.report.record import (
     REPORT,
     ReportCallback,
@@ -18,6 +18,7 @@ from dft.report.record import (
     resolved_arguments,
     token_texts,
 )
+from dft.report.saved import PICTURE
 from tests.report.reports import run_report
 from tests.test_arguments import words
 from tests.training.test_metrics import END, FILES, Rows, ended

@@ -1,0 +1,93 @@
+"""Two machines, which here are two launchers on one: nodes with a disk of their own, or a shared one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dft.training.checkpoints import open_checkpoint
+from tests.launching import ROOT, free_port, train_records
+
+LIMIT = 180
+FLAGS = {
+    "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2,
+    "per_device_train_batch_size": 16, "use_cpu": True, "eval_data_files": None,
+    "resume_from_checkpoint": "auto",
+}  # fmt: skip
+
+
+def run_nodes(example, folders: list[Path], output: str, code: int = 0, **flags) -> list[str]:
+    """Runs one node in each folder, and gives what they printed."""
+    port = free_port()
+    words = example.words(Path(output), **FLAGS, **flags)
+    nodes = []
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {
+            **os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(example.folder / "cache"),
+        }  # fmt: skip
+        torchrun = [
+            sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(folders)}",
+            f"--node_rank={number}", "--nproc_per_node=1", "--master_addr=127.0.0.1",
+            f"--master_port={port}",
+        ]  # fmt: skip
+        nodes.append(
+            subprocess.Popen(
+                [*torchrun, str(ROOT / "train_dft.py"), *words],
+                cwd=folder,
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        )
+    try:
+        printed = [node.communicate(timeout=LIMIT)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                node.kill()
+    assert [node.returncode for node in nodes] == [code, code], "\n".join(printed)
+    return printed
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one-disk", "a-disk-each"])
+def test_two_machines_train_save_and_go_on(example, forks, tmp_path, shared):
+    zero = {"deepspeed": ROOT / "ds_config/zero3.json", "save_on_each_node": not shared}
+    reference = tmp_path / "reference"
+    codes, printed = forks.run(example.words(reference, **FLAGS, **zero), 2)
+    assert not any(codes), printed
+
+    folders = [tmp_path / "north", tmp_path / "south"]
+    output = str(tmp_path / "both") if shared else "out"
+    places = [tmp_path / "both"] if shared else [folder / "out" for folder in folders]
+    run_nodes(example, folders, output, **zero)
+    for place in places:
+        kept = sorted(path.name for path in place.iterdir() if "checkpoint" in path.name)
+        assert kept == ["checkpoint-3", "checkpoint-4"], "rotated on each disk, and nothing half-written"
+        for name in kept:
+            facts = open_checkpoint(place / name).facts
+            assert facts["ranks"] == 2 and facts["step"] == int(name[-1])
+        assert not list(place.glob(".seen-*"))
+    expected, got = load_file(reference / "model.safetensors"), load_file(places[0] / "model.safetensors")
+    assert all(torch.equal(one, got[name]) for name, one in expected.items())
+    for one, other in zip(train_records(reference), train_records(places[0]), strict=True):
+        assert one["nll"] == other["nll"] and one["grad_norm"] == other["grad_norm"]
+
+    for place in places:
+        (place / "checkpoint-4").rename(place / "was-4")
+        (place / "model.safetensors").unlink(missing_ok=True)
+    printed = run_nodes(example, folders, output, code=0 if shared else 1, **zero)
+    if not shared:
+        assert any("only a part of it is on this machine; DeepSpeed goes on from" in one for one in printed)
+        assert not any("Traceback" in one.split("torch/distributed/elastic")[0] for one in printed)
+        return
+    assert "train step 4/4" in printed[0] and "train step 3/4" not in printed[0]
+    got = load_file(places[0] / "model.safetensors")
+    assert all(torch.equal(one, got[name]) for name, one in expected.items())
