@@ -14,7 +14,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
 
 
 @pytest.fixture(scope="session")
-def forks(example: Example) -> Iterator[Forks]:
-    """For runs that need no launcher."""
-    with forking(example.folder) as made:
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """For runs that need no launcher; with a home of their own."""
+    with forking(tmp_path_factory.mktemp("forks")) as made:
         yield made

@@ -47,7 +47,7 @@ def finished_run(example):
     return make
 
 
-@pytest.mark.parametrize("kind", ["zero3", "ddp"])
+@pytest.mark.parametrize("kind", ["zero3", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_the_saved_model_is_the_one_in_memory(finished_run, kind):
     folder = finished_run(kind)
     weights = load_file(folder / "model.safetensors")
@@ -61,6 +61,7 @@ def test_the_saved_model_is_the_one_in_memory(finished_run, kind):
     assert "<|im_start|>" in tokenizer.chat_template and tokenizer.eos_token == "<|im_end|>"
 
 
+@pytest.mark.slow  # and in tests/reliability at more moments, without a launcher
 @pytest.mark.parametrize("kind", ["zero3", "ddp", "single"])
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(example, finished_run, kind):
     whole = finished_run(kind)

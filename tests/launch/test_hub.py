@@ -127,6 +127,7 @@ def test_a_hub_that_says_no_loses_nothing(example, hub, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").is_file() and (tmp_path / "run" / "checkpoint-2").is_dir()
 
 
+@pytest.mark.slow
 def test_without_a_hub_nothing_is_trained(example, tmp_path):
     words = example.words(tmp_path / "run", push_to_hub=True, max_steps=1)
     finished = launch(words, folder=example.folder, env={"HF_HUB_OFFLINE": "1"})

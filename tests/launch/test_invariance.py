@@ -82,7 +82,9 @@ def untied_model(example):
     return folder
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=pytest.mark.slow if one == "compiled" else ()) for one in WAYS]
+)
 def test_a_step_is_the_same_however_it_is_cut_up(example, whole, name):
     assert_same(run(example, name, *WAYS[name]), whole)
 

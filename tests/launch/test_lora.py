@@ -49,7 +49,14 @@ def whole(example, train):
 
 
 @pytest.mark.parametrize(
-    ("kind", "alpha"), [("ddp", 0.0), ("zero2", 0.5), ("zero3", 1.0), ("zero3", 0.0), ("zero3", 0.5)]
+    ("kind", "alpha"),
+    [
+        ("ddp", 0.0),
+        ("zero2", 0.5),
+        ("zero3", 1.0),
+        pytest.param("zero3", 0.0, marks=pytest.mark.slow),
+        pytest.param("zero3", 0.5, marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_is_the_same_however_it_is_sharded(whole, kind, alpha):
     one, other = whole("single", alpha), whole(kind, alpha)

@@ -57,7 +57,10 @@ def run_nodes(example, folders: list[Path], output: str, code: int = 0, **flags)
     return printed
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["one-disk", "a-disk-each"])
+@pytest.mark.parametrize(
+    "shared",
+    [pytest.param(True, id="one-disk"), pytest.param(False, id="a-disk-each", marks=pytest.mark.slow)],
+)
 def test_two_machines_train_save_and_go_on(example, forks, tmp_path, shared):
     zero = {"deepspeed": ROOT / "ds_config/zero3.json", "save_on_each_node": not shared}
     reference = tmp_path / "reference"

@@ -71,6 +71,7 @@ def test_with_several_ranks_the_same_command_goes_on_with_a_smaller_batch(exampl
     check_same(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_one_process_starts_again_by_itself(example, forks, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
