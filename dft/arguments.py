@@ -155,6 +155,12 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_dir: str | None = field(
         default=None, metadata={"help": "Where SwanLab, wandb and TensorBoard write their local files."}
     )
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Ranks that share each sequence (DeepSpeed Ulysses), for sequences too long for one."
+        },
+    )
     group_by_length: bool = field(
         default=False,
         metadata={"help": "Batches of similar length; --train_sampling_strategy group_by_length."},

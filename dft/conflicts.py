@@ -19,10 +19,11 @@ from dft.deepspeed_file import check_parts
 from dft.errors import UserError
 from dft.training.checkpoints import resolve_resume
 from dft.training.checks import check_arguments
-from dft.training.distributed import world_size
+from dft.training.distributed import data_parallel_size
 from dft.training.lora import check_lora
 from dft.training.memory import zero_of
 from dft.training.metrics import METRICS, NEITHER_IS_BETTER
+from dft.training.sequence_parallel import check_sequence_parallel
 from dft.training.trainer import DFTTrainer
 
 NEED_A_MODEL = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
@@ -61,6 +62,7 @@ def check(arguments: Arguments) -> None:
         check_arguments(training)
     except ValueError as error:
         raise UserError(str(error)) from None
+    check_sequence_parallel(training, arguments.data.packing)
     check_evaluation(arguments)
     check_precision(arguments)
     check_packages(training)
@@ -305,7 +307,7 @@ def check_deepspeed(training: TrainingArguments) -> None:
 def check_batches(arguments: Arguments, sequences: int) -> None:
     """Raises `UserError` where --dataloader_drop_last would drop all there is."""
     training = arguments.training
-    batch = training.per_device_train_batch_size * world_size()
+    batch = training.per_device_train_batch_size * data_parallel_size(training)
     if training.dataloader_drop_last and sequences < batch:
         raise UserError(
             f"--dataloader_drop_last True: {sequences} sequences do not fill one batch of {batch} over all "

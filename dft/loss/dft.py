@@ -30,7 +30,12 @@ class TokenStats(NamedTuple):
 
 
 def dft_loss(
-    logits: Tensor, labels: Tensor, *, alpha: float = 1.0, num_items: Tensor | float | None = None
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 1.0,
+    num_items: Tensor | float | None = None,
+    shifted: bool = False,
 ) -> tuple[Tensor, TokenStats]:
     """Cross-entropy of every supervised token, weighted by the model's own detached probability of it.
 
@@ -45,6 +50,7 @@ def dft_loss(
         alpha: share of the dynamic weight, in [0, 1].
         num_items: N, the supervised tokens of the whole optimizer step (all micro-batches, all ranks).
             Default: those of this batch.
+        shifted: whether logits[:, t] predicts labels[:, t], as where sequences are cut up between ranks.
 
     Returns:
         (loss, stats): a scalar attached to the graph, also when no token is supervised (then it is 0 and its
@@ -59,8 +65,8 @@ def dft_loss(
             f"and {tuple(labels.shape)}"
         )
     check_alpha(alpha)
-    keep, targets = shifted_targets(labels)
-    rows = logits[:, :-1][keep]  # (tokens, vocab)
+    keep, targets = targets_here(labels) if shifted else shifted_targets(labels)
+    rows = logits[:, : keep.shape[1]][keep]  # (tokens, vocab)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     log_probs = F.log_softmax(rows, dim=-1)
     nll = F.nll_loss(log_probs, targets, reduction="none")  # (tokens,)
@@ -90,6 +96,12 @@ def shifted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
     following = labels[:, 1:]
     keep = following != IGNORE_INDEX
     return keep, following[keep]
+
+
+def targets_here(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`shifted_targets` of labels that stand where they are predicted; keep is (batch, seq)."""
+    keep = labels != IGNORE_INDEX
+    return keep, labels[keep]
 
 
 def normalizer(num_items: Tensor | float | None, targets: Tensor) -> Tensor | float:

@@ -62,20 +62,22 @@ class FusedHead:
         alpha: float = 1.0,
         num_items: Tensor | float | None = None,
         positions: Tensor | None = None,
+        shifted: bool = False,
     ) -> tuple[Tensor, TokenStats, Any]:
         """What `linear_dft_loss` gives for the hidden states in front of the head, and the model's outputs.
 
         Args:
             forward: the model, or what wraps it.
             inputs: what it is called with.
-            labels, alpha, num_items, positions: as `linear_dft_loss` takes them.
+            labels, alpha, num_items, positions, shifted: as `linear_dft_loss` takes them.
 
         Returns:
             (loss, stats, outputs); the `logits` of the outputs are (batch, seq, 1) zeros.
         """
         if "forward" in vars(self.module):
             raise ModelChanged("the forward of the output embedding has been replaced since training began")
-        self._call = {"labels": labels, "alpha": alpha, "num_items": num_items, "positions": positions}
+        how = {"alpha": alpha, "num_items": num_items, "positions": positions, "shifted": shifted}
+        self._call = {"labels": labels, **how}
         self.module.forward = self._forward
         try:
             outputs = forward(**inputs)

@@ -62,6 +62,7 @@ def linear_dft_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     positions: Tensor | None = None,
+    shifted: bool = False,
 ) -> tuple[Tensor, TokenStats]:
     """`dft_loss(logits, labels, ...)` of `logits = hidden @ weight.T + bias`, without the logits.
 
@@ -79,6 +80,7 @@ def linear_dft_loss(
         logit_scale, logit_softcap: the logits are cap * tanh(scale * z / cap), or scale * z without a cap.
         positions: (tokens,) int64, where labels[:, t + 1] is supervised as b * seq + t, ascending. Given, the
             host need not wait for the device to count them.
+        shifted: whether hidden[:, t] predicts labels[:, t], and positions say so, too.
 
     Returns:
         (loss, stats) as `dft_loss` does. The loss has a first derivative only, to be asked for once.
@@ -97,8 +99,8 @@ def linear_dft_loss(
         raise ValueError(f"bias must be (vocab,), got {tuple(bias.shape)} with {weight.shape[0]} tokens")
     check_alpha(alpha)
     if positions is None:
-        positions = loss_positions(labels)
-    targets = labels.flatten()[positions + 1]
+        positions = loss_positions(labels, shifted)
+    targets = labels.flatten()[positions if shifted else positions + 1]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     count = normalizer(num_items, targets)
     # Filled on the device: to copy a number there would wait for it.

@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from dft.data.files import flush_to_disk, write_whole
 from dft.errors import UserError
-from dft.training.distributed import parallelism, rows_per_step, say, world_size
+from dft.training.distributed import data_parallel_size, parallelism, rows_per_step, say, world_size
 
 MANIFEST = "manifest.json"
 """In a checkpoint: what it is, and the size in bytes of every other file."""
@@ -365,9 +365,10 @@ def check_same_model(found: Checkpoint, model: str) -> None:
 
 def _same_rows(wanted: int, training: transformers.TrainingArguments) -> str:
     """Which flags give as many rows per step on the ranks of this run."""
-    per_rank, rest = divmod(wanted, world_size())
+    ranks = data_parallel_size(training)
+    per_rank, rest = divmod(wanted, ranks)
     if rest or not per_rank:
-        return f"{world_size()} ranks cannot share {wanted} rows evenly: take a number of ranks that can"
+        return f"{ranks} ranks cannot share {wanted} rows evenly: take a number of ranks that can"
     batch = training.per_device_train_batch_size
     if per_rank % batch == 0:
         return f"give --gradient_accumulation_steps {per_rank // batch}"

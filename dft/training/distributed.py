@@ -35,14 +35,28 @@ def say(line: str) -> None:
 def parallelism(training: transformers.TrainingArguments) -> str:
     """How the ranks of a run share its work."""
     if training.deepspeed:
-        return f"DeepSpeed ZeRO-{training.hf_deepspeed_config.get_value('zero_optimization.stage', 0)}"
-    if training.fsdp:
-        return "FSDP"
-    return "DDP" if world_size() > 1 else "single process"
+        how = f"DeepSpeed ZeRO-{training.hf_deepspeed_config.get_value('zero_optimization.stage', 0)}"
+    elif training.fsdp:
+        how = "FSDP"
+    else:
+        how = "DDP" if world_size() > 1 else "single process"
+    size = sequence_parallel_size(training)
+    return f"{how}, {size} ranks per sequence" if size > 1 else how
+
+
+def sequence_parallel_size(training: transformers.TrainingArguments) -> int:
+    """Ranks that share each sequence; transformers' own arguments do not have it."""
+    return vars(training).get("sequence_parallel_size", 1)
+
+
+def data_parallel_size(training: transformers.TrainingArguments) -> int:
+    """Ranks, or groups of ranks that share sequences, with rows of their own."""
+    return world_size() // sequence_parallel_size(training)
 
 
 def rows_per_step(training: transformers.TrainingArguments) -> int:
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size()
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return rows * data_parallel_size(training)
 
 
 def schedule(training: transformers.TrainingArguments, rows: int) -> int:
@@ -50,7 +64,7 @@ def schedule(training: transformers.TrainingArguments, rows: int) -> int:
     if training.max_steps > 0:
         return training.max_steps
     rounded = math.floor if training.dataloader_drop_last else math.ceil
-    batches = rounded(rows / (training.per_device_train_batch_size * world_size()))
+    batches = rounded(rows / (training.per_device_train_batch_size * data_parallel_size(training)))
     return math.ceil(
         training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps))
     )

@@ -38,10 +38,11 @@ from dft.training.checks import (
     router_coefficient,
 )
 from dft.training.console import ConsoleCallback
-from dft.training.distributed import say
+from dft.training.distributed import data_parallel_size, say, sequence_parallel_size
 from dft.training.lora import has_adapters
 from dft.training.measured import MeasuredTrainer
 from dft.training.oom import RAISED, MicroBatch, OutOfMemory, advice, free_what_is_left, note_smaller, ran_out
+from dft.training.sequence_parallel import SequenceParallel, SharedBatches, parallel_collator
 from dft.training.throughput import compute_dtype
 from dft.training.trackers import HistogramCallback, SwanLabRunCallback
 
@@ -111,7 +112,10 @@ class DFTTrainer(MeasuredTrainer):
         self._told: str | None = None
         self._last_batch = MicroBatch()
         self._forget_head()
-        if data_collator is None:
+        sharing = sequence_parallel_size(args)
+        if sharing > 1:
+            data_collator = parallel_collator(padding_id(model), data_collator)
+        elif data_collator is None:
             packed = is_packed(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
             data_collator = choose_collator(model, padding_id(model), packed)
         check_cache(args, data_collator)
@@ -134,6 +138,9 @@ class DFTTrainer(MeasuredTrainer):
             **kwargs,
         )
         config.use_cache = args.use_cache  # Trainer sets the outer one only
+        self._sequences: SequenceParallel | None = None
+        if sharing > 1:
+            self._sequences = SequenceParallel(model, sharing, self._train_batch_size)
         # compute_loss divides by the step's tokens itself and hands nothing to the model's own loss, so
         # Trainer must count them whatever the model's forward accepts, and must not divide once more.
         self.model_accepts_loss_kwargs = True
@@ -178,6 +185,8 @@ class DFTTrainer(MeasuredTrainer):
             )
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
+        if self._sequences is not None and model.training:
+            inputs = self._sequences.part(inputs)
         loss, stats, outputs = self._score(model, inputs, num_items_in_batch, with_logits=return_outputs)
         aux_loss = outputs.get("aux_loss")
         if aux_loss is not None:
@@ -202,6 +211,7 @@ class DFTTrainer(MeasuredTrainer):
         self._last_batch = MicroBatch(rows, tokens, is_training=torch.is_grad_enabled())
         features = {name: value for name, value in inputs.items() if name not in OURS}
         labels, how = inputs["labels"], {"alpha": self.alpha, "num_items": num_items}
+        how["shifted"] = self._sequences is not None and model.training
         head = None if with_logits else self._inspected_head(model)
         if isinstance(head, FusedHead):
             # Another collator may change labels behind the back of ours.
@@ -211,6 +221,11 @@ class DFTTrainer(MeasuredTrainer):
         outputs = model(**features)
         loss, stats = dft_loss(outputs.logits, labels, **how)
         return loss, stats, outputs
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        count = super()._get_num_items_in_batch(*args, **kwargs)
+        # Each rank has the whole of the sequences that it shares, and has counted them.
+        return count if count is None or self._sequences is None else count / self._sequences.size
 
     def _forget_head(self) -> None:
         """The model is looked at anew for each run: in between it may have got an adapter or new tokens."""
@@ -331,7 +346,7 @@ class DFTTrainer(MeasuredTrainer):
             return None
         strategy = self.args.train_sampling_strategy
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        multiple = self._train_batch_size * self.args.world_size
+        multiple = self._train_batch_size * data_parallel_size(self.args)
         self._train_order = EpochSampler(
             len(train_dataset),
             multiple,
@@ -340,6 +355,8 @@ class DFTTrainer(MeasuredTrainer):
             lengths=sequence_lengths(train_dataset.dataset) if strategy == "group_by_length" else None,
             group=multiple * self.args.gradient_accumulation_steps,
         )
+        if self._sequences is not None:
+            return SharedBatches(self._train_order, self._train_batch_size, self._sequences.size)
         return self._train_order
 
     def _get_eval_sampler(self, eval_dataset: WithBlank) -> Sampler | None:

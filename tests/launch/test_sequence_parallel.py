@@ -1,0 +1,132 @@
+"""Two ranks that share each sequence take the steps of one process that has them whole."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dft.errors import REFUSED
+from dft.training.checkpoints import newest_checkpoint
+from tests.launching import ROOT, eval_records, train_records
+
+FLAGS = {
+    "max_train_samples": 37, "num_train_epochs": 1, "dft_alpha": 0.7, "eval_strategy": "epoch",
+    "lr_scheduler_type": "constant", "use_cpu": True, "per_device_eval_batch_size": 5,
+}  # fmt: skip
+WAYS = {
+    "ddp": {},
+    "zero2": {"deepspeed": ROOT / "ds_config/zero2.json"},
+    "zero3": {"deepspeed": ROOT / "ds_config/zero3.json"},
+    "zero3-whole-logits": {"deepspeed": ROOT / "ds_config/zero3.json", "fused_head": "off"},
+    "zero3-checkpointed": {"deepspeed": ROOT / "ds_config/zero3.json", "enable_gradient_checkpointing": True},
+    "zero3-lora": {"deepspeed": ROOT / "ds_config/zero3.json", "lora_r": 4},
+    "four-ranks": {},
+}
+
+
+@pytest.fixture(scope="module")
+def train(example, forks):
+    def run(name, ranks, **flags):
+        output = example.folder / f"sequence-parallel-{name}"
+        codes, printed = forks.run(example.words(output, **{**FLAGS, **flags}), ranks)
+        return output, codes, printed
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(train):
+    """One process, 8 rows a step; with adapters or without."""
+    made = {}
+
+    def make(**flags):
+        key = "-".join(flags) or "plain"
+        if key not in made:
+            output, codes, printed = train(f"whole-{key}", 1, per_device_train_batch_size=8, **flags)
+            assert codes == [0], printed
+            made[key] = output
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=() if one in ("ddp", "zero3") else pytest.mark.slow) for one in WAYS]
+)
+def test_a_step_is_the_same_with_sequences_shared(train, whole, name):
+    ranks = 4 if name == "four-ranks" else 2
+    per_device, accumulation = (4, 2) if ranks == 2 else (2, 2)  # with four ranks, two groups
+    output, codes, printed = train(
+        name, ranks, sequence_parallel_size=2, per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation, **WAYS[name],
+    )  # fmt: skip
+    assert not any(codes), printed
+    assert "2 ranks per sequence" in printed
+    other = whole(**({"lora_r": 4} if "lora" in name else {}))
+    got, expected = train_records(output), train_records(other)
+    assert len(got) == len(expected) == 5
+    for one, wanted in zip(got, expected, strict=True):
+        for metric in ("loss", "nll", "avg_p_correct", "objective", "grad_norm", "entropy", "p_end_of_turn"):
+            assert one[metric] == pytest.approx(wanted[metric], rel=1e-5), metric
+        assert one["num_input_tokens_seen"] == wanted["num_input_tokens_seen"]
+    for metric in ("eval_loss", "eval_nll", "eval_objective"):
+        one, wanted = eval_records(output)[-1][metric], eval_records(other)[-1][metric]
+        assert one == pytest.approx(wanted, rel=1e-5)
+    file = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
+    weights, wanted = load_file(output / file), load_file(other / file)
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight, wanted[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_is_gone_on_from(train, example):
+    flags = {
+        "sequence_parallel_size": 2, "per_device_train_batch_size": 8, "save_strategy": "steps",
+        "save_steps": 2, "deepspeed": ROOT / "ds_config/zero3.json",
+    }  # fmt: skip
+    left_alone, codes, printed = train("left-alone", 2, **flags)
+    assert not any(codes), printed
+    halted = example.folder / "sequence-parallel-halted"
+    halted.mkdir()
+    shutil.copytree(left_alone / "checkpoint-2", halted / "checkpoint-2")
+    assert newest_checkpoint(halted)[0] is not None
+    output, codes, printed = train("halted", 2, resume_from_checkpoint="auto", **flags)
+    assert not any(codes), printed
+    one, other = (load_file(folder / "model.safetensors") for folder in (output, left_alone))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "told"),
+    [
+        (
+            {"sequence_parallel_size": 3},
+            2,
+            r"the 2 process\(es\) of this run are no whole number of groups of 3",
+        ),
+        ({"sequence_parallel_size": 0}, 1, "must be at least 1"),
+        ({"sequence_parallel_size": 2, "packing": True}, 2, "--packing False"),
+        ({"sequence_parallel_size": 2, "attn_implementation": "eager"}, 2, "use --attn_implementation sdpa"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(train, flags, ranks, told):
+    _, codes, printed = train("refused", ranks, **flags)
+    assert set(codes) == {REFUSED}, printed
+    assert f"error: --sequence_parallel_size {flags['sequence_parallel_size']}" in printed
+    assert re.search(told, printed), printed
+
+
+@pytest.mark.slow
+def test_windows_are_refused(train, example):
+    folder = example.folder / "windowed"
+    model = AutoModelForCausalLM.from_pretrained(example.model)
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    model.config.sliding_window, model.config.use_sliding_window = 16, True
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(example.model).save_pretrained(folder)
+    _, codes, printed = train("windowed", 2, sequence_parallel_size=2, model_name_or_path=folder)
+    assert set(codes) == {REFUSED}, printed
+    assert "sliding_attention" in printed
