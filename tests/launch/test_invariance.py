@@ -32,9 +32,16 @@ WAYS = {
             "deepspeed": ROOT / "ds_config/zero3.json",
         },
     ),
+    "zero3_offload": (
+        "deepspeed",
+        {"per_device_train_batch_size": 4, "deepspeed": ROOT / "ds_config/zero3_offload.json"},
+    ),
     "fused": ("python", {"per_device_train_batch_size": 8}),
     "compiled": ("python", {"per_device_train_batch_size": 8, "torch_compile": True}),
 }
+
+COMPILING = {"compiled", "zero3_offload"}
+"""The one is compiled by torch; for the other DeepSpeed compiles an optimizer of its own, for minutes."""
 
 
 def run(example, name, launcher, flags):
@@ -83,7 +90,7 @@ def untied_model(example):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=pytest.mark.slow if one == "compiled" else ()) for one in WAYS]
+    "name", [pytest.param(one, marks=pytest.mark.slow if one in COMPILING else ()) for one in WAYS]
 )
 def test_a_step_is_the_same_however_it_is_cut_up(example, whole, name):
     assert_same(run(example, name, *WAYS[name]), whole)

@@ -71,7 +71,7 @@ def test_a_step_is_the_same_with_sequences_shared(train, whole, name):
     for one, wanted in zip(got, expected, strict=True):
         for metric in ("loss", "nll", "avg_p_correct", "objective", "grad_norm", "entropy", "p_end_of_turn"):
             assert one[metric] == pytest.approx(wanted[metric], rel=1e-5), metric
-        assert one["num_input_tokens_seen"] == wanted["num_input_tokens_seen"]
+        assert one["supervised_tokens"] == wanted["supervised_tokens"]
     for metric in ("eval_loss", "eval_nll", "eval_objective"):
         one, wanted = eval_records(output)[-1][metric], eval_records(other)[-1][metric]
         assert one == pytest.approx(wanted, rel=1e-5)
