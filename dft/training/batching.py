@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils.generic import is_flash_attention_requested
 
 from dft.data.collator import FlatCollator, PackedCollator, PaddedCollator
@@ -64,6 +65,7 @@ def why_not_packed(model: nn.Module) -> str | None:
     layers = set(getattr(config, "layer_types", None) or ())
     if layers - ATTENTION:
         return f"it has layers that are not plain attention ({', '.join(sorted(layers - ATTENTION))})"
+    model = unwrap_peft_model(model)  # adapters change nothing of what attention sees
     if isinstance(model, PreTrainedModel) and model._is_stateful:
         return "it carries a state from token to token, across the boundaries of conversations"
     parameters = inspect.signature(model.forward).parameters
