@@ -107,13 +107,20 @@ fi
 [[ -x $ENVIRONMENT/bin/deepspeed ]] || fail "deepspeed is not installed in $ENVIRONMENT; run bash scripts/setup.sh"
 
 [[ $NUM_GPUS =~ ^(auto|[0-9]+)$ ]] || fail "NUM_GPUS=$NUM_GPUS: auto or a number; GPU_IDS chooses by index"
+LAUNCHER=${LAUNCHER:-deepspeed} # what scripts/train_multinode.sh sets
 gpus=$(visible_gpus)
-if [[ -n $GPU_IDS ]]; then
+per_node=0
+if [[ $LAUNCHER == hostfile ]]; then
+    devices=(--hostfile "$HOSTFILE") # which says how many each machine has
+    [[ $NUM_GPUS != 0 ]] || flags+=(--use_cpu True)
+elif [[ -n $GPU_IDS ]]; then
+    per_node=$(($(tr -dc , <<<"$GPU_IDS" | wc -c) + 1))
     devices=(--include "localhost:$GPU_IDS")
 elif [[ -z $gpus && $NUM_GPUS =~ ^[1-9] ]]; then
     fail "NUM_GPUS=$NUM_GPUS, but no GPU is visible here (nvidia-smi -L, CUDA_VISIBLE_DEVICES)"
 elif [[ -z $gpus || $NUM_GPUS == 0 ]]; then
     ranks=${CPU_RANKS:-2}
+    per_node=$ranks
     devices=(--num_accelerators "$ranks")
     flags+=(--use_cpu True)
     cores=$(nproc)
@@ -130,8 +137,17 @@ else
         devices=(--include "localhost:$(cut -d, -f"1-$NUM_GPUS" <<<"$gpus")")
     fi
 fi
-# The choice is made; deepspeed would warn that it ignores the variable.
-unset CUDA_VISIBLE_DEVICES
+case $LAUNCHER in
+    torchrun)
+        if ((!per_node)); then
+            per_node=$NUM_GPUS
+            [[ $NUM_GPUS != auto ]] || per_node=$(($(tr -dc , <<<"$gpus" | wc -c) + 1))
+        fi
+        # torchrun knows no choice of devices but this one.
+        [[ -z $GPU_IDS ]] || export CUDA_VISIBLE_DEVICES=$GPU_IDS
+        ;;
+    *) unset CUDA_VISIBLE_DEVICES ;; # the choice is made; deepspeed would warn that it ignores the variable
+esac
 
 # The value of a flag, which the last word about it decides.
 value_of() {
@@ -186,18 +202,20 @@ end_all() {
     kill -KILL -- "-$job" 2>/dev/null || true
 }
 
-# To the ranks themselves, which are the children of the launcher's child: the launcher would give them half a
-# minute to save, and then kill them. Fails where there are none yet.
+# To the ranks themselves, which are the children of torchrun, and of deepspeed's child: a launcher would give them
+# half a minute to save, and then kill them. Fails where there are none yet.
 signal_ranks() {
     "$PYTHON" -c '
 import sys, psutil
 try:
-    ranks = [rank for one in psutil.Process(int(sys.argv[1])).children() for rank in one.children()]
+    ranks = psutil.Process(int(sys.argv[1])).children()
+    if sys.argv[3] != "torchrun":
+        ranks = [rank for one in ranks for rank in one.children()]
     for rank in ranks:
         rank.send_signal(int(sys.argv[2]))
 except psutil.NoSuchProcess:
     ranks = []
-sys.exit(not ranks)' "$job" "$(kill -l "$1")"
+sys.exit(not ranks)' "$job" "$(kill -l "$1")" "$LAUNCHER"
 }
 
 ask_to_stop() {
@@ -222,7 +240,13 @@ attempt() {
     local port follower=
     # A fixed port would make a second run on this machine join, or fail on, the first.
     port=${MASTER_PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-    local command=(deepspeed "${devices[@]}" --master_port "$port" --log_level error train_dft.py "${flags[@]}" "$@")
+    local launcher=(deepspeed "${devices[@]}" --master_port "$port" --log_level error)
+    [[ $LAUNCHER != hostfile || -z ${MASTER_ADDR:-} ]] || launcher+=(--master_addr "$MASTER_ADDR")
+    [[ $LAUNCHER != torchrun ]] || launcher=(
+        torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$per_node"
+        --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"
+    )
+    local command=("${launcher[@]}" train_dft.py "${flags[@]}" "$@")
     { printf '%q ' "${command[@]}" && echo; } >>"$log"
     local seen
     seen=$(stat -c %s "$log" 2>/dev/null || stat -f %z "$log")
