@@ -188,14 +188,15 @@ class Way(NamedTuple):
 
 BFLOAT16 = {
     "ddp": Way(whole=18, shared=0, per_step=8, per_batch=0),
-    "zero1": Way(whole=6, shared=12, per_step=4, per_batch=0),
-    "zero2": Way(whole=2, shared=16, per_step=2, per_batch=2),
+    "zero1": Way(whole=6, shared=12, per_step=6, per_batch=0),
+    "zero2": Way(whole=2, shared=16, per_step=2, per_batch=4),
     "zero3": Way(whole=0, shared=18, per_step=0, per_batch=6),
 }
 """bfloat16 weights, float32 master weights, moments and sums of gradients, as ds_config/ has them; DDP with
 float32 weights under autocast: 4 weights + 2 their copy + 4 gradients + 8 moments. Traffic of rings for many
-ranks: a reduction of gradients sends them twice (DDP) or once (ZeRO, in bfloat16), a gathering of weights
-once; ZeRO-3 gathers for forward and backward of each micro-batch."""
+ranks: to gather weights is once what a ring sends for all of them, in bfloat16; to reduce gradients to all is
+twice (DDP in float32, ZeRO-1 and 2 in bfloat16, by whole buckets), scattered once (ZeRO-3). ZeRO-3 gathers
+for forward and backward of each micro-batch."""
 
 
 def traffic(name: str, parameters: float, ranks: int, itemsize: float, batches: int) -> float:
