@@ -26,6 +26,7 @@ from dft.data.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
 from dft.report.card import model_card
 from dft.report.data import data_summary, show_sequences
+from dft.report.plan import plan_lines
 from dft.report.preflight import preflight_lines, preflight_report
 from dft.report.record import ReportCallback, run_record
 from dft.report.run import final_lines, new_notes, start_lines, stopped_lines, write_resolved_arguments
@@ -36,6 +37,7 @@ from dft.training.hub import UNREACHED
 from dft.training.model import (
     check_positions,
     load_model,
+    model_without_weights,
     resolve_attention,
     settle_ddp,
     stop_where_turns_end,
@@ -82,6 +84,10 @@ def main() -> None:
         say(f"prepared: {data.path}")
         return
 
+    if arguments.watch.plan:
+        for line in plan_lines(arguments, model_without_weights(arguments), data.report):
+            say(line)
+        return
     check_batches(arguments, len(data.datasets["train"]))
     set_seed(arguments.training.seed)  # the rows of new tokens are drawn at random
     with telling_what_did_not_fit("the model's weights do not fit", SHARD):
@@ -222,7 +228,7 @@ def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
         cache_dir=Path(wanted.data_cache_dir).expanduser(),
         workers=wanted.preprocessing_num_workers,
     )
-    keeps = not arguments.watch.preflight  # which may look into the folder of a run
+    keeps = not (arguments.watch.preflight or arguments.watch.plan)  # which may look into the folder of a run
     if is_main_process() and keeps:
         data.write_report(Path(training.output_dir))
     for line in data_summary(data.report, training.output_dir if keeps else None):

@@ -128,6 +128,16 @@ class WatchArguments:
     preflight_samples: int = field(
         default=512, metadata={"help": "Sequences of each data file that --preflight scores, at most."}
     )
+    plan: bool = field(
+        default=False,
+        metadata={"help": "Say how much memory the run will take, without loading weights, and end."},
+    )
+    plan_world_size: int | None = field(
+        default=None, metadata={"help": "Devices to plan for. Default: those of this run."}
+    )
+    plan_device_memory: float | None = field(
+        default=None, metadata={"help": "GiB of each device to plan for. Default: what this machine has."}
+    )
 
 
 @dataclass

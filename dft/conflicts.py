@@ -51,6 +51,7 @@ def check(arguments: Arguments) -> None:
     check_ranges(arguments)
     settle_evaluation(arguments)
     check_preflight(arguments)
+    check_plan(arguments)
     check_output(arguments)
     if arguments.data.prepare_only:
         return  # the rest is about a machine and a training that may be elsewhere
@@ -134,6 +135,21 @@ def check_preflight(arguments: Arguments) -> None:
             f"--preflight True scores --model_name_or_path, not --resume_from_checkpoint {resume}; leave "
             "that out, or name the checkpoint as the model"
         )
+
+
+def check_plan(arguments: Arguments) -> None:
+    watch = arguments.watch
+    for name, value in (
+        ("plan_world_size", watch.plan_world_size),
+        ("plan_device_memory", watch.plan_device_memory),
+    ):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name} {value}: must be greater than 0")
+        if value is not None and not watch.plan:
+            raise UserError(f"--{name} {value} says what to plan for; add --plan True, or leave it out")
+    if watch.plan and (watch.preflight or arguments.data.prepare_only):
+        other = "--preflight" if watch.preflight else "--prepare_only"
+        raise UserError(f"--plan True and {other} True each end without training; give one")
 
 
 def settle_evaluation(arguments: Arguments) -> None:
@@ -330,7 +346,7 @@ def check_output(arguments: Arguments) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
-    if arguments.data.prepare_only or arguments.watch.preflight:
+    if arguments.data.prepare_only or arguments.watch.preflight or arguments.watch.plan:
         return
     wanted = (training.resume_from_checkpoint or "false").lower()
     if training.overwrite_output_dir and wanted != "false":

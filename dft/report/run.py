@@ -9,6 +9,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from dft.arguments import Arguments, TrainingArguments, default_flags, own_flags
 from dft.config_file import RUN_ARGS, write_run_args
 from dft.training.distributed import (
+    data_parallel_size,
     is_main_process,
     parallelism,
     rows_per_step,
@@ -64,7 +65,7 @@ def start_lines(
         f"machine     {chosen['ranks']} x {chosen['device']}, {chosen['parallelism']}, computes in "
         f"{chosen['computes_in']}",
         f"step        {per_step} {what} ({training.per_device_train_batch_size} per device x "
-        f"{training.gradient_accumulation_steps} accumulated x {chosen['ranks']} ranks), about "
+        f"{training.gradient_accumulation_steps} accumulated x {data_parallel_size(training)} ranks), about "
         f"{share * per_step:,.0f} supervised tokens; {batching}",
         f"schedule    {steps} steps, {training.get_warmup_steps(steps)} of them warm-up, "
         f"{training.lr_scheduler_type.value}, learning rate {training.learning_rate:g}",

@@ -59,12 +59,18 @@ def rows_per_step(training: transformers.TrainingArguments) -> int:
     return rows * data_parallel_size(training)
 
 
-def schedule(training: transformers.TrainingArguments, rows: int) -> int:
-    """Optimizer steps of the run, as Trainer will count them."""
+def schedule(training: transformers.TrainingArguments, rows: int, groups: int | None = None) -> int:
+    """Optimizer steps of the run, as Trainer will count them.
+
+    Args:
+        rows: of the training data.
+        groups: data-parallel ones, other than the run has.
+    """
+    groups = groups or data_parallel_size(training)
     if training.max_steps > 0:
         return training.max_steps
     rounded = math.floor if training.dataloader_drop_last else math.ceil
-    batches = rounded(rows / (training.per_device_train_batch_size * data_parallel_size(training)))
+    batches = rounded(rows / (training.per_device_train_batch_size * groups))
     return math.ceil(
         training.num_train_epochs * max(1, math.ceil(batches / training.gradient_accumulation_steps))
     )

@@ -1,13 +1,33 @@
 """About how much memory a device needs before the first activation, known from sizes alone."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import transformers
 from torch import nn
 
-from dft.loss.linear import TILE_BYTES
+from dft.loss.linear import GROUP_BYTES, TILE_BYTES
 from dft.training.distributed import world_size
 from dft.training.throughput import GIB, element_count
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How weights, gradients and the optimizer's state lie on the devices.
+
+    Attributes:
+        ranks: that share them.
+        stage: of ZeRO; 0 without DeepSpeed.
+        optimizer_away, weights_away: whether they are offloaded.
+        itemsize: bytes of a weight.
+        device: cuda, or another.
+    """
+
+    ranks: int
+    stage: int
+    optimizer_away: bool
+    weights_away: bool
+    itemsize: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -18,7 +38,8 @@ class MemoryEstimate:
         weights, gradients: of the model.
         optimizer: the two moments of AdamW, and the master weights that DeepSpeed keeps in float32; None for
             other optimizers, whose state is not known here.
-        head: the gradient of the output embedding in float32, and one tile of logits.
+        head: the gradient of the output embedding in float32, one tile of logits, and in half precision on a
+            GPU the gradient of some.
     """
 
     weights: float
@@ -40,30 +61,41 @@ def size(gib: float) -> str:
 
 
 def memory_estimate(
-    model: nn.Module, training: transformers.TrainingArguments, tokens: int
+    model: nn.Module, training: transformers.TrainingArguments, tokens: int, layout: Layout | None = None
 ) -> MemoryEstimate:
     """What ZeRO and FSDP shard is divided by the ranks, what is offloaded to the CPU is not counted.
 
     Args:
         tokens: of a micro-batch, at most.
+        layout: other than that of the run.
     """
-    stage, optimizer_away, weights_away = zero_of(training)
-    ranks = world_size()
-    itemsize = 2 if stage and (training.bf16 or training.fp16) else model.dtype.itemsize
+    layout = layout or layout_of(model, training)
+    ranks, stage, optimizer_away, weights_away, itemsize, device = astuple(layout)
     count = sum(element_count(one) for one in model.parameters())
     trained = sum(element_count(one) for one in model.parameters() if one.requires_grad)
     head = model.get_output_embeddings()
     vocab = model.config.get_text_config().vocab_size
-    tile = min(TILE_BYTES["cuda" if training.device.type == "cuda" else "cpu"], 4 * vocab * tokens)
+    tile = min(TILE_BYTES["cuda" if device == "cuda" else "cpu"], 4 * vocab * tokens)
+    if device == "cuda" and (itemsize == 2 or training.mixed_precision != "no"):
+        tile += min(GROUP_BYTES, 2 * vocab * tokens)
     shared = [ranks if training.fsdp or stage >= least else 1 for least in (3, 2, 1)]
     weights = 0 if weights_away else count * itemsize / shared[0]
-    gradients = 0 if optimizer_away else trained * gradient_size(training, itemsize) / shared[1]
+    # DDP keeps its buckets beside the gradients.
+    copies = 2 if ranks > 1 and not stage and not training.fsdp else 1
+    gradients = 0 if optimizer_away else copies * trained * gradient_size(training, itemsize) / shared[1]
     state = None
     if training.optim.value.startswith("adamw") and "8bit" not in training.optim.value:
         bytes_each = 12 if stage else 2 * itemsize
         state = 0 if optimizer_away else trained * bytes_each / shared[2] / GIB
     in_head = 0 if head is None else 4 * element_count(head.weight) * head.weight.requires_grad
     return MemoryEstimate(weights / GIB, gradients / GIB, state, (in_head + tile) / GIB)
+
+
+def layout_of(model: nn.Module, training: transformers.TrainingArguments) -> Layout:
+    """That of a run."""
+    stage, optimizer_away, weights_away = zero_of(training)
+    itemsize = 2 if stage and (training.bf16 or training.fp16) else model.dtype.itemsize
+    return Layout(world_size(), stage, optimizer_away, weights_away, itemsize, training.device.type)
 
 
 def gradient_size(training: transformers.TrainingArguments, itemsize: int) -> int:

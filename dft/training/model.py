@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -76,6 +76,34 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     if arguments.lora.lora_r is None:
         return model
     return add_adapters(model, arguments.lora, arguments.training, name)
+
+
+def model_without_weights(arguments: Arguments) -> PreTrainedModel:
+    """The model on the meta device, and with adapters if it is to have them: shapes alone.
+
+    Raises:
+        UserError: no such model, or a configuration that no causal language model can be made of.
+    """
+    name = arguments.model.model_name_or_path
+    dtype = resolve_dtype(arguments)
+    attention = resolve_attention(arguments)
+    trusted = arguments.model.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=config.dtype if dtype == "auto" else dtype,
+                attn_implementation=None if attention == "auto" else attention,
+                trust_remote_code=trusted,
+            )
+    except (*UNLOADABLE, *OF_CONFIG) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--model_name_or_path {name}: cannot be planned: {reason}") from None
+    if arguments.lora.lora_r is None:
+        return model
+    with torch.device("meta"):
+        return add_adapters(model, arguments.lora, arguments.training, name)
 
 
 def check_weight_files(name: str) -> None:

@@ -1,0 +1,52 @@
+"""`--plan True` through the command line."""
+
+import re
+import shutil
+
+import pytest
+
+from dft.errors import REFUSED
+
+
+@pytest.fixture(scope="module")
+def shapes_alone(example):
+    """The example's model without its weights."""
+    folder = example.folder / "shapes"
+    shutil.copytree(example.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def test_a_plan_needs_no_weights_and_leaves_nothing(example, forks, shapes_alone):
+    output = example.folder / "planned"
+    flags = {"model_name_or_path": shapes_alone, "use_cpu": True, "plan": True, "num_train_epochs": 2}
+    flags |= {"per_device_train_batch_size": 16, "plan_world_size": 2}
+    codes, printed = forks.run(example.words(output, **flags), 1)
+    assert codes == [0], printed
+    count = float(re.search(r"plan +([\d.]+) M parameters", printed)[1])
+    assert 0.4 < count < 0.8 and "2 x cpu, DDP" in printed
+    rows = int(re.search(r"train +([\d,]+) conversations", printed)[1].replace(",", ""))
+    steps = 2 * -(-rows // 32)
+    assert f"{steps} optimizer steps of 32 rows" in printed
+    assert re.search(r"fits +yes", printed)
+    assert not list(output.iterdir())
+
+    codes, printed = forks.run(example.words(output, **flags, plan_device_memory=0.02), 1)
+    assert codes == [0] and re.search(r"fits +no: 20 MiB per device", printed), printed
+    batch, accumulation, needed = re.search(
+        r"--per_device_train_batch_size (\d+) --gradient_accumulation_steps (\d+): about (\d+) MiB", printed
+    ).groups()
+    assert int(batch) * int(accumulation) == 16 and int(needed) <= 0.92 * 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"plan": True, "preflight": True}, "--plan True and --preflight True each end without training"),
+        ({"plan_world_size": 8}, "--plan_world_size 8 says what to plan for; add --plan True"),
+        ({"plan": True, "plan_device_memory": 0}, "--plan_device_memory 0.0: must be greater than 0"),
+    ],
+)
+def test_what_makes_no_plan_is_refused(example, forks, flags, told):
+    output = example.folder / "not-planned"
+    codes, printed = forks.run(example.words(output, use_cpu=True, **flags), 1)
+    assert codes == [REFUSED] and f"error: {told}" in printed, printed

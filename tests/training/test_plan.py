@@ -1,0 +1,84 @@
+"""Planned memory: against bytes counted by hand, and peaks that were measured on a GPU."""
+
+import pytest
+import torch
+import transformers
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from dft.training.memory import Layout
+from dft.training.plan import HEADROOM, Setting, asked_setting, nearest_that_fit, plan
+from dft.training.throughput import GIB
+
+
+def shapes(layers, width, inner, vocab, heads, groups, tied=True, dtype=torch.bfloat16):
+    config = Qwen3Config(
+        num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, vocab_size=vocab,
+        num_attention_heads=heads, num_key_value_heads=groups, head_dim=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+def arguments(folder, **flags):
+    return transformers.TrainingArguments(str(folder), use_cpu=True, **flags)
+
+
+def test_the_parts_are_those_counted_by_hand(tmp_path):
+    model = shapes(2, 128, 256, 500, 2, 1, dtype=torch.float32)
+    attention, mlp = 128 * 128 * 2 + 128 * 64 * 2, 3 * 128 * 256
+    count = 500 * 128 + 2 * (attention + mlp + 2 * 128 + 2 * 64) + 128
+    assert sum(one.numel() for one in model.parameters()) == count
+    args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    found = plan(model, args, asked_setting(model, args, 1), longest=10, fused=True)
+    parts = {name: round(value * GIB) for name, value in found.parts.items()}
+    assert parts["weights"] == parts["gradients"] == 4 * count
+    assert parts["optimizer"] == 8 * count
+    assert parts["loss"] == 4 * 500 * 128 + 4 * 500 * 40
+    assert parts["activations"] == 4 * 2 * 40 * (10 * 128 + 5 * 256)
+    assert found.peak * GIB == pytest.approx(sum(parts.values()))
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [(1, 2, 2, 12 / 8), (2, 2, 2 / 8, 12 / 8), (3, 2 / 8, 2 / 8, 12 / 8)],
+)
+def test_stages_of_zero_share_what_they_share(tmp_path, stage, weights, gradients, optimizer):
+    model, args = shapes(2, 128, 256, 500, 2, 1), arguments(tmp_path)
+    count = sum(one.numel() for one in model.parameters())
+    setting = Setting(Layout(8, stage, False, False, 2), 1, 1, False)
+    parts = plan(model, args, setting, 10, fused=True).parts
+    assert parts["weights"] * GIB == pytest.approx(weights * count)
+    assert parts["gradients"] * GIB == pytest.approx(gradients * count)
+    assert parts["optimizer"] * GIB == pytest.approx(optimizer * count)
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "checkpointed", "measured"),
+    [
+        ((24, 896, 4864, 151_936, 14, 2), 16, False, 54.85),
+        ((24, 896, 4864, 151_936, 14, 2), 16, True, 9.57),
+        ((16, 2048, 8192, 32_000, 32, 8), 8, True, 10.00),
+    ],
+)
+def test_peaks_measured_on_a_gpu(tmp_path, model, rows, checkpointed, measured):
+    """One H200; docs/benchmarks.md has the runs."""
+    made, args = shapes(*model), arguments(tmp_path)
+    setting = Setting(Layout(1, 0, False, False, 2, "cuda"), rows, 1, checkpointed)
+    assert plan(made, args, setting, 2048, fused=True).peak == pytest.approx(measured, rel=0.2)
+
+
+def test_what_is_proposed_fits_and_nothing_nearer_does(tmp_path):
+    model = shapes(12, 1024, 4096, 32_000, 16, 8, dtype=torch.float32)
+    args = arguments(tmp_path, per_device_train_batch_size=16)
+    asked = asked_setting(model, args, 1)
+    wanted = plan(model, args, asked, 2048, fused=True).peak
+    state = sum(plan(model, args, asked, 1, fused=True).parts[one] for one in ("weights", "optimizer"))
+    for memory in (wanted / 2, wanted / 4, state / 2):
+        found = nearest_that_fit(model, args, asked, 2048, True, memory)
+        assert bool(found) == (memory > state)
+        for one in found:
+            assert one.peak <= HEADROOM * memory and len(one.setting.changes) == len(found[0].setting.changes)
+            assert one.setting.rows * one.setting.accumulation == 16
+            double = Setting(asked.layout, one.setting.rows * 2, 1, one.setting.checkpointed)
+            if one.setting.rows < 16:
+                assert plan(model, args, double, 2048, fused=True).peak > HEADROOM * memory
