@@ -95,8 +95,9 @@ def plan(
     # Where nothing is accumulated a gradient takes the place of the activations it is made of.
     accumulates = setting.accumulation > 1 or setting.layout.stage > 0
     at_backward = max(moments) + known.gradients * accumulates
-    at_step = known.gradients
-    peak = known.weights + optimizer + max(at_backward, at_step)
+    # At the end of the backward, in the first layer.
+    at_end = known.gradients + layer
+    peak = known.weights + optimizer + max(at_backward, at_end)
     return Plan(setting, parts, peak, known.optimizer is None)
 
 

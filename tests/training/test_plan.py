@@ -61,10 +61,10 @@ def test_stages_of_zero_share_what_they_share(tmp_path, stage, weights, gradient
     ],
 )
 def test_peaks_measured_on_a_gpu(tmp_path, model, rows, checkpointed, measured):
-    """One H200; docs/benchmarks.md has the runs."""
+    """One H200; docs/benchmarks.md has the runs, and docs/planning.md how far each is off."""
     made, args = shapes(*model), arguments(tmp_path)
     setting = Setting(Layout(1, 0, False, False, 2, "cuda"), rows, 1, checkpointed)
-    assert plan(made, args, setting, 2048, fused=True).peak == pytest.approx(measured, rel=0.2)
+    assert plan(made, args, setting, 2048, fused=True).peak == pytest.approx(measured, rel=0.22)
 
 
 def test_what_is_proposed_fits_and_nothing_nearer_does(tmp_path):
