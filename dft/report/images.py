@@ -3,9 +3,10 @@
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
@@ -52,11 +53,15 @@ def inline_svg(figure: Figure, name: str, title: str) -> Markup:
     return Markup(f'{opening} role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>{rest}')
 
 
-def write_png(figure: Figure, path: Path) -> None:
-    """Writes a picture so that whoever opens it finds all of it, or what was there before."""
+def write_png(figure: Figure, path: Path, notes: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Writes a picture so that whoever opens it finds all of it, or what was there before.
+
+    Args:
+        notes: text to keep within the file, by keyword.
+    """
     stream = io.BytesIO()
     with styled(), _without_warnings():
-        figure.savefig(stream, format="png", dpi=DOTS, metadata={"Software": None})
+        figure.savefig(stream, format="png", dpi=DOTS, metadata={"Software": None, **notes})
     write_whole_bytes(path, [stream.getvalue()])
 
 
