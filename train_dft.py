@@ -36,6 +36,7 @@ from dft.training.distributed import is_launched, is_main_process, leave_ranks, 
 from dft.training.hub import UNREACHED
 from dft.training.model import (
     check_positions,
+    load_base_model,
     load_model,
     model_without_weights,
     resolve_attention,
@@ -48,6 +49,7 @@ from dft.training.space import check_space
 from dft.training.stopping import STOPPED, Stopped, StopRequest
 from dft.training.trackers import RunRecordCallback, finish_trackers, prepare_trackers
 from dft.training.trainer import DFTTrainer
+from dft.weighing import objective_of, schedule_of
 
 
 def main() -> None:
@@ -96,7 +98,8 @@ def main() -> None:
     settle_ddp(model, arguments)
     stop_where_turns_end(model, tokenizer, data.report["end_of_turn_tokens"], arguments)
     with telling_what_did_not_fit("the model's weights do not fit", SHARD):
-        trainer = make_trainer(arguments, model, data, tokenizer)
+        base = load_base_model(arguments, tokenizer) if objective_of(arguments.dft).kl_weight else None
+        trainer = make_trainer(arguments, model, data, tokenizer, base)
     check_agreed(arguments.training)
     if arguments.watch.preflight:
         preflight(arguments, trainer, tokenizer)
@@ -175,14 +178,21 @@ def written_card(trainer: DFTTrainer, record: dict[str, Any], pictured: bool) ->
 
 
 def make_trainer(
-    arguments: Arguments, model: PreTrainedModel, data: PreparedData, tokenizer: PreTrainedTokenizerBase
+    arguments: Arguments,
+    model: PreTrainedModel,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    base: PreTrainedModel | None,
 ) -> DFTTrainer:
     """The trainer; what transformers refuses of its arguments is the user's to mend."""
     try:
         return DFTTrainer(
             model,
             arguments.training,
-            alpha=arguments.dft.dft_alpha,
+            objective=objective_of(arguments.dft),
+            alpha_schedule=schedule_of(arguments.dft),
+            end_of_turn_weight=arguments.dft.end_of_turn_weight,
+            base_model=base,
             fused_head=arguments.dft.fused_head,
             end_of_turn_ids=tokenizer.convert_tokens_to_ids(list(data.report["end_of_turn_tokens"])),
             log_per_file=arguments.watch.log_per_file,

@@ -14,6 +14,7 @@ from dft.config_file import SECRETS, expand_config
 from dft.data.arguments import DataArguments
 from dft.deepspeed_file import read_deepspeed, zero_stage
 from dft.errors import UserError
+from dft.loss.objectives import OBJECTIVES
 from dft.training.distributed import (
     choose_deepspeed_accelerator,
     init_cpu_deepspeed,
@@ -24,6 +25,7 @@ from dft.training.distributed import (
 from dft.training.lora import LoraArguments
 from dft.training.metrics import LOWER_IS_BETTER
 from dft.training.oom import FOUND, found_batch
+from dft.training.schedule import KINDS
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -75,6 +77,34 @@ class DFTArguments:
         metadata={
             "help": "Weight of a token: alpha * p + (1 - alpha). 1 is the paper's DFT, 0 is plain SFT."
         },
+    )
+    objective: str = field(
+        default="dft",
+        metadata={
+            "help": "What a token weighs: dft, sft, power (p^k), threshold (1 where p >= q), eaft (entropy), "
+            "asft (dft, held near the base model), chord (p (1 - p)).",
+            "choices": list(OBJECTIVES),
+        },
+    )
+    objective_args: str | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters of the objective, as k=0.5: k of power, q of threshold, kl_weight of asft."
+        },
+    )
+    dft_alpha_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "How alpha comes to its value: constant, or rising from 0 (SFT) as linear or cosine.",
+            "choices": list(KINDS),
+        },
+    )
+    dft_alpha_schedule_share: float = field(
+        default=0.5, metadata={"help": "Share of the steps over which alpha rises."}
+    )
+    end_of_turn_weight: float = field(
+        default=0.0,
+        metadata={"help": "The least that tokens which end a turn weigh, so that stopping is learned."},
     )
     fused_head: str = field(
         default="auto",

@@ -25,6 +25,7 @@ from dft.training.memory import zero_of
 from dft.training.metrics import METRICS, NEITHER_IS_BETTER
 from dft.training.sequence_parallel import check_sequence_parallel
 from dft.training.trainer import DFTTrainer
+from dft.weighing import check_weighing
 
 NEED_A_MODEL = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
 """Optimizers that cannot be tried on a parameter alone, like all with --optim_target_modules."""
@@ -55,10 +56,8 @@ def check(arguments: Arguments) -> None:
     check_output(arguments)
     if arguments.data.prepare_only:
         return  # the rest is about a machine and a training that may be elsewhere
-    dft, training = arguments.dft, arguments.training
-    if not dft.use_simple_dft and dft.dft_alpha != 0:
-        dft.dft_alpha = 0.0
-        arguments.notes.append("--use_simple_dft False: alpha is 0, plain SFT")
+    training = arguments.training
+    check_weighing(arguments)
     try:
         check_arguments(training)
     except ValueError as error:

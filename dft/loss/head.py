@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dft.loss.dft import TokenStats, dft_loss
-from dft.loss.linear import linear_dft_loss
+from dft.loss.linear import Base, linear_dft_loss
+from dft.loss.objectives import Objective
 
 PROBES = (0.0, 2.0**-12, -(2.0**-12), 1.0, -1.0, 2.0**20, -(2.0**20))
 """Outputs of the head that are shown to the model, to see which logits it makes of them."""
@@ -59,8 +60,11 @@ class FusedHead:
         inputs: Mapping[str, Any],
         labels: Tensor,
         *,
-        alpha: float = 1.0,
+        alpha: float | None = None,
+        objective: Objective | None = None,
         num_items: Tensor | float | None = None,
+        min_weight: Tensor | None = None,
+        base: Base | None = None,
         positions: Tensor | None = None,
         shifted: bool = False,
     ) -> tuple[Tensor, TokenStats, Any]:
@@ -69,15 +73,23 @@ class FusedHead:
         Args:
             forward: the model, or what wraps it.
             inputs: what it is called with.
-            labels, alpha, num_items, positions, shifted: as `linear_dft_loss` takes them.
+            labels, alpha, objective, num_items, min_weight, base, positions, shifted: of `linear_dft_loss`.
 
         Returns:
             (loss, stats, outputs); the `logits` of the outputs are (batch, seq, 1) zeros.
         """
         if "forward" in vars(self.module):
             raise ModelChanged("the forward of the output embedding has been replaced since training began")
-        how = {"alpha": alpha, "num_items": num_items, "positions": positions, "shifted": shifted}
-        self._call = {"labels": labels, **how}
+        self._call = {
+            "labels": labels,
+            "alpha": alpha,
+            "objective": objective,
+            "num_items": num_items,
+            "min_weight": min_weight,
+            "base": base,
+            "positions": positions,
+            "shifted": shifted,
+        }
         self.module.forward = self._forward
         try:
             outputs = forward(**inputs)
@@ -104,6 +116,29 @@ class FusedHead:
             hidden, module.weight, bias=module.bias, logit_scale=scale, logit_softcap=softcap, **self._call
         )
         return _Anchor.apply(self._result[0], hidden.shape[:2])
+
+
+def base_of(model: nn.Module, inputs: Mapping[str, Any]) -> Base:
+    """What a frozen model has in front of its head, which computes nothing.
+
+    Args:
+        model: in evaluation mode, its head one that `inspect_head` found could be fused.
+        inputs: what it is called with.
+    """
+    head = model.get_output_embeddings()
+    seen: list[Tensor] = []
+
+    def see(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return hidden.new_zeros(*hidden.shape[:2], 1)
+
+    head.forward = torch.compiler.disable(see)
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        del head.forward
+    return Base(seen[0], head.weight.detach(), None if head.bias is None else head.bias.detach())
 
 
 def inspect_head(

@@ -1,4 +1,7 @@
-"""The rows of a tile on a GPU, in one kernel: two readings of the logits and one writing of their gradient.
+"""The rows of a tile on a GPU: two readings of the logits and one writing of their gradient.
+
+In one kernel where the weight of a token is a * p + b; else one for the statistics, the objective's own
+formula on these, and one for the gradient, so that no objective needs a kernel of its own.
 
 `TRITON_INTERPRET=1` runs it on the CPU, which is how it is tested without a GPU.
 """
@@ -9,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dft.loss.dft import TokenStats
+from dft.loss.objectives import Rows, lifted
 from dft.loss.rows import RowOptions
 
 BLOCK = 4096
@@ -19,11 +23,10 @@ WARPS = 4
 
 @triton.jit
 def _logits(tile, columns, inside, scale, softcap, SOFTCAP: tl.constexpr):
-    z = tl.load(tile + columns, mask=inside, other=float("-inf")).to(tl.float32) * scale
+    z = tl.load(tile + columns, mask=inside, other=0.0).to(tl.float32) * scale
     if SOFTCAP:
-        # tanh by way of the sigmoid; padding stays at -inf.
-        z = tl.where(inside, softcap * (2 * tl.sigmoid(2 * z / softcap) - 1), float("-inf"))
-    return z
+        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)  # tanh
+    return tl.where(inside, z, float("-inf"))
 
 
 @triton.jit
@@ -37,14 +40,18 @@ def _rows(
     weight_out,
     correct_out,
     entropy_out,
+    top_out,
+    total_out,
     vocab,
     tile_stride,
     gradient_stride,
-    alpha,
+    slope,
+    level,
     scale,
     softcap,
     SOFTCAP: tl.constexpr,
     GRADIENT: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -83,12 +90,15 @@ def _rows(
     log_total = tl.log(total)
     nll = (top - z_target) + log_total
     p = tl.exp(-nll)
-    weight = alpha * p + (1 - alpha)
+    weight = slope * p + level
     tl.store(nll_out + row, nll)
     tl.store(p_out + row, p)
     tl.store(weight_out + row, weight)
     tl.store(correct_out + row, best == target)
     tl.store(entropy_out + row, log_total - weighted / total)
+    if KEEP:
+        tl.store(top_out + row, top)
+        tl.store(total_out + row, total)
 
     if GRADIENT:
         factor = weight * tl.load(row_scale).to(tl.float32) * scale
@@ -102,39 +112,117 @@ def _rows(
             tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _gradients(
+    tile,
+    gradient,
+    targets,
+    factors,
+    tops,
+    totals,
+    vocab,
+    tile_stride,
+    gradient_stride,
+    scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    tile += row * tile_stride
+    gradient += row * gradient_stride
+    target = tl.load(targets + row)
+    factor = tl.load(factors + row)
+    top = tl.load(tops + row)
+    total = tl.load(totals + row)
+    offsets = tl.arange(0, BLOCK)
+    for start in range(0, vocab, BLOCK):
+        columns = start + offsets
+        inside = columns < vocab
+        z = _logits(tile, columns, inside, scale, softcap, SOFTCAP)
+        g = factor * (tl.exp(z - top) / total - tl.where(columns == target, 1.0, 0.0))
+        if SOFTCAP:
+            g *= 1 - (z / softcap) * (z / softcap)
+        tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=inside)
+
+
 def score_rows(
-    tile: Tensor, targets: Tensor, row_scale: Tensor | None, options: RowOptions, into: Tensor | None = None
+    tile: Tensor,
+    targets: Tensor,
+    row_scale: Tensor | None,
+    options: RowOptions,
+    into: Tensor | None = None,
+    min_weight: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
-    """`dft.loss.rows.score_rows` for float32 tiles."""
+    """`dft.loss.rows.score_rows` for float32 tiles, without a base model."""
     rows, vocab = tile.shape
     gradient = None
     if row_scale is not None:
         gradient = tile if into is None else into
+    line = options.objective.line if min_weight is None else None
+    at_once = gradient is not None and line is not None
     nll, p_correct, weight, entropy = (tile.new_empty(rows) for _ in range(4))
+    top, total = (tile.new_empty(rows if line is None else 0) for _ in range(2))
     correct = torch.empty(rows, dtype=torch.bool, device=tile.device)
+    slope, level = (0.0, 0.0) if line is None else line
+    softcap = 1.0 if options.softcap is None else float(options.softcap)
+    block = min(BLOCK, triton.next_power_of_2(vocab))
     with torch.cuda.device_of(tile):
         _rows[(rows,)](
             tile,
-            tile if gradient is None else gradient,
+            gradient if at_once else tile,
             targets,
-            tile if row_scale is None else row_scale,
+            row_scale if at_once else tile,
             nll,
             p_correct,
             weight,
             correct,
             entropy,
+            top,
+            total,
             vocab,
             tile.stride(0),
-            tile.stride(0) if gradient is None else gradient.stride(0),
-            float(options.alpha),
+            gradient.stride(0) if at_once else tile.stride(0),
+            float(slope),
+            float(level),
             float(options.scale),
-            1.0 if options.softcap is None else float(options.softcap),
+            softcap,
             SOFTCAP=options.softcap is not None,
-            GRADIENT=gradient is not None,
-            BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
+            GRADIENT=at_once,
+            KEEP=line is None,
+            BLOCK=block,
             num_warps=WARPS,
         )
-    return TokenStats(nll, p_correct, weight, correct, entropy, targets), gradient
+        if line is None:
+            seen = Rows(nll, p_correct, entropy, _largest(tile, options))
+            weight = lifted(options.objective.weight(seen), min_weight)
+        if gradient is not None and not at_once:
+            _gradients[(rows,)](
+                tile,
+                gradient,
+                targets,
+                weight * row_scale * options.scale,
+                top,
+                total,
+                vocab,
+                tile.stride(0),
+                gradient.stride(0),
+                float(options.scale),
+                softcap,
+                SOFTCAP=options.softcap is not None,
+                BLOCK=block,
+                num_warps=WARPS,
+            )
+    return TokenStats(nll, p_correct, weight, correct, entropy, targets, torch.zeros_like(nll)), gradient
+
+
+def _largest(tile: Tensor, options: RowOptions) -> Tensor | None:
+    """The logits that the objective wants to see, of a head's output."""
+    wanted = min(options.objective.largest, tile.shape[1])
+    if not wanted:
+        return None
+    z = tile.topk(wanted, largest=options.scale > 0).values * options.scale
+    return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
 
 
 @triton.jit

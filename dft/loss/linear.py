@@ -7,14 +7,15 @@ the hidden states and to the weight. That is 6 * N * D * V operations for forwar
 no logits otherwise means computing them twice (8 * N * D * V). The backward only scales.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dft.labels import loss_positions
-from dft.loss.dft import TokenStats, check_alpha, normalizer
+from dft.loss.dft import TokenStats, chosen_objective, normalizer
+from dft.loss.objectives import Objective
+from dft.loss.products import accumulated, product, product_dtype, scaled, wide_product
 from dft.loss.rows import RowOptions, score_rows
 
 TILE_BYTES = {"cpu": 384 * 2**20, "cuda": 1024 * 2**20}
@@ -24,8 +25,6 @@ GROUP_BYTES = 2 * 2**30
 """What the gradient of some tiles may take in half precision on a GPU, where it is written beside the logits.
 One product for all of them sums the weight's gradient in float32 without ever holding it so; with more than
 one group the sum is held, and read and written for each."""
-BLOCK_BYTES = 32 * 2**20
-"""What is converted at a time of a weight in half precision, where a product cannot give float32 itself."""
 HALF_SCALE = 2.0**14
 """float16 ends at 6e-8, above most gradients, and at 65,504. Those of a row sum to at most 2 before they are
 divided by N, so they are written this much larger, and divided afterwards in float32."""
@@ -48,6 +47,29 @@ class Head(NamedTuple):
     dtype: torch.dtype
 
 
+class Base(NamedTuple):
+    """What a frozen base model has in front of its head, and the head. Detached.
+
+    hidden: (batch, seq, its hidden). weight: (vocab, its hidden). bias: (vocab,) or None. Its logits are made
+    of the product as those of the model are.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Beside(NamedTuple):
+    """What else is known of each supervised token. min_weight: (tokens,). base_rows: (tokens, its hidden), in
+    the precision of the products, with base_head."""
+
+    min_weight: Tensor | None = None
+    base_rows: Tensor | None = None
+    base_head: Head | None = None
+
+
+NOTHING = Beside()
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -56,8 +78,11 @@ def linear_dft_loss(
     weight: Tensor,
     labels: Tensor,
     *,
-    alpha: float = 1.0,
+    alpha: float | None = None,
+    objective: Objective | None = None,
     num_items: Tensor | float | None = None,
+    min_weight: Tensor | None = None,
+    base: Base | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -74,8 +99,9 @@ def linear_dft_loss(
         hidden: (batch, seq, hidden).
         weight: (vocab, hidden). If it requires no gradient, none is computed.
         labels: (batch, seq), not shifted: hidden[:, t] predicts labels[:, t + 1]. Unsupervised: -100.
-        alpha: share of the dynamic weight, in [0, 1].
+        alpha, objective, min_weight: as `dft_loss` takes them.
         num_items: N, the supervised tokens of the whole optimizer step. Default: those of this batch.
+        base: the frozen base model, for an objective with a `kl_weight`.
         bias: (vocab,).
         logit_scale, logit_softcap: the logits are cap * tanh(scale * z / cap), or scale * z without a cap.
         positions: (tokens,) int64, where labels[:, t + 1] is supervised as b * seq + t, ascending. Given, the
@@ -86,7 +112,7 @@ def linear_dft_loss(
         (loss, stats) as `dft_loss` does. The loss has a first derivative only, to be asked for once.
 
     Raises:
-        ValueError: shapes that do not fit, or alpha outside [0, 1].
+        ValueError: shapes that do not fit, and what `dft_loss` refuses.
     """
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2] or weight.shape[1:] != hidden.shape[2:]:
         raise ValueError(
@@ -97,10 +123,24 @@ def linear_dft_loss(
         raise ValueError(f"num_items must be a scalar, got a tensor of shape {tuple(num_items.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be (vocab,), got {tuple(bias.shape)} with {weight.shape[0]} tokens")
-    check_alpha(alpha)
+    if base is not None and (base.hidden.shape[:2] != labels.shape or len(base.weight) != len(weight)):
+        raise ValueError(
+            f"the base's hidden must be (batch, seq, hidden) and its weight (vocab, hidden), got "
+            f"{tuple(base.hidden.shape)} and {tuple(base.weight.shape)} beside {tuple(weight.shape)}"
+        )
+    chosen = chosen_objective(alpha, objective, base is not None)
     if positions is None:
         positions = loss_positions(labels, shifted)
-    targets = labels.flatten()[positions if shifted else positions + 1]
+    at = positions if shifted else positions + 1
+    targets = labels.flatten()[at]
+    floor = None
+    if min_weight is not None:
+        if min_weight.shape != labels.shape:
+            raise ValueError(
+                f"min_weight must be (batch, seq) as the labels, got {tuple(min_weight.shape)} and "
+                f"{tuple(labels.shape)}"
+            )
+        floor = min_weight.flatten()[at]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     count = normalizer(num_items, targets)
     # Filled on the device: to copy a number there would wait for it.
@@ -108,13 +148,15 @@ def linear_dft_loss(
     wanted = Wanted(
         *(torch.is_grad_enabled() and one is not None and one.requires_grad for one in (hidden, weight, bias))
     )
-    options = RowOptions(alpha, logit_scale, logit_softcap)
-    loss, *stats = _LinearDFT.apply(hidden, weight, bias, positions, targets, scale, options, wanted)
+    options = RowOptions(chosen, logit_scale, logit_softcap)
+    loss, *stats = _LinearDFT.apply(
+        hidden, weight, bias, positions, targets, scale, options, wanted, floor, base
+    )
     return loss, TokenStats(*stats)
 
 
 class _LinearDFT(torch.autograd.Function):
-    """(loss, nll, p_correct, weight, correct, entropy, target); all but the loss are detached."""
+    """(loss, *TokenStats); all but the loss are detached."""
 
     @staticmethod
     def forward(
@@ -127,14 +169,23 @@ class _LinearDFT(torch.autograd.Function):
         scale: Tensor,
         options: RowOptions,
         wanted: Wanted,
+        min_weight: Tensor | None,
+        base: Base | None,
     ) -> tuple[Tensor, ...]:
         device = hidden.device.type
         dtype = product_dtype(hidden, weight)
         with torch.autocast(device, enabled=False):
-            rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions).to(dtype)
+            rows = selected(hidden, positions, dtype)
             head = Head(weight.detach().to(dtype), None if bias is None else bias.detach(), weight.dtype)
-            stats, gradients = run_tiles(rows, head, targets, scale, options, wanted)
-            loss = (stats.weight * stats.nll).sum() * scale
+            known = Beside(min_weight)
+            if base is not None:
+                base_head = Head(base.weight.to(dtype), base.bias, base.weight.dtype)
+                known = Beside(min_weight, selected(base.hidden, positions, dtype), base_head)
+            stats, gradients = run_tiles(rows, head, targets, scale, options, wanted, known)
+            total = (stats.weight * stats.nll).sum()
+            if base is not None:
+                total += options.objective.kl_weight * stats.kl.sum()
+            loss = total * scale
         ctx.gradients, ctx.positions = gradients, positions
         ctx.like = [(one.shape, one.dtype) if one is not None else None for one in (hidden, weight, bias)]
         ctx.mark_non_differentiable(*stats)
@@ -162,11 +213,22 @@ class _LinearDFT(torch.autograd.Function):
             weight = scaled(weight, grad, like_weight[1])
         if bias is not None:
             bias = scaled(bias, grad, like_bias[1])
-        return hidden, weight, bias, None, None, None, None, None
+        return hidden, weight, bias, None, None, None, None, None, None, None
+
+
+def selected(hidden: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """(tokens, hidden) of the hidden states at some positions, in the precision of the products."""
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions).to(dtype)
 
 
 def run_tiles(
-    rows: Tensor, head: Head, targets: Tensor, scale: Tensor, options: RowOptions, wanted: Wanted
+    rows: Tensor,
+    head: Head,
+    targets: Tensor,
+    scale: Tensor,
+    options: RowOptions,
+    wanted: Wanted,
+    known: Beside = NOTHING,
 ) -> tuple[TokenStats, Gradients]:
     """Statistics of all rows, and the gradients of `scale * sum(w * nll)`, tile by tile.
 
@@ -205,13 +267,17 @@ def run_tiles(
             if head.bias is not None:
                 tile += head.bias
             into = gradient[start - first : end - first] if beside else None
+            floor = None if known.min_weight is None else known.min_weight[start:end]
+            log_base = None
+            if known.base_head is not None:
+                log_base = log_probabilities(known.base_rows[start:end], known.base_head, options)
             stats, written = score_rows(
-                tile, targets[start:end], row_scale if any(wanted) else None, options, into
+                tile, targets[start:end], row_scale if any(wanted) else None, options, into, floor, log_base
             )
             parts.append(stats)
             if not beside:
                 gradient = written
-            del tile, written  # or the next tile would be made while this one is still held
+            del tile, written, log_base  # or the next tile would be made while this one is still held
         if gradient is not None and rows.dtype == torch.bfloat16:
             gradient = gradient.to(torch.bfloat16)
         if d_rows is not None:
@@ -228,9 +294,23 @@ def run_tiles(
     if not tokens:
         d_weight = torch.zeros_like(head.weight) if wanted.weight else None
         empty = rows.new_zeros(0, dtype=wide)
-        parts.append(TokenStats(empty, empty, empty, empty.bool(), empty, targets))
+        parts.append(TokenStats(empty, empty, empty, empty.bool(), empty, targets, empty))
     stats = TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return stats, (d_rows, d_weight, d_bias)
+
+
+def log_probabilities(rows: Tensor, head: Head, options: RowOptions) -> Tensor:
+    """(rows, vocab) of a head, in float32 or wider."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    space = rows.new_empty(len(rows), len(head.weight), dtype=wide) if rows.device.type == "cpu" else None
+    z = wide_product(rows, head.weight, space)
+    if head.bias is not None:
+        z += head.bias
+    z *= options.scale
+    if options.softcap is not None:
+        z.div_(options.softcap).tanh_().mul_(options.softcap)
+    z -= z.amax(1, keepdim=True)  # before it is rounded at the size of the logits
+    return z.sub_(z.logsumexp(1, keepdim=True))
 
 
 def tiles(tokens: int, vocab: int, itemsize: int, device: str) -> list[tuple[int, int]]:
@@ -250,93 +330,3 @@ def groups(cut: list[tuple[int, int]], row_bytes: int) -> list[list[tuple[int, i
         else:
             made.append([(start, end)])
     return made
-
-
-# ---- products ----
-
-
-def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """In which precision the products are computed.
-
-    Under autocast on a CPU that of the weight: logits are float32 there at any rate, so a copy of the weight
-    in half precision would cost time and bring nothing.
-    """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and device != "cpu":
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
-
-
-def wide_product(rows: Tensor, weight: Tensor, space: Tensor | None) -> Tensor:
-    """rows @ weight.T, (rows, vocab), accumulated and given in float32 or wider.
-
-    A product that is rounded to bfloat16 is off by 0.06 where logits are about 20, which would go straight
-    into the probability and so into the weight of the token.
-    """
-    if rows.dtype.itemsize < 4 and rows.device.type == "cuda":
-        return torch.mm(rows, weight.t(), out_dtype=torch.float32)
-    made = None if space is None else space[: len(rows)]
-    if rows.dtype.itemsize >= 4:
-        return torch.mm(rows, weight.t(), out=made)
-    rows = rows.float()  # there is no such product on a CPU
-    for start, part in wide_blocks(weight):
-        torch.mm(rows, part.t(), out=made[:, start : start + len(part)])
-    return made
-
-
-def product(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = gradient @ weight, (rows, hidden), in the precision of `out`."""
-    if out.dtype == weight.dtype:
-        torch.mm(gradient.to(weight.dtype), weight, out=out)
-    elif out.device.type == "cuda":
-        torch.mm(gradient, weight, out_dtype=out.dtype, out=out)
-    else:
-        out.zero_()
-        for start, part in wide_blocks(weight):
-            out.addmm_(gradient[:, start : start + len(part)], part)
-
-
-def wide_blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """A weight in half precision as float32, block by block in the same memory, each with its first row."""
-    vocab, width = weight.shape
-    step = min(max(1, BLOCK_BYTES // (4 * width)), vocab)
-    block = weight.new_empty(step, width, dtype=torch.float32)
-    for start in range(0, vocab, step):
-        part = weight[start : start + step]
-        yield start, block[: len(part)].copy_(part)
-
-
-def accumulated(total: Tensor | None, gradient: Tensor, rows: Tensor, only: bool) -> Tensor:
-    """total + gradient.T @ rows, (vocab, hidden), summed in float32 or wider.
-
-    `only`: nothing is to be added, and the sum is wanted in bfloat16: it need not be widened to be narrowed.
-    """
-    on_gpu = rows.device.type == "cuda" and rows.dtype.itemsize < 4
-    if gradient.dtype == torch.bfloat16 and (only or not on_gpu):
-        part = torch.mm(gradient.t(), rows)  # summed in float32, then rounded
-        if total is None:
-            return part if only else part.float()
-        for start, block in wide_blocks(part):
-            total[start : start + len(block)] += block
-        return total
-    if total is None:
-        options = {"out_dtype": torch.float32} if on_gpu else {}
-        return torch.mm(gradient.t(), rows if on_gpu else rows.to(gradient.dtype), **options)
-    if on_gpu:
-        # A sum that is wider than the factors: older versions of torch refuse it.
-        return torch.addmm(total, gradient.t(), rows, out_dtype=torch.float32, out=total)
-    return total.addmm_(gradient.t(), rows.to(gradient.dtype))
-
-
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor in a dtype, in place where that is the same, and then not even read if it is 1."""
-    on_cpu = gradient.device.type == "cpu"
-    if on_cpu and factor.item() == 1:
-        return gradient.to(dtype)
-    if gradient.dtype != dtype:
-        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-    if on_cpu or gradient.dtype == torch.float64:
-        return gradient.mul_(factor)
-    from dft.loss.kernels import scale_  # triton comes with CUDA builds of torch
-
-    return scale_(gradient, factor)

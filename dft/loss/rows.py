@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dft.loss.dft import TokenStats
+from dft.loss.objectives import Dft, Objective, Rows, lifted
 
 CACHED_BYTES = 4 * 2**20
 """Of a tile that plain torch works on at a time, so that its passes read from the cache."""
@@ -15,19 +16,27 @@ class RowOptions(NamedTuple):
     """What is done with the head's output z, and how tokens are weighted.
 
     Attributes:
-        alpha: the weight of a token is alpha * p + (1 - alpha).
+        objective: says what a token weighs.
         scale, softcap: logits are softcap * tanh(scale * z / softcap), or scale * z where softcap is None.
     """
 
-    alpha: float = 1.0
+    objective: Objective = Dft()
     scale: float = 1.0
     softcap: float | None = None
 
 
 def score_rows(
-    tile: Tensor, targets: Tensor, row_scale: Tensor | None, options: RowOptions, into: Tensor | None = None
+    tile: Tensor,
+    targets: Tensor,
+    row_scale: Tensor | None,
+    options: RowOptions,
+    into: Tensor | None = None,
+    min_weight: Tensor | None = None,
+    log_base: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
     """Statistics of rows of a head's output, and the gradient of `row_scale * sum(w * nll)` on it.
+
+    With a base model that of `row_scale * sum(w * nll + kl_weight * kl)`.
 
     Args:
         tile: (rows, vocab), float32 or wider. It is overwritten.
@@ -35,34 +44,51 @@ def score_rows(
         row_scale: scalar; None for statistics alone.
         into: (rows, vocab) in half precision on a GPU, where the gradient is written; else it overwrites the
             tile, as on a CPU, whose products that sum in float32 want it there.
+        min_weight: (rows,) the least each may weigh.
+        log_base: (rows, vocab) log-probabilities of the base model, in the tile's dtype. Overwritten.
 
     Returns:
         stats: (rows,) each, what is no bool and no id in the tile's dtype. gradient: (rows, vocab), or None.
     """
-    if tile.is_cuda and tile.dtype == torch.float32:
+    if tile.is_cuda and tile.dtype == torch.float32 and log_base is None:
         from dft.loss.kernels import score_rows as score_rows_triton  # triton comes with CUDA builds of torch
 
-        return score_rows_triton(tile, targets, row_scale, options, into)
-    return score_rows_torch(tile, targets, row_scale, options)
+        return score_rows_triton(tile, targets, row_scale, options, into, min_weight)
+    stats, gradient = score_rows_torch(tile, targets, row_scale, options, min_weight, log_base)
+    if gradient is not None and into is not None:
+        gradient = into.copy_(gradient)
+    return stats, gradient
 
 
 def score_rows_torch(
-    tile: Tensor, targets: Tensor, row_scale: Tensor | None, options: RowOptions
+    tile: Tensor,
+    targets: Tensor,
+    row_scale: Tensor | None,
+    options: RowOptions,
+    min_weight: Tensor | None = None,
+    log_base: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
     """`score_rows` in plain torch, a few rows at a time."""
     rows, vocab = tile.shape
     step = max(1, CACHED_BYTES // (vocab * tile.itemsize))
     space = tile.new_empty(min(step, rows), vocab)
-    parts = [
-        _score_some(tile[start : start + step], targets[start : start + step], row_scale, options, space)
-        for start in range(0, rows, step)
-    ]
+    parts = []
+    for start in range(0, rows, step):
+        some = slice(start, start + step)
+        floor, base = (None if one is None else one[some] for one in (min_weight, log_base))
+        parts.append(_score_some(tile[some], targets[some], row_scale, options, space, floor, base))
     stats = TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return stats, None if row_scale is None else tile
 
 
 def _score_some(
-    tile: Tensor, targets: Tensor, row_scale: Tensor | None, options: RowOptions, space: Tensor
+    tile: Tensor,
+    targets: Tensor,
+    row_scale: Tensor | None,
+    options: RowOptions,
+    space: Tensor,
+    min_weight: Tensor | None,
+    log_base: Tensor | None,
 ) -> TokenStats:
     """Statistics of some rows, whose logits make room for their gradient."""
     if options.scale != 1:
@@ -80,17 +106,27 @@ def _score_some(
     log_total = -softmax.gather(1, best).log().squeeze(1)
     nll = log_total - tile.gather(1, at).squeeze(1)
     p_correct = torch.exp(-nll)
-    weight = options.alpha * p_correct + (1 - options.alpha)
     entropy = log_total - _expectation(softmax, tile)
+    objective = options.objective
+    largest = tile.topk(min(objective.largest, tile.shape[1])).values if objective.largest else None
+    weight = lifted(objective.weight(Rows(nll, p_correct, entropy, largest)), min_weight)
+    gap, kl = None, torch.zeros_like(nll)
+    if log_base is not None:
+        gap = log_base.neg_().add_(tile).sub_(log_total[:, None])  # log p - log base
+        gap.masked_fill_(softmax == 0, 0)  # where both are -inf, as of tokens that are none
+        kl = _expectation(softmax, gap)
     if row_scale is not None:
         factor = (weight * row_scale * options.scale)[:, None]
+        pull = factor  # towards the target; and with a base, away from where the model exceeds it
+        if gap is not None:
+            pull = gap.sub_(kl[:, None]).mul_(objective.kl_weight * row_scale * options.scale).add_(factor)
         if options.softcap is None:
-            torch.mul(softmax, factor, out=tile)
+            torch.mul(softmax, pull, out=tile)
             tile.scatter_add_(1, at, -factor)
         else:
-            softmax.scatter_add_(1, at, softmax.new_full((), -1.0).expand_as(at)).mul_(factor)
+            softmax.mul_(pull).scatter_add_(1, at, -factor)
             tile.add_(top).div_(options.softcap).square_().neg_().add_(1).mul_(softmax)
-    return TokenStats(nll, p_correct, weight, best.squeeze(1) == targets, entropy, targets)
+    return TokenStats(nll, p_correct, weight, best.squeeze(1) == targets, entropy, targets, kl)
 
 
 def _expectation(softmax: Tensor, logits: Tensor) -> Tensor:

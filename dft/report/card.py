@@ -34,7 +34,7 @@ def model_card(
         step: of this save, of so many `steps`.
         pictured: whether report.png lies beside it.
     """
-    name, alpha = record["model"]["name"], record["alpha"]
+    name = record["model"]["name"]
     base = {} if Path(name).expanduser().is_dir() else {"base_model": name}  # a path means nothing elsewhere
     head = yaml.safe_dump(
         {
@@ -53,7 +53,7 @@ def model_card(
             f"---\n{head}---",
             f"# {record['name']}",
             "",
-            f"Fine-tuned from `{Path(name).name if not base else name}`, {method(alpha)}.",
+            f"Fine-tuned from `{Path(name).name if not base else name}`, {method(record)}.",
             f"Saved after step {step:,} of {steps:,}.",
             "",
             *lora_lines(flags),
@@ -80,8 +80,12 @@ def model_card(
     )
 
 
-def method(alpha: float) -> str:
-    if alpha == 0:
+def method(record: Mapping[str, Any]) -> str:
+    alpha = record["alpha"]
+    if record["method"] not in ("SFT", "DFT"):
+        share = "" if alpha is None else f", alpha {alpha:g}"
+        return f"by {record['method']}{share}: cross-entropy in which a token weighs {record['weight']}"
+    if record["method"] == "SFT":
         return "by plain SFT (cross-entropy)"
     dft = f"by [Dynamic Fine-Tuning]({PAPER}): cross-entropy weighted, token by token, by "
     if alpha == 1:

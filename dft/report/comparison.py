@@ -143,7 +143,7 @@ def columns(runs: Sequence[Run], prefix: str, metrics: Sequence[Metric]) -> list
 
     The best is marked, except of a metric that means something else for each alpha, where alphas differ.
     """
-    same_alpha = len({run.report["alpha"] for run in runs}) == 1
+    same_alpha = len({(run.report["method"], run.report["alpha"]) for run in runs}) == 1
     made = []
     for metric in metrics:
         last = [series(run.report["log"], prefix + metric.name).last for run in runs]
@@ -153,7 +153,7 @@ def columns(runs: Sequence[Run], prefix: str, metrics: Sequence[Metric]) -> list
         if metric.better is None:
             note = "no best"
         else:
-            note = f"{metric.better} is better" if comparable else "not comparable across alphas"
+            note = f"{metric.better} is better" if comparable else "not comparable across methods"
         best = best_of(last, metric) if comparable else [False] * len(runs)
         made.append(Column(metric, [number(value) for value in last], best, note))
     return made
@@ -163,10 +163,10 @@ def comparison_notes(runs: Sequence[Run]) -> list[str]:
     """What stands between the runs and a fair comparison."""
     reports = [run.report for run in runs]
     said = []
-    if len({report["alpha"] for report in reports}) > 1:
+    if len({(report["method"], report["alpha"]) for report in reports}) > 1:
         said.append(
-            "loss, objective and effective_tokens depend on alpha and are not comparable across alphas: no "
-            "best is marked of them. Compare avg_p_correct, acc and nll."
+            "loss, objective and effective_tokens depend on method and alpha, and are not comparable across "
+            "methods: no best is marked of them. Compare avg_p_correct, acc and nll."
         )
     if len({report["model"].get("name") for report in reports}) > 1:
         said.append(

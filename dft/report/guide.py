@@ -47,7 +47,7 @@ AVG_P = Metric(
 ACC = Metric("acc", "Share of tokens whose target is the most probable one. Expect it to rise.", HIGHER)
 OBJECTIVE = Metric(
     "objective",
-    "alpha * (1 - p) + (1 - alpha) * nll: what the gradient descends. Expect it to fall.",
+    "What the gradient descends; under DFT alpha * (1 - p) + (1 - alpha) * nll. Expect it to fall.",
     LOWER,
     of_alpha=True,
     spikes=True,
@@ -66,11 +66,16 @@ EFFECTIVE = Metric(
 P_END = Metric(
     "p_end_of_turn",
     "Mean probability of the tokens that end a turn. If it starts near 0 and stays there, the model does not "
-    "learn to stop: give --dft_alpha 0.9 or less.",
+    "learn to stop: give --end_of_turn_weight 0.1 or more, or --dft_alpha 0.9 or less.",
     HIGHER,
 )
 AUX_LOSS = Metric(
     "aux_loss", "Of the router of a mixture of experts: how evenly experts are used. Not part of loss."
+)
+KL = Metric(
+    "kl",
+    "Mean divergence KL(model || base) at the targets, in nats: how far the model has come from where it "
+    "began. kl_weight times it is part of loss and objective.",
 )
 GRAD_NORM = Metric(
     "grad_norm",
@@ -91,10 +96,10 @@ PADDING = Metric(
 MFU = Metric("mfu", "Share of the device's arithmetic peak that training puts to use.", HIGHER)
 MEMORY = Metric("peak_memory_gib", "GiB at most on the fullest rank.", LOWER)
 
-QUALITY = (LOSS, NLL, AVG_P, ACC, OBJECTIVE, ENTROPY, EFFECTIVE, P_END, AUX_LOSS)
+QUALITY = (LOSS, NLL, AVG_P, ACC, OBJECTIVE, ENTROPY, EFFECTIVE, P_END, KL, AUX_LOSS)
 """What training and evaluation both log, in the order in which tables show it."""
 CURVES = (LOSS, NLL, AVG_P, ACC, GRAD_NORM, LEARNING_RATE)
-FURTHER_CURVES = (OBJECTIVE, ENTROPY, EFFECTIVE, P_END, AUX_LOSS)
+FURTHER_CURVES = (OBJECTIVE, ENTROPY, EFFECTIVE, P_END, KL, AUX_LOSS)
 MACHINE = (SPEED, PADDING, MFU, MEMORY)
 OVERVIEW = (LOSS, NLL, AVG_P, ACC, GRAD_NORM, LEARNING_RATE, ENTROPY)
 """The panels of report.png, which has the histogram of p as its last."""

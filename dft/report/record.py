@@ -28,8 +28,10 @@ from dft.report.run import derived
 from dft.report.saved import REPORT, load_report
 from dft.training.batching import files_of
 from dft.training.distributed import say
+from dft.training.schedule import alpha_of
 from dft.training.scoring import ScoredSequence
 from dft.training.trainer import DFTTrainer
+from dft.weighing import objective_of
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "deepspeed")
 LONGEST_LETTER = 8
@@ -44,11 +46,12 @@ def run_record(arguments: Arguments, model: PreTrainedModel, data: dict[str, Any
         data: `PreparedData.report`.
     """
     training, chosen = arguments.training, derived(arguments, model)
-    alpha = arguments.dft.dft_alpha
+    objective = objective_of(arguments.dft)
     return {
         "name": training.run_name or Path(training.output_dir).name,
-        "method": "SFT" if alpha == 0 else "DFT",
-        "alpha": alpha,
+        "method": objective.title,
+        "alpha": alpha_of(objective),
+        "weight": objective.formula(),
         "model": {
             "name": arguments.model.model_name_or_path,
             "parameters": get_model_param_count(model),

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_pt_utils import get_model_param_count
 
-from dft.arguments import Arguments, TrainingArguments, default_flags, own_flags
+from dft.arguments import Arguments, DFTArguments, TrainingArguments, default_flags, own_flags
 from dft.config_file import RUN_ARGS, write_run_args
 from dft.training.distributed import (
     data_parallel_size,
@@ -18,7 +18,9 @@ from dft.training.distributed import (
 )
 from dft.training.lora import has_adapters
 from dft.training.memory import memory_estimate
+from dft.training.schedule import alpha_of
 from dft.training.stopping import Stopped
+from dft.weighing import objective_of
 
 
 def write_resolved_arguments(arguments: Arguments, model: PreTrainedModel | None = None) -> None:
@@ -42,9 +44,22 @@ def derived(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
         ),
         "attention": model.config._attn_implementation,
         "parallelism": parallelism(training),
-        "alpha": arguments.dft.dft_alpha,
+        "alpha": alpha_of(objective_of(arguments.dft)),
         "rows_per_step": rows_per_step(training),
     }
+
+
+def method_line(dft: DFTArguments) -> str:
+    """What a token weighs, and what changes that over the run."""
+    objective = objective_of(dft)
+    alpha = alpha_of(objective)
+    told = objective.title + ("" if alpha is None else f", alpha {alpha:g}")
+    if dft.dft_alpha_schedule != "constant":
+        share = f"{100 * dft.dft_alpha_schedule_share:g} % of the steps"
+        told += f" after a {dft.dft_alpha_schedule} rise over {share}"
+    if dft.end_of_turn_weight:
+        told += f"; ends of turns weigh at least {dft.end_of_turn_weight:g}"
+    return f"{told}; a token weighs {objective.formula()}"
 
 
 def start_lines(
@@ -61,7 +76,7 @@ def start_lines(
     lines = [
         f"model       {arguments.model.model_name_or_path}: {get_model_param_count(model) / 1e6:,.1f} M "
         f"parameters, {chosen['weights']} weights, {chosen['attention']} attention",
-        f"method      {'SFT' if chosen['alpha'] == 0 else 'DFT'}, alpha {chosen['alpha']:g}",
+        f"method      {method_line(arguments.dft)}",
         f"machine     {chosen['ranks']} x {chosen['device']}, {chosen['parallelism']}, computes in "
         f"{chosen['computes_in']}",
         f"step        {per_step} {what} ({training.per_device_train_batch_size} per device x "

@@ -21,6 +21,7 @@ EMPTY: dict[str, Any] = {
     "updated": None,
     "method": None,
     "alpha": None,
+    "weight": "",
     "model": {},
     "arguments": {},
     "given": {},
@@ -86,13 +87,15 @@ def report_of_state(run: Path, file: Path) -> dict[str, Any]:
     given = arguments_of(run)
     alphas = [record["dft_alpha"] for record in log if "dft_alpha" in record]
     alpha = alphas[-1] if alphas else given.get("dft_alpha")
+    objective = given.get("objective", "dft")
+    method = "SFT" if alpha == 0 and objective == "dft" else objective.upper()
     ended = any("train_runtime" in record for record in log)
     return {
         **EMPTY,
         "name": given.get("run_name") or run.absolute().name,
         "status": "finished" if ended else f"unknown: read from {file}",
-        "method": None if alpha is None else "SFT" if alpha == 0 else "DFT",
-        "alpha": alpha,
+        "method": None if alpha is None else method,
+        "alpha": alpha if alphas or objective in ("dft", "asft") else None,
         "model": {"name": given["model_name_or_path"]} if "model_name_or_path" in given else {},
         "arguments": given,
         "given": given,

@@ -48,8 +48,8 @@ def facts(report: Mapping[str, Any], folder: Path) -> list[Row]:
     model, steps = report["model"], report["steps"]
     rows = []
     if told := method(report):
-        weight = {"SFT": "every token weighs 1", "DFT": "a token weighs alpha * p + (1 - alpha)"}
-        rows.append(("method", f"{told}: {weight.get(report['method'], '')}"))
+        weight = f": a token weighs {report['weight']}" if report["weight"] else ""
+        rows.append(("method", told + weight))
     if model:
         parts = [model.get("name", "")]
         if "parameters" in model:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from dft.errors import UserError
 from dft.loss.dft import TokenStats
+from dft.loss.objectives import Objective
 from dft.training.batching import Collator, end_of_turn, files_of
 from dft.training.checkpoints import newest_checkpoint
 from dft.training.checks import check_choice
@@ -29,6 +30,7 @@ from dft.training.nonfinite import (
     stop_message,
 )
 from dft.training.resuming import ResumingTrainer
+from dft.training.schedule import AlphaSchedule, alpha_of, scheduled
 from dft.training.scoring import (
     EXAMPLES,
     ScoredSequence,
@@ -56,7 +58,9 @@ class MeasuredTrainer(ResumingTrainer):
         model: nn.Module,
         args: transformers.TrainingArguments,
         *,
-        alpha: float,
+        objective: Objective,
+        alpha_schedule: AlphaSchedule,
+        end_of_turn_weight: float,
         end_of_turn_ids: Sequence[int] | None,
         log_per_file: bool,
         on_nonfinite: str,
@@ -64,19 +68,32 @@ class MeasuredTrainer(ResumingTrainer):
     ) -> None:
         check_choice("on_nonfinite", on_nonfinite, POLICIES)
         super().__init__(model, args, **kwargs)
-        self.alpha = alpha
+        self.objective = objective
+        self.alpha_schedule = alpha_schedule
+        self.end_of_turn_weight = end_of_turn_weight
         self.log_per_file = log_per_file
         self.on_nonfinite = on_nonfinite
         self.end_of_turn_ids = end_of_turn(self.processing_class, end_of_turn_ids)
         self.examples: list[ScoredSequence] = []
-        self._train_meter = TokenMeter(args.device, self.end_of_turn_ids)
-        self._eval_meter = TokenMeter(args.device, self.end_of_turn_ids)
+        if end_of_turn_weight and not self.end_of_turn_ids:
+            raise ValueError("end_of_turn_weight needs end_of_turn_ids, or a tokenizer with an end token")
+        self._train_meter = self._meter()
+        self._eval_meter = self._meter()
         self._scored: list[TokenTable] | None = None
         self._tr_loss = torch.zeros((), device=args.device)  # Trainer's own sum, made anew in each run
         self._watch = StepWatch()
         self._left_out = 0  # steps in a row
         self._clock = Clock()
         self._flops: ModelFlops | None = None
+
+    def _meter(self, files: int = 0) -> TokenMeter:
+        return TokenMeter(
+            self.args.device, self.end_of_turn_ids, self.objective, self.end_of_turn_weight, files
+        )
+
+    def objective_at(self, step: int) -> Objective:
+        """What is descended at an optimizer step, counted from 0."""
+        return scheduled(self.objective, self.alpha_schedule, step, self.state.max_steps)
 
     def _note_training(
         self, loss: Tensor, stats: TokenStats, inputs: Mapping[str, Any], aux_loss: Tensor | None
@@ -85,7 +102,8 @@ class MeasuredTrainer(ResumingTrainer):
         if not self.is_in_train:
             return loss
         self._watch.add(loss, stats.nll, inputs, self._train_meter.sums, self._tr_loss)
-        self._train_meter.update(stats, inputs, aux_loss)
+        now = self.objective_at(self.state.global_step)
+        self._train_meter.update(stats, inputs, aux_loss, objective=now)
         return passing_on_nonfinite(loss)
 
     def _note_evaluation(self, stats: TokenStats, inputs: Mapping[str, Any]) -> None:
@@ -188,13 +206,13 @@ class MeasuredTrainer(ResumingTrainer):
         """Trainer's loop, with metrics weighted by token in place of a mean over batches."""
         started = time.perf_counter()
         files = files_of(dataloader.dataset) if self.log_per_file else []
-        self._eval_meter = TokenMeter(self.args.device, self.end_of_turn_ids, len(files))
+        self._eval_meter = self._meter(len(files))
         self.examples = []
         with torch.random.fork_rng(devices=[]):  # how often it is evaluated changes nothing in training
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        found = self._eval_meter.reduce(self.accelerator, self.alpha)
+        found = self._eval_meter.reduce(self.accelerator)
         metrics = {**found.means, **named_after_files(files, found.files)}
         metrics["supervised_tokens"] = int(found.counts["supervised"])
         if broken := int(found.counts["not_numbers"]):
@@ -215,7 +233,9 @@ class MeasuredTrainer(ResumingTrainer):
         """
         if "loss" in logs:
             logs = {**self._window(), **{name: value for name, value in logs.items() if name != "loss"}}
-            logs["dft_alpha"] = self.alpha
+            alpha = alpha_of(self.objective_at(max(0, self.state.global_step - 1)))
+            if alpha is not None:
+                logs["dft_alpha"] = alpha
         lists = {name: value for name, value in logs.items() if isinstance(value, list)}
         numbers = {name: value for name, value in logs.items() if name not in lists}
         super().log(numbers, start_time)
@@ -226,7 +246,7 @@ class MeasuredTrainer(ResumingTrainer):
         """Metrics and speed since the last line of the log. A collective."""
         memory = torch.tensor([peak_memory(self.args.device)], device=self.args.device)
         memory = self.accelerator.gather(memory).max().item()
-        found = self._train_meter.reduce(self.accelerator, self.alpha)
+        found = self._train_meter.reduce(self.accelerator)
         seconds = self._clock.window(self.state.global_step)
         counts = found.counts
         logs = {**found.means, "tokens_per_second": counts["tokens"] / seconds}
@@ -255,7 +275,7 @@ class MeasuredTrainer(ResumingTrainer):
         return 0
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> TrainOutput:
-        self._count_flops(self._train_meter.reduce(self.accelerator, self.alpha).counts)
+        self._count_flops(self._train_meter.reduce(self.accelerator).counts)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,25 +11,27 @@ from torch import Tensor
 
 from dft.errors import UserError
 from dft.loss.dft import TokenStats
+from dft.loss.objectives import Objective, floored_potential
 from dft.training.batching import attended_pairs, token_count
 
 METRICS = (
-    "loss", "nll", "avg_p_correct", "acc", "objective", "entropy", "effective_tokens", "p_end_of_turn",
+    "loss", "nll", "avg_p_correct", "acc", "objective", "entropy", "effective_tokens", "p_end_of_turn", "kl",
 )  # fmt: skip
 """What training logs as such, and evaluation with the prefix `eval_`."""
 HISTOGRAM = "p_histogram"
 """With the prefix of an evaluation: how many of its tokens have which p."""
 BINS = 20
 """Of the histogram of p, equal parts of [0, 1]; p = 1 belongs to the last."""
-LOWER_IS_BETTER = ("loss", "nll", "objective")
-NEITHER_IS_BETTER = ("entropy", "effective_tokens")
+LOWER_IS_BETTER = ("loss", "nll", "objective", "kl")
+NEITHER_IS_BETTER = ("entropy", "effective_tokens", "kl")
 
 SUMS = (
     "supervised", "tokens", "positions", "pairs", "weighted_nll", "nll", "p_correct", "correct", "entropy",
-    "weight", "end_of_turn", "p_end_of_turn", "aux_loss", "not_numbers",
+    "weight", "end_of_turn", "p_end_of_turn", "aux_loss", "not_numbers", "potential", "kl",
 )  # fmt: skip
 """What is counted: supervised tokens, tokens that are not padding, tokens with padding, pairs of tokens of
-which one attends to the other; then sums over supervised tokens, and those whose p is not a number."""
+which one attends to the other; then sums over supervised tokens, and those whose p is not a number. The
+potential is what the objective descends."""
 OF_FILES = ("supervised", "nll", "p_correct")
 """What is summed for each file."""
 
@@ -42,14 +44,25 @@ class TokenMeter:
     Args:
         device: where batches are.
         end_of_turn_ids: tokens that end a turn.
+        objective: what is descended.
+        end_of_turn_weight: the least that a token which ends a turn weighs.
         files: how many files are summed for each by itself; 0 for none.
     """
 
-    def __init__(self, device: torch.device, end_of_turn_ids: list[int], files: int = 0) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        end_of_turn_ids: list[int],
+        objective: Objective,
+        end_of_turn_weight: float = 0.0,
+        files: int = 0,
+    ) -> None:
+        self.objective = objective
+        self.end_of_turn_weight = end_of_turn_weight
         self.sums = torch.zeros(len(SUMS) + BINS, dtype=torch.float64, device=device)
         self.of_files = torch.zeros(files, len(OF_FILES), dtype=torch.float64, device=device)
         self.has_auxiliary = False
-        self._end_of_turn_ids = torch.tensor(end_of_turn_ids, dtype=torch.int64, device=device)
+        self.end_of_turn_ids = torch.tensor(end_of_turn_ids, dtype=torch.int64, device=device)
         self._edges = torch.arange(1, BINS, dtype=torch.float64, device=device) / BINS
         self._files = torch.arange(files, device=device)
 
@@ -59,6 +72,7 @@ class TokenMeter:
         inputs: Mapping[str, Tensor | int],
         aux_loss: Tensor | None = None,
         files: Tensor | None = None,
+        objective: Objective | None = None,
     ) -> None:
         """Adds one batch, without waiting for the device.
 
@@ -66,10 +80,12 @@ class TokenMeter:
             inputs: the batch.
             aux_loss: of the router of a mixture of experts, a scalar.
             files: (supervised tokens,) the number of the file that each is from.
+            objective: as it is in this step, where it changes.
         """
+        objective = objective or self.objective
         nll, p_correct, weight = stats.nll.double(), stats.p_correct.double(), stats.weight.double()
         count = nll.numel()
-        ends = torch.isin(stats.target, self._end_of_turn_ids)
+        ends = torch.isin(stats.target, self.end_of_turn_ids)
         self.has_auxiliary |= aux_loss is not None
         counted = {
             "supervised": nll.new_full((), count),
@@ -86,6 +102,8 @@ class TokenMeter:
             "p_end_of_turn": (p_correct * ends).sum(),
             "aux_loss": nll.new_zeros(()) if aux_loss is None else aux_loss.detach().double() * count,
             "not_numbers": p_correct.isnan().sum(dtype=torch.float64),
+            "potential": self._potential(objective, nll, ends),
+            "kl": stats.kl.sum(dtype=torch.float64),
         }
         # Neither bincount nor histc: on a GPU the one waits for the device, and neither is deterministic.
         above = (p_correct[:, None] >= self._edges).sum(0, dtype=torch.float64)  # (BINS - 1,)
@@ -95,6 +113,15 @@ class TokenMeter:
         if len(self._files) and files is not None:
             member = (files == self._files[:, None]).double()  # (files, supervised tokens)
             self.of_files += member @ torch.stack([torch.ones_like(nll), nll, p_correct], dim=1)
+
+    def _potential(self, objective: Objective, nll: Tensor, ends: Tensor) -> Tensor:
+        """What an objective descends, summed over the tokens; NaN where it is no function of p."""
+        found = objective.potential(nll)
+        if found is None:
+            return nll.new_full((), torch.nan)
+        if self.end_of_turn_weight:
+            found = torch.where(ends, floored_potential(objective, nll, self.end_of_turn_weight), found)
+        return found.sum()
 
     def reset(self) -> None:
         self.sums.zero_()
@@ -116,7 +143,7 @@ class TokenMeter:
         self.sums += mine[:-1]
         self.has_auxiliary = bool(saved[:, -1].any())
 
-    def reduce(self, accelerator: Accelerator, alpha: float) -> "Reduced":
+    def reduce(self, accelerator: Accelerator) -> "Reduced":
         """Means over the tokens of all ranks. Starts anew. A collective."""
         sums = accelerator.reduce(torch.cat([self.sums, self.of_files.flatten()]), "sum").tolist()
         has_auxiliary = self.has_auxiliary
@@ -126,7 +153,7 @@ class TokenMeter:
         width = len(OF_FILES)
         rest = sums[len(SUMS) + BINS :]
         of_files = [rest[start : start + width] for start in range(0, len(rest), width)]
-        means = means_of(named, alpha, has_auxiliary)
+        means = means_of(named, self.objective, has_auxiliary)
         return Reduced(named, histogram, [file_means(one) for one in of_files], means)
 
 
@@ -147,21 +174,26 @@ class Reduced:
     means: dict[str, float]
 
 
-def means_of(counts: Mapping[str, float], alpha: float, has_auxiliary: bool) -> dict[str, float]:
+def means_of(counts: Mapping[str, float], objective: Objective, has_auxiliary: bool) -> dict[str, float]:
     """The metrics, from sums over supervised tokens."""
     supervised = counts["supervised"]
     if not supervised:
         return {}
     p, nll = counts["p_correct"] / supervised, counts["nll"] / supervised
+    anchor = objective.kl_weight * counts["kl"] / supervised
     means = {
-        "loss": counts["weighted_nll"] / supervised,
+        "loss": counts["weighted_nll"] / supervised + anchor,
         "nll": nll,
         "avg_p_correct": p,
         "acc": counts["correct"] / supervised,
-        "objective": alpha * (1 - p) + (1 - alpha) * nll,
+        "objective": counts["potential"] / supervised + anchor,
         "entropy": counts["entropy"] / supervised,
         "effective_tokens": counts["weight"] / supervised,
     }
+    if objective.potential(torch.zeros(1)) is None:
+        del means["objective"]
+    if objective.kl_weight:
+        means["kl"] = counts["kl"] / supervised
     if counts["end_of_turn"]:
         means["p_end_of_turn"] = counts["p_end_of_turn"] / counts["end_of_turn"]
     if has_auxiliary:

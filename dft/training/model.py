@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import is_flash_attn_2_available
@@ -38,6 +39,46 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
         UserError: no such model, broken, missing or infinite weights, an encoder, or a tokenizer that does
             not belong to it.
     """
+    name = arguments.model.model_name_or_path
+    model = _loaded(arguments)
+    grow_embeddings(model, tokenizer, arguments)
+    settle_generation_config(model, arguments)
+    if arguments.lora.lora_r is None:
+        return model
+    return add_adapters(model, arguments.lora, arguments.training, name)
+
+
+def load_base_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model once more, to be held against: whole on each rank, also under ZeRO-3, and without adapters.
+
+    Raises:
+        UserError: it knows less tokens than the model that is trained.
+    """
+    rows = len(tokenizer)
+    zero = arguments.training.hf_deepspeed_config if arguments.training.deepspeed else None
+    unset_hf_deepspeed_config()  # which has from_pretrained deal out the weights
+    try:
+        model = _loaded(arguments)
+    finally:
+        if zero is not None:
+            set_hf_deepspeed_config(zero)
+    known = model.config.get_text_config().vocab_size
+    if known < rows:
+        raise UserError(
+            f"--objective {arguments.dft.objective}: the base model has no embeddings for {rows - known} "
+            "tokens of the tokenizer, so it says nothing about them; give a --chat_template of tokens that "
+            "it has, or another objective"
+        )
+    held = sum(one.numel() * one.element_size() for one in model.parameters()) / 2**30
+    arguments.notes.append(
+        f"--objective {arguments.dft.objective}: a frozen copy of the base model takes {held:.2f} GiB more "
+        "on each device"
+    )
+    return model
+
+
+def _loaded(arguments: Arguments) -> PreTrainedModel:
+    """The model of the files, looked over. Raises `UserError` as `load_model` does."""
     name = arguments.model.model_name_or_path
     check_weight_files(name)
     attention = resolve_attention(arguments)
@@ -71,11 +112,7 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     check_loading(loading, name, arguments)
     check_causal(model, name)
     check_finite(model, name, arguments.training.device)
-    grow_embeddings(model, tokenizer, arguments)
-    settle_generation_config(model, arguments)
-    if arguments.lora.lora_r is None:
-        return model
-    return add_adapters(model, arguments.lora, arguments.training, name)
+    return model
 
 
 def model_without_weights(arguments: Arguments) -> PreTrainedModel:

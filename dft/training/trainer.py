@@ -18,8 +18,9 @@ from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 from dft.data.collator import FlatCollator, PackedCollator
 from dft.data.sampler import EpochSampler, WithBlank
 from dft.errors import UserError
-from dft.loss.dft import TokenStats, check_alpha, dft_loss, normalizer
+from dft.loss.dft import TokenStats, chosen_objective, dft_loss, normalizer
 from dft.loss.head import FusedHead, inspect_head
+from dft.loss.objectives import Objective
 from dft.training.batching import (
     OURS,
     Collator,
@@ -42,6 +43,8 @@ from dft.training.distributed import data_parallel_size, say, sequence_parallel_
 from dft.training.lora import has_adapters
 from dft.training.measured import MeasuredTrainer
 from dft.training.oom import RAISED, MicroBatch, OutOfMemory, advice, free_what_is_left, note_smaller, ran_out
+from dft.training.reference import Reference
+from dft.training.schedule import CONSTANT, AlphaSchedule, check_schedule
 from dft.training.sequence_parallel import SequenceParallel, SharedBatches, parallel_collator
 from dft.training.throughput import compute_dtype
 from dft.training.trackers import HistogramCallback, SwanLabRunCallback
@@ -59,7 +62,11 @@ class DFTTrainer(MeasuredTrainer):
     Args:
         model: a causal language model whose output has `logits` (batch, seq, vocab).
         args: transformers' TrainingArguments.
-        alpha: the weight of a token is alpha * p + (1 - alpha); 1 is the paper's DFT, 0 is SFT.
+        alpha: the weight of a token is alpha * p + (1 - alpha); 1, the default, is the paper's DFT, 0 is SFT.
+        objective: in place of alpha, another rule for the weight, see `dft.loss.objectives`.
+        alpha_schedule: how alpha rises to its value in training; evaluations have the value throughout.
+        end_of_turn_weight: the least that tokens which end a turn weigh, so that stopping is always learned.
+        base_model: a copy of the untouched model, for an objective with a `kl_weight`.
         end_of_turn_ids: tokens that end a turn, for `p_end_of_turn`. Default: the end token of the tokenizer
             given as `processing_class`.
         log_per_file: evaluation gives nll and avg_p_correct of each file, too (of datasets that have
@@ -82,9 +89,10 @@ class DFTTrainer(MeasuredTrainer):
             noted for the next attempt when memory runs out.
 
     Raises:
-        ValueError: alpha outside [0, 1], arguments that would change the meaning of the loss, or packed data
-            for a model that does not keep packed conversations apart. Training raises the last as well, if
-            the model turns out not to, and for a loss or gradient that is not finite.
+        ValueError: alpha outside [0, 1], a base model that is missing or has no use, arguments that would
+            change the meaning of the loss, or packed data for a model that does not keep packed
+            conversations apart. Training raises the last as well, if the model turns out not to, and for a
+            loss or gradient that is not finite.
     """
 
     asked_batch: tuple[int, int] | None = None
@@ -94,7 +102,11 @@ class DFTTrainer(MeasuredTrainer):
         model: nn.Module,
         args: transformers.TrainingArguments,
         *,
-        alpha: float = 1.0,
+        alpha: float | None = None,
+        objective: Objective | None = None,
+        alpha_schedule: AlphaSchedule = CONSTANT,
+        end_of_turn_weight: float = 0.0,
+        base_model: nn.Module | None = None,
         fused_head: str = "auto",
         end_of_turn_ids: Sequence[int] | None = None,
         log_per_file: bool = False,
@@ -102,7 +114,8 @@ class DFTTrainer(MeasuredTrainer):
         data_collator: Any = None,
         **kwargs: Any,
     ) -> None:
-        check_alpha(alpha)
+        objective = chosen_objective(alpha, objective, base_model is not None)
+        check_schedule(objective, alpha_schedule, end_of_turn_weight)
         check_arguments(args)
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would replace the DFT loss; use transformers.Trainer instead")
@@ -130,7 +143,9 @@ class DFTTrainer(MeasuredTrainer):
         super().__init__(
             model,
             args,
-            alpha=alpha,
+            objective=objective,
+            alpha_schedule=alpha_schedule,
+            end_of_turn_weight=end_of_turn_weight,
             end_of_turn_ids=end_of_turn_ids,
             log_per_file=log_per_file,
             on_nonfinite=on_nonfinite,
@@ -138,6 +153,7 @@ class DFTTrainer(MeasuredTrainer):
             **kwargs,
         )
         config.use_cache = args.use_cache  # Trainer sets the outer one only
+        self._reference = None if base_model is None else Reference(base_model, args.device)
         self._sequences: SequenceParallel | None = None
         if sharing > 1:
             self._sequences = SequenceParallel(model, sharing, self._train_batch_size)
@@ -210,17 +226,31 @@ class DFTTrainer(MeasuredTrainer):
         rows, tokens = len(inputs["labels"]), inputs["labels"].numel()
         self._last_batch = MicroBatch(rows, tokens, is_training=torch.is_grad_enabled())
         features = {name: value for name, value in inputs.items() if name not in OURS}
-        labels, how = inputs["labels"], {"alpha": self.alpha, "num_items": num_items}
-        how["shifted"] = self._sequences is not None and model.training
+        labels, training = inputs["labels"], model.training and self.is_in_train
+        how = {
+            "objective": self.objective_at(self.state.global_step) if training else self.objective,
+            "num_items": num_items,
+            "min_weight": self._min_weight(labels),
+            "shifted": self._sequences is not None and model.training,
+        }
+        reference = self._reference
         head = None if with_logits else self._inspected_head(model)
         if isinstance(head, FusedHead):
             # Another collator may change labels behind the back of ours.
             known = isinstance(self.data_collator, Collator)
             positions = inputs.get("loss_positions") if known else None
-            return head.score(model, features, labels, positions=positions, **how)
+            base = None if reference is None else reference.base(features)
+            return head.score(model, features, labels, positions=positions, base=base, **how)
         outputs = model(**features)
-        loss, stats = dft_loss(outputs.logits, labels, **how)
+        base_logits = None if reference is None else reference.logits(features)
+        loss, stats = dft_loss(outputs.logits, labels, base_logits=base_logits, **how)
         return loss, stats, outputs
+
+    def _min_weight(self, labels: Tensor) -> Tensor | None:
+        """(batch, seq) the least that each label weighs; None where there is no floor."""
+        if not self.end_of_turn_weight:
+            return None
+        return self.end_of_turn_weight * torch.isin(labels, self._train_meter.end_of_turn_ids).float()
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
         count = super()._get_num_items_in_batch(*args, **kwargs)

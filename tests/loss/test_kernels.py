@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dft.loss.objectives import Dft
 from dft.loss.rows import RowOptions, score_rows_torch
 
 pytest.importorskip("triton")  # which has no build for this platform
@@ -27,11 +28,11 @@ def kernels():
 
 
 SHAPES = [
-    RowOptions(1.0),
-    RowOptions(0.0),
-    RowOptions(0.3, 0.25),
-    RowOptions(1.0, 1.0, 30.0),
-    RowOptions(0.7, 2.0, 5.0),
+    RowOptions(Dft(1.0)),
+    RowOptions(Dft(0.0)),
+    RowOptions(Dft(0.3), 0.25),
+    RowOptions(Dft(1.0), 1.0, 30.0),
+    RowOptions(Dft(0.7), 2.0, 5.0),
 ]
 
 
@@ -68,10 +69,10 @@ def test_extreme_logits_and_what_is_not_finite(kernels, monkeypatch):
     tile[2, :16] = -torch.inf  # the first block has nothing at all
     tile[3, 5], tile[4, 5] = torch.nan, torch.inf
     targets = torch.tensor([3, 4, 17, 1, 1])
-    stats, gradient = kernels.score_rows(tile.clone(), targets, torch.tensor(1.0), RowOptions(0.5))
+    stats, gradient = kernels.score_rows(tile.clone(), targets, torch.tensor(1.0), RowOptions(Dft(0.5)))
     exact = tile[:3].double()
     expected, expected_gradient = score_rows_torch(
-        exact, targets[:3], torch.tensor(1.0).double(), RowOptions(0.5)
+        exact, targets[:3], torch.tensor(1.0).double(), RowOptions(Dft(0.5))
     )
     for one, other in zip(stats, expected, strict=True):
         torch.testing.assert_close(one[:3].to(other.dtype), other, rtol=1e-5, atol=1e-5)
@@ -123,19 +124,26 @@ def test_numbers_are_scaled_in_place(kernels, monkeypatch, dtype):
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
-from dft.loss.kernels import _rows, _scale
+from dft.loss.kernels import _gradients, _rows, _scale
 
 kinds = {"targets": "*i64", "correct_out": "*i1"}
 kinds |= dict.fromkeys(["tile", "nll_out", "p_out", "weight_out", "entropy_out", "row_scale"], "*fp32")
+kinds |= dict.fromkeys(["top_out", "total_out", "factors", "tops", "totals"], "*fp32")
 kinds |= dict.fromkeys(["vocab", "tile_stride", "gradient_stride"], "i32")
-kinds |= dict.fromkeys(["alpha", "scale", "softcap"], "fp32")
-kinds |= dict.fromkeys(["SOFTCAP", "GRADIENT", "BLOCK"], "constexpr")
+kinds |= dict.fromkeys(["slope", "level", "scale", "softcap"], "fp32")
+kinds |= dict.fromkeys(["SOFTCAP", "GRADIENT", "KEEP", "BLOCK"], "constexpr")
 cases = [
-    (_rows, {**kinds, "gradient": kind}, {"SOFTCAP": softcap, "GRADIENT": wanted, "BLOCK": 4096})
+    (
+        _rows,
+        {**kinds, "gradient": kind},
+        {"SOFTCAP": softcap, "GRADIENT": wanted, "KEEP": not wanted, "BLOCK": 4096},
+    )
     for kind, softcap, wanted in [
         ("*fp32", False, True), ("*bf16", False, True), ("*fp16", True, True), ("*fp32", True, False)
     ]
 ]
+for kind in ("*fp32", "*bf16"):
+    cases.append((_gradients, {**kinds, "gradient": kind}, {"SOFTCAP": True, "BLOCK": 4096}))
 for kind in ("*fp32", "*bf16"):
     signature = {"numbers": kind, "factor": "*fp32", "count": "i64", "BLOCK": "constexpr"}
     cases.append((_scale, signature, {"BLOCK": 4096}))
@@ -158,4 +166,4 @@ def test_it_compiles_for_gpus(tmp_path):
         text=True,
         timeout=120,
     )
-    assert done.stdout.splitlines() == ["True True"] * 12, done.stderr
+    assert done.stdout.splitlines() == ["True True"] * 16, done.stderr

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dft import dft_loss, linear_dft_loss
 from dft.labels import loss_positions
-from dft.loss import linear, rows
+from dft.loss import linear, products, rows
 
 WIDTH, VOCAB = 16, 37
 DTYPES = {
@@ -63,7 +63,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 def small_tiles(monkeypatch):
     """Three rows fit a tile, so that every case has several and a last one that is not full."""
     monkeypatch.setitem(linear.TILE_BYTES, "cpu", 4 * VOCAB * 3)
-    monkeypatch.setattr(linear, "BLOCK_BYTES", 4 * WIDTH * 5)
+    monkeypatch.setattr(products, "BLOCK_BYTES", 4 * WIDTH * 5)
     monkeypatch.setattr(rows, "CACHED_BYTES", 4 * VOCAB * 2)
 
 
@@ -297,9 +297,9 @@ def test_the_backward_only_scales_and_not_by_one(monkeypatch):
     for one, other in zip(once, threefold, strict=True):
         torch.testing.assert_close(3 * one, other)
     given = torch.ones(4)
-    assert linear.scaled(given, torch.tensor(1.0), torch.float32) is given
-    assert linear.scaled(given, torch.tensor(2.0), torch.float32) is given and given[0] == 2
-    half = linear.scaled(given, torch.tensor(0.5), torch.bfloat16)
+    assert products.scaled(given, torch.tensor(1.0), torch.float32) is given
+    assert products.scaled(given, torch.tensor(2.0), torch.float32) is given and given[0] == 2
+    half = products.scaled(given, torch.tensor(0.5), torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half[0] == 1 and given[0] == 2
 
 
@@ -346,7 +346,7 @@ def test_autocast_with_wide_weights_loses_nothing_on_a_cpu(dtype):
 def test_float16_gradients_neither_vanish_nor_overflow(monkeypatch, num_items, scale):
     """As on a GPU, where the gradient on the logits is written in float16: it ends at 6e-8 and at 65,504."""
 
-    def narrow(tile, targets, row_scale, options, dtype):
+    def narrow(tile, targets, row_scale, options, *_):
         stats, gradient = rows.score_rows_torch(tile, targets, row_scale, options)
         assert gradient.abs().max() < 65504
         return stats, gradient.half().float()

@@ -82,6 +82,7 @@ def run_report(**changes: Any) -> dict[str, Any]:
         "status": "finished",
         "updated": "2026-01-02T03:04:05",
         "method": "DFT",
+        "weight": "alpha * p + (1 - alpha)",
         "alpha": 1.0,
         "model": {"name": "m/tiny", "parameters": 1500000, "weights": "float32", "attention": "sdpa"},
         "arguments": {**given, "seed": 42, "optim_args": None},

@@ -179,7 +179,7 @@ NOTHING = {"log": [], "tokens": [], "data": {}, "environment": {}, "arguments": 
         ({"log": [eval_record(0, nll=NAN), eval_record(1, nll=NAN)]}, "eval_nll is not finite at step 0, 1"),
         ({"log": [], "tokens": [{"step": 3, "conversations": []}]}, "None were kept"),
         ({"log": [], "tokens": [{"step": 3, "conversations": [conversation(("a", NAN))]}]}, "mean p NaN"),
-        ({"log": [], "alpha": 0.0, "method": "SFT"}, "SFT, alpha 0: every token weighs 1"),
+        ({"log": [], "alpha": 0.0, "method": "SFT", "weight": "1"}, "SFT, alpha 0: a token weighs 1"),
         ({"log": [], "name": "\udcff{{ 7 * 7 }}"}, "{{ 7 * 7 }}: run report"),
         ({"log": [], "status": "stopped: nll is not finite"}, "stopped: nll is not finite"),
     ],

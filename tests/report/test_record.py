@@ -53,7 +53,7 @@ def closed(trainer, status: str = "finished") -> None:
     callback.close(status)
 
 
-RECORD = ("name", "method", "alpha", "model", "arguments", "given", "environment", "data")
+RECORD = ("name", "method", "alpha", "weight", "model", "arguments", "given", "environment", "data")
 
 
 def test_a_run_leaves_its_report_and_its_page(tmp_path, numbered):

@@ -54,13 +54,13 @@ def test_the_table_has_the_last_values_and_marks_the_best_of_each_column(page):
     columns = [cell.replace("\n", "") for cell in header(page)][1:]
     assert columns == [
         "lossno best", "nlllower is better", "avg_p_correcthigher is better", "acchigher is better",
-        "objectivenot comparable across alphas", "entropyno best",
+        "objectivenot comparable across methods", "entropyno best",
     ]  # fmt: skip
     first, second, third = (page.row(label) for label in LABELS)
     assert first == ["0.7500", "0.7500 best", "0.5000 best", "0.6250", "0.5000", "0.9000"]
     assert second == ["0.2500", "1.5000", "NaN", "0.8750 best", "0.5000", "0.9000"]
     assert third == ["0.5000", "0.7500 best", "0.2500", "0.7500", "0.5000", "0.9000"]
-    assert "not comparable across alphas: no best is marked" in page.text
+    assert "not comparable across methods: no best is marked" in page.text
 
 
 def test_runs_of_one_alpha_can_be_compared_by_their_objective_but_not_by_their_loss():
@@ -69,7 +69,7 @@ def test_runs_of_one_alpha_can_be_compared_by_their_objective_but_not_by_their_l
     page = Page(comparison_page(runs_of(reports, [Path("a"), Path("b")])))
     place = [cell.split("lower")[0] for cell in header(page)].index("objective")
     assert [page.row(label)[place - 1] for label in ("● a", "■ b")] == ["0.5000", "0.2500 best"]
-    assert page.row("● a")[0] == "0.1000" and "across alphas" not in page.text
+    assert page.row("● a")[0] == "0.1000" and "across methods" not in page.text
 
 
 def test_every_run_has_a_line_in_every_figure_and_a_histogram_of_its_own(page):

@@ -14,6 +14,7 @@ from dft.errors import UserError
 from dft.loss import linear, rows
 from dft.loss.head import FusedHead
 from dft.loss.linear import linear_dft_loss
+from dft.loss.objectives import Dft
 from dft.training.metrics import TokenMeter
 from dft.training.nonfinite import StepWatch, passing_on_nonfinite
 from dft.training.scoring import origins_of_tokens
@@ -151,7 +152,7 @@ def test_a_micro_batch_does_not_wait_for_the_device(tmp_path, monkeypatch):
     batch = trainer(tmp_path).data_collator(conversations(5))
     hidden = torch.randn(*batch["labels"].shape, 16, requires_grad=True)
     weight = torch.randn(VOCAB, 16, requires_grad=True)
-    meter, count = TokenMeter(torch.device("cpu"), [3, 5], files=2), torch.tensor(17)
+    meter, count = TokenMeter(torch.device("cpu"), [3, 5], Dft(), files=2), torch.tensor(17)
     batch["origins"], watch = torch.zeros(5, 2, dtype=torch.int64), StepWatch()
     with NoSync():
         loss, stats = linear_dft_loss(

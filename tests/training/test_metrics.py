@@ -162,7 +162,7 @@ def test_p_of_exactly_one_and_zero_are_in_the_outer_bins(tmp_path):
     logits = torch.tensor([[[60.0, 0.0], [60.0, 0.0], [0.0, 0.0]]])
     _, stats = dft_loss(logits, torch.tensor([[-100, 0, 1]]))
     run._eval_meter.update(stats, {"input_ids": torch.zeros(1, 3), "labels": torch.zeros(1, 3)})
-    histogram = run._eval_meter.reduce(run.accelerator, 1.0).histogram
+    histogram = run._eval_meter.reduce(run.accelerator).histogram
     assert histogram[0] == 1 and histogram[-1] == 1 and sum(histogram) == 2
 
 

@@ -1,0 +1,33 @@
+"""The frozen base model that an anchored objective holds the trained one against."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dft.loss.head import base_of
+from dft.loss.linear import Base
+
+
+class Reference:
+    """A whole copy on each rank, whatever becomes of the model in training.
+
+    Args:
+        model: of the same architecture and vocabulary as the one that is trained. Its parameters are frozen.
+        device: where it is put.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model = model.requires_grad_(False).eval().to(device)
+        # With a cache, transformers would take several conversations in a row for one.
+        self.model.config.get_text_config().use_cache = False
+
+    def base(self, inputs: Mapping[str, Any]) -> Base:
+        """What it has in front of its head, for the fused loss."""
+        return base_of(self.model, inputs)
+
+    @torch.no_grad()
+    def logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        """(batch, seq, vocab)."""
+        return self.model(**inputs).logits
