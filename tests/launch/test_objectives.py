@@ -1,0 +1,156 @@
+"""Every objective at the command line: it falls on arithmetic in words, however a step is cut up."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dft.errors import REFUSED
+from tests.launching import ROOT, eval_records, train_records
+from tests.loss.test_objectives import CASES
+
+FLAGS = {
+    "max_train_samples": 64, "num_train_epochs": 1, "per_device_train_batch_size": 8, "use_cpu": True,
+    "eval_strategy": "epoch", "eval_on_start": True, "learning_rate": 1e-3, "fused_head": "on",
+}  # fmt: skip
+COMPARED = {"loss", "objective", "kl", "grad_norm", "effective_tokens", "eval_loss", "eval_kl"}
+ZERO3 = {"deepspeed": ROOT / "ds_config/zero3.json", "per_device_train_batch_size": 2}
+
+
+def flags_of(objective) -> dict[str, object]:
+    """The flags that ask for an objective."""
+    given = {name: value for name, value in vars(objective).items() if name != "alpha"}
+    words = {"objective": objective.name}
+    if given:
+        words["objective_args"] = ",".join(f"{name}={value:g}" for name, value in given.items())
+    return words | ({"dft_alpha": objective.alpha} if "alpha" in vars(objective) else {})
+
+
+@pytest.fixture(scope="module")
+def train(example, forks):
+    def run(name: str, ranks: int = 1, **flags):
+        output = example.folder / f"objectives-{name}"
+        codes, printed = forks.run(example.words(output, **{**FLAGS, **flags}), ranks)
+        return output, codes, printed
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def prior(train) -> Path:
+    """A model that has seen the domain: an untrained one has no p that a threshold or p (1 - p) could use."""
+    output, codes, printed = train("prior", objective="sft", max_train_samples=None, learning_rate=3e-3)
+    assert codes == [0], printed
+    return output
+
+
+@pytest.mark.parametrize("one", CASES, ids=lambda one: one.objective.title)
+def test_it_falls(train, prior, one):
+    flags = flags_of(one.objective)
+    name = "-".join(map(str, flags.values())).replace("=", "")
+    output, codes, printed = train(name, model_name_or_path=prior, learning_rate=3e-4, **flags)
+    assert codes == [0], printed
+    before, after = eval_records(output)
+    assert re.search(rf"^method      {re.escape(one.objective.title)}", printed, re.MULTILINE)
+    if one.potential is None:  # what EAFT descends is no function of p: its loss, and what it teaches
+        assert after["eval_loss"] < before["eval_loss"] and after["eval_nll"] < before["eval_nll"]
+        assert "eval_objective" not in after
+    else:
+        assert after["eval_objective"] < before["eval_objective"]
+    assert after["eval_avg_p_correct"] > before["eval_avg_p_correct"]
+    records = train_records(output)
+    if one.objective.kl_weight:
+        assert before["eval_kl"] < 1e-6 and 0 < after["eval_kl"] < 1
+        assert "a frozen copy of the base model takes" in printed
+    assert ("eval_kl" in after) == ("kl" in records[0]) == (one.objective.kl_weight > 0)
+    assert ("dft_alpha" in records[0]) == ("alpha" in vars(one.objective))
+
+
+@pytest.mark.parametrize(
+    "name", ["asft", *(pytest.param(one, marks=pytest.mark.slow) for one in ("eaft", "power"))]
+)
+def test_two_ranks_take_the_steps_of_one(train, prior, name):
+    """Under ZeRO-3, in micro-batches, with a floor; the base model stays whole on each rank."""
+    how = {
+        "objective": name, "model_name_or_path": prior, "end_of_turn_weight": 0.5, "max_train_samples": 37,
+        "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    one, codes, printed = train(f"{name}-whole", **how, fused_head="off")
+    assert codes == [0], printed
+    two, codes, printed = train(f"{name}-shared", 2, **how, **ZERO3, gradient_accumulation_steps=2)
+    assert codes == [0, 0], printed
+    for mine, theirs in zip(
+        train_records(one) + eval_records(one), train_records(two) + eval_records(two), strict=True
+    ):
+        for key in set(mine) & {
+            "loss",
+            "objective",
+            "kl",
+            "grad_norm",
+            "eval_loss",
+            "eval_kl",
+            "effective_tokens",
+        }:
+            assert mine[key] == pytest.approx(theirs[key], rel=2e-5, abs=1e-7), key
+    weights, others = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert all(torch.allclose(weights[key], others[key], atol=2e-5) for key in weights)
+
+
+def test_alpha_rises_and_an_interrupted_rise_goes_on(train):
+    """Eight steps, over the first four of which alpha comes to 0.8; gone on from in the middle of them."""
+    how = {"dft_alpha": 0.8, "dft_alpha_schedule": "linear", "save_strategy": "steps", "save_steps": 3}
+    output, codes, printed = train("rising", **how)
+    assert codes == [0], printed
+    assert "alpha 0.8 after a linear rise over 50 % of the steps" in printed
+    rise = [0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.8]
+    records = train_records(output)
+    assert [one["dft_alpha"] for one in records] == pytest.approx(rise)
+    assert records[0]["effective_tokens"] == pytest.approx(1) and records[0]["loss"] == records[0]["nll"]
+    weights = load_file(output / "model.safetensors")
+    again, codes, printed = train("rising-on", **how, resume_from_checkpoint=output / "checkpoint-3")
+    assert codes == [0], printed
+    found = load_file(again / "model.safetensors")
+    assert all(torch.equal(weights[key], found[key]) for key in weights)
+
+
+def test_a_floor_teaches_to_stop(train):
+    """An untrained model gives the end of a turn a p near 0, from which DFT alone does not take it far."""
+    found = {}
+    for floor in (0.0, 1.0):
+        output, codes, printed = train(f"floor-{floor}", end_of_turn_weight=floor)
+        assert codes == [0], printed
+        found[floor] = eval_records(output)[-1]["eval_p_end_of_turn"]
+        assert ("ends of turns weigh at least 1" in printed) == (floor == 1)
+    assert found[1.0] > 10 * found[0.0]
+
+
+REFUSALS = {
+    "unknown parameter": ({"objective": "power", "objective_args": "q=1"}, "the objective power has no 'q'"),
+    "no number": ({"objective": "power", "objective_args": "k=much"}, "expected NAME=NUMBER"),
+    "no name": ({"objective": "power", "objective_args": "0.5"}, "expected NAME=NUMBER"),
+    "out of range": ({"objective": "threshold", "objective_args": "q=7"}, r"q must lie in \[0, 1\], got 7"),
+    "not finite": ({"objective": "power", "objective_args": "k=nan"}, "k must lie in"),
+    "alpha twice": ({"objective_args": "alpha=0.5"}, "alpha is --dft_alpha 0.5"),
+    "no alpha": ({"objective": "chord", "dft_alpha": 0.5}, "the objective chord has no alpha"),
+    "no alpha to rise": (
+        {"objective": "sft", "dft_alpha_schedule": "linear"}, "--dft_alpha_schedule linear: the objective sft"
+    ),
+    "rising to nothing": ({"dft_alpha": 0, "dft_alpha_schedule": "cosine"}, "rises from 0 to --dft_alpha"),
+    "share": ({"dft_alpha_schedule_share": 0}, "--dft_alpha_schedule_share 0: must be above 0"),
+    "floor": ({"end_of_turn_weight": 1.5}, r"--end_of_turn_weight 1.5: must lie in \[0, 1\]"),
+    "plain and not": ({"use_simple_dft": False, "objective": "eaft"}, "--use_simple_dft False is plain SFT"),
+    "unknown": ({"objective": "dtf"}, "invalid choice: 'dtf'"),
+    "no measure": (
+        {"objective": "eaft", "metric_for_best_model": "objective"}, "choose eval_acc or eval_nll"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_contradicts_is_refused(train, name):
+    flags, told = REFUSALS[name]
+    _, codes, printed = train("refused", **flags)
+    assert codes == [REFUSED] and re.search(told, printed), printed
+    assert "Traceback" not in printed

@@ -1,0 +1,104 @@
+"""What the trainer logs under each objective, against the formulas in float64."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from dft import DFTTrainer, make_objective
+from dft.training.schedule import AlphaSchedule
+from tests.loss.test_objectives import CASES
+from tests.training.test_metrics import END, ended
+from tests.training.test_trainer import tiny
+
+
+def distributions(model, rows) -> list[tuple[torch.Tensor, int]]:
+    """The distribution at each supervised token, and the token, in float64."""
+    model = copy.deepcopy(model).double().eval()
+    found = []
+    for row in rows:
+        with torch.no_grad():
+            made = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].softmax(-1)
+        found += [(made[at], target) for at, target in enumerate(row["labels"][1:]) if target != -100]
+    return found
+
+
+def trainer(tmp_path, rows, **options) -> DFTTrainer:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=4,
+        per_device_train_batch_size=4, logging_steps=1, save_strategy="no", max_steps=1,
+    )  # fmt: skip
+    return DFTTrainer(
+        tiny(), arguments, train_dataset=rows, eval_dataset=rows, end_of_turn_ids=[END], **options
+    )
+
+
+def moved() -> torch.nn.Module:
+    """Another model than the one that is trained, to be far from."""
+    model = tiny()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for one in model.parameters():
+            one += 0.1 * torch.randn(one.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("one", CASES, ids=lambda one: one.objective.title)
+@pytest.mark.parametrize("fused", ["on", "off"])
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+def test_metrics_are_those_of_the_objective(tmp_path, one, fused, floor):
+    rows, kl_weight = ended(9), one.objective.kl_weight
+    base = moved() if kl_weight else None
+    run = trainer(
+        tmp_path, rows, objective=one.objective, fused_head=fused, end_of_turn_weight=floor, base_model=base
+    )
+    seen = distributions(run.model, rows)
+    others = distributions(moved(), rows)
+    weights, losses, kls = [], [], []
+    for (distribution, target), (other, _) in zip(seen, others, strict=True):
+        p = distribution[target].item()
+        weight = one.weight(distribution, p)
+        weights.append(max(weight, floor) if target == END else weight)
+        losses.append(-weights[-1] * math.log(p))
+        kls.append((distribution * (distribution / other).log()).sum().item() if kl_weight else 0.0)
+    count = len(seen)
+    metrics = run.evaluate()
+    assert metrics["eval_loss"] == pytest.approx((sum(losses) + kl_weight * sum(kls)) / count, rel=1e-5)
+    assert metrics["eval_effective_tokens"] == pytest.approx(sum(weights) / count, rel=1e-5)
+    assert ("eval_kl" in metrics) == (kl_weight > 0)
+    if kl_weight:
+        assert metrics["eval_kl"] == pytest.approx(sum(kls) / count, rel=1e-4)
+    assert ("eval_objective" in metrics) == (one.potential is not None)
+    if one.potential is not None and not floor:
+        potential = sum(one.potential(distribution[target].item()) for distribution, target in seen)
+        assert metrics["eval_objective"] == pytest.approx(
+            (potential + kl_weight * sum(kls)) / count, rel=1e-5
+        )
+
+
+def test_a_base_model_is_frozen_and_stays_where_it_was(tmp_path):
+    base, rows = moved(), ended(9)
+    before = copy.deepcopy(base.state_dict())
+    run = trainer(tmp_path, rows, objective=make_objective("asft", {"kl_weight": 1}), base_model=base)
+    start = copy.deepcopy(run.model.state_dict())
+    run.train()
+    assert all(torch.equal(before[key], value) for key, value in base.state_dict().items())
+    assert not any(one.requires_grad or one.grad is not None for one in base.parameters())
+    assert any(not torch.equal(start[key], value) for key, value in run.model.state_dict().items())
+
+
+def test_what_has_no_meaning_is_refused(tmp_path):
+    rows = ended(3)
+    with pytest.raises(ValueError, match="needs the logits or hidden states of a base model"):
+        trainer(tmp_path, rows, objective=make_objective("asft"))
+    with pytest.raises(ValueError, match="has no use for a base model"):
+        trainer(tmp_path, rows, base_model=moved())
+    with pytest.raises(ValueError, match="has no alpha"):
+        trainer(tmp_path, rows, objective=make_objective("sft"), alpha_schedule=AlphaSchedule("linear"))
+    with pytest.raises(ValueError, match=r"end_of_turn_weight must lie in \[0, 1\], got 3"):
+        trainer(tmp_path, rows, end_of_turn_weight=3)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="end_of_turn_weight needs end_of_turn_ids"):
+        DFTTrainer(tiny(), arguments, train_dataset=rows, end_of_turn_weight=0.5)
