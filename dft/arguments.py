@@ -19,6 +19,7 @@ from dft.training.distributed import (
     choose_deepspeed_accelerator,
     init_cpu_deepspeed,
     is_launched,
+    let_cpus_shard,
     mute_deepspeed,
     share_cores,
 )
@@ -259,7 +260,11 @@ class TrainingArguments(transformers.TrainingArguments):
             mute_deepspeed()
             if self.use_cpu:
                 init_cpu_deepspeed()
+        # transformers takes the bare flag; True and False are how all other flags are given.
+        self.fsdp = {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp)
         super().__post_init__()
+        if self.fsdp and self.use_cpu:
+            let_cpus_shard()
 
     def _take_found_batch(self) -> None:
         """A batch and an accumulation that an earlier attempt found to fit, in place of those asked for.

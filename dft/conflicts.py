@@ -19,7 +19,7 @@ from dft.deepspeed_file import check_parts
 from dft.errors import UserError
 from dft.training.checkpoints import resolve_resume
 from dft.training.checks import check_arguments
-from dft.training.distributed import data_parallel_size
+from dft.training.distributed import data_parallel_size, shards
 from dft.training.lora import check_lora
 from dft.training.memory import zero_of
 from dft.training.metrics import METRICS, NEITHER_IS_BETTER
@@ -264,10 +264,25 @@ def check_optimizer(training: TrainingArguments) -> None:
 
 
 def check_fsdp(training: TrainingArguments) -> None:
-    if training.fsdp and training.device.type == "cpu":
+    if not training.fsdp:
+        return
+    if training.deepspeed:
+        raise UserError(f"--fsdp and --deepspeed {training.deepspeed} both shard the model; give one")
+    if not shards():
         raise UserError(
-            f"--fsdp {training.fsdp}: accelerate shards on accelerators only and would train whole copies on "
-            "this CPU; use --deepspeed ds_config/zero3.json"
+            "--fsdp True shards a model over ranks, and this run has none; start it with torchrun "
+            "--nproc_per_node N train_dft.py ..."
+        )
+    config = training.fsdp_config
+    if int(config.get("version", 2)) != 2:
+        raise UserError(
+            f"--fsdp_config: version {config['version']} of FSDP was not tried with this loss; leave it out "
+            "for version 2, or use --deepspeed ds_config/zero3.json"
+        )
+    kind = config.get("state_dict_type", "FULL_STATE_DICT")
+    if kind != "FULL_STATE_DICT":
+        raise UserError(
+            f"--fsdp_config: state_dict_type {kind} saves no model that from_pretrained loads; leave it out"
         )
 
 

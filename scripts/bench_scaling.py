@@ -50,6 +50,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"deepspeed": ZERO["zero3"], "sequence_parallel_size": 2, "per_device_train_batch_size": ROWS},
     ),
+    "fsdp2": (2, {"fsdp": True}),
     "ddp, LoRA": (2, {"lora_r": 16}),
     "zero3, LoRA": (2, {"deepspeed": ZERO["zero3"], "lora_r": 16}),
 }

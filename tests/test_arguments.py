@@ -157,6 +157,24 @@ def test_a_mistake_is_one_message(tmp_path, flags, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+FSDP = [
+    ([], "--fsdp True shards a model over ranks, and this run has none; start it with torchrun"),
+    (["--fsdp_config", '{"version": 1}'], "version 1 of FSDP was not tried"),
+    (
+        ["--fsdp_config", '{"state_dict_type": "SHARDED_STATE_DICT"}'],
+        "saves no model that from_pretrained",
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), FSDP, ids=["alone", "version", "sharded"])
+def test_what_fsdp_cannot_do_is_refused(tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr("dft.conflicts.shards", lambda: bool(flags))
+    with pytest.raises(UserError, match=message):
+        checked(tmp_path, "--fsdp", "True", *flags)
+    assert not checked(tmp_path, "--fsdp", "False").training.fsdp
+
+
 def test_dropping_every_batch_is_refused(tmp_path):
     arguments = checked(tmp_path, "--dataloader_drop_last", "True", "--per_device_train_batch_size", "8")
     check_batches(arguments, 8)

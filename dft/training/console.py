@@ -11,6 +11,8 @@ from dft.training.metrics import METRICS
 
 LIBRARIES = ("transformers", "datasets", "accelerate")
 """Whose log records begin with the rank."""
+ALIGNED = [name for name in METRICS if name != "kl"]
+"""Metrics that have their place in every line; kl is of one objective alone."""
 TRAIN_COLUMNS = (
     *METRICS,
     "aux_loss",
@@ -114,7 +116,7 @@ def evaluation_prefix(logs: dict[str, float]) -> str | None:
 
 def columns_of(logs: dict[str, float], names: tuple[str, ...]) -> dict[str, float | None]:
     """What is in the log, and of the metrics also what is not, so that lines stand under one another."""
-    return {name: logs.get(name) for name in names if name in logs or name in METRICS}
+    return {name: logs.get(name) for name in names if name in logs or name in ALIGNED}
 
 
 def clock(seconds: float) -> str:

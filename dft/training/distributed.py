@@ -10,6 +10,8 @@ import warnings
 import psutil
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 
 def world_size() -> int:
@@ -37,7 +39,7 @@ def parallelism(training: transformers.TrainingArguments) -> str:
     if training.deepspeed:
         how = f"DeepSpeed ZeRO-{training.hf_deepspeed_config.get_value('zero_optimization.stage', 0)}"
     elif training.fsdp:
-        how = "FSDP"
+        how = "FSDP 2"
     else:
         how = "DDP" if world_size() > 1 else "single process"
     size = sequence_parallel_size(training)
@@ -105,6 +107,22 @@ def share_cores() -> None:
         share = (psutil.cpu_count(logical=False) or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         os.environ["OMP_NUM_THREADS"] = str(max(1, share))
         torch.set_num_threads(max(1, share))
+
+
+def let_cpus_shard() -> None:
+    """Has accelerate shard a model over CPU ranks under FSDP as it does over GPUs.
+
+    FSDP2 itself asks for no more than ranks that can talk. accelerate 1.15 offers it to those that it calls
+    multi-GPU alone, and would train whole copies on others without a word. Comes after the ranks have joined.
+    """
+    state = PartialState()
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
+def shards() -> bool:
+    """Whether accelerate shards a model over the ranks of this run, if it is told to."""
+    return PartialState().distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU)
 
 
 def init_cpu_deepspeed() -> None:

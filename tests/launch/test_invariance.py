@@ -36,6 +36,10 @@ WAYS = {
         "deepspeed",
         {"per_device_train_batch_size": 4, "deepspeed": ROOT / "ds_config/zero3_offload.json"},
     ),
+    "fsdp2": (
+        "torchrun",
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "fsdp": True, "use_cpu": True},
+    ),
     "fused": ("python", {"per_device_train_batch_size": 8}),
     "compiled": ("python", {"per_device_train_batch_size": 8, "torch_compile": True}),
 }

@@ -20,11 +20,12 @@ LORA = {"lora_r": 4, "learning_rate": 1e-2, "max_steps": 6, "save_strategy": "st
 
 @pytest.fixture(scope="module")
 def train(example, forks):
-    """Trains adapters into a folder under single, ddp, zero2 or zero3; 32 rows per step."""
+    """Trains adapters into a folder under single, ddp, zero2, zero3 or fsdp; 32 rows per step."""
 
     def run(output: Path, kind: str, ranks: int | None = None, env: dict[str, str] | None = None, **flags):
         ranks = ranks or (1 if kind == "single" else 2)
         zero = {"deepspeed": ROOT / f"ds_config/{kind}.json"} if kind.startswith("zero") else {}
+        zero |= {"fsdp": True} if kind == "fsdp" else {}
         settings = {"per_device_train_batch_size": 32 // ranks, "use_cpu": True, "eval_data_files": None}
         settings |= {"resume_from_checkpoint": "auto", **LORA, **zero, **flags}
         return forks.run(example.words(output, **settings), ranks, **(env or {}))
@@ -54,6 +55,7 @@ def whole(example, train):
         ("ddp", 0.0),
         ("zero2", 0.5),
         ("zero3", 1.0),
+        ("fsdp", 0.5),
         pytest.param("zero3", 0.0, marks=pytest.mark.slow),
         pytest.param("zero3", 0.5, marks=pytest.mark.slow),
     ],

@@ -19,7 +19,7 @@ OF_THE_MACHINE = ("tokens_per_second", "peak_memory_gib", "seconds_left")
 ENDINGS = ("_runtime", "_per_second")
 """What no two runs log alike."""
 STEPS_PER_EPOCH = 5
-KINDS = ("single", "zero3")
+KINDS = ("single", "zero3", "fsdp")
 
 
 @dataclass
@@ -48,7 +48,11 @@ def train(example, forks):
 
     def run(output: Path, setting: str, kind: str, env: dict[str, str] | None = None, **flags):
         ranks = 1 if kind == "single" else 2
-        more = {"deepspeed": ROOT / f"ds_config/{kind}.json", "use_cpu": True} if ranks > 1 else {}
+        more = {
+            "single": {},
+            "zero3": {"deepspeed": ROOT / "ds_config/zero3.json", "use_cpu": True},
+            "fsdp": {"fsdp": True, "use_cpu": True},
+        }[kind]
         batch = {"per_device_train_batch_size": 32}
         wanted = {**batch, **FLAGS[setting], **more, **flags}
         wanted["per_device_train_batch_size"] = int(wanted["per_device_train_batch_size"]) // ranks
@@ -111,9 +115,9 @@ MOMENTS = [
     ("by_epoch", "step 6"),
 ]
 QUICK_MOMENTS = [
-    ("plain", "micro 4.1", "zero3"), ("plain", "step 8", "single"), ("plain", "evaluated 6", "single"),
-    ("plain", "saving 6 optimizer", "single"), ("packed", "step 7", "single"),
-    ("workers", "micro 7.1", "single"),
+    ("plain", "micro 4.1", "zero3"), ("plain", "micro 4.1", "fsdp"), ("plain", "step 8", "single"),
+    ("plain", "evaluated 6", "single"), ("plain", "saving 6 optimizer", "single"),
+    ("packed", "step 7", "single"), ("workers", "micro 7.1", "single"),
 ]  # fmt: skip
 
 
