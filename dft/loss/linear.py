@@ -28,6 +28,9 @@ one group the sum is held, and read and written for each."""
 HALF_SCALE = 2.0**14
 """float16 ends at 6e-8, above most gradients, and at 65,504. Those of a row sum to at most 2 before they are
 divided by N, so they are written this much larger, and divided afterwards in float32."""
+LARGEST_GAP = 64.0
+"""Nats by which a model may exceed its base at a token before the gradient of the divergence, which that gap
+multiplies, leaves float16."""
 
 
 class Wanted(NamedTuple):
@@ -247,7 +250,8 @@ def run_tiles(
     wide = torch.promote_types(rows.dtype, torch.float32)
     row_scale, remaining, narrow = scale, None, rows.dtype
     if rows.dtype == torch.float16:
-        row_scale = torch.full_like(scale, HALF_SCALE / max(1.0, abs(options.scale)))
+        room = max(1.0, abs(options.scale)) * (1 + LARGEST_GAP * options.objective.kl_weight)
+        row_scale = torch.full_like(scale, HALF_SCALE / room)
         remaining, narrow = scale / row_scale, wide
     d_rows = torch.empty_like(rows, dtype=narrow) if wanted.hidden else None
     d_weight = None

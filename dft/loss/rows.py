@@ -10,6 +10,8 @@ from dft.loss.objectives import Dft, Objective, Rows, lifted
 
 CACHED_BYTES = 4 * 2**20
 """Of a tile that plain torch works on at a time, so that its passes read from the cache."""
+GPU_BYTES = 256 * 2**20
+"""The same on a GPU, which wants much at a time; it is what each intermediate result takes."""
 
 
 class RowOptions(NamedTuple):
@@ -70,7 +72,7 @@ def score_rows_torch(
 ) -> tuple[TokenStats, Tensor | None]:
     """`score_rows` in plain torch, a few rows at a time."""
     rows, vocab = tile.shape
-    step = max(1, CACHED_BYTES // (vocab * tile.itemsize))
+    step = max(1, (GPU_BYTES if tile.is_cuda else CACHED_BYTES) // (vocab * tile.itemsize))
     space = tile.new_empty(min(step, rows), vocab)
     parts = []
     for start in range(0, rows, step):

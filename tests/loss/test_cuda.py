@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from dft import DFTTrainer, dft_loss, linear_dft_loss
+from dft import DFTTrainer, dft_loss, linear_dft_loss, make_objective
 from dft.labels import loss_positions
 from dft.loss import linear
+from dft.loss.linear import Base
+from tests.loss.test_objectives import CASES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -189,3 +191,54 @@ def test_a_trained_model_is_the_same_with_and_without_the_fused_head(tmp_path, b
         losses[fused] = [record["nll"] for record in trainer.state.log_history if "nll" in record]
     assert losses["on"][-1] < losses["on"][0]
     assert losses["on"] == pytest.approx(losses["off"], rel=1e-2 if bf16 else 1e-4)
+
+
+@pytest.mark.parametrize("one", CASES, ids=lambda one: one.objective.title)
+@pytest.mark.parametrize("floored", [False, True])
+@pytest.mark.parametrize("shape", [(1.0, None), (2.0, 5.0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_objective(monkeypatch, dtype, shape, floored, one):
+    monkeypatch.setitem(linear.TILE_BYTES, "cuda", 4 * VOCAB * 7)
+    monkeypatch.setattr(linear, "GROUP_BYTES", 2 * VOCAB * 20)
+    hidden, weight, bias, labels = case(dtype)
+    anchored = one.objective.kl_weight > 0
+    other_hidden, other_weight, other_bias, _ = (one.detach() for one in case(dtype, seed=1))
+    how = {"objective": one.objective, "num_items": 50}
+    floors = 0.4 * (labels % 3 == 0).float() if floored else None
+    loss, stats = linear_dft_loss(
+        hidden, weight, labels, bias=bias, logit_scale=shape[0], logit_softcap=shape[1], min_weight=floors,
+        base=Base(other_hidden, other_weight, other_bias) if anchored else None, **how,
+    )  # fmt: skip
+    exact = [one.detach().double().cpu().requires_grad_() for one in (hidden, weight, bias)]
+    base = [one.double().cpu() for one in (other_hidden, other_weight, other_bias)]
+    shaped = [shape[0] * (one[0] @ one[1].t() + one[2]) for one in (exact, base)]
+    if shape[1] is not None:
+        shaped = [shape[1] * torch.tanh(one / shape[1]) for one in shaped]
+    expected, expected_stats = dft_loss(
+        shaped[0], labels.cpu(), base_logits=shaped[1] if anchored else None,
+        min_weight=None if floors is None else floors.cpu(), **how,
+    )  # fmt: skip
+    if one.objective.name != "threshold":  # a p beside the threshold may come to lie on its other side
+        torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(stats.weight.double().cpu(), expected_stats.weight, rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(stats.kl.double().cpu(), expected_stats.kl, rtol=1e-3, atol=1e-3)
+    for found, wanted in zip(gradients(loss, hidden, weight, bias), gradients(expected, *exact), strict=True):
+        assert found.dtype == dtype and found.isfinite().all()
+        if wanted.norm() > 1e-3:  # less is lost in float16; and no p may reach a threshold
+            assert off(found, wanted) < 2 * DTYPES[dtype]
+
+
+@pytest.mark.parametrize("name", ["power", "eaft", "chord"])
+def test_the_host_waits_for_no_objective(name):
+    hidden, weight, _, labels = case(torch.bfloat16)
+    how = {
+        "positions": loss_positions(labels), "num_items": torch.tensor(50, device="cuda"),
+        "objective": make_objective(name), "min_weight": torch.zeros(labels.shape, device="cuda"),
+    }  # fmt: skip
+    linear_dft_loss(hidden, weight, labels, **how)[0].backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        linear_dft_loss(hidden, weight, labels, **how)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
