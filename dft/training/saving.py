@@ -280,7 +280,8 @@ class SavingTrainer(PublishingTrainer):
             logits = probe(model, vocab, self.args.device)
         fault = None
         if self.is_world_process_zero():  # the others get no weights, also under --save_on_each_node True
-            expected = Expected(dtypes_of(self.model), self.processing_class, logits)
+            quantized = vars(self.model.config).get("quantization_config")
+            expected = Expected(dtypes_of(self.model), self.processing_class, logits, quantized)
             try:
                 check_files(written, expected)
                 if in_full:

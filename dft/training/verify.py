@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dft.data.tokenizer import UNLOADABLE
 from dft.training.distributed import say
@@ -46,11 +47,14 @@ class Expected:
         tokenizer: None where the trainer has none.
         logits: (tokens, vocab), float32, of the probe under the model in memory; None to leave the model
             unloaded.
+        quantization: how weights that are not trained are held (QLoRA): in whole precision they would give
+            other logits.
     """
 
     dtypes: frozenset[torch.dtype]
     tokenizer: PreTrainedTokenizerBase | None
     logits: Tensor | None
+    quantization: QuantizationConfigMixin | None = None
 
 
 def dtypes_of(model: nn.Module) -> frozenset[torch.dtype]:
@@ -153,10 +157,16 @@ def check_loaded(
     try:
         with torch.random.fork_rng(devices=[]):
             model, loading = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+                folder,
+                dtype="auto",
+                trust_remote_code=trust_remote_code,
+                quantization_config=expected.quantization,
+                device_map=None if expected.quantization is None else {"": device},
+                output_loading_info=True,
             )
             model.config.get_text_config().use_cache = False  # as in training: nothing is generated
-            logits = probe(model.to(device), expected.logits.shape[-1], device)
+            model = model if expected.quantization is not None else model.to(device)
+            logits = probe(model, expected.logits.shape[-1], device)
         tokenizer = None
         if expected.tokenizer is not None:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
