@@ -1,0 +1,1 @@
+"""Evaluation by generation: problems in, graded samples and accuracies out. Knows no trainer."""

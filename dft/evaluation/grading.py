@@ -1,0 +1,111 @@
+"""Whether a generated answer is right. What is equal in mathematics is for math-verify to say."""
+
+import re
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache
+from typing import Any
+
+from math_verify import parse, verify
+
+from dft.errors import UserError
+
+GRADERS = ("auto", "boxed", "hash", "exact")
+BOXED = re.compile(r"\\f?boxed\s*\{")
+HASH = re.compile(r"####[ \t]*(\S[^\n]*)")
+SECONDS = 3
+"""For math-verify to read an answer, and to compare two."""
+
+
+def grade(reference: str, generated: str, grader: str = "auto", has_answer: bool = False) -> bool:
+    r"""Whether an answer is right.
+
+    boxed: the last \boxed{} of the text is equal to that of the reference, in mathematics (math-verify).
+    hash: what follows the last `####`, as in GSM8K; numbers are compared as numbers. exact: the texts are
+    equal but for white space around them. auto: as the reference has it; where it is nothing but an answer,
+    `####` if the text has that and no box, else boxed.
+
+    Args:
+        has_answer: whether the reference is nothing but the answer.
+
+    Raises:
+        UserError: the reference has not what the grader looks for.
+    """
+    if grader == "auto":
+        grader = suited(reference, generated, has_answer)
+    if grader == "exact":
+        return reference.strip() == generated.strip()
+    extract = last_boxed if grader == "boxed" else last_hash
+    wanted = reference.strip() if has_answer and extract(reference) is None else extract(reference)
+    if wanted is None:
+        mark = r"\boxed{}" if grader == "boxed" else "####"
+        raise UserError(
+            f"--grader {grader}: the reference {shortened(reference)!r} has no {mark}; give another "
+            "--grader, or an 'answer' in each row"
+        )
+    found = extract(generated)
+    if found is None:
+        return False
+    return same_number(wanted, found) or same_expression(wanted, found)
+
+
+def suited(reference: str, generated: str, has_answer: bool) -> str:
+    """The grader that `auto` stands for."""
+    if last_boxed(reference) is not None:
+        return "boxed"
+    if last_hash(reference) is not None:
+        return "hash"
+    if has_answer:
+        return "hash" if last_boxed(generated) is None and last_hash(generated) is not None else "boxed"
+    return "exact"
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last \boxed{} holds, braces within it included; None where there is none that is closed."""
+    for match in reversed(list(BOXED.finditer(text))):
+        depth = 1
+        for index in range(match.end(), len(text)):
+            if text[index - 1] == "\\":
+                continue  # an escaped brace is a character
+            depth += {"{": 1, "}": -1}.get(text[index], 0)
+            if not depth:
+                return text[match.end() : index].strip()
+    return None
+
+
+def last_hash(text: str) -> str | None:
+    """What stands behind the last `####` of its line."""
+    found = HASH.findall(text)
+    return found[-1].strip() if found else None
+
+
+def same_number(one: str, other: str) -> bool:
+    """Whether both are plain numbers, and the same one: `1,000` is `1000.0`, and `$5` is `5`."""
+    numbers = [plain_number(text) for text in (one, other)]
+    return None not in numbers and numbers[0] == numbers[1]
+
+
+def plain_number(text: str) -> Decimal | None:
+    bare = text.strip().removesuffix(".").strip().lstrip("$").replace(",", "")
+    try:
+        number = Decimal(bare)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
+
+
+def same_expression(wanted: str, found: str) -> bool:
+    """Whether math-verify holds both for equal; what it cannot read is equal to nothing but the same text."""
+    if wanted == found:
+        return True
+    gold, answer = expression(wanted), expression(found)
+    return bool(gold and answer) and verify(list(gold), list(answer), timeout_seconds=SECONDS)
+
+
+@lru_cache(4096)
+def expression(text: str) -> tuple[Any, ...]:
+    """An answer as math-verify reads it."""
+    return tuple(parse(f"\\boxed{{{text}}}", parsing_timeout=SECONDS))
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,97 @@
+"""Files of problems: conversations as in training, whose last answer is the reference."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dft.data.chat import ChatEncoder
+from dft.data.conversation import Conversation, parse_conversation
+from dft.data.faults import BadLine
+from dft.data.template import Chat
+from dft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt and what it is graded against.
+
+    Attributes:
+        conversation: with the reference as its last turn, which is no part of the prompt.
+        reference: the answer the row gives, else the text of the last turn.
+        has_answer: whether the row gives an answer, so that `reference` is nothing but that.
+        line: of its file, from 1.
+    """
+
+    conversation: Conversation
+    reference: str
+    has_answer: bool
+    line: int
+
+    def prompt_ids(self, encoder: ChatEncoder) -> list[int]:
+        """The tokens a model is given: those that precede the last turn in training."""
+        chat = Chat(encoder.template.template, self.conversation)
+        try:
+            text = chat.render(len(chat.messages) - 1, prompt=True)
+        except BadLine as error:
+            raise UserError(f"line {self.line}: {error}") from None
+        return encoder.ids_of(text)
+
+
+def read_problems(file: Path) -> list[Problem]:
+    """The problems of a JSON Lines file.
+
+    A row is a conversation as training reads it. One that ends with a turn of the assistant has its reference
+    there; `answer` (a string or a number) is the reference where it is given, also beside such a turn.
+
+    Raises:
+        UserError: no such file, no problems in it, or a row that is none, as `file:line: reason`.
+    """
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"--data {file}: cannot be read ({error.strerror})") from None
+    problems = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            problems.append(problem_of(line, number))
+        except BadLine as error:
+            raise UserError(f"{file}:{number}: {error}; correct the line or leave it out") from None
+    if not problems:
+        raise UserError(f"--data {file}: holds no problems; expected JSON Lines of conversations")
+    return problems
+
+
+def problem_of(line: bytes, number: int) -> Problem:
+    """Raises `BadLine`."""
+    answer = None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None  # parse_conversation says what is wrong
+    if isinstance(row, dict) and row.get("answer") is not None:
+        answer = row["answer"]
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+            raise BadLine(f"'answer' must be a string or a number, got {answer!r}", "wrong 'answer'")
+        messages = row.get("messages")
+        if isinstance(messages, list) and messages and last_role(messages) != "assistant":
+            turn = {"role": "assistant", "content": str(answer) or "-"}
+            line = json.dumps({**row, "messages": [*messages, turn]}).encode()
+    conversation = parse_conversation(line)
+    if conversation.messages[-1]["role"] != "assistant":
+        raise BadLine(
+            "the last turn is not the assistant's and there is no 'answer', so nothing to grade against",
+            "no reference",
+        )
+    if len(conversation.messages) == 1:
+        raise BadLine("there is no turn in front of the assistant's, so there is no prompt", "no prompt")
+    reference = conversation.messages[-1]["content"] if answer is None else str(answer)
+    if not reference.strip():
+        raise BadLine("the reference is empty", "no reference")
+    return Problem(conversation, reference.strip(), answer is not None, number)
+
+
+def last_role(messages: list[object]) -> object:
+    last = messages[-1]
+    return last.get("role") if isinstance(last, dict) else None

@@ -1,0 +1,192 @@
+"""Evaluate models by what they generate: accuracy avg@n and pass@n, with confidence intervals.
+
+    python scripts/evaluate.py --model runs/sft runs/dft --data test.jsonl --output runs/evaluation
+    python scripts/evaluate.py --model base=MODEL runs/dft --data test.jsonl --samples 1 --temperature 0
+
+The data are conversations as in training: all but the last turn is the prompt, rendered as in training, and
+the last turn of the assistant, or `answer`, the reference. Answers are graded by their boxed expression
+(math-verify), by what follows `####`, or as text. Several models come out side by side.
+
+The output folder gets results.json, table.md, report.html and every sample with its grade. The same command
+goes on where an earlier one was interrupted; further models and files may be added. docs/evaluation.md tells
+how the intervals are made.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from transformers.utils.logging import disable_progress_bar
+
+from dft.data.chat import ChatEncoder
+from dft.data.files import write_whole, writing_into
+from dft.data.tokenizer import load_tokenizer, stop_token_ids
+from dft.errors import UserError, report_user_errors
+from dft.evaluation.grading import GRADERS
+from dft.evaluation.problems import read_problems
+from dft.evaluation.run import (
+    RESULTS,
+    TABLE,
+    VLLM_PROBLEMS,
+    Model,
+    check_output,
+    compared,
+    named_models,
+    percent,
+    records_of,
+    summary,
+    table,
+)
+from dft.evaluation.sampling import (
+    BACKENDS,
+    Sampler,
+    Settings,
+    TransformersSampler,
+    VllmSampler,
+    choose_backend,
+    load_for_sampling,
+)
+from dft.report.evaluation import PAGE, evaluation_page
+
+
+def main() -> None:
+    report_user_errors()
+    given = parsed()
+    settings = Settings(
+        given.samples, given.temperature, given.top_p, given.max_new_tokens, given.batch_size, given.seed
+    )
+    check_settings(settings)
+    disable_progress_bar()
+    backend = choose_backend(given.backend)
+    models = named_models(given.model)
+    problems = {file: read_problems(file) for file in given.data}
+    identity = {
+        **asdict(settings), "grader": given.grader, "backend": backend, "dtype": given.dtype,
+        "chat_template_kwargs": given.chat_template_kwargs,
+    }  # fmt: skip
+    results: dict[str, Any] = {"settings": identity, "models": []}
+    with writing_into(given.output, "--output"):
+        given.output.mkdir(parents=True, exist_ok=True)
+        check_output(given.output, identity, models, given.data)
+        first: dict[Path, Any] = {}
+        examples = {}
+        for model in models:
+            make = Loaded(model, backend, settings, given)
+            together = VLLM_PROBLEMS if backend == "vllm" else max(1, settings.batch_size // settings.samples)
+            files = []
+            for file in given.data:
+                kept = given.output / model.name / f"{file.stem}.jsonl"
+                records = records_of(
+                    kept, problems[file], make, settings, given.grader, together, f"{model.name}, {file.stem}"
+                )
+                made = summary(file.stem, records)
+                if file in first:
+                    made["difference"] = compared(records, first[file])
+                first.setdefault(file, records)
+                examples[model.name, file.stem] = records[:3]
+                files.append(made)
+                print(told(model, made), flush=True)
+            results["models"].append({"name": model.name, "path": model.path, "files": files})
+            make.forget()
+        write_whole(given.output / RESULTS, [json.dumps(results, indent=1), "\n"])
+        write_whole(given.output / TABLE, [table(results)])
+        write_whole(given.output / PAGE, [evaluation_page(results, examples)])
+    print(f"\n{table(results)}\nresults     {given.output / RESULTS}, {TABLE}, {PAGE}")
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", nargs="+", required=True, metavar="[NAME=]DIR", help="saved ones, or of the hub"
+    )
+    parser.add_argument("--data", nargs="+", required=True, type=Path, metavar="FILE.jsonl", help="problems")
+    parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR")
+    parser.add_argument("--samples", type=int, default=16, help="answers to each problem")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token each time")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest of this share")
+    parser.add_argument("--max_new_tokens", type=int, default=2048)
+    parser.add_argument("--batch_size", type=int, default=32, help="sequences generated at once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grader", choices=GRADERS, default="auto", help="auto: as references are")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: vllm where it is there")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument("--chat_template_kwargs", help="JSON object of variables for the chat template")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
+    return parser.parse_args()
+
+
+def check_settings(settings: Settings) -> None:
+    for name in ("samples", "max_new_tokens", "batch_size"):
+        if (value := vars(settings)[name]) < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    if not 0 <= settings.temperature <= 100:
+        raise UserError(f"--temperature {settings.temperature:g}: must lie in [0, 100]; 0 is greedy")
+    if not 0 < settings.top_p <= 1:
+        raise UserError(f"--top_p {settings.top_p:g}: must be above 0 and at most 1")
+    if settings.temperature == 0 and settings.samples > 1:
+        raise UserError(
+            f"--temperature 0 with --samples {settings.samples}: all answers would be alike; give --samples 1"
+        )
+
+
+class Loaded:
+    """A model that is loaded when it is first wanted, and forgotten before the next one is."""
+
+    def __init__(self, model: Model, backend: str, settings: Settings, given: argparse.Namespace) -> None:
+        self.make = partial(load, model, backend, settings, given)
+        self.made: tuple[Sampler, ChatEncoder] | None = None
+
+    def __call__(self) -> tuple[Sampler, ChatEncoder]:
+        if self.made is None:
+            self.made = self.make()
+        return self.made
+
+    def forget(self) -> None:
+        self.made = None
+        gc.collect()
+
+
+def load(
+    model: Model, backend: str, settings: Settings, given: argparse.Namespace
+) -> tuple[Sampler, ChatEncoder]:
+    try:
+        tokenizer, _ = load_tokenizer(model.path, trust_remote_code=given.trust_remote_code)
+        stops = stop_token_ids(model.path, given.trust_remote_code)
+    except UserError as error:  # which names the flag of training
+        raise UserError(str(error).replace("--model_name_or_path", "--model")) from None
+    encoder = ChatEncoder(tokenizer, stops, variables(given.chat_template_kwargs))
+    if backend == "vllm":
+        return VllmSampler(model.path, tokenizer, stops, settings, given.trust_remote_code), encoder
+    loaded = load_for_sampling(model.path, given.dtype, given.trust_remote_code)
+    return TransformersSampler(loaded, tokenizer, stops, settings), encoder
+
+
+def variables(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"--chat_template_kwargs {text}: expected a JSON object such as '{{\"name\": 1}}'")
+    return found
+
+
+def told(model: Model, made: dict[str, Any]) -> str:
+    return (
+        f"{model.name}, {made['file']}: avg@{made['samples']} {percent(made['avg'])}, "
+        f"pass@{made['samples']} {percent(made['pass'])}; {100 * made['stopped']:.0f} % of them ended, "
+        f"{made['mean_tokens']:.0f} tokens on average"
+    )
+
+
+if __name__ == "__main__":
+    main()

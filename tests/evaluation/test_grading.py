@@ -1,0 +1,85 @@
+"""What counts as right."""
+
+import pytest
+
+from dft.errors import UserError
+from dft.evaluation.grading import grade, last_boxed, last_hash, same_number
+
+BOXED = [
+    (r"so \boxed{42}", r"I think \boxed{42}.", True),
+    (r"so \boxed{42}", "the answer is 42", False),
+    (r"so \boxed{42}", r"\boxed{41} no, \boxed{42}", True),
+    (r"so \boxed{42}", r"\boxed{42} no, \boxed{41}", False),
+    (r"\boxed{\frac{1}{2}}", r"\boxed{0.5}", True),
+    (r"\boxed{\frac{1}{2}}", r"\boxed{\dfrac12}", True),
+    (r"\boxed{\frac{1}{2}}", r"\boxed{2/4}", True),
+    (r"\boxed{\sqrt{\frac{8}{2}}}", r"\boxed{2}", True),
+    (r"\boxed{x^2+2x+1}", r"\boxed{(x+1)^2}", True),
+    (r"\boxed{x^2+2x+1}", r"\boxed{(x+2)^2}", False),
+    (r"\boxed{(1, 2)}", r"\boxed{(2, 1)}", False),
+    (r"\boxed{(1, 2)}", r"\boxed{(1,2)}", True),
+    (r"\boxed{\{1, 2\}}", r"\boxed{\{2,1\}}", True),
+    (r"\boxed{1{,}000}", r"\boxed{1000}", True),
+    (r"\boxed{50\%}", r"\boxed{50}", True),
+    (r"\boxed{\text{Monday}}", r"\boxed{\text{Monday}}", True),
+    (r"\boxed{7}", r"\boxed{7", False),  # cut off
+    (r"\boxed{7}", r"\boxed{}", False),
+    (r"\boxed{7}", r"\boxed{\notalatex{{{}", False),
+    (r"\boxed{3}", r"\boxed{9^{9^{9^{9^9}}}}", False),
+]
+HASH = [
+    ("2 + 3 = 5\n#### 5", "it is\n#### 5", True),
+    ("#### 5", "#### 5.0", True),
+    ("#### 1,234", "#### 1234", True),
+    ("#### 1234", "#### $1,234.", True),
+    ("#### 5", "5", False),
+    ("#### 5", "#### 4\n#### 5", True),
+    ("#### 5", "#### 5\n#### 4", False),
+    ("#### 1/2", "#### 0.5", True),
+    ("#### -3", "#### 3", False),
+    ("#### 5", "####", False),
+]
+
+
+@pytest.mark.parametrize(("reference", "generated", "right"), BOXED)
+def test_boxed_answers_are_compared_as_mathematics(reference, generated, right):
+    assert grade(reference, generated, "boxed") is right
+    assert grade(reference, generated) is right
+
+
+@pytest.mark.parametrize(("reference", "generated", "right"), HASH)
+def test_answers_behind_hashes(reference, generated, right):
+    assert grade(reference, generated, "hash") is right
+    assert grade(reference, generated) is right
+
+
+def test_texts_are_compared_exactly():
+    assert grade("tree horse", " tree horse\n") and not grade("tree horse", "Tree horse")
+    assert not grade("4", "4.0", "exact")
+
+
+def test_an_answer_by_itself_is_found_in_a_box_or_behind_hashes():
+    assert grade("42", r"\boxed{42}", has_answer=True) and grade("42", "#### 42", has_answer=True)
+    assert not grade("42", "42", has_answer=True)
+    assert grade("42", "42", "exact", has_answer=True)
+    assert grade(r"\frac{3}{4}", r"\boxed{0.75}", has_answer=True)
+    assert not grade("42", r"\boxed{41} #### 42", has_answer=True)
+
+
+def test_a_reference_without_what_the_grader_looks_for_is_an_error():
+    with pytest.raises(UserError, match=r"--grader boxed: the reference 'four' has no \\boxed\{\}; give"):
+        grade("four", r"\boxed{4}", "boxed")
+    with pytest.raises(UserError, match="--grader hash: the reference .* has no ####"):
+        grade("x" * 100, "#### 4", "hash")
+
+
+def test_braces_are_matched():
+    assert last_boxed(r"a \boxed{f(\{x\}) = {1}} b") == r"f(\{x\}) = {1}"
+    assert last_boxed(r"\fbox{1} \boxed {2}") == "2"
+    assert last_boxed(r"\boxed{1} \boxed{2") == "1"
+    assert last_boxed("none") is None and last_hash("none") is None
+    assert last_hash("#### a b \nrest") == "a b"
+
+
+def test_numbers_are_numbers():
+    assert same_number("1e3", "1,000") and not same_number("1", "one") and not same_number("nan", "nan")
