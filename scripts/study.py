@@ -7,7 +7,7 @@ A base model learns sums of two to five numbers, well enough to be often right. 
 sums of three by SFT, DFT and alpha between them, on right answers and on data of which three in ten hold a
 wrong one, and is asked sums of three (in distribution) and of five (lengths that fine-tuning has not shown).
 Answers are drawn at temperature 1 and graded by what follows `####`. The learning rate of each method is the
-best of three on sums of its own, before the comparison. Seeds draw other data and another order each.
+best of four on sums of its own, before the comparison. Seeds draw other data and another order each.
 
 Writes study.json, table.md, accuracy.png and histograms.png. What is there already is not made again.
 """
@@ -58,7 +58,7 @@ class Size(NamedTuple):
     rates: tuple[float, ...]
 
 
-FULL = Size(24_000, 1_600, 200, 8, 5, (3e-4, 1e-3, 3e-3))
+FULL = Size(24_000, 1_600, 200, 8, 5, (3e-5, 1e-4, 3e-4, 1e-3))
 QUICK = Size(160, 32, 4, 2, 2, (1e-3,))
 
 
