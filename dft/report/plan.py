@@ -8,6 +8,8 @@ from dft.arguments import Arguments
 from dft.training.distributed import is_launched, parallelism, schedule, sequence_parallel_size, world_size
 from dft.training.memory import size
 from dft.training.plan import HEADROOM, asked_setting, device_memory, nearest_that_fit, plan
+from dft.training.throughput import GIB
+from dft.weighing import objective_of
 
 
 def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -> list[str]:
@@ -23,7 +25,9 @@ def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -
     packed = "packing_density" in train
     longest = arguments.data.max_length if packed else train["length_percentiles"]["100"]
     fused = arguments.dft.fused_head != "off"
-    asked = asked_setting(model, training, ranks)
+    anchored = objective_of(arguments.dft).kl_weight > 0
+    held = sum(one.numel() for one in model.parameters()) * model.dtype.itemsize / GIB
+    asked = asked_setting(model, training, ranks, beside=held if anchored else 0.0)
     found = plan(model, training, asked, longest, fused)
     every = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

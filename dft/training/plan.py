@@ -26,6 +26,7 @@ class Setting:
         rows, accumulation: per device and optimizer step.
         checkpointed: whether activations are computed again.
         changes: the flags that make it of the run as it was asked for.
+        beside: GiB of what else lies on each device, as a frozen base model.
     """
 
     layout: Layout
@@ -33,6 +34,7 @@ class Setting:
     accumulation: int
     checkpointed: bool
     changes: tuple[str, ...] = ()
+    beside: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,16 @@ class Plan:
     unknown_optimizer: bool
 
 
-def asked_setting(model: nn.Module, training: transformers.TrainingArguments, ranks: int) -> Setting:
+def asked_setting(
+    model: nn.Module, training: transformers.TrainingArguments, ranks: int, beside: float = 0.0
+) -> Setting:
     """The run as its flags have it, on so many ranks."""
     return Setting(
         replace(layout_of(model, training), ranks=ranks),
         training.per_device_train_batch_size,
         training.gradient_accumulation_steps,
         training.gradient_checkpointing,
+        beside=beside,
     )
 
 
@@ -92,12 +97,14 @@ def plan(
         "activations": kept,
         "loss" if fused else "logits": loss,
     }
+    if setting.beside:
+        parts["base model"] = setting.beside
     # Where nothing is accumulated a gradient takes the place of the activations it is made of.
     accumulates = setting.accumulation > 1 or setting.layout.stage > 0
     at_backward = max(moments) + known.gradients * accumulates
     # At the end of the backward, in the first layer.
     at_end = known.gradients + layer
-    peak = known.weights + optimizer + max(at_backward, at_end)
+    peak = known.weights + optimizer + max(at_backward, at_end) + setting.beside
     return Plan(setting, parts, peak, known.optimizer is None)
 
 
@@ -128,7 +135,7 @@ def settings_near(
         three = ()
         if rows != asked.rows:
             three = (f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}",)
-        found.append(Setting(lay, rows, accumulation, checkpointed, one + two + three))
+        found.append(Setting(lay, rows, accumulation, checkpointed, one + two + three, asked.beside))
     yield from sorted(found, key=lambda one: (len(one.changes), -one.rows))
 
 

@@ -67,6 +67,16 @@ def test_peaks_measured_on_a_gpu(tmp_path, model, rows, checkpointed, measured):
     assert plan(made, args, setting, 2048, fused=True).peak == pytest.approx(measured, rel=0.22)
 
 
+def test_a_frozen_base_model_is_counted(tmp_path):
+    model, args = shapes(2, 128, 256, 500, 2, 1), arguments(tmp_path)
+    alone, both = (
+        plan(model, args, asked_setting(model, args, 1, beside), 10, fused=True) for beside in (0.0, 0.5)
+    )
+    assert both.peak == alone.peak + 0.5 and both.parts == {**alone.parts, "base model": 0.5}
+    asked = asked_setting(model, args, 1, beside=0.5)
+    assert not nearest_that_fit(model, args, asked, 10, True, memory=0.5)
+
+
 def test_what_is_proposed_fits_and_nothing_nearer_does(tmp_path):
     model = shapes(12, 1024, 4096, 32_000, 16, 8, dtype=torch.float32)
     args = arguments(tmp_path, per_device_train_batch_size=16)
