@@ -28,7 +28,8 @@ def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -
     anchored = objective_of(arguments.dft).kl_weight > 0
     held = sum(one.numel() for one in model.parameters()) * model.dtype.itemsize / GIB
     asked = asked_setting(model, training, ranks, beside=held if anchored else 0.0)
-    found = plan(model, training, asked, longest, fused)
+    share = train["supervised_tokens"] / train["tokens"]
+    found = plan(model, training, asked, longest, fused, share)
     every = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     shared_by = parallelism(training)
@@ -39,7 +40,6 @@ def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -
     per_step = asked.rows * asked.accumulation * groups
     parts = ", ".join(f"{name} {size(value)}" for name, value in found.parts.items())
     state = " (state of this optimizer not counted)" if found.unknown_optimizer else ""
-    share = train["supervised_tokens"] / train["tokens"]
     lines = [
         f"plan        {every / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained, {model.dtype} "
         f"weights; {ranks} x {training.device.type}, {shared_by}",
@@ -53,7 +53,7 @@ def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -
     lines.append(
         f"fits        no: {size(memory)} per device, of which {HEADROOM:.0%} are planned with; nearest flags:"
     )
-    for other in nearest_that_fit(model, training, asked, longest, fused, memory):
+    for other in nearest_that_fit(model, training, asked, longest, fused, memory, share):
         lines.append(f"            {' '.join(other.setting.changes)}: about {size(other.peak)}")
     if lines[-1].startswith("fits"):
         lines.append(

@@ -1,5 +1,6 @@
 """About how much memory a device needs before the first activation, known from sizes alone."""
 
+import math
 from dataclasses import astuple, dataclass
 
 import transformers
@@ -61,13 +62,18 @@ def size(gib: float) -> str:
 
 
 def memory_estimate(
-    model: nn.Module, training: transformers.TrainingArguments, tokens: int, layout: Layout | None = None
+    model: nn.Module,
+    training: transformers.TrainingArguments,
+    tokens: int,
+    layout: Layout | None = None,
+    share: float = 1.0,
 ) -> MemoryEstimate:
     """What ZeRO and FSDP shard is divided by the ranks, what is offloaded to the CPU is not counted.
 
     Args:
         tokens: of a micro-batch, at most.
         layout: other than that of the run.
+        share: of the tokens that is supervised, and reaches the head.
     """
     layout = layout or layout_of(model, training)
     ranks, stage, optimizer_away, weights_away, itemsize, device = astuple(layout)
@@ -75,9 +81,12 @@ def memory_estimate(
     trained = sum(element_count(one) for one in model.parameters() if one.requires_grad)
     head = model.get_output_embeddings()
     vocab = model.config.get_text_config().vocab_size
-    tile = min(TILE_BYTES["cuda" if device == "cuda" else "cpu"], 4 * vocab * tokens)
+    entries = vocab * math.ceil(tokens * share)  # of the logits
+    most = TILE_BYTES["cuda" if device == "cuda" else "cpu"]
+    tile, at_once = min(most, 4 * entries), 4 * entries <= most
     if device == "cuda" and (itemsize == 2 or training.mixed_precision != "no"):
-        tile += min(GROUP_BYTES, 2 * vocab * tokens)
+        tile += min(GROUP_BYTES, 2 * entries)
+        at_once = 2 * entries <= GROUP_BYTES
     shared = [ranks if training.fsdp or stage >= least else 1 for least in (3, 2, 1)]
     weights = 0 if weights_away else count * itemsize / shared[0]
     # DDP keeps its buckets beside the gradients.
@@ -87,7 +96,9 @@ def memory_estimate(
     if training.optim.value.startswith("adamw") and "8bit" not in training.optim.value:
         bytes_each = 12 if stage else 2 * itemsize
         state = 0 if optimizer_away else trained * bytes_each / shared[2] / GIB
-    in_head = 0 if head is None else 4 * element_count(head.weight) * head.weight.requires_grad
+    in_head = 0
+    if head is not None and head.weight.requires_grad and not (at_once and itemsize == 2):
+        in_head = 4 * element_count(head.weight)  # else nothing is summed: it is the gradient that is counted
     return MemoryEstimate(weights / GIB, gradients / GIB, state, (in_head + tile) / GIB)
 
 
@@ -140,6 +151,9 @@ def activation_size(
     inner = given.get("intermediate_size") or 4 * width
     itemsize = 2 if training.mixed_precision != "no" else model.dtype.itemsize
     layer = tokens * (10 * width + 5 * inner)
+    if training.mixed_precision != "no" and model.dtype.itemsize == 4:
+        # Autocast: two sums and two norms are kept in float32, and the norms once more as they are cast.
+        layer += tokens * 6 * width
     if config._attn_implementation == "eager":  # which holds the scores, and their softmax
         layer += 2 * given.get("num_attention_heads", 1) * tokens * tokens / max(1, rows)
     if training.gradient_checkpointing if checkpointed is None else checkpointed:

@@ -68,7 +68,12 @@ def asked_setting(
 
 
 def plan(
-    model: nn.Module, training: transformers.TrainingArguments, setting: Setting, longest: int, fused: bool
+    model: nn.Module,
+    training: transformers.TrainingArguments,
+    setting: Setting,
+    longest: int,
+    fused: bool,
+    share: float = 1.0,
 ) -> Plan:
     """The memory of a setting.
 
@@ -80,9 +85,14 @@ def plan(
         model: its shapes; on the meta device, too.
         longest: tokens of the longest row.
         fused: whether the loss is computed without logits.
+        share: of the tokens that is supervised, on average.
     """
     tokens = -(-setting.rows * longest // sequence_parallel_size(training))
-    known = memory_estimate(model, training, tokens, setting.layout)
+    known = memory_estimate(model, training, tokens, setting.layout, share)
+    if not training.deepspeed and training.mixed_precision != "no" and model.dtype.itemsize == 4:
+        copies = sum(one.numel() for one in model.parameters()) * 2 / GIB  # which autocast keeps of weights
+    else:
+        copies = 0.0
     kept = activation_size(model, training, setting.rows, tokens, setting.checkpointed)
     layer = activation_size(model, training, setting.rows, tokens, False)
     layer /= model.config.get_text_config().num_hidden_layers
@@ -97,6 +107,8 @@ def plan(
         "activations": kept,
         "loss" if fused else "logits": loss,
     }
+    if copies:
+        parts["autocast"] = copies
     if setting.beside:
         parts["base model"] = setting.beside
     # Where nothing is accumulated a gradient takes the place of the activations it is made of.
@@ -104,7 +116,7 @@ def plan(
     at_backward = max(moments) + known.gradients * accumulates
     # At the end of the backward, in the first layer.
     at_end = known.gradients + layer
-    peak = known.weights + optimizer + max(at_backward, at_end) + setting.beside
+    peak = known.weights + optimizer + copies + max(at_backward, at_end) + setting.beside
     return Plan(setting, parts, peak, known.optimizer is None)
 
 
@@ -146,13 +158,14 @@ def nearest_that_fit(
     longest: int,
     fused: bool,
     memory: float,
+    share: float = 1.0,
 ) -> list[Plan]:
     """The settings with the fewest changes that fit into `memory` GiB; none where nothing does."""
     fitting: list[Plan] = []
     for setting in settings_near(asked, training, training.device.type == "cuda"):
         if fitting and len(setting.changes) > len(fitting[0].setting.changes):
             break
-        one = plan(model, training, setting, longest, fused)
+        one = plan(model, training, setting, longest, fused, share)
         same = [other for other in fitting if _kinds(other.setting) == _kinds(setting)]
         if one.peak <= memory * HEADROOM and not same:  # of smaller batches, the largest that fits
             fitting.append(one)

@@ -6,94 +6,124 @@ import re
 
 import pytest
 
-from scripts import study
+from scripts import study, study_results, study_task
 from tests.launching import ROOT
 
-LINE = re.compile(r"(\d+)\+(\d+)=(\d+)")
+LINE = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
+SMALL = study.QUICK
 
 
-def worked(text: str) -> tuple[list[tuple[int, int, int]], int]:
+def worked(text: str) -> tuple[list[tuple[int, str, int, int]], int]:
     """The steps of a chain, and its answer."""
     *steps, last = text.splitlines()
-    return [tuple(map(int, LINE.fullmatch(one).groups())) for one in steps], int(last.removeprefix("#### "))
+    found = [LINE.fullmatch(one).groups() for one in steps]
+    return [(int(a), sign, int(b), int(c)) for a, sign, b, c in found], int(last.removeprefix("#### "))
 
 
 def faults(row: dict) -> int:
     """Steps that are wrong by themselves; that the chain holds together is asserted."""
     question, answer = (turn["content"] for turn in row["messages"])
-    numbers = list(map(int, question.split("+")))
+    sign = "-" if "-" in question else "+"
+    numbers = list(map(int, question.split(sign)))
     steps, result = worked(answer)
-    assert [one[1] for one in steps] == numbers[1:] and steps[0][0] == numbers[0] and steps[-1][2] == result
-    assert all(before[2] == after[0] for before, after in zip(steps, steps[1:], strict=False))
-    wrong = sum(one + two != three for one, two, three in steps)
-    assert (result == sum(numbers)) == (wrong == 0)
+    assert [one[2] for one in steps] == numbers[1:] and steps[0][0] == numbers[0] and steps[-1][3] == result
+    assert all(before[3] == after[0] for before, after in zip(steps, steps[1:], strict=False))
+    assert {one[1] for one in steps} == {sign}
+    right = [one + two if sign == "+" else one - two for one, _, two, _ in steps]
+    wrong = sum(one != step[3] for one, step in zip(right, steps, strict=True))
+    total = sum(numbers) if sign == "+" else numbers[0] - sum(numbers[1:])
+    assert (result == total) == (wrong == 0)
     return wrong
 
 
 def test_chains_are_right_and_wrong_ones_wrong_in_one_step():
     generator = random.Random(0)
-    assert not any(faults(study.conversation(generator, count)) for count in (2, 3, 5) for _ in range(200))
-    wrong = [faults(study.conversation(generator, 3, wrong=0.3)) for _ in range(2000)]
+    for task in study_task.TASKS:
+        rows = [study_task.conversation(generator, task, count) for count in (2, 3, 5) for _ in range(200)]
+        assert not any(map(faults, rows))
+    wrong = [faults(study_task.conversation(generator, "sums", 3, wrong=0.3)) for _ in range(2000)]
     assert set(wrong) == {0, 1} and 0.25 < sum(wrong) / len(wrong) < 0.35
-    assert study.chain([10, 20, 30], wrong_step=0, slip=1) == "10+20=31\n31+30=61\n#### 61"
+    assert study_task.chain([10, 20, 30], "+", wrong_step=0, slip=1) == "10+20=31\n31+30=61\n#### 61"
+    assert study_task.chain([200, 20, 30], "-") == "200-20=180\n180-30=150\n#### 150"
 
 
 def test_data_are_the_same_each_time_and_differ_between_seeds(tmp_path):
-    size = study.QUICK
     for folder in ("one", "two"):
-        study.write_data(tmp_path / folder, size)
+        study_task.write_data(tmp_path / folder, SMALL)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert all(
-        (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files
-    )
-    tuning = [
-        (tmp_path / "one" / study.tuning_file(data, seed)).read_text()
-        for data in study.DATA
-        for seed in (-1, 0, 1)
-    ]
+    one, two = ([(tmp_path / folder / name).read_bytes() for name in files] for folder in ("one", "two"))
+    assert one == two
+    names = [study_task.tuning_file(data, seed) for data in study_task.DATA for seed in (-1, 0, 1)]
+    tuning = [(tmp_path / "one" / name).read_text() for name in names]
     assert len(set(tuning)) == len(tuning)
-    asked = {name: (tmp_path / "one" / f"{name}.jsonl").read_text().splitlines() for name in study.SETS}
-    for name, count in study.SETS.items():
-        for row in map(json.loads, asked[name]):
-            assert row["messages"][0]["content"].count("+") == count - 1 and not faults(row)
-    longest = max(row.count("+") for text in tuning for row in text.splitlines())
-    assert longest < min(row.count("+") for row in asked["five"]), "longer than fine-tuned on"
+    questions = {line.split('"content": "')[1].split('"')[0] for text in tuning for line in text.splitlines()}
+    longest = max(len(re.findall("[+-]", one)) for one in questions)
+    for task in study_task.TASKS:
+        for name, count in study_task.SETS.items():
+            for line in (tmp_path / "one" / f"{task}-{name}.jsonl").read_text().splitlines():
+                asked = json.loads(line)["messages"][0]["content"]
+                assert len(re.findall("[+-]", asked)) == count - 1 and not faults(json.loads(line))
+                assert asked not in questions
+    assert longest < study_task.SETS["five"] - 1, "longer than fine-tuned on"
+    pretraining = (tmp_path / "one/pretraining.jsonl").read_text()
+    assert re.search(r"\d-\d", pretraining) is None, "the base model has seen no difference"
 
 
 def found_with(accuracies: dict[str, list[float]]) -> dict:
+    histogram = [1] + [0] * 18 + [3]
     runs = [
-        {"method": method, "data": data, "seed": seed, "rate": 1e-4, "three": value, "five": value / 2,
-         "histogram": [1] + [0] * 18 + [3]}
-        for method, values in accuracies.items() for data in study.DATA for seed, value in enumerate(values)
+        {
+            "method": method, "data": data, "seed": seed, "rate": 1e-4, "histogram": histogram,
+            "right": {asked: value if "three" in asked else value / 2 for asked in one.asked},
+        }
+        for method, values in accuracies.items() for data, one in study_task.DATA.items()
+        for seed, value in enumerate(values)
     ]  # fmt: skip
-    base = {"three": 50.0, "five": 20.0, "histogram": [2] + [1] * 18 + [0]}
-    rates = [{"method": method, "rate": 1e-4, "accuracy": 51.0} for method in study.ALPHAS]
-    return {"size": study.QUICK._asdict(), "base": base, "runs": runs, "rates": rates}
+    asked = {asked for _, asked in study_task.COLUMNS}
+    kinds = {"sums": "right sums", "differences": "differences"}
+    rates = [
+        {"method": method, "data": data, "seed": -1, "rate": rate, "accuracy": 51.0}
+        for method in study_results.ALPHAS for data in kinds.values() for rate in SMALL.rates
+    ]  # fmt: skip
+    return {
+        "size": SMALL._asdict(), "base": dict.fromkeys(asked, 50.0), "runs": runs, "rates": rates,
+        "before": dict.fromkeys(study_task.DATA, [2] + [1] * 18 + [0]),
+    }  # fmt: skip
 
 
 def test_tables_and_intervals():
     """Of 60, 62, 64: mean 62, standard error 2 / sqrt(3), times 4.303."""
     found = found_with({"SFT": [60.0, 62.0, 64.0], "alpha 0.5": [1.0, 1.0, 1.0], "DFT": [70.0, 70.0, 73.0]})
-    mean = study.accuracy(found, "SFT", "right", "three")
+    mean = study_results.accuracy(found, "SFT", "right sums", "sums-three")
     assert mean.value == 62 and mean.half == pytest.approx(4.303 * 2 / 3**0.5)
-    text = study.tables(found)
-    assert "| SFT | 62.0 ± 5.0 | 31.0 ± 2.5 | 62.0 ± 5.0 | 31.0 ± 2.5 |" in text
-    assert "| base | 50.0 | 20.0 | 50.0 | 20.0 |" in text
-    assert (
-        "| base | 10.00 % | 90.00 % | 0.00 % |" in text
-        and "| DFT, right | 25.00 % | 0.00 % | 75.00 % |" in text
-    )
-    study.accuracy_figure(found), study.histogram_figure(found)
+    text = study_results.tables(found)
+    assert "| SFT | 62.0 ± 5.0 | 31.0 ± 2.5 | 62.0 ± 5.0 | 31.0 ± 2.5 | 62.0 ± 5.0 |" in text
+    assert "| differences | base | 10.00 % | 90.00 % | 0.00 % |  |" in text
+    assert "| right sums | DFT | 25.00 % | 0.00 % | 75.00 % | 0.0001 |" in text
+    for figure in (study_results.accuracy_figure(found), study_results.histogram_figure(found)):
+        assert [axes.get_title() for axes in figure.axes] == [
+            f"fine-tuned on: {one}" for one in study_task.DATA
+        ]
+
+
+def test_the_best_rate_is_taken_of_each_method_and_task():
+    runs = {
+        study.Run("SFT", "right sums", -1, 1e-4): 50.0, study.Run("SFT", "right sums", -1, 1e-3): 51.0,
+        study.Run("SFT", "differences", -1, 1e-4): 9.0, study.Run("SFT", "differences", -1, 1e-3): 8.0,
+    }  # fmt: skip
+    assert study.best_rates(runs) == {("SFT", "sums"): 1e-3, ("SFT", "differences"): 1e-4}
 
 
 def test_the_documents_hold_what_was_measured():
     found = json.loads((ROOT / "docs/study.json").read_text())
     assert found["size"] == json.loads(json.dumps(study.FULL._asdict()))
     text = (ROOT / "docs/study.md").read_text()
-    for part in study.tables(found).strip().split("\n\n"):
+    for part in study_results.tables(found).strip().split("\n\n"):
         assert part in text
-    accuracies = study.tables(found).split("\n\n")[0]
-    assert accuracies in (ROOT / "README.md").read_text()
+    accuracies = study_results.tables(found).split("\n\n")[0]
+    for name in ("README.md", "README.zh.md"):
+        figures = [re.findall(r"[\d.]+ ± [\d.]+", part) for part in (accuracies, (ROOT / name).read_text())]
+        assert figures[0] == figures[1]
 
 
 @pytest.mark.slow
@@ -102,5 +132,5 @@ def test_all_of_it_runs(tmp_path, monkeypatch, capsys):
     study.main()
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     found = json.loads((tmp_path / "study.json").read_text())
-    assert len(found["runs"]) == len(study.ALPHAS) * len(study.DATA) * study.QUICK.seeds
+    assert len(found["runs"]) == len(study_results.ALPHAS) * len(study_task.DATA) * SMALL.seeds
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("accuracy.png", "histograms.png"))
