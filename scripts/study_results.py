@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -72,7 +71,8 @@ def tables(found: Mapping[str, Any]) -> str:
         "",
     ]
     lines += ["| learning rate: task | " + " | ".join(ALPHAS) + " |", "|---" * (len(ALPHAS) + 1) + "|"]
-    for task, rate in product(TASKS, found["size"]["rates"]):
+    rates = found["size"]["rates"]
+    for task, rate in ((one, rate) for one in TASKS for rate in rates[one]):
         cells = [
             one["accuracy"]
             for one in found["rates"]

@@ -33,14 +33,15 @@ DATA = {
 
 
 class Size(NamedTuple):
-    """How much of everything."""
+    """How much of everything: conversations for the base model and, by task, to fine-tune on; problems that
+    are asked, answers to each, seeds; learning rates by task."""
 
     pretraining: int
-    tuning: int
+    tuning: dict[str, int]
     asked: int
     samples: int
     seeds: int
-    rates: tuple[float, ...]
+    rates: dict[str, tuple[float, ...]]
 
 
 TASKS = ("sums", "differences")
@@ -102,7 +103,7 @@ def write_data(folder: Path, size: Size) -> None:
             write(folder / f"{task}-{name}.jsonl", rows)
     for (name, data), seed in product(DATA.items(), range(-1, size.seeds)):
         generator = random.Random(f"tuning {name} {seed}")
-        rows = [conversation(generator, data.task, 3, data.wrong) for _ in range(size.tuning)]
+        rows = [conversation(generator, data.task, 3, data.wrong) for _ in range(size.tuning[data.task])]
         write(folder / tuning_file(name, seed), rows)
 
 

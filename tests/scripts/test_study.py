@@ -83,7 +83,7 @@ def found_with(accuracies: dict[str, list[float]]) -> dict:
     kinds = {"sums": "right sums", "differences": "differences"}
     rates = [
         {"method": method, "data": data, "seed": -1, "rate": rate, "accuracy": 51.0}
-        for method in study_results.ALPHAS for data in kinds.values() for rate in SMALL.rates
+        for method in study_results.ALPHAS for data in kinds.values() for rate in SMALL.rates["sums"]
     ]  # fmt: skip
     return {
         "size": SMALL._asdict(), "base": dict.fromkeys(asked, 50.0), "runs": runs, "rates": rates,
