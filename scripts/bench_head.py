@@ -8,7 +8,8 @@ A shape is N tokens, the share of them that is supervised, hidden size D, vocabu
 
 floor:     the three products on supervised rows, and nothing else: logits, their gradient to the hidden
            states, and to the weight.
-ours:      `linear_dft_loss`, gradients on hidden states and weight.
+ours:      `linear_dft_loss`, gradients on hidden states and weight. sft, power, ...: the same with another
+           objective, when asked for.
 full:      logits of all positions, cross-entropy, a second softmax for the weights: the method's own code.
 compiled:  `full` through torch.compile; left out where it fails.
 trl rows:  TRL's ChunkedLogProbFunction on supervised rows (pip install trl).
@@ -40,7 +41,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dft.labels import loss_positions
 from dft.loss.dft import shifted_targets
-from dft.loss.linear import linear_dft_loss
+from dft.loss.linear import Base, linear_dft_loss
+from dft.loss.objectives import OBJECTIVES, Dft, make_objective
 
 CPU_SHAPES = ("1024,0.5,896,151936", "2048,0.3,896,151936", "4096,0.5,2048,32768")
 CUDA_SHAPES = ("8192,0.5,3584,152064", "4096,1.0,4096,128256", "16384,0.3,2048,151936")
@@ -151,6 +153,19 @@ def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
+def ours_by(name: str) -> "Contender":
+    """Another objective, held against a base model of the same shape where it wants one."""
+    objective = make_objective(name)
+
+    def contender(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        base = Base(hidden.detach(), weight.detach()) if objective.kl_weight else None
+        loss, _ = linear_dft_loss(hidden, weight, labels, objective=objective, base=base)
+        loss.backward()
+        return loss
+
+    return contender
+
+
 Contender = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 CONTENDERS: dict[str, Contender] = {
     "floor": floor,
@@ -161,11 +176,14 @@ CONTENDERS: dict[str, Contender] = {
     "trl": trl,
     "liger": liger,
 }
+OBJECTIVES_TOO: dict[str, Contender] = {name: ours_by(name) for name in OBJECTIVES if name != Dft.name}
+"""Run when they are asked for; their losses are not compared."""
+CONTENDERS |= OBJECTIVES_TOO
 
 
 def available(device: str) -> list[str]:
     """The contenders that can run here."""
-    missing = set()
+    missing = set(OBJECTIVES_TOO)
     if importlib.util.find_spec("trl") is None:
         missing |= {"trl rows", "trl"}
     if device == "cuda":
@@ -246,7 +264,7 @@ def compare(case: Case, names: list[str], rounds: int) -> None:
                 print(f"{name} does not work here: {str(error).splitlines()[0]}")
                 del seconds[name]
                 continue
-            if loss is not None:
+            if loss is not None and name not in OBJECTIVES_TOO:
                 losses[name] = loss
             if number:  # the first warms up
                 seconds[name].append(took)

@@ -1,11 +1,13 @@
 """The model of a run: its dtype, its attention, its weights, and room for every token of the tokenizer."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -55,13 +57,8 @@ def load_base_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) ->
         UserError: it knows less tokens than the model that is trained.
     """
     rows = len(tokenizer)
-    zero = arguments.training.hf_deepspeed_config if arguments.training.deepspeed else None
-    unset_hf_deepspeed_config()  # which has from_pretrained deal out the weights
-    try:
+    with whole(arguments.training):
         model = _loaded(arguments)
-    finally:
-        if zero is not None:
-            set_hf_deepspeed_config(zero)
     known = model.config.get_text_config().vocab_size
     if known < rows:
         raise UserError(
@@ -115,6 +112,17 @@ def _loaded(arguments: Arguments) -> PreTrainedModel:
     return model
 
 
+@contextmanager
+def whole(training: transformers.TrainingArguments) -> Iterator[None]:
+    """Models that are made meanwhile are not dealt out to the ranks, as transformers does under ZeRO-3."""
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if training.deepspeed:
+            set_hf_deepspeed_config(training.hf_deepspeed_config)
+
+
 def model_without_weights(arguments: Arguments) -> PreTrainedModel:
     """The model on the meta device, and with adapters if it is to have them: shapes alone.
 
@@ -127,7 +135,7 @@ def model_without_weights(arguments: Arguments) -> PreTrainedModel:
     trusted = arguments.model.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
-        with torch.device("meta"):
+        with whole(arguments.training), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config,
                 dtype=config.dtype if dtype == "auto" else dtype,

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from dft.errors import REFUSED
+from tests.launching import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +51,12 @@ def test_what_makes_no_plan_is_refused(example, forks, flags, told):
     output = example.folder / "not-planned"
     codes, printed = forks.run(example.words(output, use_cpu=True, **flags), 1)
     assert codes == [REFUSED] and f"error: {told}" in printed, printed
+
+
+@pytest.mark.parametrize("more", [{}, {"lora_r": 4}], ids=["all weights", "adapters"])
+def test_a_plan_under_zero3_asks_for_shapes_alone(example, forks, shapes_alone, more):
+    output = example.folder / "planned-zero3"
+    flags = {"model_name_or_path": shapes_alone, "use_cpu": True, "plan": True, "plan_world_size": 8, **more}
+    codes, printed = forks.run(example.words(output, deepspeed=ROOT / "ds_config/zero3.json", **flags), 2)
+    assert codes == [0, 0], printed
+    assert "8 x cpu, DeepSpeed ZeRO-3" in printed and re.search(r"fits +yes", printed)
