@@ -114,7 +114,8 @@ def accuracy_figure(found: Mapping[str, Any]) -> Figure:
         axes.set_title(f"fine-tuned on: {data}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("answers right, %")
-    figure.axes[-1].legend(frameon=False, fontsize=8)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
@@ -129,8 +130,9 @@ def histogram_figure(found: Mapping[str, Any]) -> Figure:
             axes.stairs(shares, edges, color=COLORS[name], label=name, linewidth=1.6)
         axes.set_yscale("log")
         axes.set_title(f"fine-tuned on: {data}", fontsize=10)
-        axes.set_xlabel("p of the right token, held-out problems of three", fontsize=8)
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("p of the right token, held-out problems of three", fontsize=9)
     figure.axes[0].set_ylabel("share of tokens")
     figure.axes[-1].legend(frameon=False, fontsize=8)
     return figure
