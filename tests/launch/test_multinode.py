@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,9 +22,51 @@ FLAGS = {
 }  # fmt: skip
 
 
-def run_nodes(example, folders: list[Path], output: str, code: int = 0, **flags) -> list[str]:
+class Host(NamedTuple):
+    """Where a node runs: what its commands begin with, its address, and the network interface it talks by."""
+
+    prefix: tuple[str, ...] = ()
+    address: str = "127.0.0.1"
+    interface: str = "lo"
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    """Two hosts with a network of their own each, and a cable between them."""
+    names = [f"dft-{os.getpid()}-{number}" for number in range(2)]
+    ends = [f"dft{os.getpid() % 100_000}{letter}" for letter in "ab"]
+    made: list[str] = []
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            made.append(name)
+        ip("link", "add", ends[0], "netns", names[0], "type", "veth", "peer", ends[1], "netns", names[1])
+        for number, (name, end) in enumerate(zip(names, ends, strict=True), 1):
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        for name in made:
+            ip("netns", "del", name)
+        pytest.skip(f"no network namespaces here: {error}")
+    yield [
+        Host(("ip", "netns", "exec", name), f"10.77.0.{number}", end)
+        for number, (name, end) in enumerate(zip(names, ends, strict=True), 1)
+    ]
+    for name in names:
+        ip("netns", "del", name)
+
+
+def run_nodes(
+    example, folders: list[Path], output: str, code: int = 0, hosts: Sequence[Host] = (), **flags
+) -> list[str]:
     """Runs one node in each folder, and gives what they printed."""
     port = free_port()
+    hosts = hosts or [Host()] * len(folders)
     words = example.words(Path(output), **FLAGS, **flags)
     nodes = []
     for number, folder in enumerate(folders):
@@ -30,11 +74,12 @@ def run_nodes(example, folders: list[Path], output: str, code: int = 0, **flags)
         environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(example.folder / "cache"),
+            "GLOO_SOCKET_IFNAME": hosts[number].interface,
         }  # fmt: skip
         torchrun = [
-            sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(folders)}",
-            f"--node_rank={number}", "--nproc_per_node=1", "--master_addr=127.0.0.1",
-            f"--master_port={port}",
+            *hosts[number].prefix, sys.executable, "-m", "torch.distributed.run",
+            f"--nnodes={len(folders)}", f"--node_rank={number}", "--nproc_per_node=1",
+            f"--master_addr={hosts[0].address}", f"--master_port={port}",
         ]  # fmt: skip
         nodes.append(
             subprocess.Popen(
@@ -94,3 +139,19 @@ def test_two_machines_train_save_and_go_on(example, forks, tmp_path, shared):
     assert "train step 4/4" in printed[0] and "train step 3/4" not in printed[0]
     got = load_file(places[0] / "model.safetensors")
     assert all(torch.equal(one, got[name]) for name, one in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zero3", "fsdp"])
+def test_two_machines_that_only_a_cable_joins(example, forks, tmp_path, hosts, kind):
+    """Network namespaces: each node has an address of its own, and its loopback device leads nowhere else."""
+    how = {"deepspeed": ROOT / "ds_config/zero3.json"} if kind == "zero3" else {"fsdp": True}
+    reference = tmp_path / "reference"
+    codes, printed = forks.run(example.words(reference, **FLAGS, **how), 2)
+    assert not any(codes), printed
+    output = tmp_path / "both"
+    run_nodes(example, [tmp_path / "north", tmp_path / "south"], str(output), hosts=hosts, **how)
+    expected, got = load_file(reference / "model.safetensors"), load_file(output / "model.safetensors")
+    assert all(torch.equal(one, got[name]) for name, one in expected.items())
+    for one, other in zip(train_records(reference), train_records(output), strict=True):
+        assert one["nll"] == other["nll"] and one["grad_norm"] == other["grad_norm"]
