@@ -1,16 +1,18 @@
 """SFT against DFT on tasks small enough for a laptop: sums and differences worked out step by step.
 
-    python scripts/study.py runs/study              # about 20 minutes on two cores
-    python scripts/study.py runs/study --quick      # three minutes, to see that it works; no figures
+    python scripts/study.py runs/study              # about 25 minutes on two cores
+    python scripts/study.py runs/quick --quick      # three minutes, to see that it works; no figures
 
 A base model learns sums of two to five numbers, well enough to be often right. From there it is fine-tuned by
 SFT, DFT and alpha between them: on sums of three; on the same with a wrong step in three of ten; and on
 differences, of which it has never seen one. It is asked the same lengths, and five numbers where fine-tuning
 has shown three (out of distribution), and after differences sums once more. Answers are drawn at temperature
-1 and graded by what follows `####`. The learning rate of each method is, for either task, the best of a few
-on problems of its own, before the comparison. Seeds draw other data and another order each.
+1 and graded by what follows `####`; problems that a model was trained on do not count. The learning rate of
+each method is, for either task, the best of a few on problems of its own, before the comparison. Seeds draw
+other data and another order each.
 
-Writes study.json, table.md, accuracy.png and histograms.png. What is there already is not made again.
+Writes study.json, table.md, accuracy.png and histograms.png. What is there already is not made again, so a
+folder holds one study: another size is refused.
 """
 
 import argparse
@@ -22,14 +24,16 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from study_results import ALPHAS, accuracy_figure, histogram_figure, tables
-from study_task import DATA, TASKS, Size, plain, tuning_file, write_data, write_model
+from study_results import ALPHAS, DIGEST, accuracy_figure, digest_of, histogram_figure, tables
+from study_task import DATA, TASKS, Size, plain, questions, tuning_file, write_data, write_model
 
+from dft.errors import UserError, report_user_errors
 from dft.report.images import write_png
 
 FULL = Size(
@@ -85,23 +89,63 @@ def train(model: Path, data: Path, output: Path, alpha: float, rate: float, seed
     )  # fmt: skip
 
 
+class Asked(NamedTuple):
+    """Answers of a model to one file of problems.
+
+    Attributes:
+        right: avg@n over the problems that count, in percent.
+        left_out: problems that do not, since the model was trained on them.
+    """
+
+    right: float
+    left_out: int
+
+
+class Model(NamedTuple):
+    """Where a model is, and the files that it and its base were trained on."""
+
+    path: Path
+    trained_on: tuple[Path, ...]
+
+
 def ask(
-    models: Mapping[str, Path], files: Sequence[Path], output: Path, size: Size
-) -> dict[str, dict[str, float]]:
-    """avg@n of each model on each file, in percent."""
-    if models:
-        command(
-            ROOT / "scripts/evaluate.py", "--model", *(f"{name}={path}" for name, path in models.items()),
-            "--data", *files, "--output", output, "--samples", size.samples, "--temperature", 1.0,
-            "--max_new_tokens", 64, "--batch_size", 400, "--grader", "hash",
-        )  # fmt: skip
-    found = json.loads((output / "results.json").read_text())["models"] if models else []
-    return {one["name"]: {file["file"]: 100 * file["avg"]["value"] for file in one["files"]} for one in found}
+    models: Mapping[str, Model], files: Sequence[Path], output: Path, size: Size
+) -> dict[str, dict[str, Asked]]:
+    """What each model answers to each file, by the names of both."""
+    if not models:
+        return {}
+    command(
+        ROOT / "scripts/evaluate.py", "--model", *(f"{name}={one.path}" for name, one in models.items()),
+        "--data", *files, "--output", output, "--samples", size.samples, "--temperature", 1.0,
+        "--max_new_tokens", 64, "--batch_size", 400, "--grader", "hash",
+    )  # fmt: skip
+    return {
+        name: {file.stem: unseen(output / name / file.name, file, one.trained_on) for file in files}
+        for name, one in models.items()
+    }
+
+
+def unseen(answers: Path, problems: Path, trained_on: Sequence[Path]) -> Asked:
+    """Grades of the problems that are in none of these files.
+
+    Raises:
+        UserError: there are none.
+    """
+    seen = {question for file in trained_on for question in questions(file)}
+    asked = questions(problems)
+    shares = [
+        fmean(one["right"] for one in record["samples"])
+        for record in map(json.loads, answers.read_text().splitlines())
+        if asked[record["line"] - 1] not in seen
+    ]
+    if not shares:
+        raise UserError(f"{problems}: all of its problems were trained on; ask others")
+    return Asked(100 * fmean(shares), len(asked) - len(shares))
 
 
 def halves(
-    pool: ThreadPoolExecutor, models: dict[str, Path], files: Sequence[Path], output: Path, size: Size
-) -> dict[str, dict[str, float]]:
+    pool: ThreadPoolExecutor, models: dict[str, Model], files: Sequence[Path], output: Path, size: Size
+) -> dict[str, dict[str, Asked]]:
     """`ask`, in two processes."""
     names = list(models)
     parts = [{name: models[name] for name in names[part::2]} for part in range(2)]
@@ -111,15 +155,33 @@ def halves(
     return {name: values for task in tasks for name, values in task.result().items()}
 
 
+def claim(folder: Path, size: Size) -> None:
+    """Notes of which size the study in a folder is.
+
+    Raises:
+        UserError: it is of another, and its models would be taken for those of this one.
+    """
+    note, wanted = folder / "size.json", json.dumps(size._asdict())
+    if folder.is_dir() and any(folder.iterdir()) and not (note.is_file() and note.read_text() == wanted):
+        raise UserError(f"{folder}: holds something else than a study of this size; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(wanted)
+
+
 def study(folder: Path, size: Size) -> dict[str, Any]:
     """Everything, from the data to the numbers."""
+    claim(folder, size)
     data, runs = folder / "data", folder / "runs"
+    pretraining = data / "pretraining.jsonl"
     write_data(data, size)
     if not (folder / "untrained/config.json").is_file():
-        write_model(folder / "untrained", data / "pretraining.jsonl")
+        write_model(folder / "untrained", pretraining)
     print("the base model", flush=True)
     base = folder / "base"
-    train(folder / "untrained", data / "pretraining.jsonl", base, 0.0, 3e-3, 0)
+    train(folder / "untrained", pretraining, base, 0.0, 3e-3, 0)
+
+    def model(run: Run) -> Model:
+        return Model(runs / run.name, (pretraining, data / tuning_file(run.data, run.seed)))
 
     def tune(run: Run) -> None:
         held_out = data / f"{DATA[run.data].task}-three.jsonl"
@@ -133,10 +195,10 @@ def study(folder: Path, size: Size) -> dict[str, Any]:
         for task, kind in (("sums", "right sums"), ("differences", "differences")):
             tried = [Run(method, kind, -1, rate) for method, rate in product(ALPHAS, size.rates[task])]
             list(pool.map(tune, tried))
-            models = {run.name: runs / run.name for run in tried}
+            models = {run.name: model(run) for run in tried}
             name = f"{task}-validation"
             found = halves(pool, models, [data / f"{name}.jsonl"], folder / f"asked-{name}", size)
-            accuracies |= {run: found[run.name][name] for run in tried}
+            accuracies |= {run: found[run.name][name].right for run in tried}
         best = best_rates(accuracies)
         print("the comparison", flush=True)
         compared = [
@@ -144,22 +206,31 @@ def study(folder: Path, size: Size) -> dict[str, Any]:
             for method, (kind, one), seed in product(ALPHAS, DATA.items(), range(size.seeds))
         ]
         list(pool.map(tune, compared))
-        right: dict[str, dict[str, float]] = {"base": {}}
+        asked: dict[str, dict[str, Asked]] = {"base": {}}
         for task in TASKS:
             kinds = [kind for kind, one in DATA.items() if one.task == task]
             files = dict.fromkeys(file for kind in kinds for file in DATA[kind].asked)
-            models = {"base": base} | {run.name: runs / run.name for run in compared if run.data in kinds}
+            models = {"base": Model(base, (pretraining,))}
+            models |= {run.name: model(run) for run in compared if run.data in kinds}
             paths = [data / f"{file}.jsonl" for file in files]
             found = halves(pool, models, paths, folder / f"asked-{task}", size)
-            right["base"] |= found.pop("base")
-            right |= found
+            asked["base"] |= found.pop("base")
+            asked |= found
     return {
         "size": size._asdict(),
         "rates": [{**run._asdict(), "accuracy": value} for run, value in accuracies.items()],
-        "base": right["base"],
+        "base": {file: one.right for file, one in asked["base"].items()},
+        "left_out": {
+            file: max(found[file].left_out for found in asked.values() if file in found)
+            for file in asked["base"]
+        },
         "before": {run.data: histograms(runs / run.name)[0] for run in compared},
         "runs": [
-            {**run._asdict(), "right": right[run.name], "histogram": histograms(runs / run.name)[-1]}
+            {
+                **run._asdict(),
+                "right": {file: one.right for file, one in asked[run.name].items()},
+                "histogram": histograms(runs / run.name)[-1],
+            }
             for run in compared
         ],
     }
@@ -182,6 +253,7 @@ def histograms(run: Path) -> list[list[int]]:
 
 
 def main() -> None:
+    report_user_errors()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--quick", action="store_true", help="next to no data, to see that it works")
@@ -189,8 +261,8 @@ def main() -> None:
     found = study(given.folder, QUICK if given.quick else FULL)
     (given.folder / "study.json").write_text(json.dumps(found) + "\n")
     (given.folder / "table.md").write_text(tables(found))
-    write_png(accuracy_figure(found), given.folder / "accuracy.png")
-    write_png(histogram_figure(found), given.folder / "histograms.png")
+    write_png(accuracy_figure(found), given.folder / "accuracy.png", {DIGEST: digest_of(found)})
+    write_png(histogram_figure(found), given.folder / "histograms.png", {DIGEST: digest_of(found)})
     print(tables(found))
 
 

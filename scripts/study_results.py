@@ -1,5 +1,7 @@
 """What came of scripts/study.py, as tables and pictures."""
 
+import hashlib
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,8 @@ ALPHAS = {"SFT": 0.0, "alpha 0.5": 0.5, "DFT": 1.0}
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Of Student's distribution, by seeds: 95 % within."""
 BINS = 20
+DIGEST = "Figures"
+"""Keyword of the digest within a picture, by which a test finds one that is older than the figures."""
 
 
 class Mean(NamedTuple):
@@ -33,6 +37,19 @@ def mean(values: Sequence[float]) -> Mean:
 
 def accuracy(found: Mapping[str, Any], method: str, data: str, asked: str) -> Mean:
     return mean([one["right"][asked] for one in runs_of(found, method, data)])
+
+
+def to_sft(found: Mapping[str, Any], method: str, data: str, asked: str) -> Mean:
+    """The difference to SFT, seed by seed: a seed has the same data for all methods."""
+    right = {
+        name: {one["seed"]: one["right"][asked] for one in runs_of(found, name, data)}
+        for name in (method, "SFT")
+    }
+    return mean([value - right["SFT"][seed] for seed, value in right[method].items()])
+
+
+def digest_of(found: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def runs_of(found: Mapping[str, Any], method: str, data: str) -> list[Mapping[str, Any]]:
@@ -54,8 +71,23 @@ def tables(found: Mapping[str, Any]) -> str:
     for method in ALPHAS:
         cells = [accuracy(found, method, data, asked) for data, asked in COLUMNS]
         lines.append(f"| {method} | {' | '.join(f'{one.value:.1f} ± {one.half:.1f}' for one in cells)} |")
-    seeds = found["size"]["seeds"]
-    lines += ["", f"Percent right, mean of {seeds} seeds ± half of its 95 % interval.", ""]
+    seeds, asked = found["size"]["seeds"], found["size"]["asked"]
+    least = asked - max(found["left_out"].values())
+    lines += [
+        "",
+        f"Percent right, mean of {seeds} seeds ± half of its 95 % interval. Of the {asked} problems those "
+        f"that a model was not trained on, at least {least}.",
+        "",
+    ]
+    lines += [f"| to SFT | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for method in [name for name in ALPHAS if name != "SFT"]:
+        cells = [to_sft(found, method, data, asked) for data, asked in COLUMNS]
+        lines.append(f"| {method} | {' | '.join(f'{one.value:+.1f} ± {one.half:.1f}' for one in cells)} |")
+    lines += [
+        "",
+        "Points above SFT on the same data, mean of the seeds' differences ± half of its 95 % interval.",
+        "",
+    ]
     heads = "| fine-tuned on | | p < 0.05 | 0.05 to 0.95 | p >= 0.95 | learning rate |"
     lines += [heads, "|---|---|---|---|---|---|"]
     for data in DATA:

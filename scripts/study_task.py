@@ -91,6 +91,11 @@ def write(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def questions(file: Path) -> list[str]:
+    """What the user asks, line by line."""
+    return [json.loads(line)["messages"][0]["content"] for line in file.read_text().splitlines()]
+
+
 def write_data(folder: Path, size: Size) -> None:
     """All data of the study, the same each time."""
     generator = random.Random("pretraining")
@@ -112,7 +117,7 @@ def tuning_file(data: str, seed: int) -> str:
 
 
 def write_model(folder: Path, data: Path) -> None:
-    """An untrained model of 0.9 million weights, and a tokenizer of single characters."""
+    """An untrained model of 0.9 million weights, and a tokenizer of single characters, but for `##`."""
     rows = [json.loads(line)["messages"] for line in data.read_text().splitlines()[:200]]
     tokenizer = train_tokenizer(rows, vocab_size=260)
     torch.manual_seed(0)

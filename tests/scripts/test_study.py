@@ -5,7 +5,9 @@ import random
 import re
 
 import pytest
+from PIL import Image
 
+from dft.errors import UserError
 from scripts import study, study_results, study_task
 from tests.launching import ROOT
 
@@ -63,7 +65,6 @@ def test_data_are_the_same_each_time_and_differ_between_seeds(tmp_path):
             for line in (tmp_path / "one" / f"{task}-{name}.jsonl").read_text().splitlines():
                 asked = json.loads(line)["messages"][0]["content"]
                 assert len(re.findall("[+-]", asked)) == count - 1 and not faults(json.loads(line))
-                assert asked not in questions
     assert longest < study_task.SETS["five"] - 1, "longer than fine-tuned on"
     pretraining = (tmp_path / "one/pretraining.jsonl").read_text()
     assert re.search(r"\d-\d", pretraining) is None, "the base model has seen no difference"
@@ -88,22 +89,68 @@ def found_with(accuracies: dict[str, list[float]]) -> dict:
     return {
         "size": SMALL._asdict(), "base": dict.fromkeys(asked, 50.0), "runs": runs, "rates": rates,
         "before": dict.fromkeys(study_task.DATA, [2] + [1] * 18 + [0]),
+        "left_out": dict.fromkeys(asked, 0) | {"sums-three": 1},
     }  # fmt: skip
 
 
 def test_tables_and_intervals():
-    """Of 60, 62, 64: mean 62, standard error 2 / sqrt(3), times 4.303."""
+    """Of 60, 62, 64: mean 62, standard error 2 / sqrt(3), times 4.303. DFT less SFT: 10, 8, 9."""
     found = found_with({"SFT": [60.0, 62.0, 64.0], "alpha 0.5": [1.0, 1.0, 1.0], "DFT": [70.0, 70.0, 73.0]})
     mean = study_results.accuracy(found, "SFT", "right sums", "sums-three")
     assert mean.value == 62 and mean.half == pytest.approx(4.303 * 2 / 3**0.5)
     text = study_results.tables(found)
     assert "| SFT | 62.0 ± 5.0 | 31.0 ± 2.5 | 62.0 ± 5.0 | 31.0 ± 2.5 | 62.0 ± 5.0 |" in text
     assert "| differences | base | 10.00 % | 90.00 % | 0.00 % |  |" in text
+    assert "| DFT | +9.0 ± 2.5 | +4.5 ± 1.2 | +9.0 ± 2.5 | +4.5 ± 1.2 | +9.0 ± 2.5 |" in text
+    assert "Of the 4 problems those that a model was not trained on, at least 3." in text
     assert "| right sums | DFT | 25.00 % | 0.00 % | 75.00 % | 0.0001 |" in text
     for figure in (study_results.accuracy_figure(found), study_results.histogram_figure(found)):
         assert [axes.get_title() for axes in figure.axes] == [
             f"fine-tuned on: {one}" for one in study_task.DATA
         ]
+
+
+def test_the_scale_of_the_histograms_is_plain_numbers():
+    """Figures of this program are drawn without mathematics: labels written in it would show as they are."""
+    found = found_with(dict.fromkeys(study_results.ALPHAS, [60.0, 62.0]))
+    axis = study_results.histogram_figure(found).axes[0].yaxis
+    axis.axes.set_ylim(1e-3, 1)
+    texts = [label.get_text() for label in axis.get_ticklabels(which="both") if label.get_text()]
+    assert {"0.1 %", "1 %", "10 %", "100 %"} <= set(texts) and not any("$" in one for one in texts)
+
+
+def test_problems_that_were_trained_on_do_not_count(tmp_path):
+    def rows(name: str, *numbers: list[int]):
+        file = tmp_path / name
+        turns = [("+".join(map(str, one)), study_task.chain(one)) for one in numbers]
+        messages = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in turns]
+        study_task.write(file, [{"messages": one} for one in messages])
+        return file
+
+    problems = rows("problems.jsonl", [10, 20, 30], [11, 20, 30], [12, 20, 30])
+    answers = tmp_path / "answers.jsonl"
+    grades = {3: [True, False], 1: [True, True], 2: [False, False]}
+    study_task.write(
+        answers,
+        [{"line": n, "samples": [{"right": one} for one in some]} for n, some in grades.items()],
+    )
+    base, tuning = rows("base.jsonl", [10, 20], [30, 20, 10]), rows("tuning.jsonl", [10, 20, 30])
+    assert study.unseen(answers, problems, (base,)) == (50.0, 0)
+    assert study.unseen(answers, problems, (base, tuning)) == (25.0, 1)
+    with pytest.raises(UserError, match=r"problems.jsonl: all of its problems were trained on"):
+        study.unseen(answers, problems, (problems,))
+
+
+def test_a_folder_holds_one_study(tmp_path):
+    """Else the full one would go on from the base model of the quick one, and nobody would see it."""
+    folder = tmp_path / "new/study"
+    study.claim(folder, study.QUICK)
+    study.claim(folder, study.QUICK)
+    with pytest.raises(UserError, match="something else than a study of this size; name another folder"):
+        study.claim(folder, study.FULL)
+    (tmp_path / "other/base").mkdir(parents=True)
+    with pytest.raises(UserError, match="other: holds something else"):
+        study.claim(tmp_path / "other", study.FULL)
 
 
 def test_the_best_rate_is_taken_of_each_method_and_task():
@@ -120,6 +167,9 @@ def test_the_documents_hold_what_was_measured():
     text = (ROOT / "docs/study.md").read_text()
     for part in study_results.tables(found).strip().split("\n\n"):
         assert part in text
+    for name in ("study_accuracy.png", "study_histograms.png"):
+        with Image.open(ROOT / "docs/images" / name) as picture:
+            assert picture.text[study_results.DIGEST] == study_results.digest_of(found), name
     accuracies = study_results.tables(found).split("\n\n")[0]
     for name in ("README.md", "README.zh.md"):
         figures = [re.findall(r"[\d.]+ ± [\d.]+", part) for part in (accuracies, (ROOT / name).read_text())]
