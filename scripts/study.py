@@ -1,7 +1,7 @@
 """SFT against DFT on tasks small enough for a laptop: sums and differences worked out step by step.
 
     python scripts/study.py runs/study              # about 25 minutes on two cores
-    python scripts/study.py runs/quick --quick      # three minutes, to see that it works; no figures
+    python scripts/study.py runs/quick --quick      # a minute, to see that it works; no figures
 
 A base model learns sums of two to five numbers, well enough to be often right. From there it is fine-tuned by
 SFT, DFT and alpha between them: on sums of three; on the same with a wrong step in three of ten; and on
@@ -17,8 +17,6 @@ folder holds one study: another size is refused.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from study_results import ALPHAS, DIGEST, accuracy_figure, digest_of, histogram_figure, tables
+from study_runs import command, prepare
 from study_task import DATA, TASKS, Size, plain, questions, tuning_file, write_data, write_model
 
 from dft.errors import UserError, report_user_errors
@@ -44,7 +43,7 @@ FULL = Size(
     seeds=5,
     rates={"sums": (3e-5, 1e-4, 3e-4, 1e-3), "differences": (3e-4, 1e-3, 3e-3)},
 )
-QUICK = Size(160, dict.fromkeys(TASKS, 32), 4, 2, 2, dict.fromkeys(TASKS, (1e-3,)))
+QUICK = Size(160, dict.fromkeys(TASKS, 64), 4, 2, 2, dict.fromkeys(TASKS, (1e-3,)))
 
 
 class Run(NamedTuple):
@@ -61,18 +60,6 @@ class Run(NamedTuple):
 
 
 # ---- training and asking, as a user would ----
-
-
-def command(*words: object) -> None:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    done = subprocess.run([sys.executable, *map(str, words)], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, words))}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
 
 
 def train(model: Path, data: Path, output: Path, alpha: float, rate: float, seed: int, *more: object) -> None:
@@ -254,6 +241,7 @@ def histograms(run: Path) -> list[list[int]]:
 
 def main() -> None:
     report_user_errors()
+    prepare()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--quick", action="store_true", help="next to no data, to see that it works")

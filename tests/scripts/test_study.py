@@ -1,6 +1,7 @@
 """The study's task is what it says, its figures are made of what was measured, and all of it runs."""
 
 import json
+import os
 import random
 import re
 
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dft.errors import UserError
-from scripts import study, study_results, study_task
+from scripts import study, study_results, study_runs, study_task
 from tests.launching import ROOT
 
 LINE = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
@@ -176,11 +177,32 @@ def test_the_documents_hold_what_was_measured():
         assert figures[0] == figures[1]
 
 
+@pytest.fixture
+def programs(monkeypatch):
+    """`study_runs.prepare` sets the environment of this process."""
+    for name in (*study_runs.SETTINGS, "PYTHONPATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    study_runs.prepare()
+
+
+def test_a_program_that_fails_ends_the_study_and_says_why(programs, tmp_path):
+    with pytest.raises(SystemExit, match=r"(?s)evaluate.py --model .*ended with 1:.*gone.jsonl"):
+        study_runs.command(
+            ROOT / "scripts/evaluate.py", "--model", tmp_path, "--data", tmp_path / "gone.jsonl",
+            "--output", tmp_path / "asked",
+        )  # fmt: skip
+
+
 @pytest.mark.slow
-def test_all_of_it_runs(tmp_path, monkeypatch, capsys):
+def test_all_of_it_runs(programs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["study.py", str(tmp_path), "--quick"])
     study.main()
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     found = json.loads((tmp_path / "study.json").read_text())
+    weights = [
+        (tmp_path / folder / "model.safetensors").read_bytes()
+        for folder in ("base", *(f"runs/{method}-right_sums-0-0.001" for method in ("SFT", "DFT")))
+    ]
+    assert len(set(weights)) == 3, "fine-tuning moves the base, and alpha is given"
     assert len(found["runs"]) == len(study_results.ALPHAS) * len(study_task.DATA) * SMALL.seeds
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("accuracy.png", "histograms.png"))
