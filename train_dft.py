@@ -86,11 +86,11 @@ def main() -> None:
         say(f"prepared: {data.path}")
         return
 
+    check_batches(arguments, len(data.datasets["train"]))
     if arguments.watch.plan:
         for line in plan_lines(arguments, model_without_weights(arguments), data.report):
             say(line)
         return
-    check_batches(arguments, len(data.datasets["train"]))
     set_seed(arguments.training.seed)  # the rows of new tokens are drawn at random
     with telling_what_did_not_fit("the model's weights do not fit", SHARD):
         model = load_model(arguments, tokenizer)

@@ -19,7 +19,7 @@ from dft.deepspeed_file import check_parts
 from dft.errors import UserError
 from dft.training.checkpoints import resolve_resume
 from dft.training.checks import check_arguments
-from dft.training.distributed import data_parallel_size, shards
+from dft.training.distributed import sequence_parallel_size, shards, world_size
 from dft.training.lora import check_lora
 from dft.training.memory import zero_of
 from dft.training.metrics import METRICS, NEITHER_IS_BETTER
@@ -42,6 +42,8 @@ MOST = {
     "learning_rate": 1000,
 }
 """Beyond these a number is a slip of the keyboard, and would overflow something or never end."""
+MOST_PLANNED = 10**6
+"""Devices, and GiB of each."""
 
 
 def check(arguments: Arguments) -> None:
@@ -62,12 +64,13 @@ def check(arguments: Arguments) -> None:
         check_arguments(training)
     except ValueError as error:
         raise UserError(str(error)) from None
-    check_sequence_parallel(training, arguments.data.packing)
+    planned = arguments.watch.plan_world_size  # by --plan True, perhaps for machines that are not here
+    check_sequence_parallel(training, arguments.data.packing, planned or world_size())
     check_evaluation(arguments)
     check_precision(arguments)
     check_packages(training)
     check_optimizer(training)
-    check_fsdp(training)
+    check_fsdp(training, planned)
     check_deepspeed(training)
     check_lora(arguments.lora, training, zero_of(training)[0])
 
@@ -144,6 +147,8 @@ def check_plan(arguments: Arguments) -> None:
     ):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name} {value}: must be greater than 0")
+        if value is not None and value > MOST_PLANNED:
+            raise UserError(f"--{name} {value}: must be at most {MOST_PLANNED:,}")
         if value is not None and not watch.plan:
             raise UserError(f"--{name} {value} says what to plan for; add --plan True, or leave it out")
     if watch.plan and (watch.preflight or arguments.data.prepare_only):
@@ -216,7 +221,8 @@ def check_precision(arguments: Arguments) -> None:
             "weights be float32 (--torch_dtype float32), or use --deepspeed, which keeps float32 master "
             "weights itself"
         )
-    if model.torch_dtype in ("float16", "bfloat16"):
+    raised = training.fsdp and training.mixed_precision != "no"  # to float32, by accelerate
+    if model.torch_dtype in ("float16", "bfloat16") and not raised:
         arguments.notes.append(
             f"--torch_dtype {model.torch_dtype} without --deepspeed: there are no float32 master weights, "
             "and an update below about 1/256 of a weight is lost; small learning rates want float32 with "
@@ -263,12 +269,12 @@ def check_optimizer(training: TrainingArguments) -> None:
         ) from None
 
 
-def check_fsdp(training: TrainingArguments) -> None:
+def check_fsdp(training: TrainingArguments, planned_ranks: int | None = None) -> None:
     if not training.fsdp:
         return
     if training.deepspeed:
         raise UserError(f"--fsdp and --deepspeed {training.deepspeed} both shard the model; give one")
-    if not shards():
+    if not shards() and planned_ranks is None:
         raise UserError(
             "--fsdp True shards a model over ranks, and this run has none; start it with torchrun "
             "--nproc_per_node N train_dft.py ..."
@@ -337,7 +343,8 @@ def check_deepspeed(training: TrainingArguments) -> None:
 def check_batches(arguments: Arguments, sequences: int) -> None:
     """Raises `UserError` where --dataloader_drop_last would drop all there is."""
     training = arguments.training
-    batch = training.per_device_train_batch_size * data_parallel_size(training)
+    groups = (arguments.watch.plan_world_size or world_size()) // sequence_parallel_size(training)
+    batch = training.per_device_train_batch_size * groups
     if training.dataloader_drop_last and sequences < batch:
         raise UserError(
             f"--dataloader_drop_last True: {sequences} sequences do not fill one batch of {batch} over all "

@@ -1,9 +1,11 @@
 """How tokens weigh, from the flags: the objective, the schedule of alpha, the floor under ends of turns."""
 
+import torch
+
 from dft.arguments import Arguments, DFTArguments
 from dft.errors import UserError
-from dft.loss.objectives import Dft, Objective, make_objective, parameters_of
-from dft.training.schedule import AlphaSchedule
+from dft.loss.objectives import Dft, Objective, Sft, make_objective, parameters_of
+from dft.training.schedule import CONSTANT, AlphaSchedule
 
 
 def objective_of(dft: DFTArguments) -> Objective:
@@ -27,6 +29,8 @@ def read_parameters(dft: DFTArguments) -> dict[str, float]:
     parameters: dict[str, float] = {}
     for part in filter(None, (word.strip() for word in given.split(","))):
         name, equals, value = (word.strip() for word in part.partition("="))
+        if name in parameters:
+            raise UserError(f"--objective_args {given}: {name} is given twice")
         try:
             parameters[name] = float(value)
         except ValueError:
@@ -36,6 +40,11 @@ def read_parameters(dft: DFTArguments) -> dict[str, float]:
         if name == "alpha":
             raise UserError(f"--objective_args {given}: alpha is --dft_alpha {value}")
     return parameters
+
+
+def least_weight(objective: Objective) -> float:
+    """What the most unlikely token weighs, where it weighs anything for sure."""
+    return objective.line[1] if objective.line is not None else 0.0
 
 
 def schedule_of(dft: DFTArguments) -> AlphaSchedule:
@@ -56,15 +65,25 @@ def check_weighing(arguments: Arguments) -> None:
             f"--dft_alpha_schedule_share {dft.dft_alpha_schedule_share:g}: must be above 0 and at most 1, "
             "the share of the steps over which alpha rises"
         )
+    if dft.dft_alpha_schedule == CONSTANT.kind and dft.dft_alpha_schedule_share != CONSTANT.share:
+        raise UserError(
+            f"--dft_alpha_schedule_share {dft.dft_alpha_schedule_share:g}: alpha is constant; give "
+            "--dft_alpha_schedule linear or cosine, or leave it out"
+        )
     if not dft.use_simple_dft:
-        if dft.objective != Dft.name:
+        if dft.objective not in (Dft.name, Sft.name):
             raise UserError(
                 f"--use_simple_dft False is plain SFT, --objective {dft.objective} is not; give one"
             )
-        if dft.dft_alpha != 0:
+        if dft.objective == Dft.name and dft.dft_alpha != 0:
             dft.dft_alpha = 0.0
             arguments.notes.append("--use_simple_dft False: alpha is 0, plain SFT")
     objective = objective_of(dft)
+    if 0 < dft.end_of_turn_weight <= least_weight(objective):
+        arguments.notes.append(
+            f"--end_of_turn_weight {dft.end_of_turn_weight:g} has no effect: no token weighs less than "
+            f"{least_weight(objective):g} as it is"
+        )
     if not isinstance(objective, Dft):
         if dft.dft_alpha != Dft.alpha:
             raise UserError(
@@ -87,8 +106,8 @@ def check_weighing(arguments: Arguments) -> None:
             f"{dft.objective} scores whole sequences with the base model; leave one of them out"
         )
     metric = (arguments.training.metric_for_best_model or "").removeprefix("eval_")
-    if metric == "objective" and dft.objective == "eaft":
+    if metric == "objective" and objective.potential(torch.zeros(1)) is None:
         raise UserError(
-            "--metric_for_best_model objective: --objective eaft descends nothing that is a function of p; "
-            "choose eval_acc or eval_nll"
+            f"--metric_for_best_model objective: --objective {dft.objective} descends nothing that is a "
+            "function of p; choose eval_acc or eval_nll"
         )

@@ -11,6 +11,8 @@ from dft.arguments import default_flags, own_flags, parse_arguments
 from dft.config_file import write_run_args
 from dft.conflicts import check, check_batches
 from dft.errors import UserError
+from dft.loss.objectives import Sft
+from dft.weighing import objective_of
 
 
 def words(folder, *more: str) -> list[str]:
@@ -51,6 +53,37 @@ def test_defaults_are_safe_and_follow_the_paper(tmp_path):
 )
 def test_whether_greater_is_better_follows_from_the_metric(tmp_path, metric, greater):
     assert checked(tmp_path, "--metric_for_best_model", metric).training.greater_is_better is greater
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--objective", "power", "--objective_args", "k=0.5,k=0.7"], "k is given twice"),
+        (["--dft_alpha_schedule_share", "0.2"], "alpha is constant; give --dft_alpha_schedule"),
+    ],
+)
+def test_weights_that_contradict_one_another_are_refused(tmp_path, words, told):
+    with pytest.raises(UserError, match=told):
+        checked(tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--dft_alpha", "0.7", "--end_of_turn_weight", "0.3"], True),
+        (["--dft_alpha", "0.7", "--end_of_turn_weight", "0.31"], False),
+        (["--objective", "sft", "--end_of_turn_weight", "1"], True),
+        (["--objective", "power", "--end_of_turn_weight", "0.1"], False),
+    ],
+)
+def test_a_floor_that_lifts_nothing_is_told(tmp_path, words, told):
+    notes = checked(tmp_path, *words).notes
+    assert any("has no effect: no token weighs less" in note for note in notes) == told
+
+
+def test_plain_sft_may_be_said_twice(tmp_path):
+    arguments = checked(tmp_path, "--use_simple_dft", "False", "--objective", "sft")
+    assert objective_of(arguments.dft) == Sft()
 
 
 def test_use_simple_dft_false_is_sft(tmp_path):

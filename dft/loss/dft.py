@@ -91,9 +91,10 @@ def dft_loss(
     total = (weight * nll).sum()
     kl = torch.zeros_like(p_correct)
     if base_logits is not None:
-        base = base_logits[:, : keep.shape[1]][keep].to(rows.dtype)
+        base = base_logits.detach()[:, : keep.shape[1]][keep].to(rows.dtype)
         gap = log_probs - F.log_softmax(base, dim=-1)
-        kl = (log_probs.exp() * gap.masked_fill(log_probs == -torch.inf, 0)).sum(-1)
+        probs = log_probs.exp()
+        kl = (probs * gap.masked_fill(probs == 0, 0)).sum(-1)  # 0 log 0 is 0
         total = total + chosen.kl_weight * kl.sum()
     loss = total / normalizer(num_items, targets)
     return loss, TokenStats(nll.detach(), p_correct, weight, correct, entropy, targets, kl.detach())

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from dft.arguments import Arguments
+from dft.loss.linear import TILE_BYTES
 from dft.training.distributed import is_launched, parallelism, schedule, sequence_parallel_size, world_size
-from dft.training.memory import size
+from dft.training.memory import in_4bit, logits_size, size
 from dft.training.plan import HEADROOM, asked_setting, device_memory, nearest_that_fit, plan
 from dft.training.throughput import GIB
 from dft.weighing import objective_of
@@ -22,19 +24,19 @@ def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -
     training, watch, train = arguments.training, arguments.watch, report["train"]
     ranks = watch.plan_world_size or world_size()
     memory = watch.plan_device_memory or device_memory(training.device, world_size() if is_launched() else 1)
-    packed = "packing_density" in train
-    longest = arguments.data.max_length if packed else train["length_percentiles"]["100"]
+    longest = arguments.data.max_length if "packing_density" in train else train["length_percentiles"]["100"]
     fused = arguments.dft.fused_head != "off"
     anchored = objective_of(arguments.dft).kl_weight > 0
     held = sum(one.numel() for one in model.parameters()) * model.dtype.itemsize / GIB
+    rows = training.per_device_train_batch_size
+    base_logits = logits_size(model, training, rows * longest) / 2  # without a gradient
+    held += min(base_logits, TILE_BYTES[training.device.type] / GIB) if fused else base_logits
     asked = asked_setting(model, training, ranks, beside=held if anchored else 0.0)
     share = train["supervised_tokens"] / train["tokens"]
     found = plan(model, training, asked, longest, fused, share)
-    every = sum(parameter.numel() for parameter in model.parameters())
+    packed = in_4bit(model)
+    every = sum(one.numel() * (2 if one.dtype == torch.uint8 else 1) for one in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    shared_by = parallelism(training)
-    if ranks > 1 and shared_by == "single process":
-        shared_by = "DDP"
     groups = max(1, ranks // sequence_parallel_size(training))
     steps = schedule(training, train["rows"], groups)
     per_step = asked.rows * asked.accumulation * groups
@@ -42,7 +44,8 @@ def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -
     state = " (state of this optimizer not counted)" if found.unknown_optimizer else ""
     lines = [
         f"plan        {every / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained, {model.dtype} "
-        f"weights; {ranks} x {training.device.type}, {shared_by}",
+        f"weights{', those of linear layers in 4 bits' if packed else ''}; {ranks} x {training.device.type}, "
+        f"{parallelism(training, ranks)}",
         f"data        {train['tokens']:,} tokens an epoch, {share:.1%} supervised; {steps} optimizer "
         f"steps of {per_step} rows, rows of up to {longest} tokens",
         f"memory      about {size(found.peak)} per device at the peak: {parts}{state}",

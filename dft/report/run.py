@@ -14,6 +14,7 @@ from dft.training.distributed import (
     parallelism,
     rows_per_step,
     schedule,
+    sequence_parallel_size,
     world_size,
 )
 from dft.training.lora import has_adapters
@@ -73,6 +74,7 @@ def start_lines(
     packed = "packing_density" in report["train"]
     what = "rows" if packed else "sequences"
     longest = arguments.data.max_length if packed else report["train"]["length_percentiles"]["100"]
+    tokens = -(-longest * training.per_device_train_batch_size // sequence_parallel_size(training))
     lines = [
         f"model       {arguments.model.model_name_or_path}: {get_model_param_count(model) / 1e6:,.1f} M "
         f"parameters, {chosen['weights']} weights, {chosen['attention']} attention",
@@ -84,7 +86,7 @@ def start_lines(
         f"{share * per_step:,.0f} supervised tokens; {batching}",
         f"schedule    {steps} steps, {training.get_warmup_steps(steps)} of them warm-up, "
         f"{training.lr_scheduler_type.value}, learning rate {training.learning_rate:g}",
-        f"memory      {memory_estimate(model, training, longest * training.per_device_train_batch_size)}",
+        f"memory      {memory_estimate(model, training, tokens)}",
         f"output      {training.output_dir}; trackers: {', '.join(training.report_to) or 'none'}",
     ]
     if has_adapters(model):

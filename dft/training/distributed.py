@@ -34,14 +34,14 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def parallelism(training: transformers.TrainingArguments) -> str:
-    """How the ranks of a run share its work."""
+def parallelism(training: transformers.TrainingArguments, ranks: int | None = None) -> str:
+    """How the ranks of a run, or so many of them, share its work."""
     if training.deepspeed:
         how = f"DeepSpeed ZeRO-{training.hf_deepspeed_config.get_value('zero_optimization.stage', 0)}"
     elif training.fsdp:
         how = "FSDP 2"
     else:
-        how = "DDP" if world_size() > 1 else "single process"
+        how = "DDP" if (ranks or world_size()) > 1 else "single process"
     size = sequence_parallel_size(training)
     return f"{how}, {size} ranks per sequence" if size > 1 else how
 

@@ -143,6 +143,15 @@ def add_adapters(
     return adapted
 
 
+def pack_linear(model: PreTrainedModel) -> None:
+    """Gives a model on the meta device the shapes that its linear layers have when held in 4 bits."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            packed = torch.empty(module.weight.numel() // 2, 1, dtype=torch.uint8, device="meta")
+            module.weight = nn.Parameter(packed, requires_grad=False)
+
+
 def has_adapters(model: nn.Module) -> bool:
     if "peft" not in sys.modules:  # whose models there cannot be
         return False

@@ -3,6 +3,7 @@
 import math
 from dataclasses import astuple, dataclass
 
+import torch
 import transformers
 from torch import nn
 
@@ -77,7 +78,6 @@ def memory_estimate(
     """
     layout = layout or layout_of(model, training)
     ranks, stage, optimizer_away, weights_away, itemsize, device = astuple(layout)
-    count = sum(element_count(one) for one in model.parameters())
     trained = sum(element_count(one) for one in model.parameters() if one.requires_grad)
     head = model.get_output_embeddings()
     vocab = model.config.get_text_config().vocab_size
@@ -88,7 +88,8 @@ def memory_estimate(
         tile += min(GROUP_BYTES, 2 * entries)
         at_once = 2 * entries <= GROUP_BYTES
     shared = [ranks if training.fsdp or stage >= least else 1 for least in (3, 2, 1)]
-    weights = 0 if weights_away else count * itemsize / shared[0]
+    held = sum(element_count(one) * bytes_of(one, itemsize) for one in model.parameters())
+    weights = 0 if weights_away else held / shared[0]
     # DDP keeps its buckets beside the gradients.
     copies = 2 if ranks > 1 and not stage and not training.fsdp else 1
     gradients = 0 if optimizer_away else copies * trained * gradient_size(training, itemsize) / shared[1]
@@ -105,8 +106,30 @@ def memory_estimate(
 def layout_of(model: nn.Module, training: transformers.TrainingArguments) -> Layout:
     """That of a run."""
     stage, optimizer_away, weights_away = zero_of(training)
-    itemsize = 2 if stage and (training.bf16 or training.fp16) else model.dtype.itemsize
+    itemsize = model.dtype.itemsize
+    if stage and (training.bf16 or training.fp16):
+        itemsize = 2
+    elif training.fsdp and training.mixed_precision != "no":
+        itemsize = 4  # accelerate raises what is trained, and casts a layer at a time
     return Layout(world_size(), stage, optimizer_away, weights_away, itemsize, training.device.type)
+
+
+def bytes_of(parameter: nn.Parameter, itemsize: int) -> float:
+    """Bytes of an element: frozen weights stay as they were loaded, unless all are cast to less."""
+    if parameter.dtype == torch.uint8:
+        return 1 + 1 / 32  # bitsandbytes keeps a scale of 8 bits for every 64 weights
+    return itemsize if parameter.requires_grad else min(itemsize, parameter.element_size())
+
+
+def in_4bit(model: nn.Module) -> bool:
+    """Whether weights are packed, two in a byte."""
+    return any(one.dtype == torch.uint8 for one in model.parameters())
+
+
+def autocasts(model: nn.Module, training: transformers.TrainingArguments, layout: Layout) -> bool:
+    """Whether float32 weights are cast as they are used. ZeRO and FSDP compute on weights cast before."""
+    mixed = training.mixed_precision != "no" and model.dtype.itemsize == 4
+    return mixed and not layout.stage and not training.fsdp
 
 
 def gradient_size(training: transformers.TrainingArguments, itemsize: int) -> int:
@@ -134,6 +157,7 @@ def activation_size(
     rows: int,
     tokens: int,
     checkpointed: bool | None = None,
+    layout: Layout | None = None,
 ) -> float:
     """About how many GiB of activations a micro-batch keeps for the backward pass, without the head.
 
@@ -143,7 +167,7 @@ def activation_size(
 
     Args:
         rows, tokens: of the micro-batch; all rows together have so many tokens.
-        checkpointed: other than the run has it.
+        checkpointed, layout: other than the run has it.
     """
     config = model.config.get_text_config()
     given = config.to_dict()
@@ -151,8 +175,8 @@ def activation_size(
     inner = given.get("intermediate_size") or 4 * width
     itemsize = 2 if training.mixed_precision != "no" else model.dtype.itemsize
     layer = tokens * (10 * width + 5 * inner)
-    if training.mixed_precision != "no" and model.dtype.itemsize == 4:
-        # Autocast: two sums and two norms are kept in float32, and the norms once more as they are cast.
+    if autocasts(model, training, layout or layout_of(model, training)):
+        # Two sums and two norms are kept in float32, and the norms once more as they are cast.
         layer += tokens * 6 * width
     if config._attn_implementation == "eager":  # which holds the scores, and their softmax
         layer += 2 * given.get("num_attention_heads", 1) * tokens * tokens / max(1, rows)

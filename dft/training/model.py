@@ -21,7 +21,7 @@ from dft.arguments import Arguments
 from dft.data.tokenizer import UNLOADABLE
 from dft.errors import UserError
 from dft.training.distributed import first_of_ranks
-from dft.training.lora import add_adapters, quantization
+from dft.training.lora import add_adapters, pack_linear, quantization
 
 OF_CONFIG = (ArithmeticError, LookupError)
 """What building a model raises besides, for numbers in config.json that make no sense."""
@@ -147,6 +147,8 @@ def model_without_weights(arguments: Arguments) -> PreTrainedModel:
         raise UserError(f"--model_name_or_path {name}: cannot be planned: {reason}") from None
     if arguments.lora.lora_r is None:
         return model
+    if arguments.lora.load_in_4bit:
+        pack_linear(model)
     with torch.device("meta"):
         return add_adapters(model, arguments.lora, arguments.training, name)
 

@@ -17,7 +17,7 @@ from torch import nn
 from dft.data.files import write_whole
 from dft.errors import REFUSED, UserError
 from dft.training.distributed import world_size
-from dft.training.memory import activation_size, logits_size, memory_estimate, size, zero_of
+from dft.training.memory import activation_size, in_4bit, logits_size, memory_estimate, size, zero_of
 from dft.training.throughput import GIB
 
 SMALLER = 76
@@ -188,11 +188,11 @@ def remedies(
         found.append((parts["activations"] / 2, "--bf16 True"))
     stage, optimizer_away, weights_away = zero_of(args)
     ranks, state = world_size(), parts["weights"] + parts["gradients"] + parts["optimizer"]
-    if ranks > 1 and not args.fsdp and stage < 3:
+    if ranks > 1 and not args.fsdp and not in_4bit(model) and stage < 3:
         # What is sharded already is an n-th of what it would be.
         shared = {0: state, 1: state - parts["optimizer"], 2: parts["weights"]}[stage]
         found.append((shared * (1 - 1 / ranks), "--deepspeed ds_config/zero3.json"))
-    if args.device.type == "cuda" and stage and not (optimizer_away and weights_away):
+    if args.device.type == "cuda" and stage and not in_4bit(model) and not (optimizer_away and weights_away):
         away = parts["optimizer"] + parts["gradients"] + parts["weights"]
         found.append((away, "--deepspeed ds_config/zero3_offload.json, which is slower"))
     return found

@@ -10,7 +10,15 @@ import transformers
 from torch import nn
 
 from dft.training.distributed import sequence_parallel_size
-from dft.training.memory import Layout, activation_size, layout_of, logits_size, memory_estimate
+from dft.training.memory import (
+    Layout,
+    activation_size,
+    autocasts,
+    in_4bit,
+    layout_of,
+    logits_size,
+    memory_estimate,
+)
 from dft.training.throughput import GIB
 
 HEADROOM = 0.92
@@ -89,12 +97,13 @@ def plan(
     """
     tokens = -(-setting.rows * longest // sequence_parallel_size(training))
     known = memory_estimate(model, training, tokens, setting.layout, share)
-    if not training.deepspeed and training.mixed_precision != "no" and model.dtype.itemsize == 4:
-        copies = sum(one.numel() for one in model.parameters()) * 2 / GIB  # which autocast keeps of weights
-    else:
-        copies = 0.0
-    kept = activation_size(model, training, setting.rows, tokens, setting.checkpointed)
-    layer = activation_size(model, training, setting.rows, tokens, False)
+    copies = 0.0
+    if autocasts(model, training, setting.layout):  # and keeps what it has cast
+        copies = sum(one.numel() for one in model.parameters() if one.is_floating_point()) * 2 / GIB
+    kept, layer = (
+        activation_size(model, training, setting.rows, tokens, checkpointed, setting.layout)
+        for checkpointed in (setting.checkpointed, False)
+    )
     layer /= model.config.get_text_config().num_hidden_layers
     loss = known.head if fused else logits_size(model, training, tokens)
     # With checkpointing `kept` holds one layer that is computed again, when the loss has gone.
@@ -121,9 +130,13 @@ def plan(
 
 
 def settings_near(
-    asked: Setting, training: transformers.TrainingArguments, is_cuda: bool
+    asked: Setting, training: transformers.TrainingArguments, is_cuda: bool, shardable: bool
 ) -> Iterator[Setting]:
-    """Settings that take the same optimizer steps, those with fewer changes first."""
+    """Settings that take the same optimizer steps, those with fewer changes first.
+
+    Args:
+        shardable: whether DeepSpeed could share the weights out.
+    """
     batches = [(asked.rows, asked.accumulation)]
     rows, accumulation = batches[0]
     while rows % 2 == 0:
@@ -133,10 +146,10 @@ def settings_near(
         batches.append((1, asked.rows * asked.accumulation))
     layout = asked.layout
     layouts = [(layout, ())]
-    if layout.stage < 3 and layout.ranks > 1 and not training.fsdp:
+    if shardable and layout.stage < 3 and layout.ranks > 1:
         sharded = replace(layout, stage=3, itemsize=2 if training.bf16 or training.fp16 else layout.itemsize)
         layouts.append((sharded, ("--deepspeed ds_config/zero3.json",)))
-    if is_cuda and not layout.optimizer_away:
+    if shardable and is_cuda and not layout.optimizer_away:
         away = replace(layout, stage=3, optimizer_away=True, weights_away=True, itemsize=2)
         layouts.append((away, ("--deepspeed ds_config/zero3_offload.json",)))
     checkpoints = [(asked.checkpointed, ())]
@@ -162,7 +175,8 @@ def nearest_that_fit(
 ) -> list[Plan]:
     """The settings with the fewest changes that fit into `memory` GiB; none where nothing does."""
     fitting: list[Plan] = []
-    for setting in settings_near(asked, training, training.device.type == "cuda"):
+    shardable = not training.fsdp and not in_4bit(model)
+    for setting in settings_near(asked, training, training.device.type == "cuda", shardable):
         if fitting and len(setting.changes) > len(fitting[0].setting.changes):
             break
         one = plan(model, training, setting, longest, fused, share)

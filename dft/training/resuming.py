@@ -154,6 +154,10 @@ class ResumingTrainer(SavingTrainer):
                 "data, optimizer, schedule and metrics go on where they were; random numbers (dropout) "
                 "do not, and sums over ranks are rounded otherwise"
             )
+        now = self._method()
+        before = facts.get("method", now)  # which checkpoints of earlier versions do not tell
+        if before != now:
+            yield f"warning     up to here the run learned by {before}, and goes on by {now}"
         before, now = facts["order"], self._order()
         if (before["rows"], before["lengths"]) != (now["rows"], now["lengths"]):
             yield (

@@ -116,6 +116,10 @@ class SavingTrainer(PublishingTrainer):
         """What else has to be in a checkpoint, as JSON holds it. A collective."""
         return {}
 
+    def _method(self) -> str:
+        """What is learned, in words that are the same as long as it is."""
+        return ""
+
     # ---- writing ----
 
     def _save_checkpoint(
@@ -183,6 +187,7 @@ class SavingTrainer(PublishingTrainer):
             "parallelism": parallelism(self.args),
             "order": self._order(),
             "model": self._shapes,
+            "method": self._method(),
         }
         if self._minds_a_disk(folder.parent):
             seal(unfinished(folder), facts)

@@ -15,7 +15,7 @@ class AlphaSchedule:
 
     Attributes:
         kind: "constant" has all of it throughout; "linear" and "cosine" rise from 0, which is SFT, and stay.
-        share: of the optimizer steps, over which alpha rises.
+        share: of the optimizer steps, over which alpha rises; with 1 it would arrive where the run ends.
     """
 
     kind: str = "constant"

@@ -11,7 +11,7 @@ cut everything a batch holds along its second dimension, also what says where it
 the labels away before anybody has counted the tokens of the step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -23,16 +23,20 @@ from torch.utils.data import Sampler
 from dft.data.collator import PaddedCollator
 from dft.errors import UserError
 from dft.labels import IGNORE_INDEX
+from dft.loss.objectives import Objective
 from dft.training.batching import why_not_packed
-from dft.training.distributed import sequence_parallel_size, world_size
+from dft.training.distributed import init_cpu_deepspeed, sequence_parallel_size
 
 CUT = {"input_ids", "labels", "attention_mask", "loss_positions", "sequence_ids", "origins"}
 """What a batch may hold: of anything else it is not known how to cut it."""
 
+OF_THE_LENGTH = {"dynamic", "longrope"}
+"""Rotary positions whose frequencies transformers takes from the largest position of a batch."""
 
-def check_sequence_parallel(training: transformers.TrainingArguments, packing: bool) -> None:
-    """Raises `UserError` for flags that sequence parallelism does not go with."""
-    size, ranks = sequence_parallel_size(training), world_size()
+
+def check_sequence_parallel(training: transformers.TrainingArguments, packing: bool, ranks: int) -> None:
+    """Raises `UserError` for flags that sequence parallelism does not go with on so many ranks."""
+    size = sequence_parallel_size(training)
     flag = f"--sequence_parallel_size {size}"
     if size < 1:
         raise UserError(f"{flag}: must be at least 1, which is none")
@@ -69,12 +73,27 @@ def why_not_parallel(model: nn.Module, size: int) -> str | None:
         return f"it has layers that see a part of the sequence ({', '.join(sorted(narrow)) or 'sliding'})"
     if config.num_attention_heads % size:
         return f"its {config.num_attention_heads} attention heads cannot be shared by {size} ranks"
-    keys = config.num_key_value_heads
+    keys = given.get("num_key_value_heads")
+    if keys is None or given.get("head_dim", 0) is None:  # which DeepSpeed reads
+        return "its configuration says nothing of num_key_value_heads or head_dim"
     if keys % size and size % keys:
         return f"its {keys} key-value heads cannot be shared by {size} ranks"
+    moving = rope_types(given) & OF_THE_LENGTH
+    if moving:
+        return (
+            f"its rotary positions ({', '.join(sorted(moving))}) depend on how long the sequence is, and a "
+            "rank sees a part of it"
+        )
     if given.get("output_router_logits"):
         return "the auxiliary loss of its router is no sum over tokens"
     return None
+
+
+def rope_types(config: Mapping[str, Any]) -> set[str]:
+    """Kinds of rotary positions: of all layers, or of each kind of layer."""
+    given = config.get("rope_parameters") or {}
+    kinds = [given, *(one for one in given.values() if isinstance(one, Mapping))]
+    return {one["rope_type"] for one in kinds if "rope_type" in one}
 
 
 class SequenceParallel:
@@ -98,7 +117,9 @@ class SequenceParallel:
         import deepspeed
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
-        if not deepspeed.comm.is_initialized():
+        if model.device.type == "cpu":
+            init_cpu_deepspeed()  # compiles nothing
+        elif not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(verbose=False)  # takes over the process group that is there
         groups = UlyssesSPAttentionHF.register_with_transformers(
             model_name_or_path=model,
@@ -146,6 +167,20 @@ class SequenceParallel:
             "num_tokens": cut(batch["attention_mask"], 0).sum(),
             **{name: batch[name] for name in ("origins",) if name in batch},
         }
+
+
+def check_sharing(dataset: Any, objective: Objective) -> None:
+    """Raises ValueError for what would be wrong without a word where ranks share sequences."""
+    if dataset is not None and not isinstance(dataset, Sized):
+        raise ValueError(
+            "sequence parallelism deals each batch to all ranks that share it, which a dataset without a "
+            "length cannot do; use one that has a length"
+        )
+    if objective.kl_weight > 0:
+        raise ValueError(
+            f"the objective {objective.name} scores whole sequences with the base model, of which "
+            "sequence parallelism leaves a rank a part; leave one of them out"
+        )
 
 
 def parallel_collator(pad_token_id: int, given: Any) -> PaddedCollator:

@@ -45,7 +45,12 @@ from dft.training.measured import MeasuredTrainer
 from dft.training.oom import RAISED, MicroBatch, OutOfMemory, advice, free_what_is_left, note_smaller, ran_out
 from dft.training.reference import Reference
 from dft.training.schedule import CONSTANT, AlphaSchedule, check_schedule
-from dft.training.sequence_parallel import SequenceParallel, SharedBatches, parallel_collator
+from dft.training.sequence_parallel import (
+    SequenceParallel,
+    SharedBatches,
+    check_sharing,
+    parallel_collator,
+)
 from dft.training.throughput import compute_dtype
 from dft.training.trackers import HistogramCallback, SwanLabRunCallback
 
@@ -127,6 +132,7 @@ class DFTTrainer(MeasuredTrainer):
         self._forget_head()
         sharing = sequence_parallel_size(args)
         if sharing > 1:
+            check_sharing(kwargs.get("train_dataset"), objective)
             data_collator = parallel_collator(padding_id(model), data_collator)
         elif data_collator is None:
             packed = is_packed(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))

@@ -45,12 +45,36 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(example, forks, shapes_alone
         ({"plan": True, "preflight": True}, "--plan True and --preflight True each end without training"),
         ({"plan_world_size": 8}, "--plan_world_size 8 says what to plan for; add --plan True"),
         ({"plan": True, "plan_device_memory": 0}, "--plan_device_memory 0.0: must be greater than 0"),
+        ({"plan": True, "plan_world_size": 10**9}, "--plan_world_size 1000000000: must be at most 1,000,000"),
+        (
+            {"plan": True, "plan_world_size": 3, "sequence_parallel_size": 2},
+            "--sequence_parallel_size 2: the 3 process(es) of this run are no whole number of groups of 2",
+        ),
+        (
+            {"plan": True, "dataloader_drop_last": True, "per_device_train_batch_size": 10**5},
+            "--dataloader_drop_last True: ",
+        ),
     ],
 )
 def test_what_makes_no_plan_is_refused(example, forks, flags, told):
     output = example.folder / "not-planned"
     codes, printed = forks.run(example.words(output, use_cpu=True, **flags), 1)
     assert codes == [REFUSED] and f"error: {told}" in printed, printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"fsdp": True}, "8 x cpu, FSDP 2"),
+        ({"sequence_parallel_size": 4}, "8 x cpu, DDP, 4 ranks per sequence"),
+    ],
+    ids=["fsdp", "sequences shared"],
+)
+def test_one_process_plans_for_ranks_that_are_not_here(example, forks, shapes_alone, flags, told):
+    output = example.folder / "planned-away"
+    flags = {"model_name_or_path": shapes_alone, "use_cpu": True, "plan": True, "plan_world_size": 8, **flags}
+    codes, printed = forks.run(example.words(output, **flags), 1)
+    assert codes == [0] and told in printed and re.search(r"fits +yes", printed), printed
 
 
 @pytest.mark.parametrize("more", [{}, {"lora_r": 4}], ids=["all weights", "adapters"])

@@ -7,6 +7,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dft import dft_loss
+from dft.loss.objectives import make_objective
 
 VOCAB = 11
 
@@ -175,6 +176,14 @@ def test_extreme_logits_stay_finite():
     loss.backward()
     assert stats.p_correct.tolist() == [1.0, 0.0]
     assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
+
+
+def test_a_base_model_gets_no_gradient_and_makes_none_where_p_is_nothing():
+    logits = torch.tensor([[[0.0, -2000.0, 1.0], [0.0, 0.0, 0.0]]], requires_grad=True)
+    base = torch.tensor([[[0.0, -math.inf, 1.0], [0.0, 0.0, 0.0]]], requires_grad=True)
+    loss, stats = dft_loss(logits, torch.tensor([[0, 2]]), objective=make_objective("asft"), base_logits=base)
+    loss.backward()
+    assert base.grad is None and stats.kl.item() == 0 and logits.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, math.nan])

@@ -1,12 +1,16 @@
 """Planned memory: against bytes counted by hand, and peaks that were measured on a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from dft.training.memory import Layout
-from dft.training.plan import HEADROOM, Setting, asked_setting, nearest_that_fit, plan
+from dft.training.lora import LoraArguments, add_adapters, pack_linear
+from dft.training.memory import Layout, layout_of
+from dft.training.plan import HEADROOM, Setting, asked_setting, nearest_that_fit, plan, settings_near
 from dft.training.throughput import GIB
 
 
@@ -50,6 +54,62 @@ def test_stages_of_zero_share_what_they_share(tmp_path, stage, weights, gradient
     assert parts["weights"] * GIB == pytest.approx(weights * count)
     assert parts["gradients"] * GIB == pytest.approx(gradients * count)
     assert parts["optimizer"] * GIB == pytest.approx(optimizer * count)
+
+
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
+def test_fsdp_in_half_precision_keeps_float32_and_no_copy(tmp_path, loaded):
+    """accelerate raises trained weights to float32 shards and casts a layer at a time."""
+    model = shapes(2, 128, 256, 500, 2, 1, dtype=loaded)
+    count = sum(one.numel() for one in model.parameters())
+    args = arguments(tmp_path, bf16=True)
+    args.fsdp = True
+    asked = replace(asked_setting(model, args, 1), layout=replace(layout_of(model, args), ranks=8))
+    parts = plan(model, args, asked, 10, fused=True).parts
+    assert "autocast" not in parts
+    assert parts["weights"] * GIB == parts["gradients"] * GIB == pytest.approx(4 * count / 8)
+    assert parts["optimizer"] * GIB == pytest.approx(8 * count / 8)
+
+
+def test_autocast_keeps_copies_of_float32_weights_and_zero_does_not(tmp_path):
+    model, args = shapes(2, 128, 256, 500, 2, 1, dtype=torch.float32), arguments(tmp_path, bf16=True)
+    count = sum(one.numel() for one in model.parameters())
+    asked = asked_setting(model, args, 1)
+    assert plan(model, args, asked, 10, fused=True).parts["autocast"] * GIB == 2 * count
+    sharded = Setting(Layout(8, 3, False, False, 2), 1, 1, False)
+    under_zero = plan(model, args, sharded, 10, fused=True).parts
+    assert "autocast" not in under_zero
+    assert under_zero["activations"] < plan(model, args, asked, 10, fused=True).parts["activations"]
+
+
+def test_weights_in_4_bits_take_half_a_byte_and_their_scales(tmp_path):
+    model = shapes(2, 128, 256, 500, 2, 1, tied=False)
+    head = model.get_output_embeddings()
+    linear = [one for one in model.modules() if isinstance(one, nn.Linear) and one is not head]
+    packed = sum(one.weight.numel() for one in linear)
+    rest = sum(one.numel() for one in model.parameters()) - packed
+    pack_linear(model)
+    with torch.device("meta"):
+        adapted = add_adapters(model, LoraArguments(lora_r=4, load_in_4bit=True), arguments(tmp_path), "m")
+    adapters = sum(one.numel() for one in adapted.parameters() if one.requires_grad)
+    args = arguments(tmp_path, bf16=True)
+    asked = replace(asked_setting(adapted, args, 1), layout=replace(layout_of(adapted, args), ranks=8))
+    found = plan(adapted, args, asked, 10, fused=True)
+    # What is not packed is raised to float32, as peft prepares it.
+    assert found.parts["weights"] * GIB == pytest.approx(packed / 2 * (1 + 1 / 32) + 4 * (rest + adapters))
+    assert not any("deepspeed" in one for near in proposed(adapted, args, asked) for one in near)
+
+
+def proposed(model, args, asked):
+    return [one.setting.changes for one in nearest_that_fit(model, args, asked, 10, True, memory=1e6)]
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_zero3_is_proposed_where_it_can_be_had(tmp_path, fsdp):
+    model, args = shapes(12, 1024, 4096, 32_000, 16, 8, dtype=torch.float32), arguments(tmp_path)
+    args.fsdp = fsdp
+    asked = replace(asked_setting(model, args, 1), layout=replace(layout_of(model, args), ranks=8))
+    changes = [one.changes for one in settings_near(asked, args, True, shardable=not fsdp)]
+    assert any("zero3" in word for change in changes for word in change) != fsdp
 
 
 @pytest.mark.parametrize(
