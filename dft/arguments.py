@@ -1,5 +1,6 @@
 """Command line -> six dataclasses."""
 
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -196,6 +197,9 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_dir: str | None = field(
         default=None, metadata={"help": "Where SwanLab, wandb and TensorBoard write their local files."}
     )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log the metrics every so many steps; below 1, a share of the run."}
+    )
     sequence_parallel_size: int = field(
         default=1,
         metadata={
@@ -332,6 +336,13 @@ class Arguments:
     notes: list[str]
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults behind explanations, but no `None`, which says nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(HfArgumentParser):
     """Flags of the six dataclasses; a mistake is a `UserError` instead of a page of usage."""
 
@@ -344,7 +355,10 @@ class Parser(HfArgumentParser):
             WatchArguments,
             TrainingArguments,
         )
-        super().__init__(kinds, allow_abbrev=False, prog="train_dft.py")
+        super().__init__(kinds, allow_abbrev=False, prog="train_dft.py", formatter_class=Help)
+        for action in self._actions:
+            if action.option_strings and action.option_strings[0].startswith("--no_"):
+                action.help = argparse.SUPPRESS  # transformers' twin of a flag, under the other's explanation
         self.add_argument(
             "--config",
             metavar="FILE.yaml",
@@ -400,7 +414,7 @@ def refuse_secrets(argv: list[str]) -> None:
 
 
 def given_again(argv: list[str]) -> list[str]:
-    """A note for each flag that the command line has twice, as scripts/train.sh gives those it is given."""
+    """A note of the flags that the command line has twice, as scripts/train.sh gives those it is given."""
     found: dict[str, list[str]] = {}
     for word in argv:
         name, equals, value = word.partition("=")
@@ -409,11 +423,12 @@ def given_again(argv: list[str]) -> list[str]:
             values.append(value if equals else "")
         elif found:
             values[-1] = f"{values[-1]} {word}".strip()
-    return [
-        f"{name} is given as {', then as '.join(values)}: the last one counts"
+    twice = [
+        f"{name} {values[-1]}".strip()
         for name, values in found.items()
         if name != "--config" and len(set(values)) > 1
     ]
+    return [f"given more than once, so the last one counts: {', '.join(twice)}"] if twice else []
 
 
 def default_flags() -> dict[str, Any]:

@@ -354,6 +354,8 @@ def check_batches(arguments: Arguments, sequences: int) -> None:
 
 def check_output(arguments: Arguments) -> None:
     training = arguments.training
+    if arguments.given["output_dir"] is None:
+        raise UserError("--output_dir is missing: name the folder to write to")
     if not training.output_dir:
         raise UserError("--output_dir '': name the folder to write to")
     folder = Path(training.output_dir)
@@ -378,6 +380,10 @@ def check_output(arguments: Arguments) -> None:
     if training.enable_jit_checkpoint:
         raise UserError("--enable_jit_checkpoint True: every run saves when it gets SIGTERM; leave it out")
     resume = resolve_resume(training)
+    if resume is not None:
+        arguments.notes.append(f"goes on from step {resume.step:,}, {resume.path}")
+    elif wanted == "auto":
+        arguments.notes.append(f"there is no checkpoint in {folder} to go on from: starts with step 1")
     checkpoints = list(folder.glob("checkpoint-*"))
     if checkpoints and resume is None and wanted != "auto" and not training.overwrite_output_dir:
         raise UserError(

@@ -7,12 +7,18 @@ Fails if the saved model cannot be loaded by AutoModelForCausalLM.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from dft.errors import report_user_errors
+from dft.report.saved import load_report
 
 METRICS = ("loss", "nll", "avg_p_correct", "acc")
 FILES = {
@@ -61,6 +67,7 @@ def held_out_question(file: Path) -> tuple[list[dict[str, str]], str]:
 
 
 def main() -> None:
+    report_user_errors()
     parser = argparse.ArgumentParser(description="Summarize a finished training run.")
     parser.add_argument("folder", type=Path, help="the --output_dir of the run")
     parser.add_argument("--question", type=Path, help="ask the model the first question of this .jsonl file")
@@ -68,7 +75,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder
     disable_progress_bar()
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    history = load_report(folder)["log"]
     print(f"\n{table(history)}\n")
     if arguments.question:
         prompt, expected = held_out_question(arguments.question)

@@ -1,5 +1,6 @@
 """The tokenizer with the chat template that this run trains, and the tokens that end generation."""
 
+import difflib
 import json
 import re
 from contextlib import closing
@@ -164,6 +165,16 @@ def _use_chatml(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return notes
 
 
+def _no_folder(path: Path) -> str:
+    """Where a name that is taken for one of the hub would be on this machine, and what is there instead."""
+    if path.is_dir():
+        return ""
+    found = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, found, n=1)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    return f"; nor is there a folder {path.absolute()}{hint}"
+
+
 def _load(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     flag = f"--model_name_or_path {name_or_path}"
     path = Path(name_or_path).expanduser()
@@ -181,7 +192,9 @@ def _load(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase
         if path.is_dir() and not found:
             raise UserError(f"{flag}: the folder holds no tokenizer (tokenizer.json)") from None
         files = f", reading {', '.join(found)}" if found else ""
-        raise UserError(f"{flag}: no tokenizer could be loaded{files} ({_first_line(error)})") from None
+        raise UserError(
+            f"{flag}: no tokenizer could be loaded{files} ({_first_line(error)}){_no_folder(path)}"
+        ) from None
     # Where config.json names a model and no file names the tokens, transformers makes an empty tokenizer.
     if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
         raise UserError(f"{flag}: its tokenizer has no tokens; is tokenizer.json missing?")

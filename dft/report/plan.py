@@ -34,7 +34,7 @@ def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -
     asked = asked_setting(model, training, ranks, beside=held if anchored else 0.0)
     share = train["supervised_tokens"] / train["tokens"]
     found = plan(model, training, asked, longest, fused, share)
-    packed = in_4bit(model)
+    packed, weights = in_4bit(model), str(model.dtype).removeprefix("torch.")
     every = sum(one.numel() * (2 if one.dtype == torch.uint8 else 1) for one in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     groups = max(1, ranks // sequence_parallel_size(training))
@@ -43,18 +43,23 @@ def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -
     parts = ", ".join(f"{name} {size(value)}" for name, value in found.parts.items())
     state = " (state of this optimizer not counted)" if found.unknown_optimizer else ""
     lines = [
-        f"plan        {every / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained, {model.dtype} "
+        f"plan        {every / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained, {weights} "
         f"weights{', those of linear layers in 4 bits' if packed else ''}; {ranks} x {training.device.type}, "
         f"{parallelism(training, ranks)}",
-        f"data        {train['tokens']:,} tokens an epoch, {share:.1%} supervised; {steps} optimizer "
+        f"data        {train['tokens']:,} tokens an epoch, {100 * share:.1f} % supervised; {steps} optimizer "
         f"steps of {per_step} rows, rows of up to {longest} tokens",
         f"memory      about {size(found.peak)} per device at the peak: {parts}{state}",
+        "            these are not there all at once, and add up to more than the peak",
         "            not counted: the process itself, buffers of communication, fragments",
     ]
     if found.peak <= memory * HEADROOM:
-        return [*lines, f"fits        yes: {found.peak / memory:.0%} of the {size(memory)} of a device"]
+        return [
+            *lines,
+            f"fits        yes: {100 * found.peak / memory:.0f} % of the {size(memory)} of a device",
+        ]
     lines.append(
-        f"fits        no: {size(memory)} per device, of which {HEADROOM:.0%} are planned with; nearest flags:"
+        f"fits        no: {size(memory)} per device, of which {100 * HEADROOM:.0f} % are planned "
+        "with; nearest flags:"
     )
     for other in nearest_that_fit(model, training, asked, longest, fused, memory, share):
         lines.append(f"            {' '.join(other.setting.changes)}: about {size(other.peak)}")

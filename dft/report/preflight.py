@@ -178,7 +178,8 @@ def ending(numbers: dict[str, Any]) -> dict[str, str] | None:
         return None
     return {
         "recommendation": (
-            f"put a floor under the weight: --dft_alpha {FLOOR_ALPHA:g} or less. The model does not know "
+            f"put a floor under the weight: --end_of_turn_weight {1 - FLOOR_ALPHA:.1g}, or --dft_alpha "
+            f"{FLOOR_ALPHA:g} or less, of which SFT is one. The model does not know "
             "that turns end with this token, and with alpha 1 a token of p near 0 gets no gradient, so it "
             f"would not learn to stop; with {FLOOR_ALPHA:g} every token keeps at least {1 - FLOOR_ALPHA:.0%}"
         ),

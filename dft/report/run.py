@@ -41,7 +41,7 @@ def derived(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
         "ranks": world_size(),
         "weights": str(model.dtype).removeprefix("torch."),
         "computes_in": {"bf16": "bfloat16", "fp16": "float16"}.get(
-            training.mixed_precision, "as the weights"
+            training.mixed_precision, "the dtype of the weights"
         ),
         "attention": model.config._attn_implementation,
         "parallelism": parallelism(training),

@@ -1,6 +1,7 @@
 """transformers' Trainer, going on from a checkpoint as if there had been no interruption."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,20 @@ class ResumingTrainer(SavingTrainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._resumed_from = kwargs.get("resume_from_checkpoint")
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        # transformers takes from the checkpoint how often to log, evaluate and save, and warns of flags that
+        # say otherwise. Here the flags count.
+        logger = logging.getLogger("transformers.trainer_utils")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            found = super()._init_training_state(max_steps, *args, **kwargs)
+        finally:
+            logger.setLevel(level)
+        self.state.compute_steps(self.args, max_steps)
+        self.state.train_batch_size = self._train_batch_size
+        return found
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None

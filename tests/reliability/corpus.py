@@ -440,7 +440,7 @@ FINE = [
         settings("tokenizer_config.json", eos_token=None, pad_token=None),
         "^records",
     ),
-    flags("flag-given-twice", "--max_length 64 --max_length 128", "--max_length is given as 64, then as 128"),
+    flags("flag-given-twice", "--max_length 64 --max_length 128", "the last one counts: --max_length 128"),
     Case(
         "template-of-the-readme", lambda ground: {"chat_template": ground.file("t.jinja", CHATML)}, "^records"
     ),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dft.errors import UserError
 from scripts.compare_runs import METRICS, greatest_differences
 
 
@@ -22,5 +23,5 @@ def test_the_greatest_relative_difference_is_found(tmp_path):
 
 
 def test_runs_without_a_common_step_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match="no step in common"):
+    with pytest.raises(UserError, match="has logged no step that .* has logged too"):
         greatest_differences(save(tmp_path / "a", {1: 2.0}), save(tmp_path / "b", {2: 2.0}))

@@ -37,9 +37,10 @@ def conversations(count: int, seed: int = 1) -> list[dict[str, list[int]]]:
 
 
 def trainer(tmp_path, rows, *, alpha: float = 0.6, model=None, evaluation=None, **flags) -> DFTTrainer:
+    flags = {"logging_steps": 1, "save_strategy": "no", **flags}
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, logging_steps=1, save_strategy="no", learning_rate=1e-2,
-        lr_scheduler_type="constant", disable_tqdm=True, seed=5, **flags,
+        output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-2, lr_scheduler_type="constant",
+        disable_tqdm=True, seed=5, **flags,
     )  # fmt: skip
     return DFTTrainer(
         model or tiny(), arguments, alpha=alpha, train_dataset=Dataset.from_list(rows),
@@ -173,6 +174,24 @@ def test_only_a_saved_step_can_be_the_best(tmp_path):
     assert by_step[1] > by_step[2] > by_step[4]
     assert run.state.best_metric == by_step[2]
     assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+
+
+def test_a_run_that_goes_on_logs_evaluates_and_saves_as_its_flags_say(tmp_path, caplog):
+    """transformers would do so as often as the run that wrote the checkpoint."""
+    rows = conversations(8)
+    often = {"save_strategy": "steps", "eval_strategy": "steps", "per_device_train_batch_size": 2}
+    first = {"max_steps": 2, "save_steps": 2, "logging_steps": 2, "eval_steps": 2}
+    trainer(tmp_path, rows, evaluation=rows[:2], **often, **first).train()
+    then = {"max_steps": 5, "save_steps": 1, "logging_steps": 1, "eval_steps": 1}
+    run = trainer(tmp_path, rows, evaluation=rows[:2], **often, **then)
+    run.train(resume_from_checkpoint=True)
+    log = [one for one in run.state.log_history if one["step"] > 2]
+    assert [one["step"] for one in log if "grad_norm" in one] == [3, 4, 5]
+    assert [one["step"] for one in log if "eval_nll" in one] == [3, 4, 5]
+    assert sorted(one.name for one in tmp_path.glob("checkpoint-*")) == [
+        f"checkpoint-{n}" for n in range(2, 6)
+    ]
+    assert "do not match" not in caplog.text
 
 
 def test_the_saved_config_keeps_its_cache_setting(tmp_path):
