@@ -73,6 +73,8 @@ flags=(
 # Below here nothing needs editing.
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
+# What scripts/train.slurm reads: srun tells it one code for all machines.
+[[ -z ${CODE_FILE:-} ]] || trap 'echo $? >"$CODE_FILE"' EXIT
 
 given() {
     local flag=$1 word
@@ -243,7 +245,7 @@ attempt() {
     local launcher=(deepspeed "${devices[@]}" --master_port "$port" --log_level error)
     [[ $LAUNCHER != hostfile || -z ${MASTER_ADDR:-} ]] || launcher+=(--master_addr "$MASTER_ADDR")
     [[ $LAUNCHER != torchrun ]] || launcher=(
-        torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$per_node"
+        "$PYTHON" scripts/torchrun.py --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$per_node"
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"
     )
     local command=("${launcher[@]}" train_dft.py "${flags[@]}" "$@")
