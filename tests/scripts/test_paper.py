@@ -25,7 +25,7 @@ PAPER = {
 def repository(tmp_path):
     """The scripts beside a stand-in for scripts/train.sh that notes what it is given."""
     (tmp_path / "scripts/paper").mkdir(parents=True)
-    for name in ("environment.sh", "paper/train.sh"):
+    for name in ("environment.sh", "paper/train.sh", "paper/evaluate.sh"):
         (tmp_path / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
     (tmp_path / "scripts/train.sh").write_text(
         '#!/bin/bash\nprintf "%s\\n" "$MODEL" "$OUTPUT_DIR" "$@" "END"\n'
@@ -34,9 +34,9 @@ def repository(tmp_path):
     return tmp_path
 
 
-def trained(repository, *words, **environment):
+def called(repository, *words, script="train.sh", **environment):
     return subprocess.run(
-        ["bash", "scripts/paper/train.sh", *words], cwd=repository, capture_output=True, text=True,
+        ["bash", f"scripts/paper/{script}", *words], cwd=repository, capture_output=True, text=True,
         env={"PATH": os.environ["PATH"], "HOME": str(repository), **environment}, timeout=30,
     )  # fmt: skip
 
@@ -45,7 +45,7 @@ def trained(repository, *words, **environment):
     ("gpus", "per_device", "accumulated"), [("8", "4", 8), ("1", "16", 16), ("2", "1", 128)]
 )
 def test_the_settings_are_the_papers(repository, monkeypatch, gpus, per_device, accumulated):
-    done = trained(repository, NUM_GPUS=gpus, PER_DEVICE=per_device)
+    done = called(repository, NUM_GPUS=gpus, PER_DEVICE=per_device)
     runs = [part.splitlines() for part in done.stdout.split("END\n")[:-1]]
     assert [run[:2] for run in runs] == [
         ["Qwen/Qwen2.5-Math-1.5B", "runs/paper/sft"], ["Qwen/Qwen2.5-Math-1.5B", "runs/paper/dft"]
@@ -72,11 +72,27 @@ def test_the_settings_are_the_papers(repository, monkeypatch, gpus, per_device, 
         assert steps * int(gpus) == 256 and given.training.gradient_accumulation_steps == accumulated
 
 
+def test_answers_are_drawn_as_in_the_paper(repository):
+    python = repository / "bin/python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@" END\n')
+    python.chmod(0o755)
+    done = called(repository, script="evaluate.sh", VIRTUAL_ENV=str(repository))
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split("END\n")[0].splitlines()
+    assert words[0] == "scripts/evaluate.py" and "base=Qwen/Qwen2.5-Math-1.5B" in words
+    drawn = {"--samples": "16", "--temperature": "1", "--top_p": "1", "--max_new_tokens": "4096"}
+    assert {name: words[words.index(name) + 1] for name in drawn} == drawn
+    assert [word for word in words if word.endswith(".jsonl")] == [
+        f"runs/paper/data/{name}.jsonl" for name in prepare.BENCHMARKS
+    ]
+
+
 def test_a_batch_that_does_not_divide_is_refused(repository):
-    done = trained(repository, NUM_GPUS="3")
+    done = called(repository, NUM_GPUS="3")
     assert done.returncode == 1 and done.stdout == ""
     assert "3 processes x PER_DEVICE=4 do not divide 256 conversations per step" in done.stderr
-    done = trained(repository, NUM_GPUS="8", METHODS="sft ppo")
+    done = called(repository, NUM_GPUS="8", METHODS="sft ppo")
     assert done.returncode == 1 and "ppo is neither sft nor dft" in done.stderr
 
 
