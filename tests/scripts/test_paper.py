@@ -116,6 +116,9 @@ def test_training_rows_become_conversations(row):
         ({"question": "Q", "answer": r"$\frac{1}{2}$"}, r"\frac{1}{2}"),
         ({"question": "Q", "final_answer": ["$3$"]}, "3"),
         ({"question": "Q", "final_answer": ["1", "2"]}, "1, 2"),
+        ({"question": "Q", "final_answer": ["$1$", "$2$"]}, "1, 2"),
+        ({"question": "Q", "answer": "$5$ cm"}, "5 cm"),
+        ({"question": "Q", "answer": r"($\$18.90$, $2$) "}, r"(\$18.90, 2)"),
         ({"problem": "Q", "solution": r"so \boxed{204}"}, "204"),
         ({"problem": "Q", "answer": r"\boxed{7}"}, "7"),
         ({"question": "Q", "answer": 27.0}, "27.0"),
@@ -130,10 +133,41 @@ def test_benchmark_rows_become_problems(row, answer):
 
 
 def test_unknown_columns_are_told():
-    with pytest.raises(UserError, match="x: a row has the columns text; expected messages, or problem"):
+    with pytest.raises(UserError, match="x: it has the columns text; expected messages, or problem"):
         prepare.conversation({"text": "a"}, "x", None)
-    with pytest.raises(UserError, match="x: a row has the columns problem, solution; expected"):
+    with pytest.raises(UserError, match="x: it has the columns problem, solution; expected"):
         prepare.problem({"problem": "Q", "solution": "no box"}, "x", None)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}],
+        [{"role": "user", "content": None}],
+        ["1+1?"],
+        "1+1?",
+    ],
+)
+def test_a_row_whose_turns_have_no_role_is_named(tmp_path, monkeypatch, turns):
+    good = [{"role": "user", "content": "1+1?"}]
+    with pytest.raises(UserError, match=r"^x, row 3: a turn of its messages is .*expected texts as role and"):
+        prepare.conversation({"messages": turns}, "x, row 3", None)
+    lines = [json.dumps({"messages": one}) + "\n" for one in (good, [{"role": None, "content": "2"}])]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    words = ["prepare.py", str(tmp_path / "out"), "--train", str(tmp_path / "a.jsonl")]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(prepare, "report_user_errors", lambda: None)
+    with pytest.raises(UserError, match="a.jsonl, row 2: a turn of its messages is {'role': None"):
+        prepare.main()
+
+
+def test_a_folder_that_cannot_be_is_one_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(prepare, "report_user_errors", lambda: None)
+    for folder in "file", "file/data":
+        monkeypatch.setattr(sys, "argv", ["prepare.py", str(tmp_path / folder)])
+        with pytest.raises(UserError, match=f"^folder .*{folder}: is not a folder; remove it or"):
+            prepare.main()
 
 
 def test_sources_are_read_and_drawn_from(tmp_path):
@@ -144,6 +178,7 @@ def test_sources_are_read_and_drawn_from(tmp_path):
         found = prepare.rows_of(str(tmp_path / name))
         assert [found[index] for index in range(50)] == rows
     some = list(prepare.drawn(Dataset.from_list(rows), 10, seed=1))
+    assert all(row == rows[number - 1] for number, row in some)
     assert some == list(prepare.drawn(Dataset.from_list(rows), 10, seed=1)) and len(some) == 10
     assert some != list(prepare.drawn(Dataset.from_list(rows), 10, seed=2))
     assert len(list(prepare.drawn(Dataset.from_list(rows), 99, seed=1))) == 50
