@@ -23,6 +23,7 @@ EVAL_DATA_FILES=(
     # files to evaluate on; if there are none, VALIDATION_PERCENT of DATA_FILES is held out
 )
 VALIDATION_PERCENT=${VALIDATION_PERCENT:-2.0}
+DFT_ALPHA=${DFT_ALPHA:-0.7} # 1 is the DFT of the paper, 0 is plain SFT; only for an --objective that has it
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/dft}
 LOGGING_DIR=${LOGGING_DIR:-$OUTPUT_DIR/logs}
 DS_CONFIG=${DS_CONFIG:-./ds_config/zero3.json} # zero3_offload.json where GPU memory is too small
@@ -40,7 +41,6 @@ flags=(
     --packing False # True: rows of max_length, filled with several whole conversations
     --preprocessing_num_workers 8
     --enable_gradient_checkpointing True
-    --dft_alpha 0.7 # 1 is the DFT of the paper, 0 is plain SFT
     --num_train_epochs 1
     --per_device_train_batch_size 1
     --per_device_eval_batch_size 1
@@ -73,6 +73,8 @@ flags=(
 # Below here nothing needs editing.
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$ROOT"
+# What scripts/train.slurm reads: srun tells it one code for all machines.
+[[ -z ${CODE_FILE:-} ]] || trap 'echo $? >"$CODE_FILE"' EXIT
 
 given() {
     local flag=$1 word
@@ -163,6 +165,10 @@ value_of() {
     echo "$value"
 }
 
+# An objective without an alpha refuses one, and the default above is nothing that the user asked for.
+case $(value_of --objective dft "${flags[@]}" "$@") in
+    dft | asft) flags+=(--dft_alpha "$DFT_ALPHA") ;;
+esac
 output_dir=$(value_of --output_dir "$OUTPUT_DIR" "$@")
 [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS: a number"
 [[ $GRACE =~ ^[0-9]+$ ]] || fail "GRACE=$GRACE: a number of seconds"
@@ -243,7 +249,7 @@ attempt() {
     local launcher=(deepspeed "${devices[@]}" --master_port "$port" --log_level error)
     [[ $LAUNCHER != hostfile || -z ${MASTER_ADDR:-} ]] || launcher+=(--master_addr "$MASTER_ADDR")
     [[ $LAUNCHER != torchrun ]] || launcher=(
-        torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$per_node"
+        "$PYTHON" scripts/torchrun.py --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$per_node"
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"
     )
     local command=("${launcher[@]}" train_dft.py "${flags[@]}" "$@")

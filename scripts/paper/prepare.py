@@ -13,6 +13,7 @@ step, and put your final answer within \boxed{}."). For models whose template ha
 import argparse
 import json
 import random
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from datasets import Dataset, load_dataset
 
+from dft.data.files import writing_into
 from dft.errors import UserError, report_user_errors
 from dft.evaluation.grading import last_boxed
 
@@ -66,23 +68,34 @@ def system_turn(system: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def conversation(row: Mapping[str, Any], source: str, system: str | None) -> dict[str, Any]:
+def as_turn(turn: Any, where: str) -> dict[str, str]:
+    """A turn with nothing but its role and content; raises `UserError` where it has not both."""
+    given = turn if isinstance(turn, Mapping) else {}
+    if not all(isinstance(given.get(name), str) for name in ("role", "content")):
+        raise UserError(
+            f"{where}: a turn of its messages is {str(turn)[:60]}; expected texts as role and content: name "
+            "them so, or leave messages out and give problem and solution"
+        )
+    return {"role": given["role"], "content": given["content"]}
+
+
+def conversation(row: Mapping[str, Any], where: str, system: str | None) -> dict[str, Any]:
     """A row of NuminaMath-CoT as a conversation: its `messages`, or `problem` and `solution`."""
     messages = row.get("messages")
     if messages:
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+        turns = [as_turn(turn, where) for turn in (messages if isinstance(messages, list) else [messages])]
     else:
         problem, solution = column(row, QUESTIONS), column(row, SOLUTIONS)
         if problem is None or solution is None:
             raise UserError(
-                f"{source}: a row has the columns {', '.join(row)}; expected messages, or "
+                f"{where}: it has the columns {', '.join(row)}; expected messages, or "
                 f"{' or '.join(QUESTIONS)} with {SOLUTIONS[0]}"
             )
         turns = [{"role": "user", "content": problem}, {"role": "assistant", "content": solution}]
     return {"messages": [*system_turn(system), *turns]}
 
 
-def problem(row: Mapping[str, Any], source: str, system: str | None) -> dict[str, Any]:
+def problem(row: Mapping[str, Any], where: str, system: str | None) -> dict[str, Any]:
     """A row of a benchmark with its answer, which may stand in a box of its solution."""
     question, answer = column(row, QUESTIONS), column(row, ANSWERS)
     if isinstance(answer, list):  # OlympiadBench: all of its answers, mostly one
@@ -93,21 +106,21 @@ def problem(row: Mapping[str, Any], source: str, system: str | None) -> dict[str
         answer = inside
     if question is None or answer is None:
         raise UserError(
-            f"{source}: a row has the columns {', '.join(row)}; expected {' or '.join(QUESTIONS)} with "
+            f"{where}: it has the columns {', '.join(row)}; expected {' or '.join(QUESTIONS)} with "
             f"{' or '.join(ANSWERS)}, or a {SOLUTIONS[0]} with a boxed answer"
         )
     turns = [*system_turn(system), {"role": "user", "content": question}]
-    return {"messages": turns, "answer": str(answer).strip().strip("$")}
+    # Dollar signs set mathematics, wherever in the answer it stands; an escaped one is money.
+    return {"messages": turns, "answer": re.sub(r"(?<!\\)\$", "", str(answer)).strip()}
 
 
-def drawn(rows: Dataset, count: int, seed: int) -> Iterator[Mapping[str, Any]]:
-    """So many rows, without repetition; in the order of the dataset."""
+def drawn(rows: Dataset, count: int, seed: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """So many rows with their numbers, from 1, without repetition; in the order of the dataset."""
     for index in sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows)))):
-        yield rows[index]
+        yield index + 1, rows[index]
 
 
 def write(file: Path, rows: Iterator[dict[str, Any]]) -> int:
-    file.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with open(file, "w", encoding="utf-8") as stream:
         for row in rows:
@@ -129,16 +142,20 @@ def main() -> None:
     given = parser.parse_args()
     if given.count < 1:
         raise UserError(f"--count {given.count}: must be at least 1")
-    made = (
-        conversation(row, given.train, given.system)
-        for row in drawn(rows_of(given.train), given.count, given.seed)
-    )
-    print(f"{given.folder / 'train.jsonl'}: {write(given.folder / 'train.jsonl', made):,} conversations")
-    for name in BENCHMARKS:
-        source = vars(given)[name]
-        file = given.folder / f"{name}.jsonl"
-        count = write(file, (problem(row, source, given.system) for row in rows_of(source)))
-        print(f"{file}: {count:,} problems")
+    with writing_into(given.folder, "folder"):
+        given.folder.mkdir(parents=True, exist_ok=True)
+        file = given.folder / "train.jsonl"
+        chosen = drawn(rows_of(given.train), given.count, given.seed)
+        made = (conversation(row, f"{given.train}, row {number}", given.system) for number, row in chosen)
+        print(f"{file}: {write(file, made):,} conversations")
+        for name in BENCHMARKS:
+            source = vars(given)[name]
+            file = given.folder / f"{name}.jsonl"
+            rows = enumerate(rows_of(source), 1)
+            count = write(
+                file, (problem(row, f"{source}, row {number}", given.system) for number, row in rows)
+            )
+            print(f"{file}: {count:,} problems")
 
 
 if __name__ == "__main__":

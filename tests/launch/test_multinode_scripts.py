@@ -2,29 +2,39 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dft.errors import REFUSED
+from dft.training.stopping import STOPPED
 from tests.launching import ROOT, free_port
 from tests.reliability.test_train_script import FLAGS as ALL_FLAGS
 
+LIMIT = 120
+"""Seconds that one of the runs below may take; they take 10 to 30."""
 FLAGS = {
     **ALL_FLAGS, "num_train_epochs": 1, "max_steps": 3, "eval_strategy": "no", "eval_data_files": None,
     "validation_split_percentage": 0, "save_strategy": "no", "gradient_accumulation_steps": 1,
 }  # fmt: skip
 SRUN = """#!/usr/bin/env bash
-# A task on each of two nodes.
+# A task on each of two nodes, to which it passes signals on; ends with the highest code, as the real one.
 while [[ $1 == --* ]]; do shift; done
-SLURM_NODEID=0 "$@" & first=$!
-SLURM_NODEID=1 "$@" & second=$!
-code=0
-wait $first || code=$?
-wait $second || code=$?
-exit $code
+echo "cores for a task: $SRUN_CPUS_PER_TASK"
+for node in 0 1; do SLURM_NODEID=$node "$@" & tasks[node]=$!; done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+highest=0
+for task in "${tasks[@]}"; do
+    while code=0; wait "$task" || code=$?; kill -0 "$task" 2>/dev/null; do :; done
+    ((code <= highest)) || highest=$code
+done
+exit $highest
 """
 SCONTROL = """#!/usr/bin/env bash
 [[ $1 == requeue ]] && echo "requeued $2" && exit
@@ -62,12 +72,46 @@ def environment(example, tmp_path):
     }  # fmt: skip
 
 
-def run(script, words, environment, **more):
-    return subprocess.run(
+@pytest.fixture
+def repository(tmp_path):
+    """Ours, but with logs of its own."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    for name in ("scripts", "dft", "ds_config", "train_dft.py"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def job(repository):
+    """What Slurm tells a job on two nodes."""
+    return {
+        "SLURM_SUBMIT_DIR": repository, "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_NUM_NODES": 2,
+        "SLURM_JOB_ID": 7, "SLURM_CPUS_PER_TASK": 3, "MASTER_PORT": free_port(),
+    }  # fmt: skip
+
+
+def start(script, words, environment, **more):
+    return subprocess.Popen(
         [str(ROOT / "scripts" / script), *words],
         env={**environment, **{name: str(value) for name, value in more.items()}},
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def run(script, words, environment, **more):
+    process = start(script, words, environment, **more)
+    try:
+        output, errors = process.communicate(timeout=LIMIT)
+    finally:
+        end(process)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def end(process):
+    """With all that it started."""
+    if process.poll() is None:
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            one.kill()
 
 
 def assert_same_weights(one, other):
@@ -85,23 +129,112 @@ def reference(example, forks):
     return output
 
 
-def test_slurm_starts_a_launcher_on_each_machine(example, environment, reference, tmp_path):
-    repository = tmp_path / "repository"  # its logs are not ours
-    repository.mkdir()
-    for name in ("scripts", "dft", "ds_config", "train_dft.py"):
-        (repository / name).symlink_to(ROOT / name)
+def test_slurm_starts_a_launcher_on_each_machine(example, environment, reference, repository, tmp_path):
     output = tmp_path / "out"
-    slurm = {
-        "SLURM_SUBMIT_DIR": repository, "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_NUM_NODES": 2,
-        "SLURM_JOB_ID": 7, "MASTER_PORT": free_port(),
-    }  # fmt: skip
-    done = run("train.slurm", example.words(output, **FLAGS), environment, **slurm)
+    done = run("train.slurm", example.words(output, **FLAGS), environment, **job(repository))
     logs = [repository / "logs" / f"train_7_node{node}.log" for node in (0, 1)]
     assert done.returncode == 0, done.stdout + done.stderr + logs[0].read_text()
     assert "machine 1 of 2" in done.stdout and "machine 2 of 2" in done.stdout
-    assert "torchrun --nnodes 2 --node_rank 1 --nproc_per_node 1" in logs[1].read_text()
+    assert "cores for a task: 3" in done.stdout and "requeued" not in done.stdout
+    assert "torchrun.py --nnodes 2 --node_rank 1 --nproc_per_node 1" in logs[1].read_text()
     assert "train step 3/3" in logs[0].read_text() and "train step" not in logs[1].read_text()
     assert_same_weights(output, reference)
+    assert not list((repository / "logs").glob("*.code"))
+
+
+@pytest.mark.parametrize(
+    ("number", "requeues"),
+    [(signal.SIGUSR1, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow)],
+    ids=["time-is-over", "cancelled"],
+)
+def test_a_job_that_is_asked_to_stop_saves_and_queues_again(
+    example, environment, repository, tmp_path, number, requeues
+):
+    output, log = tmp_path / "out", repository / "logs" / "train_7_node0.log"
+    words = example.words(output, **{**FLAGS, "max_steps": 100_000})
+    process = start("train.slurm", words, {**environment, "CPU_RANKS": "2"}, **job(repository))
+    try:
+        deadline = time.monotonic() + LIMIT
+        while not (log.is_file() and "train step" in log.read_text()):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(number)  # to the shell alone
+        printed, errors = process.communicate(timeout=LIMIT)
+    finally:
+        end(process)
+    assert process.returncode == STOPPED, printed + errors + log.read_text()
+    assert ("requeued 7" in printed) is requeues
+    assert errors.count("everything is saved") == 2, "on each machine"
+    assert len(list(output.glob("checkpoint-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "requeues"),
+    [
+        (("sys.exit(75)", "os.kill(os.getpid(), 15)"), 75, True),
+        (("os.kill(os.getpid(), 9)", "sys.exit(75)"), 75, True),
+        (("sys.exit(2)", "sys.exit(1)"), 2, False),
+    ],
+    ids=["first-of-two", "second-of-two", "neither"],
+)
+def test_a_job_queues_again_if_one_machine_stopped_with_everything_saved(
+    environment, repository, ends, code, requeues
+):
+    (repository / "scripts").unlink()
+    shutil.copytree(ROOT / "scripts", repository / "scripts")
+    (repository / "scripts/torchrun.py").write_text(
+        f"import os, sys\nnode = sys.argv[sys.argv.index('--node_rank') + 1]\nexec({ends!r}[int(node)])\n"
+    )
+    words = ["--model_name_or_path", "m", "--data_files", "a.jsonl"]
+    done = run("train.slurm", words, environment, **job(repository))
+    assert done.returncode == code, done.stdout + done.stderr
+    assert ("requeued 7" in done.stdout) is requeues
+    assert not list((repository / "logs").glob("*.code"))
+
+
+def test_what_the_user_got_wrong_is_not_tried_again(example, environment, tmp_path):
+    log = tmp_path / "train.log"
+    words = example.words(tmp_path / "out", **{**FLAGS, "max_length": -5})
+    done = run(
+        "train_multinode.sh", words, {**environment, "CPU_RANKS": "2"}, NNODES=1, NODE_RANK=0,
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), LOG_FILE=log, MAX_RESTARTS=2,
+    )  # fmt: skip
+    assert done.returncode == REFUSED, done.stdout + done.stderr + log.read_text()
+    assert "restart" not in done.stdout and "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("ends", "codes"),
+    [
+        (("time.sleep(60)", "sys.exit(76)"), [76]),
+        (("time.sleep(60)", "os.kill(os.getpid(), signal.SIGKILL)"), [128 + signal.SIGKILL]),
+        (("sys.exit(75)", "time.sleep(2); sys.exit(76)"), [75, 76]),
+        (("sys.exit(0)", "sys.exit(0)"), [0]),
+    ],
+    ids=["code", "signal", "machine-left-behind", "done"],
+)
+def test_torchrun_ends_as_the_first_rank_to_fail(tmp_path, ends, codes):
+    """With two codes there are two machines of a rank each, else one of two ranks."""
+    program, port = tmp_path / "rank.py", free_port()
+    program.write_text(f"import os, signal, sys, time\nexec({ends!r}[int(os.environ['RANK'])])\n")
+    nodes = [
+        subprocess.Popen(
+            [
+                sys.executable, str(ROOT / "scripts/torchrun.py"), f"--nnodes={len(codes)}",
+                f"--node_rank={node}", f"--nproc_per_node={2 // len(codes)}", "--master_addr=127.0.0.1",
+                f"--master_port={port}", str(program),
+            ],
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for node in range(len(codes))
+    ]  # fmt: skip
+    try:
+        printed = [node.communicate(timeout=LIMIT)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            end(node)
+    assert [node.returncode for node in nodes] == codes, "\n".join(printed)
+    assert not any("Traceback" in one for one in printed)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ PAPER = {
 def repository(tmp_path):
     """The scripts beside a stand-in for scripts/train.sh that notes what it is given."""
     (tmp_path / "scripts/paper").mkdir(parents=True)
-    for name in ("environment.sh", "paper/train.sh"):
+    for name in ("environment.sh", "paper/train.sh", "paper/evaluate.sh"):
         (tmp_path / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
     (tmp_path / "scripts/train.sh").write_text(
         '#!/bin/bash\nprintf "%s\\n" "$MODEL" "$OUTPUT_DIR" "$@" "END"\n'
@@ -34,9 +34,9 @@ def repository(tmp_path):
     return tmp_path
 
 
-def trained(repository, *words, **environment):
+def called(repository, *words, script="train.sh", **environment):
     return subprocess.run(
-        ["bash", "scripts/paper/train.sh", *words], cwd=repository, capture_output=True, text=True,
+        ["bash", f"scripts/paper/{script}", *words], cwd=repository, capture_output=True, text=True,
         env={"PATH": os.environ["PATH"], "HOME": str(repository), **environment}, timeout=30,
     )  # fmt: skip
 
@@ -45,7 +45,7 @@ def trained(repository, *words, **environment):
     ("gpus", "per_device", "accumulated"), [("8", "4", 8), ("1", "16", 16), ("2", "1", 128)]
 )
 def test_the_settings_are_the_papers(repository, monkeypatch, gpus, per_device, accumulated):
-    done = trained(repository, NUM_GPUS=gpus, PER_DEVICE=per_device)
+    done = called(repository, NUM_GPUS=gpus, PER_DEVICE=per_device)
     runs = [part.splitlines() for part in done.stdout.split("END\n")[:-1]]
     assert [run[:2] for run in runs] == [
         ["Qwen/Qwen2.5-Math-1.5B", "runs/paper/sft"], ["Qwen/Qwen2.5-Math-1.5B", "runs/paper/dft"]
@@ -72,11 +72,27 @@ def test_the_settings_are_the_papers(repository, monkeypatch, gpus, per_device, 
         assert steps * int(gpus) == 256 and given.training.gradient_accumulation_steps == accumulated
 
 
+def test_answers_are_drawn_as_in_the_paper(repository):
+    python = repository / "bin/python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@" END\n')
+    python.chmod(0o755)
+    done = called(repository, script="evaluate.sh", VIRTUAL_ENV=str(repository))
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split("END\n")[0].splitlines()
+    assert words[0] == "scripts/evaluate.py" and "base=Qwen/Qwen2.5-Math-1.5B" in words
+    drawn = {"--samples": "16", "--temperature": "1", "--top_p": "1", "--max_new_tokens": "4096"}
+    assert {name: words[words.index(name) + 1] for name in drawn} == drawn
+    assert [word for word in words if word.endswith(".jsonl")] == [
+        f"runs/paper/data/{name}.jsonl" for name in prepare.BENCHMARKS
+    ]
+
+
 def test_a_batch_that_does_not_divide_is_refused(repository):
-    done = trained(repository, NUM_GPUS="3")
+    done = called(repository, NUM_GPUS="3")
     assert done.returncode == 1 and done.stdout == ""
     assert "3 processes x PER_DEVICE=4 do not divide 256 conversations per step" in done.stderr
-    done = trained(repository, NUM_GPUS="8", METHODS="sft ppo")
+    done = called(repository, NUM_GPUS="8", METHODS="sft ppo")
     assert done.returncode == 1 and "ppo is neither sft nor dft" in done.stderr
 
 
@@ -100,6 +116,9 @@ def test_training_rows_become_conversations(row):
         ({"question": "Q", "answer": r"$\frac{1}{2}$"}, r"\frac{1}{2}"),
         ({"question": "Q", "final_answer": ["$3$"]}, "3"),
         ({"question": "Q", "final_answer": ["1", "2"]}, "1, 2"),
+        ({"question": "Q", "final_answer": ["$1$", "$2$"]}, "1, 2"),
+        ({"question": "Q", "answer": "$5$ cm"}, "5 cm"),
+        ({"question": "Q", "answer": r"($\$18.90$, $2$) "}, r"(\$18.90, 2)"),
         ({"problem": "Q", "solution": r"so \boxed{204}"}, "204"),
         ({"problem": "Q", "answer": r"\boxed{7}"}, "7"),
         ({"question": "Q", "answer": 27.0}, "27.0"),
@@ -114,10 +133,41 @@ def test_benchmark_rows_become_problems(row, answer):
 
 
 def test_unknown_columns_are_told():
-    with pytest.raises(UserError, match="x: a row has the columns text; expected messages, or problem"):
+    with pytest.raises(UserError, match="x: it has the columns text; expected messages, or problem"):
         prepare.conversation({"text": "a"}, "x", None)
-    with pytest.raises(UserError, match="x: a row has the columns problem, solution; expected"):
+    with pytest.raises(UserError, match="x: it has the columns problem, solution; expected"):
         prepare.problem({"problem": "Q", "solution": "no box"}, "x", None)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}],
+        [{"role": "user", "content": None}],
+        ["1+1?"],
+        "1+1?",
+    ],
+)
+def test_a_row_whose_turns_have_no_role_is_named(tmp_path, monkeypatch, turns):
+    good = [{"role": "user", "content": "1+1?"}]
+    with pytest.raises(UserError, match=r"^x, row 3: a turn of its messages is .*expected texts as role and"):
+        prepare.conversation({"messages": turns}, "x, row 3", None)
+    lines = [json.dumps({"messages": one}) + "\n" for one in (good, [{"role": None, "content": "2"}])]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    words = ["prepare.py", str(tmp_path / "out"), "--train", str(tmp_path / "a.jsonl")]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(prepare, "report_user_errors", lambda: None)
+    with pytest.raises(UserError, match="a.jsonl, row 2: a turn of its messages is {'role': None"):
+        prepare.main()
+
+
+def test_a_folder_that_cannot_be_is_one_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(prepare, "report_user_errors", lambda: None)
+    for folder in "file", "file/data":
+        monkeypatch.setattr(sys, "argv", ["prepare.py", str(tmp_path / folder)])
+        with pytest.raises(UserError, match=f"^folder .*{folder}: is not a folder; remove it or"):
+            prepare.main()
 
 
 def test_sources_are_read_and_drawn_from(tmp_path):
@@ -128,6 +178,7 @@ def test_sources_are_read_and_drawn_from(tmp_path):
         found = prepare.rows_of(str(tmp_path / name))
         assert [found[index] for index in range(50)] == rows
     some = list(prepare.drawn(Dataset.from_list(rows), 10, seed=1))
+    assert all(row == rows[number - 1] for number, row in some)
     assert some == list(prepare.drawn(Dataset.from_list(rows), 10, seed=1)) and len(some) == 10
     assert some != list(prepare.drawn(Dataset.from_list(rows), 10, seed=2))
     assert len(list(prepare.drawn(Dataset.from_list(rows), 99, seed=1))) == 50

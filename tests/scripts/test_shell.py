@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dft.loss.objectives import OBJECTIVES, parameters_of
 from tests.launching import ROOT
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
@@ -80,6 +81,31 @@ def test_train_starts_the_job_from_any_folder_and_says_where_the_log_is(copy):
     }.items():
         assert words[words.index(flag) + 1] == value
     assert words[len(words) - 1 - words[::-1].index("--learning_rate") + 1] == "1e-6"  # the last word counts
+
+
+@pytest.mark.parametrize(
+    ("words", "alphas"),
+    [
+        ((), ["0.9"]),
+        (("--objective", "asft"), ["0.9"]),
+        (("--objective", "power", "--objective=dft"), ["0.9"]),
+        (("--dft_alpha", "0.4"), ["0.9", "0.4"]),
+        (("--objective", "power"), []),
+        (("--objective=eaft",), []),
+        (("--objective", "power", "--dft_alpha", "0.4"), ["0.4"]),
+    ],
+)
+def test_an_objective_without_alpha_is_given_none_but_by_the_user(copy, words, alphas):
+    fake_deepspeed(copy[1], 'printf "%s\\n" "$@"')
+    code, output, errors = run(copy, *DATA, *words, MODEL="m", DFT_ALPHA="0.9", SHOW_LOG="1")
+    assert code == 0, errors
+    given = output.splitlines()
+    assert [given[at + 1] for at, word in enumerate(given) if word == "--dft_alpha"] == alphas
+
+
+def test_objectives_with_alpha_are_those_the_script_knows():
+    with_alpha = [name for name in OBJECTIVES if "alpha" in parameters_of(name)]
+    assert f"    {' | '.join(with_alpha)}) flags+=" in (ROOT / "scripts/train.sh").read_text()
 
 
 @pytest.mark.parametrize(
