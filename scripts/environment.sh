@@ -6,9 +6,19 @@ ENVIRONMENT=${VIRTUAL_ENV:-${CONDA_PREFIX:-$ROOT/.venv}}
 PYTHON=$ENVIRONMENT/bin/python
 PATH=$ENVIRONMENT/bin:$PATH
 
+# Like train_dft.py: the same command would end in the same way.
 fail() {
     echo "error: $*" >&2
-    exit 1
+    exit 2
+}
+
+# Prints the comment at the top of a script and ends, where --help is among the words.
+help_of() {
+    local script=$1 word
+    shift
+    for word in "$@"; do
+        [[ $word != -h && $word != --help ]] || { sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$script" && exit; }
+    done
 }
 
 # Whether there is an NVIDIA GPU and a driver that answers; nvidia-smi also exists where neither does.

@@ -5,9 +5,10 @@
 #   bash scripts/quickstart.sh [FOLDER]     FOLDER is runs/quickstart unless given; what is in it is replaced
 set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$scripts/environment.sh"
+help_of "${BASH_SOURCE[0]}" "$@"
 folder=$(mkdir -p "${1:-$scripts/../runs/quickstart}" && cd "${1:-$scripts/../runs/quickstart}" && pwd)
 bash "$scripts/setup.sh"
-. "$scripts/environment.sh"
 
 gpus=$(visible_gpus)
 if [[ -z $gpus ]]; then export DS_ACCELERATOR=cpu; fi

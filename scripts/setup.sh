@@ -10,13 +10,14 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+help_of "${BASH_SOURCE[0]}" "$@"
+
 dev=false
 build_flash_attn=false
 for argument in "$@"; do
     case $argument in
         --dev) dev=true ;;
         --build-flash-attn) build_flash_attn=true ;;
-        -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
         *) fail "unknown argument $argument (--dev and --build-flash-attn are known)" ;;
     esac
 done

@@ -8,7 +8,7 @@
 #
 # Relative paths count from the repository. Two runs at a time need different GPUs and an OUTPUT_DIR each.
 # Ctrl-C, SIGTERM and SIGUSR1 end the run with a checkpoint and exit code 75: the same command goes on, given
-# --resume_from_checkpoint auto. A second one ends it at once.
+# --resume_from_checkpoint auto. A second one ends it at once. All flags: python train_dft.py --help
 set -euo pipefail
 
 NUM_GPUS=${NUM_GPUS:-auto} # auto: all that CUDA_VISIBLE_DEVICES leaves; 0: CPU
@@ -25,7 +25,7 @@ EVAL_DATA_FILES=(
 VALIDATION_PERCENT=${VALIDATION_PERCENT:-2.0}
 DFT_ALPHA=${DFT_ALPHA:-0.7} # 1 is the DFT of the paper, 0 is plain SFT; only for an --objective that has it
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/dft}
-LOGGING_DIR=${LOGGING_DIR:-$OUTPUT_DIR/logs}
+LOGGING_DIR=${LOGGING_DIR:-} # where trackers write; logs in the output folder unless set
 DS_CONFIG=${DS_CONFIG:-./ds_config/zero3.json} # zero3_offload.json where GPU memory is too small
 REPORT_TO=${REPORT_TO:-swanlab}                # swanlab, wandb, tensorboard, several ("swanlab wandb"), none
 MAX_RESTARTS=${MAX_RESTARTS:-0}                # after a crash, go on from the newest checkpoint, so often at most
@@ -59,7 +59,6 @@ flags=(
     --report_to $REPORT_TO
     --deepspeed "$DS_CONFIG"
     --output_dir "$OUTPUT_DIR"
-    --logging_dir "$LOGGING_DIR"
     --remove_unused_columns False
     --ddp_find_unused_parameters False
     # --eval_on_start True # what the untouched model says, for the report's before and after
@@ -72,6 +71,7 @@ flags=(
 
 # Below here nothing needs editing.
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+help_of "${BASH_SOURCE[0]}" "$@"
 cd "$ROOT"
 # What scripts/train.slurm reads: srun tells it one code for all machines.
 [[ -z ${CODE_FILE:-} ]] || trap 'echo $? >"$CODE_FILE"' EXIT
@@ -128,7 +128,7 @@ elif [[ -z $gpus || $NUM_GPUS == 0 ]]; then
     cores=$(nproc)
     # Each rank would take every core for itself, and two of them would wait for each other.
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
-    echo "no GPU is used: $ranks processes on the CPU"
+    echo "no GPU is used: $ranks process(es) on the CPU"
 elif [[ $NUM_GPUS == auto ]]; then
     devices=(--include "localhost:$gpus")
 else
@@ -170,6 +170,7 @@ case $(value_of --objective dft "${flags[@]}" "$@") in
     dft | asft) flags+=(--dft_alpha "$DFT_ALPHA") ;;
 esac
 output_dir=$(value_of --output_dir "$OUTPUT_DIR" "$@")
+flags+=(--logging_dir "${LOGGING_DIR:-$output_dir/logs}")
 [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || fail "MAX_RESTARTS=$MAX_RESTARTS: a number"
 [[ $GRACE =~ ^[0-9]+$ ]] || fail "GRACE=$GRACE: a number of seconds"
 if ((MAX_RESTARTS)); then
@@ -195,7 +196,16 @@ mkdir -p logs
 log=${LOG_FILE:-$ROOT/logs/train_$(date +%Y-%m-%d_%H-%M-%S).log}
 [[ ! -e $log ]] || log=${log%.log}_$$.log
 echo "log: $log"
-echo "follow it: tail -f $log"
+if ((${NODE_RANK:-0})); then
+    echo "machine 1 reports on the run, in its own log"
+else
+    echo "follow it: tail -f $log"
+fi
+
+# To the terminal, and at the end of the log, below what launchers say of a rank that ended.
+tell() {
+    echo "$*" | tee -a "$log" >&2
+}
 
 job= asked=
 
@@ -241,7 +251,7 @@ trap 'ask_to_stop TERM' TERM
 trap 'ask_to_stop HUP' HUP
 trap 'ask_to_stop USR1' USR1
 
-# Runs training once; `status` is its exit code.
+# Runs training once; `status` is its exit code, `seen` the length of the log before.
 attempt() {
     local port follower=
     # A fixed port would make a second run on this machine join, or fail on, the first.
@@ -254,7 +264,6 @@ attempt() {
     )
     local command=("${launcher[@]}" train_dft.py "${flags[@]}" "$@")
     { printf '%q ' "${command[@]}" && echo; } >>"$log"
-    local seen
     seen=$(stat -c %s "$log" 2>/dev/null || stat -f %z "$log")
     # Job control gives the launcher and its ranks a process group of their own, which can be ended as a whole.
     set -m
@@ -287,11 +296,17 @@ while true; do
     attempt "$@"
     ((status)) || break
     if [[ -n $asked ]]; then
-        ((status != 75)) || echo "stopped: everything is saved, the same command with --resume_from_checkpoint auto goes on" >&2
-        ((status == 75)) || status=$((128 + $(kill -l "$asked")))
+        if ((status == 75)); then
+            tell "stopped: everything is saved, the same command with --resume_from_checkpoint auto goes on"
+        else
+            tell "stopped by SIG$asked without a checkpoint: training had not begun, or see $log for what went wrong"
+            status=$((128 + $(kill -l "$asked")))
+        fi
         exit "$status"
     fi
-    echo "error: training ended with exit code $status; see $log" >&2
+    reason=$(tail -c "+$((seen + 1))" "$log" | grep -aE '^(\[rank [0-9]+\] )?error: ' | tail -n 1 || true)
+    [[ -z $reason ]] || tell "$reason"
+    tell "error: training ended with exit code $status; see $log"
     if ((status == 76)); then # a smaller batch was noted, of which there are only so many
         (($(newest_step) < 0)) || set -- "$@" --resume_from_checkpoint auto --overwrite_output_dir False
         echo "again, with the smaller batch" | tee -a "$log"

@@ -5,6 +5,7 @@
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
+help_of "${BASH_SOURCE[0]}" "$@"
 folder=$(realpath -m "${1:-$ROOT/runs/dry}")
 cd "$ROOT"
 if ! has_gpu; then export DS_ACCELERATOR=cpu; fi
@@ -18,3 +19,5 @@ export FOLDER=$folder MODEL=$folder/model
 BATCH=16 PER_DEVICE=8 SHOW_LOG=1 scripts/paper/train.sh --learning_rate 5e-3 --num_train_epochs 4 --preprocessing_num_workers 2 \
     --torch_dtype float32 --bf16 False --overwrite_output_dir True
 SAMPLES=2 scripts/paper/evaluate.sh --max_new_tokens 32
+echo
+echo "These are stand-ins, of the data and of the model: the figures on the right mean nothing but that every step ran."

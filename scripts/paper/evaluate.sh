@@ -11,6 +11,7 @@ MODEL=${MODEL:-Qwen/Qwen2.5-Math-1.5B}
 SAMPLES=${SAMPLES:-16}
 
 . "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
+help_of "${BASH_SOURCE[0]}" "$@"
 cd "$ROOT"
 
 models=("base=$MODEL")

@@ -15,6 +15,7 @@ PER_DEVICE=${PER_DEVICE:-4} # conversations at a time on each GPU; what is missi
 BATCH=${BATCH:-256}
 
 . "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
+help_of "${BASH_SOURCE[0]}" "$@"
 cd "$ROOT"
 
 # As scripts/train.sh will count them.

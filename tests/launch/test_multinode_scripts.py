@@ -260,12 +260,23 @@ def test_a_hostfile_starts_them_from_the_first(example, environment, reference, 
         ({"NNODES": 2, "NODE_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 99999}, "MASTER_PORT=99999"),
         ({"HOSTFILE": "nowhere"}, "HOSTFILE=nowhere: no such file"),
         ({"HOSTFILE": "README.md", "NNODES": 2}, "one form or the other"),
+        ({"NNODES": 9, "NODE_RANK": "08"}, "NODE_RANK=08: which of the 9"),
+        (
+            {"NNODES": 2, "NODE_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 2**64 + 1},
+            f"MASTER_PORT={2**64 + 1}",
+        ),
         ({"HOSTFILE": "README.md"}, "is not of the form: 10.0.0.1 slots=8"),
+        ("# nothing\n\n", "names no machine"),
+        ("a slots=1\nb slots=1\na slots=2\n", "a stands there twice; add up its slots"),
+        ("a slots=1\r\n", "its lines end as on Windows"),
     ],
 )
-def test_what_is_missing_is_said(environment, given, told):
+def test_what_is_missing_is_said(environment, tmp_path, given, told):
+    if isinstance(given, str):
+        (tmp_path / "hosts").write_text(given)
+        given = {"HOSTFILE": tmp_path / "hosts"}
     done = run("train_multinode.sh", [], environment, **given)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.count("error: ") == 1 and told in done.stderr
 
 

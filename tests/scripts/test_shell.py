@@ -62,6 +62,45 @@ def test_scripts_parse_and_stop_at_the_first_failure(script):
     assert script.name == "environment.sh" or "set -euo pipefail" in script.read_text()
 
 
+HELPED = [*SCRIPTS, *sorted((ROOT / "scripts/paper").glob("*.sh"))]
+
+
+@pytest.mark.parametrize("script", HELPED, ids=lambda path: path.name)
+def test_help_is_the_comment_at_the_top_and_nothing_is_done(script, tmp_path):
+    if script.name == "environment.sh":
+        pytest.skip("is sourced by the others")
+    done = subprocess.run(
+        [script, "--help"], capture_output=True, text=True, timeout=20, cwd=tmp_path, check=False,
+        env={**os.environ, "VIRTUAL_ENV": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0 and not done.stderr
+    comment = [line[2:] for line in script.read_text().split("set -euo")[0].splitlines()[1:]]
+    assert done.stdout.splitlines() == comment and len(comment) > 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_why_a_run_ended_stands_last_in_its_log_and_on_the_terminal(copy):
+    fake_deepspeed(
+        copy[1], 'echo "error: --max_length 0: too short"; echo "[ERROR] launch.py: exits"; exit 2'
+    )
+    code, _, errors = run(copy, *DATA, MODEL="m")
+    (log,) = (copy[0] / "logs").glob("train_*.log")
+    told = ["error: --max_length 0: too short", f"error: training ended with exit code 2; see {log}"]
+    assert code == 2 and errors.splitlines() == log.read_text().splitlines()[-2:] == told
+
+
+def test_trackers_write_into_the_output_folder_that_is_given(copy):
+    fake_deepspeed(copy[1], 'printf "%s\\n" "$@"')
+    for words, env, wanted in (
+        ((), {}, "outputs/dft/logs"),
+        (("--output_dir", "there"), {}, "there/logs"),
+        (("--output_dir=there",), {"LOGGING_DIR": "elsewhere"}, "elsewhere"),
+    ):
+        _, output, _ = run(copy, *DATA, *words, MODEL="m", SHOW_LOG="1", **env)
+        given = output.splitlines()
+        assert given[given.index("--logging_dir") + 1] == wanted
+
+
 def test_train_starts_the_job_from_any_folder_and_says_where_the_log_is(copy):
     fake_deepspeed(copy[1], 'printf "%s\\n" "$PWD" "$@"; echo to-stderr >&2')
     code, output, errors = run(copy, *DATA, "--learning_rate", "1e-6", MODEL="/models/a b", OUTPUT_DIR="out")
@@ -169,8 +208,8 @@ def test_a_signal_ends_every_process(copy, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "stopped by SIGTERM without a checkpoint: training had not" in errors
     for pid in map(int, pids.read_text().split()):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -304,7 +343,7 @@ def test_a_smaller_batch_is_tried_without_being_asked(copy, tmp_path, saves):
 def test_restarts_need_checkpoints_to_go_on_from(copy):
     fake_deepspeed(copy[1], "echo started")
     code, output, errors = run(copy, *DATA, MODEL="m", MAX_RESTARTS="2")
-    assert code == 1 and "set --save_only_model False" in errors and "started" not in output
+    assert code == 2 and "set --save_only_model False" in errors and "started" not in output
 
 
 def test_setting_up_again_is_quick_and_changes_nothing():
