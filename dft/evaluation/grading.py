@@ -12,6 +12,8 @@ from dft.errors import UserError
 GRADERS = ("auto", "boxed", "hash", "exact")
 BOXED = re.compile(r"\\f?boxed\s*\{")
 HASH = re.compile(r"####[ \t]*(\S[^\n]*)")
+NUMBER = re.compile(r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
+"""With commas between groups of three digits or none: `3,5,7` and `1,2` are lists."""
 SECONDS = 3
 """For math-verify to read an answer, and to compare two."""
 
@@ -85,12 +87,13 @@ def same_number(one: str, other: str) -> bool:
 
 
 def plain_number(text: str) -> Decimal | None:
-    bare = text.strip().removesuffix(".").strip().lstrip("$").replace(",", "")
-    try:
-        number = Decimal(bare)
-    except InvalidOperation:
+    bare = text.strip().removesuffix(".").strip().lstrip("$")
+    if NUMBER.fullmatch(bare) is None:
         return None
-    return number if number.is_finite() else None
+    try:
+        return Decimal(bare.replace(",", ""))
+    except InvalidOperation:  # an exponent of twenty digits
+        return None
 
 
 def same_expression(wanted: str, found: str) -> bool:

@@ -81,5 +81,27 @@ def test_braces_are_matched():
     assert last_hash("#### a b \nrest") == "a b"
 
 
-def test_numbers_are_numbers():
-    assert same_number("1e3", "1,000") and not same_number("1", "one") and not same_number("nan", "nan")
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("1e3", "1,000"), ("1,234", "1234"), ("27.0", "27"), ("$1,234.", "1234"), ("-.5", "-0.50"), ("+7", "7")],
+)
+def test_numbers_are_numbers(one, other):
+    assert same_number(one, other) and same_number(other, one)
+
+
+@pytest.mark.parametrize("text", ["one", "nan", "inf", "e5", "", ".", "$", "1e99999999999999999999", "٣"])
+def test_what_is_no_number(text):
+    assert not same_number(text, text)
+
+
+@pytest.mark.parametrize(
+    ("reference", "generated"),
+    [
+        ("52_8", "528"), ("2516_8", "25168"), ("3,5,7", "357"), ("1,2", "12"), ("12", "1,2"), ("5", "_5"),
+        ("12,345", "1,2345"),
+    ],
+)  # fmt: skip
+def test_commas_and_underscores_are_not_passed_over(reference, generated):
+    """A list is not the number of its digits, nor is one written in another base."""
+    assert not grade(reference, rf"\boxed{{{generated}}}", has_answer=True)
+    assert not grade(f"#### {reference}", f"#### {generated}")
