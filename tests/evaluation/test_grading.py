@@ -38,6 +38,16 @@ HASH = [
     ("#### 1/2", "#### 0.5", True),
     ("#### -3", "#### 3", False),
     ("#### 5", "####", False),
+    ("#### 72", "#### 72 clips", True),
+    ("#### 72", "#### $72 dollars.", True),
+    ("#### 72", "#### **72**", True),
+    ("#### 1,072", "#### **$1072** in all", True),
+    ("#### 72", "#### 7 clips", False),
+    ("#### 7", "#### 7 clips and 2 films", False),
+    ("#### 7", "#### 7 = x", False),
+    ("#### 7", "#### 7 million", False),
+    ("#### 7", "#### 7/2", False),
+    ("#### 7", "#### 7,5", False),
 ]
 
 
@@ -73,9 +83,18 @@ def test_a_reference_without_what_the_grader_looks_for_is_an_error():
         grade("x" * 100, "#### 4", "hash")
 
 
+def test_an_answer_that_takes_too_long_is_not_printed(caplog, monkeypatch):
+    monkeypatch.setattr("dft.evaluation.grading.SECONDS", 1)
+    assert not grade("3", r"\boxed{8^{9^{9^{9^9}}}}", has_answer=True)
+    assert not caplog.records
+
+
 def test_braces_are_matched():
     assert last_boxed(r"a \boxed{f(\{x\}) = {1}} b") == r"f(\{x\}) = {1}"
-    assert last_boxed(r"\fbox{1} \boxed {2}") == "2"
+    assert last_boxed(r"\fbox{1} \boxed {2}") == "2" and last_boxed(r"\boxed{2} \fbox{1}") == "1"
+    assert last_boxed(r"\fboxed{1}") is None
+    assert last_boxed(r"so $\boxed 5$.") == "5" and last_boxed(r"\boxed \frac{1}{2} is") == r"\frac{1}{2}"
+    assert last_boxed(r"\boxed{4}, in the \boxed notation") == "4"
     assert last_boxed(r"\boxed{1} \boxed{2") == "1"
     assert last_boxed("none") is None and last_hash("none") is None
     assert last_hash("#### a b \nrest") == "a b"
