@@ -16,8 +16,10 @@ import argparse
 import gc
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from dft.data.files import write_whole, writing_into
 from dft.data.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
 from dft.evaluation.grading import GRADERS
-from dft.evaluation.problems import read_problems
+from dft.evaluation.problems import Problem, read_problems, turn_endings
 from dft.evaluation.run import (
     RESULTS,
     TABLE,
@@ -51,6 +53,7 @@ from dft.evaluation.sampling import (
     TransformersSampler,
     VllmSampler,
     choose_backend,
+    ending_ids,
     load_for_sampling,
 )
 from dft.report.evaluation import PAGE, evaluation_page
@@ -78,7 +81,7 @@ def main() -> None:
         first: dict[Path, Any] = {}
         examples = {}
         for model in models:
-            make = Loaded(model, backend, settings, given)
+            make = Loaded(model, backend, settings, given, list(chain.from_iterable(problems.values())))
             together = VLLM_PROBLEMS if backend == "vllm" else max(1, settings.batch_size // settings.samples)
             files = []
             for file in given.data:
@@ -117,6 +120,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--grader", choices=GRADERS, default="auto", help="auto: as references are")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: vllm where it is there")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument("--chat_template", metavar="FILE", help="Jinja, in place of those of the models")
     parser.add_argument("--chat_template_kwargs", help="JSON object of variables for the chat template")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     return parser.parse_args()
@@ -139,8 +143,8 @@ def check_settings(settings: Settings) -> None:
 class Loaded:
     """A model that is loaded when it is first wanted, and forgotten before the next one is."""
 
-    def __init__(self, model: Model, backend: str, settings: Settings, given: argparse.Namespace) -> None:
-        self.make = partial(load, model, backend, settings, given)
+    def __init__(self, *how: Any) -> None:
+        self.make = partial(load, *how)
         self.made: tuple[Sampler, ChatEncoder] | None = None
 
     def __call__(self) -> tuple[Sampler, ChatEncoder]:
@@ -154,17 +158,25 @@ class Loaded:
 
 
 def load(
-    model: Model, backend: str, settings: Settings, given: argparse.Namespace
+    model: Model, backend: str, settings: Settings, given: argparse.Namespace, problems: Sequence[Problem]
 ) -> tuple[Sampler, ChatEncoder]:
+    trusted = given.trust_remote_code
     try:
-        tokenizer, _ = load_tokenizer(model.path, trust_remote_code=given.trust_remote_code)
-        stops = stop_token_ids(model.path, given.trust_remote_code)
+        tokenizer, notes = load_tokenizer(
+            model.path, chat_template=given.chat_template, trust_remote_code=trusted
+        )
+        named = stop_token_ids(model.path, trusted)
     except UserError as error:  # which names the flag of training
         raise UserError(str(error).replace("--model_name_or_path", "--model")) from None
-    encoder = ChatEncoder(tokenizer, stops, variables(given.chat_template_kwargs))
+    encoder = ChatEncoder(tokenizer, named, variables(given.chat_template_kwargs))
+    stops, new = ending_ids(tokenizer, named, turn_endings(problems, encoder))
+    if new:
+        notes.append(f"answers also end at {' '.join(new)}, which ends turns in the chat template alone")
+    for note in notes:
+        print(f"note        {model.name}: {note.removesuffix(', and saved with the model')}", flush=True)
     if backend == "vllm":
-        return VllmSampler(model.path, tokenizer, stops, settings, given.trust_remote_code), encoder
-    loaded = load_for_sampling(model.path, given.dtype, given.trust_remote_code)
+        return VllmSampler(model.path, stops, settings, given.dtype, trusted), encoder
+    loaded = load_for_sampling(model.path, given.dtype, trusted)
     return TransformersSampler(loaded, tokenizer, stops, settings), encoder
 
 

@@ -1,6 +1,7 @@
 """Files of problems: conversations as in training, whose last answer is the reference."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,12 @@ class Problem:
     has_answer: bool
     line: int
 
+    @property
+    def question(self) -> str:
+        """The last turn of the user, or what else precedes the answer."""
+        asked = self.conversation.messages[:-1]
+        return next((one for one in reversed(asked) if one["role"] == "user"), asked[-1])["content"]
+
     def prompt_ids(self, encoder: ChatEncoder) -> list[int]:
         """The tokens a model is given: those that precede the last turn in training."""
         chat = Chat(encoder.template.template, self.conversation)
@@ -35,6 +42,13 @@ class Problem:
         except BadLine as error:
             raise UserError(f"line {self.line}: {error}") from None
         return encoder.ids_of(text)
+
+
+def turn_endings(problems: Sequence[Problem], encoder: ChatEncoder) -> list[str]:
+    """The tokens that end the answers in the chat template, as training finds them."""
+    encoded = encoder.encode([one.conversation.last_turn_only() for one in problems])
+    examples = [example for group in encoded if not isinstance(group, BadLine) for example in group]
+    return sorted({token for example in examples for token in example.endings if token})
 
 
 def read_problems(file: Path) -> list[Problem]:

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dft.data.chat import ChatEncoder
 from dft.data.conversation import parse_conversation
@@ -90,12 +90,44 @@ def test_the_prompt_is_what_precedes_the_answer_in_training(tiny, tmp_path):
     assert prompt == example.input_ids[:start].tolist()
 
 
+@pytest.fixture
+def base(tiny, tmp_path):
+    """A model that names `<|endoftext|>` alone as its end, though its template ends turns with <|im_end|>."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny, folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    assert tokenizer.eos_token == "<|im_end|>"
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    config = GenerationConfig.from_pretrained(tiny)
+    config.eos_token_id = tokenizer.eos_token_id
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_a_base_model_stops_where_a_trained_one_does(monkeypatch, tiny, base, tmp_path, problems, capsys):
+    """Else it would go on to a turn of its own making, whose last box would be graded."""
+    made = []
+    monkeypatch.setattr(
+        evaluate, "TransformersSampler", lambda *how: made.append(TransformersSampler(*how)) or made[-1]
+    )
+    words = short(tiny, problems, tmp_path / "out")
+    run(monkeypatch, *words[:2], f"base={base}", *words[2:])
+    trained, untrained = made
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in trained.stops and untrained.stops == sorted({end, tokenizer.eos_token_id})
+    assert "note        base: answers also end at <|im_end|>," in capsys.readouterr().out
+    answer = untrained._answer([5, 6, end, 7, tokenizer.eos_token_id])
+    assert (answer.tokens, answer.stopped) == (2, True)
+
+
 def test_a_batch_gives_what_single_prompts_give(tiny):
     """Left padding changes nothing: greedy answers of a batch are those of each prompt alone."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12], [13]]
     settings = Settings(samples=1, temperature=0, max_new_tokens=8)
-    sampler = TransformersSampler(model, tokenizer, [], settings)
+    sampler = TransformersSampler(model, tokenizer, [tokenizer.eos_token_id], settings)
     together = sampler.sample(prompts, seed=0)
     assert together == [sampler.sample([one], seed=5)[0] for one in prompts]
     ids = torch.tensor([prompts[0]])
@@ -112,7 +144,7 @@ def test_tokens_are_drawn_from_the_distribution_itself(tiny):
         model.lm_head.weight *= 3  # a distribution with some shape
         p = torch.softmax(model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].double(), -1)
     settings = Settings(samples=2000, temperature=1.0, max_new_tokens=1, batch_size=2000)
-    made = TransformersSampler(model, tokenizer, [], settings)
+    made = TransformersSampler(model, tokenizer, [tokenizer.eos_token_id], settings)
     seen: list[int] = []
     monkey = made._answer
     made._answer = lambda ids: seen.append(ids[0]) or monkey(ids)
@@ -157,15 +189,15 @@ class StandIn(types.ModuleType):
 def test_vllm_is_asked_for_the_same(monkeypatch, tiny):
     stand_in = StandIn()
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
     settings = Settings(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=5, seed=2)
-    made = VllmSampler(str(tiny), tokenizer, [9], settings, False).sample([[5, 6], [7]], seed=40)
+    made = VllmSampler(str(tiny), [9, 4], settings, "float16", False).sample([[5, 6], [7]], seed=40)
     assert [[one.text for one in some] for some in made] == [["#### 0", "#### 1", "#### 2"]] * 2
     assert [(one.tokens, one.stopped) for one in made[0]] == [(2, True), (3, False), (2, True)]
     (first, how), (_, next_how) = stand_in.asked
     assert first == {"prompt_token_ids": [5, 6]} and (how.n, how.temperature, how.top_p) == (3, 0.7, 0.9)
     assert how.top_k == -1 and how.max_tokens == 5 and how.seed != next_how.seed
-    assert set(how.stop_token_ids) == {9, tokenizer.eos_token_id}
+    assert how.stop_token_ids == [9, 4]
+    assert stand_in.made == {"model": str(tiny), "dtype": "float16", "seed": 2, "trust_remote_code": False}
 
 
 def test_vllm_that_is_not_there_is_told():
