@@ -225,6 +225,26 @@ def test_a_bad_line_is_named(tmp_path, message):
         read_problems(file)
 
 
+TWO = {"role": "user", "content": "2?"}
+ANSWERED = [
+    {"messages": [TWO]},
+    {"messages": [TWO, {"role": "assistant", "content": "two"}]},
+    {"conversations": [{"from": "human", "value": "2?"}]},
+    {"conversations": [{"from": "human", "value": "2?"}, {"from": "gpt", "value": "two"}]},
+    {"conversations": [TWO]},
+    {"prompt": "2?"},
+    {"prompt": "2?", "completion": "two"},
+    {"prompt": [TWO]},
+]
+
+
+@pytest.mark.parametrize("row", ANSWERED, ids=str)
+def test_an_answer_needs_no_turn_of_the_assistant(tmp_path, row):
+    (problem,) = read_problems(write(tmp_path, [{**row, "answer": 2}]))
+    assert (problem.question, problem.reference, problem.has_answer) == ("2?", "2", True)
+    assert [one["role"] for one in problem.conversation.messages] == ["user", "assistant"]
+
+
 REFUSED = {
     "--samples 0: must be at least 1": ["--samples", 0],
     "--temperature -1: must lie in": ["--temperature", -1],
