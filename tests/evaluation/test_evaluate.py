@@ -7,14 +7,18 @@ import types
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from dft.data.chat import ChatEncoder
 from dft.data.conversation import parse_conversation
 from dft.errors import UserError
 from dft.evaluation.problems import read_problems
+from dft.evaluation.run import Model, fingerprint, named_models
 from dft.evaluation.sampling import Settings, TransformersSampler, VllmSampler, choose_backend
 from scripts import evaluate
+from scripts.make_example import tiny_model
 
 GOOD = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "#### 2"}]}
 ASKED = {
@@ -253,8 +257,10 @@ REFUSED = {
     "--data .*none.jsonl: cannot be read": ["--data", "none.jsonl"],
     "--model .*nowhere.*: no such": ["--model", "./nowhere"],
     "another model is named a too; give NAME=y": ["--model", "a=x", "a=y"],
+    "--seed 99999999999999999999: must lie": ["--seed", 99999999999999999999],
+    "--chat_template .*none.jinja: no such file": ["--chat_template", "none.jinja"],
     "expected a JSON object": ["--chat_template_kwargs", "[]"],
-    "has no #### *; give another|has no \\\\boxed": ["--grader", "boxed"],
+    "--data .*test.jsonl:1: --grader boxed: the reference '#### 2' has no \\\\boxed": ["--grader", "boxed"],
 }
 
 
@@ -263,6 +269,140 @@ def test_bad_settings_are_refused(monkeypatch, tiny, tmp_path, message):
     file = write(tmp_path, [GOOD])
     with pytest.raises(UserError, match=message):
         run(monkeypatch, *short(tiny, file, tmp_path / "out", *REFUSED[message]))
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_command_that_failed_can_be_corrected(monkeypatch, tiny, tmp_path, problems):
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match="--model .*nowhere"):
+        run(monkeypatch, *short(tiny, problems, output, "--model", "one=./nowhere", "--top_p", 0.5))
+    run(monkeypatch, *short(tiny, problems, output))
+    with pytest.raises(UserError, match="--model .*nowhere"):
+        run(monkeypatch, *short(tiny, problems, output, "--model", f"one={tiny}", "two=./nowhere"))
+    run(monkeypatch, *short(tiny, problems, output, "--model", f"one={tiny}", f"two={tiny}"))
+    assert len(lines(output / "two/test.jsonl")) == 8
+
+
+def test_another_grader_grades_what_is_kept(monkeypatch, tiny, tmp_path, capsys):
+    problems, output = write(tmp_path, [ASKED, GOOD]), tmp_path / "out"
+    words = short(tiny, problems, output)
+    run(monkeypatch, *words)
+    assert (
+        "problems    test: 1 by #### or \\boxed{}, whichever is there, 1 by ####" in capsys.readouterr().out
+    )
+    before = lines(output / "one/test.jsonl")
+    before[0]["samples"][0]["text"] = "2"
+    (output / "one/test.jsonl").write_text("".join(json.dumps(one) + "\n" for one in before))
+    monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("nothing has to be sampled"))
+    with pytest.raises(UserError, match="test.jsonl:2: --grader boxed"):
+        run(monkeypatch, *words, "--grader", "boxed")
+    assert not before[0]["samples"][0]["right"]
+    run(monkeypatch, *words, "--grader", "exact")
+    after = lines(output / "one/test.jsonl")
+    assert after[0]["samples"][0] == {**before[0]["samples"][0], "right": True}
+    assert [one["grader"] for one in after] == ["exact", "exact"]
+    assert json.loads((output / "results.json").read_text())["settings"]["grader"] == "exact"
+
+
+def test_models_and_files_of_earlier_calls_stay_in_the_results(monkeypatch, tiny, tmp_path, problems):
+    output, more = tmp_path / "out", write(tmp_path, [GOOD, ASKED], "more.jsonl")
+    run(monkeypatch, *short(tiny, problems, output))
+    run(monkeypatch, *short(tiny, more, output, "--model", f"two={tiny}"))
+    run(monkeypatch, *short(tiny, problems, output, "--model", f"two={tiny}"))
+    results = json.loads((output / "results.json").read_text())
+    found = {one["name"]: [file["file"] for file in one["files"]] for one in results["models"]}
+    assert found == {"one": ["test"], "two": ["test", "more"]}
+    first, second = results["models"]
+    assert "difference" not in first["files"][0] and second["files"][0]["difference"]["value"] == 0
+    assert "| one | test |" in (output / "table.md").read_text()
+    torn = (output / "one/test.jsonl").read_text().splitlines(keepends=True)[:-1]
+    (output / "one/test.jsonl").write_text("".join(torn))
+    run(monkeypatch, *short(tiny, problems, output, "--model", f"two={tiny}"))
+    results = json.loads((output / "results.json").read_text())
+    assert [one["name"] for one in results["models"]] == ["two"], "not what is half done"
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer.json", "config.json", "generation_config.json"]
+)
+def test_a_model_is_its_tokenizer_and_template_too(tiny, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    (folder / "report.json").write_text("{}")
+    before = fingerprint(str(folder))
+    (folder / "report.json").write_text("[]")
+    assert fingerprint(str(folder)) == before
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    of_adapters = fingerprint(str(adapters))
+    with open(folder / name, "a") as stream:
+        stream.write(" ")
+    assert fingerprint(str(folder)) != before and fingerprint(str(adapters)) != of_adapters
+
+
+def test_a_folder_with_an_equals_sign_is_taken_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=5e-5").mkdir()
+    assert named_models(["lr=5e-5", "b=lr=5e-5"]) == [Model("lr=5e-5", "lr=5e-5"), Model("b", "lr=5e-5")]
+
+
+def test_adapters_are_not_for_vllm(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"merge_lora.py {tmp_path} merged"):
+        evaluate.check_adapters([Model("one", str(tmp_path))], "vllm")
+    evaluate.check_adapters([Model("one", str(tmp_path))], "transformers")
+
+
+def test_a_model_without_a_template(monkeypatch, tiny, tmp_path, problems, capsys):
+    """ChatML's tokens are added to the tokenizer, and the model has no embeddings of them."""
+    folder, output = tmp_path / "plain", tmp_path / "out"
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<unk>": 0, "<end>": 1, "a": 2}, "<unk>")), eos_token="<end>"
+    )
+    words.save_pretrained(folder)
+    tiny_model(words).save_pretrained(folder)
+    with pytest.raises(
+        UserError, match=r"<\|im_(start|end)\|> .* has embeddings of 3 tokens; give a --chat_templ"
+    ):
+        run(monkeypatch, *short(folder, problems, output))
+    assert (
+        "note        one: chat template: the tokenizer has none; plain ChatML is used\n"
+        in capsys.readouterr().out
+    )
+    template = tmp_path / "plain.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}<end>{% endfor %}")
+    run(monkeypatch, *short(folder, problems, output, "--chat_template", template))
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(UserError, match="holds samples with chat_template plain.jinja"):
+        run(monkeypatch, *short(folder, problems, output, "--chat_template", template))
+
+
+def test_a_truncated_file_of_weights(monkeypatch, tiny, tmp_path, problems):
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="--model .*cut: cannot be loaded: SafetensorError"):
+        run(monkeypatch, *short(folder, problems, tmp_path / "out"))
+
+
+def test_memory_that_runs_out(monkeypatch, tiny, tmp_path, problems):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(TransformersSampler, "_generate", full)
+    with pytest.raises(
+        UserError, match="out of memory: one, test: .*asked for 2.00 GiB.*smaller --batch_size"
+    ):
+        run(monkeypatch, *short(tiny, problems, tmp_path / "out"))
+    monkeypatch.undo()
+    run(monkeypatch, *short(tiny, problems, tmp_path / "out", "--batch_size", 3))
+    with pytest.raises(UserError, match="holds samples with batch_size 3, and this is 6, which draws others"):
+        run(monkeypatch, *short(tiny, problems, tmp_path / "out"))
 
 
 def test_samples_of_something_else_are_not_gone_on_from(monkeypatch, tiny, tmp_path, problems):
