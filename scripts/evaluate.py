@@ -33,25 +33,11 @@ from dft.data.chat import ChatEncoder
 from dft.data.files import write_whole, writing_into
 from dft.data.tokenizer import load_tokenizer, read_template, stop_token_ids
 from dft.errors import UserError, report_user_errors
+from dft.evaluation.folder import Model, claim, digest, named_models, whole_lines
 from dft.evaluation.grading import GRADERS
 from dft.evaluation.problems import Problem, read_problems, turn_endings
-from dft.evaluation.run import (
-    RESULTS,
-    TABLE,
-    VLLM_PROBLEMS,
-    Model,
-    check_references,
-    claim,
-    collected,
-    digest,
-    named_models,
-    percent,
-    regrade,
-    sample,
-    summary,
-    table,
-    whole_lines,
-)
+from dft.evaluation.results import RESULTS, TABLE, collected, percent, summary, table
+from dft.evaluation.run import VLLM_PROBLEMS, check_references, regrade, sample
 from dft.evaluation.sampling import (
     BACKENDS,
     Sampler,

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from dft.data.chat import ChatEncoder
 from dft.data.conversation import parse_conversation
 from dft.errors import UserError
+from dft.evaluation.folder import Model, fingerprint, named_models
 from dft.evaluation.problems import read_problems
-from dft.evaluation.run import Model, fingerprint, named_models
 from dft.evaluation.sampling import Settings, TransformersSampler, VllmSampler, choose_backend
 from scripts import evaluate
 from scripts.make_example import tiny_model
