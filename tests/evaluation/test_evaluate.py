@@ -1,6 +1,7 @@
 """scripts/evaluate.py from end to end, on a tiny model: what it draws, keeps, goes on from and refuses."""
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -17,6 +18,7 @@ from dft.errors import UserError
 from dft.evaluation.folder import Model, fingerprint, named_models
 from dft.evaluation.problems import read_problems
 from dft.evaluation.sampling import Settings, TransformersSampler, VllmSampler, choose_backend
+from dft.report.evaluation import evaluation_page
 from scripts import evaluate
 from scripts.make_example import tiny_model
 
@@ -421,6 +423,31 @@ def test_samples_of_something_else_are_not_gone_on_from(monkeypatch, tiny, tmp_p
     (output / "settings.json").write_text("{")
     with pytest.raises(UserError, match="settings.json is damaged"):
         run(monkeypatch, *short(tiny, problems, output))
+
+
+def test_the_page_shows_what_was_asked_of_which_model():
+    def share(value):
+        return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+    numbers = {
+        "file": "test", "problems": 8, "samples": 2, "avg": share(0.5), "pass": share(0.5), "stopped": 1,
+        "mean_tokens": 7,
+    }  # fmt: skip
+    name = f"run-{'x' * 100}-seed-7"
+    models = [
+        {"name": "base", "path": "/models/one", "files": [numbers]},
+        {"name": name, "path": "/models/two", "files": [{**numbers, "difference": share(0.25)}]},
+    ]
+    settings = {**vars(Settings()), "backend": "transformers", "dtype": "bfloat16", "grader": "auto"}
+    settings |= {"chat_template": None, "chat_template_kwargs": {"enable_thinking": False}}
+    sample = {"text": "4", "right": False, "tokens": 1, "stopped": True}
+    record = {"line": 1, "question": "What is 2 < 3?", "reference": "yes", "samples": [sample]}
+    page = evaluation_page({"settings": settings, "models": models}, {("base", "test"): [record]})
+    assert "What is 2 &lt; 3?" in page and "/models/two" in page and "dtype bfloat16" in page
+    assert "+25.0 % <small>+15.0 to +35.0</small>" in page and "enable_thinking" in page
+    (shown,) = re.findall(r"<text[^>]*>([^<]*)<title>run", page)
+    assert len(shown) == 60 and shown.startswith("run-") and shown.endswith("-seed-7")
+    assert f"<title>{name}</title>" in page, "as a whole, when pointed at"
 
 
 def test_generated_text_is_escaped_in_the_page(monkeypatch, tiny, tmp_path, problems):
