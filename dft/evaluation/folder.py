@@ -15,17 +15,9 @@ from dft.evaluation.problems import Problem
 
 SETTINGS = "settings.json"
 OF_MODEL = (
-    "*.safetensors",
-    "*config.json",
-    "*token*.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "additional_chat_templates/*.jinja",
-    "chat_template.json",
-    "*.py",
-)
+    "*.safetensors", "*config.json", "*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
+    "additional_chat_templates/*.jinja", "chat_template.json", "*.py",
+)  # fmt: skip
 """Files of a model that its answers depend on; a folder may hold others, as of its training."""
 
 Record = dict[str, Any]
