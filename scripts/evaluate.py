@@ -16,34 +16,28 @@ import argparse
 import gc
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from transformers.utils import ADAPTER_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
+from dft.data.arguments import DataArguments, template_variables
 from dft.data.chat import ChatEncoder
 from dft.data.files import write_whole, writing_into
-from dft.data.tokenizer import load_tokenizer, stop_token_ids
+from dft.data.tokenizer import load_tokenizer, read_template, stop_token_ids
 from dft.errors import UserError, report_user_errors
+from dft.evaluation.folder import Model, claim, digest, named_models, whole_lines
 from dft.evaluation.grading import GRADERS
-from dft.evaluation.problems import read_problems
-from dft.evaluation.run import (
-    RESULTS,
-    TABLE,
-    VLLM_PROBLEMS,
-    Model,
-    check_output,
-    compared,
-    named_models,
-    percent,
-    records_of,
-    summary,
-    table,
-)
+from dft.evaluation.problems import Problem, read_problems, turn_endings
+from dft.evaluation.results import RESULTS, TABLE, collected, percent, summary, table
+from dft.evaluation.run import VLLM_PROBLEMS, check_references, regrade, sample
 from dft.evaluation.sampling import (
     BACKENDS,
     Sampler,
@@ -51,9 +45,17 @@ from dft.evaluation.sampling import (
     TransformersSampler,
     VllmSampler,
     choose_backend,
+    ending_ids,
     load_for_sampling,
 )
 from dft.report.evaluation import PAGE, evaluation_page
+from dft.training.oom import telling_what_did_not_fit
+
+SMALLER = (
+    "give a smaller --batch_size (and another --output where there are samples already, which depend on it) "
+    "or --dtype bfloat16"
+)
+"""What helps where memory runs out."""
 
 
 def main() -> None:
@@ -66,35 +68,33 @@ def main() -> None:
     disable_progress_bar()
     backend = choose_backend(given.backend)
     models = named_models(given.model)
-    problems = {file: read_problems(file) for file in given.data}
+    check_adapters(models, backend)
+    wanted = DataArguments(
+        data_files=[], chat_template=given.chat_template, chat_template_kwargs=given.chat_template_kwargs
+    )
     identity = {
-        **asdict(settings), "grader": given.grader, "backend": backend, "dtype": given.dtype,
-        "chat_template_kwargs": given.chat_template_kwargs,
+        **asdict(settings), "backend": backend, "dtype": given.dtype,
+        "chat_template": None if given.chat_template is None else told_template(given.chat_template),
+        "chat_template_kwargs": template_variables(wanted),
     }  # fmt: skip
-    results: dict[str, Any] = {"settings": identity, "models": []}
+    problems = {file: read_problems(file) for file in given.data}
+    for file, some in problems.items():
+        print(f"problems    {file.stem}: {check_references(some, given.grader)}", flush=True)
+    together = VLLM_PROBLEMS if backend == "vllm" else max(1, settings.batch_size // settings.samples)
     with writing_into(given.output, "--output"):
         given.output.mkdir(parents=True, exist_ok=True)
-        check_output(given.output, identity, models, given.data)
-        first: dict[Path, Any] = {}
-        examples = {}
+        note = claim(given.output, identity, models, problems)
+        regrade(given.output, note, given.grader)
         for model in models:
-            make = Loaded(model, backend, settings, given)
-            together = VLLM_PROBLEMS if backend == "vllm" else max(1, settings.batch_size // settings.samples)
-            files = []
-            for file in given.data:
-                kept = given.output / model.name / f"{file.stem}.jsonl"
-                records = records_of(
-                    kept, problems[file], make, settings, given.grader, together, f"{model.name}, {file.stem}"
-                )
-                made = summary(file.stem, records)
-                if file in first:
-                    made["difference"] = compared(records, first[file])
-                first.setdefault(file, records)
-                examples[model.name, file.stem] = records[:3]
-                files.append(made)
-                print(told(model, made), flush=True)
-            results["models"].append({"name": model.name, "path": model.path, "files": files})
+            every = list(chain.from_iterable(problems.values()))
+            make = Loaded(model, backend, settings, given, template_variables(wanted), every)
+            for file, some in problems.items():
+                kept, label = given.output / model.name / f"{file.stem}.jsonl", f"{model.name}, {file.stem}"
+                with telling_what_did_not_fit(f"{label}: the model and its answers do not fit", SMALLER):
+                    sample(kept, some, make, settings, given.grader, together, label)
+                print(told(label, summary(file.stem, whole_lines(kept))), flush=True)
             make.forget()
+        results, examples = collected(given.output, note, given.grader)
         write_whole(given.output / RESULTS, [json.dumps(results, indent=1), "\n"])
         write_whole(given.output / TABLE, [table(results)])
         write_whole(given.output / PAGE, [evaluation_page(results, examples)])
@@ -117,6 +117,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--grader", choices=GRADERS, default="auto", help="auto: as references are")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: vllm where it is there")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument("--chat_template", metavar="FILE", help="Jinja, in place of those of the models")
     parser.add_argument("--chat_template_kwargs", help="JSON object of variables for the chat template")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     return parser.parse_args()
@@ -126,6 +127,8 @@ def check_settings(settings: Settings) -> None:
     for name in ("samples", "max_new_tokens", "batch_size"):
         if (value := vars(settings)[name]) < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
+    if not 0 <= settings.seed < 2**32:
+        raise UserError(f"--seed {settings.seed}: must lie in [0, 2**32)")
     if not 0 <= settings.temperature <= 100:
         raise UserError(f"--temperature {settings.temperature:g}: must lie in [0, 100]; 0 is greedy")
     if not 0 < settings.top_p <= 1:
@@ -136,11 +139,26 @@ def check_settings(settings: Settings) -> None:
         )
 
 
+def check_adapters(models: Sequence[Model], backend: str) -> None:
+    for model in models:
+        if backend == "vllm" and (Path(model.path).expanduser() / ADAPTER_CONFIG_NAME).is_file():
+            raise UserError(
+                f"--model {model.path}: holds adapters, which vLLM does not take here; merge them with their "
+                f"model (python scripts/merge_lora.py {model.path} merged), or give --backend transformers"
+            )
+
+
+def told_template(file: str) -> str:
+    """A chat template as what it holds, whatever its folder is. Raises `UserError` where it is none."""
+    read_template(file)
+    return f"{Path(file).name} ({digest(Path(file))})"
+
+
 class Loaded:
     """A model that is loaded when it is first wanted, and forgotten before the next one is."""
 
-    def __init__(self, model: Model, backend: str, settings: Settings, given: argparse.Namespace) -> None:
-        self.make = partial(load, model, backend, settings, given)
+    def __init__(self, *how: Any) -> None:
+        self.make = partial(load, *how)
         self.made: tuple[Sampler, ChatEncoder] | None = None
 
     def __call__(self) -> tuple[Sampler, ChatEncoder]:
@@ -154,35 +172,36 @@ class Loaded:
 
 
 def load(
-    model: Model, backend: str, settings: Settings, given: argparse.Namespace
+    model: Model,
+    backend: str,
+    settings: Settings,
+    given: argparse.Namespace,
+    variables: Mapping[str, Any],
+    problems: Sequence[Problem],
 ) -> tuple[Sampler, ChatEncoder]:
+    trusted = given.trust_remote_code
     try:
-        tokenizer, _ = load_tokenizer(model.path, trust_remote_code=given.trust_remote_code)
-        stops = stop_token_ids(model.path, given.trust_remote_code)
+        tokenizer, notes = load_tokenizer(
+            model.path, chat_template=given.chat_template, trust_remote_code=trusted
+        )
+        named = stop_token_ids(model.path, trusted)
     except UserError as error:  # which names the flag of training
         raise UserError(str(error).replace("--model_name_or_path", "--model")) from None
-    encoder = ChatEncoder(tokenizer, stops, variables(given.chat_template_kwargs))
+    encoder = ChatEncoder(tokenizer, named, variables)
+    stops, new = ending_ids(tokenizer, named, turn_endings(problems, encoder))
+    if new:
+        notes.append(f"answers also end at {' '.join(new)}, which ends turns in the chat template alone")
+    for note in notes:
+        print(f"note        {model.name}: {note.removesuffix(', and saved with the model')}", flush=True)
     if backend == "vllm":
-        return VllmSampler(model.path, tokenizer, stops, settings, given.trust_remote_code), encoder
-    loaded = load_for_sampling(model.path, given.dtype, given.trust_remote_code)
+        return VllmSampler(model.path, stops, settings, given.dtype, trusted), encoder
+    loaded = load_for_sampling(model.path, given.dtype, trusted)
     return TransformersSampler(loaded, tokenizer, stops, settings), encoder
 
 
-def variables(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"--chat_template_kwargs {text}: expected a JSON object such as '{{\"name\": 1}}'")
-    return found
-
-
-def told(model: Model, made: dict[str, Any]) -> str:
+def told(label: str, made: dict[str, Any]) -> str:
     return (
-        f"{model.name}, {made['file']}: avg@{made['samples']} {percent(made['avg'])}, "
+        f"{label}: avg@{made['samples']} {percent(made['avg'])}, "
         f"pass@{made['samples']} {percent(made['pass'])}; {100 * made['stopped']:.0f} % of them ended, "
         f"{made['mean_tokens']:.0f} tokens on average"
     )

@@ -1,5 +1,6 @@
 """Whether a generated answer is right. What is equal in mathematics is for math-verify to say."""
 
+import logging
 import re
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
@@ -10,19 +11,30 @@ from math_verify import parse, verify
 from dft.errors import UserError
 
 GRADERS = ("auto", "boxed", "hash", "exact")
-BOXED = re.compile(r"\\f?boxed\s*\{")
+BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{|\\boxed\s+(?P<bare>[-+.\d\\][^\s$]*)")
+"""`\boxed 5`, as in some of MATH's solutions, has no braces."""
 HASH = re.compile(r"####[ \t]*(\S[^\n]*)")
+PLAIN = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d+)?"
+NUMBER = re.compile(PLAIN, re.ASCII)
+"""With commas between groups of three digits or none: `3,5,7` and `1,2` are lists."""
+WITH_UNIT = re.compile(
+    rf"[*$]*({PLAIN})\.?\**(?:\s+(?!hundred|thousand|[mb]illion|dozen)[a-z*][^\d=+/^]*)?", re.ASCII | re.I
+)
+"""A number in bold, in dollars, or in front of words without another number: `72 clips`."""
 SECONDS = 3
 """For math-verify to read an answer, and to compare two."""
+
+# It warns of each answer that takes too long, and prints all of it.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def grade(reference: str, generated: str, grader: str = "auto", has_answer: bool = False) -> bool:
     r"""Whether an answer is right.
 
     boxed: the last \boxed{} of the text is equal to that of the reference, in mathematics (math-verify).
-    hash: what follows the last `####`, as in GSM8K; numbers are compared as numbers. exact: the texts are
-    equal but for white space around them. auto: as the reference has it; where it is nothing but an answer,
-    `####` if the text has that and no box, else boxed.
+    hash: what follows the last `####`, as in GSM8K; numbers are compared as numbers, also where words stand
+    behind them. exact: the texts are equal but for white space around them. auto: as the reference has it;
+    where it is nothing but an answer, `####` if the text has that and no box, else boxed.
 
     Args:
         has_answer: whether the reference is nothing but the answer.
@@ -31,37 +43,53 @@ def grade(reference: str, generated: str, grader: str = "auto", has_answer: bool
         UserError: the reference has not what the grader looks for.
     """
     if grader == "auto":
-        grader = suited(reference, generated, has_answer)
+        grader = suited(reference, has_answer)
+    if grader == "answer":
+        grader = "hash" if last_boxed(generated) is None and last_hash(generated) is not None else "boxed"
+    wanted = wanted_answer(reference, grader, has_answer)
     if grader == "exact":
-        return reference.strip() == generated.strip()
-    extract = last_boxed if grader == "boxed" else last_hash
-    wanted = reference.strip() if has_answer and extract(reference) is None else extract(reference)
-    if wanted is None:
+        return wanted == generated.strip()
+    found = last_boxed(generated) if grader == "boxed" else last_hash(generated)
+    if found is None:
+        return False
+    if same_number(wanted, found) or same_expression(wanted, found):
+        return True
+    number = WITH_UNIT.fullmatch(found) if grader == "hash" else None
+    return number is not None and same_number(wanted, number[1])
+
+
+def suited(reference: str, has_answer: bool) -> str:
+    """The grader that `auto` stands for; `answer` is what the generated text has of a box and `####`."""
+    if last_boxed(reference) is not None:
+        return "boxed"
+    if last_hash(reference) is not None:
+        return "hash"
+    return "answer" if has_answer else "exact"
+
+
+def wanted_answer(reference: str, grader: str, has_answer: bool) -> str:
+    """What of the reference an answer is held against.
+
+    Raises:
+        UserError: it has not what the grader looks for.
+    """
+    if grader not in ("boxed", "hash"):
+        return reference.strip()
+    wanted = last_boxed(reference) if grader == "boxed" else last_hash(reference)
+    if wanted is None and not has_answer:
         mark = r"\boxed{}" if grader == "boxed" else "####"
         raise UserError(
             f"--grader {grader}: the reference {shortened(reference)!r} has no {mark}; give another "
             "--grader, or an 'answer' in each row"
         )
-    found = extract(generated)
-    if found is None:
-        return False
-    return same_number(wanted, found) or same_expression(wanted, found)
-
-
-def suited(reference: str, generated: str, has_answer: bool) -> str:
-    """The grader that `auto` stands for."""
-    if last_boxed(reference) is not None:
-        return "boxed"
-    if last_hash(reference) is not None:
-        return "hash"
-    if has_answer:
-        return "hash" if last_boxed(generated) is None and last_hash(generated) is not None else "boxed"
-    return "exact"
+    return reference.strip() if wanted is None else wanted
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed{} holds, braces within it included; None where there is none that is closed."""
+    r"""What the last \boxed{} or \fbox{} holds, braces within it included; None where none is closed."""
     for match in reversed(list(BOXED.finditer(text))):
+        if match["bare"]:
+            return match["bare"]
         depth = 1
         for index in range(match.end(), len(text)):
             if text[index - 1] == "\\":
@@ -85,12 +113,13 @@ def same_number(one: str, other: str) -> bool:
 
 
 def plain_number(text: str) -> Decimal | None:
-    bare = text.strip().removesuffix(".").strip().lstrip("$").replace(",", "")
-    try:
-        number = Decimal(bare)
-    except InvalidOperation:
+    bare = text.strip().removesuffix(".").strip().lstrip("$")
+    if NUMBER.fullmatch(bare) is None:
         return None
-    return number if number.is_finite() else None
+    try:
+        return Decimal(bare.replace(",", ""))
+    except InvalidOperation:  # an exponent of twenty digits
+        return None
 
 
 def same_expression(wanted: str, found: str) -> bool:

@@ -1,11 +1,13 @@
 """Files of problems: conversations as in training, whose last answer is the reference."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dft.data.chat import ChatEncoder
-from dft.data.conversation import Conversation, parse_conversation
+from dft.data.conversation import SHAREGPT_ROLES, Conversation, parse_conversation
 from dft.data.faults import BadLine
 from dft.data.template import Chat
 from dft.errors import UserError
@@ -19,13 +21,20 @@ class Problem:
         conversation: with the reference as its last turn, which is no part of the prompt.
         reference: the answer the row gives, else the text of the last turn.
         has_answer: whether the row gives an answer, so that `reference` is nothing but that.
-        line: of its file, from 1.
+        file, line: where it stands; lines count from 1.
     """
 
     conversation: Conversation
     reference: str
     has_answer: bool
+    file: Path
     line: int
+
+    @property
+    def question(self) -> str:
+        """The last turn of the user, or what else precedes the answer."""
+        asked = self.conversation.messages[:-1]
+        return next((one for one in reversed(asked) if one["role"] == "user"), asked[-1])["content"]
 
     def prompt_ids(self, encoder: ChatEncoder) -> list[int]:
         """The tokens a model is given: those that precede the last turn in training."""
@@ -33,8 +42,15 @@ class Problem:
         try:
             text = chat.render(len(chat.messages) - 1, prompt=True)
         except BadLine as error:
-            raise UserError(f"line {self.line}: {error}") from None
+            raise UserError(f"--data {self.file}:{self.line}: {error}") from None
         return encoder.ids_of(text)
+
+
+def turn_endings(problems: Sequence[Problem], encoder: ChatEncoder) -> list[str]:
+    """The tokens that end the answers in the chat template, as training finds them."""
+    encoded = encoder.encode([one.conversation.last_turn_only() for one in problems])
+    examples = [example for group in encoded if not isinstance(group, BadLine) for example in group]
+    return sorted({token for example in examples for token in example.endings if token})
 
 
 def read_problems(file: Path) -> list[Problem]:
@@ -55,7 +71,7 @@ def read_problems(file: Path) -> list[Problem]:
         if not line.strip():
             continue
         try:
-            problems.append(problem_of(line, number))
+            problems.append(problem_of(line, file, number))
         except BadLine as error:
             raise UserError(f"{file}:{number}: {error}; correct the line or leave it out") from None
     if not problems:
@@ -63,7 +79,7 @@ def read_problems(file: Path) -> list[Problem]:
     return problems
 
 
-def problem_of(line: bytes, number: int) -> Problem:
+def problem_of(line: bytes, file: Path, number: int) -> Problem:
     """Raises `BadLine`."""
     answer = None
     try:
@@ -74,10 +90,7 @@ def problem_of(line: bytes, number: int) -> Problem:
         answer = row["answer"]
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise BadLine(f"'answer' must be a string or a number, got {answer!r}", "wrong 'answer'")
-        messages = row.get("messages")
-        if isinstance(messages, list) and messages and last_role(messages) != "assistant":
-            turn = {"role": "assistant", "content": str(answer) or "-"}
-            line = json.dumps({**row, "messages": [*messages, turn]}).encode()
+        line = json.dumps(answered(row, str(answer) or "-")).encode()
     conversation = parse_conversation(line)
     if conversation.messages[-1]["role"] != "assistant":
         raise BadLine(
@@ -89,9 +102,19 @@ def problem_of(line: bytes, number: int) -> Problem:
     reference = conversation.messages[-1]["content"] if answer is None else str(answer)
     if not reference.strip():
         raise BadLine("the reference is empty", "no reference")
-    return Problem(conversation, reference.strip(), answer is not None, number)
+    return Problem(conversation, reference.strip(), answer is not None, file, number)
 
 
-def last_role(messages: list[object]) -> object:
-    last = messages[-1]
-    return last.get("role") if isinstance(last, dict) else None
+def answered(row: dict[str, Any], answer: str) -> dict[str, Any]:
+    """The row with a turn of the assistant at its end, in whichever form of conversation it is."""
+    turn = {"role": "assistant", "content": answer}
+    for key in ("messages", "conversations"):
+        turns = row.get(key)
+        if isinstance(turns, list) and turns:
+            last = turns[-1] if isinstance(turns[-1], dict) else {}
+            role = last.get("from", last.get("role"))
+            ended = isinstance(role, str) and SHAREGPT_ROLES.get(role) == "assistant"
+            return row if ended else {**row, key: [*turns, turn]}
+    if "prompt" in row and row.get("completion") is None:
+        return {**row, "completion": answer if isinstance(row.get("prompt"), str) else [turn]}
+    return row

@@ -6,12 +6,8 @@ from importlib.util import find_spec
 from typing import Protocol
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dft.data.tokenizer import UNLOADABLE
 from dft.errors import UserError
@@ -65,18 +61,37 @@ def choose_backend(wanted: str) -> str:
     )
 
 
-def ending_ids(tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> list[int]:
-    """Tokens that end an answer: those of the model's generation_config, and the tokenizer's own."""
-    found = {*stops, tokenizer.eos_token_id} - {None}
+def ending_ids(
+    tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], endings: Sequence[str]
+) -> tuple[list[int], list[str]]:
+    """Tokens that end an answer: of the model's generation_config, the tokenizer, and the chat template.
+
+    A base model often names `<|endoftext|>` alone and would go on past the `<|im_end|>` of its template, into
+    a next turn of its own making. Training adds that stop, so all models get it.
+
+    Args:
+        stops: of the generation_config.
+        endings: what ends turns in the chat template.
+
+    Returns:
+        (their ids, those that the chat template alone has).
+
+    Raises:
+        UserError: there are none.
+    """
+    named = {*stops, tokenizer.eos_token_id} - {None}
+    new = [token for token in endings if tokenizer.convert_tokens_to_ids(token) not in named]
+    found = {*named, *tokenizer.convert_tokens_to_ids(new)}
     if not found:
         raise UserError(
-            "neither the model's generation_config nor its tokenizer names a token that ends an answer"
+            "neither the model's generation_config nor its tokenizer or chat template has a token that ends "
+            "an answer; give a --chat_template that has one"
         )
-    return sorted(found)
+    return sorted(found), new
 
 
 class TransformersSampler:
-    """Samples with `generate`, on the GPU if there is one."""
+    """Samples with `generate`, until a token of `stops`, on the GPU if there is one."""
 
     def __init__(
         self,
@@ -87,7 +102,7 @@ class TransformersSampler:
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.stops = ending_ids(tokenizer, stops)
+        self.stops = list(stops)
         self.settings = settings
         greedy = settings.temperature == 0
         drawn = {} if greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
@@ -103,12 +118,23 @@ class TransformersSampler:
         self.model.generation_config = self.config
 
     def sample(self, prompts: Sequence[list[int]], seed: int) -> list[list[Answer]]:
+        self._check(prompts)
         rows = [ids for ids in prompts for _ in range(self.settings.samples)]
         answers: list[Answer] = []
         for start in range(0, len(rows), self.settings.batch_size):
             answers += self._generate(rows[start : start + self.settings.batch_size], seed + start)
         size = self.settings.samples
         return [answers[start : start + size] for start in range(0, len(answers), size)]
+
+    def _check(self, prompts: Sequence[list[int]]) -> None:
+        """Raises `UserError` for tokens that were added to the tokenizer and not to the model."""
+        highest, rows = max(map(max, prompts)), self.model.get_input_embeddings().num_embeddings
+        if highest >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise UserError(
+                f"--model {self.model.name_or_path}: a prompt holds the token {token} ({highest}), and the "
+                f"model has embeddings of {rows} tokens; give a --chat_template of tokens that it knows"
+            )
 
     def _generate(self, rows: list[list[int]], seed: int) -> list[Answer]:
         torch.manual_seed(seed)
@@ -126,22 +152,22 @@ class TransformersSampler:
 
 
 class VllmSampler:
-    """Samples with vLLM, from the same token ids."""
+    """Samples with vLLM, from the same token ids, until the same ones."""
 
     def __init__(
         self,
         name: str,
-        tokenizer: PreTrainedTokenizerBase,
         stops: Sequence[int],
         settings: Settings,
+        dtype: str,
         trusted: bool,
     ) -> None:
         from vllm import LLM, SamplingParams  # optional, and large
 
         self.settings = settings
         self._parameters = SamplingParams
-        self.stops = ending_ids(tokenizer, stops)
-        self._model = LLM(model=name, seed=settings.seed, trust_remote_code=trusted)
+        self.stops = list(stops)
+        self._model = LLM(model=name, dtype=dtype, seed=settings.seed, trust_remote_code=trusted)
 
     def sample(self, prompts: Sequence[list[int]], seed: int) -> list[list[Answer]]:
         settings = self.settings
@@ -170,10 +196,8 @@ class VllmSampler:
         ]
 
 
-def load_for_sampling(
-    name: str, dtype: str, trusted: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer; adapters that a run of --lora_r saved come with their model.
+def load_for_sampling(name: str, dtype: str, trusted: bool) -> PreTrainedModel:
+    """A model, on the GPU if there is one; adapters that a run of --lora_r saved come with their model.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded.
@@ -185,7 +209,7 @@ def load_for_sampling(
             trust_remote_code=trusted,
             use_safetensors=True,
         )
-    except (*UNLOADABLE, RuntimeError) as error:
+    except (*UNLOADABLE, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"--model {name}: cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from None

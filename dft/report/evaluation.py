@@ -7,7 +7,9 @@ from dft.report.page import render
 
 PAGE = "report.html"
 SHOWN_TEXT = 1500
-"""Characters of an answer that are shown."""
+"""Characters of a question or an answer that are shown."""
+SHOWN_NAME = 60
+"""Characters of a model's name that there is room for above its bar."""
 
 
 def evaluation_page(
@@ -22,7 +24,7 @@ def evaluation_page(
     return render(
         "evaluation.html.jinja",
         settings=results["settings"],
-        models=results["models"],
+        paths=[(model["name"], model["path"]) for model in results["models"]],
         files=files,
         bars=bars(results, files),
         examples=[
@@ -41,9 +43,17 @@ def bars(results: Mapping[str, Any], files: Sequence[str]) -> list[dict[str, Any
             for one in model["files"]:
                 if one["file"] == file:
                     place = {key: round(100 * value, 2) for key, value in one["avg"].items()}
-                    rows.append({"name": model["name"], "numbers": one, **place})
+                    rows.append(
+                        {"name": model["name"], "short": short(model["name"]), "numbers": one, **place}
+                    )
         made.append({"file": file, "rows": rows})
     return made
+
+
+def short(name: str) -> str:
+    """Without its middle, where it is too long: names of runs differ at the end."""
+    half = SHOWN_NAME // 2
+    return name if len(name) <= SHOWN_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def shown(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +62,7 @@ def shown(record: Mapping[str, Any]) -> dict[str, Any]:
     first = [next((one for one in samples if one["right"] == right), None) for right in (True, False)]
     return {
         "line": record["line"],
+        "question": record["question"][-SHOWN_TEXT:],
         "reference": record["reference"][-SHOWN_TEXT:],
         "right": sum(one["right"] for one in samples),
         "samples": len(samples),

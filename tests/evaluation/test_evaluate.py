@@ -1,20 +1,26 @@
 """scripts/evaluate.py from end to end, on a tiny model: what it draws, keeps, goes on from and refuses."""
 
 import json
+import re
 import shutil
 import sys
 import types
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from dft.data.chat import ChatEncoder
 from dft.data.conversation import parse_conversation
 from dft.errors import UserError
+from dft.evaluation.folder import Model, fingerprint, named_models
 from dft.evaluation.problems import read_problems
 from dft.evaluation.sampling import Settings, TransformersSampler, VllmSampler, choose_backend
+from dft.report.evaluation import evaluation_page
 from scripts import evaluate
+from scripts.make_example import tiny_model
 
 GOOD = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "#### 2"}]}
 ASKED = {
@@ -90,12 +96,44 @@ def test_the_prompt_is_what_precedes_the_answer_in_training(tiny, tmp_path):
     assert prompt == example.input_ids[:start].tolist()
 
 
+@pytest.fixture
+def base(tiny, tmp_path):
+    """A model that names `<|endoftext|>` alone as its end, though its template ends turns with <|im_end|>."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny, folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    assert tokenizer.eos_token == "<|im_end|>"
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    config = GenerationConfig.from_pretrained(tiny)
+    config.eos_token_id = tokenizer.eos_token_id
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_a_base_model_stops_where_a_trained_one_does(monkeypatch, tiny, base, tmp_path, problems, capsys):
+    """Else it would go on to a turn of its own making, whose last box would be graded."""
+    made = []
+    monkeypatch.setattr(
+        evaluate, "TransformersSampler", lambda *how: made.append(TransformersSampler(*how)) or made[-1]
+    )
+    words = short(tiny, problems, tmp_path / "out")
+    run(monkeypatch, *words[:2], f"base={base}", *words[2:])
+    trained, untrained = made
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in trained.stops and untrained.stops == sorted({end, tokenizer.eos_token_id})
+    assert "note        base: answers also end at <|im_end|>," in capsys.readouterr().out
+    answer = untrained._answer([5, 6, end, 7, tokenizer.eos_token_id])
+    assert (answer.tokens, answer.stopped) == (2, True)
+
+
 def test_a_batch_gives_what_single_prompts_give(tiny):
     """Left padding changes nothing: greedy answers of a batch are those of each prompt alone."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12], [13]]
     settings = Settings(samples=1, temperature=0, max_new_tokens=8)
-    sampler = TransformersSampler(model, tokenizer, [], settings)
+    sampler = TransformersSampler(model, tokenizer, [tokenizer.eos_token_id], settings)
     together = sampler.sample(prompts, seed=0)
     assert together == [sampler.sample([one], seed=5)[0] for one in prompts]
     ids = torch.tensor([prompts[0]])
@@ -112,7 +150,7 @@ def test_tokens_are_drawn_from_the_distribution_itself(tiny):
         model.lm_head.weight *= 3  # a distribution with some shape
         p = torch.softmax(model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].double(), -1)
     settings = Settings(samples=2000, temperature=1.0, max_new_tokens=1, batch_size=2000)
-    made = TransformersSampler(model, tokenizer, [], settings)
+    made = TransformersSampler(model, tokenizer, [tokenizer.eos_token_id], settings)
     seen: list[int] = []
     monkey = made._answer
     made._answer = lambda ids: seen.append(ids[0]) or monkey(ids)
@@ -157,15 +195,15 @@ class StandIn(types.ModuleType):
 def test_vllm_is_asked_for_the_same(monkeypatch, tiny):
     stand_in = StandIn()
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
     settings = Settings(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=5, seed=2)
-    made = VllmSampler(str(tiny), tokenizer, [9], settings, False).sample([[5, 6], [7]], seed=40)
+    made = VllmSampler(str(tiny), [9, 4], settings, "float16", False).sample([[5, 6], [7]], seed=40)
     assert [[one.text for one in some] for some in made] == [["#### 0", "#### 1", "#### 2"]] * 2
     assert [(one.tokens, one.stopped) for one in made[0]] == [(2, True), (3, False), (2, True)]
     (first, how), (_, next_how) = stand_in.asked
     assert first == {"prompt_token_ids": [5, 6]} and (how.n, how.temperature, how.top_p) == (3, 0.7, 0.9)
     assert how.top_k == -1 and how.max_tokens == 5 and how.seed != next_how.seed
-    assert set(how.stop_token_ids) == {9, tokenizer.eos_token_id}
+    assert how.stop_token_ids == [9, 4]
+    assert stand_in.made == {"model": str(tiny), "dtype": "float16", "seed": 2, "trust_remote_code": False}
 
 
 def test_vllm_that_is_not_there_is_told():
@@ -193,6 +231,26 @@ def test_a_bad_line_is_named(tmp_path, message):
         read_problems(file)
 
 
+TWO = {"role": "user", "content": "2?"}
+ANSWERED = [
+    {"messages": [TWO]},
+    {"messages": [TWO, {"role": "assistant", "content": "two"}]},
+    {"conversations": [{"from": "human", "value": "2?"}]},
+    {"conversations": [{"from": "human", "value": "2?"}, {"from": "gpt", "value": "two"}]},
+    {"conversations": [TWO]},
+    {"prompt": "2?"},
+    {"prompt": "2?", "completion": "two"},
+    {"prompt": [TWO]},
+]
+
+
+@pytest.mark.parametrize("row", ANSWERED, ids=str)
+def test_an_answer_needs_no_turn_of_the_assistant(tmp_path, row):
+    (problem,) = read_problems(write(tmp_path, [{**row, "answer": 2}]))
+    assert (problem.question, problem.reference, problem.has_answer) == ("2?", "2", True)
+    assert [one["role"] for one in problem.conversation.messages] == ["user", "assistant"]
+
+
 REFUSED = {
     "--samples 0: must be at least 1": ["--samples", 0],
     "--temperature -1: must lie in": ["--temperature", -1],
@@ -201,8 +259,10 @@ REFUSED = {
     "--data .*none.jsonl: cannot be read": ["--data", "none.jsonl"],
     "--model .*nowhere.*: no such": ["--model", "./nowhere"],
     "another model is named a too; give NAME=y": ["--model", "a=x", "a=y"],
+    "--seed 99999999999999999999: must lie": ["--seed", 99999999999999999999],
+    "--chat_template .*none.jinja: no such file": ["--chat_template", "none.jinja"],
     "expected a JSON object": ["--chat_template_kwargs", "[]"],
-    "has no #### *; give another|has no \\\\boxed": ["--grader", "boxed"],
+    "--data .*test.jsonl:1: --grader boxed: the reference '#### 2' has no \\\\boxed": ["--grader", "boxed"],
 }
 
 
@@ -211,6 +271,140 @@ def test_bad_settings_are_refused(monkeypatch, tiny, tmp_path, message):
     file = write(tmp_path, [GOOD])
     with pytest.raises(UserError, match=message):
         run(monkeypatch, *short(tiny, file, tmp_path / "out", *REFUSED[message]))
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_command_that_failed_can_be_corrected(monkeypatch, tiny, tmp_path, problems):
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match="--model .*nowhere"):
+        run(monkeypatch, *short(tiny, problems, output, "--model", "one=./nowhere", "--top_p", 0.5))
+    run(monkeypatch, *short(tiny, problems, output))
+    with pytest.raises(UserError, match="--model .*nowhere"):
+        run(monkeypatch, *short(tiny, problems, output, "--model", f"one={tiny}", "two=./nowhere"))
+    run(monkeypatch, *short(tiny, problems, output, "--model", f"one={tiny}", f"two={tiny}"))
+    assert len(lines(output / "two/test.jsonl")) == 8
+
+
+def test_another_grader_grades_what_is_kept(monkeypatch, tiny, tmp_path, capsys):
+    problems, output = write(tmp_path, [ASKED, GOOD]), tmp_path / "out"
+    words = short(tiny, problems, output)
+    run(monkeypatch, *words)
+    assert (
+        "problems    test: 1 by #### or \\boxed{}, whichever is there, 1 by ####" in capsys.readouterr().out
+    )
+    before = lines(output / "one/test.jsonl")
+    before[0]["samples"][0]["text"] = "2"
+    (output / "one/test.jsonl").write_text("".join(json.dumps(one) + "\n" for one in before))
+    monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("nothing has to be sampled"))
+    with pytest.raises(UserError, match="test.jsonl:2: --grader boxed"):
+        run(monkeypatch, *words, "--grader", "boxed")
+    assert not before[0]["samples"][0]["right"]
+    run(monkeypatch, *words, "--grader", "exact")
+    after = lines(output / "one/test.jsonl")
+    assert after[0]["samples"][0] == {**before[0]["samples"][0], "right": True}
+    assert [one["grader"] for one in after] == ["exact", "exact"]
+    assert json.loads((output / "results.json").read_text())["settings"]["grader"] == "exact"
+
+
+def test_models_and_files_of_earlier_calls_stay_in_the_results(monkeypatch, tiny, tmp_path, problems):
+    output, more = tmp_path / "out", write(tmp_path, [GOOD, ASKED], "more.jsonl")
+    run(monkeypatch, *short(tiny, problems, output))
+    run(monkeypatch, *short(tiny, more, output, "--model", f"two={tiny}"))
+    run(monkeypatch, *short(tiny, problems, output, "--model", f"two={tiny}"))
+    results = json.loads((output / "results.json").read_text())
+    found = {one["name"]: [file["file"] for file in one["files"]] for one in results["models"]}
+    assert found == {"one": ["test"], "two": ["test", "more"]}
+    first, second = results["models"]
+    assert "difference" not in first["files"][0] and second["files"][0]["difference"]["value"] == 0
+    assert "| one | test |" in (output / "table.md").read_text()
+    torn = (output / "one/test.jsonl").read_text().splitlines(keepends=True)[:-1]
+    (output / "one/test.jsonl").write_text("".join(torn))
+    run(monkeypatch, *short(tiny, problems, output, "--model", f"two={tiny}"))
+    results = json.loads((output / "results.json").read_text())
+    assert [one["name"] for one in results["models"]] == ["two"], "not what is half done"
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer.json", "config.json", "generation_config.json"]
+)
+def test_a_model_is_its_tokenizer_and_template_too(tiny, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    (folder / "report.json").write_text("{}")
+    before = fingerprint(str(folder))
+    (folder / "report.json").write_text("[]")
+    assert fingerprint(str(folder)) == before
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    of_adapters = fingerprint(str(adapters))
+    with open(folder / name, "a") as stream:
+        stream.write(" ")
+    assert fingerprint(str(folder)) != before and fingerprint(str(adapters)) != of_adapters
+
+
+def test_a_folder_with_an_equals_sign_is_taken_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=5e-5").mkdir()
+    assert named_models(["lr=5e-5", "b=lr=5e-5"]) == [Model("lr=5e-5", "lr=5e-5"), Model("b", "lr=5e-5")]
+
+
+def test_adapters_are_not_for_vllm(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"merge_lora.py {tmp_path} merged"):
+        evaluate.check_adapters([Model("one", str(tmp_path))], "vllm")
+    evaluate.check_adapters([Model("one", str(tmp_path))], "transformers")
+
+
+def test_a_model_without_a_template(monkeypatch, tiny, tmp_path, problems, capsys):
+    """ChatML's tokens are added to the tokenizer, and the model has no embeddings of them."""
+    folder, output = tmp_path / "plain", tmp_path / "out"
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<unk>": 0, "<end>": 1, "a": 2}, "<unk>")), eos_token="<end>"
+    )
+    words.save_pretrained(folder)
+    tiny_model(words).save_pretrained(folder)
+    with pytest.raises(
+        UserError, match=r"<\|im_(start|end)\|> .* has embeddings of 3 tokens; give a --chat_templ"
+    ):
+        run(monkeypatch, *short(folder, problems, output))
+    assert (
+        "note        one: chat template: the tokenizer has none; plain ChatML is used\n"
+        in capsys.readouterr().out
+    )
+    template = tmp_path / "plain.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}<end>{% endfor %}")
+    run(monkeypatch, *short(folder, problems, output, "--chat_template", template))
+    template.write_text(template.read_text() + " ")
+    with pytest.raises(UserError, match="holds samples with chat_template plain.jinja"):
+        run(monkeypatch, *short(folder, problems, output, "--chat_template", template))
+
+
+def test_a_truncated_file_of_weights(monkeypatch, tiny, tmp_path, problems):
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="--model .*cut: cannot be loaded: SafetensorError"):
+        run(monkeypatch, *short(folder, problems, tmp_path / "out"))
+
+
+def test_memory_that_runs_out(monkeypatch, tiny, tmp_path, problems):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(TransformersSampler, "_generate", full)
+    with pytest.raises(
+        UserError, match="out of memory: one, test: .*asked for 2.00 GiB.*smaller --batch_size"
+    ):
+        run(monkeypatch, *short(tiny, problems, tmp_path / "out"))
+    monkeypatch.undo()
+    run(monkeypatch, *short(tiny, problems, tmp_path / "out", "--batch_size", 3))
+    with pytest.raises(UserError, match="holds samples with batch_size 3, and this is 6, which draws others"):
+        run(monkeypatch, *short(tiny, problems, tmp_path / "out"))
 
 
 def test_samples_of_something_else_are_not_gone_on_from(monkeypatch, tiny, tmp_path, problems):
@@ -229,6 +423,31 @@ def test_samples_of_something_else_are_not_gone_on_from(monkeypatch, tiny, tmp_p
     (output / "settings.json").write_text("{")
     with pytest.raises(UserError, match="settings.json is damaged"):
         run(monkeypatch, *short(tiny, problems, output))
+
+
+def test_the_page_shows_what_was_asked_of_which_model():
+    def share(value):
+        return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+    numbers = {
+        "file": "test", "problems": 8, "samples": 2, "avg": share(0.5), "pass": share(0.5), "stopped": 1,
+        "mean_tokens": 7,
+    }  # fmt: skip
+    name = f"run-{'x' * 100}-seed-7"
+    models = [
+        {"name": "base", "path": "/models/one", "files": [numbers]},
+        {"name": name, "path": "/models/two", "files": [{**numbers, "difference": share(0.25)}]},
+    ]
+    settings = {**vars(Settings()), "backend": "transformers", "dtype": "bfloat16", "grader": "auto"}
+    settings |= {"chat_template": None, "chat_template_kwargs": {"enable_thinking": False}}
+    sample = {"text": "4", "right": False, "tokens": 1, "stopped": True}
+    record = {"line": 1, "question": "What is 2 < 3?", "reference": "yes", "samples": [sample]}
+    page = evaluation_page({"settings": settings, "models": models}, {("base", "test"): [record]})
+    assert "What is 2 &lt; 3?" in page and "/models/two" in page and "dtype bfloat16" in page
+    assert "+25.0 % <small>+15.0 to +35.0</small>" in page and "enable_thinking" in page
+    (shown,) = re.findall(r"<text[^>]*>([^<]*)<title>run", page)
+    assert len(shown) == 60 and shown.startswith("run-") and shown.endswith("-seed-7")
+    assert f"<title>{name}</title>" in page, "as a whole, when pointed at"
 
 
 def test_generated_text_is_escaped_in_the_page(monkeypatch, tiny, tmp_path, problems):

@@ -38,6 +38,16 @@ HASH = [
     ("#### 1/2", "#### 0.5", True),
     ("#### -3", "#### 3", False),
     ("#### 5", "####", False),
+    ("#### 72", "#### 72 clips", True),
+    ("#### 72", "#### $72 dollars.", True),
+    ("#### 72", "#### **72**", True),
+    ("#### 1,072", "#### **$1072** in all", True),
+    ("#### 72", "#### 7 clips", False),
+    ("#### 7", "#### 7 clips and 2 films", False),
+    ("#### 7", "#### 7 = x", False),
+    ("#### 7", "#### 7 million", False),
+    ("#### 7", "#### 7/2", False),
+    ("#### 7", "#### 7,5", False),
 ]
 
 
@@ -73,13 +83,44 @@ def test_a_reference_without_what_the_grader_looks_for_is_an_error():
         grade("x" * 100, "#### 4", "hash")
 
 
+def test_an_answer_that_takes_too_long_is_not_printed(caplog, monkeypatch):
+    monkeypatch.setattr("dft.evaluation.grading.SECONDS", 1)
+    assert not grade("3", r"\boxed{8^{9^{9^{9^9}}}}", has_answer=True)
+    assert not caplog.records
+
+
 def test_braces_are_matched():
     assert last_boxed(r"a \boxed{f(\{x\}) = {1}} b") == r"f(\{x\}) = {1}"
-    assert last_boxed(r"\fbox{1} \boxed {2}") == "2"
+    assert last_boxed(r"\fbox{1} \boxed {2}") == "2" and last_boxed(r"\boxed{2} \fbox{1}") == "1"
+    assert last_boxed(r"\fboxed{1}") is None
+    assert last_boxed(r"so $\boxed 5$.") == "5" and last_boxed(r"\boxed \frac{1}{2} is") == r"\frac{1}{2}"
+    assert last_boxed(r"\boxed{4}, in the \boxed notation") == "4"
     assert last_boxed(r"\boxed{1} \boxed{2") == "1"
     assert last_boxed("none") is None and last_hash("none") is None
     assert last_hash("#### a b \nrest") == "a b"
 
 
-def test_numbers_are_numbers():
-    assert same_number("1e3", "1,000") and not same_number("1", "one") and not same_number("nan", "nan")
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("1e3", "1,000"), ("1,234", "1234"), ("27.0", "27"), ("$1,234.", "1234"), ("-.5", "-0.50"), ("+7", "7")],
+)
+def test_numbers_are_numbers(one, other):
+    assert same_number(one, other) and same_number(other, one)
+
+
+@pytest.mark.parametrize("text", ["one", "nan", "inf", "e5", "", ".", "$", "1e99999999999999999999", "٣"])
+def test_what_is_no_number(text):
+    assert not same_number(text, text)
+
+
+@pytest.mark.parametrize(
+    ("reference", "generated"),
+    [
+        ("52_8", "528"), ("2516_8", "25168"), ("3,5,7", "357"), ("1,2", "12"), ("12", "1,2"), ("5", "_5"),
+        ("12,345", "1,2345"),
+    ],
+)  # fmt: skip
+def test_commas_and_underscores_are_not_passed_over(reference, generated):
+    """A list is not the number of its digits, nor is one written in another base."""
+    assert not grade(reference, rf"\boxed{{{generated}}}", has_answer=True)
+    assert not grade(f"#### {reference}", f"#### {generated}")
