@@ -1,5 +1,6 @@
 """LoRA: adapters that are trained in place of all weights (Hu et al., arXiv 2106.09685), by peft."""
 
+import json
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -11,11 +12,15 @@ import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, set_seed
 
+from dft.data.files import write_whole
 from dft.errors import UserError
+from dft.training.throughput import shapes_digest
 
 ALL_LINEAR = "all-linear"
 PEFT = "0.21.2"
 """The version that the tests ran on."""
+BASE_RECORD = "base_model.json"
+"""Beside adapters: what tells the model they were trained on from one that they fit by chance."""
 
 
 @dataclass
@@ -111,8 +116,13 @@ def add_adapters(
         name: of the model, as the adapters will remember it.
 
     Raises:
-        UserError: no module has a name that was asked for.
+        UserError: no module has a name that was asked for, or the model has adapters already.
     """
+    if model._hf_peft_config_loaded:  # peft would put the new ones in their place, and save them alone
+        raise UserError(
+            f"--model_name_or_path {name}: holds adapters; make one model of both, and train that: "
+            f"python scripts/merge_lora.py {name} NEW"
+        )
     from peft import (
         LoraConfig,
         get_peft_model,
@@ -158,3 +168,48 @@ def has_adapters(model: nn.Module) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
+
+
+def write_base_record(folder: Path, model: nn.Module, shapes: str) -> None:
+    """Notes beside adapters what model they were trained on.
+
+    Args:
+        shapes: `shapes_digest` of the model with its adapters, before it was sharded.
+    """
+    if vars(model.config).get("quantization_config") is not None:
+        shapes = ""  # those of packed weights, which no model has that they would be merged into
+    record = {"sizes": sizes_of(model), "shapes": shapes}
+    write_whole(folder / BASE_RECORD, [json.dumps(record, indent=1), "\n"])
+
+
+def sizes_of(model: nn.Module) -> dict[str, int]:
+    """What is the same in whatever way the weights are held."""
+    config = model.config.get_text_config()
+    return {"vocab_size": config.vocab_size, "num_hidden_layers": config.num_hidden_layers}
+
+
+def other_than_recorded(folder: Path, model: nn.Module) -> str | None:
+    """What tells a model with its adapters from the one they were trained on.
+
+    None where nothing does, or nothing is known: adapters of another program have no record.
+
+    Raises:
+        UserError: the record cannot be read.
+    """
+    path = folder / BASE_RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        sizes, shapes = dict(record["sizes"]), record["shapes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}); it is damaged: take the adapters of "
+            "another checkpoint"
+        ) from None
+    for name, size in sizes_of(model).items():
+        if sizes.get(name) != size:
+            return f"its {name} is {size} in place of {sizes.get(name)}"
+    if shapes and shapes_digest(model) != shapes:
+        return "its weights have other names or shapes"
+    return None

@@ -31,6 +31,7 @@ from dft.training.checkpoints import (
 from dft.training.disk import move_files, sees_the_same, writing_a_save
 from dft.training.distributed import first_of_ranks, parallelism, rows_per_step, say
 from dft.training.hub import PublishingTrainer
+from dft.training.lora import has_adapters, write_base_record
 from dft.training.peers import Peers
 from dft.training.stopping import Stopped, StopRequest
 from dft.training.throughput import shapes_digest
@@ -315,6 +316,8 @@ class SavingTrainer(PublishingTrainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             (folder / TRAINING_ARGS_NAME).unlink()
+            if has_adapters(self.model):
+                write_base_record(folder, self.model, self._shapes)
             self._write_card(folder)
 
     def _write_card(self, folder: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dft.errors import REFUSED
+from dft.training.lora import BASE_RECORD
 from tests.launching import ROOT, train_records
 
 pytest.importorskip("peft")
@@ -69,6 +70,8 @@ def test_a_step_is_the_same_however_it_is_sharded(whole, kind, alpha):
     assert weights.keys() == wanted.keys() and len(weights) == 2 * 7 * 2  # A and B of seven layers, twice
     for name, weight in weights.items():
         torch.testing.assert_close(weight, wanted[name], rtol=1e-3, atol=1e-5)
+    records = {(path / BASE_RECORD).read_text() for path in (one, other, other / "checkpoint-4")}
+    assert len(records) == 1 and json.loads(records.pop())["shapes"]
 
 
 def test_adapters_alone_are_trained_and_saved(example, whole):
