@@ -41,7 +41,7 @@ FULL = Size(
     asked=200,
     samples=8,
     seeds=5,
-    rates={"sums": (3e-5, 1e-4, 3e-4, 1e-3), "differences": (3e-4, 1e-3, 3e-3)},
+    rates={"sums": (3e-5, 1e-4, 3e-4, 1e-3), "differences": (1e-3, 3e-3, 1e-2)},
 )
 QUICK = Size(160, dict.fromkeys(TASKS, 64), 4, 2, 2, dict.fromkeys(TASKS, (1e-3,)))
 
