@@ -20,7 +20,8 @@ def objective_of(dft: DFTArguments) -> Objective:
     try:
         return make_objective(dft.objective, parameters)
     except ValueError as error:
-        raise UserError(f"--objective {dft.objective}: {error}; see --objective_args") from None
+        flags = "--objective_args and --dft_alpha" if "alpha" in parameters else "--objective_args"
+        raise UserError(f"--objective {dft.objective}: {error}; see {flags}") from None
 
 
 def read_parameters(dft: DFTArguments) -> dict[str, float]:

@@ -26,7 +26,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from transformers.utils import ADAPTER_CONFIG_NAME
-from transformers.utils.logging import disable_progress_bar
 
 from dft.data.arguments import DataArguments, template_variables
 from dft.data.chat import ChatEncoder
@@ -49,6 +48,7 @@ from dft.evaluation.sampling import (
     load_for_sampling,
 )
 from dft.report.evaluation import PAGE, evaluation_page
+from dft.training.distributed import quiet_libraries
 from dft.training.oom import telling_what_did_not_fit
 
 SMALLER = (
@@ -65,7 +65,7 @@ def main() -> None:
         given.samples, given.temperature, given.top_p, given.max_new_tokens, given.batch_size, given.seed
     )
     check_settings(settings)
-    disable_progress_bar()
+    quiet_libraries()
     backend = choose_backend(given.backend)
     models = named_models(given.model)
     check_adapters(models, backend)

@@ -15,13 +15,17 @@ has not seen.
 import argparse
 import json
 import random
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-from transformers.utils.logging import disable_progress_bar
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from dft.training.distributed import quiet_libraries
 
 Message = dict[str, str]
 
@@ -203,7 +207,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=800, help="of the tokenizer, at most")
     arguments = parser.parse_args()
     folder = arguments.folder
-    disable_progress_bar()  # one file of 3 MB
+    quiet_libraries()
     if arguments.corpus:
         files = (arguments.corpus,)
     else:

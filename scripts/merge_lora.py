@@ -34,6 +34,7 @@ from dft.data.tokenizer import UNLOADABLE
 from dft.errors import UserError, report_user_errors
 from dft.training.checkpoints import MOST_SAID, unfinished
 from dft.training.disk import disk_fault
+from dft.training.distributed import quiet_libraries
 from dft.training.lora import PEFT, other_than_recorded, require
 from dft.training.verify import (
     APART,
@@ -251,6 +252,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: as the model is")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     given = parser.parse_args()
+    quiet_libraries()
     merge(given.adapters, given.output.resolve(), given.base, given.dtype, given.trust_remote_code)
     print(f"merged: {given.output} (AutoModelForCausalLM.from_pretrained loads it)")
 

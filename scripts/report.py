@@ -40,6 +40,9 @@ def main() -> None:
     if arguments.output is not None and arguments.output.suffix != ".html":
         raise UserError(f"--output {arguments.output}: must end in .html; the picture beside it ends in .png")
     reports = [load_report(run) for run in arguments.runs]
+    for run, report in zip(arguments.runs, reports, strict=True):
+        if not report["log"]:
+            print(f"{run}: has logged nothing yet, so its curves are empty", file=sys.stderr)
     folders = [folder_of(run) for run in arguments.runs]
     if len(reports) == 1:
         file = arguments.output or folders[0] / PAGE

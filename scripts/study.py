@@ -34,6 +34,7 @@ from study_task import DATA, TASKS, Size, plain, questions, tuning_file, write_d
 
 from dft.errors import UserError, report_user_errors
 from dft.report.images import write_png
+from dft.training.distributed import quiet_libraries
 
 FULL = Size(
     pretraining=24_000,
@@ -246,12 +247,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--quick", action="store_true", help="next to no data, to see that it works")
     given = parser.parse_args()
+    quiet_libraries()
     found = study(given.folder, QUICK if given.quick else FULL)
     (given.folder / "study.json").write_text(json.dumps(found) + "\n")
     (given.folder / "table.md").write_text(tables(found))
     write_png(accuracy_figure(found), given.folder / "accuracy.png", {DIGEST: digest_of(found)})
     write_png(histogram_figure(found), given.folder / "histograms.png", {DIGEST: digest_of(found)})
     print(tables(found))
+    if given.quick:
+        print("--quick: these figures mean nothing but that every step ran")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dft.errors import report_user_errors
 from dft.report.saved import load_report
+from dft.training.distributed import quiet_libraries
 
 METRICS = ("loss", "nll", "avg_p_correct", "acc")
 FILES = {
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="the log file to name")
     arguments = parser.parse_args()
     folder = arguments.folder
-    disable_progress_bar()
+    quiet_libraries()
     history = load_report(folder)["log"]
     print(f"\n{table(history)}\n")
     if arguments.question:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from transformers.utils.logging import disable_progress_bar
 
 
 def world_size() -> int:
@@ -99,6 +100,13 @@ def mute_deepspeed() -> None:
 def choose_deepspeed_accelerator(name: str) -> None:
     """Tells DeepSpeed, which accelerate imports in any run, where it is; it would guess, and say so."""
     os.environ.setdefault("DS_ACCELERATOR", name)
+
+
+def quiet_libraries() -> None:
+    """For scripts that load and save models: no bars for files, and no guess of DeepSpeed's where it is."""
+    disable_progress_bar()
+    if not torch.accelerator.is_available():
+        choose_deepspeed_accelerator("cpu")
 
 
 def share_cores() -> None:

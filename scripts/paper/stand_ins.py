@@ -20,6 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from make_example import tiny_model, train_tokenizer
 
+from dft.training.distributed import quiet_libraries
+
 
 def number_to_repeat(generator: random.Random) -> tuple[str, str, str]:
     """A problem, its solution and its answer."""
@@ -41,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
+    quiet_libraries()
     (folder / "sources").mkdir(parents=True, exist_ok=True)
     generator = random.Random(0)
     rows = [training_row(*number_to_repeat(generator)[:2]) for _ in range(400)]
