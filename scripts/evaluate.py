@@ -129,8 +129,10 @@ def check_settings(settings: Settings) -> None:
             raise UserError(f"--{name} {value}: must be at least 1")
     if not 0 <= settings.seed < 2**32:
         raise UserError(f"--seed {settings.seed}: must lie in [0, 2**32)")
-    if not 0 <= settings.temperature <= 100:
-        raise UserError(f"--temperature {settings.temperature:g}: must lie in [0, 100]; 0 is greedy")
+    if settings.temperature != 0 and not 0.01 <= settings.temperature <= 100:
+        raise UserError(
+            f"--temperature {settings.temperature:g}: must lie in [0.01, 100], or be 0, which is greedy"
+        )
     if not 0 < settings.top_p <= 1:
         raise UserError(f"--top_p {settings.top_p:g}: must be above 0 and at most 1")
     if settings.temperature == 0 and settings.samples > 1:

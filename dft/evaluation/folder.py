@@ -129,16 +129,22 @@ def noted(folder: Path) -> Note:
         ) from None
 
 
+RECORD = {"line", "question", "reference", "has_answer", "grader", "samples"}
+
+
 def whole_lines(file: Path) -> list[Record]:
-    """The records up to the first line that a kill has torn."""
+    """The records up to the first line that a kill has torn, or that is no record."""
     if not file.is_file():
         return []
     found = []
     for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
         try:
-            found.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not (isinstance(record, dict) and RECORD <= record.keys()):
+            break
+        found.append(record)
     return found
 
 

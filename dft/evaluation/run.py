@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -91,8 +91,14 @@ def sample(
         make_sampler: called if anything is left to do.
         together: problems at a time.
     """
-    kept = whole_lines(file)
-    if len(kept) >= len(problems):
+    kept = [
+        record
+        for record, _ in takewhile(
+            lambda pair: pair[0]["line"] == pair[1].line and len(pair[0]["samples"]) == settings.samples,
+            zip(whole_lines(file), problems, strict=False),
+        )
+    ]
+    if len(kept) == len(problems):
         return
     kept = kept[: len(kept) - len(kept) % together]
     sampler, encoder = make_sampler()

@@ -75,10 +75,13 @@ def test_results_table_page_and_samples(monkeypatch, tiny, tmp_path, problems, c
 def test_a_killed_evaluation_ends_as_it_would_have(monkeypatch, tiny, tmp_path, problems):
     run(monkeypatch, *short(tiny, problems, tmp_path / "whole"))
     whole = (tmp_path / "whole/one/test.jsonl").read_bytes()
-    for cut in (0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 1):
-        folder = tmp_path / f"cut-{cut}"
+    lines = whole.splitlines(keepends=True)
+    left = [whole[:cut] for cut in (0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 1)]
+    left += [b"".join([*lines[:1], b"7\n", *lines[2:]]), b"".join([*lines[:1], *lines[:0:-1]])]
+    for number, content in enumerate(left):
+        folder = tmp_path / f"cut-{number}"
         shutil.copytree(tmp_path / "whole", folder)
-        (folder / "one/test.jsonl").write_bytes(whole[:cut])
+        (folder / "one/test.jsonl").write_bytes(content)
         run(monkeypatch, *short(tiny, problems, folder))
         assert (folder / "one/test.jsonl").read_bytes() == whole
         assert (folder / "results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
