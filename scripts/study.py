@@ -1,6 +1,6 @@
 """SFT against DFT on tasks small enough for a laptop: sums and differences worked out step by step.
 
-    python scripts/study.py runs/study              # about 25 minutes on two cores
+    python scripts/study.py runs/study              # 22 minutes on two cores
     python scripts/study.py runs/quick --quick      # a minute, to see that it works; no figures
 
 A base model learns sums of two to five numbers, well enough to be often right. From there it is fine-tuned by
