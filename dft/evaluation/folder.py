@@ -142,7 +142,7 @@ def whole_lines(file: Path) -> list[Record]:
             record = json.loads(line)
         except ValueError:
             break
-        if not (isinstance(record, dict) and RECORD <= record.keys()):
+        if not (isinstance(record, dict) and record.keys() >= RECORD):
             break
         found.append(record)
     return found
