@@ -20,7 +20,7 @@ from dft.errors import UserError
 from dft.training.checkpoints import resolve_resume
 from dft.training.checks import check_arguments
 from dft.training.distributed import sequence_parallel_size, shards, world_size
-from dft.training.lora import check_lora
+from dft.training.lora import check_lora, refuse_adapters
 from dft.training.memory import zero_of
 from dft.training.metrics import METRICS, NEITHER_IS_BETTER
 from dft.training.sequence_parallel import check_sequence_parallel
@@ -72,6 +72,8 @@ def check(arguments: Arguments) -> None:
     check_optimizer(training)
     check_fsdp(training, planned)
     check_deepspeed(training)
+    if not arguments.watch.preflight:  # which trains nothing
+        refuse_adapters(arguments.model.model_name_or_path)
     check_lora(arguments.lora, training, zero_of(training)[0])
 
 

@@ -17,7 +17,7 @@ help_of() {
     local script=$1 word
     shift
     for word in "$@"; do
-        [[ $word != -h && $word != --help ]] || { sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$script" && exit; }
+        [[ $word != -h && $word != --help ]] || { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$script" && exit; }
     done
 }
 

@@ -2,11 +2,13 @@
 
     python scripts/torchrun.py --nproc_per_node 4 train_dft.py --bf16 True ...
 
-So scripts/train.sh or a scheduler can tell 75, stopped with everything saved, from an error.
+So scripts/train.sh can tell 75, stopped with everything saved, from an error. It signals the ranks: a
+launcher that is signalled itself gives them half a minute, and ends by the number of the signal.
 """
 
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
@@ -19,3 +21,6 @@ if __name__ == "__main__":
         code = code if code > 0 else 128 - code
         print(f"rank {rank} (process {failure.pid}) ended with code {code}", file=sys.stderr)
         sys.exit(code)
+    except SignalException as stopped:
+        print(f"the launcher was stopped by {stopped.sigval.name}, and has ended its ranks", file=sys.stderr)
+        sys.exit(128 + stopped.sigval)

@@ -166,7 +166,10 @@ value_of() {
 }
 
 # An objective without an alpha refuses one, and the default above is nothing that the user asked for.
-case $(value_of --objective dft "${flags[@]}" "$@") in
+objective=$(value_of --objective "" "${flags[@]}" "$@") config=$(value_of --config "" "${flags[@]}" "$@")
+[[ -n $objective || ! -f $config ]] ||
+    objective=$(sed -n "s/^objective:[[:space:]]*['\"]\{0,1\}\([a-z]*\).*/\1/p" "$config")
+case ${objective:-dft} in
     dft | asft) flags+=(--dft_alpha "$DFT_ALPHA") ;;
 esac
 output_dir=$(value_of --output_dir "$OUTPUT_DIR" "$@")
@@ -207,7 +210,7 @@ tell() {
     echo "$*" | tee -a "$log" >&2
 }
 
-job= asked=
+job= asked= forced=
 
 end_all() {
     kill -TERM -- "-$job" 2>/dev/null || true
@@ -237,6 +240,7 @@ sys.exit(not ranks)' "$job" "$(kill -l "$1")" "$LAUNCHER"
 ask_to_stop() {
     if [[ -n $asked ]]; then
         echo "again: ending all processes at once" >&2
+        forced="at once, as asked by a second signal"
         end_all
         return
     fi
@@ -280,7 +284,7 @@ attempt() {
         kill -0 "$job" 2>/dev/null || break # else a signal has ended the wait
         local deadline=$((SECONDS + GRACE))
         while kill -0 "$job" 2>/dev/null; do
-            ((SECONDS < deadline)) || end_all
+            ((SECONDS < deadline)) || { forced="after $GRACE s, in which it did not save" && end_all; }
             sleep 0.2
         done
     done
@@ -299,7 +303,9 @@ while true; do
         if ((status == 75)); then
             tell "stopped: everything is saved, the same command with --resume_from_checkpoint auto goes on"
         else
-            tell "stopped by SIG$asked without a checkpoint: training had not begun, or see $log for what went wrong"
+            newest=$(newest_step)
+            ((newest < 0)) && newest="there is no checkpoint" || newest="the newest checkpoint is checkpoint-$newest"
+            tell "ended ${forced:-by SIG$asked before training began, or by an error in $log}; $newest"
             status=$((128 + $(kill -l "$asked")))
         fi
         exit "$status"

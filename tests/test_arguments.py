@@ -81,6 +81,15 @@ def test_a_floor_that_lifts_nothing_is_told(tmp_path, words, told):
     assert any("has no effect: no token weighs less" in note for note in notes) == told
 
 
+def test_adapters_are_no_model_to_train(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text("{}")
+    for more in ([], ["--lora_r", "4"], ["--plan", "True"]):
+        with pytest.raises(UserError, match="holds adapters; make one model of both"):
+            checked(tmp_path, "--model_name_or_path", str(tmp_path / "lora"), *more)
+    checked(tmp_path, "--model_name_or_path", str(tmp_path / "lora"), "--preflight", "True")
+
+
 def test_plain_sft_may_be_said_twice(tmp_path):
     arguments = checked(tmp_path, "--use_simple_dft", "False", "--objective", "sft")
     assert objective_of(arguments.dft) == Sft()

@@ -55,7 +55,7 @@ def named_models(words: Sequence[str]) -> list[Model]:
             raise UserError(f"--model {word}: expected DIR or NAME=DIR")
         if name in (one.name for one in models):
             raise UserError(f"--model {word}: another model is named {name} too; give NAME={path}")
-        models.append(Model(name, path))
+        models.append(Model(name, str(Path(path).expanduser()) if path.startswith("~") else path))
     return models
 
 

@@ -17,9 +17,12 @@ HASH = re.compile(r"####[ \t]*(\S[^\n]*)")
 PLAIN = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d+)?"
 NUMBER = re.compile(PLAIN, re.ASCII)
 """With commas between groups of three digits or none: `3,5,7` and `1,2` are lists."""
-WITH_UNIT = re.compile(
-    rf"[*$]*({PLAIN})\.?\**(?:\s+(?!hundred|thousand|[mb]illion|dozen)[a-z*][^\d=+/^]*)?", re.ASCII | re.I
+OTHER_VALUE = (
+    r"(?:hundred|thousand|[mb]illion|dozen|tens|quarter|hal[fv]|third|squared|cubed|and|or|to|times|pi|[a-z])(?![a-z])"
+    r"|(?:hundred|thousand|[mb]illion|dozen|quarter|third)s\b|halves"
 )
+"""Words behind a number that make it another one; a single letter may be a variable."""
+WITH_UNIT = re.compile(rf"[*$]*({PLAIN})\.?\**(?:\s+(?!{OTHER_VALUE})[a-z*][^\d=+/^]*)?", re.ASCII | re.I)
 """A number in bold, in dollars, or in front of words without another number: `72 clips`."""
 SECONDS = 3
 """For math-verify to read an answer, and to compare two."""

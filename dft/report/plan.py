@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from dft.arguments import Arguments
@@ -12,6 +13,14 @@ from dft.training.memory import in_4bit, logits_size, size
 from dft.training.plan import HEADROOM, asked_setting, device_memory, nearest_that_fit, plan
 from dft.training.throughput import GIB
 from dft.weighing import objective_of
+
+
+def base_size(model: nn.Module, training: transformers.TrainingArguments, longest: int, fused: bool) -> float:
+    """GiB of a frozen copy of the model, and of its logits."""
+    weights = sum(one.numel() for one in model.parameters()) * model.dtype.itemsize / GIB
+    logits = logits_size(model, training, training.per_device_train_batch_size * longest) / 2  # no gradient
+    tile = TILE_BYTES["cuda" if training.device.type == "cuda" else "cpu"] / GIB
+    return weights + (min(logits, tile) if fused else logits)
 
 
 def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -> list[str]:
@@ -27,11 +36,8 @@ def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -
     longest = arguments.data.max_length if "packing_density" in train else train["length_percentiles"]["100"]
     fused = arguments.dft.fused_head != "off"
     anchored = objective_of(arguments.dft).kl_weight > 0
-    held = sum(one.numel() for one in model.parameters()) * model.dtype.itemsize / GIB
-    rows = training.per_device_train_batch_size
-    base_logits = logits_size(model, training, rows * longest) / 2  # without a gradient
-    held += min(base_logits, TILE_BYTES[training.device.type] / GIB) if fused else base_logits
-    asked = asked_setting(model, training, ranks, beside=held if anchored else 0.0)
+    beside = base_size(model, training, longest, fused) if anchored else 0.0
+    asked = asked_setting(model, training, ranks, beside)
     share = train["supervised_tokens"] / train["tokens"]
     found = plan(model, training, asked, longest, fused, share)
     packed, weights = in_4bit(model), str(model.dtype).removeprefix("torch.")

@@ -74,6 +74,10 @@ def start_lines(
     packed = "packing_density" in report["train"]
     what = "rows" if packed else "sequences"
     longest = arguments.data.max_length if packed else report["train"]["length_percentiles"]["100"]
+    if training.logging_steps >= 1 and steps < training.logging_steps:
+        arguments.notes.append(
+            f"--logging_steps {training.logging_steps:g}: the run has {steps} steps, so none is logged"
+        )
     tokens = -(-longest * training.per_device_train_batch_size // sequence_parallel_size(training))
     lines = [
         f"model       {arguments.model.model_name_or_path}: {get_model_param_count(model) / 1e6:,.1f} M "

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from dft.data.files import write_whole
 from dft.errors import UserError
@@ -86,6 +87,16 @@ def check_lora(lora: LoraArguments, training: transformers.TrainingArguments, ze
         )
 
 
+def refuse_adapters(name: str) -> None:
+    """Raises `UserError` for a folder of adapters, whose model would be trained with or without them."""
+    folder = Path(name).expanduser()
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise UserError(
+            f"--model_name_or_path {name}: holds adapters; make one model of both, and train that: "
+            f"python scripts/merge_lora.py {name} NEW"
+        )
+
+
 def require(package: str, flag: str, wanted: str | None = None) -> None:
     try:
         version(package)
@@ -116,13 +127,8 @@ def add_adapters(
         name: of the model, as the adapters will remember it.
 
     Raises:
-        UserError: no module has a name that was asked for, or the model has adapters already.
+        UserError: no module has a name that was asked for.
     """
-    if model._hf_peft_config_loaded:  # peft would put the new ones in their place, and save them alone
-        raise UserError(
-            f"--model_name_or_path {name}: holds adapters; make one model of both, and train that: "
-            f"python scripts/merge_lora.py {name} NEW"
-        )
     from peft import (
         LoraConfig,
         get_peft_model,

@@ -44,7 +44,7 @@ def check_sequence_parallel(training: transformers.TrainingArguments, packing: b
         return
     if ranks % size:
         raise UserError(
-            f"{flag}: the {ranks} process(es) of this run are no whole number of groups of {size}; start a "
+            f"{flag}: {ranks} process(es) make no whole number of groups of {size}; start, or plan for, a "
             "multiple of that (deepspeed --num_gpus, torchrun --nproc_per_node), or choose another size"
         )
     if packing:

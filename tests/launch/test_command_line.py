@@ -111,6 +111,7 @@ def test_the_best_checkpoint_outlives_the_rotation(long_run):
     assert f"{output}/checkpoint-2 (eval_acc {accuracies[0]:.4g})" in printed
 
 
+@pytest.mark.slow
 def test_run_args_replays_the_run(example, long_run):
     output, _ = long_run
     replayed = example.folder / "replayed"

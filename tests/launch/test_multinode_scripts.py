@@ -203,6 +203,26 @@ def test_what_the_user_got_wrong_is_not_tried_again(example, environment, tmp_pa
     assert "restart" not in done.stdout and "Traceback" not in log.read_text()
 
 
+def test_a_launcher_that_is_stopped_itself_says_so(tmp_path):
+    program, started, port = tmp_path / "rank.py", tmp_path / "started", free_port()
+    program.write_text(f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)")
+    launcher = subprocess.Popen(
+        [sys.executable, ROOT / "scripts/torchrun.py", "--nproc_per_node=1", f"--master_port={port}", program],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + LIMIT
+        while not started.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        launcher.send_signal(signal.SIGTERM)
+        errors = launcher.communicate(timeout=LIMIT)[1]
+    finally:
+        end(launcher)
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert "the launcher was stopped by SIGTERM" in errors and "Traceback" not in errors
+
+
 @pytest.mark.parametrize(
     ("ends", "codes"),
     [
@@ -282,5 +302,5 @@ def test_what_is_missing_is_said(environment, tmp_path, given, told):
 
 def test_slurm_says_where_it_must_be_called(environment, tmp_path):
     done = run("train.slurm", [], environment, SLURM_SUBMIT_DIR=tmp_path)
-    assert done.returncode == 1 and "is not the repository" in done.stderr
+    assert done.returncode == 2 and "is not the repository" in done.stderr
     assert shutil.which("srun", path=environment["PATH"])

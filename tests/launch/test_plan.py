@@ -48,7 +48,7 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(example, forks, shapes_alone
         ({"plan": True, "plan_world_size": 10**9}, "--plan_world_size 1000000000: must be at most 1,000,000"),
         (
             {"plan": True, "plan_world_size": 3, "sequence_parallel_size": 2},
-            "--sequence_parallel_size 2: the 3 process(es) of this run are no whole number of groups of 2",
+            "--sequence_parallel_size 2: 3 process(es) make no whole number of groups of 2",
         ),
         (
             {"plan": True, "dataloader_drop_last": True, "per_device_train_batch_size": 10**5},

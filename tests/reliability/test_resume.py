@@ -117,7 +117,7 @@ MOMENTS = [
 QUICK_MOMENTS = [
     ("plain", "micro 4.1", "zero3"), ("plain", "micro 4.1", "fsdp"), ("plain", "step 8", "single"),
     ("plain", "evaluated 6", "single"), ("plain", "saving 6 optimizer", "single"),
-    ("packed", "step 7", "single"), ("workers", "micro 7.1", "single"),
+    ("packed", "step 7", "single"),
 ]  # fmt: skip
 
 

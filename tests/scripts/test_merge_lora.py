@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
 from dft.errors import UserError
-from dft.training.lora import BASE_RECORD, LoraArguments, add_adapters, write_base_record
+from dft.training.lora import BASE_RECORD, LoraArguments, add_adapters, refuse_adapters, write_base_record
 from dft.training.throughput import shapes_digest
 from dft.training.verify import probe
 from scripts import merge_lora
@@ -138,7 +138,7 @@ def test_a_model_that_differs_where_there_are_no_adapters_is_refused(tiny, tmp_p
 def test_adapters_are_no_model_to_merge_into(trained, tmp_path):
     assert "it holds adapters itself; name that one" in refused(trained, tmp_path / "merged", trained)
     with pytest.raises(UserError, match=r"lora: holds adapters; make one model of both, .*merge_lora\.py "):
-        adapt(trained, tmp_path / "lora")
+        refuse_adapters(str(trained))
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")

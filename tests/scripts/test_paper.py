@@ -90,10 +90,10 @@ def test_answers_are_drawn_as_in_the_paper(repository):
 
 def test_a_batch_that_does_not_divide_is_refused(repository):
     done = called(repository, NUM_GPUS="3")
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     assert "3 processes x PER_DEVICE=4 do not divide 256 conversations per step" in done.stderr
     done = called(repository, NUM_GPUS="8", METHODS="sft ppo")
-    assert done.returncode == 1 and "ppo is neither sft nor dft" in done.stderr
+    assert done.returncode == 2 and "ppo is neither sft nor dft" in done.stderr
 
 
 TURNS = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": r"\boxed{2}"}]

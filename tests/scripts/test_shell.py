@@ -142,6 +142,15 @@ def test_an_objective_without_alpha_is_given_none_but_by_the_user(copy, words, a
     assert [given[at + 1] for at, word in enumerate(given) if word == "--dft_alpha"] == alphas
 
 
+@pytest.mark.parametrize(("objective", "wanted"), [("power", []), ('"dft"', ["0.7"])])
+def test_an_objective_of_a_config_file_is_seen(copy, tmp_path, objective, wanted):
+    (tmp_path / "run.yaml").write_text(f"learning_rate: 1e-6\nobjective: {objective}\n")
+    fake_deepspeed(copy[1], 'printf "%s\\n" "$@"')
+    _, output, errors = run(copy, *DATA, "--config", str(tmp_path / "run.yaml"), MODEL="m", SHOW_LOG="1")
+    given = output.splitlines()
+    assert [given[at + 1] for at, word in enumerate(given) if word == "--dft_alpha"] == wanted, errors
+
+
 def test_objectives_with_alpha_are_those_the_script_knows():
     with_alpha = [name for name in OBJECTIVES if "alpha" in parameters_of(name)]
     assert f"    {' | '.join(with_alpha)}) flags+=" in (ROOT / "scripts/train.sh").read_text()
@@ -209,7 +218,7 @@ def test_a_signal_ends_every_process(copy, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stopped by SIGTERM without a checkpoint: training had not" in errors
+    assert process.returncode == 143 and "ended by SIGTERM before training began" in errors
     for pid in map(int, pids.read_text().split()):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -268,7 +277,8 @@ def test_a_second_signal_ends_at_once_what_does_not_stop(copy, tmp_path):
     started = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 143 and not is_running(rank) and "at once" in errors
+    assert process.returncode == 143 and not is_running(rank)
+    assert "ended at once, as asked by a second signal; there is no checkpoint" in errors
     assert time.monotonic() - started < 10  # seconds
 
 
@@ -277,8 +287,9 @@ def test_a_rank_that_does_not_save_in_time_is_ended(copy, tmp_path):
     process = start(copy, *DATA, MODEL="m", GRACE="1")
     rank = int(wait_for(tmp_path / "pid"))
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 143 and not is_running(rank)
+    assert "ended after 1 s, in which it did not save; there is no checkpoint" in errors
 
 
 def test_a_launcher_that_is_killed_leaves_no_rank_behind(copy, tmp_path):

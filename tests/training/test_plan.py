@@ -1,6 +1,7 @@
 """Planned memory: against bytes counted by hand, and peaks that were measured on a GPU."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import transformers
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from dft.loss.linear import TILE_BYTES
+from dft.report.plan import base_size
 from dft.training.lora import LoraArguments, add_adapters, pack_linear
 from dft.training.memory import Layout, layout_of
 from dft.training.plan import HEADROOM, Setting, asked_setting, nearest_that_fit, plan, settings_near
@@ -125,6 +128,21 @@ def test_peaks_measured_on_a_gpu(tmp_path, model, rows, checkpointed, measured):
     made, args = shapes(*model), arguments(tmp_path)
     setting = Setting(Layout(1, 0, False, False, 2, "cuda"), rows, 1, checkpointed)
     assert plan(made, args, setting, 2048, fused=True).peak == pytest.approx(measured, rel=0.22)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_a_frozen_base_model_has_logits_on_any_device(tmp_path, device):
+    model = shapes(2, 128, 256, 500, 2, 1)
+    training = SimpleNamespace(
+        device=torch.device(device), per_device_train_batch_size=4, mixed_precision="no"
+    )
+    weights = 2 * sum(one.numel() for one in model.parameters())
+    whole = 4 * 10 * 500 * (2 + 4)
+    assert base_size(model, training, 10, fused=False) * GIB == weights + whole
+    assert (
+        base_size(model, training, 10**6, fused=True) * GIB
+        == weights + TILE_BYTES[device.replace("mps", "cpu")]
+    )
 
 
 def test_a_frozen_base_model_is_counted(tmp_path):
