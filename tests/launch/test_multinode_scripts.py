@@ -207,7 +207,8 @@ def test_a_launcher_that_is_stopped_itself_says_so(tmp_path):
     program, started, port = tmp_path / "rank.py", tmp_path / "started", free_port()
     program.write_text(f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)")
     launcher = subprocess.Popen(
-        [sys.executable, ROOT / "scripts/torchrun.py", "--nproc_per_node=1", f"--master_port={port}", program],
+        [sys.executable, ROOT / "scripts/torchrun.py", "--nproc_per_node=1", f"--master_port={port}",
+         program],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
