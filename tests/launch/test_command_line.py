@@ -143,6 +143,7 @@ def test_prepare_only_leaves_the_data_and_no_model(example):
     assert finished.output.count("--save_safetensors True has no effect") == 1
 
 
+@pytest.mark.slow
 def test_bad_data_is_one_message_and_ends_every_rank(example):
     data = example.folder / "bad.jsonl"
     data.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n{"messages": 3}\n')

@@ -91,7 +91,7 @@ def test_adapters_alone_are_trained_and_saved(example, whole):
     assert settings["base_model_name_or_path"] == str(example.model.resolve())
 
 
-@pytest.mark.parametrize("kind", ["single", "zero3"])
+@pytest.mark.parametrize("kind", ["single", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_if_it_had_not_been(example, train, whole, kind):
     output = example.folder / f"lora-killed-{kind}"
     codes, printed = train(output, kind, env={"DIE_AT": "step 5"})

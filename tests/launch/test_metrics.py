@@ -47,7 +47,10 @@ def evaluation_files(example):
     return files
 
 
-@pytest.mark.parametrize(("launcher", "batch", "accumulated"), [("torchrun", 8, 1), ("torchrun", 4, 4)])
+@pytest.mark.parametrize(
+    ("launcher", "batch", "accumulated"),
+    [pytest.param("torchrun", 8, 1, marks=pytest.mark.slow), ("torchrun", 4, 4)],
+)
 def test_metrics_of_an_epoch_are_those_of_its_tokens(example, evaluation_files, launcher, batch, accumulated):
     """At a learning rate of 0 the whole epoch sees one model: its line of the log is a mean over its data."""
     output = example.folder / f"metrics-{launcher}-{accumulated}"

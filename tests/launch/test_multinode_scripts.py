@@ -129,6 +129,7 @@ def reference(example, forks):
     return output
 
 
+@pytest.mark.slow
 def test_slurm_starts_a_launcher_on_each_machine(example, environment, reference, repository, tmp_path):
     output = tmp_path / "out"
     done = run("train.slurm", example.words(output, **FLAGS), environment, **job(repository))

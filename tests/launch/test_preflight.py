@@ -47,7 +47,7 @@ def test_what_lay_in_the_folder_is_as_it_was(alone):
     assert (output / "data_report.json").read_text() == "of the run"
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_two_ranks_find_the_same(example, alone, stage):
     """DeepSpeed scores under ZeRO-3; under ZeRO-1 the ranks do without it."""
     output = example.folder / f"preflight-zero{stage}"
