@@ -19,7 +19,7 @@ from dft.deepspeed_file import check_parts
 from dft.errors import UserError
 from dft.training.checkpoints import resolve_resume
 from dft.training.checks import check_arguments
-from dft.training.distributed import sequence_parallel_size, shards, world_size
+from dft.training.distributed import data_parallel_size, shards, world_size
 from dft.training.lora import check_lora, refuse_adapters
 from dft.training.memory import zero_of
 from dft.training.metrics import METRICS, NEITHER_IS_BETTER
@@ -72,7 +72,7 @@ def check(arguments: Arguments) -> None:
     check_optimizer(training)
     check_fsdp(training, planned)
     check_deepspeed(training)
-    if not arguments.watch.preflight:  # which trains nothing
+    if not arguments.watch.preflight or arguments.lora.lora_r is not None:  # else nothing is trained
         refuse_adapters(arguments.model.model_name_or_path)
     check_lora(arguments.lora, training, zero_of(training)[0])
 
@@ -345,7 +345,7 @@ def check_deepspeed(training: TrainingArguments) -> None:
 def check_batches(arguments: Arguments, sequences: int) -> None:
     """Raises `UserError` where --dataloader_drop_last would drop all there is."""
     training = arguments.training
-    groups = (arguments.watch.plan_world_size or world_size()) // sequence_parallel_size(training)
+    groups = data_parallel_size(training, arguments.watch.plan_world_size)
     batch = training.per_device_train_batch_size * groups
     if training.dataloader_drop_last and sequences < batch:
         raise UserError(

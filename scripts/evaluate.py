@@ -85,8 +85,8 @@ def main() -> None:
         given.output.mkdir(parents=True, exist_ok=True)
         note = claim(given.output, identity, models, problems)
         regrade(given.output, note, given.grader)
+        every = list(chain.from_iterable(problems.values()))
         for model in models:
-            every = list(chain.from_iterable(problems.values()))
             make = Loaded(model, backend, settings, given, template_variables(wanted), every)
             for file, some in problems.items():
                 kept, label = given.output / model.name / f"{file.stem}.jsonl", f"{model.name}, {file.stem}"
@@ -143,7 +143,7 @@ def check_settings(settings: Settings) -> None:
 
 def check_adapters(models: Sequence[Model], backend: str) -> None:
     for model in models:
-        if backend == "vllm" and (Path(model.path).expanduser() / ADAPTER_CONFIG_NAME).is_file():
+        if backend == "vllm" and (Path(model.path) / ADAPTER_CONFIG_NAME).is_file():
             raise UserError(
                 f"--model {model.path}: holds adapters, which vLLM does not take here; merge them with their "
                 f"model (python scripts/merge_lora.py {model.path} merged), or give --backend transformers"

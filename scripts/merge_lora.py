@@ -74,7 +74,7 @@ def merge(adapters: Path, output: Path, base: str | None, dtype: str, trust_remo
         with reading(name, "name the model that the adapters were trained on by --base"):
             model, loading = AutoModelForCausalLM.from_pretrained(
                 name,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,

@@ -23,6 +23,7 @@ OF_MODEL = (
 Record = dict[str, Any]
 """Of a problem: its line, question, reference, whether that is nothing but an answer, the grader, and the
 samples, each with text, right, tokens, stopped."""
+OF_RECORD = {"line", "question", "reference", "has_answer", "grader", "samples"}
 Note = dict[str, dict[str, Any]]
 """What `settings.json` says of a folder: settings; models by name, each with its path and fingerprint; data
 by name, each with its path, digest and number of problems."""
@@ -129,9 +130,6 @@ def noted(folder: Path) -> Note:
         ) from None
 
 
-RECORD = {"line", "question", "reference", "has_answer", "grader", "samples"}
-
-
 def whole_lines(file: Path) -> list[Record]:
     """The records up to the first line that a kill has torn, or that is no record."""
     if not file.is_file():
@@ -142,7 +140,7 @@ def whole_lines(file: Path) -> list[Record]:
             record = json.loads(line)
         except ValueError:
             break
-        if not (isinstance(record, dict) and record.keys() >= RECORD):
+        if not (isinstance(record, dict) and record.keys() >= OF_RECORD):
             break
         found.append(record)
     return found

@@ -205,7 +205,7 @@ def load_for_sampling(name: str, dtype: str, trusted: bool) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype=dtype,
             trust_remote_code=trusted,
             use_safetensors=True,
         )

@@ -8,7 +8,7 @@ from torch import nn
 
 from dft.arguments import Arguments
 from dft.loss.linear import TILE_BYTES
-from dft.training.distributed import is_launched, parallelism, schedule, sequence_parallel_size, world_size
+from dft.training.distributed import data_parallel_size, is_launched, parallelism, schedule, world_size
 from dft.training.memory import in_4bit, logits_size, size
 from dft.training.plan import HEADROOM, asked_setting, device_memory, nearest_that_fit, plan
 from dft.training.throughput import GIB
@@ -43,7 +43,7 @@ def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -
     packed, weights = in_4bit(model), str(model.dtype).removeprefix("torch.")
     every = sum(one.numel() * (2 if one.dtype == torch.uint8 else 1) for one in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    groups = max(1, ranks // sequence_parallel_size(training))
+    groups = data_parallel_size(training, ranks)
     steps = schedule(training, train["rows"], groups)
     per_step = asked.rows * asked.accumulation * groups
     parts = ", ".join(f"{name} {size(value)}" for name, value in found.parts.items())

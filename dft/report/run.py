@@ -19,9 +19,9 @@ from dft.training.distributed import (
 )
 from dft.training.lora import has_adapters
 from dft.training.memory import memory_estimate
-from dft.training.schedule import alpha_of
+from dft.training.schedule import alpha_of, method_title
 from dft.training.stopping import Stopped
-from dft.weighing import objective_of
+from dft.weighing import objective_of, schedule_of
 
 
 def write_resolved_arguments(arguments: Arguments, model: PreTrainedModel | None = None) -> None:
@@ -53,13 +53,7 @@ def derived(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
 def method_line(dft: DFTArguments) -> str:
     """What a token weighs, and what changes that over the run."""
     objective = objective_of(dft)
-    alpha = alpha_of(objective)
-    told = objective.title + ("" if alpha is None else f", alpha {alpha:g}")
-    if dft.dft_alpha_schedule != "constant":
-        share = f"{100 * dft.dft_alpha_schedule_share:g} % of the steps"
-        told += f" after a {dft.dft_alpha_schedule} rise over {share}"
-    if dft.end_of_turn_weight:
-        told += f"; ends of turns weigh at least {dft.end_of_turn_weight:g}"
+    told = method_title(objective, schedule_of(dft), dft.end_of_turn_weight)
     return f"{told}; a token weighs {objective.formula()}"
 
 

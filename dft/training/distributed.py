@@ -52,9 +52,9 @@ def sequence_parallel_size(training: transformers.TrainingArguments) -> int:
     return vars(training).get("sequence_parallel_size", 1)
 
 
-def data_parallel_size(training: transformers.TrainingArguments) -> int:
-    """Ranks, or groups of ranks that share sequences, with rows of their own."""
-    return world_size() // sequence_parallel_size(training)
+def data_parallel_size(training: transformers.TrainingArguments, ranks: int | None = None) -> int:
+    """Ranks of the run, or of so many, or groups of them that share sequences, with rows of their own."""
+    return (ranks or world_size()) // sequence_parallel_size(training)
 
 
 def rows_per_step(training: transformers.TrainingArguments) -> int:

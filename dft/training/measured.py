@@ -30,7 +30,7 @@ from dft.training.nonfinite import (
     stop_message,
 )
 from dft.training.resuming import ResumingTrainer
-from dft.training.schedule import CONSTANT, AlphaSchedule, alpha_of, scheduled
+from dft.training.schedule import CONSTANT, AlphaSchedule, alpha_of, method_title, scheduled
 from dft.training.scoring import (
     EXAMPLES,
     ScoredSequence,
@@ -290,13 +290,9 @@ class MeasuredTrainer(ResumingTrainer):
         return prepared
 
     def _method(self) -> str:
-        alpha, schedule = alpha_of(self.objective), self.alpha_schedule
-        told = self.objective.title + ("" if alpha is None else f", alpha {alpha:g}")
-        if schedule.kind != CONSTANT.kind:
-            told += f" after a {schedule.kind} rise over {schedule.share:g} of {self.state.max_steps} steps"
-        if self.end_of_turn_weight:
-            told += f", ends of turns at least {self.end_of_turn_weight:g}"
-        return told
+        told = method_title(self.objective, self.alpha_schedule, self.end_of_turn_weight)
+        rises = self.alpha_schedule.kind != CONSTANT.kind
+        return f"{told} ({self.state.max_steps} steps)" if rises else told
 
     def _state_to_keep(self) -> dict[str, Any]:
         return {"meter": self._train_meter.rows(self.accelerator)}

@@ -54,6 +54,17 @@ def scheduled(objective: Objective, schedule: AlphaSchedule, step: int, steps: i
     return replace(objective, alpha=objective.alpha * schedule.at(step, steps))
 
 
+def method_title(objective: Objective, schedule: AlphaSchedule, end_of_turn_weight: float) -> str:
+    """The objective with whatever else decides what a token weighs, for people."""
+    alpha = alpha_of(objective)
+    told = objective.title + ("" if alpha is None else f", alpha {alpha:g}")
+    if schedule.kind != CONSTANT.kind:
+        told += f" after a {schedule.kind} rise over {100 * schedule.share:g} % of the steps"
+    if end_of_turn_weight:
+        told += f"; ends of turns weigh at least {end_of_turn_weight:g}"
+    return told
+
+
 def alpha_of(objective: Objective) -> float | None:
     """Its alpha; None where it has none."""
     return objective.alpha if isinstance(objective, Dft) else None

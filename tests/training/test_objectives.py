@@ -82,12 +82,16 @@ def test_another_method_is_told_on_going_on(tmp_path):
     rows = ended(9)
     run = trainer(tmp_path, rows, alpha=0.5, end_of_turn_weight=0.25)
     before = run._method()
-    assert before == "DFT, alpha 0.5, ends of turns at least 0.25"
+    assert before == "DFT, alpha 0.5; ends of turns weigh at least 0.25"
     facts = {"ranks": 1, "order": run._order(), "method": before}
     assert not list(run._unlike(facts))
     other = trainer(tmp_path, rows, alpha=0.5, alpha_schedule=AlphaSchedule("linear", 0.25))
     (line,) = other._unlike(facts)
-    assert f"learned by {before}, and goes on by DFT, alpha 0.5 after a linear rise over 0.25" in line
+    assert (
+        f"learned by {before}, and goes on by DFT, alpha 0.5 after a linear rise over 25 % of the steps"
+        in line
+    )
+    assert line.endswith(" steps)")
     del facts["method"]  # as of an earlier version
     assert not list(other._unlike(facts))
 
