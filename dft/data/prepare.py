@@ -19,11 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import tokenizers
 import transformers
 from filelock import FileLock
 
+import dft.data
 from dft.data.accounting import group_of, named, report_of
 from dft.data.cache import REPORT, check_private, is_whole, remove_abandoned, seal
 from dft.data.chat import ChatEncoder
@@ -130,16 +132,26 @@ def contents_of(sources: dict[str, list[Source]], cache_dir: Path) -> list[str]:
     return content_digests([source.path for group in sources.values() for source in group], cache_dir)
 
 
+def source_files() -> list[Path]:
+    """Returns every Python file whose code decides what prepared data look like.
+
+    These are all files of `dft.data`, sub-folders included, and the modules at the top of `dft` that they
+    import. A change to any of them must not reuse data prepared by the earlier code.
+    """
+    package = Path(dft.data.__file__).parent
+    return [*sorted(package.rglob("*.py")), *sorted(package.parent.glob("*.py"))]
+
+
 def cache_key(
     sources: dict[str, list[Source]], contents: list[str], encoder: ChatEncoder, options: PrepareOptions
 ) -> str:
     """Changes with one byte of a file, the tokenizer, the template, an option, or the code that encodes."""
     digest = hashlib.blake2b(digest_size=16)
-    for code in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(code.read_bytes())
+    for path in source_files():
+        digest.update(path.read_bytes())
     template = encoder.template
     described = {
-        "versions": [transformers.__version__, tokenizers.__version__],
+        "versions": [transformers.__version__, tokenizers.__version__, jinja2.__version__],
         "options": asdict(options),
         "template": template.source,
         "variables": template.variables,

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 from filelock import FileLock
 
+import dft.data
 from dft.data import cache as cache_module
 from dft.data import digests as digests_module
 from dft.data import encode as encode_module
@@ -60,6 +62,37 @@ def key_of(
     sources = {"train": resolve_sources(files, "--data_files"), "eval": resolve_sources(eval_files, "--eval")}
     contents = prepare_module.contents_of(sources, cache)
     return prepare_module.cache_key(sources, contents, encoder, options)
+
+
+def test_code_in_sub_folders_of_dft_data_changes_the_key(encoder, tmp_path, monkeypatch):
+    package = tmp_path / "dft" / "data"
+    nested = package / "templates" / "spans.py"
+    nested.parent.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package.parent / "labels.py").write_text("IGNORE_INDEX = -100\n")
+    monkeypatch.setattr(dft.data, "__file__", str(package / "__init__.py"))
+    file = tmp_path / "a.jsonl"
+    file.touch()
+    keys = []
+    for rule in ("first", "second"):
+        nested.write_text(f"RULE = {rule!r}\n")
+        keys.append(key_of([str(file)], [], encoder, PrepareOptions(64), tmp_path))
+    (package.parent / "labels.py").write_text("IGNORE_INDEX = -1\n")
+    keys.append(key_of([str(file)], [], encoder, PrepareOptions(64), tmp_path))
+    assert len(set(keys)) == 3
+
+
+def test_every_module_of_dft_data_is_part_of_the_key():
+    modules = {Path(module.__file__) for name, module in sys.modules.items() if name.startswith("dft.data")}
+    assert modules <= set(prepare_module.source_files())
+
+
+def test_the_version_of_jinja_is_part_of_the_key(encoder, tmp_path, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    file.touch()
+    before = key_of([str(file)], [], encoder, PrepareOptions(64), tmp_path)
+    monkeypatch.setattr(jinja2, "__version__", "0")
+    assert key_of([str(file)], [], encoder, PrepareOptions(64), tmp_path) != before
 
 
 def test_everything_that_shapes_the_data_changes_the_key(encoder, tokenizer_json, tmp_path):
