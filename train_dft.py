@@ -17,24 +17,38 @@ from typing import Any, NoReturn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from dft.arguments import Arguments, parse_arguments
-from dft.conflicts import check, check_batches
-from dft.data.arguments import prepare_options, template_date, template_variables
-from dft.data.chat import ChatEncoder
-from dft.data.prepare import PreparedData, prepare
-from dft.data.tokenizer import load_tokenizer, stop_token_ids
+from dft.arguments.batch_search import check_agreed
+from dft.arguments.conflicts import check, check_batches
+from dft.arguments.data import prepare_options, template_date, template_variables
+from dft.arguments.objective import objective_of, schedule_of
+from dft.arguments.parser import Arguments, parse_arguments
+from dft.console import say
+from dft.data.preparing.prepare import PreparedData, prepare
+from dft.data.templates.encoder import ChatEncoder
+from dft.data.templates.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
+from dft.ranks import is_launched, is_main_process, leave_ranks
 from dft.report.card import model_card
-from dft.report.data import data_summary, show_sequences
-from dft.report.plan import plan_lines
-from dft.report.preflight import preflight_lines, preflight_report
+from dft.report.preflight_advice import preflight_report
 from dft.report.record import ReportCallback, run_record
-from dft.report.run import final_lines, new_notes, start_lines, stopped_lines, write_resolved_arguments
-from dft.training.checkpoints import clear_away, newest_checkpoint
-from dft.training.console import tag_warnings
-from dft.training.distributed import is_launched, is_main_process, leave_ranks, say
-from dft.training.hub import UNREACHED
-from dft.training.model import (
+from dft.report.terminal.data import data_summary, show_sequences
+from dft.report.terminal.plan import plan_lines
+from dft.report.terminal.preflight import preflight_lines
+from dft.report.terminal.start_and_end import (
+    final_lines,
+    new_notes,
+    start_lines,
+    stopped_lines,
+    write_resolved_arguments,
+)
+from dft.training.checkpoints.folder import clear_away, newest_checkpoint
+from dft.training.checkpoints.hub import UNREACHED
+from dft.training.checkpoints.resume_point import check_output
+from dft.training.checkpoints.space import check_space
+from dft.training.measuring.console import tag_warnings
+from dft.training.measuring.trackers import RunRecordCallback, finish_trackers, prepare_trackers
+from dft.training.memory.out_of_memory import SHARD, OutOfMemory, telling_what_did_not_fit
+from dft.training.model.loading import (
     check_positions,
     load_base_model,
     load_model,
@@ -43,13 +57,10 @@ from dft.training.model import (
     settle_ddp,
     stop_where_turns_end,
 )
-from dft.training.oom import SHARD, OutOfMemory, check_agreed, telling_what_did_not_fit
-from dft.training.peers import watched
-from dft.training.space import check_space
-from dft.training.stopping import STOPPED, Stopped, StopRequest
-from dft.training.trackers import RunRecordCallback, finish_trackers, prepare_trackers
+from dft.training.optimizer import check_optimizer
+from dft.training.parallel.rank_watchdog import watched
+from dft.training.parallel.stopping import STOPPED, Stopped, StopRequest
 from dft.training.trainer import DFTTrainer
-from dft.weighing import objective_of, schedule_of
 
 
 def main() -> None:
@@ -59,7 +70,9 @@ def main() -> None:
     tag_warnings()
     arguments = parse_arguments()
     check(arguments)
+    check_output(arguments)
     if not arguments.data.prepare_only:
+        check_optimizer(arguments.training)
         resolve_attention(arguments)  # fails before an hour of tokenizing, not after
     if arguments.training.disable_tqdm:
         disable_progress_bar()
@@ -215,7 +228,7 @@ def make_trainer(
 
 def preflight(arguments: Arguments, trainer: DFTTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
     """Scores a sample of the training data with the model as it is, and says what follows."""
-    from dft.report.preflight_page import write_preflight  # brings matplotlib, slow to import
+    from dft.report.pages.preflight import write_preflight  # brings matplotlib, slow to import
 
     training, watch = arguments.training, arguments.watch
     sample = trainer.train_dataset.sample(watch.preflight_samples, training.seed)

@@ -27,10 +27,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from dft.data.arguments import DataArguments, template_variables
-from dft.data.chat import ChatEncoder
-from dft.data.files import write_whole, writing_into
-from dft.data.tokenizer import load_tokenizer, read_template, stop_token_ids
+from dft.arguments.data import DataArguments, template_variables
+from dft.data.templates.encoder import ChatEncoder
+from dft.data.templates.tokenizer import load_tokenizer, read_template, stop_token_ids
 from dft.errors import UserError, report_user_errors
 from dft.evaluation.folder import Model, claim, digest, named_models, whole_lines
 from dft.evaluation.grading import GRADERS
@@ -47,9 +46,10 @@ from dft.evaluation.sampling import (
     ending_ids,
     load_for_sampling,
 )
-from dft.report.evaluation import PAGE, evaluation_page
-from dft.training.distributed import quiet_libraries
-from dft.training.oom import telling_what_did_not_fit
+from dft.files import write_whole, writing_into
+from dft.ranks import quiet_libraries
+from dft.report.pages.evaluation import PAGE, evaluation_page
+from dft.training.memory.out_of_memory import telling_what_did_not_fit
 
 SMALLER = (
     "give a smaller --batch_size (and another --output where there are samples already, which depend on it) "

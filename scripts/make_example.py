@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dft.training.distributed import quiet_libraries
+from dft.ranks import quiet_libraries
 
 Message = dict[str, str]
 

@@ -28,15 +28,15 @@ from transformers.utils import ADAPTER_CONFIG_NAME, GENERATION_CONFIG_NAME
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dft.arguments import DTYPES
-from dft.data.files import flush_to_disk, writing_into
-from dft.data.tokenizer import UNLOADABLE
+from dft.arguments.lora import PEFT, require
+from dft.arguments.model import DTYPES
+from dft.data.templates.tokenizer import UNLOADABLE
 from dft.errors import UserError, report_user_errors
-from dft.training.checkpoints import MOST_SAID, unfinished
-from dft.training.disk import disk_fault
-from dft.training.distributed import quiet_libraries
-from dft.training.lora import PEFT, other_than_recorded, require
-from dft.training.verify import (
+from dft.files import flush_to_disk, writing_into
+from dft.ranks import quiet_libraries
+from dft.training.checkpoints.disk import disk_fault
+from dft.training.checkpoints.folder import MOST_SAID, unfinished
+from dft.training.checkpoints.verify import (
     APART,
     Damaged,
     Expected,
@@ -49,6 +49,7 @@ from dft.training.verify import (
     tensors_of,
     weight_files,
 )
+from dft.training.model.adapters import other_than_recorded
 
 CPU = torch.device("cpu")
 UNREADABLE = (*UNLOADABLE, RuntimeError, SafetensorError)

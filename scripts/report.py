@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dft.data.files import writing_into
 from dft.errors import UserError, report_user_errors
-from dft.report.comparison import comparison_page, comparison_picture, runs_of
-from dft.report.page import PAGE, run_page, run_picture, write_page
+from dft.files import writing_into
+from dft.report.pages.comparison import comparison_page, comparison_picture, runs_of
+from dft.report.pages.run import PAGE, run_page, run_picture, write_page
 from dft.report.saved import folder_of, load_report
 
 COMPARISON = "report_comparison.html"

@@ -17,20 +17,20 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dft.data.arguments import (
+from dft.arguments.data import (
     DataArguments,
     check_data_arguments,
     prepare_options,
     template_date,
     template_variables,
 )
-from dft.data.chat import ChatEncoder
-from dft.data.dataset import Sequences
-from dft.data.files import writing_into
-from dft.data.prepare import prepare
-from dft.data.tokenizer import load_tokenizer, stop_token_ids
+from dft.data.batches.dataset import Sequences
+from dft.data.preparing.prepare import prepare
+from dft.data.templates.encoder import ChatEncoder
+from dft.data.templates.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
-from dft.report.data import data_details, show_sequences
+from dft.files import writing_into
+from dft.report.terminal.data import data_details, show_sequences
 
 
 @dataclass

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dft.errors import report_user_errors
+from dft.ranks import quiet_libraries
 from dft.report.saved import load_report
-from dft.training.distributed import quiet_libraries
 
 METRICS = ("loss", "nll", "avg_p_correct", "acc")
 FILES = {

@@ -16,5 +16,6 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 export OMP_NUM_THREADS=1
 
 ruff check .
+lint-imports
 # The tests of a file share what they have trained, so they stay together.
 exec "$PYTHON" -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile "$@"

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dft.data.tokenizer import CHATML
+from dft.data.templates.tokenizer import CHATML
 from scripts.make_example import tiny_model, train_tokenizer
 from tests.reliability.spoiling import GOOD, LINE
 

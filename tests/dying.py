@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-import dft.training.saving as saving
+import dft.training.checkpoints.saving as saving
 from dft import DFTTrainer
 
 _is_dead = False

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dft.training import peers
+from dft.training.parallel import rank_watchdog as peers
 from tests.launching import ROOT, free_port
 
 LIMIT = 120
@@ -106,7 +106,7 @@ def forking(folder: Path) -> Iterator[Forks]:
 
 
 def serve() -> None:
-    import dft.report.page  # noqa: F401 - what runs import late
+    import dft.report.pages.run  # noqa: F401 - what runs import late
     import train_dft
     from tests.dying import DyingTrainer
 

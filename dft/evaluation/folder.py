@@ -9,9 +9,9 @@ from typing import Any
 import xxhash
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from dft.data.files import write_whole
 from dft.errors import UserError
 from dft.evaluation.problems import Problem
+from dft.files import write_whole
 
 SETTINGS = "settings.json"
 OF_MODEL = (

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dft.data.chat import ChatEncoder
-from dft.data.conversation import SHAREGPT_ROLES, Conversation, parse_conversation
-from dft.data.faults import BadLine
-from dft.data.template import Chat
+from dft.data.conversations.faults import BadLine
+from dft.data.conversations.forms import SHAREGPT_ROLES, Conversation, parse_conversation
+from dft.data.templates.encoder import ChatEncoder
+from dft.data.templates.template import Chat
 from dft.errors import UserError
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dft.data.chat import ChatEncoder
-from dft.data.files import write_whole
+from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
 from dft.evaluation.folder import Note, Record, whole_lines
 from dft.evaluation.grading import grade, suited, wanted_answer
 from dft.evaluation.problems import Problem
 from dft.evaluation.sampling import Sampler, Settings
+from dft.files import write_whole
 
 VLLM_PROBLEMS = 64
 """Given to vLLM at once, which makes its own batches of them."""

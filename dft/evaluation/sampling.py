@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dft.data.tokenizer import UNLOADABLE
+from dft.data.templates.tokenizer import UNLOADABLE
 from dft.errors import UserError
 
 BACKENDS = ("auto", "transformers", "vllm")

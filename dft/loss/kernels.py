@@ -154,7 +154,7 @@ def score_rows(
     into: Tensor | None = None,
     min_weight: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
-    """`dft.loss.rows.score_rows` for float32 tiles, without a base model."""
+    """`dft.loss.linear.score_rows` for float32 tiles, without a base model."""
     rows, vocab = tile.shape
     gradient = None
     if row_scale is not None:

@@ -16,7 +16,7 @@ from dft.labels import loss_positions
 from dft.loss.dft import TokenStats, chosen_objective, normalizer
 from dft.loss.objectives import Objective
 from dft.loss.products import accumulated, product, product_dtype, scaled, wide_product
-from dft.loss.rows import RowOptions, score_rows
+from dft.loss.rows import RowOptions, score_rows_torch
 
 TILE_BYTES = {"cpu": 384 * 2**20, "cuda": 1024 * 2**20}
 """What one tile of logits may take, whatever batch and vocabulary are, as long as a single row fits. Of large
@@ -334,3 +334,38 @@ def groups(cut: list[tuple[int, int]], row_bytes: int) -> list[list[tuple[int, i
         else:
             made.append([(start, end)])
     return made
+
+
+def score_rows(
+    tile: Tensor,
+    targets: Tensor,
+    row_scale: Tensor | None,
+    options: RowOptions,
+    into: Tensor | None = None,
+    min_weight: Tensor | None = None,
+    log_base: Tensor | None = None,
+) -> tuple[TokenStats, Tensor | None]:
+    """Statistics of rows of a head's output, and the gradient of `row_scale * sum(w * nll)` on it.
+
+    With a base model that of `row_scale * sum(w * nll + kl_weight * kl)`.
+
+    Args:
+        tile: (rows, vocab), float32 or wider. It is overwritten.
+        targets: (rows,) int64.
+        row_scale: scalar; None for statistics alone.
+        into: (rows, vocab) in half precision on a GPU, where the gradient is written; else it overwrites the
+            tile, as on a CPU, whose products that sum in float32 want it there.
+        min_weight: (rows,) the least each may weigh.
+        log_base: (rows, vocab) log-probabilities of the base model, in the tile's dtype. Overwritten.
+
+    Returns:
+        stats: (rows,) each, what is no bool and no id in the tile's dtype. gradient: (rows, vocab), or None.
+    """
+    if tile.is_cuda and tile.dtype == torch.float32 and log_base is None:
+        from dft.loss.kernels import score_rows as score_rows_triton  # triton comes with CUDA builds of torch
+
+        return score_rows_triton(tile, targets, row_scale, options, into, min_weight)
+    stats, gradient = score_rows_torch(tile, targets, row_scale, options, min_weight, log_base)
+    if gradient is not None and into is not None:
+        gradient = into.copy_(gradient)
+    return stats, gradient

@@ -27,41 +27,6 @@ class RowOptions(NamedTuple):
     softcap: float | None = None
 
 
-def score_rows(
-    tile: Tensor,
-    targets: Tensor,
-    row_scale: Tensor | None,
-    options: RowOptions,
-    into: Tensor | None = None,
-    min_weight: Tensor | None = None,
-    log_base: Tensor | None = None,
-) -> tuple[TokenStats, Tensor | None]:
-    """Statistics of rows of a head's output, and the gradient of `row_scale * sum(w * nll)` on it.
-
-    With a base model that of `row_scale * sum(w * nll + kl_weight * kl)`.
-
-    Args:
-        tile: (rows, vocab), float32 or wider. It is overwritten.
-        targets: (rows,) int64.
-        row_scale: scalar; None for statistics alone.
-        into: (rows, vocab) in half precision on a GPU, where the gradient is written; else it overwrites the
-            tile, as on a CPU, whose products that sum in float32 want it there.
-        min_weight: (rows,) the least each may weigh.
-        log_base: (rows, vocab) log-probabilities of the base model, in the tile's dtype. Overwritten.
-
-    Returns:
-        stats: (rows,) each, what is no bool and no id in the tile's dtype. gradient: (rows, vocab), or None.
-    """
-    if tile.is_cuda and tile.dtype == torch.float32 and log_base is None:
-        from dft.loss.kernels import score_rows as score_rows_triton  # triton comes with CUDA builds of torch
-
-        return score_rows_triton(tile, targets, row_scale, options, into, min_weight)
-    stats, gradient = score_rows_torch(tile, targets, row_scale, options, min_weight, log_base)
-    if gradient is not None and into is not None:
-        gradient = into.copy_(gradient)
-    return stats, gradient
-
-
 def score_rows_torch(
     tile: Tensor,
     targets: Tensor,

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from dft.report.data import data_summary
+from dft.metrics import METRICS
 from dft.report.saved import PICTURE
-from dft.training.metrics import METRICS
+from dft.report.terminal.data import data_summary
 
 PAPER = "https://arxiv.org/abs/2508.05629"
 SHOWN = (

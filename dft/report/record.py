@@ -20,18 +20,18 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import get_model_param_count
 
-from dft.arguments import Arguments, default_flags
-from dft.config_file import SECRETS, plain
-from dft.data.files import write_whole
+from dft.arguments.config_file import SECRETS, plain
+from dft.arguments.objective import objective_of
+from dft.arguments.parser import Arguments, default_flags
+from dft.console import say
 from dft.errors import UserError
-from dft.report.run import derived
+from dft.files import write_whole
+from dft.loss.schedule import alpha_of
 from dft.report.saved import REPORT, load_report
+from dft.report.terminal.start_and_end import derived
 from dft.training.batching import files_of
-from dft.training.distributed import say
-from dft.training.schedule import alpha_of
-from dft.training.scoring import ScoredSequence
+from dft.training.measuring.scoring import ScoredSequence
 from dft.training.trainer import DFTTrainer
-from dft.weighing import objective_of
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "deepspeed")
 LONGEST_LETTER = 8
@@ -152,7 +152,7 @@ class ReportCallback(TrainerCallback):
             self._write(self.trainer.state, status)
 
     def _write(self, state: TrainerState, status: str) -> None:
-        from dft.report.page import write_report_page  # brings matplotlib, slow to import
+        from dft.report.pages.run import write_report_page  # brings matplotlib, slow to import
 
         report = {
             **self.record,

@@ -9,7 +9,7 @@ import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dft.config_file import RUN_ARGS
+from dft.arguments.config_file import RUN_ARGS
 from dft.errors import UserError
 
 REPORT = "report.json"

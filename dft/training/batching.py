@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils.generic import is_flash_attention_requested
 
-from dft.data.collator import FlatCollator, PackedCollator, PaddedCollator
-from dft.data.dataset import Sequences
-from dft.data.sampler import WithBlank
+from dft.data.batches.collator import FlatCollator, PackedCollator, PaddedCollator
+from dft.data.batches.dataset import Sequences
+from dft.data.batches.sampler import WithBlank
 from dft.errors import UserError
 
 Collator = PaddedCollator | PackedCollator | FlatCollator

@@ -15,12 +15,17 @@ from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations import SwanLabCallback
 from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
-from dft.data.collator import FlatCollator, PackedCollator
-from dft.data.sampler import EpochSampler, WithBlank
-from dft.errors import UserError
+from dft.arguments.batch_search import note_smaller
+from dft.arguments.loss_settings import check_arguments, check_cache, layer_kernels, router_coefficient
+from dft.console import say
+from dft.data.batches.collator import FlatCollator, PackedCollator
+from dft.data.batches.sampler import EpochSampler, WithBlank
+from dft.errors import UserError, check_choice
 from dft.loss.dft import TokenStats, chosen_objective, dft_loss, normalizer
 from dft.loss.head import FusedHead, inspect_head
 from dft.loss.objectives import Objective
+from dft.loss.schedule import CONSTANT, AlphaSchedule, check_schedule
+from dft.ranks import data_parallel_size, sequence_parallel_size
 from dft.training.batching import (
     OURS,
     Collator,
@@ -31,28 +36,26 @@ from dft.training.batching import (
     padding_id,
     sequence_lengths,
 )
-from dft.training.checks import (
-    check_arguments,
-    check_cache,
-    check_choice,
-    layer_kernels,
-    router_coefficient,
+from dft.training.measuring.console import ConsoleCallback
+from dft.training.measuring.measured import MeasuredTrainer
+from dft.training.measuring.trackers import HistogramCallback, SwanLabRunCallback
+from dft.training.memory.out_of_memory import (
+    RAISED,
+    MicroBatch,
+    OutOfMemory,
+    advice,
+    free_what_is_left,
+    ran_out,
 )
-from dft.training.console import ConsoleCallback
-from dft.training.distributed import data_parallel_size, say, sequence_parallel_size
-from dft.training.lora import has_adapters
-from dft.training.measured import MeasuredTrainer
-from dft.training.oom import RAISED, MicroBatch, OutOfMemory, advice, free_what_is_left, note_smaller, ran_out
-from dft.training.reference import Reference
-from dft.training.schedule import CONSTANT, AlphaSchedule, check_schedule
-from dft.training.sequence_parallel import (
+from dft.training.model.adapters import has_adapters
+from dft.training.model.base_model import Reference
+from dft.training.parallel.sequence_parallel import (
     SequenceParallel,
     SharedBatches,
     check_sharing,
     parallel_collator,
 )
-from dft.training.throughput import compute_dtype
-from dft.training.trackers import HistogramCallback, SwanLabRunCallback
+from dft.training.parameters import compute_dtype
 
 FUSED_HEAD = ("auto", "on", "off")
 

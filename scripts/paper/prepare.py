@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 from datasets import Dataset, load_dataset
 
-from dft.data.files import writing_into
 from dft.errors import UserError, report_user_errors
 from dft.evaluation.grading import last_boxed
+from dft.files import writing_into
 
 TRAIN = "AI-MO/NuminaMath-CoT:train"
 BENCHMARKS = {

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from make_example import tiny_model, train_tokenizer
 
-from dft.training.distributed import quiet_libraries
+from dft.ranks import quiet_libraries
 
 
 def number_to_repeat(generator: random.Random) -> tuple[str, str, str]:

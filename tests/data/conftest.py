@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from dft.data.chat import ChatEncoder
-from dft.data.options import PrepareOptions
-from dft.data.prepare import PreparedData, prepare
+from dft.data.preparing.options import PrepareOptions
+from dft.data.preparing.prepare import PreparedData, prepare
+from dft.data.templates.encoder import ChatEncoder
 from tests.data.rows import Row, write
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from dft.data.dataset import Sequences
+from dft.data.batches.dataset import Sequences
 
 Row = dict[str, object]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dft.data.chat import ChatEncoder
-from dft.data.options import PrepareOptions
-from dft.data.prepare import PreparedData, prepare
+from dft.data.preparing.options import PrepareOptions
+from dft.data.preparing.prepare import PreparedData, prepare
+from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
 
 FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

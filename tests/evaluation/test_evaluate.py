@@ -12,13 +12,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from dft.data.chat import ChatEncoder
-from dft.data.conversation import parse_conversation
+from dft.data.conversations.forms import parse_conversation
+from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
 from dft.evaluation.folder import Model, fingerprint, named_models
 from dft.evaluation.problems import read_problems
 from dft.evaluation.sampling import Settings, TransformersSampler, VllmSampler, choose_backend
-from dft.report.evaluation import evaluation_page
+from dft.report.pages.evaluation import evaluation_page
 from scripts import evaluate
 from scripts.make_example import tiny_model
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dft.errors import REFUSED
-from dft.training.lora import BASE_RECORD
+from dft.training.model.adapters import BASE_RECORD
 from tests.launching import ROOT, train_records
 
 pytest.importorskip("peft")

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dft.training.metrics import BINS
+from dft.metrics import BINS
 from tests.launching import ROOT, eval_records, launch, train_records
-from tests.training.test_metrics import tokens_of
+from tests.training.measuring.test_meter import tokens_of
 
 ALPHA = 0.6
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dft.training.checkpoints import open_checkpoint
+from dft.training.checkpoints.folder import open_checkpoint
 from tests.launching import ROOT, free_port, train_records
 
 LIMIT = 180

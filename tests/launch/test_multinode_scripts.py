@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dft.errors import REFUSED
-from dft.training.stopping import STOPPED
+from dft.training.parallel.stopping import STOPPED
 from tests.launching import ROOT, free_port
 from tests.reliability.test_train_script import FLAGS as ALL_FLAGS
 

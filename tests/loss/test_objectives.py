@@ -14,7 +14,7 @@ from dft.loss.head import base_of, inspect_head
 from dft.loss.linear import Base
 from dft.loss.objectives import OBJECTIVES, floored_potential
 from dft.loss.rows import RowOptions, score_rows_torch
-from dft.training.schedule import AlphaSchedule, alpha_of, check_schedule, scheduled
+from dft.loss.schedule import AlphaSchedule, alpha_of, check_schedule, scheduled
 
 WIDTH, VOCAB = 16, 61
 PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 2e-5), (torch.bfloat16, 3e-2)]

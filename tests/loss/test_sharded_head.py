@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dft.loss.dft import dft_loss
 from dft.loss.head import FusedHead, inspect_head
-from dft.training.distributed import leave_ranks
+from dft.ranks import leave_ranks
 from tests.launching import free_port
 
 RANKS, VOCAB, TOKENS = 2, 61, 31

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dft.errors import REFUSED
-from dft.training.checkpoints import newest_checkpoint
+from dft.training.checkpoints.folder import newest_checkpoint
 from tests.launching import ROOT
 from tests.reliability.selecting import mostly_slow
 

@@ -1,4 +1,4 @@
-"""Whatever is in a file, it is read or what is wrong with it is told; coverage-guided by scripts/fuzz.py."""
+"""Every file is read or refused with one error; scripts/bench/fuzz.py does the same guided by coverage."""
 
 import json
 import re
@@ -12,19 +12,19 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dft.arguments import Parser
-from dft.config_file import expand_config
-from dft.data.conversation import parse_conversation
-from dft.data.faults import BadLine
-from dft.data.limits import OverLimit
-from dft.data.reader import read_batches
-from dft.data.rendering import ChatTemplate
-from dft.data.sources import Source, split_suffix
-from dft.data.template import Template
-from dft.data.tokenizer import CHATML, check_template
-from dft.deepspeed_file import check_parts, read_deepspeed
+from dft.arguments.config_file import expand_config
+from dft.arguments.deepspeed_file import check_parts, read_deepspeed
+from dft.arguments.parser import Parser
+from dft.data.conversations.faults import BadLine
+from dft.data.conversations.forms import parse_conversation
+from dft.data.reading.sources import Source, split_suffix
+from dft.data.reading.text import read_batches
+from dft.data.sandbox.limits import OverLimit
+from dft.data.templates.spans import ChatTemplate
+from dft.data.templates.template import Template
+from dft.data.templates.tokenizer import CHATML, check_template
 from dft.errors import UserError
-from tests.data.chat_templates import (
+from tests.data.templates.chat_templates import (
     CHANNELS,
     DEFAULT_SYSTEM,
     FORGETS_REASONING,
@@ -238,7 +238,7 @@ def test_deepspeed_files_are_read_or_refused(tmp_path_factory, raw):
 @pytest.mark.parametrize("target", ["lines", "templates", "flags", "deepspeed"])
 def test_the_fuzzer_finds_nothing(tmp_path, target):
     pytest.importorskip("atheris")  # there are wheels for Linux and some versions of Python
-    words = [sys.executable, str(Path(ROOT) / "scripts/fuzz.py"), target, "--seconds", str(SECONDS)]
+    words = [sys.executable, str(Path(ROOT) / "scripts/bench/fuzz.py"), target, "--seconds", str(SECONDS)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=4 * SECONDS)
     assert done.returncode == 0, done.stderr[-3000:]
     executed = re.search(r"number_of_executed_units: (\d+)", done.stderr)

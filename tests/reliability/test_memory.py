@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dft.errors import REFUSED
-from dft.training.oom import SMALLER
+from dft.training.memory.out_of_memory import SMALLER
 from tests.launching import ROOT, launch
 from tests.reliability.selecting import mostly_slow
 

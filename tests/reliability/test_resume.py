@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dft.training.stopping import STOPPED
+from dft.training.parallel.stopping import STOPPED
 from tests.launching import ROOT, eval_records, history
 from tests.reliability.selecting import mostly_slow
 

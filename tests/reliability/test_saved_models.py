@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dft.errors import REFUSED
-from dft.training.checkpoints import newest_checkpoint
+from dft.training.checkpoints.folder import newest_checkpoint
 from tests.launching import ROOT
 from tests.reliability.selecting import mostly_slow
 

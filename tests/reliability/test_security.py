@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dft.arguments import parse_arguments
-from dft.data.cache import CONTENTS, _entry
-from dft.data.chat import ChatEncoder
-from dft.data.options import PrepareOptions
-from dft.data.prepare import PreparedData, prepare
-from dft.data.template import Template
-from dft.data.tokenizer import load_tokenizer
+from dft.arguments.parser import parse_arguments
+from dft.data.preparing.cache import CONTENTS, _entry
+from dft.data.preparing.options import PrepareOptions
+from dft.data.preparing.prepare import PreparedData, prepare
+from dft.data.templates.encoder import ChatEncoder
+from dft.data.templates.template import Template
+from dft.data.templates.tokenizer import load_tokenizer
 from dft.errors import UserError
-from dft.training.model import load_model
+from dft.training.model.loading import load_model
 from tests.launching import launch
 from tests.reliability.spoiling import CHATML, LINE, Ground, Malicious, pickled, settings
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dft.training.stopping import STOPPED
+from dft.training.parallel.stopping import STOPPED
 from tests.launching import ROOT
 from tests.reliability.test_resume import logged
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import deepspeed  # noqa: F401  slow to import
 import torch
 
-import dft.data.limits
+import dft.data.sandbox.limits
 import dft.errors
 import train_dft
 from dft.errors import REFUSED, UserError
@@ -28,7 +28,7 @@ PATIENCE = 60
 
 
 def attempt(words: list[str], port: int, log: Path, pipe: Connection) -> None:
-    dft.data.limits.SECONDS = 0.5  # the message still says 10
+    dft.data.sandbox.limits.SECONDS = 0.5  # the message still says 10
     os.environ["MASTER_PORT"] = str(port)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)

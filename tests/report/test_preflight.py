@@ -11,19 +11,19 @@ from transformers import TrainingArguments
 
 from dft import DFTTrainer
 from dft.errors import UserError
-from dft.report.preflight import (
+from dft.report.pages.preflight import preflight_page, write_preflight
+from dft.report.preflight_advice import (
     SILENCED,
     STRONG,
     UNKNOWN_END,
     WEAK,
     advice,
     numbers_of,
-    preflight_lines,
     preflight_report,
 )
-from dft.report.preflight_page import preflight_page, write_preflight
-from dft.training.scoring import TokenTable
-from tests.training.test_metrics import END, Rows, ended
+from dft.report.terminal.preflight import preflight_lines
+from dft.training.measuring.scoring import TokenTable
+from tests.training.measuring.test_meter import END, Rows, ended
 from tests.training.test_trainer import tiny
 
 

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from dft import DFTTrainer
-from dft.arguments import parse_arguments
-from dft.report.page import PAGE
+from dft.arguments.parser import parse_arguments
+from dft.report.pages.run import PAGE
 from dft.report.record import (
     REPORT,
     ReportCallback,
@@ -19,9 +19,9 @@ from dft.report.record import (
     token_texts,
 )
 from dft.report.saved import PICTURE
+from tests.arguments.test_parser import words
 from tests.report.reports import run_report
-from tests.test_arguments import words
-from tests.training.test_metrics import END, FILES, Rows, ended
+from tests.training.measuring.test_meter import END, FILES, Rows, ended
 from tests.training.test_trainer import VOCAB, tiny
 
 
@@ -76,7 +76,7 @@ def test_a_run_leaves_its_report_and_its_page(tmp_path, numbered):
 
 
 def test_a_resumed_run_keeps_what_the_untouched_model_said(tmp_path, numbered, monkeypatch):
-    monkeypatch.setattr("dft.report.page.write_report_page", lambda report, folder: None)
+    monkeypatch.setattr("dft.report.pages.run.write_report_page", lambda report, folder: None)
     trained(tmp_path, numbered, save_strategy="steps", save_steps=2).train()
     before = json.loads((tmp_path / REPORT).read_text())["tokens"][0]
     again = trained(tmp_path, numbered)
@@ -86,7 +86,7 @@ def test_a_resumed_run_keeps_what_the_untouched_model_said(tmp_path, numbered, m
 
 
 def test_a_broken_report_is_no_obstacle_to_going_on(tmp_path, numbered, monkeypatch, capsys):
-    monkeypatch.setattr("dft.report.page.write_report_page", lambda report, folder: None)
+    monkeypatch.setattr("dft.report.pages.run.write_report_page", lambda report, folder: None)
     trained(tmp_path, numbered, save_strategy="steps", save_steps=2).train()
     (tmp_path / REPORT).write_text('{"status": "ru')
     trained(tmp_path, numbered).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

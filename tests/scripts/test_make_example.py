@@ -5,10 +5,10 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dft.data.chat import ChatEncoder
-from dft.data.conversation import Conversation, parse_conversation
-from dft.data.reader import read_batches
-from dft.data.sources import resolve_sources
+from dft.data.conversations.forms import Conversation, parse_conversation
+from dft.data.reading.sources import resolve_sources
+from dft.data.reading.text import read_batches
+from dft.data.templates.encoder import ChatEncoder
 from scripts.make_example import read_conversations, tiny_model, train_tokenizer, write_conversations
 
 

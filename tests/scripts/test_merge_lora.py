@@ -10,10 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
+from dft.arguments.lora import LoraArguments, refuse_adapters
 from dft.errors import UserError
-from dft.training.lora import BASE_RECORD, LoraArguments, add_adapters, refuse_adapters, write_base_record
-from dft.training.throughput import shapes_digest
-from dft.training.verify import probe
+from dft.training.checkpoints.verify import probe
+from dft.training.model.adapters import BASE_RECORD, add_adapters, write_base_record
+from dft.training.parameters import shapes_digest
 from scripts import merge_lora
 
 pytest.importorskip("peft")

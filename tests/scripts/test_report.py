@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 
 from dft.errors import UserError
-from dft.report.comparison import comparison_page, comparison_picture, differing_arguments, labels_of, runs_of
-from dft.report.history import series
+from dft.report.pages.comparison import (
+    comparison_page,
+    comparison_picture,
+    differing_arguments,
+    labels_of,
+    runs_of,
+)
+from dft.report.pages.history import series
 from dft.report.saved import load_report
 from scripts import report as script
 from tests.report.reports import FIRST, NEWEST, Page, eval_record, run_report, train_record

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from dft import DFTTrainer
-from dft.data.collator import FlatCollator, PackedCollator, PaddedCollator
-from dft.data.dataset import SCHEMA, Sequences
+from dft.data.batches.collator import FlatCollator, PackedCollator, PaddedCollator
+from dft.data.batches.dataset import SCHEMA, Sequences
 from dft.errors import UserError
 from dft.training.batching import check_isolation, choose_collator, is_packed, sequence_lengths, token_count
 

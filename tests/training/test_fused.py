@@ -9,15 +9,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from dft import DFTTrainer, dft_loss
-from dft.data.collator import PaddedCollator
+from dft.data.batches.collator import PaddedCollator
 from dft.errors import UserError
 from dft.loss import linear, rows
 from dft.loss.head import FusedHead
 from dft.loss.linear import linear_dft_loss
 from dft.loss.objectives import Dft
-from dft.training.metrics import TokenMeter
-from dft.training.nonfinite import StepWatch, passing_on_nonfinite
-from dft.training.scoring import origins_of_tokens
+from dft.training.measuring.meter import TokenMeter
+from dft.training.measuring.nonfinite import StepWatch, passing_on_nonfinite
+from dft.training.measuring.scoring import origins_of_tokens
 from tests.training.test_trainer import VOCAB, conversations, tiny
 
 

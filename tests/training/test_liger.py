@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from dft import DFTTrainer
-from dft.training.checks import layer_kernels
+from dft.arguments.loss_settings import layer_kernels
 from tests.launching import ROOT
 from tests.training.test_trainer import tiny
 

@@ -8,9 +8,9 @@ import torch
 from transformers import TrainingArguments
 
 from dft import DFTTrainer, make_objective
-from dft.training.schedule import AlphaSchedule
+from dft.loss.schedule import AlphaSchedule
 from tests.loss.test_objectives import CASES
-from tests.training.test_metrics import END, ended
+from tests.training.measuring.test_meter import END, ended
 from tests.training.test_trainer import tiny
 
 

@@ -1,0 +1,1 @@
+"""Command-line flags: one dataclass per topic, and the conflicts between them."""

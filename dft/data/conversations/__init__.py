@@ -1,0 +1,1 @@
+"""Convert data rows to validated conversations."""

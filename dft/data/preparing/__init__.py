@@ -1,0 +1,1 @@
+"""Merge, split, encode, pack and cache the training data."""

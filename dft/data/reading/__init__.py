@@ -1,0 +1,1 @@
+"""Read rows from files, folders, archives and hub datasets."""

@@ -1,0 +1,1 @@
+"""Resource limits and worker processes for untrusted chat templates."""

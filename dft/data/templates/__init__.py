@@ -1,0 +1,1 @@
+"""Render conversations with chat templates and locate the supervised tokens."""

@@ -1,0 +1,1 @@
+"""Text that is printed to the terminal."""

@@ -1,0 +1,1 @@
+"""Metrics, throughput, non-finite detection and trackers."""

@@ -1,0 +1,1 @@
+"""Memory estimates, the training plan and out-of-memory handling."""

@@ -1,0 +1,39 @@
+"""Check that the optimizer and learning-rate schedule accept their arguments, before the model is loaded."""
+
+import json
+
+import torch
+import transformers
+from transformers.training_args import OptimizerNames
+
+from dft.arguments.training import TrainingArguments
+from dft.errors import UserError
+from dft.training.trainer import DFTTrainer
+
+NEED_A_MODEL = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
+"""Optimizers that cannot be tried on a parameter alone, like all with --optim_target_modules."""
+
+
+def check_optimizer(training: TrainingArguments) -> None:
+    """Makes the optimizer and the schedule once, for a parameter of their own, to hear what they refuse."""
+    if training.optim in NEED_A_MODEL or training.optim_target_modules:
+        return
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    try:
+        made, options = DFTTrainer.get_optimizer_cls_and_kwargs(training)
+        optimizer = made([parameter], **options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"--optim {training.optim.value}: {' '.join(str(error).split())}") from None
+    try:
+        transformers.get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=100,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--lr_scheduler_type {training.lr_scheduler_type.value} with --lr_scheduler_kwargs "
+            f"{json.dumps(training.lr_scheduler_kwargs)}: {' '.join(str(error).split())}"
+        ) from None

@@ -1,0 +1,1 @@
+"""Sequence parallelism, rank supervision and stop signals."""

@@ -1,0 +1,234 @@
+"""How long data preparation takes, beside the tokenizer alone and beside TRL.
+
+    python scripts/bench/bench_data.py --corpus GSM8K/train.chatml.jsonl               # the comparison
+    python scripts/bench/bench_data.py --corpus GSM8K/train.chatml.jsonl --scale 10000 100000 1000000
+
+floor: `encode_batch` of the tokenizers library over texts that are rendered already, with all cores.
+ours:  `dft.data.preparing.prepare.prepare`, from the file to the dataset on disk, into an empty cache.
+again: the same once more, from the cache.
+trl:   the preparation of TRL's SFTTrainer with assistant_only_loss, if trl can be imported (pip install trl).
+
+Every measurement is a process of its own, and the kinds take turns, so a machine that is busy for a while
+slows all of them. Imports and the making of the data do not count.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from itertools import cycle, islice
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+VOCABULARY = 4096
+MAX_LENGTH = 2048
+# TRL masks by the tags of a template; ours is measured with the tokenizer's own, which has none.
+TAGGED_CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
+{%- else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+# ---- one measurement, in a process of its own ----
+
+
+def measure_floor(folder: Path, workers: int) -> dict[str, float]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    texts = []
+    with open(folder / "data.jsonl", encoding="utf-8") as lines:
+        for line in lines:
+            texts.append(tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False))
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    os.environ["RAYON_NUM_THREADS"] = str(workers)
+    backend = tokenizer.backend_tokenizer
+    started = time.perf_counter()
+    encodings = backend.encode_batch(texts, add_special_tokens=False)
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "tokens": sum(len(encoding) for encoding in encodings)}
+
+
+def measure_ours(folder: Path, workers: int) -> dict[str, float]:
+    from transformers import AutoTokenizer
+
+    from dft.data.preparing.options import PrepareOptions
+    from dft.data.preparing.prepare import prepare
+    from dft.data.templates.encoder import ChatEncoder
+
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder / "model"))
+    options = PrepareOptions(MAX_LENGTH)
+
+    def run(cache: str) -> dict[str, float]:
+        started = time.perf_counter()
+        data = prepare(
+            [str(folder / "data.jsonl")], [], encoder, options, cache_dir=Path(cache), workers=workers
+        )
+        len(data.datasets["train"])
+        data.datasets["train"][0]
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "tokens": data.report["train"]["tokens"]}
+
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        first = run(cache)
+        return {**first, "again": run(cache)["seconds"]}
+
+
+def measure_trl(folder: Path, workers: int) -> dict[str, float]:
+    os.environ.update(HF_DATASETS_CACHE=tempfile.mkdtemp(dir=folder), CUDA_VISIBLE_DEVICES="")
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.chat_template = TAGGED_CHATML
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    arguments = SFTConfig(
+        output_dir=str(folder / "trl"),
+        assistant_only_loss=True,
+        dataset_num_proc=workers,
+        max_length=MAX_LENGTH,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
+    started = time.perf_counter()
+    dataset = load_dataset("json", data_files=str(folder / "data.jsonl"), split="train")
+    trainer = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer)
+    seconds = time.perf_counter() - started
+    tokens = sum(len(ids) for ids in trainer.train_dataset.with_format("numpy")["input_ids"])
+    return {"seconds": seconds, "tokens": tokens}
+
+
+MEASURES: dict[str, Callable[..., dict[str, float]]] = {
+    "floor": measure_floor,
+    "ours": measure_ours,
+    "trl": measure_trl,
+}
+
+
+def peak_memory(stop: threading.Event, peak: list[int]) -> None:
+    """Watches the memory of this process and its workers, shared pages counted once, in bytes."""
+    while not stop.wait(0.05):
+        total = 0
+        for pid in (os.getpid(), *children()):
+            try:
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue  # ended meanwhile
+            total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss_Anon:"))
+        peak[0] = max(peak[0], total)
+
+
+def children() -> list[int]:
+    file = Path(f"/proc/self/task/{os.getpid()}/children")
+    return [int(word) for word in file.read_text().split()] if file.exists() else []
+
+
+def one_measurement(kind: str, folder: Path, workers: int) -> None:
+    peak, stop = [0], threading.Event()
+    watcher = threading.Thread(target=peak_memory, args=(stop, peak), daemon=True)
+    watcher.start()
+    result = MEASURES[kind](folder, workers)
+    stop.set()
+    watcher.join()
+    print(json.dumps({**result, "peak_bytes": peak[0]}))
+
+
+# ---- all of them ----
+
+
+def measured(kind: str, folder: Path, workers: int) -> dict[str, float]:
+    words = ["--measure", kind, "--folder", str(folder), "--workers", str(workers)]
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{kind} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write_data(corpus: Path, folder: Path, conversations: int) -> None:
+    """That many conversations, the corpus over and over."""
+    lines = corpus.read_bytes().splitlines(keepends=True)
+    with open(folder / "data.jsonl", "wb") as stream:
+        stream.writelines(islice(cycle(lines), conversations))
+
+
+def compare(folder: Path, kinds: list[str], rounds: int, workers: int) -> None:
+    results: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    for number in range(rounds):
+        for kind in kinds:
+            results[kind].append(measured(kind, folder, workers))
+            print(f"round {number + 1}: {kind} {results[kind][-1]['seconds']:.2f} s", file=sys.stderr)
+    print("| | seconds, median | to the floor, median of rounds | tokens | peak memory, MiB |")
+    print("|---|---|---|---|---|")
+    for kind, runs in results.items():
+        ratios = [run["seconds"] / base["seconds"] for run, base in zip(runs, results["floor"], strict=True)]
+        print(
+            f"| {kind} | {statistics.median(run['seconds'] for run in runs):.2f} "
+            f"| {statistics.median(ratios):.2f} | {runs[0]['tokens']:,} "
+            f"| {max(run['peak_bytes'] for run in runs) >> 20:,} |"
+        )
+    again = statistics.median(run["again"] for run in results["ours"])
+    print(f"\nours again, from the cache: {again:.2f} s")
+
+
+def scale(corpus: Path, folder: Path, sizes: list[int], workers: int) -> None:
+    print("| conversations | seconds | conversations per second | again, seconds | peak memory, MiB |")
+    print("|---|---|---|---|---|")
+    for size in sizes:
+        write_data(corpus, folder, size)
+        run = measured("ours", folder, workers)
+        print(
+            f"| {size:,} | {run['seconds']:.1f} | {size / run['seconds']:,.0f} | {run['again']:.2f} "
+            f"| {run['peak_bytes'] >> 20:,} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", type=Path, help="ChatML .jsonl to repeat")
+    parser.add_argument("--repeat", type=int, default=8, help="how often the corpus is repeated")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind")
+    parser.add_argument("--scale", type=int, nargs="+", help="measure ours alone at these many conversations")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--kinds", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        one_measurement(arguments.measure, arguments.folder, arguments.workers)
+        return
+    if arguments.corpus is None:
+        parser.error("--corpus is needed")
+
+    from make_example import read_conversations, tiny_model, train_tokenizer
+
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as name:
+        folder = Path(name)
+        tokenizer = train_tokenizer(read_conversations(arguments.corpus), VOCABULARY)
+        tokenizer.save_pretrained(folder / "model")
+        tiny_model(tokenizer).save_pretrained(folder / "model")
+        if arguments.scale:
+            scale(arguments.corpus, folder, arguments.scale, arguments.workers)
+            return
+        lines = len(arguments.corpus.read_bytes().splitlines())
+        write_data(arguments.corpus, folder, lines * arguments.repeat)
+        kinds = list(arguments.kinds)
+        if "trl" in kinds and importlib.util.find_spec("trl") is None:
+            print("trl cannot be imported and is left out", file=sys.stderr)
+            kinds.remove("trl")
+        compare(folder, kinds, arguments.rounds, arguments.workers)
+
+
+if __name__ == "__main__":
+    main()

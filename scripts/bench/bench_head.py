@@ -1,0 +1,336 @@
+"""Time and memory of the loss head, forward and backward, beside the bare products, full logits, TRL, Liger.
+
+    python scripts/bench/bench_head.py    # the shapes and dtypes for this machine's device
+    python scripts/bench/bench_head.py --shapes 1024,0.5,896,151936 --dtypes float32 --rounds 5
+    python scripts/bench/bench_head.py --curves    # this head over tokens and over vocabularies
+
+A shape is N tokens, the share of them that is supervised, hidden size D, vocabulary V.
+
+floor:     the three products on supervised rows, and nothing else: logits, their gradient to the hidden
+           states, and to the weight.
+ours:      `linear_dft_loss`, gradients on hidden states and weight. sft, power, ...: the same with another
+           objective, when asked for.
+full:      logits of all positions, cross-entropy, a second softmax for the weights: the method's own code.
+compiled:  `full` through torch.compile; left out where it fails.
+trl rows:  TRL's ChunkedLogProbFunction on supervised rows (pip install trl).
+trl:       the same as TRL calls it on this device.
+liger:     LigerFusedLinearCrossEntropyLoss with use_token_scaling, CUDA only (pip install liger-kernel).
+
+Contenders take turns in one process, and each figure is a median with its ratio to the floor's. Memory is
+the peak above the inputs: on CUDA the allocator's, on a CPU the resident set of a process that runs one
+contender.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from dft.labels import loss_positions
+from dft.loss.dft import shifted_targets
+from dft.loss.linear import Base, linear_dft_loss
+from dft.loss.objectives import OBJECTIVES, Dft, make_objective
+
+CPU_SHAPES = ("1024,0.5,896,151936", "2048,0.3,896,151936", "4096,0.5,2048,32768")
+CUDA_SHAPES = ("8192,0.5,3584,152064", "4096,1.0,4096,128256", "16384,0.3,2048,151936")
+CURVE_TOKENS = (256, 512, 1024, 2048, 4096)
+CURVE_VOCABULARIES = (16_384, 32_768, 65_536, 131_072, 262_144)
+LIMIT = 1e-2
+"""How far a contender's loss may be from that of the first, as a share of it; bfloat16 logits are coarse."""
+
+
+class Case(NamedTuple):
+    tokens: int
+    share: float
+    width: int
+    vocab: int
+    dtype: str
+    device: str
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden (1, N, D) and weight (V, D) that require gradients, labels (1, N)."""
+        torch.manual_seed(0)
+        made = {"dtype": getattr(torch, self.dtype), "device": self.device}
+        hidden = torch.randn(1, self.tokens, self.width, **made).requires_grad_()
+        weight = torch.randn(self.vocab, self.width, **made).mul_(self.width**-0.5).requires_grad_()
+        labels = torch.randint(self.vocab, (1, self.tokens), device=self.device)
+        # An even spread: exactly that share, of which the first position can never be one.
+        unsupervised = torch.arange(self.tokens, device=self.device) * self.share % 1 >= self.share
+        labels[:, unsupervised] = -100
+        labels[:, 0] = -100
+        return hidden, weight, labels
+
+
+# ---- contenders: (hidden, weight, labels) -> the loss, after its backward ----
+
+
+def floor(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    with torch.no_grad():
+        rows = hidden.flatten(0, 1)[loss_positions(labels)]
+        logits = rows @ weight.t()
+        d_rows = logits @ weight
+        weight.grad = logits.t() @ rows
+        del d_rows
+
+
+def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    loss, _ = linear_dft_loss(hidden, weight, labels)
+    loss.backward()
+    return loss
+
+
+def full(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    loss = full_forward(hidden, weight, labels)
+    loss.backward()
+    return loss
+
+
+def full_forward(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """All positions, in the steps and the precision of the code that came with the paper."""
+    logits = F.linear(hidden, weight)[:, :-1].flatten(0, 1)
+    following = labels[:, 1:].flatten()
+    nll = F.cross_entropy(logits, following, reduction="none", ignore_index=-100)
+    with torch.no_grad():
+        known = following.clamp(min=0)[:, None]
+        p_correct = torch.softmax(logits, dim=-1).gather(1, known).squeeze(1)
+    keep = following != -100
+    return (nll * p_correct * keep).sum() / keep.sum()
+
+
+def compiled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    loss = torch.compile(full_forward, dynamic=False)(hidden, weight, labels)
+    loss.backward()
+    return loss
+
+
+def trl_of(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    outputs = ("entropy", "is_top1")  # what SFTTrainer logs
+    log_probs, *_ = ChunkedLogProbFunction.apply(
+        rows, weight, None, targets.clamp(min=0), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs
+    )
+    keep = targets != -100
+    return (-log_probs * log_probs.exp().detach() * keep).sum() / keep.sum()
+
+
+def trl_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    keep, targets = shifted_targets(labels)
+    loss = trl_of(hidden[:, :-1][keep], weight, targets)
+    loss.backward()
+    return loss
+
+
+def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """On CUDA TRL scores supervised rows; on a CPU every position."""
+    if hidden.is_cuda:
+        return trl_rows(hidden, weight, labels)
+    loss = trl_of(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
+    loss.backward()
+    return loss
+
+
+def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    head = LigerFusedLinearCrossEntropyLoss(use_token_scaling=True, accum_dtype=torch.float32)
+    loss = head(weight, hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    loss.backward()
+    return loss
+
+
+def ours_by(name: str) -> "Contender":
+    """Another objective, held against a base model of the same shape where it wants one."""
+    objective = make_objective(name)
+
+    def contender(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        base = Base(hidden.detach(), weight.detach()) if objective.kl_weight else None
+        loss, _ = linear_dft_loss(hidden, weight, labels, objective=objective, base=base)
+        loss.backward()
+        return loss
+
+    return contender
+
+
+Contender = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+CONTENDERS: dict[str, Contender] = {
+    "floor": floor,
+    "ours": ours,
+    "full": full,
+    "compiled": compiled,
+    "trl rows": trl_rows,
+    "trl": trl,
+    "liger": liger,
+}
+OBJECTIVES_TOO: dict[str, Contender] = {name: ours_by(name) for name in OBJECTIVES if name != Dft.name}
+"""Run when they are asked for; their losses are not compared."""
+CONTENDERS |= OBJECTIVES_TOO
+
+
+def available(device: str) -> list[str]:
+    """The contenders that can run here."""
+    missing = set(OBJECTIVES_TOO)
+    if importlib.util.find_spec("trl") is None:
+        missing |= {"trl rows", "trl"}
+    if device == "cuda":
+        missing.add("trl rows")  # the same as trl
+    if device == "cpu" or importlib.util.find_spec("liger_kernel") is None:
+        missing.add("liger")
+    return [name for name in CONTENDERS if name not in missing]
+
+
+# ---- measuring ----
+
+
+def run(contender: Contender, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float | None]:
+    """(seconds, loss) of one forward and backward."""
+    hidden, weight, _ = inputs
+    hidden.grad = weight.grad = None
+    synchronize(hidden)
+    started = time.perf_counter()
+    loss = contender(*inputs)
+    synchronize(hidden)
+    return time.perf_counter() - started, None if loss is None else loss.item()
+
+
+def synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def peak(case: Case, name: str) -> float:
+    """MiB that a contender takes above its inputs, in this process."""
+    inputs = case.inputs()
+    if case.device == "cuda":
+        run(CONTENDERS[name], inputs)  # workspaces of cuBLAS stay
+        inputs[0].grad = inputs[1].grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(CONTENDERS[name], inputs)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before, top, stop = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal top
+        while not stop.wait(0.002):
+            top = max(top, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run(CONTENDERS[name], inputs)
+    stop.set()
+    watcher.join()
+    return (max(top, resident()) - before) / 2**20
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def peak_elsewhere(case: Case, name: str) -> float:
+    command = [sys.executable, __file__, "--peak", name, "--case", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} fails on {case}:\n{done.stderr}")
+    return float(done.stdout)
+
+
+def compare(case: Case, names: list[str], rounds: int) -> None:
+    """Prints the table of one shape and dtype."""
+    inputs = case.inputs()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    losses: dict[str, float] = {}
+    for number in range(rounds + 1):
+        for name in [one for one in names if one in seconds]:
+            try:
+                took, loss = run(CONTENDERS[name], inputs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                print(f"{name} does not work here: {str(error).splitlines()[0]}")
+                del seconds[name]
+                continue
+            if loss is not None and name not in OBJECTIVES_TOO:
+                losses[name] = loss
+            if number:  # the first warms up
+                seconds[name].append(took)
+    first = losses["ours"]
+    for name, loss in losses.items():
+        if abs(loss - first) > LIMIT * abs(first):
+            raise SystemExit(f"{name} has loss {loss}, ours {first}: they do not compute the same")
+    del inputs
+    medians = {name: statistics.median(some) for name, some in seconds.items()}
+    peaks = {name: peak_elsewhere(case, name) for name in seconds}
+    shape = f"N={case.tokens:,}, {case.share:.0%} supervised, D={case.width:,}, V={case.vocab:,}"
+    print(f"\n{shape}, {case.dtype}, {case.device}, median of {rounds}\n")
+    print("| | seconds | of the floor | peak MiB | of the floor |")
+    print("|---|---|---|---|---|")
+    for name in seconds:
+        time_ratio, memory_ratio = medians[name] / medians["floor"], peaks[name] / peaks["floor"]
+        print(
+            f"| {name} | {medians[name]:.3f} | {time_ratio:.2f} | {peaks[name]:,.0f} | {memory_ratio:.2f} |",
+            flush=True,
+        )
+
+
+def curves(device: str, dtype: str, rounds: int) -> None:
+    """Prints time and memory of this head over tokens, and over vocabularies."""
+    width, vocab, tokens = 896, 65_536, 1024
+    print(f"\nours, D={width}, all tokens supervised, {dtype}, {device}, median of {rounds}\n")
+    print("| N | V | seconds | per N * V, ns | peak MiB | of it the weight's gradient |")
+    print("|---|---|---|---|---|---|")
+    shapes = [(count, vocab) for count in CURVE_TOKENS] + [(tokens, count) for count in CURVE_VOCABULARIES]
+    for n, v in shapes:
+        case = Case(n, 1.0, width, v, dtype, device)
+        inputs = case.inputs()
+        took = statistics.median([run(ours, inputs)[0] for _ in range(rounds + 1)][1:])
+        del inputs
+        memory, gradient = peak_elsewhere(case, "ours"), v * width * 4 / 2**20
+        each = took / n / v * 1e9
+        print(f"| {n:,} | {v:,} | {took:.3f} | {each:.2f} | {memory:,.0f} | {gradient:,.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--shapes", nargs="+", default=CUDA_SHAPES if device == "cuda" else CPU_SHAPES)
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16"] if device == "cuda" else ["float32", "bfloat16"]
+    )
+    parser.add_argument("--contenders", nargs="+", default=available(device), choices=CONTENDERS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        print(peak(Case(*json.loads(arguments.case)), arguments.peak))
+        return
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {device}, {name}")
+    if arguments.curves:
+        curves(device, arguments.dtypes[0], arguments.rounds)
+        return
+    for dtype in arguments.dtypes:
+        for shape in arguments.shapes:
+            tokens, share, width, vocab = shape.split(",")
+            case = Case(int(tokens), float(share), int(width), int(vocab), dtype, device)
+            compare(case, arguments.contenders, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

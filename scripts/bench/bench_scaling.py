@@ -1,0 +1,272 @@
+"""Every way to share the work: speed, peak memory and traffic between ranks; and on paper, many GPUs.
+
+    python scripts/bench/bench_scaling.py    # 2 processes on the CPU, about 10 minutes
+    python scripts/bench/bench_scaling.py --only ddp zero3
+    python scripts/bench/bench_scaling.py --estimate    # the table on paper alone
+
+Each way is the command a user types, twice: the traffic of a step is the difference of two lengths of run, so
+that start and end do not count. It is read from the counter of the loopback device, in a network namespace of
+its own, where `unshare` may make one, so that nothing else is counted. Ways take turns within a round; the
+figures are medians over rounds.
+
+The estimate takes as given the share of the peak that was measured on one GPU (docs/benchmarks.md) and the
+traffic that `traffic` says, which the measured bytes are put beside. It assumes that traffic hides behind
+half of the computation, and knows nothing of stragglers.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from make_example import read_conversations, train_tokenizer, write_conversations
+
+SHORT, LONG = 4, 10
+"""Optimizer steps of the two runs."""
+ROWS = 8
+"""Per optimizer step, in one micro-batch per rank."""
+ZERO = {name: str(ROOT / f"ds_config/{name}.json") for name in ("zero1", "zero2", "zero3", "zero3_offload")}
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {"per_device_train_batch_size": ROWS}),
+    "ddp": (2, {}),
+    "zero1": (2, {"deepspeed": ZERO["zero1"]}),
+    "zero2": (2, {"deepspeed": ZERO["zero2"]}),
+    "zero3": (2, {"deepspeed": ZERO["zero3"]}),
+    "zero3_offload": (2, {"deepspeed": ZERO["zero3_offload"]}),
+    "zero3, checkpointing": (2, {"deepspeed": ZERO["zero3"], "enable_gradient_checkpointing": True}),
+    "zero3, 2 ranks per sequence": (
+        2,
+        {"deepspeed": ZERO["zero3"], "sequence_parallel_size": 2, "per_device_train_batch_size": ROWS},
+    ),
+    "fsdp2": (2, {"fsdp": True}),
+    "ddp, LoRA": (2, {"lora_r": 16}),
+    "zero3, LoRA": (2, {"deepspeed": ZERO["zero3"], "lora_r": 16}),
+}
+
+
+class Measured(NamedTuple):
+    """Of one run of the longer length: per second over all ranks, GiB of the largest rank, MiB that a rank
+    sends per optimizer step."""
+
+    tokens: float
+    memory: float
+    traffic: float
+
+
+def make_inputs(folder: Path) -> int:
+    """A model and conversations to train it on. Returns its parameters."""
+    train, _ = write_conversations(folder / "data", 2000)
+    tokenizer = train_tokenizer(read_conversations(train))
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return model.num_parameters()
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+def run(folder: Path, name: str, steps: int) -> tuple[list[dict[str, float]], int]:
+    """The records of a run's steps, and the bytes that went over the loopback device."""
+    ranks, flags = WAYS[name]
+    output = Path(tempfile.mkdtemp(dir=folder))
+    settings = {
+        "model_name_or_path": folder / "model", "data_files": folder / "data" / "train.jsonl",
+        "output_dir": output, "max_steps": steps, "logging_steps": 1, "save_strategy": "no", "report": False,
+        "verify_save": False, "per_device_train_batch_size": ROWS // ranks, "use_cpu": True,
+        "train_sampling_strategy": "sequential", "data_cache_dir": folder / "cache", **flags,
+    }  # fmt: skip
+    launcher = [sys.executable]
+    if "deepspeed" in flags:
+        launcher += ["-m", "deepspeed.launcher.runner", f"--num_accelerators={ranks}"]
+        launcher += [f"--master_port={free_port()}"]
+    elif ranks > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    words = [word for flag, value in settings.items() for word in (f"--{flag}", str(value))]
+    counter = "cat /sys/class/net/lo/statistics/tx_bytes"
+    if MAY_UNSHARE:
+        # A file system view of its own, too, or it would show the devices of the namespace outside.
+        begin = f"mount -t sysfs none /sys; ip link set lo up; {counter}"
+        inside = [
+            "unshare",
+            "--net",
+            "--mount",
+            "bash",
+            "-c",
+            f'{begin}; "$@" >&2; code=$?; {counter}; exit $code',
+        ]
+    else:
+        inside = ["bash", "-c", f'{counter}; "$@" >&2; code=$?; {counter}; exit $code']
+    done = subprocess.run(
+        [*inside, "bench", *launcher, str(ROOT / "train_dft.py"), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"},
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{name} ended with code {done.returncode}:\n{done.stderr[-4000:]}")
+    before, after = map(int, done.stdout.split())
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [record for record in history if "loss" in record], after - before
+
+
+MAY_UNSHARE = (
+    subprocess.run(
+        ["unshare", "--net", "--mount", "bash", "-c", "mount -t sysfs none /sys && ip link set lo up"],
+        capture_output=True,
+    ).returncode
+    == 0
+)
+
+
+def measure(folder: Path, name: str) -> Measured:
+    ranks, _ = WAYS[name]
+    _, bytes_short = run(folder, name, SHORT)
+    records, bytes_long = run(folder, name, LONG)
+    timed = records[2:]
+    return Measured(
+        statistics.median(record["tokens_per_second"] for record in timed),
+        max(record["peak_memory_gib"] for record in records),
+        (bytes_long - bytes_short) / (LONG - SHORT) / ranks / 2**20,
+    )
+
+
+# ---- on paper ----
+
+
+class Machine(NamedTuple):
+    """One GPU among eight of a node.
+
+    Attributes:
+        flops: peak of dense products in bfloat16, per second.
+        share: of it that a step reaches, measured on one GPU.
+        memory: GiB.
+        inside, outside: bytes a second that a GPU sends within its node, and to others.
+    """
+
+    flops: float = 989e12
+    share: float = 0.29
+    memory: float = 80
+    inside: float = 450e9
+    outside: float = 50e9
+
+
+class Way(NamedTuple):
+    """What a rank holds and sends, in bytes per parameter.
+
+    Attributes:
+        whole: held by each, whatever their number.
+        shared: divided by their number.
+        per_step, per_batch: sent per optimizer step, and per micro-batch.
+    """
+
+    whole: float
+    shared: float
+    per_step: float
+    per_batch: float
+
+
+BFLOAT16 = {
+    "ddp": Way(whole=18, shared=0, per_step=8, per_batch=0),
+    "zero1": Way(whole=6, shared=12, per_step=6, per_batch=0),
+    "zero2": Way(whole=2, shared=16, per_step=2, per_batch=4),
+    "zero3": Way(whole=0, shared=18, per_step=0, per_batch=6),
+}
+"""bfloat16 weights, float32 master weights, moments and sums of gradients, as ds_config/ has them; DDP with
+float32 weights under autocast: 4 weights + 2 their copy + 4 gradients + 8 moments. Traffic of rings for many
+ranks: to gather weights is once what a ring sends for all of them, in bfloat16; to reduce gradients to all is
+twice (DDP in float32, ZeRO-1 and 2 in bfloat16, by whole buckets), scattered once (ZeRO-3). ZeRO-3 gathers
+for forward and backward of each micro-batch."""
+
+
+def traffic(name: str, parameters: float, ranks: int, itemsize: float, batches: int) -> float:
+    """Bytes that a rank sends in an optimizer step; `itemsize` is of what goes over the wire."""
+    way = BFLOAT16[name]
+    # DDP reduces in the precision of its weights, here as in the table.
+    scale = itemsize / (4 if name == "ddp" else 2)
+    return parameters * (way.per_step + batches * way.per_batch) * scale * (ranks - 1) / ranks
+
+
+def estimate(parameters: float, width: int, layers: int, ranks: int, tokens: int) -> list[str]:
+    """Rows of the table: memory, time and tokens per second of each way.
+
+    Args:
+        tokens: of a micro-batch on one GPU; one micro-batch per step.
+    """
+    machine = Machine()
+    rows = []
+    compute = 6 * parameters * tokens / (machine.flops * machine.share)
+    speed = machine.inside if ranks <= 8 else machine.outside
+    # With checkpointing what enters each layer is kept; 3 GiB for one layer computed again, and the head.
+    activations = 2 * tokens * width * layers / 2**30 + 3
+    for name, way in BFLOAT16.items():
+        held = parameters * (way.whole + way.shared / ranks) / 2**30
+        sent = traffic(name, parameters, ranks, 4 if name == "ddp" else 2, 1)
+        seconds = compute + max(0.0, sent / speed - compute / 2)
+        fits = held + activations < 0.92 * machine.memory
+        rate = f"{ranks * tokens / seconds:,.0f}" if fits else "does not fit"
+        rows.append(
+            f"| {ranks} | {name} | {held + activations:,.0f} | {sent / 2**30:,.1f} | {compute:.2f} | "
+            f"{seconds:.2f} | {rate} |"
+        )
+    return rows
+
+
+def print_estimate() -> None:
+    for size, parameters, width, layers in (("7B", 7.6e9, 3584, 28), ("70B", 72.7e9, 8192, 80)):
+        print(f"\n{size}: {parameters / 1e9:.1f} G parameters, micro-batches of 8,192 tokens per GPU\n")
+        print("| GPUs | | GiB per GPU | GiB sent per step | s computing | s per step | tokens per second |")
+        print("|---|---|---|---|---|---|---|")
+        for ranks in (8, 64, 512):
+            print(*estimate(parameters, width, layers, ranks, 8192), sep="\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure every way to share the work on 2 CPU processes.")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--estimate", action="store_true", help="only what many GPUs would give, on paper")
+    arguments = parser.parse_args()
+    if not arguments.estimate:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            parameters = make_inputs(folder)
+            print(f"{parameters / 1e6:.1f} M parameters in float32, {ROWS} rows a step, 2 CPU processes")
+            print(f"a namespace of its own: {MAY_UNSHARE}\n")
+            found: dict[str, list[Measured]] = {name: [] for name in arguments.only}
+            for _ in range(arguments.rounds):
+                for name in arguments.only:
+                    found[name].append(measure(folder, name))
+                    print(f"  {name}: {found[name][-1]}", file=sys.stderr, flush=True)
+            print("| | tokens per second | peak memory, GiB | MiB sent per step and rank | on paper |")
+            print("|---|---|---|---|---|")
+            for name, measured in found.items():
+                tokens, memory, sent = (statistics.median(values) for values in zip(*measured, strict=True))
+                paper = f"{traffic(name, parameters, 2, 4, 1) / 2**20:.0f}" if name in BFLOAT16 else ""
+                print(f"| {name} | {tokens:,.0f} | {memory:.2f} | {sent:.0f} | {paper} |")
+    print_estimate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""The tables of docs/benchmarks.md as one picture, docs/images/benchmarks.png.
+
+    python scripts/bench/plot_benchmarks.py
+
+The figures are read from the tables, so the picture cannot say anything else; a digest of them is kept within
+it, by which a test finds a picture that is older than its tables.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from dft.errors import UserError, report_user_errors
+from dft.report.pages.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, styled
+from dft.report.pages.images import write_png
+
+TABLES = ROOT / "docs" / "benchmarks.md"
+PICTURE = ROOT / "docs" / "images" / "benchmarks.png"
+DIGEST = "Figures"
+"""Keyword of the digest within the picture."""
+GREY = "#8a8a8a"
+HATCH = "////"
+LOW = 3
+"""Bars of a panel that need not have a column of its own."""
+# By their names in the tables.
+CONTENDERS = {
+    "floor": ("the floor: bare tokenizer", GREY),
+    "ours": ("this trainer", BLUE),
+    "trl": ("TRL 1.16.0", VERMILION),
+    "full": ("whole logits, as in the paper's code", ORANGE),
+    "compiled": ("the same, torch.compile", SKY),
+    "liger": ("Liger (SFT)", PURPLE),
+    "off": ("this trainer, --fused_head off", GREEN),
+}
+
+Rows = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Bars of one measure.
+
+    Attributes:
+        values: by setting and contender, as the table has them.
+        goal: what ours should reach; None where no target was set.
+        more: is better; else less is.
+    """
+
+    title: str
+    values: dict[str, dict[str, str]]
+    goal: float | None = None
+    more: bool = False
+
+    def misses(self, value: float) -> bool:
+        return self.goal is not None and (value < self.goal if self.more else value > self.goal)
+
+    def height(self) -> int:
+        """In bars, with one between settings."""
+        return sum(len(bars) + 1 for bars in self.values.values()) - 1
+
+
+def tables_of(text: str) -> dict[str, list[Rows]]:
+    """All tables of a Markdown text, by the heading above them.
+
+    A column without a name is called by its place, the second of one name by that and a 2. An empty cell
+    means the one above it.
+    """
+    tables: dict[str, list[Rows]] = {}
+    heading, columns = "", None
+    for line in text.splitlines():
+        if found := re.match(r"#+ (.*)", line):
+            heading = found[1]
+        if not line.startswith("|"):
+            columns = None
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if columns is None:
+            columns = [
+                f"{cell} 2" if cell in cells[:place] and cell else cell or str(place)
+                for place, cell in enumerate(cells)
+            ]
+            rows: Rows = []
+            tables.setdefault(heading, []).append(rows)
+        elif set(line) - set("|-: "):
+            above = rows[-1] if rows else dict.fromkeys(columns, "")
+            rows.append({name: cell or above[name] for name, cell in zip(columns, cells, strict=True)})
+    return tables
+
+
+def number(cell: str) -> float:
+    """The number at the end of a cell: 0.93, 12,113,088, at most 1.35."""
+    return float(cell.split()[-1].replace(",", ""))
+
+
+def contender(cell: str) -> str:
+    return "trl" if cell == "trl rows" else cell
+
+
+def values_of(
+    rows: Rows, who: str, column: str, settings: Sequence[str] = (), left_out: Sequence[str] = ()
+) -> dict[str, dict[str, str]]:
+    """One column of a table, by setting (the cells of these columns) and contender."""
+    values: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if (name := contender(row[who])) not in left_out:
+            values.setdefault(", ".join(row[one] for one in settings), {})[name] = row[column]
+    return values
+
+
+def panels_of(text: str) -> dict[str, list[Panel]]:
+    """What is drawn, by the row of the picture it stands in.
+
+    Raises:
+        UserError: a table or column is not where the picture looks for it.
+    """
+    try:
+        return _panels(tables_of(text))
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"docs/benchmarks.md: a table is not as the picture expects it ({error!r}): "
+            "change scripts/bench/plot_benchmarks.py with it"
+        ) from error
+
+
+def _panels(tables: dict[str, list[Rows]]) -> dict[str, list[Panel]]:
+    goals = {(row["0"], row["1"]): number(row["target"]) for row in tables["At a glance"][0]}
+    data = tables["Data preparation"][0]
+    on_cpu = dict(zip(("float32", "bfloat16"), tables["The loss head"][:2], strict=True))
+    on_gpu, ours_on_gpu = tables["On a GPU"]
+    cpu_runs, gpu_runs = tables["Training, end to end"][:2]
+    shape, floor, bare = ["N, supervised, D, V"], ["floor"], ["bare"]
+
+    head = [
+        Panel(
+            f"{dtype}: {name}",
+            values_of(rows, "1", column, shape, floor),
+            goals.get((f"loss head on a CPU, {dtype}", goal)),
+        )
+        for dtype, rows in on_cpu.items()
+        for name, column, goal in (
+            ("time", "of the floor", "seconds, of the floor"),
+            ("peak memory", "of the floor 2", "peak memory, of the floor"),
+        )
+    ]
+    gpu_times = values_of(on_gpu, "1", "of the floor", shape, floor)
+    gpu_times |= values_of(ours_on_gpu, "1", "time of the floor", shape)
+    return {
+        "CPU (2 cores): data preparation, and training end to end": [
+            Panel(
+                "preparation: time\nthe floor = 1, less is better",
+                values_of(data, "0", "to the floor, median of rounds", left_out=floor),
+                goals["data preparation", "seconds, to the floor"],
+            ),
+            Panel(
+                "preparation: peak memory\nMiB, less is better",
+                values_of(data, "0", "peak memory, MiB"),
+            ),
+            Panel(
+                "training: tokens per second\nbare loop = 1, more is better",
+                values_of(cpu_runs, "2", "to the bare loop", ["vocabulary", "1"], bare),
+                goals["training on a CPU", "tokens per second, to the bare loop"],
+                more=True,
+            ),
+        ],
+        "CPU (2 cores): loss head, forward and backward; its matrix products alone = 1, less is better": head,
+        "GPU (one NVIDIA H200), bfloat16": [
+            Panel(
+                "loss head: time\nits matrix products alone = 1, less is better",
+                gpu_times,
+                goals["loss head on a GPU", "time, of the floor"],
+            ),
+            Panel(
+                "loss head: peak memory\nthat of the products = 1, less is better",
+                values_of(on_gpu, "1", "of the floor 2", shape, floor),
+            ),
+            Panel(
+                "training: tokens per second\nbare loop = 1, more is better (no TRL)",
+                values_of(gpu_runs, "0", "to the bare loop", left_out=bare),
+                more=True,
+            ),
+        ],
+    }
+
+
+def digest_of(panels: dict[str, list[Panel]]) -> str:
+    """Of all that the picture says."""
+    said = {row: [asdict(panel) for panel in shown] for row, shown in panels.items()}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def picture_of(panels: dict[str, list[Panel]]) -> Figure:
+    bars = [max(panel.height() for panel in row) for row in panels.values()]
+    heights = [1.15 + 0.25 * count for count in bars]
+    with styled():
+        figure = Figure(figsize=(12, sum(heights) + 0.5), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+        parts = figure.subfigures(len(panels), 1, height_ratios=heights)
+        for part, (heading, row), height in zip(parts, panels.items(), bars, strict=True):
+            part.suptitle(heading, x=0.01, ha="left", fontsize=12, weight="bold")
+            columns = _columns(row)
+            depth = max(map(len, columns))
+            mosaic = [[column[level * len(column) // depth] for column in columns] for level in range(depth)]
+            shared = len({tuple(panel.values) for panel in row}) == 1
+            places = part.subplot_mosaic(mosaic, sharey=shared)
+            for column in columns:
+                for place in column:
+                    # The title and the axis of one more panel in a column take as much as two bars.
+                    room = height / len(column) - 2 * (len(column) - 1)
+                    _draw(places[place], row[place], room)
+                    places[place].tick_params(labelleft=not shared or place == 0)
+        shown = {
+            name
+            for row in panels.values()
+            for panel in row
+            for bars in panel.values.values()
+            for name in bars
+        }
+        handles = [
+            Patch(color=color, label=label) for name, (label, color) in CONTENDERS.items() if name in shown
+        ]
+        handles.append(
+            Patch(facecolor=BLUE, edgecolor="white", hatch=HATCH, label="this trainer, target missed")
+        )
+        handles.append(Line2D([], [], color="black", linewidth=1.8, label="its target"))
+        figure.legend(handles=handles, loc="outside lower left", ncols=5, fontsize=9.5)
+    return figure
+
+
+def _columns(row: list[Panel]) -> list[list[int]]:
+    """Which panels stand above one another: low ones that follow one another."""
+    columns: list[list[int]] = []
+    for place, panel in enumerate(row):
+        if columns and max(panel.height(), row[place - 1].height()) <= LOW:
+            columns[-1].append(place)
+        else:
+            columns.append([place])
+    return columns
+
+
+def _draw(axes: Axes, panel: Panel, height: float) -> None:
+    place, ticks = 0.0, {}
+    top = max(number(value) for bars in panel.values.values() for value in bars.values())
+    for setting, bars in panel.values.items():
+        first = place
+        for name in sorted(bars, key=[*CONTENDERS].index):
+            value = end = number(bars[name])
+            hatch = None
+            if name == "ours" and panel.goal is not None:
+                hatch, end = HATCH if panel.misses(value) else None, max(value, panel.goal)
+                axes.vlines(panel.goal, place - 0.6, place + 0.6, color="black", linewidth=1.8)
+            axes.barh(place, value, 0.84, color=CONTENDERS[name][1], hatch=hatch, edgecolor="white")
+            axes.text(end + 0.02 * top, place, bars[name], va="center", fontsize=9.5)
+            place += 1
+        ticks[(first + place - 1) / 2] = _label(setting)
+        place += 1
+    axes.set_yticks([*ticks], [*ticks.values()], fontsize=9.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(height - 0.3, -0.7)
+    axes.set_xlim(0, 1.16 * top)
+    axes.grid(visible=False, axis="y")
+    axes.set_title(panel.title, loc="left", fontsize=10.5)
+
+
+def _label(setting: str) -> str:
+    """A setting in two lines: tokens, share supervised, width and vocabulary, or vocabulary and rows."""
+    parts = setting.split(", ")
+    if len(parts) == 4:
+        return f"{parts[0]} tokens, {parts[1]}\nD {parts[2]}, V {parts[3]}"
+    return f"V {parts[0]}\n{parts[1]}" if len(parts) == 2 else setting
+
+
+def main() -> None:
+    report_user_errors()
+    panels = panels_of(TABLES.read_text(encoding="utf-8"))
+    write_png(picture_of(panels), PICTURE, {DIGEST: digest_of(panels)})
+    print(f"written: {PICTURE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Rows of the prepared file, packed or not, from whatever batch of it."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from dft.data.batches.dataset import SCHEMA, Sequences
+
+
+@pytest.fixture
+def store(tmp_path) -> Path:
+    """Seven sequences of 1 to 7 tokens in batches of three; token 10 * n + k is the k-th of sequence n."""
+    path = tmp_path / "some.arrow"
+    rows = [
+        {
+            "input_ids": [10 * number + k for k in range(number + 1)],
+            "labels": [-100] + [10 * number + k for k in range(1, number + 1)],
+            "source": number % 2,
+            "line": 100 + number,
+        }
+        for number in range(7)
+    ]
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as stream:
+        for start in (0, 3, 6):
+            stream.write_batch(pa.RecordBatch.from_pylist(rows[start : start + 3], schema=SCHEMA))
+    return path
+
+
+def test_rows_come_in_the_order_asked_for(store):
+    dataset = Sequences(store, np.array([6, 0, 3, 3]))
+    assert [row["input_ids"].tolist() for row in dataset] == [
+        [60, 61, 62, 63, 64, 65, 66], [0], [30, 31, 32, 33], [30, 31, 32, 33],
+    ]  # fmt: skip
+    assert dataset[2]["labels"].tolist() == [-100, 31, 32, 33] and dataset[2]["origins"].tolist() == [
+        [1, 103]
+    ]
+    assert set(dataset[2]) == {"input_ids", "labels", "origins"}
+    assert dataset[0]["input_ids"].dtype == dataset[0]["labels"].dtype == np.int32
+    assert dataset.lengths.tolist() == [7, 1, 4, 4] and len(dataset) == 4 and not dataset.packed
+    assert dataset.origins(2) == [(1, 103)]
+    for row in (4, -1):
+        with pytest.raises(IndexError):
+            dataset[row]
+
+
+def test_packed_rows_hold_their_sequences_end_to_end(store):
+    dataset = Sequences(store, np.array([5, 1, 0, 2]), np.array([0, 3, 4]))
+    assert dataset.packed and len(dataset) == 2 and dataset.lengths.tolist() == [9, 3]
+    first, second = dataset
+    assert first["input_ids"].tolist() == [50, 51, 52, 53, 54, 55, 10, 11, 0]
+    assert first["labels"].tolist() == [-100, 51, 52, 53, 54, 55, -100, 11, -100]
+    assert first["seq_lengths"] == [6, 2, 1] and second["seq_lengths"] == [3]
+    assert first["origins"].tolist() == [[1, 105], [1, 101], [0, 100]]
+    assert dataset.origins(0) == [(1, 105), (1, 101), (0, 100)] and dataset.origins(1) == [(0, 102)]
+    assert [row["input_ids"].tolist()[0] for row in dataset.unpacked()] == [0, 10, 20, 50]
+
+
+def test_a_sample_has_some_of_each_file_and_nothing_twice(store):
+    dataset = Sequences(store, np.array([5, 1, 0, 2, 3, 3, 6]), np.array([0, 3, 7]), ["a", "b"])
+    sample = dataset.sample(2, seed=0)
+    origins = [sample.origins(row)[0] for row in range(len(sample))]
+    assert [file for file, _ in sorted(origins)] == [0, 0, 1, 1] and len(set(origins)) == 4
+    assert not sample.packed and sample.files == ["a", "b"]
+    assert origins == [dataset.sample(2, seed=0).origins(row)[0] for row in range(4)]
+    assert len(dataset.sample(100, seed=0)) == 6
+
+
+def test_a_copy_in_another_process_reads_the_same(store):
+    dataset = Sequences(store, np.array([2, 5]))
+    assert dataset[1]["input_ids"].tolist()[-1] == 55
+    written = pickle.dumps(dataset)
+    assert len(written) < 1000, "a copy carries no tokens"
+    assert pickle.loads(written)[1]["input_ids"].tolist() == dataset[1]["input_ids"].tolist()

@@ -1,0 +1,369 @@
+"""Tools, calls, reasoning, parts and untrained turns, under templates that want them in their own ways."""
+
+from datetime import date
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from dft.data.templates.encoder import ChatEncoder
+from tests.data.templates.chat_templates import (
+    FAMILIES,
+    Taught,
+    call,
+    encoder_for,
+    examples_in,
+    expected,
+    plain,
+    read,
+    refusal_of,
+    sequences,
+    talk,
+    tool,
+    turn,
+)
+
+IM_USER, IM_ASSISTANT, IM_END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
+ASKED = turn("user", "q")
+TOOL = '{"type": "function", "function": {"name": "f", "description": "d", "parameters": '
+TOOL += '{"type": "object", "properties": {}}}}'
+
+
+def called(*names: str, content: str = "", **fields: str) -> dict:
+    return turn("assistant", content, tool_calls=[call(name, {"x": 1, "é": "ü"}, **fields) for name in names])
+
+
+def check(encoder: ChatEncoder, conversation, *wanted: tuple[str, ...]) -> None:
+    assert sequences(encoder, conversation) == [expected(encoder.tokenizer, *one) for one in wanted]
+
+
+# ---- tools and calls ----
+
+
+def test_calls_in_tags_with_results_merged_into_one_user_turn(tokenizer_json):
+    encoder = encoder_for(tokenizer_json, "hermes")
+    messages = [
+        ASKED, called("f", "g", content="Let me see"), turn("tool", "1"), turn("tool", ""),
+        turn("assistant", "done"),
+    ]  # fmt: skip
+    written = [
+        f'<tool_call>\n{{"name": "{name}", "arguments": {{"x": 1, "é": "ü"}}}}\n</tool_call>' for name in "fg"
+    ]
+    check(
+        encoder,
+        talk(messages, tools=[tool("f")]),
+        (
+            f"<|im_start|>system\nBe good.\n<tools>\n{TOOL}\n</tools>{IM_END}\n{IM_USER}q{IM_END}\n"
+            + IM_ASSISTANT,
+            Taught("Let me see\n" + "\n".join(written) + IM_END),
+            f"\n{IM_USER}<tool_response>\n1\n</tool_response>\n<tool_response>\n\n</tool_response>{IM_END}\n"
+            + IM_ASSISTANT,
+            Taught("done" + IM_END),
+            "\n",
+        ),
+    )
+
+
+def test_a_call_as_json_under_headers_with_the_date(tokenizer_json):
+    encoder = encoder_for(tokenizer_json, "llama", {"date_string": "26 Jul 2024"})
+
+    def header(role: str) -> str:
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+    check(
+        encoder,
+        talk([ASKED, called("f"), turn("tool", '{"a": 1}'), turn("assistant", " two ")]),
+        (
+            f"<bos>{header('system')}Today Date: 26 Jul 2024\n\n<|eot_id|>{header('user')}q<|eot_id|>"
+            + header("assistant"),
+            Taught('{"name": "f", "parameters": {"x": 1, "é": "ü"}}<|eot_id|>'),
+            header("ipython") + '"{\\"a\\": 1}"<|eot_id|>' + header("assistant"),
+            Taught("two<|eot_id|>"),
+        ),
+    )
+    twice = refusal_of(encoder, talk([ASKED, called("f", "g")]))
+    assert str(twice).endswith("This model only supports single tool-calls at once!")
+
+
+def test_calls_with_ids_and_tools_in_front_of_the_last_question(tokenizer_json):
+    encoder = encoder_for(tokenizer_json, "mistral")
+    written = '[TOOL_CALLS][{"name": "f", "arguments": {"x": 1, "é": "ü"}, "id": "abcdefghi"}]</s>'
+    messages = [
+        turn("system", "S"), ASKED, called("f", id="abcdefghi"), turn("tool", "3", tool_call_id="abcdefghi"),
+        turn("assistant", "a"),
+    ]  # fmt: skip
+    start = f"<s>[SYSTEM_PROMPT]S[/SYSTEM_PROMPT][AVAILABLE_TOOLS][{TOOL}][/AVAILABLE_TOOLS][INST]q[/INST]"
+    check(
+        encoder,
+        talk(messages, tools=[tool("f")]),
+        (
+            start,
+            Taught(written),
+            '[TOOL_RESULTS]{"content": 3, "call_id": "abcdefghi"}[/TOOL_RESULTS]',
+            Taught("a</s>"),
+        ),
+    )
+    # With a second question the tools move behind the first answer, so that answer gets its own sequence.
+    longer = talk([*messages, turn("user", "r"), turn("assistant", "b")], tools=[tool("f")])
+    first, second = sequences(encoder, longer)
+    assert first == sequences(encoder, talk(messages, tools=[tool("f")]))[0]
+    assert [label for label in second[1] if label != -100] == encoder.ids_of("b</s>")
+    refused = refusal_of(encoder, talk([ASKED, called("f")]))
+    assert str(refused) == "the chat template refuses the conversation: ids have length 9!"
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_arguments_reach_a_template_as_it_wants_them_however_the_row_has_them(tokenizer_json, as_text):
+    arguments = '{"x": 1, "é": "ü"}'
+    given = arguments if as_text else {"x": 1, "é": "ü"}
+    row = read([ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": given}]}])
+    written = {
+        "string_arguments": ("<s><|user|>q<|assistant|>", f"function f\n```json\n{arguments}\n```</s>", ""),
+        "xml_arguments": (
+            f"{IM_USER}q{IM_END}\n{IM_ASSISTANT}",
+            "<tool_call>f<arg_key>x</arg_key><arg_value>1</arg_value><arg_key>é</arg_key><arg_value>ü"
+            f"</arg_value></tool_call>{IM_END}",
+            "\n",
+        ),
+    }
+    for family, (prompt, answer, rest) in written.items():
+        check(encoder_for(tokenizer_json, family), row, (prompt, Taught(answer), rest))
+
+
+def test_calls_and_tools_that_a_template_leaves_out_are_refused(tokenizer_json):
+    encoder = encoder_for(tokenizer_json, "chatml")
+    refused = refusal_of(encoder, talk([ASKED, called("f", content="x")]))
+    assert str(refused).startswith("messages[1]: the chat template does not render its tool calls; ")
+    refused = refusal_of(encoder, talk([ASKED, turn("assistant", "a")], tools=[tool("f")]))
+    assert str(refused).startswith("the chat template does not render 'tools'; ")
+    named = talk([ASKED, called("f", content="I call f with x and é.")])
+    assert "does not render its tool calls" in str(refusal_of(encoder, named))
+    messages = [ASKED, called("f", content="x"), turn("user", "r"), turn("assistant", "a")]
+    untrained = talk(messages, [0, 0, 0, 1])
+    assert "does not render its tool calls" in str(refusal_of(encoder, untrained))
+
+
+# ---- reasoning ----
+
+
+def test_reasoning_of_the_last_turn_is_taught_and_of_earlier_ones_in_sequences_of_their_own(tokenizer_json):
+    encoder = encoder_for(tokenizer_json, "thinks")
+    messages = [
+        ASKED, turn("assistant", "one", reasoning_content="hm"), turn("user", "r"),
+        turn("assistant", "two", reasoning_content="oh"),
+    ]  # fmt: skip
+    start = f"{IM_USER}q{IM_END}\n{IM_ASSISTANT}"
+    check(
+        encoder,
+        talk(messages),
+        (start, Taught(f"<think>\nhm\n</think>\n\none{IM_END}"), "\n"),
+        (
+            f"{start}one{IM_END}\n{IM_USER}r{IM_END}\n{IM_ASSISTANT}",
+            Taught(f"<think>\noh\n</think>\n\ntwo{IM_END}"),
+            "\n",
+        ),
+    )
+
+
+def test_without_thinking_the_empty_block_belongs_to_the_prompt(tokenizer_json):
+    start, empty = f"{IM_USER}q{IM_END}\n{IM_ASSISTANT}", "<think>\n\n</think>\n\n"
+    conversation = talk([ASKED, turn("assistant", "one")])
+    off = talk([ASKED, turn("assistant", "one")], variables={"enable_thinking": False})
+    check(encoder_for(tokenizer_json, "thinks"), conversation, (start, Taught(f"{empty}one{IM_END}"), "\n"))
+    check(encoder_for(tokenizer_json, "thinks"), off, (start + empty, Taught(f"one{IM_END}"), "\n"))
+    everywhere = encoder_for(tokenizer_json, "thinks", {"enable_thinking": False})
+    check(everywhere, conversation, (start + empty, Taught(f"one{IM_END}"), "\n"))
+    on = talk([ASKED, turn("assistant", "one")], variables={"enable_thinking": True})
+    check(everywhere, on, (start, Taught(f"{empty}one{IM_END}"), "\n"))
+
+
+def test_reasoning_between_header_and_answer_without_end_tokens(tokenizer_json):
+    encoder = encoder_for(tokenizer_json, "nothink")
+    messages = [ASKED, turn("assistant", "one", reasoning_content="hm")]
+    start = "[gMASK]<sop><|user|>\nq"
+    check(
+        encoder, talk(messages), (f"{start}<|assistant|>", Taught("\n<think>hm</think>\none<|user|>"))
+    )  # fmt: skip
+    off = talk([ASKED, turn("assistant", "one")], variables={"enable_thinking": False})
+    check(encoder, off, (f"{start}/nothink<|assistant|>\n<think></think>", Taught("\none<|user|>")))
+
+
+@pytest.mark.parametrize("name", ["thinking", "reasoning", "reasoning_content"])
+def test_reasoning_in_a_channel_by_any_of_its_names(tokenizer_json, name):
+    encoder = encoder_for(tokenizer_json, "analysis")
+    start = "<|start|>user<|message|>q<|end|><|start|>assistant"
+    check(
+        encoder,
+        talk([ASKED, turn("assistant", "one", **{name: "hm"})]),
+        (
+            start,
+            Taught(
+                "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>"
+                "one<|return|>"
+            ),
+        ),
+    )
+
+
+def test_a_think_tag_that_the_prompt_opens_is_not_taught(tokenizer_json):
+    encoder = encoder_for(tokenizer_json, "opens_and_keeps_thinking")
+    messages = [ASKED, turn("assistant", "<think>\nhm</think>one"), turn("user", "r")]
+    messages.append(turn("assistant", "<think>\noh</think>two"))
+    check(
+        encoder,
+        talk(messages),
+        ("<bos><|user|>q<|assistant|><think>\n", Taught("hm</think>one<|end|>")),
+        (
+            "<bos><|user|>q<|assistant|>one<|end|><|user|>r<|assistant|><think>\n",
+            Taught("oh</think>two<|end|>"),
+        ),
+    )
+
+
+def test_reasoning_that_a_template_leaves_out_is_refused(tokenizer_json):
+    conversation = talk([ASKED, turn("assistant", "one", reasoning_content="hm")])
+    refused = refusal_of(encoder_for(tokenizer_json, "chatml"), conversation)
+    assert str(refused) == (
+        "messages[1]: the chat template does not render its reasoning; put it into 'content', or pass a "
+        "template that renders it (--chat_template)"
+    )
+    inside = talk([ASKED, turn("assistant", "<think>\nhm\n</think>one")])
+    refused = refusal_of(encoder_for(tokenizer_json, "opens_thinking"), inside)
+    assert "takes the reasoning in front of </think> out of 'content'" in str(refused)
+
+
+def test_reasoning_is_missed_though_its_words_occur_elsewhere(tokenizer_json):
+    answer = turn("assistant", "The answer is 4", reasoning_content="4")
+    refused = refusal_of(encoder_for(tokenizer_json, "chatml"), talk([ASKED, answer]))
+    assert "does not render its reasoning" in str(refused)
+    inside = turn("assistant", "<think>one</think>one")
+    refused = refusal_of(encoder_for(tokenizer_json, "opens_thinking"), talk([ASKED, inside]))
+    assert "takes the reasoning in front of </think>" in str(refused)
+    encoder = encoder_for(tokenizer_json, "thinks")
+    ((ids, _),) = sequences(encoder, talk([ASKED, answer]))
+    assert "<think>\n4\n</think>\n\nThe answer is 4" in encoder.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("family", ["llama", "analysis"])
+def test_content_that_a_template_drops_beside_calls_is_refused(tokenizer_json, family):
+    encoder = encoder_for(tokenizer_json, family)
+    refused = refusal_of(encoder, talk([ASKED, called("f", content="f")]))
+    assert str(refused).startswith(
+        "messages[1]: the chat template does not render the 'content' of a turn that also calls tools"
+    )
+    assert sequences(encoder, talk([ASKED, called("f")]))
+    # A template that writes both keeps both.
+    assert sequences(encoder_for(tokenizer_json, "hermes"), talk([ASKED, called("f", content="f")]))
+
+
+@pytest.mark.parametrize("family", ["thinks", "nothink"])
+def test_reasoning_behind_a_prompt_that_ends_it_is_refused(tokenizer_json, family):
+    encoder = encoder_for(tokenizer_json, family, {"enable_thinking": False})
+    refused = refusal_of(encoder, talk([ASKED, turn("assistant", "one", reasoning_content="because")]))
+    assert "ends the thinking in the prompt already" in str(refused)
+    assert sequences(encoder, talk([ASKED, turn("assistant", "one")]))
+
+
+def test_two_answers_in_a_row_need_a_token_that_ends_the_first(tokenizer_json):
+    twice = talk([ASKED, turn("assistant", "one"), turn("assistant", "two")])
+    refused = refusal_of(encoder_for(tokenizer_json, "next_header_ends"), twice)
+    assert str(refused).startswith("messages[1] and messages[2] are both the assistant's, ")
+    assert sequences(encoder_for(tokenizer_json, "no_end"), twice)  # it ends no turn at all
+
+
+def test_the_date_stands_still_unless_another_is_given(tokenizer_json):
+    conversation = talk([ASKED, turn("assistant", "one")])
+    for today, shown in ((None, "26 Jul 2024"), (date(2031, 2, 3), "03 Feb 2031")):
+        encoder = encoder_for(tokenizer_json, "llama")
+        if today is not None:
+            encoder = ChatEncoder(encoder.tokenizer, today=today)
+        ((ids, _),) = sequences(encoder, conversation)
+        assert f"Today Date: {shown}" in encoder.tokenizer.decode(ids)
+
+
+# ---- content in parts, turns that are not trained ----
+
+
+def test_a_template_that_wants_parts_gets_parts(tokenizer_json):
+    row = read([ASKED, {"role": "assistant", "content": ["a", {"type": "text", "text": "b"}]}])
+    pieces = (f"{IM_USER}q{IM_END}\n{IM_ASSISTANT}", Taught(f"ab{IM_END}"), "\n")
+    for family in ("parts", "chatml"):
+        check(encoder_for(tokenizer_json, family), row, pieces)
+
+
+@pytest.mark.parametrize("family", ["chatml", "tagged", "tagged_wide"])
+@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}])
+def test_an_untrained_turn_is_context(tokenizer_json, family, mark):
+    row = read([ASKED, {**turn("assistant", "one"), **mark}, turn("user", "r"), turn("assistant", "two")])
+    encoder = encoder_for(tokenizer_json, family)
+    check(
+        encoder,
+        row,
+        (
+            f"{IM_USER}q{IM_END}\n{IM_ASSISTANT}one{IM_END}\n{IM_USER}r{IM_END}\n{IM_ASSISTANT}",
+            Taught(f"two{IM_END}"),
+            "\n",
+        ),
+    )
+
+
+def test_untrained_turns_of_rewritten_history_make_no_sequence(tokenizer_json):
+    messages = [
+        ASKED, turn("assistant", "one", reasoning_content="hm"), turn("user", "r"),
+        turn("assistant", "two", reasoning_content="oh"),
+    ]  # fmt: skip
+    encoder = encoder_for(tokenizer_json, "thinks")
+    assert sequences(encoder, talk(messages, [0, 0, 0, 1])) == sequences(encoder, talk(messages))[1:]
+    assert sequences(encoder, talk(messages).last_turn_only()) == sequences(encoder, talk(messages))[1:]
+
+
+# ---- all families ----
+
+PLAIN = [
+    turn("user", "What is two?"), turn("assistant", "Two is four"), turn("user", "b"), turn("assistant", "c")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_is_what_transformers_renders(tokenizer_json, family):
+    encoder = encoder_for(tokenizer_json, family, {"date_string": "1 May"})
+    messages = PLAIN
+    if encoder.template.template.roles_in_parts:
+        messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in PLAIN]
+    (text,), _ = render_jinja_template(
+        [messages], chat_template=encoder.template.source, date_string="1 May",
+        **encoder.template.special_tokens,
+    )  # fmt: skip
+    rendered = encoder.template.render(talk(PLAIN))[-1]
+    # Only what follows the last turn may be cut off, for its stop token to be put there.
+    assert text.startswith(rendered.text) and not text[len(rendered.text) :].strip()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_answer_is_taught_once_and_nothing_of_a_question(tokenizer_json, family):
+    encoder = encoder_for(tokenizer_json, family, {"date_string": "1 May"})
+    taught = []
+    for example in examples_in(encoder, talk(PLAIN)):
+        ids, labels = plain(example)
+        assert len(ids) == len(labels)
+        taught.append(encoder.tokenizer.decode([label for label in labels if label != -100]))
+    words = "".join(taught)
+    assert words.count("Two is four") == 1 and words.count("c") >= 1 and "What" not in words
+
+
+def test_a_conversation_that_unrolls_into_too_much_text_is_refused(tokenizer_json, monkeypatch):
+    """Each turn of a template that forgets reasoning gets a sequence of its own."""
+    monkeypatch.setattr("dft.data.templates.encoder.MOST_RENDERED", 1000)
+    encoder = encoder_for(tokenizer_json, "forgets_reasoning")
+    answer = turn("assistant", f"<think>{'hm ' * 40}</think>one")
+    assert len(sequences(encoder, talk([ASKED, answer, ASKED, answer]))) == 2
+    refused = refusal_of(encoder, talk([ASKED, answer] * 6))
+    assert str(refused).startswith("the chat template makes 6 sequences of the conversation with ")
+    assert refused.kind == "too much text once rendered"
+
+
+def test_sequences_are_the_same_in_small_batches_of_text(tokenizer_json, monkeypatch):
+    encoder = encoder_for(tokenizer_json, "chatml")
+    some = [talk([ASKED, turn("assistant", "one " * count)]) for count in range(1, 9)]
+    expected = [[plain(one) for one in group] for group in encoder.encode(some)]
+    monkeypatch.setattr("dft.data.templates.encoder.BATCH_TEXT", 60)
+    assert [[plain(one) for one in group] for group in encoder.encode(some)] == expected

@@ -1,0 +1,208 @@
+"""The study's task is what it says, its figures are made of what was measured, and all of it runs."""
+
+import json
+import os
+import random
+import re
+
+import pytest
+from PIL import Image
+
+from dft.errors import UserError
+from scripts.study import study, study_results, study_runs, study_task
+from tests.launching import ROOT
+
+LINE = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
+SMALL = study.QUICK
+
+
+def worked(text: str) -> tuple[list[tuple[int, str, int, int]], int]:
+    """The steps of a chain, and its answer."""
+    *steps, last = text.splitlines()
+    found = [LINE.fullmatch(one).groups() for one in steps]
+    return [(int(a), sign, int(b), int(c)) for a, sign, b, c in found], int(last.removeprefix("#### "))
+
+
+def faults(row: dict) -> int:
+    """Steps that are wrong by themselves; that the chain holds together is asserted."""
+    question, answer = (turn["content"] for turn in row["messages"])
+    sign = "-" if "-" in question else "+"
+    numbers = list(map(int, question.split(sign)))
+    steps, result = worked(answer)
+    assert [one[2] for one in steps] == numbers[1:] and steps[0][0] == numbers[0] and steps[-1][3] == result
+    assert all(before[3] == after[0] for before, after in zip(steps, steps[1:], strict=False))
+    assert {one[1] for one in steps} == {sign}
+    right = [one + two if sign == "+" else one - two for one, _, two, _ in steps]
+    wrong = sum(one != step[3] for one, step in zip(right, steps, strict=True))
+    total = sum(numbers) if sign == "+" else numbers[0] - sum(numbers[1:])
+    assert (result == total) == (wrong == 0)
+    return wrong
+
+
+def test_chains_are_right_and_wrong_ones_wrong_in_one_step():
+    generator = random.Random(0)
+    for task in study_task.TASKS:
+        rows = [study_task.conversation(generator, task, count) for count in (2, 3, 5) for _ in range(200)]
+        assert not any(map(faults, rows))
+    wrong = [faults(study_task.conversation(generator, "sums", 3, wrong=0.3)) for _ in range(2000)]
+    assert set(wrong) == {0, 1} and 0.25 < sum(wrong) / len(wrong) < 0.35
+    assert study_task.chain([10, 20, 30], "+", wrong_step=0, slip=1) == "10+20=31\n31+30=61\n#### 61"
+    assert study_task.chain([200, 20, 30], "-") == "200-20=180\n180-30=150\n#### 150"
+
+
+def test_data_are_the_same_each_time_and_differ_between_seeds(tmp_path):
+    for folder in ("one", "two"):
+        study_task.write_data(tmp_path / folder, SMALL)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    one, two = ([(tmp_path / folder / name).read_bytes() for name in files] for folder in ("one", "two"))
+    assert one == two
+    names = [study_task.tuning_file(data, seed) for data in study_task.DATA for seed in (-1, 0, 1)]
+    tuning = [(tmp_path / "one" / name).read_text() for name in names]
+    assert len(set(tuning)) == len(tuning)
+    questions = {line.split('"content": "')[1].split('"')[0] for text in tuning for line in text.splitlines()}
+    longest = max(len(re.findall("[+-]", one)) for one in questions)
+    for task in study_task.TASKS:
+        for name, count in study_task.SETS.items():
+            for line in (tmp_path / "one" / f"{task}-{name}.jsonl").read_text().splitlines():
+                asked = json.loads(line)["messages"][0]["content"]
+                assert len(re.findall("[+-]", asked)) == count - 1 and not faults(json.loads(line))
+    assert longest < study_task.SETS["five"] - 1, "longer than fine-tuned on"
+    pretraining = (tmp_path / "one/pretraining.jsonl").read_text()
+    assert re.search(r"\d-\d", pretraining) is None, "the base model has seen no difference"
+
+
+def found_with(accuracies: dict[str, list[float]]) -> dict:
+    histogram = [1] + [0] * 18 + [3]
+    runs = [
+        {
+            "method": method, "data": data, "seed": seed, "rate": 1e-4, "histogram": histogram,
+            "right": {asked: value if "three" in asked else value / 2 for asked in one.asked},
+        }
+        for method, values in accuracies.items() for data, one in study_task.DATA.items()
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    asked = {asked for _, asked in study_task.COLUMNS}
+    kinds = {"sums": "right sums", "differences": "differences"}
+    rates = [
+        {"method": method, "data": data, "seed": -1, "rate": rate, "accuracy": 51.0}
+        for method in study_results.ALPHAS for data in kinds.values() for rate in SMALL.rates["sums"]
+    ]  # fmt: skip
+    return {
+        "size": SMALL._asdict(), "base": dict.fromkeys(asked, 50.0), "runs": runs, "rates": rates,
+        "before": dict.fromkeys(study_task.DATA, [2] + [1] * 18 + [0]),
+        "left_out": dict.fromkeys(asked, 0) | {"sums-three": 1},
+    }  # fmt: skip
+
+
+def test_tables_and_intervals():
+    """Of 60, 62, 64: mean 62, standard error 2 / sqrt(3), times 4.303. DFT less SFT: 10, 8, 9."""
+    found = found_with({"SFT": [60.0, 62.0, 64.0], "alpha 0.5": [1.0, 1.0, 1.0], "DFT": [70.0, 70.0, 73.0]})
+    mean = study_results.accuracy(found, "SFT", "right sums", "sums-three")
+    assert mean.value == 62 and mean.half == pytest.approx(4.303 * 2 / 3**0.5)
+    text = study_results.tables(found)
+    assert "| SFT | 62.0 ± 5.0 | 31.0 ± 2.5 | 62.0 ± 5.0 | 31.0 ± 2.5 | 62.0 ± 5.0 |" in text
+    assert "| differences | base | 10.00 % | 90.00 % | 0.00 % |  |" in text
+    assert "| DFT | +9.0 ± 2.5 | +4.5 ± 1.2 | +9.0 ± 2.5 | +4.5 ± 1.2 | +9.0 ± 2.5 |" in text
+    assert "Of the 4 problems those that a model was not trained on, at least 3." in text
+    assert "| right sums | DFT | 25.00 % | 0.00 % | 75.00 % | 0.0001 |" in text
+    for figure in (study_results.accuracy_figure(found), study_results.histogram_figure(found)):
+        assert [axes.get_title() for axes in figure.axes] == [
+            f"fine-tuned on: {one}" for one in study_task.DATA
+        ]
+
+
+def test_the_scale_of_the_histograms_is_plain_numbers():
+    """Figures of this program are drawn without mathematics: labels written in it would show as they are."""
+    found = found_with(dict.fromkeys(study_results.ALPHAS, [60.0, 62.0]))
+    axis = study_results.histogram_figure(found).axes[0].yaxis
+    axis.axes.set_ylim(1e-3, 1)
+    texts = [label.get_text() for label in axis.get_ticklabels(which="both") if label.get_text()]
+    assert {"0.1 %", "1 %", "10 %", "100 %"} <= set(texts) and not any("$" in one for one in texts)
+
+
+def test_problems_that_were_trained_on_do_not_count(tmp_path):
+    def rows(name: str, *numbers: list[int]):
+        file = tmp_path / name
+        turns = [("+".join(map(str, one)), study_task.chain(one)) for one in numbers]
+        messages = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in turns]
+        study_task.write(file, [{"messages": one} for one in messages])
+        return file
+
+    problems = rows("problems.jsonl", [10, 20, 30], [11, 20, 30], [12, 20, 30])
+    answers = tmp_path / "answers.jsonl"
+    grades = {3: [True, False], 1: [True, True], 2: [False, False]}
+    study_task.write(
+        answers,
+        [{"line": n, "samples": [{"right": one} for one in some]} for n, some in grades.items()],
+    )
+    base, tuning = rows("base.jsonl", [10, 20], [30, 20, 10]), rows("tuning.jsonl", [10, 20, 30])
+    assert study.unseen(answers, problems, (base,)) == (50.0, 0)
+    assert study.unseen(answers, problems, (base, tuning)) == (25.0, 1)
+    with pytest.raises(UserError, match=r"problems.jsonl: all of its problems were trained on"):
+        study.unseen(answers, problems, (problems,))
+
+
+def test_a_folder_holds_one_study(tmp_path):
+    """Else the full one would go on from the base model of the quick one, and nobody would see it."""
+    folder = tmp_path / "new/study"
+    study.claim(folder, study.QUICK)
+    study.claim(folder, study.QUICK)
+    with pytest.raises(UserError, match="something else than a study of this size; name another folder"):
+        study.claim(folder, study.FULL)
+    (tmp_path / "other/base").mkdir(parents=True)
+    with pytest.raises(UserError, match="other: holds something else"):
+        study.claim(tmp_path / "other", study.FULL)
+
+
+def test_the_best_rate_is_taken_of_each_method_and_task():
+    runs = {
+        study.Run("SFT", "right sums", -1, 1e-4): 50.0, study.Run("SFT", "right sums", -1, 1e-3): 51.0,
+        study.Run("SFT", "differences", -1, 1e-4): 9.0, study.Run("SFT", "differences", -1, 1e-3): 8.0,
+    }  # fmt: skip
+    assert study.best_rates(runs) == {("SFT", "sums"): 1e-3, ("SFT", "differences"): 1e-4}
+
+
+def test_the_documents_hold_what_was_measured():
+    found = json.loads((ROOT / "docs/study.json").read_text())
+    assert found["size"] == json.loads(json.dumps(study.FULL._asdict()))
+    text = (ROOT / "docs/study.md").read_text()
+    for part in study_results.tables(found).strip().split("\n\n"):
+        assert part in text
+    for name in ("study_accuracy.png", "study_histograms.png"):
+        with Image.open(ROOT / "docs/images" / name) as picture:
+            assert picture.text[study_results.DIGEST] == study_results.digest_of(found), name
+    accuracies = study_results.tables(found).split("\n\n")[0]
+    for name in ("README.md", "README.zh.md"):
+        figures = [re.findall(r"[\d.]+ ± [\d.]+", part) for part in (accuracies, (ROOT / name).read_text())]
+        assert figures[0] == figures[1]
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """`study_runs.prepare` sets the environment of this process."""
+    for name in (*study_runs.SETTINGS, "PYTHONPATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    study_runs.prepare()
+
+
+def test_a_program_that_fails_ends_the_study_and_says_why(programs, tmp_path):
+    with pytest.raises(SystemExit, match=r"(?s)evaluate.py --model .*ended with 1:.*gone.jsonl"):
+        study_runs.command(
+            ROOT / "scripts/evaluate.py", "--model", tmp_path, "--data", tmp_path / "gone.jsonl",
+            "--output", tmp_path / "asked",
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_all_of_it_runs(programs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["study.py", str(tmp_path), "--quick"])
+    study.main()
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+    found = json.loads((tmp_path / "study.json").read_text())
+    weights = [
+        (tmp_path / folder / "model.safetensors").read_bytes()
+        for folder in ("base", *(f"runs/{method}-right_sums-0-0.001" for method in ("SFT", "DFT")))
+    ]
+    assert len(set(weights)) == 3, "fine-tuning moves the base, and alpha is given"
+    assert len(found["runs"]) == len(study_results.ALPHAS) * len(study_task.DATA) * SMALL.seeds
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("accuracy.png", "histograms.png"))

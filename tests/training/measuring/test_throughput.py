@@ -1,0 +1,115 @@
+"""Operations of a model against a count by torch itself, the clock, the peaks of devices, memory by sizes."""
+
+import time
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from dft.loss.linear import TILE_BYTES
+from dft.training.measuring.throughput import Clock, model_flops, peak_flops, peak_memory
+from dft.training.memory.estimate import MemoryEstimate, memory_estimate
+from dft.training.parameters import GIB
+from tests.arguments.test_parser import checked
+from tests.training.test_trainer import VOCAB, tiny
+
+BATCH, SEQ = 3, 16
+
+
+def dense(tied: bool = False) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied,
+            attn_implementation="eager",
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_operations_are_those_that_torch_counts(tied):
+    """torch counts attention without the causal mask: all pairs. The head scores every position there."""
+    model = dense(tied)
+    ids = torch.randint(64, (BATCH, SEQ))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(input_ids=ids).logits.float().logsumexp(-1).sum().backward()
+    tokens, pairs = BATCH * SEQ, BATCH * SEQ * SEQ
+    # The first layer's input needs no gradient in a count of matrix products, which embeddings are not.
+    assert model_flops(model).of(tokens, pairs, tokens) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_frozen_weights_need_no_gradient_of_their_own():
+    whole = model_flops(dense())
+    adapted = dense()
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    frozen = model_flops(adapted)
+    small = sum(one.numel() for name, one in adapted.named_parameters() if "lora" in name)
+    assert frozen.per_token == pytest.approx(whole.per_token * 4 / 6 + 6 * small)
+    assert frozen.per_supervised == pytest.approx(whole.per_supervised * 4 / 6)
+    assert frozen.per_pair == whole.per_pair
+
+
+def test_of_a_mixture_of_experts_the_active_ones_count():
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=1,
+    )  # fmt: skip
+    one = model_flops(MixtralForCausalLM(config)).per_token
+    config.num_experts_per_tok = 3
+    assert model_flops(MixtralForCausalLM(config)).per_token - one == 2 * 6 * 3 * 32 * 48
+    model = MixtralForCausalLM(config)
+    model.config.num_experts_per_tok = 0
+    assert model_flops(model) is None
+
+
+def test_the_peak_is_that_of_the_longest_name(monkeypatch):
+    for name, expected in {
+        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
+        "NVIDIA L40S": 362e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A10": 125e12, "Tesla K80": None,
+        "NVIDIA RTX A4000": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None,
+        "NVIDIA GeForce RTX 4090": 165e12,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device, name=name: name)
+        assert peak_flops(torch.device("cuda")) == expected, name
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_the_clock_leaves_out_what_is_no_training_and_tells_what_is_left_with_it(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    clock = Clock()
+    clock.start(10)
+    now = 107.0
+    clock.leave_out(7)  # of the untouched model: that does not come again
+    now = 127.0
+    assert clock.window(14) == 20 and clock.seconds_left(20) == 20 / 4 * 6
+    now = 135.0
+    clock.leave_out(8)
+    now = 155.0
+    assert clock.window(18) == 20 and clock.seconds_left(20) == 48 / 8 * 2
+    assert clock.seconds_left(18) == 0
+
+
+def test_memory_is_about_what_this_process_has():
+    assert 0.05 < peak_memory(torch.device("cpu")) < 64
+
+
+def test_the_estimate_is_the_sum_of_what_is_held(tmp_path):
+    model = tiny()
+    training = checked(tmp_path).training
+    found = memory_estimate(model, training, 1000)
+    count = sum(one.numel() for one in model.parameters())
+    assert found.weights * GIB == found.gradients * GIB == 4 * count and found.optimizer * GIB == 8 * count
+    head = 4 * model.lm_head.weight.numel()
+    assert found.head * GIB == head + 4 * VOCAB * 1000
+    assert memory_estimate(model, training, 10**9).head * GIB == head + TILE_BYTES["cpu"]
+    assert memory_estimate(model.bfloat16(), training, 1000).weights * GIB == 2 * count
+    training.optim = type(training.optim)("sgd")
+    assert memory_estimate(model, training, 1000).optimizer is None
+    assert str(MemoryEstimate(2.0, 1.0, None, 0.25)) == (
+        "about 3.2 GiB per device before activations: weights 2.0 GiB, gradients 1.0 GiB, optimizer not "
+        "counted, loss 256 MiB"
+    )
