@@ -1,13 +1,15 @@
-"""Examples -> one batch of tensors: padded, packed into padded rows, or without padding in a single row.
+"""Collators that turn examples into a batch of tensors: padded, packed into padded rows, or padding-free.
 
-Each batch also says where its supervised tokens are predicted, `loss_positions` (tokens,) int64: found here,
-on the CPU, so that no step of training waits for the device to count them; and which of its sequences each
-token belongs to, `sequence_ids` (batch, seq) int64, with -1 for padding.
+An example holds one sequence, `input_ids` (tokens,) and `labels` (tokens,), or several sequences end to end;
+then `seq_lengths` lists the number of tokens of each. The first token of a sequence is never a target.
+An example may also have `origins`, (sequences, 2): the file number and line number of each sequence.
 
-An example is one sequence, `input_ids` (tokens,) and `labels` (tokens,), or several in a row, and then
-`seq_lengths` holds the tokens of each. The first token of a sequence is never a target. If examples have
-`origins`, (sequences, 2) or a list of pairs, file and line of each sequence, the batch has those of all its
-sequences, (-1, -1) where an example has none.
+Besides the inputs of the model, every batch holds
+
+    loss_positions  (supervised tokens,) int64, the positions whose next token is supervised. Computed here,
+                    on the CPU, so that no training step waits for the accelerator to count them.
+    sequence_ids    (batch, seq) int64, the number of the sequence that each token belongs to, -1 for padding.
+    origins         (sequences, 2) int64, if any example has origins; (-1, -1) for examples without.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,24 +23,27 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dft.labels import IGNORE_INDEX, loss_positions
 
-Example = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class PaddedCollator:
-    """Pads on the right to the longest example of the batch.
+    """Collator that pads each example on the right to the longest one of the batch.
 
-    `pad_token_id` may be any id of the vocabulary: padding is neither attended to nor supervised.
+    Attributes:
+        pad_token_id: any id of the vocabulary; padding is neither attended to nor supervised.
     """
 
     pad_token_id: int
     batching: ClassVar[str] = "padded on the right"
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Examples of one sequence -> input_ids, labels, attention_mask, (batch, seq) int64.
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return a padded batch.
+
+        Returns:
+            input_ids, labels, attention_mask: (batch, seq) int64; and the entries listed in the module
+            docstring.
 
         Raises:
-            ValueError: an example of several sequences; an attention mask does not keep them apart.
+            ValueError: an example holds several sequences, which an attention mask cannot keep apart.
         """
         for example in examples:
             if len(sequence_lengths(example)) > 1:
@@ -46,32 +51,41 @@ class PaddedCollator:
                     f"an example holds {len(example['seq_lengths'])} sequences, which padding would join; "
                     "use PackedCollator or FlatCollator"
                 )
-        ids, labels = _padded(examples, self.pad_token_id)
+        ids, labels = _pad(examples, self.pad_token_id)
         ones = [torch.ones(len(example["input_ids"]), dtype=torch.int64) for example in examples]
         mask = pad_sequence(ones, batch_first=True)
         batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-        return completed(batch, examples, ids.shape[1])
+        return _add_bookkeeping(batch, examples, ids.shape[1])
 
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Pads rows of several sequences on the right, and keeps the sequences apart by their positions.
+    """Collator for rows of several sequences: pads the rows and separates the sequences by `position_ids`.
 
-    There is no attention mask, because transformers derives the boundaries of sequences from restarting
-    positions only where none is given. Padding is one more sequence, which no other attends to.
+    The batch has no attention mask, because transformers derives the boundaries between sequences from
+    restarting positions only when no mask is passed. Padding forms one more sequence, which no
+    other attends to.
+
+    Attributes:
+        pad_token_id: any id of the vocabulary.
     """
 
     pad_token_id: int
     batching: ClassVar[str] = "packed rows"
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor | int]:
-        """Examples -> input_ids, labels, position_ids, (batch, seq) int64; num_tokens, those not padding."""
-        ids, labels = _padded(examples, self.pad_token_id)
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | int]:
+        """Return a batch of packed rows.
+
+        Returns:
+            input_ids, labels, position_ids: (batch, seq) int64. num_tokens: int, the tokens that are not
+            padding. And the entries listed in the module docstring.
+        """
+        ids, labels = _pad(examples, self.pad_token_id)
         width = ids.shape[1]
         positions = []
         for example in examples:
             lengths = sequence_lengths(example)
-            positions.append(_positions([*lengths, width - sum(lengths)]))
+            positions.append(_restarting_positions([*lengths, width - sum(lengths)]))
         position_ids = torch.stack(positions)  # (batch, seq)
         labels[position_ids == 0] = IGNORE_INDEX
         batch = {
@@ -80,29 +94,30 @@ class PackedCollator:
             "position_ids": position_ids,
             "num_tokens": sum(len(example["input_ids"]) for example in examples),
         }
-        return completed(batch, examples, width)
+        return _add_bookkeeping(batch, examples, width)
 
 
 @dataclass(frozen=True)
 class FlatCollator:
-    """Puts all sequences of a batch end to end in one row, for the kernels of flash attention.
+    """Collator that concatenates all sequences of a batch into one row, for variable-length flash attention.
 
-    Gives what transformers' `DataCollatorWithFlattening` does with `return_flash_attn_kwargs`, and knows
-    examples that hold several sequences.
+    Returns the same entries as transformers' `DataCollatorWithFlattening(return_flash_attn_kwargs=True)`, and
+    also accepts examples that hold several sequences.
     """
 
     batching: ClassVar[str] = "padding-free"
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor | int]:
-        """Examples -> one row of all their tokens, and where its sequences begin.
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | int]:
+        """Return one row with the tokens of all sequences, and the boundaries between them.
 
         Returns:
             input_ids, labels, position_ids: (1, tokens) int64. cu_seq_lens_q, cu_seq_lens_k:
-            (sequences + 1,) int32, the tokens before each sequence and those of all. max_length_q,
-            max_length_k: tokens of the longest sequence.
+            (sequences + 1,) int32, the cumulative sequence lengths, starting at 0. max_length_q,
+            max_length_k: int, the tokens of the longest sequence. And the entries listed in the module
+            docstring.
         """
         lengths = [length for example in examples for length in sequence_lengths(example)]
-        position_ids = _positions(lengths)
+        position_ids = _restarting_positions(lengths)
         labels = torch.cat([_int64(example["labels"]) for example in examples])
         labels[position_ids == 0] = IGNORE_INDEX
         bounds = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
@@ -115,53 +130,14 @@ class FlatCollator:
             "max_length_q": max(lengths),
             "max_length_k": max(lengths),
         }
-        return completed(batch, examples, None)
+        return _add_bookkeeping(batch, examples, None)
 
 
-def completed(batch: dict[str, Any], examples: Sequence[Example], width: int | None) -> dict[str, Any]:
-    """A batch with what loss and metrics want to know of it.
-
-    Args:
-        width: to which each example is padded; None where they stand end to end in one row.
-    """
-    numbers: list[int] = []  # per stretch of tokens: of which sequence
-    lengths: list[int] = []
-    sequences = 0
-    for example in examples:
-        within = sequence_lengths(example)
-        padding = 0 if width is None else width - sum(within)
-        numbers += [*range(sequences, sequences + len(within)), -1]
-        lengths += [*within, padding]
-        sequences += len(within)
-    ids = torch.repeat_interleave(torch.tensor(numbers), torch.tensor(lengths))
-    batch |= {
-        "loss_positions": loss_positions(batch["labels"]),
-        "sequence_ids": ids.view_as(batch["labels"]),
-    }
-    if any("origins" in example for example in examples):
-        batch["origins"] = torch.cat([_origins(example) for example in examples])
-    return batch
-
-
-def _origins(example: Example) -> Tensor:
-    """(sequences, 2) int64."""
-    count = len(sequence_lengths(example))
-    if "origins" not in example:
-        return torch.full((count, 2), -1)
-    given = np.array(example["origins"])
-    if given.shape != (count, 2) or given.dtype.kind not in "iu":
-        raise ValueError(
-            f"origins {example['origins']!r}: must be {count} pair(s) of numbers, file and line of each "
-            "sequence; give a column of another meaning another name"
-        )
-    return _int64(given)
-
-
-def sequence_lengths(example: Example) -> list[int]:
-    """Tokens of each sequence of an example, in order.
+def sequence_lengths(example: Mapping[str, Any]) -> list[int]:
+    """Return the number of tokens of each sequence of an example, in order.
 
     Raises:
-        ValueError: they do not add up to the tokens of the example.
+        ValueError: `seq_lengths` is not positive throughout or does not add up to the example's tokens.
     """
     total = len(example["input_ids"])
     lengths = example.get("seq_lengths")
@@ -173,8 +149,49 @@ def sequence_lengths(example: Example) -> list[int]:
     return lengths
 
 
-def _padded(examples: Sequence[Example], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """input_ids and labels, (batch, seq) int64."""
+def _add_bookkeeping(
+    batch: dict[str, Any], examples: Sequence[Mapping[str, Any]], width: int | None
+) -> dict[str, Any]:
+    """Add `loss_positions`, `sequence_ids` and, if any example has them, `origins` to a batch.
+
+    Args:
+        width: tokens that each example is padded to; None if the examples are concatenated in one row.
+    """
+    numbers: list[int] = []  # of the sequence, for each run of tokens
+    run_lengths: list[int] = []
+    sequences = 0
+    for example in examples:
+        lengths = sequence_lengths(example)
+        padding = 0 if width is None else width - sum(lengths)
+        numbers += [*range(sequences, sequences + len(lengths)), -1]
+        run_lengths += [*lengths, padding]
+        sequences += len(lengths)
+    ids = torch.repeat_interleave(torch.tensor(numbers), torch.tensor(run_lengths))
+    batch |= {
+        "loss_positions": loss_positions(batch["labels"]),
+        "sequence_ids": ids.view_as(batch["labels"]),
+    }
+    if any("origins" in example for example in examples):
+        batch["origins"] = torch.cat([_origins(example) for example in examples])
+    return batch
+
+
+def _origins(example: Mapping[str, Any]) -> Tensor:
+    """Return the (file, line) numbers of each sequence of an example, (sequences, 2) int64."""
+    count = len(sequence_lengths(example))
+    if "origins" not in example:
+        return torch.full((count, 2), -1)
+    origins = np.array(example["origins"])
+    if origins.shape != (count, 2) or origins.dtype.kind not in "iu":
+        raise ValueError(
+            f"origins {example['origins']!r}: must be {count} pair(s) of integers, the file and line number "
+            "of each sequence; rename the column if it means something else"
+        )
+    return _int64(origins)
+
+
+def _pad(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return input_ids and labels padded on the right, each (batch, seq) int64."""
     ids = [_int64(example["input_ids"]) for example in examples]
     labels = [_int64(example["labels"]) for example in examples]
     return (
@@ -183,11 +200,11 @@ def _padded(examples: Sequence[Example], pad_token_id: int) -> tuple[Tensor, Ten
     )
 
 
-def _positions(lengths: Sequence[int]) -> Tensor:
-    """(sum of lengths,) int64: 0, 1, ... anew for each sequence."""
+def _restarting_positions(lengths: Sequence[int]) -> Tensor:
+    """Return positions that restart at 0 for each sequence, (sum of lengths,) int64."""
     return torch.cat([torch.arange(length) for length in lengths])
 
 
 def _int64(values: Any) -> Tensor:
-    # A copy: the arrays of a mapped file are read-only, which tensors cannot be.
+    # Copied, because arrays of a memory-mapped file are read-only and tensors cannot be.
     return torch.from_numpy(np.array(values, dtype=np.int64))

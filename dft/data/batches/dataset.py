@@ -1,4 +1,4 @@
-"""Prepared sequences on disk, read as training rows."""
+"""Dataset of prepared sequences in a memory-mapped Arrow file."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -13,24 +13,29 @@ SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
         "labels": pa.list_(pa.int32()),
-        "source": pa.int32(),  # number of the file, as the data report counts them
+        "source": pa.int32(),  # number of the data file, in the order of the data report
         "line": pa.int64(),
     }
 )
 
 
 class Sequences(Dataset):
-    """Rows of one or, packed, several sequences of an Arrow file. Nothing is read before it is asked for.
+    """Map-style dataset over an Arrow file, with one sequence per row or, if packed, several.
 
-    A row is `{"input_ids": (tokens,) int32, "labels": (tokens,) int32, "origins": (sequences, 2) int64}`: of
-    each of its sequences the file, numbered as in the data report, and the line. Packed rows have
-    `"seq_lengths"` too, the tokens of each of their sequences in order.
+    A row is a dict with
+
+        input_ids    (tokens,) int32
+        labels       (tokens,) int32, -100 where a token is not supervised
+        origins      (sequences, 2) int64, the file number and line number of each sequence
+        seq_lengths  list of int, the tokens of each sequence in order; packed rows only
+
+    The file is opened when the first row is read.
 
     Args:
-        path: Arrow stream of `SCHEMA`. `datasets.Dataset.from_file` opens it as well.
-        order: (sequences,) positions in that file, row after row.
+        path: Arrow stream of `SCHEMA`. `datasets.Dataset.from_file` can read it too.
+        order: (sequences,) indices into that file, row after row.
         offsets: (rows + 1,) row r holds `order[offsets[r]:offsets[r + 1]]`; None for one sequence per row.
-        files: the names of the files that the sequences number.
+        files: names of the data files, indexed by file number.
     """
 
     def __init__(
@@ -47,13 +52,18 @@ class Sequences(Dataset):
 
     @property
     def packed(self) -> bool:
+        """Whether rows hold several sequences."""
         return self.offsets is not None
 
     def __len__(self) -> int:
         return len(self.order) if self.offsets is None else len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """Raises IndexError past the end, which ends a loop over the rows."""
+        """Return one row; see the class docstring.
+
+        Raises:
+            IndexError: there is no such row. Negative indices are not supported.
+        """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         origins = np.array(self.origins(row), dtype=np.int64)
@@ -65,7 +75,7 @@ class Sequences(Dataset):
         return {
             "input_ids": np.concatenate(ids),
             "labels": np.concatenate(labels),
-            "seq_lengths": [len(one) for one in ids],
+            "seq_lengths": [len(sequence) for sequence in ids],
             "origins": origins,
         }
 
@@ -73,11 +83,11 @@ class Sequences(Dataset):
         return (self[row] for row in range(len(self)))
 
     def unpacked(self) -> "Sequences":
-        """The same sequences, one per row and in the order of the files."""
+        """Return a dataset of the same sequences, one per row, in the order of the data files."""
         return Sequences(self.path, np.sort(self.order), files=self.files)
 
     def sample(self, size: int, seed: int) -> "Sequences":
-        """At most `size` different sequences of each file, drawn with a seed, one per row."""
+        """Return an unpacked dataset of up to `size` distinct sequences of each data file, drawn at random."""
         order = np.unique(self.order)
         files = self._store.sources[order]
         generator = np.random.default_rng(seed)
@@ -86,12 +96,12 @@ class Sequences(Dataset):
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(rows,) tokens of each row, int64."""
+        """Number of tokens of each row, (rows,) int64."""
         lengths = self._store.lengths[self.order]
         return lengths if self.offsets is None else np.add.reduceat(lengths, self.offsets[:-1])
 
     def origins(self, row: int) -> list[tuple[int, int]]:
-        """(file, line) of every sequence of a row; files are numbered as in the data report."""
+        """Return the file number and line number of each sequence of a row."""
         members = [row] if self.offsets is None else range(self.offsets[row], self.offsets[row + 1])
         return [self._store.origin(self.order[member]) for member in members]
 
@@ -100,12 +110,12 @@ class Sequences(Dataset):
         return _Store(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process that gets a copy maps the file for itself; the pages are shared all the same.
+        # A pickled copy maps the file again in its own process; the operating system shares the pages.
         return {name: value for name, value in vars(self).items() if name not in ("_store", "lengths")}
 
 
 class _Store:
-    """The sequences of a memory-mapped Arrow stream by number."""
+    """Random access by index to the sequences of a memory-mapped Arrow stream."""
 
     def __init__(self, path: Path) -> None:
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
@@ -123,25 +133,28 @@ class _Store:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(sequences,) tokens of each, int64."""
-        none = [np.zeros(0, dtype=np.int64)]
-        return np.concatenate([np.diff(one).astype(np.int64) for one in self.offsets] or none)
+        """Number of tokens of each sequence, (sequences,) int64."""
+        empty = [np.zeros(0, dtype=np.int64)]
+        return np.concatenate([np.diff(offsets).astype(np.int64) for offsets in self.offsets] or empty)
 
     @property
     def sources(self) -> np.ndarray:
-        """(sequences,) the file of each, int64."""
-        return np.concatenate([np.zeros(0, dtype=np.int64), *(file for file, _ in self.origins)])
+        """File number of each sequence, (sequences,) int64."""
+        return np.concatenate([np.zeros(0, dtype=np.int64), *(files for files, _ in self.origins)])
 
-    def sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        batch, within = self._place(number)
-        span = slice(self.offsets[batch][within], self.offsets[batch][within + 1])
+    def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the input_ids and labels of a sequence, (tokens,) int32 each, without copying."""
+        batch, position = self._locate(index)
+        span = slice(self.offsets[batch][position], self.offsets[batch][position + 1])
         return self.ids[batch][span], self.labels[batch][span]
 
-    def origin(self, number: int) -> tuple[int, int]:
-        batch, within = self._place(number)
-        file, line = self.origins[batch]
-        return int(file[within]), int(line[within])
+    def origin(self, index: int) -> tuple[int, int]:
+        """Return the file number and line number of a sequence."""
+        batch, position = self._locate(index)
+        files, lines = self.origins[batch]
+        return int(files[position]), int(lines[position])
 
-    def _place(self, number: int) -> tuple[int, int]:
-        batch = int(np.searchsorted(self.first, number, side="right")) - 1
-        return batch, int(number - self.first[batch])
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the record batch that holds a sequence, and its position in that batch."""
+        batch = int(np.searchsorted(self.first, index, side="right")) - 1
+        return batch, int(index - self.first[batch])

@@ -1,4 +1,4 @@
-"""In which order the examples of an epoch come, and what fills the last batch."""
+"""Sampler that visits every example exactly once per epoch on any number of ranks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,25 +9,25 @@ from torch.utils.data import Dataset, Sampler
 from dft.labels import IGNORE_INDEX
 
 BLANK = -1
-"""The index of an example that nothing is learned from."""
-MEGA_BATCHES = 50
-"""Optimizer steps sorted by length together: enough to save padding, few enough to stay mixed."""
+"""Index of the blank example, which has one token and no supervised one."""
+SORTED_STEPS = 50
+"""Optimizer steps that are sorted by length together: enough to save padding, few enough to stay shuffled."""
 
 
 class EpochSampler(Sampler[int]):
-    """Every example exactly once per epoch, then blanks up to a whole number of batches on every rank.
+    """Yields every example exactly once per epoch, then blanks up to a whole number of batches on every rank.
 
-    Other samplers fill up with examples from the beginning, which would then count twice in a metric and in a
-    gradient, on some world sizes and not on others. The order depends on the seed and the epoch alone, so a
-    resumed run finds its place without replaying random numbers.
+    Other distributed samplers fill the last batch with examples from the beginning, which then count twice in
+    the gradient and the metrics, depending on the number of ranks. The order depends only on the seed and the
+    epoch, so a resumed run finds its position without replaying random numbers.
 
     Args:
         size: examples in the dataset.
-        multiple: examples that all ranks together take at a time (batch size * ranks).
-        seed: of the shuffling; None keeps the order of the dataset.
-        drop_last: leave out the examples that do not fill a whole multiple, in place of adding blanks.
-        lengths: (size,) tokens of each example, to batch examples of similar length; None mixes all lengths.
-        group: examples per optimizer step, the unit in which `lengths` groups.
+        multiple: examples that all ranks together consume at a time (batch size * ranks).
+        seed: seed of the shuffling; None keeps the order of the dataset.
+        drop_last: drop the examples that do not fill a whole multiple instead of adding blanks.
+        lengths: (size,) tokens of each example, to batch examples of similar length; None to ignore lengths.
+        group: examples per optimizer step. Steps of similar lengths are formed, then shuffled.
     """
 
     def __init__(
@@ -49,36 +49,42 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which changes the order if there is a seed."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        rest = self.size % self.multiple
+        remainder = self.size % self.multiple
         if self.drop_last:
-            return self.size - rest
-        return self.size + (-rest % self.multiple)
+            return self.size - remainder
+        return self.size + (-remainder % self.multiple)
 
     def __iter__(self) -> Iterator[int]:
         order = np.arange(self.size)
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
         if self.lengths is not None:
-            order = self._grouped_by_length(order)
+            order = self._group_by_length(order, self.lengths)
         yield from order[: len(self)].tolist()
         yield from [BLANK] * (len(self) - self.size)
 
-    def _grouped_by_length(self, order: np.ndarray) -> np.ndarray:
-        """Sorts within large groups of a shuffled order, then shuffles the optimizer steps again."""
+    def _group_by_length(self, order: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Sort each stretch of `SORTED_STEPS` optimizer steps by length, then shuffle the steps."""
         generator = np.random.default_rng([self.seed or 0, self.epoch, 1])
-        span = self.group * MEGA_BATCHES
-        chunks = [order[start : start + span] for start in range(0, self.size, span)]
-        ordered = np.concatenate([one[np.argsort(-self.lengths[one], kind="stable")] for one in chunks])
+        span = self.group * SORTED_STEPS
+        stretches = [order[start : start + span] for start in range(0, self.size, span)]
+        ordered = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in stretches])
         whole = self.size - self.size % self.group
         steps = generator.permutation(ordered[:whole].reshape(-1, self.group))
         return np.concatenate([steps.reshape(-1), ordered[whole:]])
 
 
 class WithBlank(Dataset):
-    """A dataset that answers the index `BLANK` with one unsupervised token, and any other as before."""
+    """Wraps a dataset so that the index `BLANK` returns an example of one unsupervised token.
+
+    Args:
+        dataset: the wrapped dataset; all other indices are passed on to it.
+        token_id: the token of the blank example.
+    """
 
     def __init__(self, dataset: Sequence[Mapping[str, Any]], token_id: int) -> None:
         self.dataset = dataset

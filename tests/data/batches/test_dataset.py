@@ -1,4 +1,4 @@
-"""Rows of the prepared file, packed or not, from whatever batch of it."""
+"""Dataset of prepared sequences: packed and unpacked rows across record batches of the Arrow file."""
 
 import pickle
 from pathlib import Path
@@ -12,7 +12,7 @@ from dft.data.batches.dataset import SCHEMA, Sequences
 
 @pytest.fixture
 def store(tmp_path) -> Path:
-    """Seven sequences of 1 to 7 tokens in batches of three; token 10 * n + k is the k-th of sequence n."""
+    """Seven sequences of 1 to 7 tokens in record batches of three; token 10 * n + k is the k-th of sequence n."""
     path = tmp_path / "some.arrow"
     rows = [
         {
@@ -29,7 +29,7 @@ def store(tmp_path) -> Path:
     return path
 
 
-def test_rows_come_in_the_order_asked_for(store):
+def test_rows_follow_the_given_order(store):
     dataset = Sequences(store, np.array([6, 0, 3, 3]))
     assert [row["input_ids"].tolist() for row in dataset] == [
         [60, 61, 62, 63, 64, 65, 66], [0], [30, 31, 32, 33], [30, 31, 32, 33],
@@ -46,7 +46,7 @@ def test_rows_come_in_the_order_asked_for(store):
             dataset[row]
 
 
-def test_packed_rows_hold_their_sequences_end_to_end(store):
+def test_packed_rows_concatenate_their_sequences(store):
     dataset = Sequences(store, np.array([5, 1, 0, 2]), np.array([0, 3, 4]))
     assert dataset.packed and len(dataset) == 2 and dataset.lengths.tolist() == [9, 3]
     first, second = dataset
@@ -58,7 +58,7 @@ def test_packed_rows_hold_their_sequences_end_to_end(store):
     assert [row["input_ids"].tolist()[0] for row in dataset.unpacked()] == [0, 10, 20, 50]
 
 
-def test_a_sample_has_some_of_each_file_and_nothing_twice(store):
+def test_sample_draws_distinct_sequences_of_each_file(store):
     dataset = Sequences(store, np.array([5, 1, 0, 2, 3, 3, 6]), np.array([0, 3, 7]), ["a", "b"])
     sample = dataset.sample(2, seed=0)
     origins = [sample.origins(row)[0] for row in range(len(sample))]
@@ -68,9 +68,9 @@ def test_a_sample_has_some_of_each_file_and_nothing_twice(store):
     assert len(dataset.sample(100, seed=0)) == 6
 
 
-def test_a_copy_in_another_process_reads_the_same(store):
+def test_pickled_copy_reads_the_same_rows(store):
     dataset = Sequences(store, np.array([2, 5]))
     assert dataset[1]["input_ids"].tolist()[-1] == 55
-    written = pickle.dumps(dataset)
-    assert len(written) < 1000, "a copy carries no tokens"
-    assert pickle.loads(written)[1]["input_ids"].tolist() == dataset[1]["input_ids"].tolist()
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 1000, "the pickled dataset should hold no tokens"
+    assert pickle.loads(pickled)[1]["input_ids"].tolist() == dataset[1]["input_ids"].tolist()
