@@ -87,7 +87,7 @@ class Sequences(Dataset):
         return Sequences(self.path, np.sort(self.order), files=self.files)
 
     def sample(self, size: int, seed: int) -> "Sequences":
-        """Return an unpacked dataset of up to `size` distinct sequences of each data file, drawn at random."""
+        """Return an unpacked dataset of at most `size` distinct random sequences of each data file."""
         order = np.unique(self.order)
         files = self._store.sources[order]
         generator = np.random.default_rng(seed)

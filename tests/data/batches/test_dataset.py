@@ -12,7 +12,7 @@ from dft.data.batches.dataset import SCHEMA, Sequences
 
 @pytest.fixture
 def store(tmp_path) -> Path:
-    """Seven sequences of 1 to 7 tokens in record batches of three; token 10 * n + k is the k-th of sequence n."""
+    """Seven sequences of 1 to 7 tokens in record batches of three; token k of sequence n is 10 * n + k."""
     path = tmp_path / "some.arrow"
     rows = [
         {
