@@ -27,7 +27,7 @@ from dft.data.preparing.prepare import PreparedData, prepare
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
-from dft.ranks import is_launched, is_main_process, leave_ranks
+from dft.ranks import exit_rank, is_launched, is_main_process
 from dft.report.card import model_card
 from dft.report.preflight_advice import preflight_report
 from dft.report.record import ReportCallback, run_record
@@ -49,16 +49,16 @@ from dft.training.measuring.console import tag_warnings
 from dft.training.measuring.trackers import RunRecordCallback, finish_trackers, prepare_trackers
 from dft.training.memory.out_of_memory import SHARD, OutOfMemory, telling_what_did_not_fit
 from dft.training.model.loading import (
+    add_stop_tokens,
     check_positions,
     load_base_model,
+    load_meta_model,
     load_model,
-    model_without_weights,
     resolve_attention,
     settle_ddp,
-    stop_where_turns_end,
 )
 from dft.training.optimizer import check_optimizer
-from dft.training.parallel.rank_watchdog import watched
+from dft.training.parallel.rank_watchdog import watch_ranks
 from dft.training.parallel.stopping import STOPPED, Stopped, StopRequest
 from dft.training.trainer import DFTTrainer
 
@@ -101,7 +101,7 @@ def main() -> None:
 
     check_batches(arguments, len(data.datasets["train"]))
     if arguments.watch.plan:
-        for line in plan_lines(arguments, model_without_weights(arguments), data.report):
+        for line in plan_lines(arguments, load_meta_model(arguments), data.report):
             say(line)
         return
     set_seed(arguments.training.seed)  # the rows of new tokens are drawn at random
@@ -109,14 +109,14 @@ def main() -> None:
         model = load_model(arguments, tokenizer)
     check_positions(model, data.longest, arguments)
     settle_ddp(model, arguments)
-    stop_where_turns_end(model, tokenizer, data.report["end_of_turn_tokens"], arguments)
+    add_stop_tokens(model, tokenizer, data.report["end_of_turn_tokens"], arguments)
     with telling_what_did_not_fit("the model's weights do not fit", SHARD):
         base = load_base_model(arguments, tokenizer) if objective_of(arguments.dft).kl_weight else None
         trainer = make_trainer(arguments, model, data, tokenizer, base)
     check_agreed(arguments.training)
     if arguments.watch.preflight:
         preflight(arguments, trainer, tokenizer)
-        leave_ranks()
+        exit_rank()
         return
     check_space(model, arguments.training, len(data.datasets["train"]))
     record = run_record(arguments, model, data.report) if is_main_process() else {}
@@ -139,7 +139,7 @@ def main() -> None:
     except Stopped as stopped:
         for line in stopped_lines(stopped):
             say(line)
-        leave_ranks(STOPPED)
+        exit_rank(STOPPED)
     except OutOfMemory as error:
         if not error.smaller or is_launched():
             raise
@@ -147,14 +147,14 @@ def main() -> None:
     adapters = arguments.lora.lora_r is not None
     for line in final_lines(trainer.state, arguments.training, arguments.watch.report, adapters):
         say(line)
-    leave_ranks()
+    exit_rank()
 
 
 def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback) -> None:
     """Trains and saves; however that ends, the report and the trackers say how."""
     status, failure = "stopped by an error", "an error"
     try:
-        with watched(arguments.training.ddp_timeout) as trainer.peers:
+        with watch_ranks(arguments.training.ddp_timeout) as trainer.watchdog:
             trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
             trainer.save_model()
             trainer.save_state()

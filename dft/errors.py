@@ -8,11 +8,11 @@ import traceback
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-PATIENCE = 30
+RANK_ZERO_DELAY = 30
 """Seconds that other ranks leave rank 0 to report the same mistake before they report it themselves."""
-INTERRUPTED = 128 + signal.SIGINT
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a program that Ctrl-C ended, as shells count it."""
-REFUSED = 2
+EXIT_USER_ERROR = 2
 """Exit code after a `UserError`: the same command would end in the same way."""
 
 
@@ -26,7 +26,7 @@ class UserError(ValueError):
         code: with which the program ends.
     """
 
-    code = REFUSED
+    code = EXIT_USER_ERROR
 
 
 def report_user_errors() -> None:
@@ -44,14 +44,14 @@ def report_user_errors() -> None:
         if issubclass(kind, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one does not wait for what ends in order
             _say_interrupted()
-            raise SystemExit(INTERRUPTED)
+            raise SystemExit(EXIT_INTERRUPTED)
         if not issubclass(kind, UserError):
             _print_traceback(kind, error, trace)
             return
         local_rank = _local_rank()
         prefix = f"[rank {os.environ.get('RANK', local_rank)}] " if local_rank else ""
         if _tells is False or (local_rank and _tells is None):
-            time.sleep(PATIENCE)
+            time.sleep(RANK_ZERO_DELAY)
         if _tells is not False:
             # Not to sys.stderr: torch's hook in front of this one holds that back, and drops it at an exit.
             print(f"{prefix}error: {error}", file=sys.__stderr__, flush=True)
@@ -62,7 +62,7 @@ def report_user_errors() -> None:
         signal.signal(signal.SIGINT, _interrupt)
 
 
-def has_first_word(told_by_me: bool) -> None:
+def set_error_reporter(told_by_me: bool) -> None:
     """Settles who reports an error, where the ranks have agreed on that, instead of by number and time."""
     global _tells
     _tells = told_by_me
@@ -88,7 +88,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 def _interrupt_again(_number: int, _frame: FrameType | None) -> NoReturn:
     _say_interrupted()
-    os._exit(INTERRUPTED)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _say_interrupted() -> None:

@@ -10,22 +10,22 @@ from uuid import uuid4
 
 from dft.errors import UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def write_whole(path: Path, parts: Iterable[str]) -> None:
+def write_atomically(path: Path, parts: Iterable[str]) -> None:
     """Writes a text so that whoever opens the file finds all of it, or what was there before.
 
     Raises:
         OSError: `filename` is the path, also when the disk ran full while writing.
     """
     # Names of files may hold bytes that are no UTF-8; within JSON their escapes are valid.
-    write_whole_bytes(path, (part.encode("utf-8", errors="backslashreplace") for part in parts))
+    write_bytes_atomically(path, (part.encode("utf-8", errors="backslashreplace") for part in parts))
 
 
-def write_whole_bytes(path: Path, parts: Iterable[bytes]) -> None:
-    """`write_whole` for what is no text."""
+def write_bytes_atomically(path: Path, parts: Iterable[bytes]) -> None:
+    """`write_atomically` for what is no text."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     staging = path.with_name(f"{path.name}.{uuid4().hex}")
     try:
@@ -59,7 +59,7 @@ def free_bytes(folder: Path) -> int:
 
 
 @contextmanager
-def writing_into(folder: Path, flag: str) -> Iterator[None]:
+def convert_write_errors(folder: Path, flag: str) -> Iterator[None]:
     """Turns what can go wrong with a folder that the user named into one `UserError`."""
     try:
         yield
@@ -67,14 +67,14 @@ def writing_into(folder: Path, flag: str) -> Iterator[None]:
         what = "" if error.filename in (None, str(folder)) else f"{error.filename} "
         raise UserError(f"{flag} {folder}: {what}is not a folder; remove it or name another") from None
     except OSError as error:
-        if error.errno not in (*FULL, *FORBIDDEN, errno.EISDIR, errno.ENOENT, errno.ELOOP):
+        if error.errno not in (*DISK_FULL, *NOT_WRITABLE, errno.EISDIR, errno.ENOENT, errno.ELOOP):
             raise
         where = error.filename or folder
         if error.errno == errno.EISDIR:
             raise UserError(
                 f"{flag} {folder}: {where} is a folder where a file belongs; remove it or name another"
             ) from None
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             free = shutil.disk_usage(folder).free
             raise UserError(
                 f"{flag} {folder}: no space left on the device for {where} ({free:,} bytes are free); free "

@@ -29,7 +29,7 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def parallelism(training: transformers.TrainingArguments, ranks: int | None = None) -> str:
+def describe_parallelism(training: transformers.TrainingArguments, ranks: int | None = None) -> str:
     """How the ranks of a run, or so many of them, share its work."""
     if training.deepspeed:
         how = f"DeepSpeed ZeRO-{training.hf_deepspeed_config.get_value('zero_optimization.stage', 0)}"
@@ -56,7 +56,9 @@ def rows_per_step(training: transformers.TrainingArguments) -> int:
     return rows * data_parallel_size(training)
 
 
-def schedule(training: transformers.TrainingArguments, rows: int, groups: int | None = None) -> int:
+def count_optimizer_steps(
+    training: transformers.TrainingArguments, rows: int, groups: int | None = None
+) -> int:
     """Optimizer steps of the run, as Trainer will count them.
 
     Args:
@@ -73,7 +75,7 @@ def schedule(training: transformers.TrainingArguments, rows: int, groups: int | 
     )
 
 
-def first_of_ranks(failure: str | None) -> str | None:
+def first_failure(failure: str | None) -> str | None:
     """What went wrong on the first rank where something did; a collective."""
     if not torch.distributed.is_initialized():
         return failure
@@ -103,7 +105,7 @@ def quiet_libraries() -> None:
         choose_deepspeed_accelerator("cpu")
 
 
-def share_cores() -> None:
+def divide_cores() -> None:
     """Gives each rank on a machine its part of the cores, as accelerate would with a warning from each."""
     if is_launched() and "OMP_NUM_THREADS" not in os.environ:
         share = (psutil.cpu_count(logical=False) or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -111,7 +113,7 @@ def share_cores() -> None:
         torch.set_num_threads(max(1, share))
 
 
-def let_cpus_shard() -> None:
+def enable_cpu_sharding() -> None:
     """Has accelerate shard a model over CPU ranks under FSDP as it does over GPUs.
 
     FSDP2 itself asks for no more than ranks that can talk. accelerate 1.15 offers it to those that it calls
@@ -122,7 +124,7 @@ def let_cpus_shard() -> None:
         state.distributed_type = DistributedType.MULTI_GPU
 
 
-def shards() -> bool:
+def can_shard() -> bool:
     """Whether accelerate shards a model over the ranks of this run, if it is told to."""
     return PartialState().distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU)
 
@@ -141,7 +143,7 @@ def init_cpu_deepspeed() -> None:
         deepspeed.init_distributed("gloo", verbose=False)
 
 
-def leave_ranks(code: int = 0) -> None:
+def exit_rank(code: int = 0) -> None:
     """Ends a rank whose work is done; a run of one process just goes on to its end if the code is 0.
 
     Neither the backend nor the interpreter is taken apart first: a thread that is still running then is made

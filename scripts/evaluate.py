@@ -46,7 +46,7 @@ from dft.evaluation.sampling import (
     ending_ids,
     load_for_sampling,
 )
-from dft.files import write_whole, writing_into
+from dft.files import convert_write_errors, write_atomically
 from dft.ranks import quiet_libraries
 from dft.report.pages.evaluation import PAGE, evaluation_page
 from dft.training.memory.out_of_memory import telling_what_did_not_fit
@@ -81,7 +81,7 @@ def main() -> None:
     for file, some in problems.items():
         print(f"problems    {file.stem}: {check_references(some, given.grader)}", flush=True)
     together = VLLM_PROBLEMS if backend == "vllm" else max(1, settings.batch_size // settings.samples)
-    with writing_into(given.output, "--output"):
+    with convert_write_errors(given.output, "--output"):
         given.output.mkdir(parents=True, exist_ok=True)
         note = claim(given.output, identity, models, problems)
         regrade(given.output, note, given.grader)
@@ -95,9 +95,9 @@ def main() -> None:
                 print(told(label, summary(file.stem, whole_lines(kept))), flush=True)
             make.forget()
         results, examples = collected(given.output, note, given.grader)
-        write_whole(given.output / RESULTS, [json.dumps(results, indent=1), "\n"])
-        write_whole(given.output / TABLE, [table(results)])
-        write_whole(given.output / PAGE, [evaluation_page(results, examples)])
+        write_atomically(given.output / RESULTS, [json.dumps(results, indent=1), "\n"])
+        write_atomically(given.output / TABLE, [table(results)])
+        write_atomically(given.output / PAGE, [evaluation_page(results, examples)])
     print(f"\n{table(results)}\nresults     {given.output / RESULTS}, {TABLE}, {PAGE}")
 
 

@@ -32,7 +32,7 @@ from dft.arguments.lora import PEFT, require
 from dft.arguments.model import DTYPES
 from dft.data.templates.tokenizer import UNLOADABLE
 from dft.errors import UserError, report_user_errors
-from dft.files import flush_to_disk, writing_into
+from dft.files import convert_write_errors, flush_to_disk
 from dft.ranks import quiet_libraries
 from dft.training.checkpoints.disk import disk_fault
 from dft.training.checkpoints.folder import MOST_SAID, unfinished
@@ -49,7 +49,7 @@ from dft.training.checkpoints.verify import (
     tensors_of,
     weight_files,
 )
-from dft.training.model.adapters import other_than_recorded
+from dft.training.model.adapters import base_model_mismatch
 
 CPU = torch.device("cpu")
 UNREADABLE = (*UNLOADABLE, RuntimeError, SafetensorError)
@@ -171,7 +171,7 @@ def with_adapters(model: PreTrainedModel, name: str, folder: Path, tensors: dict
         raise refusal(f"it has no place for {len(surplus)} of {len(tensors)} tensors, as {surplus[0]}")
     if missing:
         raise refusal(f"{len(missing)} of the {len(taken)} tensors it takes are not there, as {missing[0]}")
-    found = other_than_recorded(folder, adapted)
+    found = base_model_mismatch(folder, adapted)
     if found is not None:
         raise refusal(found)
     return adapted
@@ -196,7 +196,7 @@ def untie(model: PreTrainedModel) -> None:
 def writing_place(output: Path) -> Iterator[Path]:
     """An empty folder beside the one that is asked for, which is gone afterwards unless it was renamed."""
     staging = unfinished(output)
-    with writing_into(output, "output"):
+    with convert_write_errors(output, "output"):
         # Nothing can be renamed to the name of a file system.
         if output.exists() and (not output.is_dir() or output.is_mount() or any(output.iterdir())):
             raise UserError(f"{output}: is there already; name a new folder")

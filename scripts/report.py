@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dft.errors import UserError, report_user_errors
-from dft.files import writing_into
+from dft.files import convert_write_errors
 from dft.report.pages.comparison import comparison_page, comparison_picture, runs_of
 from dft.report.pages.run import PAGE, run_page, run_picture, write_page
 from dft.report.saved import folder_of, load_report
@@ -51,7 +51,7 @@ def main() -> None:
         file = arguments.output or Path(COMPARISON)
         runs = runs_of(reports, folders)
         html, picture = comparison_page(runs), comparison_picture(runs)
-    with writing_into(file.parent, "--output" if arguments.output else "RUN"):
+    with convert_write_errors(file.parent, "--output" if arguments.output else "RUN"):
         write_page(html, picture, file)
     print(file)
 

@@ -29,7 +29,7 @@ from dft.data.preparing.prepare import prepare
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
-from dft.files import writing_into
+from dft.files import convert_write_errors
 from dft.report.terminal.data import data_details, show_sequences
 
 
@@ -65,7 +65,8 @@ def main() -> None:
         raise UserError(f"--count {show.count}: must be greater than 0")
     check_data_arguments(data)
     if show.output_dir is not None:
-        with writing_into(Path(show.output_dir), "--output_dir"):  # fails before the preparation, not after
+        # Before the preparation, so that a mistake costs no time.
+        with convert_write_errors(Path(show.output_dir), "--output_dir"):
             Path(show.output_dir).mkdir(parents=True, exist_ok=True)
     tokenizer, notes = load_tokenizer(
         show.model_name_or_path, chat_template=data.chat_template, trust_remote_code=show.trust_remote_code

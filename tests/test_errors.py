@@ -13,7 +13,7 @@ from tests.launching import ROOT
 SCRIPT = """
 import dft.errors
 from dft.errors import UserError, report_user_errors
-dft.errors.PATIENCE = 1.5
+dft.errors.RANK_ZERO_DELAY = 1.5
 report_user_errors()
 print("raising", flush=True)
 raise {error}

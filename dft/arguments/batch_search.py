@@ -7,7 +7,7 @@ import transformers
 from accelerate.utils import gather_object
 
 from dft.errors import UserError
-from dft.files import write_whole
+from dft.files import write_atomically
 from dft.ranks import world_size
 
 FOUND = "batch_size.json"
@@ -32,7 +32,7 @@ def note_smaller(args: transformers.TrainingArguments, asked: tuple[int, int]) -
     smaller = smaller_batch(args)
     if smaller is not None:
         fits = {"asked": [*asked, world_size()], "found": smaller}
-        write_whole(Path(args.output_dir) / FOUND, [json.dumps(fits)])
+        write_atomically(Path(args.output_dir) / FOUND, [json.dumps(fits)])
     return smaller
 
 

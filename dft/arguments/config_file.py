@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from dft.errors import UserError
-from dft.files import write_whole, writing_into
+from dft.files import convert_write_errors, write_atomically
 
 RUN_ARGS = "run_args.yaml"
 OF_ONE_RUN = ("local_rank", "resume_from_checkpoint", "overwrite_output_dir")
@@ -134,5 +134,5 @@ def write_run_args(
         kept, Dumper=FlagDumper, sort_keys=True
     )
     comments = "".join(f"#   {name}: {value}\n" for name, value in derived.items())
-    with writing_into(folder, "--output_dir"):
-        write_whole(folder / RUN_ARGS, [text, "# What this run derived from them:\n", comments])
+    with convert_write_errors(folder, "--output_dir"):
+        write_atomically(folder / RUN_ARGS, [text, "# What this run derived from them:\n", comments])

@@ -20,7 +20,7 @@ from dft.errors import UserError
 from dft.loss.objectives import Dft, Objective, Sft
 from dft.loss.schedule import CONSTANT
 from dft.metrics import METRICS, NEITHER_IS_BETTER
-from dft.ranks import data_parallel_size, sequence_parallel_size, shards, world_size
+from dft.ranks import can_shard, data_parallel_size, sequence_parallel_size, world_size
 
 MOST = {
     "per_device_train_batch_size": 10**6,
@@ -240,7 +240,7 @@ def check_fsdp(training: TrainingArguments, planned_ranks: int | None = None) ->
         return
     if training.deepspeed:
         raise UserError(f"--fsdp and --deepspeed {training.deepspeed} both shard the model; give one")
-    if not shards() and planned_ranks is None:
+    if not can_shard() and planned_ranks is None:
         raise UserError(
             "--fsdp True shards a model over ranks, and this run has none; start it with torchrun "
             "--nproc_per_node N train_dft.py ..."

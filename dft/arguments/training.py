@@ -13,11 +13,11 @@ from dft.errors import UserError
 from dft.metrics import LOWER_IS_BETTER
 from dft.ranks import (
     choose_deepspeed_accelerator,
+    divide_cores,
+    enable_cpu_sharding,
     init_cpu_deepspeed,
     is_launched,
-    let_cpus_shard,
     mute_deepspeed,
-    share_cores,
 )
 
 
@@ -96,7 +96,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.notes.append("no accelerator found: running on CPU")
         if self.use_cpu:
             choose_deepspeed_accelerator("cpu")
-            share_cores()
+            divide_cores()
         self._map_older_names()
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             metric = self.metric_for_best_model.removeprefix("eval_")
@@ -117,7 +117,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.fsdp = {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp)
         super().__post_init__()
         if self.fsdp and self.use_cpu:
-            let_cpus_shard()
+            enable_cpu_sharding()
 
     def _take_found_batch(self) -> None:
         """A batch and an accumulation that an earlier attempt found to fit, in place of those asked for.

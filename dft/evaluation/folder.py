@@ -11,7 +11,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from dft.errors import UserError
 from dft.evaluation.problems import Problem
-from dft.files import write_whole
+from dft.files import write_atomically
 
 SETTINGS = "settings.json"
 OF_MODEL = (
@@ -99,7 +99,7 @@ def claim(
                     "then); name another folder, or remove it"
                 )
         now[kind] = {**before[kind], **now[kind]}
-    write_whole(folder / SETTINGS, [json.dumps(now, indent=1), "\n"])
+    write_atomically(folder / SETTINGS, [json.dumps(now, indent=1), "\n"])
     return now
 
 

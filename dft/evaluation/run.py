@@ -15,7 +15,7 @@ from dft.evaluation.folder import Note, Record, whole_lines
 from dft.evaluation.grading import grade, suited, wanted_answer
 from dft.evaluation.problems import Problem
 from dft.evaluation.sampling import Sampler, Settings
-from dft.files import write_whole
+from dft.files import write_atomically
 
 VLLM_PROBLEMS = 64
 """Given to vLLM at once, which makes its own batches of them."""
@@ -69,7 +69,7 @@ def regrade(folder: Path, note: Note, grader: str) -> None:
                 made.append(graded(record, grader))
             except UserError as error:
                 raise UserError(f"{file}:{len(made) + 1}: {error}") from None
-        write_whole(file, (json.dumps(one) + "\n" for one in made))
+        write_atomically(file, (json.dumps(one) + "\n" for one in made))
 
 
 def sample(
@@ -103,7 +103,7 @@ def sample(
     kept = kept[: len(kept) - len(kept) % together]
     sampler, encoder = make_sampler()
     prompts = [one.prompt_ids(encoder) for one in problems]
-    write_whole(file, (json.dumps(one) + "\n" for one in kept))
+    write_atomically(file, (json.dumps(one) + "\n" for one in kept))
     bar = tqdm(total=len(problems), initial=len(kept), desc=label, disable=None, unit="problem")
     with open(file, "a", encoding="utf-8") as stream, bar:
         for start in range(len(kept), len(problems), together):

@@ -25,11 +25,11 @@ from dft.arguments.objective import objective_of
 from dft.arguments.parser import Arguments, default_flags
 from dft.console import say
 from dft.errors import UserError
-from dft.files import write_whole
+from dft.files import write_atomically
 from dft.loss.schedule import alpha_of
 from dft.report.saved import REPORT, load_report
 from dft.report.terminal.start_and_end import derived
-from dft.training.batching import files_of
+from dft.training.batching import dataset_files
 from dft.training.measuring.scoring import ScoredSequence
 from dft.training.trainer import DFTTrainer
 
@@ -144,7 +144,7 @@ class ReportCallback(TrainerCallback):
             }
             self.views = [*self.views[:1], view]
             self._write(state, "running")
-        self.trainer.leave_out(time.perf_counter() - started)
+        self.trainer.exclude_time(time.perf_counter() - started)
 
     def close(self, status: str) -> None:
         """Writes the last report, when all else that is to lie beside it does."""
@@ -163,13 +163,13 @@ class ReportCallback(TrainerCallback):
             "tokens": self.views,
         }
         try:
-            write_whole(self.folder / REPORT, [json.dumps(report, ensure_ascii=False)])
+            write_atomically(self.folder / REPORT, [json.dumps(report, ensure_ascii=False)])
             write_report_page(report, self.folder)
         except OSError as error:  # a full disk is no reason to lose the training
             say(f"warning     no report of step {state.global_step}: {error}")
 
     def _conversation(self, scored: ScoredSequence) -> dict[str, Any]:
-        files = files_of(self.trainer.eval_dataset)
+        files = dataset_files(self.trainer.eval_dataset)
         texts = token_texts(self.tokenizer, scored.ids)
         ends = set(self.trainer.end_of_turn_ids)
         return {

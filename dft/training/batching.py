@@ -22,7 +22,7 @@ from dft.errors import UserError
 Collator = PaddedCollator | PackedCollator | FlatCollator
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 """Types of layers that see a sequence through the attention mask alone."""
-OURS = ("labels", "num_tokens", "loss_positions", "sequence_ids", "origins")
+NON_MODEL_KEYS = ("labels", "num_tokens", "loss_positions", "sequence_ids", "origins")
 """What a batch holds for the loss and its metrics, not for the model."""
 PROBE = 8
 """Tokens of each of the two sequences that the check packs."""
@@ -45,7 +45,7 @@ def choose_collator(model: nn.Module, pad_token_id: int, packed: bool) -> Collat
     Raises:
         UserError: packed examples for a model that would let their sequences see each other.
     """
-    obstacle = why_not_packed(model)
+    obstacle = packing_obstacle(model)
     flash = is_flash_attention_requested(model.config.get_text_config())
     if obstacle is None:
         if flash:
@@ -58,7 +58,7 @@ def choose_collator(model: nn.Module, pad_token_id: int, packed: bool) -> Collat
     return PaddedCollator(pad_token_id)
 
 
-def why_not_packed(model: nn.Module) -> str | None:
+def packing_obstacle(model: nn.Module) -> str | None:
     """What keeps a model from telling apart several sequences in a row, None if nothing is known to."""
     config = model.config.get_text_config()
     # Not every configuration names the types of its layers.
@@ -79,7 +79,7 @@ def why_not_packed(model: nn.Module) -> str | None:
     return None
 
 
-def batching(collator: Any) -> str:
+def describe_batching(collator: Any) -> str:
     """How batches are made, in words for a report."""
     return collator.batching if isinstance(collator, Collator) else "by the given collator"
 
@@ -110,7 +110,7 @@ def padding_id(model: nn.Module) -> int:
     return wanted if wanted is not None and wanted >= 0 else 0
 
 
-def end_of_turn(tokenizer: Any, given: Sequence[int] | None) -> list[int]:
+def resolve_end_of_turn_ids(tokenizer: Any, given: Sequence[int] | None) -> list[int]:
     """Tokens that end a turn: those given, else the tokenizer's end token, if there is a tokenizer."""
     if given is not None:
         return list(given)
@@ -118,7 +118,7 @@ def end_of_turn(tokenizer: Any, given: Sequence[int] | None) -> list[int]:
     return [] if ends is None else [ends]
 
 
-def files_of(dataset: Any) -> list[str]:
+def dataset_files(dataset: Any) -> list[str]:
     """Names of the files that the examples of a dataset are from, as its `origins` number them."""
     if isinstance(dataset, WithBlank):
         dataset = dataset.dataset
@@ -194,7 +194,7 @@ def check_isolation(
         inputs = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in collator(examples).items()
-            if name not in OURS
+            if name not in NON_MODEL_KEYS
         }
         return forward(**inputs).logits[0].double()
 

@@ -27,11 +27,11 @@ from dft.loss.objectives import Objective
 from dft.loss.schedule import CONSTANT, AlphaSchedule, check_schedule
 from dft.ranks import data_parallel_size, sequence_parallel_size
 from dft.training.batching import (
-    OURS,
+    NON_MODEL_KEYS,
     Collator,
-    batching,
     check_isolation,
     choose_collator,
+    describe_batching,
     is_packed,
     padding_id,
     sequence_lengths,
@@ -48,12 +48,12 @@ from dft.training.memory.out_of_memory import (
     ran_out,
 )
 from dft.training.model.adapters import has_adapters
-from dft.training.model.base_model import Reference
+from dft.training.model.base_model import FrozenBaseModel
 from dft.training.parallel.sequence_parallel import (
+    RepeatedBatchSampler,
     SequenceParallel,
-    SharedBatches,
-    check_sharing,
-    parallel_collator,
+    check_sequence_parallel,
+    resolve_parallel_collator,
 )
 from dft.training.parameters import compute_dtype
 
@@ -135,8 +135,8 @@ class DFTTrainer(MeasuredTrainer):
         self._forget_head()
         sharing = sequence_parallel_size(args)
         if sharing > 1:
-            check_sharing(kwargs.get("train_dataset"), objective)
-            data_collator = parallel_collator(padding_id(model), data_collator)
+            check_sequence_parallel(kwargs.get("train_dataset"), objective)
+            data_collator = resolve_parallel_collator(padding_id(model), data_collator)
         elif data_collator is None:
             packed = is_packed(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
             data_collator = choose_collator(model, padding_id(model), packed)
@@ -162,7 +162,7 @@ class DFTTrainer(MeasuredTrainer):
             **kwargs,
         )
         config.use_cache = args.use_cache  # Trainer sets the outer one only
-        self._reference = None if base_model is None else Reference(base_model, args.device)
+        self._reference = None if base_model is None else FrozenBaseModel(base_model, args.device)
         self._sequences: SequenceParallel | None = None
         if sharing > 1:
             self._sequences = SequenceParallel(model, sharing, self._train_batch_size)
@@ -188,7 +188,7 @@ class DFTTrainer(MeasuredTrainer):
     @property
     def batching(self) -> str:
         """How batches are made: padded on the right, packed rows, padding-free, or by the given collator."""
-        return batching(self.data_collator)
+        return describe_batching(self.data_collator)
 
     # ---- the loss ----
 
@@ -234,7 +234,7 @@ class DFTTrainer(MeasuredTrainer):
             )
         rows, tokens = len(inputs["labels"]), inputs["labels"].numel()
         self._last_batch = MicroBatch(rows, tokens, is_training=torch.is_grad_enabled())
-        features = {name: value for name, value in inputs.items() if name not in OURS}
+        features = {name: value for name, value in inputs.items() if name not in NON_MODEL_KEYS}
         labels, training = inputs["labels"], model.training and self.is_in_train
         how = {
             "objective": self.objective_at(self.state.global_step) if training else self.objective,
@@ -294,7 +294,9 @@ class DFTTrainer(MeasuredTrainer):
         if not isinstance(self.data_collator, Collator):
             return {"input_ids": torch.tensor(ids, device=self.args.device)}
         batch = self.data_collator([{"input_ids": row, "labels": row} for row in ids])
-        return {name: value for name, value in self._prepare_inputs(batch).items() if name not in OURS}
+        return {
+            name: value for name, value in self._prepare_inputs(batch).items() if name not in NON_MODEL_KEYS
+        }
 
     def prediction_step(
         self,
@@ -395,7 +397,7 @@ class DFTTrainer(MeasuredTrainer):
             group=multiple * self.args.gradient_accumulation_steps,
         )
         if self._sequences is not None:
-            return SharedBatches(self._train_order, self._train_batch_size, self._sequences.size)
+            return RepeatedBatchSampler(self._train_order, self._train_batch_size, self._sequences.size)
         return self._train_order
 
     def _get_eval_sampler(self, eval_dataset: WithBlank) -> Sampler | None:

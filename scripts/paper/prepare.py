@@ -26,7 +26,7 @@ from datasets import Dataset, load_dataset
 
 from dft.errors import UserError, report_user_errors
 from dft.evaluation.grading import last_boxed
-from dft.files import writing_into
+from dft.files import convert_write_errors
 
 TRAIN = "AI-MO/NuminaMath-CoT:train"
 BENCHMARKS = {
@@ -142,7 +142,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.count < 1:
         raise UserError(f"--count {given.count}: must be at least 1")
-    with writing_into(given.folder, "folder"):
+    with convert_write_errors(given.folder, "folder"):
         given.folder.mkdir(parents=True, exist_ok=True)
         file = given.folder / "train.jsonl"
         chosen = drawn(rows_of(given.train), given.count, given.seed)

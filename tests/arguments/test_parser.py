@@ -216,7 +216,7 @@ FSDP = [
 
 @pytest.mark.parametrize(("flags", "message"), FSDP, ids=["alone", "version", "sharded"])
 def test_what_fsdp_cannot_do_is_refused(tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr("dft.arguments.conflicts.shards", lambda: bool(flags))
+    monkeypatch.setattr("dft.arguments.conflicts.can_shard", lambda: bool(flags))
     with pytest.raises(UserError, match=message):
         checked(tmp_path, "--fsdp", "True", *flags)
     assert not checked(tmp_path, "--fsdp", "False").training.fsdp

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from dft.errors import REFUSED
+from dft.errors import EXIT_USER_ERROR
 from dft.training.model.adapters import BASE_RECORD
 from tests.launching import ROOT, train_records
 
@@ -123,9 +123,9 @@ def test_adapters_are_merged(example, whole, tmp_path):
     stops = GenerationConfig.from_pretrained(merged).eos_token_id
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in (stops if isinstance(stops, list) else [stops])
     again = merge(folder, merged)
-    assert again.returncode == REFUSED and "is there already; name a new folder" in again.stderr
+    assert again.returncode == EXIT_USER_ERROR and "is there already; name a new folder" in again.stderr
     wrong = merge(example.model, tmp_path / "other")
-    assert wrong.returncode == REFUSED and "holds no adapters (adapter_config.json)" in wrong.stderr
+    assert wrong.returncode == EXIT_USER_ERROR and "holds no adapters (adapter_config.json)" in wrong.stderr
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_adapters_are_merged(example, whole, tmp_path):
 )  # fmt: skip
 def test_what_cannot_work_is_one_message(train, tmp_path, flags, message):
     (code,), printed = train(tmp_path / "out", "single", **flags)
-    assert code == REFUSED and message in printed and "Traceback" not in printed, printed
+    assert code == EXIT_USER_ERROR and message in printed and "Traceback" not in printed, printed
 
 
 def test_new_tokens_would_stay_random(example, train, tmp_path):
@@ -153,6 +153,6 @@ def test_new_tokens_would_stay_random(example, train, tmp_path):
     tokenizer.save_pretrained(model)
     (code,), printed = train(tmp_path / "out", "single", model_name_or_path=model)
     assert (
-        code == REFUSED
+        code == EXIT_USER_ERROR
         and "--lora_r 4: the tokenizer has 3 tokens that the model has no embeddings" in printed
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dft.errors import REFUSED
+from dft.errors import EXIT_USER_ERROR
 from dft.training.parallel.stopping import STOPPED
 from tests.launching import ROOT, free_port
 from tests.reliability.test_train_script import FLAGS as ALL_FLAGS
@@ -200,7 +200,7 @@ def test_what_the_user_got_wrong_is_not_tried_again(example, environment, tmp_pa
         "train_multinode.sh", words, {**environment, "CPU_RANKS": "2"}, NNODES=1, NODE_RANK=0,
         MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), LOG_FILE=log, MAX_RESTARTS=2,
     )  # fmt: skip
-    assert done.returncode == REFUSED, done.stdout + done.stderr + log.read_text()
+    assert done.returncode == EXIT_USER_ERROR, done.stdout + done.stderr + log.read_text()
     assert "restart" not in done.stdout and "Traceback" not in log.read_text()
 
 

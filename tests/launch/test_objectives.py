@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dft.errors import REFUSED
+from dft.errors import EXIT_USER_ERROR
 from tests.launching import ROOT, eval_records, train_records
 from tests.loss.test_objectives import CASES
 
@@ -152,5 +152,5 @@ REFUSALS = {
 def test_what_contradicts_is_refused(train, name):
     flags, told = REFUSALS[name]
     _, codes, printed = train("refused", **flags)
-    assert codes == [REFUSED] and re.search(told, printed), printed
+    assert codes == [EXIT_USER_ERROR] and re.search(told, printed), printed
     assert "Traceback" not in printed

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from dft.errors import REFUSED
+from dft.errors import EXIT_USER_ERROR
 from tests.launching import ROOT
 
 
@@ -59,7 +59,7 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(example, forks, shapes_alone
 def test_what_makes_no_plan_is_refused(example, forks, flags, told):
     output = example.folder / "not-planned"
     codes, printed = forks.run(example.words(output, use_cpu=True, **flags), 1)
-    assert codes == [REFUSED] and f"error: {told}" in printed, printed
+    assert codes == [EXIT_USER_ERROR] and f"error: {told}" in printed, printed
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dft.errors import REFUSED
+from dft.errors import EXIT_USER_ERROR
 from dft.training.checkpoints.folder import newest_checkpoint
 from tests.launching import ROOT, eval_records, train_records
 
@@ -116,7 +116,7 @@ def test_a_run_is_gone_on_from(train, example):
 )
 def test_what_cannot_be_shared_is_refused(train, flags, ranks, told):
     _, codes, printed = train("refused", ranks, **flags)
-    assert REFUSED in codes and 0 not in codes, printed
+    assert EXIT_USER_ERROR in codes and 0 not in codes, printed
     assert f"error: --sequence_parallel_size {flags['sequence_parallel_size']}" in printed
     assert re.search(told, printed), printed
 
@@ -130,5 +130,5 @@ def test_windows_are_refused(train, example):
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(example.model).save_pretrained(folder)
     _, codes, printed = train("windowed", 2, sequence_parallel_size=2, model_name_or_path=folder)
-    assert REFUSED in codes and 0 not in codes, printed
+    assert EXIT_USER_ERROR in codes and 0 not in codes, printed
     assert "sliding_attention" in printed

@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dft.loss.dft import dft_loss
 from dft.loss.head import FusedHead, inspect_head
-from dft.ranks import leave_ranks
+from dft.ranks import exit_rank
 from tests.launching import free_port
 
 RANKS, VOCAB, TOKENS = 2, 61, 31
@@ -61,7 +61,7 @@ def worker(rank: int, port: int, tied: bool, halves: bool, checkpointed: bool, r
     found = {name: one.grad.full_tensor() for name, one in model.named_parameters()}
     if rank == 0:
         results.put((total.item(), {name: one.numpy() for name, one in found.items()}))
-    leave_ranks()
+    exit_rank()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dft.errors import REFUSED
+from dft.errors import EXIT_USER_ERROR
 from dft.training.checkpoints.folder import newest_checkpoint
 from tests.launching import ROOT
 from tests.reliability.selecting import mostly_slow
@@ -54,7 +54,7 @@ def test_a_disk_that_fails_while_it_is_trained(example, forks, disk, fault, rank
     at = str(disk if fault != "GONE" else output)
     env = {"DIE_AT": "step 3", "DIE_BY": fault, "DISK": at, "DIE_RANK": "0"}
     codes, printed = forks.run(words(example, output, ranks), ranks, **env)
-    assert codes[0] == REFUSED and all(codes), printed
+    assert codes[0] == EXIT_USER_ERROR and all(codes), printed
     assert printed.count("error:") == 1 and FAULTS[fault] in printed and "Traceback" not in printed
     if fault == "READ_ONLY":
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
@@ -71,13 +71,15 @@ def test_a_disk_that_fails_while_it_is_trained(example, forks, disk, fault, rank
 def test_a_disk_that_fills_up_before_the_final_model_is_written(example, forks, disk):
     env = {"DIE_AT": "step 8", "DIE_BY": "FULL", "DISK": str(disk)}
     (code,), printed = forks.run(words(example, disk / "run", save_steps=100), **env)
-    assert code == REFUSED and "cannot be saved: no space left" in printed and "Traceback" not in printed
+    assert (
+        code == EXIT_USER_ERROR and "cannot be saved: no space left" in printed and "Traceback" not in printed
+    )
 
 
 def test_a_disk_that_is_too_small_is_known_before_training(example, forks, disk):
     flags = {"save_steps": 1, "save_total_limit": None}
     (code,), printed = forks.run(words(example, disk / "run", **flags))
-    assert code == REFUSED, printed
+    assert code == EXIT_USER_ERROR, printed
     assert "8 checkpoints of 0.01 GiB and a model of 0.00 GiB will not fit, with 0.04 GiB free" in printed
     assert "--save_total_limit" in printed and "train step" not in printed
 
@@ -85,7 +87,7 @@ def test_a_disk_that_is_too_small_is_known_before_training(example, forks, disk)
 def test_a_read_only_output_directory_is_known_before_anything_else(example, forks, disk):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     (code,), printed = forks.run(words(example, disk / "run"))
-    assert code == REFUSED and "--output_dir" in printed and "Read-only file system" in printed
+    assert code == EXIT_USER_ERROR and "--output_dir" in printed and "Read-only file system" in printed
     assert "train " not in printed
 
 

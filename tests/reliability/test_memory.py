@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dft.errors import REFUSED
+from dft.errors import EXIT_USER_ERROR
 from dft.training.memory.out_of_memory import SMALLER
 from tests.launching import ROOT, launch
 from tests.reliability.selecting import mostly_slow
@@ -47,7 +47,7 @@ def check_same(one: Path, other: Path) -> None:
 def test_it_says_what_took_the_memory_and_what_to_change(example, forks, tmp_path, ranks):
     env = {"DIE_AT": "step 1", "DIE_BY": "MEMORY", "DISK": LITTLE, "DIE_RANK": str(ranks - 1)}
     codes, printed = forks.run(words(example, tmp_path / "run", ranks), ranks, **env)
-    assert codes == [REFUSED] * ranks, printed
+    assert codes == [EXIT_USER_ERROR] * ranks, printed
     assert printed.count("error: out of memory in step") == 1 and "Traceback" not in printed
     assert ranks == 1 or "[rank 1] error: out of memory" in printed
     told = next(line for line in printed.splitlines() if "error:" in line)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dft.errors import REFUSED
+from dft.errors import EXIT_USER_ERROR
 from tests.forking import Run
 from tests.launching import ROOT, eval_records, train_records
 from tests.reliability.selecting import mostly_slow
@@ -168,14 +168,16 @@ def test_a_step_of_other_rows_is_refused(example, forks, saved, ranks, accumulat
     output = example.folder / request.node.name
     flags = {"resume_from_checkpoint": saved("ddp") / "checkpoint-7"}
     codes, printed = forks.run(of_two_epochs(example, output, "ddp", accumulation, **flags), ranks)
-    assert REFUSED in codes and 0 not in codes
+    assert EXIT_USER_ERROR in codes and 0 not in codes
     assert re.search(message, printed) and "Traceback" not in printed, printed
 
 
 def test_what_zero_divided_is_not_taken_for_a_whole(example, forks, saved):
     flags = {"resume_from_checkpoint": saved("zero3") / "checkpoint-7"}
     (code,), printed = forks.run(of_two_epochs(example, example.folder / "mixed", "ddp", 4, **flags))
-    assert code == REFUSED and "saved under DeepSpeed ZeRO-3, and this run is single process" in printed
+    assert (
+        code == EXIT_USER_ERROR and "saved under DeepSpeed ZeRO-3, and this run is single process" in printed
+    )
 
 
 @pytest.mark.parametrize("ranks", mostly_slow([1, 2], [1]))

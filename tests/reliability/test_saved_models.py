@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dft.errors import REFUSED
+from dft.errors import EXIT_USER_ERROR
 from dft.training.checkpoints.folder import newest_checkpoint
 from tests.launching import ROOT
 from tests.reliability.selecting import mostly_slow
@@ -24,7 +24,7 @@ def words(example, output: Path, ranks: int = 1, **flags) -> list[str]:
 
 
 def check_refused(codes: list[int], printed: str, message: str) -> None:
-    assert codes[0] == REFUSED and all(codes), printed
+    assert codes[0] == EXIT_USER_ERROR and all(codes), printed
     assert printed.count("error:") == 1 and message in printed and "Traceback" not in printed, printed
 
 

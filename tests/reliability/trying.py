@@ -20,7 +20,7 @@ import torch
 import dft.data.sandbox.limits
 import dft.errors
 import train_dft
-from dft.errors import REFUSED, UserError
+from dft.errors import EXIT_USER_ERROR, UserError
 from tests.launching import free_port
 
 PATIENCE = 60
@@ -45,7 +45,7 @@ def attempt(words: list[str], port: int, log: Path, pipe: Connection) -> None:
     sys.stderr.flush()
     pipe.send((how, message))
     if dft.errors._tells is not None:  # the ranks have settled who reports: the others wait for its end
-        os._exit(REFUSED)
+        os._exit(EXIT_USER_ERROR)
     time.sleep(2 * PATIENCE)  # until it is killed: another rank may still be joining this one
 
 
@@ -64,7 +64,7 @@ def outcome(words: list[str], port: int, log: Path, ended: list[Path]) -> dict[s
         how, message = here.recv() if here.poll(PATIENCE) else ("hung", "")
     except EOFError:  # where several ranks are done, they end without a word
         process.join()
-        how = {0: "went through", REFUSED: "followed"}.get(process.exitcode, "died")
+        how = {0: "went through", EXIT_USER_ERROR: "followed"}.get(process.exitcode, "died")
         message = ""
     ended[0].touch()
     deadline = time.monotonic() + PATIENCE

@@ -9,7 +9,7 @@ from pathlib import Path
 import xxhash
 from tqdm import tqdm
 
-from dft.files import FORBIDDEN, FULL, write_whole
+from dft.files import DISK_FULL, NOT_WRITABLE, write_atomically
 
 DIGESTS = "digests"
 """Name of the folder in the cache."""
@@ -67,10 +67,10 @@ def _digest(memory: Path, path: Path, bar: tqdm) -> str:
     if _state(before) == _state(path.stat()) and time.time() - changed > SETTLED:
         note = {"path": str(path), "state": _state(before), "digest": digest.hexdigest()}
         try:
-            write_whole(_note(memory, path), [json.dumps(note)])
+            write_atomically(_note(memory, path), [json.dumps(note)])
         except OSError as error:
             # All it would save is reading the file again. What is prepared already can be used without it.
-            if error.errno not in (*FORBIDDEN, *FULL):
+            if error.errno not in (*NOT_WRITABLE, *DISK_FULL):
                 raise
     return digest.hexdigest()
 

@@ -38,7 +38,7 @@ from dft.data.preparing.selection import select
 from dft.data.reading.sources import Source, resolve_sources
 from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
-from dft.files import FULL, flush_to_disk, write_whole, writing_into
+from dft.files import DISK_FULL, convert_write_errors, flush_to_disk, write_atomically
 
 REJECTED = "rejected.jsonl"
 
@@ -70,13 +70,13 @@ class PreparedData:
         Raises:
             UserError: they cannot be written there.
         """
-        with writing_into(folder, "--output_dir"):
+        with convert_write_errors(folder, "--output_dir"):
             folder.mkdir(parents=True, exist_ok=True)
             if self.report["rejected"]:
-                write_whole(folder / REJECTED, self._rejected_lines())
+                write_atomically(folder / REJECTED, self._rejected_lines())
             else:
                 (folder / REJECTED).unlink(missing_ok=True)  # of an earlier run
-            write_whole(folder / REPORT, [json.dumps(self.report, indent=2, ensure_ascii=False)])
+            write_atomically(folder / REPORT, [json.dumps(self.report, indent=2, ensure_ascii=False)])
 
     def _rejected_lines(self) -> Iterator[str]:
         for group, names in self.names.items():
@@ -173,7 +173,7 @@ def cache_key(
 @contextmanager
 def _cache_errors(cache_dir: Path, sources: dict[str, list[Source]]) -> Iterator[None]:
     read = {str(source.path) for group in sources.values() for source in group}
-    with writing_into(cache_dir, "--data_cache_dir"):
+    with convert_write_errors(cache_dir, "--data_cache_dir"):
         try:
             yield
         except OSError as error:
@@ -225,7 +225,7 @@ def _prepare_once(
             flush_to_disk(target.parent)
         except UserError as error:
             with suppress(OSError):  # the disk that is full may be this one
-                write_whole(error_file, [str(error)])
+                write_atomically(error_file, [str(error)])
             raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -248,7 +248,7 @@ def _fill(
             )
         seal(folder)
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL:
             raise
         written = sum(one.stat().st_size for one in folder.iterdir())
         raise UserError(

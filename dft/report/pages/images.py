@@ -11,7 +11,7 @@ from types import MappingProxyType
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from dft.files import write_whole_bytes
+from dft.files import write_bytes_atomically
 from dft.report.pages.figures import styled
 
 DOTS = 110
@@ -62,7 +62,7 @@ def write_png(figure: Figure, path: Path, notes: Mapping[str, str] = MappingProx
     stream = io.BytesIO()
     with styled(), _without_warnings():
         figure.savefig(stream, format="png", dpi=DOTS, metadata={"Software": None, **notes})
-    write_whole_bytes(path, [stream.getvalue()])
+    write_bytes_atomically(path, [stream.getvalue()])
 
 
 @contextmanager

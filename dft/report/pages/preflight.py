@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dft.files import write_whole, writing_into
+from dft.files import convert_write_errors, write_atomically
 from dft.report.pages.figures import histogram_figure
 from dft.report.pages.history import Histogram
 from dft.report.pages.images import inline_svg
@@ -19,9 +19,9 @@ def write_preflight(report: dict[str, Any], folder: Path) -> None:
     Raises:
         UserError: they cannot be written there.
     """
-    with writing_into(folder, "--output_dir"):
-        write_whole(folder / "preflight.json", [json.dumps(report, indent=2, ensure_ascii=False)])
-        write_whole(folder / "preflight.html", [preflight_page(report)])
+    with convert_write_errors(folder, "--output_dir"):
+        write_atomically(folder / "preflight.json", [json.dumps(report, indent=2, ensure_ascii=False)])
+        write_atomically(folder / "preflight.html", [preflight_page(report)])
 
 
 def preflight_page(report: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from dft.files import write_whole
+from dft.files import write_atomically
 from dft.metrics import CURVES, FURTHER_CURVES, MACHINE, OVERVIEW, Metric, number
 from dft.report.pages import sections
 from dft.report.pages.figures import EVALUATION, TRAIN, Line, curve_figure, histogram_figure, overview_figure
@@ -39,7 +39,7 @@ def write_report_page(report: dict[str, Any], folder: Path) -> None:
 
 def write_page(html: str, picture: Figure, file: Path) -> None:
     """Writes a page, and its picture beside it."""
-    write_whole(file, [html])
+    write_atomically(file, [html])
     write_png(picture, file.with_suffix(".png"))
 
 

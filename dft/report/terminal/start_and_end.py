@@ -12,15 +12,15 @@ from dft.arguments.parser import Arguments, default_flags, own_flags
 from dft.arguments.training import TrainingArguments
 from dft.loss.schedule import alpha_of, method_title
 from dft.ranks import (
+    count_optimizer_steps,
     data_parallel_size,
+    describe_parallelism,
     is_main_process,
-    parallelism,
     rows_per_step,
-    schedule,
     sequence_parallel_size,
     world_size,
 )
-from dft.training.memory.estimate import memory_estimate
+from dft.training.memory.estimate import estimate_memory
 from dft.training.model.adapters import has_adapters
 from dft.training.parallel.stopping import Stopped
 
@@ -45,7 +45,7 @@ def derived(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
             training.mixed_precision, "the dtype of the weights"
         ),
         "attention": model.config._attn_implementation,
-        "parallelism": parallelism(training),
+        "parallelism": describe_parallelism(training),
         "alpha": alpha_of(objective_of(arguments.dft)),
         "rows_per_step": rows_per_step(training),
     }
@@ -64,7 +64,7 @@ def start_lines(
     """The summary a run starts with. `batching` is `DFTTrainer.batching`."""
     training, chosen = arguments.training, derived(arguments, model)
     per_step, rows = chosen["rows_per_step"], report["train"]["rows"]
-    steps = schedule(training, rows)
+    steps = count_optimizer_steps(training, rows)
     share = report["train"]["supervised_tokens"] / rows
     packed = "packing_density" in report["train"]
     what = "rows" if packed else "sequences"
@@ -85,7 +85,7 @@ def start_lines(
         f"{share * per_step:,.0f} supervised tokens; {batching}",
         f"schedule    {steps} steps, {training.get_warmup_steps(steps)} of them warm-up, "
         f"{training.lr_scheduler_type.value}, learning rate {training.learning_rate:g}",
-        f"memory      {memory_estimate(model, training, tokens)}",
+        f"memory      {estimate_memory(model, training, tokens)}",
         f"output      {training.output_dir}; trackers: {', '.join(training.report_to) or 'none'}",
     ]
     if has_adapters(model):

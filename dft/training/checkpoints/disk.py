@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from dft.errors import UserError
-from dft.files import FORBIDDEN, FULL, flush_to_disk, free_bytes
+from dft.files import DISK_FULL, NOT_WRITABLE, flush_to_disk, free_bytes
 from dft.training.checkpoints.folder import UNFINISHED
 
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -68,9 +68,9 @@ def disk_fault(error: Exception, folder: Path) -> str | None:
     words = str(error)
     if isinstance(error, FileNotFoundError) and not folder.is_dir():
         return f"{folder} is gone"
-    if code in FULL or "No space left" in words or "Disk quota exceeded" in words:
+    if code in DISK_FULL or "No space left" in words or "Disk quota exceeded" in words:
         return f"no space left on the device ({free_bytes(folder):,} bytes are free)"
-    if code in (*FORBIDDEN, errno.EIO, errno.ESTALE, errno.EFBIG):
+    if code in (*NOT_WRITABLE, errno.EIO, errno.ESTALE, errno.EFBIG):
         return f"{error.strerror}: {error.filename or folder}"
     if "PytorchStreamWriter" in words or "I/O error" in words:
         return f"{' '.join(words.split())} ({free_bytes(folder):,} bytes are free)"

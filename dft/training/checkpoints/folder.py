@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from dft.console import say
 from dft.errors import UserError
-from dft.files import flush_to_disk, write_whole
+from dft.files import flush_to_disk, write_atomically
 
 MANIFEST = "manifest.json"
 """In a checkpoint: what it is, and the size in bytes of every other file."""
@@ -100,7 +100,7 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
         _keep_to_owner(path)
         flush_to_disk(path)
         files[str(path.relative_to(folder))] = path.stat().st_size
-    write_whole(folder / MANIFEST, [json.dumps({**facts, "files": files}, indent=1)])
+    write_atomically(folder / MANIFEST, [json.dumps({**facts, "files": files}, indent=1)])
     for path in [folder / MANIFEST, *(one for one in folder.rglob("*") if one.is_dir()), folder]:
         _keep_to_owner(path)
         flush_to_disk(path)

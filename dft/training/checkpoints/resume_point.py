@@ -11,7 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from dft.arguments.parser import Arguments
 from dft.console import say
 from dft.errors import UserError
-from dft.ranks import data_parallel_size, parallelism, rows_per_step, world_size
+from dft.ranks import data_parallel_size, describe_parallelism, rows_per_step, world_size
 from dft.training.checkpoints.folder import (
     NAME,
     UNFINISHED,
@@ -165,7 +165,7 @@ def finish_renaming(output_dir: Path) -> None:
 def check_same_run(found: Checkpoint, training: transformers.TrainingArguments) -> None:
     """Raises `UserError` where this run cannot go on from a checkpoint."""
     what, facts = f"--resume_from_checkpoint {found.path}", found.facts
-    now = parallelism(training)
+    now = describe_parallelism(training)
     apart = ("DeepSpeed", "FSDP")
     if facts["parallelism"] != now and any(one in facts["parallelism"] + now for one in apart):
         raise UserError(

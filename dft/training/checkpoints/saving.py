@@ -20,8 +20,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dft.console import say
 from dft.errors import UserError
-from dft.files import write_whole
-from dft.ranks import first_of_ranks, parallelism, rows_per_step
+from dft.files import write_atomically
+from dft.ranks import describe_parallelism, first_failure, rows_per_step
 from dft.training.batching import sequence_lengths
 from dft.training.checkpoints.disk import move_files, sees_the_same, writing_a_save
 from dft.training.checkpoints.folder import (
@@ -34,7 +34,7 @@ from dft.training.checkpoints.folder import (
 from dft.training.checkpoints.hub import PublishingTrainer
 from dft.training.checkpoints.verify import Damaged, Expected, check_files, check_loaded, dtypes_of, probe
 from dft.training.model.adapters import has_adapters, write_base_record
-from dft.training.parallel.rank_watchdog import Peers
+from dft.training.parallel.rank_watchdog import RankWatchdog
 from dft.training.parallel.stopping import Stopped, StopRequest
 from dft.training.parameters import shapes_digest
 
@@ -86,7 +86,7 @@ class SavingTrainer(PublishingTrainer):
 
     Attributes:
         stop: asks for an early end; None for a trainer that no signal stops.
-        peers: the watch over the other ranks, to be told that this one gets on.
+        watchdog: the watch over the other ranks, to be told that this one gets on.
         verify_save: what is looked at again after it was written, True (the final model in
             full, of checkpoints the files), all (everything in full) or False.
         card: makes the README.md of a saved model, given whether the report's picture lies beside it.
@@ -94,7 +94,7 @@ class SavingTrainer(PublishingTrainer):
     """
 
     stop: StopRequest | None = None
-    peers: Peers | None = None
+    watchdog: RankWatchdog | None = None
     verify_save: str = "True"
     card: Callable[[bool], str] | None = None
     trust_remote_code: bool = False
@@ -186,7 +186,7 @@ class SavingTrainer(PublishingTrainer):
             "resumable": is_full,
             "ranks": self.args.world_size,
             "rows_per_step": rows_per_step(self.args),
-            "parallelism": parallelism(self.args),
+            "parallelism": describe_parallelism(self.args),
             "order": self._order(),
             "model": self._shapes,
             "method": self._method(),
@@ -240,7 +240,7 @@ class SavingTrainer(PublishingTrainer):
             **self._state_to_keep(),
         }
         if self.is_world_process_zero():
-            write_whole(folder / RUN_STATE, [json.dumps(kept)])
+            write_atomically(folder / RUN_STATE, [json.dumps(kept)])
 
     def _left_after_step(self) -> Left:
         state = self.state
@@ -295,7 +295,7 @@ class SavingTrainer(PublishingTrainer):
                     check_loaded(written, expected, self.args, self.trust_remote_code)
             except Damaged as found:
                 fault = str(found)
-        fault = first_of_ranks(fault)
+        fault = first_failure(fault)
         if fault is not None:
             raise UserError(
                 f"--verify_save {self.verify_save}: the model that was just saved is not the one that was "
@@ -327,7 +327,7 @@ class SavingTrainer(PublishingTrainer):
         picture = Path(self.args.output_dir) / PICTURE
         if picture.is_file() and folder != picture.parent:
             shutil.copy(picture, folder)
-        write_whole(folder / CARD, [self.card(picture.is_file()), MADE_HERE, "\n"])
+        write_atomically(folder / CARD, [self.card(picture.is_file()), MADE_HERE, "\n"])
 
     def _spare_readme(self, staging: Path, folder: Path) -> None:
         """Leaves a README.md of somebody else where it is."""
@@ -421,8 +421,8 @@ class SavingTrainer(PublishingTrainer):
         return super().training_step(*args, **kwargs)
 
     def _beat(self) -> None:
-        if self.peers is not None:
-            self.peers.beat()
+        if self.watchdog is not None:
+            self.watchdog.beat()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's own mean of the loss, in its last line, is one over the steps since the run went on."""

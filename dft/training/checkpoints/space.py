@@ -9,7 +9,7 @@ from dft.arguments.deepspeed_file import zero_of
 from dft.arguments.training import TrainingArguments
 from dft.errors import UserError
 from dft.files import free_bytes
-from dft.ranks import schedule
+from dft.ranks import count_optimizer_steps
 from dft.training.checkpoints.folder import checkpoint_folders
 from dft.training.model.adapters import has_adapters
 from dft.training.parameters import GIB, element_count
@@ -27,7 +27,7 @@ def check_space(model: nn.Module, training: TrainingArguments, rows: int) -> Non
     model_bytes, checkpoint_bytes = saved_bytes(model, training)
     folder = Path(training.output_dir)
     there = len(checkpoint_folders(folder))
-    at_once = checkpoints_at_once(training, schedule(training, rows))
+    at_once = checkpoints_at_once(training, count_optimizer_steps(training, rows))
     needed = model_bytes + max(0, at_once - there) * checkpoint_bytes
     free = free_bytes(folder)
     if needed <= free:

@@ -17,10 +17,10 @@ from dft.loss.dft import TokenStats
 from dft.loss.objectives import Objective
 from dft.loss.schedule import CONSTANT, AlphaSchedule, alpha_of, method_title, scheduled
 from dft.metrics import HISTOGRAM
-from dft.training.batching import Collator, end_of_turn, files_of
+from dft.training.batching import Collator, dataset_files, resolve_end_of_turn_ids
 from dft.training.checkpoints.folder import newest_checkpoint
 from dft.training.checkpoints.resuming import ResumingTrainer
-from dft.training.measuring.meter import TokenMeter, named_after_files
+from dft.training.measuring.meter import TokenMeter, prefix_with_file_names
 from dft.training.measuring.nonfinite import (
     MOST_IN_A_ROW,
     POLICIES,
@@ -73,7 +73,7 @@ class MeasuredTrainer(ResumingTrainer):
         self.end_of_turn_weight = end_of_turn_weight
         self.log_per_file = log_per_file
         self.on_nonfinite = on_nonfinite
-        self.end_of_turn_ids = end_of_turn(self.processing_class, end_of_turn_ids)
+        self.end_of_turn_ids = resolve_end_of_turn_ids(self.processing_class, end_of_turn_ids)
         self.examples: list[ScoredSequence] = []
         if end_of_turn_weight and not self.end_of_turn_ids:
             raise ValueError("end_of_turn_weight needs end_of_turn_ids, or a tokenizer with an end token")
@@ -114,14 +114,14 @@ class MeasuredTrainer(ResumingTrainer):
         if not ours:
             return
         if self._scored is not None:
-            self._scored.append(TokenTable.of_batch(stats, inputs))
+            self._scored.append(TokenTable.from_batch(stats, inputs))
         wanted = EXAMPLES - len(self.examples)
         if wanted and self.is_world_process_zero():
             self.examples += scored_sequences(stats, inputs, wanted)
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude_time(self, seconds: float) -> None:
         """What took place just now is no training: it counts in no tokens per second."""
-        self._clock.leave_out(seconds)
+        self._clock.exclude_time(seconds)
 
     # ---- what is not finite ----
 
@@ -144,7 +144,7 @@ class MeasuredTrainer(ResumingTrainer):
 
     def _refuse_step(self, model: nn.Module) -> None:
         """Stops the run before a gradient that is not finite reaches the weights, or leaves the step out."""
-        names = files_of(self.train_dataset)
+        names = dataset_files(self.train_dataset)
         blames = of_all_ranks(self._watch.blame(self.accelerator.process_index, names))
         if self._is_too_great_for_float16() and all(blame.loss_is_finite for blame in blames):
             return  # the loss scale is lowered and the step left out, as ever
@@ -191,7 +191,7 @@ class MeasuredTrainer(ResumingTrainer):
         self._scored = []
         try:
             self.evaluation_loop(self.get_eval_dataloader(dataset), "Scoring", prediction_loss_only=True)
-            return TokenTable.of_all_ranks(self._scored)
+            return TokenTable.gather(self._scored)
         finally:
             self._scored = None
 
@@ -205,7 +205,7 @@ class MeasuredTrainer(ResumingTrainer):
     ) -> EvalLoopOutput:
         """Trainer's loop, with metrics weighted by token in place of a mean over batches."""
         started = time.perf_counter()
-        files = files_of(dataloader.dataset) if self.log_per_file else []
+        files = dataset_files(dataloader.dataset) if self.log_per_file else []
         self._eval_meter = self._meter(len(files))
         self.examples = []
         with torch.random.fork_rng(devices=[]):  # how often it is evaluated changes nothing in training
@@ -213,7 +213,7 @@ class MeasuredTrainer(ResumingTrainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         found = self._eval_meter.reduce(self.accelerator)
-        metrics = {**found.means, **named_after_files(files, found.files)}
+        metrics = {**found.means, **prefix_with_file_names(files, found.files)}
         metrics["supervised_tokens"] = int(found.counts["supervised"])
         if broken := int(found.counts["not_numbers"]):
             say(
@@ -223,7 +223,7 @@ class MeasuredTrainer(ResumingTrainer):
         if description == "Evaluation":  # what trackers get of a prediction has to be numbers
             metrics[HISTOGRAM] = found.histogram
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        self.leave_out(time.perf_counter() - started)
+        self.exclude_time(time.perf_counter() - started)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -247,7 +247,7 @@ class MeasuredTrainer(ResumingTrainer):
         memory = torch.tensor([peak_memory(self.args.device)], device=self.args.device)
         memory = self.accelerator.gather(memory).max().item()
         found = self._train_meter.reduce(self.accelerator)
-        seconds = self._clock.window(self.state.global_step)
+        seconds = self._clock.window_seconds(self.state.global_step)
         counts = found.counts
         logs = {**found.means, "tokens_per_second": counts["tokens"] / seconds}
         logs["supervised_tokens"] = int(counts["supervised"])
@@ -266,7 +266,7 @@ class MeasuredTrainer(ResumingTrainer):
         """What a window's tokens cost, added to the run's `total_flos`; 0 where that is not known."""
         if self._flops is None:
             return 0.0
-        done = self._flops.of(counts["tokens"], counts["pairs"], counts["supervised"])
+        done = self._flops.total(counts["tokens"], counts["pairs"], counts["supervised"])
         self.state.total_flos += done
         return done
 
@@ -298,7 +298,7 @@ class MeasuredTrainer(ResumingTrainer):
         return {"meter": self._train_meter.rows(self.accelerator)}
 
     def _take_up(self, kept: Mapping[str, Any]) -> None:
-        self._train_meter.take_up(kept["meter"], self.accelerator)
+        self._train_meter.load_rows(kept["meter"], self.accelerator)
 
     def _take_back_step(self) -> None:
         super()._take_back_step()
@@ -309,4 +309,4 @@ class MeasuredTrainer(ResumingTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         started = time.perf_counter()
         super()._save_checkpoint(*args, **kwargs)
-        self.leave_out(time.perf_counter() - started)
+        self.exclude_time(time.perf_counter() - started)

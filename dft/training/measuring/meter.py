@@ -123,7 +123,7 @@ class TokenMeter:
         auxiliary = self.sums.new_full((1,), self.has_auxiliary)
         return accelerator.gather(torch.cat([self.sums, auxiliary])[None]).tolist()
 
-    def take_up(self, rows: list[list[float]], accelerator: Accelerator) -> None:
+    def load_rows(self, rows: list[list[float]], accelerator: Accelerator) -> None:
         """Goes on from the row of this rank, and its share of those of ranks that are gone."""
         saved = torch.tensor(rows, dtype=torch.float64)  # (ranks, sums and one)
         if saved.shape[1:] != (len(self.sums) + 1,):
@@ -133,7 +133,7 @@ class TokenMeter:
         self.sums += mine[:-1]
         self.has_auxiliary = bool(saved[:, -1].any())
 
-    def reduce(self, accelerator: Accelerator) -> "Reduced":
+    def reduce(self, accelerator: Accelerator) -> "ReducedMetrics":
         """Means over the tokens of all ranks. Starts anew. A collective."""
         sums = accelerator.reduce(torch.cat([self.sums, self.of_files.flatten()]), "sum").tolist()
         has_auxiliary = self.has_auxiliary
@@ -144,11 +144,11 @@ class TokenMeter:
         rest = sums[len(SUMS) + BINS :]
         of_files = [rest[start : start + width] for start in range(0, len(rest), width)]
         means = means_of(named, self.objective, has_auxiliary)
-        return Reduced(named, histogram, [file_means(one) for one in of_files], means)
+        return ReducedMetrics(named, histogram, [file_means(one) for one in of_files], means)
 
 
 @dataclass(frozen=True)
-class Reduced:
+class ReducedMetrics:
     """What the sums of all ranks come to.
 
     Attributes:
@@ -196,7 +196,7 @@ def file_means(sums: list[float]) -> dict[str, float]:
     return {"nll": nll / supervised, "avg_p_correct": p_correct / supervised} if supervised else {}
 
 
-def named_after_files(files: list[str], means: list[dict[str, float]]) -> dict[str, Any]:
+def prefix_with_file_names(files: list[str], means: list[dict[str, float]]) -> dict[str, Any]:
     """`<file>/<metric>`, with as little of each path as tells the files apart."""
     return {
         f"{name}/{metric}": value

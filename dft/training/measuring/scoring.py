@@ -44,12 +44,12 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self.nll)
 
-    def where(self, rows: np.ndarray) -> "TokenTable":
+    def select(self, rows: np.ndarray) -> "TokenTable":
         """Some of the rows, chosen by index or by a mask."""
         return TokenTable(*(vars(self)[column.name][rows] for column in fields(self)))
 
     @classmethod
-    def of_batch(cls, stats: TokenStats, inputs: Mapping[str, Any]) -> "TokenTable":
+    def from_batch(cls, stats: TokenStats, inputs: Mapping[str, Any]) -> "TokenTable":
         file, line = origins_of_tokens(inputs).T.cpu().numpy()
         return cls(
             stats.nll.double().cpu().numpy(),
@@ -61,14 +61,14 @@ class TokenTable:
         )
 
     @classmethod
-    def joined(cls, parts: Sequence["TokenTable"]) -> "TokenTable":
+    def concatenate(cls, parts: Sequence["TokenTable"]) -> "TokenTable":
         return cls(*(np.concatenate([vars(part)[column.name] for part in parts]) for column in fields(cls)))
 
     @classmethod
-    def of_all_ranks(cls, parts: Sequence["TokenTable"]) -> "TokenTable":
+    def gather(cls, parts: Sequence["TokenTable"]) -> "TokenTable":
         """Tables of this and all other ranks as one, in the order of files and lines. A collective."""
-        whole = cls.joined(gather_object(list(parts)))
-        return whole.where(np.lexsort((whole.line, whole.file)))
+        whole = cls.concatenate(gather_object(list(parts)))
+        return whole.select(np.lexsort((whole.line, whole.file)))
 
 
 @dataclass(frozen=True)

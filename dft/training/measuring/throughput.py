@@ -41,7 +41,7 @@ class ModelFlops:
     per_pair: float
     per_supervised: float
 
-    def of(self, tokens: float, pairs: float, supervised: float) -> float:
+    def total(self, tokens: float, pairs: float, supervised: float) -> float:
         return self.per_token * tokens + self.per_pair * pairs + self.per_supervised * supervised
 
 
@@ -52,7 +52,7 @@ def model_flops(model: nn.Module) -> ModelFlops | None:
     head = model.get_output_embeddings()
     if head is not None:
         embeddings.add(id(head.weight))
-    active = active_share(config)
+    active = active_expert_fraction(config)
     layers = 0.0
     for name, parameter in model.named_parameters():
         if id(parameter) in embeddings or element_dims(parameter) < 2:
@@ -77,7 +77,7 @@ def cost(parameter: nn.Parameter) -> float:
     return (6 if parameter.requires_grad else 4) * element_count(parameter)
 
 
-def active_share(config: PretrainedConfig) -> float | None:
+def active_expert_fraction(config: PretrainedConfig) -> float | None:
     """Of a mixture of experts, how many work on one token."""
     given = config.to_dict()
     total = next(
@@ -110,13 +110,13 @@ class Clock:
         self._began = self._window = time.perf_counter()
         self._first = self._step = step
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude_time(self, seconds: float) -> None:
         """What just took place does not count."""
         self._window += seconds
         if self._step == self._first:
             self._began += seconds  # of the untouched model; that does not come again
 
-    def window(self, step: int) -> float:
+    def window_seconds(self, step: int) -> float:
         """Seconds since this was last asked."""
         now = time.perf_counter()
         seconds, self._window, self._step = now - self._window, now, step

@@ -58,7 +58,7 @@ class RunRecordCallback(TrainerCallback):
     """
 
     def __init__(self, record: Mapping[str, Any], handler: CallbackHandler) -> None:
-        self.record = bounded(record)
+        self.record = truncate_record(record)
         self.handler = handler
 
     def on_train_begin(
@@ -82,7 +82,7 @@ class RunRecordCallback(TrainerCallback):
             elif isinstance(tracker, SwanLabCallback):
                 import swanlab
 
-                swanlab.config.update(flat(self.record))
+                swanlab.config.update(flatten_record(self.record))
 
 
 class HistogramCallback(TrainerCallback):
@@ -160,20 +160,20 @@ def to_swanlab(name: str, counts: list[int], step: int) -> None:
     swanlab.log({name: swanlab.ECharts(chart)}, step=step)
 
 
-def bounded(value: Any) -> Any:
+def truncate_record(value: Any) -> Any:
     """The value with long lists and texts in it cut, and a word on what is left out."""
     if isinstance(value, Mapping):
-        return {name: bounded(item) for name, item in value.items()}
+        return {name: truncate_record(item) for name, item in value.items()}
     if isinstance(value, list):
         rest = len(value) - LONGEST_LIST
         more = [f"... and {rest:,} more"] if rest > 0 else []
-        return [*map(bounded, value[:LONGEST_LIST]), *more]
+        return [*map(truncate_record, value[:LONGEST_LIST]), *more]
     if isinstance(value, str) and len(value) > LONGEST_TEXT:
         return f"{value[:LONGEST_TEXT]}... and {len(value) - LONGEST_TEXT:,} more characters"
     return value
 
 
-def flat(record: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def flatten_record(record: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """`{"data": {"train": {"tokens": 9}}}` as `{"data/train/tokens": 9}`; lists of dictionaries as JSON.
 
     SwanLab's local dashboard shows no dictionaries, and None is an empty one to swanlab.
@@ -181,7 +181,7 @@ def flat(record: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     found = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{above}{name}/")
+            found |= flatten_record(value, f"{above}{name}/")
         elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
             found[f"{above}{name}"] = json.dumps(value, ensure_ascii=False)
         else:
@@ -209,11 +209,11 @@ def prepare_trackers(report_to: list[str], logging_dir: str | None = None) -> li
     """
     if not report_to:
         return []
-    write_under(logging_dir)
+    set_log_directory(logging_dir)
     # wandb ends with tables of all metrics, which the log of the run has already.
     os.environ.setdefault("WANDB_QUIET", "true")
     check_modes(report_to)
-    notes = go_offline_without_login(report_to)
+    notes = set_offline_without_login(report_to)
     if "swanlab" in report_to and is_main_process():
         check_swanlab_dashboard()
     return notes
@@ -246,7 +246,7 @@ def finish_trackers(report_to: list[str], error: str | None = None) -> None:
             swanlab.finish(state="crashed" if error else "success", error=error)
 
 
-def go_offline_without_login(report_to: list[str]) -> list[str]:
+def set_offline_without_login(report_to: list[str]) -> list[str]:
     """Sets trackers offline that have neither a login nor a mode; they would ask for a key and wait.
 
     Returns:
@@ -271,7 +271,7 @@ def go_offline_without_login(report_to: list[str]) -> list[str]:
     return notes
 
 
-def write_under(folder: str | None) -> None:
+def set_log_directory(folder: str | None) -> None:
     """Where trackers put their files; they read it from the environment when the first metric arrives."""
     if folder is None:
         return

@@ -14,7 +14,7 @@ from dft.training.parameters import GIB, element_count
 
 
 @dataclass(frozen=True)
-class Layout:
+class MemoryLayout:
     """How weights, gradients and the optimizer's state lie on the devices.
 
     Attributes:
@@ -52,22 +52,24 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         total = self.weights + self.gradients + (self.optimizer or 0) + self.head
-        state = "optimizer not counted" if self.optimizer is None else f"optimizer {size(self.optimizer)}"
+        state = (
+            "optimizer not counted" if self.optimizer is None else f"optimizer {format_gib(self.optimizer)}"
+        )
         return (
-            f"about {size(total)} per device before activations: weights {size(self.weights)}, gradients "
-            f"{size(self.gradients)}, {state}, loss {size(self.head)}"
+            f"about {format_gib(total)} per device before activations: weights {format_gib(self.weights)}, "
+            f"gradients {format_gib(self.gradients)}, {state}, loss {format_gib(self.head)}"
         )
 
 
-def size(gib: float) -> str:
+def format_gib(gib: float) -> str:
     return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
 
 
-def memory_estimate(
+def estimate_memory(
     model: nn.Module,
     training: transformers.TrainingArguments,
     tokens: int,
-    layout: Layout | None = None,
+    layout: MemoryLayout | None = None,
     share: float = 1.0,
 ) -> MemoryEstimate:
     """What ZeRO and FSDP shard is divided by the ranks, what is offloaded to the CPU is not counted.
@@ -77,7 +79,7 @@ def memory_estimate(
         layout: other than that of the run.
         share: of the tokens that is supervised, and reaches the head.
     """
-    layout = layout or layout_of(model, training)
+    layout = layout or resolve_layout(model, training)
     ranks, stage, optimizer_away, weights_away, itemsize, device = astuple(layout)
     trained = sum(element_count(one) for one in model.parameters() if one.requires_grad)
     head = model.get_output_embeddings()
@@ -104,7 +106,7 @@ def memory_estimate(
     return MemoryEstimate(weights / GIB, gradients / GIB, state, (in_head + tile) / GIB)
 
 
-def layout_of(model: nn.Module, training: transformers.TrainingArguments) -> Layout:
+def resolve_layout(model: nn.Module, training: transformers.TrainingArguments) -> MemoryLayout:
     """That of a run."""
     stage, optimizer_away, weights_away = zero_of(training)
     itemsize = model.dtype.itemsize
@@ -112,7 +114,7 @@ def layout_of(model: nn.Module, training: transformers.TrainingArguments) -> Lay
         itemsize = 2
     elif training.fsdp and training.mixed_precision != "no":
         itemsize = 4  # accelerate raises what is trained, and casts a layer at a time
-    return Layout(world_size(), stage, optimizer_away, weights_away, itemsize, training.device.type)
+    return MemoryLayout(world_size(), stage, optimizer_away, weights_away, itemsize, training.device.type)
 
 
 def bytes_of(parameter: nn.Parameter, itemsize: int) -> float:
@@ -122,12 +124,12 @@ def bytes_of(parameter: nn.Parameter, itemsize: int) -> float:
     return itemsize if parameter.requires_grad else min(itemsize, parameter.element_size())
 
 
-def in_4bit(model: nn.Module) -> bool:
+def has_4bit_weights(model: nn.Module) -> bool:
     """Whether weights are packed, two in a byte."""
     return any(one.dtype == torch.uint8 for one in model.parameters())
 
 
-def autocasts(model: nn.Module, training: transformers.TrainingArguments, layout: Layout) -> bool:
+def autocasts(model: nn.Module, training: transformers.TrainingArguments, layout: MemoryLayout) -> bool:
     """Whether float32 weights are cast as they are used. ZeRO and FSDP compute on weights cast before."""
     mixed = training.mixed_precision != "no" and model.dtype.itemsize == 4
     return mixed and not layout.stage and not training.fsdp
@@ -141,13 +143,13 @@ def gradient_size(training: transformers.TrainingArguments, itemsize: int) -> in
     return {"fp32": 4, "fp16": 2, "bf16": 2}.get(wanted, itemsize)
 
 
-def activation_size(
+def estimate_activations(
     model: nn.Module,
     training: transformers.TrainingArguments,
     rows: int,
     tokens: int,
     checkpointed: bool | None = None,
-    layout: Layout | None = None,
+    layout: MemoryLayout | None = None,
 ) -> float:
     """About how many GiB of activations a micro-batch keeps for the backward pass, without the head.
 
@@ -165,7 +167,7 @@ def activation_size(
     inner = given.get("intermediate_size") or 4 * width
     itemsize = 2 if training.mixed_precision != "no" else model.dtype.itemsize
     layer = tokens * (10 * width + 5 * inner)
-    if autocasts(model, training, layout or layout_of(model, training)):
+    if autocasts(model, training, layout or resolve_layout(model, training)):
         # Two sums and two norms are kept in float32, and the norms once more as they are cast.
         layer += tokens * 6 * width
     if config._attn_implementation == "eager":  # which holds the scores, and their softmax
@@ -175,7 +177,7 @@ def activation_size(
     return itemsize * layers * layer / GIB
 
 
-def logits_size(model: nn.Module, training: transformers.TrainingArguments, tokens: int) -> float:
+def estimate_logits(model: nn.Module, training: transformers.TrainingArguments, tokens: int) -> float:
     """GiB of a micro-batch's logits where they are held: as the model gives them and in float32, and the
     gradient of both."""
     vocab = model.config.get_text_config().vocab_size

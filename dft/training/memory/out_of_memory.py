@@ -13,9 +13,15 @@ from torch import nn
 
 from dft.arguments.batch_search import smaller_batch
 from dft.arguments.deepspeed_file import zero_of
-from dft.errors import REFUSED, UserError
+from dft.errors import EXIT_USER_ERROR, UserError
 from dft.ranks import world_size
-from dft.training.memory.estimate import activation_size, in_4bit, logits_size, memory_estimate, size
+from dft.training.memory.estimate import (
+    estimate_activations,
+    estimate_logits,
+    estimate_memory,
+    format_gib,
+    has_4bit_weights,
+)
 from dft.training.parameters import GIB
 
 SMALLER = 76
@@ -41,7 +47,7 @@ class OutOfMemory(UserError):
 
     def __init__(self, message: str, smaller: bool) -> None:
         super().__init__(message)
-        self.smaller, self.code = smaller, SMALLER if smaller else REFUSED
+        self.smaller, self.code = smaller, SMALLER if smaller else EXIT_USER_ERROR
 
 
 @dataclass
@@ -84,7 +90,7 @@ def asked_for(error: BaseException) -> str:
     if found is None:
         return "of unknown size"
     amount, unit = re.fullmatch(r"([\d.]+) ?(\w+)", found[1]).groups()
-    return f"asked for {size(float(amount) / GIB) if unit == 'bytes' else found[1]}"
+    return f"asked for {format_gib(float(amount) / GIB) if unit == 'bytes' else found[1]}"
 
 
 def free_what_is_left() -> None:
@@ -112,9 +118,9 @@ def advice(
         is_fused: whether the loss is computed without logits.
         step: the optimizer step that was being made.
     """
-    known = memory_estimate(model, args, last.tokens)
-    activations = activation_size(model, args, last.rows, last.tokens)
-    logits = 0.0 if is_fused else logits_size(model, args, last.tokens)
+    known = estimate_memory(model, args, last.tokens)
+    activations = estimate_activations(model, args, last.rows, last.tokens)
+    logits = 0.0 if is_fused else estimate_logits(model, args, last.tokens)
     if not last.is_training:
         activations, logits = 0.0, logits / 3  # nothing is kept for a gradient
     parts = {
@@ -125,12 +131,12 @@ def advice(
         "logits" if logits else "loss": logits or known.head,
     }
     total = sum(parts.values())
-    held = ", ".join(f"{name} {size(one)}" for name, one in parts.items() if one > 0)
+    held = ", ".join(f"{name} {format_gib(one)}" for name, one in parts.items() if one > 0)
     saved = remedies(model, args, last, parts)
     saved += [(gap, "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment") for gap in fragments()]
     worth = sorted((one for one in saved if one[0] > WORTH_SAYING * total), reverse=True)
     told = "; ".join(
-        f"{number}. {text} (saves about {size(gib)})" for number, (gib, text) in enumerate(worth, 1)
+        f"{number}. {text} (saves about {format_gib(gib)})" for number, (gib, text) in enumerate(worth, 1)
     )
     doing = "training" if last.is_training else "evaluating"
     where = f"{doing} {last.rows} x {last.tokens // max(1, last.rows):,} tokens" if last.rows else "preparing"
@@ -146,7 +152,8 @@ def in_use(device: torch.device) -> str:
     free, total = torch.cuda.mem_get_info(device)
     peak = torch.cuda.max_memory_allocated(device) / GIB
     return (
-        f"; the device has {size(total / GIB)}, {size(free / GIB)} of it free, {size(peak)} used at the peak"
+        f"; the device has {format_gib(total / GIB)}, {format_gib(free / GIB)} of it free, "
+        f"{format_gib(peak)} used at the peak"
     )
 
 
@@ -171,7 +178,7 @@ def remedies(
             found.append((per_batch / 2 or parts["loss"] / 2, text))
         return found
     if not args.gradient_checkpointing:
-        kept = activation_size(model, args, last.rows, last.tokens, checkpointed=True)
+        kept = estimate_activations(model, args, last.rows, last.tokens, checkpointed=True)
         found.append((parts["activations"] - kept, "--enable_gradient_checkpointing True"))
     smaller = smaller_batch(args)
     if smaller is not None:
@@ -184,11 +191,12 @@ def remedies(
         found.append((parts["activations"] / 2, "--bf16 True"))
     stage, optimizer_away, weights_away = zero_of(args)
     ranks, state = world_size(), parts["weights"] + parts["gradients"] + parts["optimizer"]
-    if ranks > 1 and not args.fsdp and not in_4bit(model) and stage < 3:
+    if ranks > 1 and not args.fsdp and not has_4bit_weights(model) and stage < 3:
         # What is sharded already is an n-th of what it would be.
         shared = {0: state, 1: state - parts["optimizer"], 2: parts["weights"]}[stage]
         found.append((shared * (1 - 1 / ranks), "--deepspeed ds_config/zero3.json"))
-    if args.device.type == "cuda" and stage and not in_4bit(model) and not (optimizer_away and weights_away):
+    offloaded = optimizer_away and weights_away
+    if args.device.type == "cuda" and stage and not has_4bit_weights(model) and not offloaded:
         away = parts["optimizer"] + parts["gradients"] + parts["weights"]
         found.append((away, "--deepspeed ds_config/zero3_offload.json, which is slower"))
     return found

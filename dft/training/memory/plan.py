@@ -11,13 +11,13 @@ from torch import nn
 
 from dft.ranks import sequence_parallel_size
 from dft.training.memory.estimate import (
-    Layout,
-    activation_size,
+    MemoryLayout,
     autocasts,
-    in_4bit,
-    layout_of,
-    logits_size,
-    memory_estimate,
+    estimate_activations,
+    estimate_logits,
+    estimate_memory,
+    has_4bit_weights,
+    resolve_layout,
 )
 from dft.training.parameters import GIB
 
@@ -26,7 +26,7 @@ HEADROOM = 0.92
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlanSetting:
     """What may be changed to make a run fit.
 
     Attributes:
@@ -34,15 +34,15 @@ class Setting:
         rows, accumulation: per device and optimizer step.
         checkpointed: whether activations are computed again.
         changes: the flags that make it of the run as it was asked for.
-        beside: GiB of what else lies on each device, as a frozen base model.
+        extra_gib: GiB of what else lies on each device, as a frozen base model.
     """
 
-    layout: Layout
+    layout: MemoryLayout
     rows: int
     accumulation: int
     checkpointed: bool
     changes: tuple[str, ...] = ()
-    beside: float = 0.0
+    extra_gib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,29 +56,29 @@ class Plan:
         unknown_optimizer: whether the optimizer's state is not among them.
     """
 
-    setting: Setting
+    setting: PlanSetting
     parts: dict[str, float]
     peak: float
     unknown_optimizer: bool
 
 
-def asked_setting(
-    model: nn.Module, training: transformers.TrainingArguments, ranks: int, beside: float = 0.0
-) -> Setting:
+def requested_setting(
+    model: nn.Module, training: transformers.TrainingArguments, ranks: int, extra_gib: float = 0.0
+) -> PlanSetting:
     """The run as its flags have it, on so many ranks."""
-    return Setting(
-        replace(layout_of(model, training), ranks=ranks),
+    return PlanSetting(
+        replace(resolve_layout(model, training), ranks=ranks),
         training.per_device_train_batch_size,
         training.gradient_accumulation_steps,
         training.gradient_checkpointing,
-        beside=beside,
+        extra_gib=extra_gib,
     )
 
 
 def plan(
     model: nn.Module,
     training: transformers.TrainingArguments,
-    setting: Setting,
+    setting: PlanSetting,
     longest: int,
     fused: bool,
     share: float = 1.0,
@@ -96,16 +96,16 @@ def plan(
         share: of the tokens that is supervised, on average.
     """
     tokens = -(-setting.rows * longest // sequence_parallel_size(training))
-    known = memory_estimate(model, training, tokens, setting.layout, share)
+    known = estimate_memory(model, training, tokens, setting.layout, share)
     copies = 0.0
     if autocasts(model, training, setting.layout):  # and keeps what it has cast
         copies = sum(one.numel() for one in model.parameters() if one.is_floating_point()) * 2 / GIB
     kept, layer = (
-        activation_size(model, training, setting.rows, tokens, checkpointed, setting.layout)
+        estimate_activations(model, training, setting.rows, tokens, checkpointed, setting.layout)
         for checkpointed in (setting.checkpointed, False)
     )
     layer /= model.config.get_text_config().num_hidden_layers
-    loss = known.head if fused else logits_size(model, training, tokens)
+    loss = known.head if fused else estimate_logits(model, training, tokens)
     # With checkpointing `kept` holds one layer that is computed again, when the loss has gone.
     moments = [kept, kept - layer + loss] if setting.checkpointed else [kept + loss]
     optimizer = known.optimizer or 0.0
@@ -118,20 +118,20 @@ def plan(
     }
     if copies:
         parts["autocast"] = copies
-    if setting.beside:
-        parts["base model"] = setting.beside
+    if setting.extra_gib:
+        parts["base model"] = setting.extra_gib
     # Where nothing is accumulated a gradient takes the place of the activations it is made of.
     accumulates = setting.accumulation > 1 or setting.layout.stage > 0
     at_backward = max(moments) + known.gradients * accumulates
     # At the end of the backward, in the first layer.
     at_end = known.gradients + layer
-    peak = known.weights + optimizer + copies + max(at_backward, at_end) + setting.beside
+    peak = known.weights + optimizer + copies + max(at_backward, at_end) + setting.extra_gib
     return Plan(setting, parts, peak, known.optimizer is None)
 
 
-def settings_near(
-    asked: Setting, training: transformers.TrainingArguments, is_cuda: bool, shardable: bool
-) -> Iterator[Setting]:
+def equivalent_settings(
+    asked: PlanSetting, training: transformers.TrainingArguments, is_cuda: bool, shardable: bool
+) -> Iterator[PlanSetting]:
     """Settings that take the same optimizer steps, those with fewer changes first.
 
     Args:
@@ -160,14 +160,14 @@ def settings_near(
         three = ()
         if rows != asked.rows:
             three = (f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}",)
-        found.append(Setting(lay, rows, accumulation, checkpointed, one + two + three, asked.beside))
+        found.append(PlanSetting(lay, rows, accumulation, checkpointed, one + two + three, asked.extra_gib))
     yield from sorted(found, key=lambda one: (len(one.changes), -one.rows))
 
 
-def nearest_that_fit(
+def closest_fitting_plans(
     model: nn.Module,
     training: transformers.TrainingArguments,
-    asked: Setting,
+    asked: PlanSetting,
     longest: int,
     fused: bool,
     memory: float,
@@ -175,8 +175,8 @@ def nearest_that_fit(
 ) -> list[Plan]:
     """The settings with the fewest changes that fit into `memory` GiB; none where nothing does."""
     fitting: list[Plan] = []
-    shardable = not training.fsdp and not in_4bit(model)
-    for setting in settings_near(asked, training, training.device.type == "cuda", shardable):
+    shardable = not training.fsdp and not has_4bit_weights(model)
+    for setting in equivalent_settings(asked, training, training.device.type == "cuda", shardable):
         if fitting and len(setting.changes) > len(fitting[0].setting.changes):
             break
         one = plan(model, training, setting, longest, fused, share)
@@ -186,7 +186,7 @@ def nearest_that_fit(
     return fitting
 
 
-def _kinds(setting: Setting) -> tuple[str, ...]:
+def _kinds(setting: PlanSetting) -> tuple[str, ...]:
     return tuple(change.split()[0] + change.split()[1] * ("zero3" in change) for change in setting.changes)
 
 

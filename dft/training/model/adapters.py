@@ -11,14 +11,16 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, set_seed
 
 from dft.arguments.lora import ALL_LINEAR, LoraArguments
 from dft.errors import UserError
-from dft.files import write_whole
+from dft.files import write_atomically
 from dft.training.parameters import shapes_digest
 
 BASE_RECORD = "base_model.json"
 """Beside adapters: what tells the model they were trained on from one that they fit by chance."""
 
 
-def quantization(lora: LoraArguments, training: transformers.TrainingArguments) -> BitsAndBytesConfig | None:
+def resolve_quantization(
+    lora: LoraArguments, training: transformers.TrainingArguments
+) -> BitsAndBytesConfig | None:
     """How the weights that are not trained are held; None as they are."""
     if not lora.load_in_4bit:
         return None
@@ -98,7 +100,7 @@ def write_base_record(folder: Path, model: nn.Module, shapes: str) -> None:
     if vars(model.config).get("quantization_config") is not None:
         shapes = ""  # those of packed weights, which no model has that they would be merged into
     record = {"sizes": sizes_of(model), "shapes": shapes}
-    write_whole(folder / BASE_RECORD, [json.dumps(record, indent=1), "\n"])
+    write_atomically(folder / BASE_RECORD, [json.dumps(record, indent=1), "\n"])
 
 
 def sizes_of(model: nn.Module) -> dict[str, int]:
@@ -107,7 +109,7 @@ def sizes_of(model: nn.Module) -> dict[str, int]:
     return {"vocab_size": config.vocab_size, "num_hidden_layers": config.num_hidden_layers}
 
 
-def other_than_recorded(folder: Path, model: nn.Module) -> str | None:
+def base_model_mismatch(folder: Path, model: nn.Module) -> str | None:
     """What tells a model with its adapters from the one they were trained on.
 
     None where nothing does, or nothing is known: adapters of another program have no record.

@@ -10,7 +10,7 @@ from dft.loss.head import base_of
 from dft.loss.linear import Base
 
 
-class Reference:
+class FrozenBaseModel:
     """A whole copy on each rank, whatever becomes of the model in training.
 
     Args:

@@ -20,8 +20,8 @@ from transformers.utils import is_flash_attn_2_available
 from dft.arguments.parser import Arguments
 from dft.data.templates.tokenizer import UNLOADABLE
 from dft.errors import UserError
-from dft.ranks import first_of_ranks
-from dft.training.model.adapters import add_adapters, pack_linear, quantization
+from dft.ranks import first_failure
+from dft.training.model.adapters import add_adapters, pack_linear, resolve_quantization
 
 OF_CONFIG = (ArithmeticError, LookupError)
 """What building a model raises besides, for numbers in config.json that make no sense."""
@@ -43,7 +43,7 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     """
     name = arguments.model.model_name_or_path
     model = _loaded(arguments)
-    grow_embeddings(model, tokenizer, arguments)
+    resize_embeddings(model, tokenizer, arguments)
     settle_generation_config(model, arguments)
     if arguments.lora.lora_r is None:
         return model
@@ -86,7 +86,7 @@ def _loaded(arguments: Arguments) -> PreTrainedModel:
             dtype=resolve_dtype(arguments),
             attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=arguments.model.trust_remote_code,
-            quantization_config=quantization(arguments.lora, arguments.training),
+            quantization_config=resolve_quantization(arguments.lora, arguments.training),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # to be told here, with their names
             output_loading_info=True,
@@ -103,7 +103,7 @@ def _loaded(arguments: Arguments) -> PreTrainedModel:
         if SHAPES not in reason:
             raise UserError(failure) from None
     # Under ZeRO-3 rank 0 alone compares shapes, at the end, when the others think that all is well.
-    failure = first_of_ranks(failure)
+    failure = first_failure(failure)
     if failure is not None:
         raise UserError(failure)
     check_loading(loading, name, arguments)
@@ -123,7 +123,7 @@ def whole(training: transformers.TrainingArguments) -> Iterator[None]:
             set_hf_deepspeed_config(training.hf_deepspeed_config)
 
 
-def model_without_weights(arguments: Arguments) -> PreTrainedModel:
+def load_meta_model(arguments: Arguments) -> PreTrainedModel:
     """The model on the meta device, and with adapters if it is to have them: shapes alone.
 
     Raises:
@@ -274,7 +274,7 @@ def settle_generation_config(model: PreTrainedModel, arguments: Arguments) -> No
     )
 
 
-def stop_where_turns_end(
+def add_stop_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, endings: Iterable[str], arguments: Arguments
 ) -> None:
     """Makes generation stop at every token that ends a training turn.
@@ -384,7 +384,9 @@ def resolve_attention(arguments: Arguments) -> str:
     return wanted
 
 
-def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> None:
+def resize_embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: Arguments
+) -> None:
     """Gives tokens that were added to the tokenizer a row in the embeddings.
 
     Raises:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch.distributed.distributed_c10d import _get_default_store
 
-from dft.errors import UserError, has_first_word
+from dft.errors import UserError, set_error_reporter
 from dft.training.parallel.stopping import Stopped
 
 PERIOD = 1.0
@@ -33,7 +33,7 @@ LOST = 1
 
 
 @dataclass(frozen=True)
-class Peer:
+class RankProcess:
     """One rank."""
 
     rank: int
@@ -44,7 +44,7 @@ class Peer:
         return f"rank {self.rank} (process {self.process} on {self.host})"
 
 
-class Peers:
+class RankWatchdog:
     """The ranks of this run. To be made by all of them at once, when training begins.
 
     Processes on this machine are looked up. Of other machines the first rank of each writes into the store of
@@ -57,8 +57,8 @@ class Peers:
 
     def __init__(self, patience: float) -> None:
         self.patience = patience
-        self.me = Peer(dist.get_rank(), socket.gethostname(), os.getpid())
-        self.all = [Peer(**one) for one in gather_object([asdict(self.me)])]
+        self.me = RankProcess(dist.get_rank(), socket.gethostname(), os.getpid())
+        self.all = [RankProcess(**one) for one in gather_object([asdict(self.me)])]
         here = [one for one in self.all if one.host == self.me.host]
         self._leads = here[0] == self.me
         self._leaders = {one.host: one for one in reversed(self.all)}  # the first rank of each machine
@@ -89,13 +89,13 @@ class Peers:
             time.sleep(PERIOD)
         self.close()
         if first is not None and not is_alive(first):  # it has told, and the store is gone with it
-            has_first_word(False)
+            set_error_reporter(False)
             return
         is_first = self._store.add("failing", 1) == 1
         if is_first:
             self._store.set("failed", json.dumps([self.me.rank, code]))
             time.sleep(3 * PERIOD)  # until all have read that
-        has_first_word(is_first)
+        set_error_reporter(is_first)
 
     def settle(self) -> None:
         """Gives the watch the time to find out whether an error is but the loss of another rank."""
@@ -189,7 +189,7 @@ class Peers:
 
 
 @contextmanager
-def watched(patience: float) -> Iterator[Peers | None]:
+def watch_ranks(patience: float) -> Iterator[RankWatchdog | None]:
     """Watches the other ranks, if there are any, as long as the context lasts.
 
     An error of this rank ends the others as well. If it comes of the loss of another one, as errors of
@@ -198,7 +198,7 @@ def watched(patience: float) -> Iterator[Peers | None]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield None
         return
-    peers, code = Peers(patience), LOST
+    peers, code = RankWatchdog(patience), LOST
     try:
         yield peers
         code = None

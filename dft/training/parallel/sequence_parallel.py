@@ -24,7 +24,7 @@ from dft.errors import UserError
 from dft.labels import IGNORE_INDEX
 from dft.loss.objectives import Objective
 from dft.ranks import init_cpu_deepspeed
-from dft.training.batching import why_not_packed
+from dft.training.batching import packing_obstacle
 
 CUT = {"input_ids", "labels", "attention_mask", "loss_positions", "sequence_ids", "origins"}
 """What a batch may hold: of anything else it is not known how to cut it."""
@@ -33,9 +33,9 @@ OF_THE_LENGTH = {"dynamic", "longrope"}
 """Rotary positions whose frequencies transformers takes from the largest position of a batch."""
 
 
-def why_not_parallel(model: nn.Module, size: int) -> str | None:
+def sequence_parallel_obstacle(model: nn.Module, size: int) -> str | None:
     """What keeps the sequences of a model from being shared by `size` ranks, None if nothing is known to."""
-    if (obstacle := why_not_packed(model)) is not None:
+    if (obstacle := packing_obstacle(model)) is not None:
         return obstacle
     config = model.config.get_text_config()
     given = config.to_dict()
@@ -85,7 +85,7 @@ class SequenceParallel:
         Raises:
             UserError: the model's sequences cannot be cut up.
         """
-        obstacle = why_not_parallel(model, size)
+        obstacle = sequence_parallel_obstacle(model, size)
         if obstacle is not None:
             raise UserError(f"--sequence_parallel_size {size}: {type(model).__name__}: {obstacle}")
         # slow to import, and only needed here
@@ -144,7 +144,7 @@ class SequenceParallel:
         }
 
 
-def check_sharing(dataset: Any, objective: Objective) -> None:
+def check_sequence_parallel(dataset: Any, objective: Objective) -> None:
     """Raises ValueError for what would be wrong without a word where ranks share sequences."""
     if dataset is not None and not isinstance(dataset, Sized):
         raise ValueError(
@@ -158,7 +158,7 @@ def check_sharing(dataset: Any, objective: Objective) -> None:
         )
 
 
-def parallel_collator(pad_token_id: int, given: Any) -> PaddedCollator:
+def resolve_parallel_collator(pad_token_id: int, given: Any) -> PaddedCollator:
     """Batches as they can be cut: also for flash attention, which would take one row without padding."""
     if given is not None and not isinstance(given, PaddedCollator):
         raise ValueError(
@@ -167,7 +167,7 @@ def parallel_collator(pad_token_id: int, given: Any) -> PaddedCollator:
     return given or PaddedCollator(pad_token_id)
 
 
-class SharedBatches(Sampler[int]):
+class RepeatedBatchSampler(Sampler[int]):
     """Another sampler's batches, each as often as ranks share it: accelerate deals them out one by one."""
 
     def __init__(self, sampler: Sampler[int], batch: int, ranks: int) -> None:

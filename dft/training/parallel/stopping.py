@@ -4,7 +4,7 @@ import os
 import signal
 from types import FrameType
 
-from dft.errors import INTERRUPTED
+from dft.errors import EXIT_INTERRUPTED
 from dft.ranks import is_main_process
 
 STOPPED = 75
@@ -74,7 +74,7 @@ class StopRequest:
             raise SystemExit(STOPPED)
         if number == signal.SIGINT and self.number == signal.SIGINT:
             _tell("interrupted again: ends at once, without a checkpoint of this step")
-            os._exit(INTERRUPTED)
+            os._exit(EXIT_INTERRUPTED)
         if not self.number:
             again = " (Ctrl-C again ends it at once)" if number == signal.SIGINT else ""
             _tell(f"{name}: finishing this step, then saving a checkpoint and ending{again}")

@@ -30,7 +30,7 @@ from dft.data.preparing.prepare import prepare
 from dft.data.reading.sources import resolve_sources
 from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
-from dft.files import write_whole
+from dft.files import write_atomically
 from tests.data.rows import column, conversation, numbered, write
 from tests.data.templates.chat_templates import CHATML_LINES, with_template
 from tests.launching import ROOT
@@ -374,7 +374,7 @@ def test_prepared_data_in_a_folder_that_takes_no_note_is_used(encoder, tmp_path,
     def refused(path: Path, _: object) -> None:
         raise OSError(code, os.strerror(code), str(path))
 
-    monkeypatch.setattr(digests_module, "write_whole", refused)
+    monkeypatch.setattr(digests_module, "write_atomically", refused)
     again = prepare([file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
     assert again.path == first.path and not (tmp_path / "cache" / "digests").exists()
 
@@ -415,9 +415,9 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
         yield "half"
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    write_whole(tmp_path / "a", ["one", "two"])
+    write_atomically(tmp_path / "a", ["one", "two"])
     with pytest.raises(OSError) as told:
-        write_whole(tmp_path / "a", failing())
+        write_atomically(tmp_path / "a", failing())
     assert told.value.filename == str(tmp_path / "a")
     assert [one.name for one in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "onetwo"
 

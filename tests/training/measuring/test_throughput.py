@@ -10,7 +10,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3Fo
 
 from dft.loss.linear import TILE_BYTES
 from dft.training.measuring.throughput import Clock, model_flops, peak_flops, peak_memory
-from dft.training.memory.estimate import MemoryEstimate, memory_estimate
+from dft.training.memory.estimate import MemoryEstimate, estimate_memory
 from dft.training.parameters import GIB
 from tests.arguments.test_parser import checked
 from tests.training.test_trainer import VOCAB, tiny
@@ -38,7 +38,9 @@ def test_operations_are_those_that_torch_counts(tied):
         model(input_ids=ids).logits.float().logsumexp(-1).sum().backward()
     tokens, pairs = BATCH * SEQ, BATCH * SEQ * SEQ
     # The first layer's input needs no gradient in a count of matrix products, which embeddings are not.
-    assert model_flops(model).of(tokens, pairs, tokens) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert model_flops(model).total(tokens, pairs, tokens) == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
 
 
 def test_frozen_weights_need_no_gradient_of_their_own():
@@ -83,13 +85,13 @@ def test_the_clock_leaves_out_what_is_no_training_and_tells_what_is_left_with_it
     clock = Clock()
     clock.start(10)
     now = 107.0
-    clock.leave_out(7)  # of the untouched model: that does not come again
+    clock.exclude_time(7)  # of the untouched model: that does not come again
     now = 127.0
-    assert clock.window(14) == 20 and clock.seconds_left(20) == 20 / 4 * 6
+    assert clock.window_seconds(14) == 20 and clock.seconds_left(20) == 20 / 4 * 6
     now = 135.0
-    clock.leave_out(8)
+    clock.exclude_time(8)
     now = 155.0
-    assert clock.window(18) == 20 and clock.seconds_left(20) == 48 / 8 * 2
+    assert clock.window_seconds(18) == 20 and clock.seconds_left(20) == 48 / 8 * 2
     assert clock.seconds_left(18) == 0
 
 
@@ -100,15 +102,15 @@ def test_memory_is_about_what_this_process_has():
 def test_the_estimate_is_the_sum_of_what_is_held(tmp_path):
     model = tiny()
     training = checked(tmp_path).training
-    found = memory_estimate(model, training, 1000)
+    found = estimate_memory(model, training, 1000)
     count = sum(one.numel() for one in model.parameters())
     assert found.weights * GIB == found.gradients * GIB == 4 * count and found.optimizer * GIB == 8 * count
     head = 4 * model.lm_head.weight.numel()
     assert found.head * GIB == head + 4 * VOCAB * 1000
-    assert memory_estimate(model, training, 10**9).head * GIB == head + TILE_BYTES["cpu"]
-    assert memory_estimate(model.bfloat16(), training, 1000).weights * GIB == 2 * count
+    assert estimate_memory(model, training, 10**9).head * GIB == head + TILE_BYTES["cpu"]
+    assert estimate_memory(model.bfloat16(), training, 1000).weights * GIB == 2 * count
     training.optim = type(training.optim)("sgd")
-    assert memory_estimate(model, training, 1000).optimizer is None
+    assert estimate_memory(model, training, 1000).optimizer is None
     assert str(MemoryEstimate(2.0, 1.0, None, 0.25)) == (
         "about 3.2 GiB per device before activations: weights 2.0 GiB, gradients 1.0 GiB, optimizer not "
         "counted, loss 256 MiB"

@@ -17,10 +17,10 @@ from dft.training.measuring.trackers import (
     HistogramCallback,
     RunRecordCallback,
     SwanLabRunCallback,
-    bounded,
-    flat,
-    go_offline_without_login,
+    flatten_record,
     prepare_trackers,
+    set_offline_without_login,
+    truncate_record,
 )
 
 COUNTS = [*range(1, 20), 40]
@@ -56,30 +56,30 @@ def mode(tracker: str) -> str | None:
 
 @pytest.mark.parametrize("tracker", ["swanlab", "wandb"])
 def test_without_a_login_it_goes_offline(nobody, tracker):
-    (note,) = go_offline_without_login([tracker])
+    (note,) = set_offline_without_login([tracker])
     assert note.startswith(f"{tracker}: no login") and mode(tracker) == "offline"
 
 
 @pytest.mark.parametrize("tracker", ["swanlab", "wandb"])
 def test_a_mode_is_left_alone(nobody, monkeypatch, tracker):
     monkeypatch.setenv(f"{tracker.upper()}_MODE", "disabled")
-    assert go_offline_without_login([tracker]) == [] and mode(tracker) == "disabled"
+    assert set_offline_without_login([tracker]) == [] and mode(tracker) == "disabled"
 
 
 @pytest.mark.parametrize("tracker", ["swanlab", "wandb"])
 def test_a_key_in_the_environment_is_a_login(nobody, monkeypatch, tracker):
     monkeypatch.setenv(f"{tracker.upper()}_API_KEY", "0" * 40)
-    assert go_offline_without_login([tracker]) == [] and mode(tracker) is None
+    assert set_offline_without_login([tracker]) == [] and mode(tracker) is None
 
 
 def test_a_wandb_login_on_disk_is_found(nobody):
     (nobody / ".netrc").write_text(HOST)
     (nobody / ".netrc").chmod(0o600)
-    assert go_offline_without_login(["wandb"]) == [] and mode("wandb") is None
+    assert set_offline_without_login(["wandb"]) == [] and mode("wandb") is None
 
 
 def test_a_tracker_that_is_not_asked_for_is_not_touched(nobody):
-    assert go_offline_without_login(["tensorboard"]) == []
+    assert set_offline_without_login(["tensorboard"]) == []
     assert mode("swanlab") is None and mode("wandb") is None
 
 
@@ -103,21 +103,21 @@ def test_without_a_tracker_nothing_is_set(nobody):
 
 def test_the_variable_that_transformers_has_for_the_project_works(nobody, monkeypatch):
     monkeypatch.setenv("SWANLAB_PROJECT", "mine")
-    go_offline_without_login(["swanlab"])
+    set_offline_without_login(["swanlab"])
     assert swanlab.Settings().project.name == "mine"
 
 
 def test_a_name_that_swanlab_refuses_is_an_error(nobody, monkeypatch):
     monkeypatch.setenv("SWANLAB_PROJECT", "my project")
     with pytest.raises(UserError, match="SWANLAB_PROJECT 'my project': .* 100 letters"):
-        go_offline_without_login(["swanlab"])
+        set_offline_without_login(["swanlab"])
 
 
 @pytest.mark.parametrize(("folder", "name"), [("my project", "my-project"), ("plain", None)])
 def test_a_folder_of_any_name_will_do(nobody, monkeypatch, folder, name):
     (nobody / folder).mkdir()
     monkeypatch.chdir(nobody / folder)
-    go_offline_without_login(["swanlab"])
+    set_offline_without_login(["swanlab"])
     assert swanlab.Settings().project.name == name
 
 
@@ -134,7 +134,7 @@ def test_local_mode_without_its_dashboard_is_an_error(nobody, monkeypatch):
 
 def test_long_lists_and_texts_are_cut():
     files = [{"file": f"{n}.jsonl"} for n in range(1050)]
-    cut = bounded({"data": {"files": files, "few": [1, 2]}, "text": "x" * 2100})
+    cut = truncate_record({"data": {"files": files, "few": [1, 2]}, "text": "x" * 2100})
     assert cut["data"]["files"] == [*files[:50], "... and 1,000 more"]
     assert cut["data"]["few"] == [1, 2]
     assert cut["text"] == "x" * 2000 + "... and 100 more characters"
@@ -144,7 +144,7 @@ def test_swanlab_gets_no_dictionaries():
     record = {
         "data": {"train": {"tokens": 9, "files": [{"file": "a"}], "empty": {}}, "names": ["a"], "seed": None}
     }
-    assert flat(record) == {
+    assert flatten_record(record) == {
         "data/train/tokens": 9,
         "data/train/files": '[{"file": "a"}]',
         "data/names": ["a"],

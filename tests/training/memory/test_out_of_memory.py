@@ -8,8 +8,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainingArguments
 
 from dft.arguments.batch_search import FOUND, found_batch, note_smaller, smaller_batch
-from dft.errors import REFUSED, UserError
-from dft.training.memory.estimate import activation_size
+from dft.errors import EXIT_USER_ERROR, UserError
+from dft.training.memory.estimate import estimate_activations
 from dft.training.memory.out_of_memory import (
     MicroBatch,
     OutOfMemory,
@@ -116,9 +116,9 @@ def test_activations_are_about_what_autograd_keeps(tmp_path, checkpointed):
         output = made.model(torch.zeros(4, 256, dtype=torch.long), use_cache=False)
     assert output.last_hidden_state.requires_grad
     measured = sum(size for place, size in kept.items() if place not in weights) / 2**30
-    estimate = activation_size(made, args, 4, 1024)
+    estimate = estimate_activations(made, args, 4, 1024)
     if checkpointed:  # one layer is computed again within the backward pass, when nothing else is measured
-        estimate -= activation_size(model(num_hidden_layers=1), arguments(tmp_path), 4, 1024)
+        estimate -= estimate_activations(model(num_hidden_layers=1), arguments(tmp_path), 4, 1024)
     assert estimate == pytest.approx(measured, rel=0.3)
 
 
@@ -163,7 +163,9 @@ def test_a_broken_note_is_told(tmp_path, content):
 
 def test_without_a_smaller_batch_nothing_is_noted(tmp_path):
     assert note_smaller(arguments(tmp_path, 1, 8), (1, 8)) is None and not (tmp_path / FOUND).exists()
-    assert OutOfMemory("m", smaller=False).code == REFUSED and OutOfMemory("m", smaller=True).code == 76
+    assert (
+        OutOfMemory("m", smaller=False).code == EXIT_USER_ERROR and OutOfMemory("m", smaller=True).code == 76
+    )
 
 
 def test_before_there_is_a_trainer():

@@ -12,8 +12,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from dft.arguments.lora import LoraArguments
 from dft.loss.linear import TILE_BYTES
 from dft.report.terminal.plan import base_size
-from dft.training.memory.estimate import Layout, layout_of
-from dft.training.memory.plan import HEADROOM, Setting, asked_setting, nearest_that_fit, plan, settings_near
+from dft.training.memory.estimate import MemoryLayout, resolve_layout
+from dft.training.memory.plan import (
+    HEADROOM,
+    PlanSetting,
+    closest_fitting_plans,
+    equivalent_settings,
+    plan,
+    requested_setting,
+)
 from dft.training.model.adapters import add_adapters, pack_linear
 from dft.training.parameters import GIB
 
@@ -37,7 +44,7 @@ def test_the_parts_are_those_counted_by_hand(tmp_path):
     count = 500 * 128 + 2 * (attention + mlp + 2 * 128 + 2 * 64) + 128
     assert sum(one.numel() for one in model.parameters()) == count
     args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    found = plan(model, args, asked_setting(model, args, 1), longest=10, fused=True)
+    found = plan(model, args, requested_setting(model, args, 1), longest=10, fused=True)
     parts = {name: round(value * GIB) for name, value in found.parts.items()}
     assert parts["weights"] == parts["gradients"] == 4 * count
     assert parts["optimizer"] == 8 * count
@@ -53,7 +60,7 @@ def test_the_parts_are_those_counted_by_hand(tmp_path):
 def test_stages_of_zero_share_what_they_share(tmp_path, stage, weights, gradients, optimizer):
     model, args = shapes(2, 128, 256, 500, 2, 1), arguments(tmp_path)
     count = sum(one.numel() for one in model.parameters())
-    setting = Setting(Layout(8, stage, False, False, 2), 1, 1, False)
+    setting = PlanSetting(MemoryLayout(8, stage, False, False, 2), 1, 1, False)
     parts = plan(model, args, setting, 10, fused=True).parts
     assert parts["weights"] * GIB == pytest.approx(weights * count)
     assert parts["gradients"] * GIB == pytest.approx(gradients * count)
@@ -67,7 +74,7 @@ def test_fsdp_in_half_precision_keeps_float32_and_no_copy(tmp_path, loaded):
     count = sum(one.numel() for one in model.parameters())
     args = arguments(tmp_path, bf16=True)
     args.fsdp = True
-    asked = replace(asked_setting(model, args, 1), layout=replace(layout_of(model, args), ranks=8))
+    asked = replace(requested_setting(model, args, 1), layout=replace(resolve_layout(model, args), ranks=8))
     parts = plan(model, args, asked, 10, fused=True).parts
     assert "autocast" not in parts
     assert parts["weights"] * GIB == parts["gradients"] * GIB == pytest.approx(4 * count / 8)
@@ -77,9 +84,9 @@ def test_fsdp_in_half_precision_keeps_float32_and_no_copy(tmp_path, loaded):
 def test_autocast_keeps_copies_of_float32_weights_and_zero_does_not(tmp_path):
     model, args = shapes(2, 128, 256, 500, 2, 1, dtype=torch.float32), arguments(tmp_path, bf16=True)
     count = sum(one.numel() for one in model.parameters())
-    asked = asked_setting(model, args, 1)
+    asked = requested_setting(model, args, 1)
     assert plan(model, args, asked, 10, fused=True).parts["autocast"] * GIB == 2 * count
-    sharded = Setting(Layout(8, 3, False, False, 2), 1, 1, False)
+    sharded = PlanSetting(MemoryLayout(8, 3, False, False, 2), 1, 1, False)
     under_zero = plan(model, args, sharded, 10, fused=True).parts
     assert "autocast" not in under_zero
     assert under_zero["activations"] < plan(model, args, asked, 10, fused=True).parts["activations"]
@@ -96,7 +103,9 @@ def test_weights_in_4_bits_take_half_a_byte_and_their_scales(tmp_path):
         adapted = add_adapters(model, LoraArguments(lora_r=4, load_in_4bit=True), arguments(tmp_path), "m")
     adapters = sum(one.numel() for one in adapted.parameters() if one.requires_grad)
     args = arguments(tmp_path, bf16=True)
-    asked = replace(asked_setting(adapted, args, 1), layout=replace(layout_of(adapted, args), ranks=8))
+    asked = replace(
+        requested_setting(adapted, args, 1), layout=replace(resolve_layout(adapted, args), ranks=8)
+    )
     found = plan(adapted, args, asked, 10, fused=True)
     # What is not packed is raised to float32, as peft prepares it.
     assert found.parts["weights"] * GIB == pytest.approx(packed / 2 * (1 + 1 / 32) + 4 * (rest + adapters))
@@ -104,15 +113,15 @@ def test_weights_in_4_bits_take_half_a_byte_and_their_scales(tmp_path):
 
 
 def proposed(model, args, asked):
-    return [one.setting.changes for one in nearest_that_fit(model, args, asked, 10, True, memory=1e6)]
+    return [one.setting.changes for one in closest_fitting_plans(model, args, asked, 10, True, memory=1e6)]
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_zero3_is_proposed_where_it_can_be_had(tmp_path, fsdp):
     model, args = shapes(12, 1024, 4096, 32_000, 16, 8, dtype=torch.float32), arguments(tmp_path)
     args.fsdp = fsdp
-    asked = replace(asked_setting(model, args, 1), layout=replace(layout_of(model, args), ranks=8))
-    changes = [one.changes for one in settings_near(asked, args, True, shardable=not fsdp)]
+    asked = replace(requested_setting(model, args, 1), layout=replace(resolve_layout(model, args), ranks=8))
+    changes = [one.changes for one in equivalent_settings(asked, args, True, shardable=not fsdp)]
     assert any("zero3" in word for change in changes for word in change) != fsdp
 
 
@@ -127,7 +136,7 @@ def test_zero3_is_proposed_where_it_can_be_had(tmp_path, fsdp):
 def test_peaks_measured_on_a_gpu(tmp_path, model, rows, checkpointed, measured):
     """One H200; docs/benchmarks.md has the runs, and docs/planning.md how far each is off."""
     made, args = shapes(*model), arguments(tmp_path)
-    setting = Setting(Layout(1, 0, False, False, 2, "cuda"), rows, 1, checkpointed)
+    setting = PlanSetting(MemoryLayout(1, 0, False, False, 2, "cuda"), rows, 1, checkpointed)
     assert plan(made, args, setting, 2048, fused=True).peak == pytest.approx(measured, rel=0.22)
 
 
@@ -149,25 +158,25 @@ def test_a_frozen_base_model_has_logits_on_any_device(tmp_path, device):
 def test_a_frozen_base_model_is_counted(tmp_path):
     model, args = shapes(2, 128, 256, 500, 2, 1), arguments(tmp_path)
     alone, both = (
-        plan(model, args, asked_setting(model, args, 1, beside), 10, fused=True) for beside in (0.0, 0.5)
+        plan(model, args, requested_setting(model, args, 1, beside), 10, fused=True) for beside in (0.0, 0.5)
     )
     assert both.peak == alone.peak + 0.5 and both.parts == {**alone.parts, "base model": 0.5}
-    asked = asked_setting(model, args, 1, beside=0.5)
-    assert not nearest_that_fit(model, args, asked, 10, True, memory=0.5)
+    asked = requested_setting(model, args, 1, extra_gib=0.5)
+    assert not closest_fitting_plans(model, args, asked, 10, True, memory=0.5)
 
 
 def test_what_is_proposed_fits_and_nothing_nearer_does(tmp_path):
     model = shapes(12, 1024, 4096, 32_000, 16, 8, dtype=torch.float32)
     args = arguments(tmp_path, per_device_train_batch_size=16)
-    asked = asked_setting(model, args, 1)
+    asked = requested_setting(model, args, 1)
     wanted = plan(model, args, asked, 2048, fused=True).peak
     state = sum(plan(model, args, asked, 1, fused=True).parts[one] for one in ("weights", "optimizer"))
     for memory in (wanted / 2, wanted / 4, state / 2):
-        found = nearest_that_fit(model, args, asked, 2048, True, memory)
+        found = closest_fitting_plans(model, args, asked, 2048, True, memory)
         assert bool(found) == (memory > state)
         for one in found:
             assert one.peak <= HEADROOM * memory and len(one.setting.changes) == len(found[0].setting.changes)
             assert one.setting.rows * one.setting.accumulation == 16
-            double = Setting(asked.layout, one.setting.rows * 2, 1, one.setting.checkpointed)
+            double = PlanSetting(asked.layout, one.setting.rows * 2, 1, one.setting.checkpointed)
             if one.setting.rows < 16:
                 assert plan(model, args, double, 2048, fused=True).peak > HEADROOM * memory

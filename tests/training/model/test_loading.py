@@ -10,12 +10,12 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen3Config
 from dft.arguments.parser import parse_arguments
 from dft.errors import UserError
 from dft.training.model.loading import (
+    add_stop_tokens,
     check_positions,
     load_model,
     resolve_attention,
     resolve_dtype,
     settle_generation_config,
-    stop_where_turns_end,
 )
 
 
@@ -160,9 +160,9 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
 def test_generation_also_stops_where_training_turns_end(folder, tokenizer):
     given, model = arguments(folder), load(folder)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    stop_where_turns_end(model, tokenizer, ["<|im_end|>"], given)  # the tokenizer's own eos: no news
+    add_stop_tokens(model, tokenizer, ["<|im_end|>"], given)  # the tokenizer's own eos: no news
     assert not any("stops at" in note for note in given.notes)
-    stop_where_turns_end(model, tokenizer, ["<|im_end|>", "<|end|>"], given)
+    add_stop_tokens(model, tokenizer, ["<|im_end|>", "<|end|>"], given)
     ids = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<|end|>"])
     assert model.generation_config.eos_token_id == sorted(ids)
     assert "the saved model also stops at <|end|>," in given.notes[-1]

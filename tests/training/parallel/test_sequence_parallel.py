@@ -9,7 +9,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, Qwen3Config
 
 from dft.loss.objectives import make_objective
 from dft.training.parallel import sequence_parallel
-from dft.training.parallel.sequence_parallel import check_sharing, rope_types, why_not_parallel
+from dft.training.parallel.sequence_parallel import (
+    check_sequence_parallel,
+    rope_types,
+    sequence_parallel_obstacle,
+)
 
 
 def shapes(**given):
@@ -37,7 +41,7 @@ def shapes(**given):
 )  # fmt: skip
 def test_positions_that_depend_on_the_length_are_refused(rope, told):
     """A rank would rotate its stretch by frequencies that the others do not have."""
-    found = why_not_parallel(shapes(rope_parameters=rope), 2)
+    found = sequence_parallel_obstacle(shapes(rope_parameters=rope), 2)
     assert found is None if told is None else f"its rotary positions ({told})" in found
 
 
@@ -48,14 +52,14 @@ def test_each_kind_of_layer_may_have_positions_of_its_own():
 
 
 def test_what_deepspeed_would_miss_is_an_obstacle(monkeypatch):
-    monkeypatch.setattr(sequence_parallel, "why_not_packed", lambda model: None)
+    monkeypatch.setattr(sequence_parallel, "packing_obstacle", lambda model: None)
     with torch.device("meta"):
         gpt = GPT2LMHeadModel._from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
-    assert "num_key_value_heads" in why_not_parallel(gpt, 2)
+    assert "num_key_value_heads" in sequence_parallel_obstacle(gpt, 2)
     config = MixtralConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=None, sliding_window=None)
     config._attn_implementation = "sdpa"
     model = SimpleNamespace(config=config)
-    assert (why_not_parallel(model, 2) is None) == (config.to_dict()["head_dim"] is not None)
+    assert (sequence_parallel_obstacle(model, 2) is None) == (config.to_dict()["head_dim"] is not None)
 
 
 class Stream(IterableDataset):
@@ -64,8 +68,8 @@ class Stream(IterableDataset):
 
 
 def test_streams_and_base_models_are_refused():
-    check_sharing([{}], make_objective("dft"))
+    check_sequence_parallel([{}], make_objective("dft"))
     with pytest.raises(ValueError, match="a dataset without a length"):
-        check_sharing(Stream(), make_objective("dft"))
+        check_sequence_parallel(Stream(), make_objective("dft"))
     with pytest.raises(ValueError, match="objective asft scores whole sequences with the base model"):
-        check_sharing([{}], make_objective("asft"))
+        check_sequence_parallel([{}], make_objective("asft"))
