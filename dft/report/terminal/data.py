@@ -1,4 +1,4 @@
-"""What a person is told about the prepared data before training, and a look at the sequences themselves."""
+"""Text summaries of the prepared data, and a view of single sequences."""
 
 import math
 from collections.abc import Iterable
@@ -14,17 +14,18 @@ from dft.labels import IGNORE_INDEX
 
 SUPERVISED, OTHER = ">> |", "   |"
 FILES = 20
-"""Files of a split that are listed; data_report.json has all."""
+"""Number of files of a split that are listed; data_report.json lists all."""
 BAR = 40
-"""Characters of the longest bar of a histogram."""
+"""Width of the longest bar of a histogram, in characters."""
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
 def data_summary(report: dict[str, Any], folder: str | None = None) -> list[str]:
-    """A few lines on what was read, what is used and what was lost, from `PreparedData.report`.
+    """Return a few lines on the conversations that are used, truncated and dropped.
 
     Args:
-        folder: where the report was written, if it was.
+        report: `PreparedData.report`.
+        folder: the folder the report was written to, None if it was not written.
     """
     lines = []
     for split in ("train", "eval"):
@@ -34,14 +35,14 @@ def data_summary(report: dict[str, Any], folder: str | None = None) -> list[str]
 
 
 def data_details(report: dict[str, Any], folder: str | None = None) -> list[str]:
-    """All of the report that a person reads, a page: `data_summary`, then how the conversations are made."""
+    """Return about a page: `data_summary`, then roles, turns and lengths of the conversations."""
     turns = report["turns_per_conversation"]
     roles = ", ".join(f"{role} {number:,}" for role, number in report["roles"].items())
     lines = [
         *data_summary(report, folder),
         f"turns       {roles}",
-        f"            a conversation has {turns['50']:,} (median), {turns['99']:,} (99 %), at most "
-        f"{turns['100']:,} of them",
+        f"            per conversation: median {turns['50']:,}, 99 % up to {turns['99']:,}, at most "
+        f"{turns['100']:,}",
     ]
     for split in ("train", "eval"):
         if split in report:
@@ -60,7 +61,7 @@ def _split_lines(split: str, report: dict[str, Any]) -> list[str]:
         rows, full = _count(numbers["rows"], "row"), 100 * numbers["packing_density"]
         lines.append(f"            in {rows} of {limit:,} tokens, {full:.1f} % full")
     if repeated := numbers["conversations"] - numbers["different_conversations"]:
-        lines.append(f"            {repeated:,} of the conversations the same as another")
+        lines.append(f"            {repeated:,} of the conversations are duplicates")
     files = numbers["files"]
     if len(files) > 1:
         for entry in files[:FILES]:
@@ -73,27 +74,39 @@ def _split_lines(split: str, report: dict[str, Any]) -> list[str]:
 
 
 def _lost_lines(report: dict[str, Any], folder: str | None) -> list[str]:
+    """Return lines on rejected, truncated, dropped and unused conversations."""
     lines = []
-    limit = f"--max_length {report['options']['max_length']}"
     if count := report["rejected"]:
         reasons = ", ".join(f"{number:,} x {kind}" for kind, number in report["rejected_by_reason"].items())
         copied = "" if folder is None else f", copied to {Path(folder) / REJECTED}"
         lines.append(f"rejected    {_count(count, 'line')}{copied}: {reasons}")
-    if count := report["truncated_conversations"]:
-        lines.append(f"truncated   {_count(count, 'conversation')} cut at {limit}")
-    if count := report["dropped_without_supervised_tokens"]:
-        lines.append(f"dropped     {_count(count, 'conversation')} without a supervised token within {limit}")
-    if count := report["dropped_for_their_length"]:
-        lines.append(f"dropped     {_count(count, 'conversation')} with a sequence longer than {limit}")
-    if count := report["lost_supervised_tokens"]:
-        ends = _count(report["lost_end_tokens"], "turn")
-        lines.append(f"lost        {_count(count, 'supervised token')} to that limit, and the end of {ends}")
+    lines += _length_limit_lines(report)
     if count := report["repeated_conversations_dropped"]:
-        lines.append(f"dropped     {_count(count, 'conversation')} the same as an earlier one")
+        lines.append(f"dropped     {_count(count, 'conversation')} as duplicates of earlier ones (--dedup)")
     if count := report["eval_conversations_dropped_because_in_train"]:
-        lines.append(f"left out    {_count(count, 'eval conversation')} that the training files hold too")
+        lines.append(f"dropped     {_count(count, 'eval conversation')} also found in the training files")
     if count := report["conversations_not_drawn"]:
-        lines.append(f"left out    {_count(count, 'conversation')} by --data_weights or limits on samples")
+        lines.append(f"not drawn   {_count(count, 'conversation')}, by --data_weights or the sample limits")
+    return lines
+
+
+def _length_limit_lines(report: dict[str, Any]) -> list[str]:
+    """Return lines on what --max_length cost, with the lost tokens in parentheses or, if shared, below."""
+    limit = f"--max_length {report['options']['max_length']}"
+    lines = []
+    if count := report["truncated_conversations"]:
+        lines.append(f"truncated   {_count(count, 'conversation')} at {limit}")
+    if count := report["dropped_without_supervised_tokens"]:
+        lines.append(f"dropped     {_count(count, 'conversation')} without supervised tokens within {limit}")
+    if count := report["dropped_for_their_length"]:
+        lines.append(f"dropped     {_count(count, 'conversation')} longer than {limit}")
+    if count := report["lost_supervised_tokens"]:
+        end_tokens = _count(report["lost_end_tokens"], "end-of-turn token")
+        lost = f"{_count(count, 'supervised token')} and {end_tokens} lost"
+        if len(lines) == 1:
+            lines[0] += f" ({lost})"
+        else:
+            lines.append(f"            together {lost}")
     return lines
 
 
@@ -104,18 +117,18 @@ def _ending_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"turns end   with {shown}")
     if count := report["turns_without_stop_token"]:
         lines.append(
-            f"warning     {_count(count, 'turn')} without a stop token: the model does not learn to stop "
-            "there; check the chat template and the tokenizer's eos token"
+            f"warning     {_count(count, 'turn')} without a stop token, so the model does not learn to stop "
+            "there; check the chat template and the eos token of the tokenizer"
         )
     if count := report["unknown_tokens"]:
         lines.append(
-            f"warning     {_count(count, 'token')} for text that the tokenizer's vocabulary does not have"
+            f"warning     {_count(count, 'unknown token')} for text outside the tokenizer's vocabulary"
         )
     return lines
 
 
 def _length_lines(split: str, numbers: dict[str, Any]) -> list[str]:
-    """Percentiles, a histogram of bars, and the longest sequences."""
+    """Return lines with the length percentiles, a histogram and the longest sequences."""
     levels = ", ".join(f"{level:,} ({at} %)" for at, level in numbers["length_percentiles"].items())
     lines = [f"lengths     of {split} sequences in tokens: {levels}"]
     edges, counts = numbers["length_histogram"]["edges"], numbers["length_histogram"]["counts"]
@@ -132,11 +145,11 @@ def _length_lines(split: str, numbers: dict[str, Any]) -> list[str]:
 
 
 def _numbers(numbers: dict[str, Any]) -> str:
-    """A conversation that is taken several times is one conversation, and its sequences count each time."""
+    """Return counts in words. A repeated conversation counts once, its sequences count every time."""
     share = 100 * numbers["supervised_tokens"] / max(numbers["tokens"], 1)
     sequences = _count(numbers["sequences"], "sequence")
     if repeated := numbers["repeated_sequences"]:
-        sequences += f" ({repeated:,} of them again, by --data_weights)"
+        sequences += f" ({repeated:,} of them repeated by --data_weights)"
     return (
         f"{_count(numbers['conversations'], 'conversation')}, {sequences}, "
         f"{_count(numbers['tokens'], 'token')}, {share:.1f} % supervised"
@@ -154,14 +167,14 @@ def show_sequences(
     *,
     color: bool = False,
 ) -> str:
-    r"""Sequences as the model sees them, in lines that say whether they are supervised.
+    r"""Return sequences as decoded text, each line marked as supervised or not.
 
     A line ends where the text has a newline (shown as \n) or where supervision begins or ends.
 
     Args:
-        dataset: not packed; `Sequences.unpacked` is.
-        which: rows to show; those past the end are left out.
-        color: supervised lines in green, for a terminal.
+        dataset: an unpacked dataset; see `Sequences.unpacked`.
+        which: rows to show; rows past the end are skipped.
+        color: whether to print supervised lines in green.
     """
     shown = []
     for row in which:
@@ -173,19 +186,19 @@ def show_sequences(
         counts = f"{len(ids):,} tokens, {supervised:,} supervised (marked >>)"
         shown.append(f"{dataset.files[file]}:{line}, sequence {row}: {counts}")
         pairs = zip(ids.tolist(), labels.tolist(), strict=True)
-        for taught, group in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
+        for is_supervised, group in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
             text = tokenizer.decode(
                 [index for index, _ in group], skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
-            shown += [_line(part, taught, color) for part in text.splitlines(keepends=True)]
+            shown += [_line(part, is_supervised, color) for part in text.splitlines(keepends=True)]
     return "\n".join(shown)
 
 
-def _line(text: str, taught: bool, color: bool) -> str:
-    # Control characters would act on the terminal or tear the line apart.
+def _line(text: str, is_supervised: bool, color: bool) -> str:
+    # Control characters would move the cursor or break the line.
     visible = "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
-    line = f"{SUPERVISED if taught else OTHER} {visible}"
-    return f"{GREEN}{line}{PLAIN}" if color and taught else line
+    line = f"{SUPERVISED if is_supervised else OTHER} {visible}"
+    return f"{GREEN}{line}{PLAIN}" if color and is_supervised else line
 
 
 def _escaped(letter: str) -> str:

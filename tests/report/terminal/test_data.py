@@ -1,4 +1,4 @@
-"""What a person is told about the prepared data."""
+"""Summaries of the prepared data and the view of single sequences."""
 
 import json
 from pathlib import Path
@@ -29,37 +29,48 @@ def prepared(
     return prepare(names[:-1], names[-1:], ChatEncoder(tokenizer), options, cache_dir=folder / "c", workers=1)
 
 
-def test_the_summary_tells_what_is_used_and_what_was_lost(tokenizer, tmp_path):
+def test_summary_lists_used_truncated_and_dropped_conversations(tokenizer, tmp_path):
     same, long = conversation("q", "yes"), conversation("q", "z" * 100)
     dropped, other = conversation("z" * 100, "no"), conversation("r", "no")
     data = prepared(tmp_path, tokenizer, [[same, same], [long, dropped]], [same, other], 40)
     tokens = [len(ids) for ids in column(data.datasets["train"], "input_ids")]
-    taught = [sum(label != -100 for label in labels) for labels in column(data.datasets["train"], "labels")]
+    supervised = [
+        sum(label != -100 for label in labels) for labels in column(data.datasets["train"], "labels")
+    ]
     (held_out,) = (len(ids) for ids in column(data.datasets["eval"], "input_ids"))
     share = 100 * sum(label != -100 for label in column(data.datasets["eval"], "labels")[0]) / held_out
     short = tokens[0]
     assert tokens == [short, short, 40]
     assert data_summary(data.report) == [
         f"train       3 conversations, 3 sequences, {sum(tokens)} tokens, "
-        f"{100 * sum(taught) / sum(tokens):.1f} % supervised; median {short}, 99 % up to 40, "
+        f"{100 * sum(supervised) / sum(tokens):.1f} % supervised; median {short}, 99 % up to 40, "
         "longest 40 tokens",
-        "            1 of the conversations the same as another",
+        "            1 of the conversations are duplicates",
         f"            {tmp_path}/0.jsonl: 2 conversations, 2 sequences, {2 * short} tokens, "
-        f"{100 * taught[0] / short:.1f} % supervised",
+        f"{100 * supervised[0] / short:.1f} % supervised",
         f"            {tmp_path}/1.jsonl: 1 conversation, 1 sequence, 40 tokens, "
-        f"{100 * taught[2] / 40:.1f} % supervised",
+        f"{100 * supervised[2] / 40:.1f} % supervised",
         f"eval        1 conversation, 1 sequence, {held_out} tokens, {share:.1f} % supervised; "
         f"median {held_out}, 99 % up to {held_out}, longest {held_out} tokens",
-        "truncated   1 conversation cut at --max_length 40",
-        "dropped     1 conversation without a supervised token within --max_length 40",
-        f"lost        {data.report['lost_supervised_tokens']} supervised tokens to that limit, and the end "
-        "of 2 turns",
-        "left out    1 eval conversation that the training files hold too",
+        "truncated   1 conversation at --max_length 40",
+        "dropped     1 conversation without supervised tokens within --max_length 40",
+        f"            together {data.report['lost_supervised_tokens']} supervised tokens and 2 end-of-turn "
+        "tokens lost",
+        "dropped     1 eval conversation also found in the training files",
         "turns end   with <|im_end|> x 4",
     ]
 
 
-def test_each_file_is_told_with_its_own_weight_also_one_that_is_given_twice(tokenizer, tmp_path):
+def test_lost_tokens_follow_the_truncated_conversations_in_parentheses(tokenizer, tmp_path):
+    rows = [conversation("q", "yes"), conversation("q", "z" * 100)]
+    data = prepared(tmp_path, tokenizer, [rows], [conversation("r", "no")], 40)
+    assert data_summary(data.report)[2] == (
+        f"truncated   1 conversation at --max_length 40 ({data.report['lost_supervised_tokens']} supervised "
+        "tokens and 1 end-of-turn token lost)"
+    )
+
+
+def test_each_file_is_listed_with_its_own_weight_even_if_given_twice(tokenizer, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(conversation(f"q{number}", "a")) + "\n" for number in range(4)))
     options = PrepareOptions(40, data_weights=(1, 0.5))
@@ -70,7 +81,7 @@ def test_each_file_is_told_with_its_own_weight_also_one_that_is_given_twice(toke
     assert "4 conversations" in lines[0] and "2 conversations" in lines[1]
 
 
-def test_what_weights_repeat_is_told_beside_the_conversations_it_is_made_of(tokenizer, tmp_path):
+def test_repeated_sequences_are_listed_next_to_their_conversations(tokenizer, tmp_path):
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for file in files:
         rows = [conversation(f"{file.name} {number}", "a") for number in range(4)]
@@ -80,17 +91,17 @@ def test_what_weights_repeat_is_told_beside_the_conversations_it_is_made_of(toke
     assert data.report["train"]["repeated_sequences"] == 6
     whole, first, second = data_summary(data.report)[:3]
     assert whole.startswith(
-        "train       8 conversations, 14 sequences (6 of them again, by --data_weights), "
+        "train       8 conversations, 14 sequences (6 of them repeated by --data_weights), "
     )
-    assert ": 4 conversations, 10 sequences (6 of them again, by --data_weights), " in first
+    assert ": 4 conversations, 10 sequences (6 of them repeated by --data_weights), " in first
     assert first.endswith(", taken 2.5 times")
     assert ": 4 conversations, 4 sequences, " in second and "taken" not in second
 
 
-def test_turns_without_a_stop_token_are_a_warning(tokenizer, tmp_path):
+def test_turns_without_a_stop_token_cause_a_warning(tokenizer, tmp_path):
     data = prepared(tmp_path, tokenizer, [[conversation("q", "a")]], [conversation("r", "b")], 40)
     report = {**data.report, "turns_without_stop_token": 1200, "end_of_turn_tokens": {}}
-    assert data_summary(report)[-1].startswith("warning     1,200 turns without a stop token: ")
+    assert data_summary(report)[-1].startswith("warning     1,200 turns without a stop token, ")
     assert len(data_summary(report)) == 3
 
 
@@ -103,9 +114,9 @@ def test_shown_sequences_mark_exactly_the_supervised_text(tokenizer, tmp_path, c
     green, plain = ("\033[32m", "\033[0m") if color else ("", "")
     lines = shown.splitlines()
     length = len(data.datasets["train"][0]["input_ids"])
-    taught = sum(label != -100 for label in data.datasets["train"][0]["labels"])
+    supervised = sum(label != -100 for label in data.datasets["train"][0]["labels"])
     assert lines[:9] == [
-        f"a.jsonl:1, sequence 0: {length} tokens, {taught} supervised (marked >>)",
+        f"a.jsonl:1, sequence 0: {length} tokens, {supervised} supervised (marked >>)",
         "   | <|im_start|>user\\n",
         "   | q<|im_end|>\\n",
         "   | <|im_start|>assistant\\n",
@@ -116,4 +127,4 @@ def test_shown_sequences_mark_exactly_the_supervised_text(tokenizer, tmp_path, c
         lines[8],
     ]
     assert lines[8].startswith("a.jsonl:2, sequence 1: ")
-    assert not any("s<|im_end|>" in line for line in lines), "two sequences unless asked for more"
+    assert not any("s<|im_end|>" in line for line in lines), "only two sequences are shown by default"
