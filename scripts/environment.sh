@@ -1,18 +1,18 @@
-# Sourced by the other scripts: the Python environment of this project, first on PATH, and what they all ask.
+# Sourced by the other scripts: puts the Python environment of this project first on PATH and defines shared functions.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# An active environment is the user's choice; .venv is ours.
+# An active environment is used as it is; .venv is created by scripts/setup.sh.
 ENVIRONMENT=${VIRTUAL_ENV:-${CONDA_PREFIX:-$ROOT/.venv}}
 PYTHON=$ENVIRONMENT/bin/python
 PATH=$ENVIRONMENT/bin:$PATH
 
-# Like train_dft.py: the same command would end in the same way.
+# Exit code 2, as of train_dft.py: invalid input, which a restart would not change.
 fail() {
     echo "error: $*" >&2
     exit 2
 }
 
-# Prints the comment at the top of a script and ends, where --help is among the words.
+# Prints the comment at the top of a script and exits if --help is among the arguments.
 help_of() {
     local script=$1 word
     shift
@@ -21,13 +21,13 @@ help_of() {
     done
 }
 
-# Whether there is an NVIDIA GPU and a driver that answers; nvidia-smi also exists where neither does.
+# Succeeds if there is an NVIDIA GPU with a working driver. The command nvidia-smi alone proves neither.
 has_gpu() {
-    # Not grep -q: it stops reading at the first of several GPUs, which pipefail takes for a failure of nvidia-smi.
+    # Not grep -q: it exits at the first match, nvidia-smi gets SIGPIPE, and pipefail reports a failure.
     command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null
 }
 
-# Indices of the GPUs to use, as 0,1,2; nothing where there is none. CUDA_VISIBLE_DEVICES narrows them.
+# Prints the indices of the GPUs to use, such as 0,1,2, or nothing. Respects CUDA_VISIBLE_DEVICES.
 visible_gpus() {
     has_gpu || return 0
     if [[ -z ${CUDA_VISIBLE_DEVICES+set} ]]; then

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a trained model, without a download of models or data: sets up what is missing, makes a small
-# dataset and a tiny model, trains it under ZeRO-3 on all GPUs or two CPU processes, and shows what it learned.
+# Trains a tiny model from scratch, without downloading models or data: installs what is missing, creates a small
+# dataset and a model, trains it under ZeRO-3 on all GPUs or on two CPU processes, and shows what it learned.
 #
-#   bash scripts/quickstart.sh [FOLDER]     FOLDER is runs/quickstart unless given; what is in it is replaced
+#   bash scripts/quickstart.sh [FOLDER]     FOLDER defaults to runs/quickstart; its contents are replaced
 set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$scripts/environment.sh"
@@ -15,7 +15,7 @@ if [[ -z $gpus ]]; then export DS_ACCELERATOR=cpu; fi
 "$PYTHON" "$scripts/make_example.py" "$folder"
 rm -rf "$folder/output"
 
-# 16 conversations per step on up to 16 processes, so that the result is nearly the same everywhere.
+# 16 conversations per optimizer step on up to 16 processes, so that results are comparable between machines.
 commas=${gpus//[^,]/}
 processes=$([[ -n $gpus ]] && echo $((${#commas} + 1)) || echo 2)
 per_device=$((processes < 16 ? 16 / processes : 1))

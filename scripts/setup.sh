@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Installs what this project needs. Running it again checks and does what is missing.
+# Installs the packages that this project needs. Running it again installs only what is missing.
 #
 #   bash scripts/setup.sh [--dev] [--build-flash-attn]
 #
-#   --dev               also what scripts/test.sh needs
-#   --build-flash-attn  build flash-attn from source where it has no prebuilt wheel: needs nvcc, can take an hour
+#   --dev               also install what scripts/test.sh needs
+#   --build-flash-attn  build flash-attn from source if there is no prebuilt wheel; needs nvcc and can take an hour
 #
-# Uses the active virtual or conda environment, else .venv in this repository, made with python3 or $PYTHON_FOR_VENV.
+# Installs into the active virtual or conda environment, or else into .venv in this repository, which is created with
+# python3 (or $PYTHON_FOR_VENV) if it does not exist.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -18,7 +19,7 @@ for argument in "$@"; do
     case $argument in
         --dev) dev=true ;;
         --build-flash-attn) build_flash_attn=true ;;
-        *) fail "unknown argument $argument (--dev and --build-flash-attn are known)" ;;
+        *) fail "unknown argument $argument (expected --dev or --build-flash-attn)" ;;
     esac
 done
 
@@ -26,7 +27,7 @@ is_recent() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
 }
 
-# A Python that can make a virtual environment: python3 if it is recent enough, else a newer one beside it.
+# Prints the Python to create the virtual environment with: python3 if it is recent enough, else a newer one on PATH.
 find_python() {
     local candidate
     for candidate in ${PYTHON_FOR_VENV:-python3 python3.14 python3.13 python3.12 python3.11 python3.10}; do
@@ -35,36 +36,70 @@ find_python() {
             return
         fi
     done
-    local found
-    found=$("${PYTHON_FOR_VENV:-python3}" --version 2>&1 || true)
-    fail "Python 3.10 or newer is needed, found: ${found:-none}. Install one (Debian, Ubuntu: apt-get install" \
-        "python3 python3-venv), or name one: PYTHON_FOR_VENV=/path/to/python bash scripts/setup.sh"
+    local version
+    version=$("${PYTHON_FOR_VENV:-python3}" --version 2>&1 || true)
+    fail "Python 3.10 or newer is required, found: ${version:-none}. Install it (Debian, Ubuntu: apt-get install" \
+        "python3 python3-venv), or name an interpreter: PYTHON_FOR_VENV=/path/to/python bash scripts/setup.sh"
 }
 
 make_environment() {
     local python
     python=$(find_python)
-    # Debian packs ensurepip apart from Python; without it venv leaves an environment without pip behind.
-    "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python cannot make virtual environments." \
+    # Debian packages ensurepip separately; without it venv creates an environment without pip.
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python cannot create virtual environments." \
         "Debian, Ubuntu: apt-get install $("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
     "$python" -m venv "$ENVIRONMENT"
-    echo "environment: made $ENVIRONMENT with $("$PYTHON" --version)"
+    echo "environment: created $ENVIRONMENT with $("$PYTHON" --version)"
 }
 
 check_environment() {
     [[ -x $PYTHON ]] || fail "$ENVIRONMENT is not a Python environment: it has no bin/python. Deactivate it, or" \
         "remove the folder"
     "$PYTHON" -c '' 2>/dev/null || fail "$PYTHON does not start; remove $ENVIRONMENT and run this again"
-    is_recent "$PYTHON" || fail "$ENVIRONMENT has $("$PYTHON" --version), and Python 3.10 or newer is needed." \
-        "Activate another environment, or deactivate this one to have .venv made"
-    [[ -w $ENVIRONMENT ]] || fail "$ENVIRONMENT cannot be written to. Deactivate it to have .venv made"
+    is_recent "$PYTHON" || fail "$ENVIRONMENT has $("$PYTHON" --version), and Python 3.10 or newer is required." \
+        "Activate another environment, or deactivate this one to use .venv"
+    [[ -w $ENVIRONMENT ]] || fail "$ENVIRONMENT is not writable. Deactivate it to use .venv"
 }
 
 pip_install() {
-    # Environments made by uv come without pip.
+    # Environments created by uv have no pip.
     "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null 2>&1 ||
         fail "$ENVIRONMENT has no pip; install it there (uv pip install pip, conda install pip)"
-    PIP_REQUIRE_VIRTUALENV=0 "$PYTHON" -m pip install -qq --disable-pip-version-check --no-input "$@"
+    PIP_REQUIRE_VIRTUALENV=0 "$PYTHON" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@"
+}
+
+count_packages() {
+    find "$1" -maxdepth 1 -name '*.dist-info' | wc -l
+}
+
+# Reads the output of pip and prints one line per package, and one every $PROGRESS_INTERVAL seconds while pip
+# prints nothing, as it does for up to a minute while it unpacks torch.
+show_progress() {
+    local line status folder before total=0 seconds=$SECONDS
+    folder=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    before=$(count_packages "$folder")
+    while true; do
+        status=0
+        IFS= read -r -t "$PROGRESS_INTERVAL" line || status=$?
+        if ((status > 128)); then # pip printed nothing
+            if ((total)); then
+                echo "  installed $(($(count_packages "$folder") - before)) of $total packages ($((SECONDS - seconds)) s)"
+            else
+                echo "  downloading ($((SECONDS - seconds)) s)"
+            fi
+            continue
+        fi
+        ((status == 0)) || break
+        case $line in
+            *.metadata*) ;; # a few kB each, to resolve versions
+            *Downloading\ * | *"Using cached "*) echo "  ${line#"${line%%[![:space:]]*}"}" ;;
+            "Installing collected packages: "*)
+                total=$(tr -dc , <<<"$line" | wc -c)
+                total=$((total + 1))
+                echo "  installing $total packages"
+                ;;
+        esac
+    done
 }
 
 install_requirements() {
@@ -73,7 +108,7 @@ install_requirements() {
     [[ -n $missing ]] || return 0
     echo "installing: ${missing//$'\n'/ }"
     for file in "$@"; do files+=(-r "$file"); done
-    pip_install "${files[@]}" || fail "pip could not install $(basename -a "$@" | paste -sd' ')"
+    pip_install "${files[@]}" | show_progress || fail "pip could not install $(basename -a "$@" | paste -sd' ')"
     installed=true
 }
 
@@ -82,14 +117,14 @@ flash_attn_imports() {
 }
 
 without_flash_attn() {
-    echo "flash-attn: $1; attention runs through torch's sdpa. bash scripts/setup.sh --build-flash-attn builds it" \
-        "from source (needs nvcc, can take an hour)"
+    echo "flash-attn: $1; attention uses torch's sdpa. To build it from source (needs nvcc, can take an hour):" \
+        "bash scripts/setup.sh --build-flash-attn"
 }
 
 try_flash_attn_wheel() {
     local pin=$1 url
     url=$("$PYTHON" "$ROOT/scripts/flash_attn_wheel.py" "${pin#*==}") || return 1
-    # An index or folder that pip is configured with comes first: clusters keep wheels of their own.
+    # The index or folder that pip is configured with comes first: clusters host their own wheels.
     pip_install --only-binary flash-attn "$pin" >/dev/null 2>&1 && flash_attn_imports && return
     pip_install --retries 1 "$url" >/dev/null 2>&1 && flash_attn_imports
 }
@@ -107,28 +142,29 @@ install_flash_attn() {
         flash_attn_imports || fail "flash-attn was built but cannot be imported: $PYTHON -c 'import flash_attn'"
         echo "flash-attn: built"
     elif [[ -f $tried && $(<"$tried") == "$pin" ]] && ! $installed; then
-        without_flash_attn "no prebuilt wheel was found before (remove $tried to look again)"
+        without_flash_attn "no prebuilt wheel was found earlier (remove $tried to search again)"
     elif try_flash_attn_wheel "$pin"; then
         echo "flash-attn: installed $pin from a prebuilt wheel"
     else
-        # A wheel for another torch installs and then fails to import, which transformers takes for installed.
+        # A wheel for another torch version installs but cannot be imported, and transformers considers it installed.
         "$PYTHON" -m pip uninstall --quiet --yes flash-attn >/dev/null 2>&1 || true
         echo "$pin" >"$tried"
         without_flash_attn "no prebuilt wheel of $pin for this Python, torch and CUDA could be installed"
     fi
 }
 
-# PyPI's torch is built for a recent CUDA; with an older driver it would train on the CPU without a word.
+# PyPI's torch is built for a recent CUDA version; with an older driver it would silently train on the CPU.
 check_cuda() {
     local problem
     problem=$("$PYTHON" -W ignore -c 'import torch
 if not torch.cuda.is_available():
-    print(f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it")')
+    print(f"torch {torch.__version__} (CUDA {torch.version.cuda}) does not find it")')
     [[ -z $problem ]] || echo "warning: there is an NVIDIA GPU, but $problem; update the driver," \
-        "or install a build of the same torch for the CUDA that nvidia-smi names" >&2
+        "or install the same torch version built for the CUDA version that nvidia-smi shows" >&2
 }
 
 installed=false
+PROGRESS_INTERVAL=10 # seconds
 [[ -e $ENVIRONMENT || -n ${VIRTUAL_ENV:-${CONDA_PREFIX:-}} ]] || make_environment
 check_environment
 requirements=("$ROOT/requirements.txt")
@@ -138,6 +174,6 @@ if has_gpu; then
     install_flash_attn
     if $installed; then check_cuda; fi
 elif $build_flash_attn; then
-    fail "--build-flash-attn: there is no NVIDIA GPU here (nvidia-smi finds none)"
+    fail "--build-flash-attn: no NVIDIA GPU was found (nvidia-smi lists none)"
 fi
 echo "environment ready: $ENVIRONMENT"

@@ -273,36 +273,36 @@ def test_a_hostfile_starts_them_from_the_first(example, environment, reference, 
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("settings", "message"),
     [
-        ({}, "NNODES=: how many machines there are"),
-        ({"NNODES": 2}, "NODE_RANK=: which of the 2 machines this is, from 0 to 1"),
-        ({"NNODES": 2, "NODE_RANK": 2}, "NODE_RANK=2: which of the 2"),
+        ({}, "NNODES=: must be the number of machines"),
+        ({"NNODES": 2}, "NODE_RANK=: must be the index of this machine, from 0 to 1"),
+        ({"NNODES": 2, "NODE_RANK": 2}, "NODE_RANK=2: must be the index of this machine, from 0 to 1"),
         ({"NNODES": 2, "NODE_RANK": 0}, "MASTER_ADDR is not set"),
         ({"NNODES": 2, "NODE_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 99999}, "MASTER_PORT=99999"),
         ({"HOSTFILE": "nowhere"}, "HOSTFILE=nowhere: no such file"),
-        ({"HOSTFILE": "README.md", "NNODES": 2}, "one form or the other"),
-        ({"NNODES": 9, "NODE_RANK": "08"}, "NODE_RANK=08: which of the 9"),
+        ({"HOSTFILE": "README.md", "NNODES": 2}, "set one or the other"),
+        ({"NNODES": 9, "NODE_RANK": "08"}, "NODE_RANK=08: must be the index of this machine, from 0 to 8"),
         (
             {"NNODES": 2, "NODE_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 2**64 + 1},
             f"MASTER_PORT={2**64 + 1}",
         ),
-        ({"HOSTFILE": "README.md"}, "is not of the form: 10.0.0.1 slots=8"),
-        ("# nothing\n\n", "names no machine"),
-        ("a slots=1\nb slots=1\na slots=2\n", "a stands there twice; add up its slots"),
-        ("a slots=1\r\n", "its lines end as on Windows"),
+        ({"HOSTFILE": "README.md"}, "expected a line such as: 10.0.0.1 slots=8"),
+        ("# nothing\n\n", "lists no machine"),
+        ("a slots=1\nb slots=1\na slots=2\n", "a is listed twice; merge the lines and add their slots"),
+        ("a slots=1\r\n", "it has Windows line endings"),
     ],
 )
-def test_what_is_missing_is_said(environment, tmp_path, given, told):
-    if isinstance(given, str):
-        (tmp_path / "hosts").write_text(given)
-        given = {"HOSTFILE": tmp_path / "hosts"}
-    done = run("train_multinode.sh", [], environment, **given)
+def test_invalid_multinode_settings_are_rejected(environment, tmp_path, settings, message):
+    if isinstance(settings, str):
+        (tmp_path / "hosts").write_text(settings)
+        settings = {"HOSTFILE": tmp_path / "hosts"}
+    done = run("train_multinode.sh", [], environment, **settings)
     assert done.returncode == 2
-    assert done.stderr.count("error: ") == 1 and told in done.stderr
+    assert done.stderr.count("error: ") == 1 and message in done.stderr
 
 
-def test_slurm_says_where_it_must_be_called(environment, tmp_path):
+def test_slurm_script_outside_the_repository_is_rejected(environment, tmp_path):
     done = run("train.slurm", [], environment, SLURM_SUBMIT_DIR=tmp_path)
     assert done.returncode == 2 and "is not the repository" in done.stderr
     assert shutil.which("srun", path=environment["PATH"])

@@ -1,6 +1,7 @@
-"""The shell scripts, with a deepspeed that is not one: what they start, what they say, and how they end."""
+"""The shell scripts with a stand-in for deepspeed: the commands they start, their messages and exit codes."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,12 +20,13 @@ DATA = ("--data_files", "a.jsonl")
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the scripts in a repository of their own, and an environment to put a deepspeed in."""
+    """Copy the scripts to a temporary repository; return it and the bin folder of its environment."""
     root = tmp_path / "repo with space"
     shutil.copytree(ROOT / "scripts", root / "scripts")
+    (root / "dft").symlink_to(ROOT / "dft")
     bin_folder = tmp_path / "env" / "bin"
     bin_folder.mkdir(parents=True)
-    # No link: Python would look for its packages beside that.
+    # Not a symbolic link: Python would search for its packages next to the link.
     (bin_folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (bin_folder / "python").chmod(0o755)
     return root, bin_folder
@@ -36,7 +38,7 @@ def fake_deepspeed(bin_folder: Path, body: str) -> None:
 
 
 def start(copy, *words: str, **env: str | None) -> subprocess.Popen[str]:
-    """Starts train.sh without a GPU; None takes a variable out of its environment."""
+    """Start train.sh without a GPU; a variable set to None is removed from its environment."""
     root, bin_folder = copy
     env = {**os.environ, "VIRTUAL_ENV": str(bin_folder.parent), "CUDA_VISIBLE_DEVICES": "", **env}
     return subprocess.Popen(
@@ -62,13 +64,13 @@ def test_scripts_parse_and_stop_at_the_first_failure(script):
     assert script.name == "environment.sh" or "set -euo pipefail" in script.read_text()
 
 
-HELPED = [*SCRIPTS, *sorted((ROOT / "scripts/paper").glob("*.sh"))]
+WITH_HELP = [*SCRIPTS, *sorted((ROOT / "scripts/paper").glob("*.sh"))]
 
 
-@pytest.mark.parametrize("script", HELPED, ids=lambda path: path.name)
-def test_help_is_the_comment_at_the_top_and_nothing_is_done(script, tmp_path):
+@pytest.mark.parametrize("script", WITH_HELP, ids=lambda path: path.name)
+def test_help_prints_the_comment_at_the_top_and_does_nothing_else(script, tmp_path):
     if script.name == "environment.sh":
-        pytest.skip("is sourced by the others")
+        pytest.skip("sourced by the other scripts")
     done = subprocess.run(
         [script, "--help"], capture_output=True, text=True, timeout=20, cwd=tmp_path, check=False,
         env={**os.environ, "VIRTUAL_ENV": str(tmp_path)},
@@ -79,17 +81,17 @@ def test_help_is_the_comment_at_the_top_and_nothing_is_done(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_why_a_run_ended_stands_last_in_its_log_and_on_the_terminal(copy):
+def test_the_reason_for_a_failure_is_the_last_line_of_the_log_and_of_stderr(copy):
     fake_deepspeed(
         copy[1], 'echo "error: --max_length 0: too short"; echo "[ERROR] launch.py: exits"; exit 2'
     )
     code, _, errors = run(copy, *DATA, MODEL="m")
     (log,) = (copy[0] / "logs").glob("train_*.log")
-    told = ["error: --max_length 0: too short", f"error: training ended with exit code 2; see {log}"]
-    assert code == 2 and errors.splitlines() == log.read_text().splitlines()[-2:] == told
+    expected = ["error: --max_length 0: too short", f"error: training ended with exit code 2; see {log}"]
+    assert code == 2 and errors.splitlines() == log.read_text().splitlines()[-2:] == expected
 
 
-def test_trackers_write_into_the_output_folder_that_is_given(copy):
+def test_trackers_write_into_the_output_folder_unless_logging_dir_is_set(copy):
     fake_deepspeed(copy[1], 'printf "%s\\n" "$@"')
     for words, env, wanted in (
         ((), {}, "outputs/dft/logs"),
@@ -101,7 +103,7 @@ def test_trackers_write_into_the_output_folder_that_is_given(copy):
         assert given[given.index("--logging_dir") + 1] == wanted
 
 
-def test_train_starts_the_job_from_any_folder_and_says_where_the_log_is(copy):
+def test_train_starts_from_any_folder_and_prints_the_path_of_the_log(copy):
     fake_deepspeed(copy[1], 'printf "%s\\n" "$PWD" "$@"; echo to-stderr >&2')
     code, output, errors = run(copy, *DATA, "--learning_rate", "1e-6", MODEL="/models/a b", OUTPUT_DIR="out")
     assert code == 0, errors
@@ -119,7 +121,9 @@ def test_train_starts_the_job_from_any_folder_and_says_where_the_log_is(copy):
         "--data_files": "a.jsonl",
     }.items():
         assert words[words.index(flag) + 1] == value
-    assert words[len(words) - 1 - words[::-1].index("--learning_rate") + 1] == "1e-6"  # the last word counts
+    assert (
+        words[len(words) - 1 - words[::-1].index("--learning_rate") + 1] == "1e-6"
+    )  # the last occurrence counts
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_train_starts_the_job_from_any_folder_and_says_where_the_log_is(copy):
         (("--objective", "power", "--dft_alpha", "0.4"), ["0.4"]),
     ],
 )
-def test_an_objective_without_alpha_is_given_none_but_by_the_user(copy, words, alphas):
+def test_the_default_alpha_is_passed_only_to_objectives_that_have_one(copy, words, alphas):
     fake_deepspeed(copy[1], 'printf "%s\\n" "$@"')
     code, output, errors = run(copy, *DATA, *words, MODEL="m", DFT_ALPHA="0.9", SHOW_LOG="1")
     assert code == 0, errors
@@ -143,7 +147,7 @@ def test_an_objective_without_alpha_is_given_none_but_by_the_user(copy, words, a
 
 
 @pytest.mark.parametrize(("objective", "wanted"), [("power", []), ('"dft"', ["0.7"])])
-def test_an_objective_of_a_config_file_is_seen(copy, tmp_path, objective, wanted):
+def test_the_objective_is_also_read_from_a_config_file(copy, tmp_path, objective, wanted):
     (tmp_path / "run.yaml").write_text(f"learning_rate: 1e-6\nobjective: {objective}\n")
     fake_deepspeed(copy[1], 'printf "%s\\n" "$@"')
     _, output, errors = run(copy, *DATA, "--config", str(tmp_path / "run.yaml"), MODEL="m", SHOW_LOG="1")
@@ -151,9 +155,17 @@ def test_an_objective_of_a_config_file_is_seen(copy, tmp_path, objective, wanted
     assert [given[at + 1] for at, word in enumerate(given) if word == "--dft_alpha"] == wanted, errors
 
 
-def test_objectives_with_alpha_are_those_the_script_knows():
-    with_alpha = [name for name in OBJECTIVES if "alpha" in parameters_of(name)]
-    assert f"    {' | '.join(with_alpha)}) flags+=" in (ROOT / "scripts/train.sh").read_text()
+def test_no_objective_is_named_in_the_script():
+    code = (ROOT / "scripts/train.sh").read_text().split("# Nothing below this line needs editing.")[1]
+    assert not [name for name in OBJECTIVES if re.search(rf"\b{name}\b", code.replace("dft.loss", ""))]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_gets_an_alpha_exactly_if_it_has_one(copy, objective):
+    fake_deepspeed(copy[1], 'printf "%s\\n" "$@"')
+    code, output, errors = run(copy, *DATA, "--objective", objective, MODEL="m", SHOW_LOG="1")
+    assert code == 0, errors
+    assert ("--dft_alpha" in output.splitlines()) == ("alpha" in parameters_of(objective))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +176,7 @@ def test_objectives_with_alpha_are_those_the_script_knows():
         (DATA, {"MODEL": "m", "NUM_GPUS": "3"}, "NUM_GPUS=3, but no GPU is visible here"),
     ],
 )
-def test_what_was_not_edited_is_named(copy, words, env, message):
+def test_placeholders_that_were_not_edited_are_named(copy, words, env, message):
     fake_deepspeed(copy[1], "echo started")
     code, output, errors = run(copy, *words, **env)
     assert code != 0 and message in errors and "started" not in output
@@ -180,12 +192,12 @@ def test_what_was_not_edited_is_named(copy, words, env, message):
         ({"CUDA_VISIBLE_DEVICES": "1,2,3", "NUM_GPUS": "2"}, "--include localhost:1,2"),
         ({"NUM_GPUS": "0"}, "--num_accelerators 2"),
         ({"NUM_GPUS": "8"}, "NUM_GPUS=8, but the visible GPUs are 0,1,2,3"),
-        ({"NUM_GPUS": "all"}, "NUM_GPUS=all: auto or a number"),
+        ({"NUM_GPUS": "all"}, "NUM_GPUS=all: must be auto or a number"),
     ],
 )
-def test_the_gpus_asked_for_are_used(copy, env, chosen):
+def test_the_requested_gpus_are_used(copy, env, chosen):
     fake_deepspeed(copy[1], 'echo "$1 $2"')
-    # Line by line with pauses, as the real one prints: a reader that stops early would break the pipe.
+    # The real command prints line by line with pauses, so a reader that exits early breaks the pipe.
     nvidia_smi = copy[1] / "nvidia-smi"
     nvidia_smi.write_text('#!/usr/bin/env bash\nfor i in 0 1 2 3; do echo "GPU $i: H100"; sleep 0.05; done\n')
     nvidia_smi.chmod(0o755)
@@ -194,7 +206,7 @@ def test_the_gpus_asked_for_are_used(copy, env, chosen):
     assert chosen in output + errors
 
 
-def test_the_exit_code_is_that_of_training(copy):
+def test_the_exit_code_of_training_is_passed_on(copy):
     fake_deepspeed(copy[1], "exit 7")
     code, _, errors = run(copy, *DATA, MODEL="m")
     assert code == 7 and "training ended with exit code 7" in errors
@@ -230,7 +242,7 @@ launch() {{ rank & wait $!; exit $?; }}
 [[ $1 != ranks ]] || {{ shift; "$@"; exit; }}
 launch & wait $!; exit $?
 """
-"""A process, its child and a grandchild, as deepspeed, its launcher and a rank."""
+"""A process with a child and a grandchild, like deepspeed, its launcher and a rank."""
 
 
 def wait_for(path: Path) -> str:
@@ -253,46 +265,44 @@ def is_running(process: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("number", "told"), [("TERM", "SIGTERM"), ("USR1", "SIGUSR1"), ("INT", "SIGINT")])
-def test_ranks_are_asked_to_stop_and_given_the_time_to_save(copy, tmp_path, number, told):
+@pytest.mark.parametrize(("number", "name"), [("TERM", "SIGTERM"), ("USR1", "SIGUSR1"), ("INT", "SIGINT")])
+def test_a_signal_reaches_the_ranks_and_they_have_time_to_save(copy, tmp_path, number, name):
     fake_ranks(
         copy, f'trap "sleep 1; echo saved >>{tmp_path}/saved; exit 75" {number}; '
         f"echo $BASHPID >{tmp_path}/pid; while true; do sleep 0.1; done",
     )  # fmt: skip
     process = start(copy, *DATA, "--save_only_model", "False", MODEL="m", MAX_RESTARTS="3")
     rank = int(wait_for(tmp_path / "pid"))
-    process.send_signal(getattr(signal, told))
+    process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75 and (tmp_path / "saved").is_file() and not is_running(rank)
-    assert f"{told}: the run finishes its step" in errors and "everything is saved" in errors
+    assert f"{name}: finishing the step and saving" in errors and "everything is saved" in errors
 
 
-def test_a_second_signal_ends_at_once_what_does_not_stop(copy, tmp_path):
+def test_a_second_signal_ends_the_run_at_once(copy, tmp_path):
     fake_ranks(copy, f'trap "" TERM; echo $BASHPID >{tmp_path}/pid; while true; do sleep 0.1; done')
     process = start(copy, *DATA, MODEL="m")
     rank = int(wait_for(tmp_path / "pid"))
     process.send_signal(signal.SIGTERM)
     time.sleep(1)
     assert process.poll() is None
-    started = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=60)  # far less than the 1,800 seconds that GRACE allows for
     assert process.returncode == 143 and not is_running(rank)
-    assert "ended at once, as asked by a second signal; there is no checkpoint" in errors
-    assert time.monotonic() - started < 10  # seconds
+    assert "ended at once by a second signal; there is no checkpoint" in errors
 
 
-def test_a_rank_that_does_not_save_in_time_is_ended(copy, tmp_path):
+def test_a_rank_that_does_not_save_in_time_is_killed(copy, tmp_path):
     fake_ranks(copy, f'trap "" TERM; echo $BASHPID >{tmp_path}/pid; while true; do sleep 0.1; done')
     process = start(copy, *DATA, MODEL="m", GRACE="1")
     rank = int(wait_for(tmp_path / "pid"))
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 143 and not is_running(rank)
-    assert "ended after 1 s, in which it did not save; there is no checkpoint" in errors
+    assert "ended after 1 s without a checkpoint being saved; there is no checkpoint" in errors
 
 
-def test_a_launcher_that_is_killed_leaves_no_rank_behind(copy, tmp_path):
+def test_a_killed_launcher_leaves_no_rank_behind(copy, tmp_path):
     fake_ranks(copy, f"echo $BASHPID $PPID >{tmp_path}/pid; exec sleep 300")
     process = start(copy, *DATA, MODEL="m")
     rank, _ = map(int, wait_for(tmp_path / "pid").split())
@@ -324,7 +334,7 @@ exit 9
     ],
     ids=["finishes", "too-often", "no-progress", "refused", "stopped", "not-asked-for"],
 )
-def test_restarts_go_on_and_give_up_without_progress(copy, tmp_path, then, restarts, attempts, code):
+def test_restarts_resume_and_stop_without_progress(copy, tmp_path, then, restarts, attempts, code):
     output = tmp_path / "run"
     output.mkdir()
     fake_deepspeed(copy[1], CRASHES.format(output=output, then=then.format(output=output)))
@@ -338,8 +348,8 @@ def test_restarts_go_on_and_give_up_without_progress(copy, tmp_path, then, resta
 
 
 @pytest.mark.parametrize("saves", [True, False])
-def test_a_smaller_batch_is_tried_without_being_asked(copy, tmp_path, saves):
-    """Code 76 is no crash, and does not count as one."""
+def test_exit_code_76_restarts_with_the_smaller_batch(copy, tmp_path, saves):
+    """Exit code 76 does not count as a crash."""
     output = tmp_path / "run"
     output.mkdir()
     then = '(($(wc -l <"{output}/attempts") >= 3)) && exit 0; ' + saves * "mkdir -p {output}/checkpoint-1; "
@@ -347,18 +357,17 @@ def test_a_smaller_batch_is_tried_without_being_asked(copy, tmp_path, saves):
     fake_deepspeed(copy[1], CRASHES.format(output=output, then=then))
     code, printed, _ = run(copy, *DATA, "--output_dir", str(output), MODEL="m")
     made = (output / "attempts").read_text().splitlines()
-    assert code == 0 and len(made) == 3 and printed.count("again, with the smaller batch") == 2
+    assert code == 0 and len(made) == 3 and printed.count("restarting with a smaller batch size") == 2
     assert all(("--resume_from_checkpoint auto" in line) == saves for line in made[1:])
 
 
-def test_restarts_need_checkpoints_to_go_on_from(copy):
+def test_restarts_need_checkpoints_that_can_be_resumed(copy):
     fake_deepspeed(copy[1], "echo started")
     code, output, errors = run(copy, *DATA, MODEL="m", MAX_RESTARTS="2")
     assert code == 2 and "set --save_only_model False" in errors and "started" not in output
 
 
-def test_setting_up_again_is_quick_and_changes_nothing():
-    started = time.monotonic()
+def test_running_setup_again_installs_nothing():
     finished = subprocess.run(
         ["bash", str(ROOT / "scripts" / "setup.sh"), "--dev"],
         env={**os.environ, "VIRTUAL_ENV": sys.prefix},
@@ -368,8 +377,63 @@ def test_setting_up_again_is_quick_and_changes_nothing():
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
-    assert "installing" not in finished.stdout and f"environment ready: {sys.prefix}" in finished.stdout
-    assert time.monotonic() - started < 20  # seconds; an installation takes a minute and more
+    assert finished.stdout.splitlines() == [f"environment ready: {sys.prefix}"]
+
+
+PIP = """#!/usr/bin/env bash
+[[ "$*" == *"-m pip install"* ]] || exec {python} "$@"
+echo "Collecting torch==2.13.0"
+echo "  Downloading torch-2.13.0.whl.metadata (28 kB)"
+echo "Downloading torch-2.13.0-cp311.whl (800.0 MB)"
+echo "Using cached numpy-2.2.0-cp311.whl (16.0 MB)"
+sleep 0.2
+echo "Installing collected packages: numpy, torch"
+sleep 2.5
+{end}
+"""
+
+
+def setup_with_pip(tmp_path: Path, end: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.sh in an environment without packages, with a stand-in for pip that takes 2.7 seconds."""
+    root, environment = tmp_path / "repo", tmp_path / "env"
+    shutil.copytree(ROOT / "scripts", root / "scripts")
+    (root / "requirements.txt").write_text("no-such-package==1.0\n")
+    script = root / "scripts" / "setup.sh"
+    script.write_text(script.read_text().replace("PROGRESS_INTERVAL=10", "PROGRESS_INTERVAL=1"))
+    (environment / "bin").mkdir(parents=True)
+    python = environment / "bin" / "python"
+    python.write_text(PIP.format(python=sys.executable, end=end))
+    python.chmod(0o755)
+    return subprocess.run(
+        ["bash", str(script)],
+        env={**os.environ, "VIRTUAL_ENV": str(environment), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_setup_prints_a_line_per_package_and_one_while_pip_is_silent(tmp_path):
+    finished = setup_with_pip(tmp_path, "exit 0")
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    assert lines[:4] == [
+        "installing: no-such-package==1.0",
+        "  Downloading torch-2.13.0-cp311.whl (800.0 MB)",
+        "  Using cached numpy-2.2.0-cp311.whl (16.0 MB)",
+        "  installing 2 packages",
+    ]
+    assert lines[4].startswith("  installed 0 of 2 packages (") and lines[-1].startswith("environment ready")
+
+
+def test_setup_fails_when_pip_does(tmp_path):
+    finished = setup_with_pip(tmp_path, "echo 'ERROR: no space left' >&2; exit 1")
+    assert finished.returncode == 2 and "environment ready" not in finished.stdout
+    assert finished.stderr.splitlines() == [
+        "ERROR: no space left",
+        "error: pip could not install requirements.txt",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -379,7 +443,7 @@ def test_setting_up_again_is_quick_and_changes_nothing():
         ([], "/nowhere", "/nowhere is not a Python environment"),
     ],
 )
-def test_setup_refuses_what_it_cannot_do(words, environment, message):
+def test_setup_rejects_unknown_arguments_and_broken_environments(words, environment, message):
     finished = subprocess.run(
         ["bash", str(ROOT / "scripts" / "setup.sh"), *words],
         env={**os.environ, "VIRTUAL_ENV": environment},
@@ -391,7 +455,7 @@ def test_setup_refuses_what_it_cannot_do(words, environment, message):
     assert finished.returncode != 0 and message in finished.stderr
 
 
-def test_requirements_that_are_not_met_are_listed(tmp_path):
+def test_unmet_requirements_are_listed(tmp_path):
     file = tmp_path / "requirements.txt"
     file.write_text(
         "# a comment\ntorch==0.1\nno-such-package==1.0  # why\npytest==" + pytest.__version__ + "\n"
