@@ -41,10 +41,10 @@ from dft.report.terminal.start_and_end import (
     stopped_lines,
     write_resolved_arguments,
 )
+from dft.training.checkpoints.disk_space import check_space
 from dft.training.checkpoints.folder import clear_away, newest_checkpoint
 from dft.training.checkpoints.hub import UNREACHED
 from dft.training.checkpoints.resume_point import check_output
-from dft.training.checkpoints.space import check_space
 from dft.training.measuring.console import tag_warnings
 from dft.training.measuring.trackers import RunRecordCallback, finish_trackers, prepare_trackers
 from dft.training.memory.out_of_memory import SHARD, OutOfMemory, telling_what_did_not_fit

@@ -16,7 +16,7 @@ from dft.errors import UserError
 from dft.training.checkpoints.folder import NO_PICKLE, newest_checkpoint, open_checkpoint, reading
 from dft.training.checkpoints.resharding import mend_zero3, resharded
 from dft.training.checkpoints.resume_point import check_same_model, named_checkpoint
-from dft.training.checkpoints.saving import RUN_STATE, LastStep, Left, SavingTrainer
+from dft.training.checkpoints.saving import RUN_STATE, LastStep, PendingEvents, SavingTrainer
 from dft.training.parameters import shapes_digest
 
 
@@ -136,7 +136,7 @@ class ResumingTrainer(SavingTrainer):
         folder, self._resumed_from = Path(self._resumed_from), None
         with reading(folder):
             kept = json.loads((folder / RUN_STATE).read_text())
-            left, self._last = Left(**kept["left"]), LastStep(**kept["last"])
+            left, self._last = PendingEvents(**kept["left"]), LastStep(**kept["last"])
         ranks, losses = self.args.world_size, kept["losses"]
         self._tr_loss += sum(losses[self.args.process_index :: ranks]) * ranks / len(losses)
         self._total_loss_scalar = kept["total_loss"]

@@ -51,7 +51,7 @@ wait for the device."""
 
 
 @dataclass
-class Left:
+class PendingEvents:
     """What was still to be done after the step of a checkpoint, and is done first when a run goes on from it.
 
     Attributes:
@@ -101,12 +101,12 @@ class SavingTrainer(PublishingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._left = Left()
+        self._left = PendingEvents()
         self._last = LastStep()
         self._seen_step = 0  # whose events at its end have begun
         self._is_end_of_epoch = False
         self._shapes = ""
-        self._due = Left()  # of the step whose end is being seen to
+        self._due = PendingEvents()  # of the step whose end is being seen to
         self._shares_disk: bool | None = None  # with rank 0, the output directory's
         self._full_at: int | None = None  # the step of the last checkpoint to go on from
         self._known_order: dict[str, Any] | None = None
@@ -125,7 +125,7 @@ class SavingTrainer(PublishingTrainer):
     # ---- writing ----
 
     def _save_checkpoint(
-        self, model: nn.Module, trial: Any, left: Left | None = None, full: bool = False
+        self, model: nn.Module, trial: Any, left: PendingEvents | None = None, full: bool = False
     ) -> None:
         """Writes a checkpoint under another name and gives it its own when all of it is on disk.
 
@@ -167,7 +167,7 @@ class SavingTrainer(PublishingTrainer):
         self._full_at = state.global_step if is_full else self._full_at
         if args.push_to_hub:
             self._push_from_checkpoint(str(folder))
-        if self._minds_a_disk(run):
+        if self._owns_disk(run):
             rotate(run, args.save_total_limit, state.best_model_checkpoint)
 
     def _save_finished_step(self) -> None:
@@ -191,12 +191,12 @@ class SavingTrainer(PublishingTrainer):
             "model": self._shapes,
             "method": self._method(),
         }
-        if self._minds_a_disk(folder.parent):
+        if self._owns_disk(folder.parent):
             seal(unfinished(folder), facts)
             publish(folder)
         self.accelerator.wait_for_everyone()
 
-    def _minds_a_disk(self, folder: Path) -> bool:
+    def _owns_disk(self, folder: Path) -> bool:
         """Whether this rank is the one that clears and renames on the disk of a folder: rank 0, and the first
         rank of each machine that has a disk of its own there. A collective when it is first asked."""
         if self._shares_disk is None:
@@ -230,7 +230,7 @@ class SavingTrainer(PublishingTrainer):
                 else:
                     self.state.stateful_callbacks[name] = kept
 
-    def _save_run_state(self, folder: Path, left: Left) -> None:
+    def _save_run_state(self, folder: Path, left: PendingEvents) -> None:
         losses = self.accelerator.gather(self._tr_loss.detach()[None].double()).tolist()
         kept = {
             "left": asdict(left),
@@ -242,10 +242,10 @@ class SavingTrainer(PublishingTrainer):
         if self.is_world_process_zero():
             write_atomically(folder / RUN_STATE, [json.dumps(kept)])
 
-    def _left_after_step(self) -> Left:
+    def _left_after_step(self) -> PendingEvents:
         state = self.state
         ends = float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
-        return Left(end_epoch=ends and not self._is_end_of_epoch)
+        return PendingEvents(end_epoch=ends and not self._is_end_of_epoch)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the model. What lies there already is replaced file by file when the new one is complete."""
@@ -306,7 +306,7 @@ class SavingTrainer(PublishingTrainer):
     def _clear(self, staging: Path) -> None:
         """Makes an empty folder of it, whatever an earlier save left there."""
         staging.parent.mkdir(parents=True, exist_ok=True)
-        if self._minds_a_disk(staging.parent) and staging.exists():
+        if self._owns_disk(staging.parent) and staging.exists():
             shutil.rmtree(staging)
         self.accelerator.wait_for_everyone()
         staging.mkdir(parents=True, exist_ok=True)
@@ -341,7 +341,7 @@ class SavingTrainer(PublishingTrainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._shapes = shapes_digest(self.model)  # before FSDP flattens its weights
         self._last, self._seen_step, self._full_at, self._known_order = LastStep(), 0, None, None
-        self._due = Left()
+        self._due = PendingEvents()
         if self.stop is not None:
             self.stop.begin_training()
         return super()._inner_training_loop(*args, **kwargs)
@@ -363,7 +363,9 @@ class SavingTrainer(PublishingTrainer):
         self._last.grad_norm, self._last.learning_rate = norm, learning_rate
         if self.control.should_log:
             self._last.logged = step
-        due = Left(self.control.should_evaluate, self.control.should_save, self._left_after_step().end_epoch)
+        due = PendingEvents(
+            self.control.should_evaluate, self.control.should_save, self._left_after_step().end_epoch
+        )
         self._due, asked = due, self._is_asked_to_stop()
         if asked:  # an evaluation may take longer than there is time
             self.control.should_evaluate = self.control.should_save = False
@@ -379,7 +381,7 @@ class SavingTrainer(PublishingTrainer):
             self._save_checkpoint(model, trial, left=due, full=True)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             self._stop(step)
-        self._due = Left()
+        self._due = PendingEvents()
 
     def _evaluate(
         self, trial: Any, ignored: list[str] | None, skip_scheduler: bool = False

@@ -22,11 +22,11 @@ from dft.training.checkpoints.folder import newest_checkpoint
 from dft.training.checkpoints.resuming import ResumingTrainer
 from dft.training.measuring.meter import TokenMeter, prefix_with_file_names
 from dft.training.measuring.nonfinite import (
-    MOST_IN_A_ROW,
+    MAX_CONSECUTIVE_SKIPS,
     POLICIES,
     StepWatch,
+    gather_reports,
     is_finite,
-    of_all_ranks,
     passing_on_nonfinite,
     skip_message,
     stop_message,
@@ -145,16 +145,16 @@ class MeasuredTrainer(ResumingTrainer):
     def _refuse_step(self, model: nn.Module) -> None:
         """Stops the run before a gradient that is not finite reaches the weights, or leaves the step out."""
         names = dataset_files(self.train_dataset)
-        blames = of_all_ranks(self._watch.blame(self.accelerator.process_index, names))
-        if self._is_too_great_for_float16() and all(blame.loss_is_finite for blame in blames):
+        reports = gather_reports(self._watch.report(self.accelerator.process_index, names))
+        if self._is_too_great_for_float16() and all(report.loss_is_finite for report in reports):
             return  # the loss scale is lowered and the step left out, as ever
         step = self.state.global_step + 1
         self._left_out += 1
-        if self.on_nonfinite == "stop" or self._left_out > MOST_IN_A_ROW:
+        if self.on_nonfinite == "stop" or self._left_out > MAX_CONSECUTIVE_SKIPS:
             kept, _ = newest_checkpoint(Path(self.args.output_dir), resumable=False)
             last = None if kept is None else str(kept.path)
-            raise UserError(stop_message(step, blames, last, self._left_out - 1))
-        say(f"warning     {skip_message(step, blames)}")
+            raise UserError(stop_message(step, reports, last, self._left_out - 1))
+        say(f"warning     {skip_message(step, reports)}")
         # DeepSpeed leaves such a step out by itself, a loss scale too.
         if self.deepspeed is None and self._loss_scaler() is None:
             model.zero_grad()  # to None, and what has no gradient is not updated

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 POLICIES = ("stop", "skip")
-MOST_IN_A_ROW = 20
+MAX_CONSECUTIVE_SKIPS = 20
 """Steps that are left out one after the other before a run that skips them is stopped: nothing is learned."""
 NAMED = 20
 """Conversations of a rank that a message names."""
@@ -26,7 +26,7 @@ def passing_on_nonfinite(loss: Tensor) -> Tensor:
 
 
 @dataclass
-class Blame:
+class NonfiniteReport:
     """What one rank knows of a step whose gradient is not finite.
 
     Attributes:
@@ -79,11 +79,11 @@ class StepWatch:
         for total, before in zip(totals, self.before, strict=True):
             total.copy_(before)
 
-    def blame(self, rank: int, files: Sequence[str]) -> Blame:
+    def report(self, rank: int, files: Sequence[str]) -> NonfiniteReport:
         """Whom to name. Waits for the device."""
         finite = all(bool(loss.isfinite()) for loss in self.losses)
         named = self._named(files, whole=False) or self._named(files, whole=True)
-        return Blame(rank, finite, named)
+        return NonfiniteReport(rank, finite, named)
 
     def _named(self, files: Sequence[str], whole: bool) -> list[str]:
         names = [name for batch in self.batches for name in _origins(*batch, files, whole)]
@@ -105,30 +105,30 @@ def origin_name(file: int, line: int, files: Sequence[str]) -> str:
     return f"{files[file]}:{line}" if file < len(files) else f"file {file}:{line}"
 
 
-def of_all_ranks(blame: Blame) -> list[Blame]:
+def gather_reports(report: NonfiniteReport) -> list[NonfiniteReport]:
     """A collective."""
-    return gather_object([blame])
+    return gather_object([report])
 
 
 def is_finite(norm: Tensor | float) -> bool:
     return math.isfinite(norm.item() if isinstance(norm, torch.Tensor) else norm)
 
 
-def stop_message(step: int, blames: list[Blame], checkpoint: str | None, skipped: int) -> str:
+def stop_message(step: int, reports: list[NonfiniteReport], checkpoint: str | None, skipped: int) -> str:
     """For the one error with which all ranks end. `skipped`: the steps before it that were left out."""
     after = f", and neither were the {skipped} steps before it" if skipped else ""
     kept = f"the newest checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
     or_skip = "" if skipped else ", or leave such steps out with --on_nonfinite skip"
     return (
-        f"step {step}: {_described(blames)}{after}. The weights were not updated; {kept}. Look at these "
+        f"step {step}: {_described(reports)}{after}. The weights were not updated; {kept}. Look at these "
         f"conversations, lower --learning_rate{or_skip}"
     )
 
 
-def skip_message(step: int, blames: list[Blame]) -> str:
-    return f"step {step} is left out: {_described(blames)}"
+def skip_message(step: int, reports: list[NonfiniteReport]) -> str:
+    return f"step {step} is left out: {_described(reports)}"
 
 
-def _described(blames: list[Blame]) -> str:
-    guilty = [blame for blame in blames if not blame.loss_is_finite] or blames
+def _described(reports: list[NonfiniteReport]) -> str:
+    guilty = [report for report in reports if not report.loss_is_finite] or reports
     return f"{'; '.join(map(str, guilty))} is not finite"

@@ -172,7 +172,7 @@ def test_a_run_after_one_that_was_stopped_counts_its_own_tokens_alone(tmp_path):
 
 
 def test_a_run_that_skips_everything_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr("dft.training.measuring.measured.MOST_IN_A_ROW", 3)
+    monkeypatch.setattr("dft.training.measuring.measured.MAX_CONSECUTIVE_SKIPS", 3)
     rows = Rows(12, 0)
     rows.rows = [rows.rows[0]] * 12
     trainer = run(tmp_path, poisonous(), rows, "skip")
@@ -189,7 +189,7 @@ def test_half_precision_on_a_cpu_has_no_loss_scale_to_leave_the_step_out(tmp_pat
     assert all(value.isfinite().all() for value in clean.values())
 
 
-def test_a_batch_of_another_collator_is_blamed_without_names():
+def test_a_batch_of_another_collator_is_reported_without_names():
     watch = StepWatch()
     watch.add(torch.tensor(math.nan), torch.tensor([math.nan]), {"origins": torch.zeros(1, 2)})
-    assert str(watch.blame(3, [])) == "the loss of conversations of unknown origin on rank 3"
+    assert str(watch.report(3, [])) == "the loss of conversations of unknown origin on rank 3"
