@@ -16,6 +16,7 @@ export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 export OMP_NUM_THREADS=1
 
 ruff check .
+ruff format --check .
 lint-imports
 # Tests of one file share trained models, so they run in the same process.
 exec "$PYTHON" -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile "$@"
