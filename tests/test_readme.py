@@ -1,13 +1,35 @@
-"""README.zh.md keeps step with README.md: the same sections, code, tables, pictures and places to go."""
+"""README, README.zh.md, CONTRIBUTING, CHANGELOG and docs/: links, flags, paths and messages that they name exist."""
 
+import ast
 import re
+from pathlib import Path
 
 import pytest
 
+from dft.arguments.parser import default_flags
 from tests.launching import ROOT
 
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)]+)\)")
+IMAGE = re.compile(r'!\[[^\]]*\]\(([^)]+)\)|<img src="([^"]+)"')
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+PATH = re.compile(r"(?<![\w/.}-])(?:dft|docs|ds_config|scripts|tests)/[\w./-]*\w")
+
+PAGES = sorted(
+    str(page.relative_to(ROOT))
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "scripts/paper/README.md"]
+)
+MISSING = tuple(name for name in ("flags.md", "metrics.md") if not (ROOT / "docs" / name).exists())
+"""Generated pages that do not exist yet."""
+MAX_README_BYTES = 12_000
+
+FLAGS_OF_OTHER_PROGRAMS = {
+    "--nproc_per_node", "--num_accelerators", "--num_gpus", "--hostfile",  # torchrun, deepspeed
+    "--no-deps", "--basetemp", "--signal", "--help",  # pip, pytest, Slurm
+    "--model_args", "--tasks", "--apply_chat_template", "--include_path", "--output_path", "--device",  # lm_eval
+    "--enable_dft_loss", "--debug",  # ms-swift, axolotl
+    "--minerva",  # of scripts/paper/prepare.py, which makes one flag per benchmark
+}  # fmt: skip
 
 
 def text_of(name: str) -> str:
@@ -23,12 +45,12 @@ def headings(text: str) -> list[str]:
 
 
 def sections(text: str) -> list[str]:
-    """The text under each heading."""
+    """Return the text under each heading."""
     return re.split(r"^#+ .*$", prose(text), flags=re.MULTILINE)
 
 
 def anchor(heading: str) -> str:
-    """As GitHub makes it: lower case, without punctuation, hyphens for spaces."""
+    """Return the anchor that GitHub derives: lower case, without punctuation, hyphens for spaces."""
     words = heading.lstrip("#").strip().lower()
     return re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
 
@@ -38,57 +60,151 @@ def both() -> tuple[str, str]:
     return text_of("README.md"), text_of("README.zh.md")
 
 
-def test_the_same_headings(both):
+# ---- README.zh.md mirrors README.md ----
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_readme_is_short(name):
+    assert (ROOT / name).stat().st_size <= MAX_README_BYTES
+
+
+def test_translation_has_the_same_headings(both):
     english, chinese = (headings(text) for text in both)
-    levels = [[len(one.split(" ")[0]) for one in found] for found in (english, chinese)]
+    levels = [[len(heading.split(" ")[0]) for heading in page] for page in (english, chinese)]
     assert levels[0] == levels[1], "a section is missing, or at another level"
     assert not set(english) & set(chinese), "a heading is not translated"
-    assert all(re.search("[\u4e00-\u9fff]", one) for one in chinese)
+    assert all(re.search("[\u4e00-\u9fff]", heading) for heading in chinese)
 
 
-def test_the_same_code_blocks(both):
+def test_translation_has_the_same_code_blocks(both):
     english, chinese = (FENCE.findall(text) for text in both)
     assert english == chinese
 
 
-def test_the_same_tables_section_by_section(both):
+def test_translation_has_the_same_tables_section_by_section(both):
     for heading, *texts in zip(headings(both[0]), *(sections(text)[1:] for text in both), strict=True):
         rows = [re.findall(r"^\|.*\|$", text, re.MULTILINE) for text in texts]
         assert len(rows[0]) == len(rows[1]), heading
-        for one, other in zip(*rows, strict=True):
-            cells = [re.sub(r"\\\||`[^`]*`", "", row).count("|") for row in (one, other)]
-            assert cells[0] == cells[1], f"{heading}: {one}"
+        for row, translated in zip(*rows, strict=True):
+            cells = [re.sub(r"\\\||`[^`]*`", "", line).count("|") for line in (row, translated)]
+            assert cells[0] == cells[1], f"{heading}: {row}"
             # Flags and names in the first column are the same.
-            names = [re.findall(r"`--[^`]+`", row.split("|")[1]) for row in (one, other)]
+            names = [re.findall(r"`--[^`]+`", line.split("|")[1]) for line in (row, translated)]
             assert names[0] == names[1], heading
 
 
-def test_the_same_flags_are_named_section_by_section(both):
+def test_translation_names_the_same_flags_section_by_section(both):
     for heading, *texts in zip(headings(both[0]), *(sections(text)[1:] for text in both), strict=True):
         flags = [set(re.findall(r"--[a-z][a-z_]+", text)) for text in texts]
         assert flags[0] == flags[1], heading
 
 
-def test_the_same_formulas_pictures_and_links(both):
+def test_translation_has_the_same_numbers_in_tables(both):
+    english, chinese = (re.findall(r"\d+\.\d+(?: ± \d+\.\d+)?", text) for text in both)
+    assert sorted(english) == sorted(chinese)
+
+
+def test_translation_has_the_same_formulas_pictures_and_links(both):
     for pattern in (r"^\$\$.*\$\$$", r"!\[[^\]]*\]\(([^)]+)\)", r'<img src="([^"]+)"'):
         english, chinese = (re.findall(pattern, text, re.MULTILINE) for text in both)
         assert english == chinese
     outside = [
-        sorted(one for one in LINK.findall(prose(text)) if not one.startswith(("#", "README")))
+        sorted(link for link in LINK.findall(prose(text)) if not link.startswith(("#", "README")))
         for text in both
     ]
     assert outside[0] == outside[1]
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
-def test_every_link_leads_somewhere(name):
-    text = text_of(name)
-    anchors = {anchor(one) for one in headings(text)}
-    for link in LINK.findall(prose(text)):
-        if link.startswith("#"):
-            assert link[1:] in anchors, link
-        elif not link.startswith("http"):
-            file, _, place = link.partition("#")
-            assert (ROOT / file).exists(), link
-            if place:
-                assert place in {anchor(one) for one in headings(text_of(file))}, link
+# ---- every page ----
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_and_picture_resolves(name):
+    text, folder = text_of(name), (ROOT / name).parent
+    pictures = [first or second for first, second in IMAGE.findall(text)]
+    for link in LINK.findall(prose(text)) + pictures:
+        if link.startswith("http") or link.endswith(MISSING):
+            continue
+        file, _, place = link.partition("#")
+        target = folder / file if file else ROOT / name
+        assert target.exists(), link
+        if place:
+            anchors = {anchor(heading) for heading in headings(target.read_text(encoding="utf-8"))}
+            assert place in anchors, link
+
+
+@pytest.fixture(scope="module")
+def flags() -> set[str]:
+    """The flags of train_dft.py, of all scripts, and of the other programs that the pages call."""
+    own = {f"--{name}" for name in default_flags()}
+    scripts = [*ROOT.glob("scripts/**/*.py"), *ROOT.glob("scripts/**/*.sh"), ROOT / "tests/conftest.py"]
+    of_scripts = {
+        flag for path in scripts for flag in FLAG.findall(path.read_text(encoding="utf-8")) if flag != "--"
+    }
+    return own | of_scripts | FLAGS_OF_OTHER_PROGRAMS
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_flag_exists(name, flags):
+    assert not set(FLAG.findall(text_of(name))) - flags
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_path_exists(name):
+    missing = {path for path in PATH.findall(text_of(name)) if not (ROOT / path).exists()}
+    assert not missing
+
+
+def test_tests_named_in_the_table_of_promises_exist():
+    names = set(re.findall(r"`(test_\w+\.py)`", text_of("docs/reliability.md")))
+    assert names
+    assert not {name for name in names if not (ROOT / "tests/reliability" / name).exists()}
+
+
+def test_the_index_lists_every_page():
+    listed = set(LINK.findall(text_of("docs/README.md")))
+    pages = {Path(page).name for page in PAGES if page.startswith("docs/")} - {"README.md"}
+    assert pages <= listed
+
+
+@pytest.mark.parametrize("name", [page for page in PAGES if page.startswith("docs/")])
+def test_a_page_opens_with_one_short_paragraph(name):
+    """It says what the page answers; commands or sections follow."""
+    title, opening = text_of(name).split("\n\n")[:2]
+    assert title.startswith("# ") and "\n" not in title
+    assert re.match(r"[A-Z<]", opening) and len(opening) <= 300
+
+
+# ---- messages that docs/troubleshooting.md quotes ----
+
+
+def messages_of(path: Path) -> list[str]:
+    """Return the string literals of a Python file, with `{}` for each interpolated value."""
+    texts = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            texts.append(
+                "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+    return texts
+
+
+FROM_LIBRARIES = {"DeepSpeedCPUAdam requires the cpu_adam op"}
+PLACEHOLDERS = r"\b(?:N|P|HOST|FILE|LINE)\b|\.\.\."
+
+
+def quoted_messages() -> list[str]:
+    rows = re.findall(r"^\| (`[^|]*) \|", text_of("docs/troubleshooting.md"), re.MULTILINE)
+    messages = [quote for row in rows for quote in re.findall(r"`([^`]+)`", row)]
+    return [quote for quote in messages if " " in quote and quote not in FROM_LIBRARIES]
+
+
+def test_quoted_messages_exist_in_the_code():
+    sources = [*ROOT.glob("dft/**/*.py"), ROOT / "train_dft.py"]
+    code = "\n".join(text for path in sources for text in messages_of(path))
+    # Every piece between two placeholders stands in one of the program's messages.
+    pieces = [piece.strip(" :()") for quote in quoted_messages() for piece in re.split(PLACEHOLDERS, quote)]
+    assert len(pieces) > 10
+    assert not [piece for piece in pieces if piece not in code]

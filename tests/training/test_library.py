@@ -1,4 +1,4 @@
-"""What the README says of the library works as it stands there, and computes what it says."""
+"""The examples of docs/library.md run as they are printed and compute what they say."""
 
 import json
 import re
@@ -15,9 +15,8 @@ ROWS = [{"question": f"Count to {n}.", "answer": " ".join(map(str, range(n)))} f
 
 @pytest.fixture
 def blocks():
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    section = text[text.index("## As a library") :].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    text = (Path(__file__).parents[2] / "docs/library.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def by_hand(model: Path, alpha: float) -> float:

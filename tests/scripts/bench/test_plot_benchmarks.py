@@ -23,7 +23,7 @@ def test_the_picture_is_of_the_tables_of_today():
         assert picture.text[DIGEST] == digest_of(panels_of(TEXT)), (
             "run python scripts/bench/plot_benchmarks.py"
         )
-    for page in ("README.md", "docs/benchmarks.md"):
+    for page in ("docs/peers.md", "docs/benchmarks.md"):
         name = str(PICTURE.relative_to((ROOT / page).parent))
         assert f"]({name})" in (ROOT / page).read_text(encoding="utf-8")
 
