@@ -26,15 +26,14 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-
-from study_results import ALPHAS, DIGEST, accuracy_figure, digest_of, histogram_figure, tables
-from study_runs import command, prepare
-from study_task import DATA, TASKS, Size, plain, questions, tuning_file, write_data, write_model
+sys.path.insert(0, str(ROOT))
 
 from dft.errors import UserError, report_user_errors
 from dft.ranks import quiet_libraries
 from dft.report.pages.images import write_png
+from scripts.study.study_results import ALPHAS, DIGEST, accuracy_figure, digest_of, histogram_figure, tables
+from scripts.study.study_runs import command, prepare
+from scripts.study.study_task import DATA, TASKS, Size, plain, questions, tuning_file, write_data, write_model
 
 FULL = Size(
     pretraining=24_000,

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from study_task import COLUMNS, DATA, TASKS
+from scripts.study.study_task import COLUMNS, DATA, TASKS
 
 ALPHAS = {"SFT": 0.0, "alpha 0.5": 0.5, "DFT": 1.0}
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}

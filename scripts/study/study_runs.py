@@ -18,7 +18,7 @@ SETTINGS = {
 }
 """Environment of the programs."""
 FORKS = multiprocessing.get_context("forkserver")
-AHEAD = ["train_dft", "evaluate", "study_results", "study_task"]
+AHEAD = ["train_dft", "evaluate", "scripts.study.study_results", "scripts.study.study_task"]
 
 
 def prepare() -> None:

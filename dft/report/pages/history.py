@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from dft import metrics
 from dft.metrics import HIGHER, LOWER, Metric
-from dft.training.measuring import meter as metrics
 
 EVAL = "eval_"
 HISTOGRAM = f"eval_{metrics.HISTOGRAM}"
