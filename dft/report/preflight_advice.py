@@ -69,7 +69,7 @@ def preflight_report(
     names = short_names(list(files))
     known = [number for number in np.unique(table.file) if number >= 0]
     whole = numbers(table)
-    of_files = {names[number]: numbers(table.where(table.file == number)) for number in known}
+    of_files = {names[number]: numbers(table.select(table.file == number)) for number in known}
     return {
         "model": model,
         "whole": whole,

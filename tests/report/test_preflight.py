@@ -23,7 +23,7 @@ from dft.report.preflight_advice import (
 )
 from dft.report.terminal.preflight import preflight_lines
 from dft.training.measuring.scoring import TokenTable
-from tests.training.measuring.test_meter import END, Rows, ended
+from tests.training.measuring.test_meter import END, Rows, with_end_token
 from tests.training.test_trainer import tiny
 
 
@@ -109,7 +109,7 @@ def test_the_tokens_that_would_be_silenced_are_named_with_how_often_they_occur()
 
 
 def test_a_model_that_knows_the_data_and_one_that_does_not_get_opposite_advice(tmp_path):
-    rows = Rows(ended(6))
+    rows = Rows(with_end_token(6))
     arguments = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, max_steps=60, learning_rate=3e-2, save_strategy="no",
         per_device_train_batch_size=6, disable_tqdm=True, lr_scheduler_type="constant", logging_steps=60,

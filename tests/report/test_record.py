@@ -21,7 +21,7 @@ from dft.report.record import (
 from dft.report.saved import PICTURE
 from tests.arguments.test_parser import words
 from tests.report.reports import run_report
-from tests.training.measuring.test_meter import END, FILES, Rows, ended
+from tests.training.measuring.test_meter import END, FILES, Rows, with_end_token
 from tests.training.test_trainer import VOCAB, tiny
 
 
@@ -34,7 +34,7 @@ def numbered() -> PreTrainedTokenizerFast:
 
 
 def trained(folder, tokenizer, **flags) -> DFTTrainer:
-    rows = ended(8)
+    rows = with_end_token(8)
     arguments = TrainingArguments(
         output_dir=str(folder), use_cpu=True, logging_steps=1, eval_strategy="steps", eval_steps=2,
         max_steps=4, disable_tqdm=True, eval_on_start=True, **{"save_strategy": "no", **flags},
@@ -67,10 +67,10 @@ def test_a_run_leaves_its_report_and_its_page(tmp_path, numbered):
     assert [view["step"] for view in report["tokens"]] == [0, 4]
     first = report["tokens"][0]["conversations"][0]
     assert first["file"] == FILES[0] and first["line"] == 1
-    ids = ended(8)[0]["input_ids"]
+    ids = with_end_token(8)[0]["input_ids"]
     assert [text.strip() for text, _, _ in first["tokens"]] == [f"t{index}" for index in ids]
     assert [end for _, _, end in first["tokens"]] == [index == END for index in ids]
-    labels = ended(8)[0]["labels"]
+    labels = with_end_token(8)[0]["labels"]
     assert [p is not None for _, p, _ in first["tokens"]] == [False, *(one != -100 for one in labels[1:])]
     assert "finished" in (tmp_path / PAGE).read_text() and (tmp_path / PICTURE).stat().st_size > 10_000
 

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from dft import DFTTrainer, make_objective
 from dft.loss.schedule import AlphaSchedule
 from tests.loss.test_objectives import CASES
-from tests.training.measuring.test_meter import END, ended
+from tests.training.measuring.test_meter import END, with_end_token
 from tests.training.test_trainer import tiny
 
 
@@ -49,7 +49,7 @@ def moved() -> torch.nn.Module:
 @pytest.mark.parametrize("fused", ["on", "off"])
 @pytest.mark.parametrize("floor", [0.0, 0.5])
 def test_metrics_are_those_of_the_objective(tmp_path, one, fused, floor):
-    rows, kl_weight = ended(9), one.objective.kl_weight
+    rows, kl_weight = with_end_token(9), one.objective.kl_weight
     base = moved() if kl_weight else None
     run = trainer(
         tmp_path, rows, objective=one.objective, fused_head=fused, end_of_turn_weight=floor, base_model=base
@@ -79,7 +79,7 @@ def test_metrics_are_those_of_the_objective(tmp_path, one, fused, floor):
 
 
 def test_another_method_is_told_on_going_on(tmp_path):
-    rows = ended(9)
+    rows = with_end_token(9)
     run = trainer(tmp_path, rows, alpha=0.5, end_of_turn_weight=0.25)
     before = run._method()
     assert before == "DFT, alpha 0.5; ends of turns weigh at least 0.25"
@@ -97,7 +97,7 @@ def test_another_method_is_told_on_going_on(tmp_path):
 
 
 def test_a_base_model_is_frozen_and_stays_where_it_was(tmp_path):
-    base, rows = moved(), ended(9)
+    base, rows = moved(), with_end_token(9)
     before = copy.deepcopy(base.state_dict())
     run = trainer(tmp_path, rows, objective=make_objective("asft", {"kl_weight": 1}), base_model=base)
     start = copy.deepcopy(run.model.state_dict())
@@ -108,7 +108,7 @@ def test_a_base_model_is_frozen_and_stays_where_it_was(tmp_path):
 
 
 def test_what_has_no_meaning_is_refused(tmp_path):
-    rows = ended(3)
+    rows = with_end_token(3)
     with pytest.raises(ValueError, match="needs the logits or hidden states of a base model"):
         trainer(tmp_path, rows, objective=make_objective("asft"))
     with pytest.raises(ValueError, match="has no use for a base model"):

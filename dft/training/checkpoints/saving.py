@@ -231,7 +231,7 @@ class SavingTrainer(PublishingTrainer):
                     self.state.stateful_callbacks[name] = kept
 
     def _save_run_state(self, folder: Path, left: PendingEvents) -> None:
-        losses = self.accelerator.gather(self._tr_loss.detach()[None].double()).tolist()
+        losses = self.accelerator.gather(self._tr_loss.detach()[None]).tolist()
         kept = {
             "left": asdict(left),
             "last": asdict(self._last),

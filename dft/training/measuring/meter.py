@@ -1,4 +1,4 @@
-"""Token-weighted metrics: summed on the device, reduced over the ranks only when they are logged."""
+"""Token-weighted training metrics, summed on the device and reduced over the ranks only when logged."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,29 +14,31 @@ from dft.loss.dft import TokenStats
 from dft.loss.objectives import Objective, floored_potential
 from dft.metrics import BINS
 from dft.training.batching import attended_pairs, token_count
+from dft.training.measuring.accumulator import Accumulator
 
 SUMS = (
     "supervised", "tokens", "positions", "pairs", "weighted_nll", "nll", "p_correct", "correct", "entropy",
     "weight", "end_of_turn", "p_end_of_turn", "aux_loss", "not_numbers", "potential", "kl",
 )  # fmt: skip
-"""What is counted: supervised tokens, tokens that are not padding, tokens with padding, pairs of tokens of
-which one attends to the other; then sums over supervised tokens, and those whose p is not a number. The
-potential is what the objective descends."""
-OF_FILES = ("supervised", "nll", "p_correct")
-"""What is summed for each file."""
+"""Names of the sums of a logging window.
+
+`tokens` excludes padding and `positions` includes it; `pairs` counts the pairs of tokens of which one attends
+to the other. `not_numbers` counts supervised tokens whose p is NaN. `potential` is the function that the
+gradient of the objective descends. All others are sums over the supervised tokens.
+"""
+FILE_SUMS = ("supervised", "nll", "p_correct")
+"""Names of the sums that are kept for each data file."""
 
 
 class TokenMeter:
-    """Sums over supervised tokens since the last reset.
-
-    Float64: a window may hold billions of tokens, and a float32 sum stops growing at 2**24 of them.
+    """Sums over the supervised tokens since the last reset.
 
     Args:
-        device: where batches are.
-        end_of_turn_ids: tokens that end a turn.
-        objective: what is descended.
-        end_of_turn_weight: the least that a token which ends a turn weighs.
-        files: how many files are summed for each by itself; 0 for none.
+        device: device of the batches.
+        end_of_turn_ids: token ids that end a turn.
+        objective: training objective.
+        end_of_turn_weight: minimum weight of a token that ends a turn.
+        files: number of data files to keep separate sums for; 0 for none.
     """
 
     def __init__(
@@ -49,12 +51,17 @@ class TokenMeter:
     ) -> None:
         self.objective = objective
         self.end_of_turn_weight = end_of_turn_weight
-        self.sums = torch.zeros(len(SUMS) + BINS, dtype=torch.float64, device=device)
-        self.of_files = torch.zeros(files, len(OF_FILES), dtype=torch.float64, device=device)
+        self._sums = Accumulator(len(SUMS) + BINS, device)
+        self._file_sums = Accumulator(files * len(FILE_SUMS), device)
         self.has_auxiliary = False
         self.end_of_turn_ids = torch.tensor(end_of_turn_ids, dtype=torch.int64, device=device)
-        self._edges = torch.arange(1, BINS, dtype=torch.float64, device=device) / BINS
+        self._edges = torch.arange(1, BINS, dtype=self._sums.dtype, device=device) / BINS
         self._files = torch.arange(files, device=device)
+
+    @property
+    def sums(self) -> Tensor:
+        """State of the sums, to be copied before an optimizer step and copied back if it is discarded."""
+        return self._sums.state
 
     def update(
         self,
@@ -64,98 +71,130 @@ class TokenMeter:
         files: Tensor | None = None,
         objective: Objective | None = None,
     ) -> None:
-        """Adds one batch, without waiting for the device.
+        """Add one batch without waiting for the device.
 
         Args:
+            stats: statistics of its supervised tokens.
             inputs: the batch.
-            aux_loss: of the router of a mixture of experts, a scalar.
-            files: (supervised tokens,) the number of the file that each is from.
-            objective: as it is in this step, where it changes.
+            aux_loss: router loss of a mixture of experts, a scalar.
+            files: (supervised tokens,) number of the data file of each token.
+            objective: objective of this optimizer step, if it changes during training.
         """
         objective = objective or self.objective
-        nll, p_correct, weight = stats.nll.double(), stats.p_correct.double(), stats.weight.double()
+        dtype = self._sums.dtype
+        nll, p_correct, weight = stats.nll.to(dtype), stats.p_correct.to(dtype), stats.weight.to(dtype)
         count = nll.numel()
         ends = torch.isin(stats.target, self.end_of_turn_ids)
         self.has_auxiliary |= aux_loss is not None
-        counted = {
+        terms = {
             "supervised": nll.new_full((), count),
-            "tokens": token_count(inputs).double(),
+            "tokens": token_count(inputs).to(dtype),
             "positions": nll.new_full((), inputs["labels"].numel()),
-            "pairs": attended_pairs(inputs).double(),
+            "pairs": attended_pairs(inputs).to(dtype),
             "weighted_nll": (weight * nll).sum(),
             "nll": nll.sum(),
             "p_correct": p_correct.sum(),
-            "correct": stats.correct.sum(dtype=torch.float64),
-            "entropy": stats.entropy.sum(dtype=torch.float64),
+            "correct": stats.correct.sum(dtype=dtype),
+            "entropy": stats.entropy.sum(dtype=dtype),
             "weight": weight.sum(),
-            "end_of_turn": ends.sum(dtype=torch.float64),
-            "p_end_of_turn": (p_correct * ends).sum(),
-            "aux_loss": nll.new_zeros(()) if aux_loss is None else aux_loss.detach().double() * count,
-            "not_numbers": p_correct.isnan().sum(dtype=torch.float64),
+            "end_of_turn": ends.sum(dtype=dtype),
+            "p_end_of_turn": masked_sum(p_correct, ends),
+            "aux_loss": nll.new_zeros(()) if aux_loss is None else aux_loss.detach().to(dtype) * count,
+            "not_numbers": p_correct.isnan().sum(dtype=dtype),
             "potential": self._potential(objective, nll, ends),
-            "kl": stats.kl.sum(dtype=torch.float64),
+            "kl": stats.kl.sum(dtype=dtype),
         }
-        # Neither bincount nor histc: on a GPU the one waits for the device, and neither is deterministic.
-        above = (p_correct[:, None] >= self._edges).sum(0, dtype=torch.float64)  # (BINS - 1,)
-        everywhere = torch.cat([(counted["supervised"] - counted["not_numbers"])[None], above])
+        # Not bincount, which waits for the GPU, nor histc: neither is deterministic there.
+        above = (p_correct[:, None] >= self._edges).sum(0, dtype=dtype)  # (BINS - 1,)
+        everywhere = torch.cat([(terms["supervised"] - terms["not_numbers"])[None], above])
         histogram = everywhere - torch.cat([above, above.new_zeros(1)])
-        self.sums += torch.cat([torch.stack([counted[name] for name in SUMS]), histogram])
+        self._sums.add(torch.cat([torch.stack([terms[name] for name in SUMS]), histogram]))
         if len(self._files) and files is not None:
-            member = (files == self._files[:, None]).double()  # (files, supervised tokens)
-            self.of_files += member @ torch.stack([torch.ones_like(nll), nll, p_correct], dim=1)
+            members = files == self._files[:, None]  # (files, supervised tokens)
+            columns = [members.sum(1, dtype=dtype), masked_sum(nll, members), masked_sum(p_correct, members)]
+            self._file_sums.add(torch.stack(columns, dim=1).flatten())
 
     def _potential(self, objective: Objective, nll: Tensor, ends: Tensor) -> Tensor:
-        """What an objective descends, summed over the tokens; NaN where it is no function of p."""
-        found = objective.potential(nll)
-        if found is None:
+        """Return the summed potential of an objective; NaN if its weight is not a function of p."""
+        potential = objective.potential(nll)
+        if potential is None:
             return nll.new_full((), torch.nan)
         if self.end_of_turn_weight:
-            found = torch.where(ends, floored_potential(objective, nll, self.end_of_turn_weight), found)
-        return found.sum()
+            floored = floored_potential(objective, nll, self.end_of_turn_weight)
+            potential = torch.where(ends, floored, potential)
+        return potential.sum()
 
     def reset(self) -> None:
-        self.sums.zero_()
-        self.of_files.zero_()
+        """Start a new window."""
+        self._sums.reset()
+        self._file_sums.reset()
         self.has_auxiliary = False
 
     def rows(self, accelerator: Accelerator) -> list[list[float]]:
-        """The sums of all ranks, a row for each, so that a resumed window is whole. A collective."""
-        auxiliary = self.sums.new_full((1,), self.has_auxiliary)
-        return accelerator.gather(torch.cat([self.sums, auxiliary])[None]).tolist()
+        """Return the sums of every rank, one row per rank, to be saved in a checkpoint. A collective."""
+        total = self._sums.total()
+        auxiliary = total.new_full((1,), self.has_auxiliary)
+        return accelerator.gather(torch.cat([total, auxiliary])[None]).tolist()
 
     def load_rows(self, rows: list[list[float]], accelerator: Accelerator) -> None:
-        """Goes on from the row of this rank, and its share of those of ranks that are gone."""
-        saved = torch.tensor(rows, dtype=torch.float64)  # (ranks, sums and one)
-        if saved.shape[1:] != (len(self.sums) + 1,):
-            raise UserError("--resume_from_checkpoint: the checkpoint is of another version of this trainer")
+        """Add the saved sums of this rank, and its share of those of ranks that no longer exist.
+
+        Args:
+            rows: what `rows` returned, possibly with another number of ranks.
+            accelerator: of the resumed run.
+
+        Raises:
+            UserError: the rows have another length than those of this version.
+        """
+        saved = torch.tensor(rows, dtype=torch.float64)  # (ranks, sums + 1)
+        if saved.shape[1:] != (len(SUMS) + BINS + 1,):
+            raise UserError(
+                "--resume_from_checkpoint: the checkpoint was written by another version of this trainer; "
+                "resume with that version, or start a new run in another --output_dir"
+            )
         rank, ranks = accelerator.process_index, accelerator.num_processes
-        mine = saved[rank::ranks].sum(dim=0).to(self.sums.device)
-        self.sums += mine[:-1]
+        self._sums.add_total(saved[rank::ranks].sum(dim=0)[:-1])
         self.has_auxiliary = bool(saved[:, -1].any())
 
     def reduce(self, accelerator: Accelerator) -> "ReducedMetrics":
-        """Means over the tokens of all ranks. Starts anew. A collective."""
-        sums = accelerator.reduce(torch.cat([self.sums, self.of_files.flatten()]), "sum").tolist()
+        """Return the means over the tokens of all ranks and start a new window. A collective."""
+        total = torch.cat([self._sums.total(), self._file_sums.total()])
+        sums = accelerator.reduce(total, "sum").tolist()
         has_auxiliary = self.has_auxiliary
         self.reset()
-        named = dict(zip(SUMS, sums, strict=False))
+        counts = dict(zip(SUMS, sums, strict=False))
         histogram = [round(count) for count in sums[len(SUMS) : len(SUMS) + BINS]]
-        width = len(OF_FILES)
-        rest = sums[len(SUMS) + BINS :]
-        of_files = [rest[start : start + width] for start in range(0, len(rest), width)]
-        means = means_of(named, self.objective, has_auxiliary)
-        return ReducedMetrics(named, histogram, [file_means(one) for one in of_files], means)
+        file_sums = sums[len(SUMS) + BINS :]
+        width = len(FILE_SUMS)
+        per_file = [file_sums[start : start + width] for start in range(0, len(file_sums), width)]
+        means = means_of(counts, self.objective, has_auxiliary)
+        return ReducedMetrics(counts, histogram, [file_means(row) for row in per_file], means)
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum the values that a mask selects.
+
+    Multiplying by the mask would turn one NaN or infinity anywhere into a NaN in every sum.
+
+    Args:
+        values: (tokens,).
+        mask: (..., tokens) bool.
+
+    Returns:
+        (...,) sums.
+    """
+    return torch.where(mask, values, 0.0).sum(-1)
 
 
 @dataclass(frozen=True)
 class ReducedMetrics:
-    """What the sums of all ranks come to.
+    """Metrics of a window over all ranks.
 
     Attributes:
-        counts: of `SUMS`.
-        histogram: (BINS,) supervised tokens by p.
-        files: for each file its `nll` and `avg_p_correct`, nothing where it has no supervised token.
-        means: the metrics. Without a supervised token there is nothing to average, and there are none.
+        counts: sums by the names in `SUMS`.
+        histogram: (BINS,) numbers of supervised tokens by p.
+        files: `nll` and `avg_p_correct` of each data file; empty for a file without supervised tokens.
+        means: metrics by name; empty for a window without supervised tokens.
     """
 
     counts: dict[str, float]
@@ -165,7 +204,7 @@ class ReducedMetrics:
 
 
 def means_of(counts: Mapping[str, float], objective: Objective, has_auxiliary: bool) -> dict[str, float]:
-    """The metrics, from sums over supervised tokens."""
+    """Return the metrics that follow from sums over the supervised tokens."""
     supervised = counts["supervised"]
     if not supervised:
         return {}
@@ -192,12 +231,13 @@ def means_of(counts: Mapping[str, float], objective: Objective, has_auxiliary: b
 
 
 def file_means(sums: list[float]) -> dict[str, float]:
+    """Return the metrics of one data file from its `FILE_SUMS`."""
     supervised, nll, p_correct = sums
     return {"nll": nll / supervised, "avg_p_correct": p_correct / supervised} if supervised else {}
 
 
 def prefix_with_file_names(files: list[str], means: list[dict[str, float]]) -> dict[str, Any]:
-    """`<file>/<metric>`, with as little of each path as tells the files apart."""
+    """Return the metrics of all files as `<file>/<metric>`, with paths shortened as far as possible."""
     return {
         f"{name}/{metric}": value
         for name, values in zip(short_names(files), means, strict=True)
@@ -206,11 +246,11 @@ def prefix_with_file_names(files: list[str], means: list[dict[str, float]]) -> d
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """The ends of paths, as long as it takes for each to be the only one with its end."""
+    """Return for each path the shortest trailing part that no other path ends with."""
     parts = {path: tuple(path.strip("/").split("/")) for path in paths}
-    ends = Counter(words[start:] for words in parts.values() for start in range(len(words)))
+    endings = Counter(words[start:] for words in parts.values() for start in range(len(words)))
     names = []
     for words in (parts[path] for path in paths):
-        alone = (words[start:] for start in reversed(range(len(words))) if ends[words[start:]] == 1)
-        names.append("/".join(next(alone, words)))
+        unique = (words[start:] for start in reversed(range(len(words))) if endings[words[start:]] == 1)
+        names.append("/".join(next(unique, words)))
     return names

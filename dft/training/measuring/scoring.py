@@ -1,4 +1,4 @@
-"""What a model says about single tokens, kept for a reader: whole tables, or a few conversations."""
+"""Per-token scores of a dataset: a table of all supervised tokens, or a few whole conversations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,21 +12,21 @@ from torch import Tensor
 from dft.loss.dft import TokenStats
 
 EXAMPLES = 4
-"""Conversations of an evaluation that are kept token by token."""
+"""Number of conversations of an evaluation that are kept token by token."""
 EXAMPLE_TOKENS = 400
-"""Of each of them at most, the last ones: the answer ends there."""
+"""Maximum number of tokens kept of each example. The last ones are kept, since the answer is at the end."""
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Supervised tokens of a dataset under a model, each a row.
+    """Scores of the supervised tokens of a dataset, one row per token.
 
     Attributes:
-        nll: (tokens,) float64, in nats.
-        entropy: (tokens,) float64, of the model's distribution, in nats.
+        nll: (tokens,) float64, negative log-likelihood in nats.
+        entropy: (tokens,) float64, entropy of the model's distribution in nats.
         correct: (tokens,) bool, whether the target is the argmax.
         target: (tokens,) int64, the token to predict.
-        file, line: (tokens,) int64, where its conversation is; -1 where that is not known.
+        file, line: (tokens,) int64, location of its conversation; -1 if unknown.
     """
 
     nll: np.ndarray
@@ -38,22 +38,23 @@ class TokenTable:
 
     @property
     def p_correct(self) -> np.ndarray:
-        """(tokens,) float64, the probability of the target."""
+        """(tokens,) float64, probability of the target."""
         return np.exp(-self.nll)
 
     def __len__(self) -> int:
         return len(self.nll)
 
     def select(self, rows: np.ndarray) -> "TokenTable":
-        """Some of the rows, chosen by index or by a mask."""
+        """Return the rows that an index array or a mask selects."""
         return TokenTable(*(vars(self)[column.name][rows] for column in fields(self)))
 
     @classmethod
     def from_batch(cls, stats: TokenStats, inputs: Mapping[str, Any]) -> "TokenTable":
+        """Return the table of one batch."""
         file, line = origins_of_tokens(inputs).T.cpu().numpy()
         return cls(
-            stats.nll.double().cpu().numpy(),
-            stats.entropy.double().cpu().numpy(),
+            stats.nll.cpu().double().numpy(),
+            stats.entropy.cpu().double().numpy(),
             stats.correct.cpu().numpy(),
             stats.target.cpu().numpy(),
             file,
@@ -61,25 +62,27 @@ class TokenTable:
         )
 
     @classmethod
-    def concatenate(cls, parts: Sequence["TokenTable"]) -> "TokenTable":
-        return cls(*(np.concatenate([vars(part)[column.name] for part in parts]) for column in fields(cls)))
+    def concatenate(cls, tables: Sequence["TokenTable"]) -> "TokenTable":
+        """Return the rows of all tables in one."""
+        columns = [[vars(table)[column.name] for table in tables] for column in fields(cls)]
+        return cls(*map(np.concatenate, columns))
 
     @classmethod
-    def gather(cls, parts: Sequence["TokenTable"]) -> "TokenTable":
-        """Tables of this and all other ranks as one, in the order of files and lines. A collective."""
-        whole = cls.concatenate(gather_object(list(parts)))
-        return whole.select(np.lexsort((whole.line, whole.file)))
+    def gather(cls, tables: Sequence["TokenTable"]) -> "TokenTable":
+        """Return the rows of the tables of all ranks, ordered by file and line. A collective."""
+        table = cls.concatenate(gather_object(list(tables)))
+        return table.select(np.lexsort((table.line, table.file)))
 
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """A sequence as the model sees it.
+    """A sequence with the probability of each supervised token.
 
     Attributes:
-        file, line: where its conversation is; -1 where that is not known.
-        ids: its tokens.
-        p_correct: of each token, None where it is not supervised.
-        shortened: whether tokens in front of these were left out.
+        file, line: location of its conversation; -1 if unknown.
+        ids: token ids.
+        p_correct: probability of each token; None for tokens that are not supervised.
+        shortened: whether earlier tokens were dropped.
     """
 
     file: int
@@ -90,31 +93,29 @@ class ScoredSequence:
 
 
 def scored_sequences(stats: TokenStats, inputs: Mapping[str, Any], limit: int) -> list[ScoredSequence]:
-    """The first sequences of a batch that have a supervised token, at most `limit`."""
+    """Return the first sequences of a batch that have a supervised token, at most `limit`."""
     ids = inputs["input_ids"].flatten().cpu()
-    of_sequence = inputs["sequence_ids"].flatten().cpu()
-    where = inputs["loss_positions"].cpu() + 1
+    sequence_ids = inputs["sequence_ids"].flatten().cpu()
+    targets = inputs["loss_positions"].cpu() + 1
     p_correct = torch.zeros(ids.shape, dtype=torch.float64)
-    p_correct[where] = stats.p_correct.double().cpu()
+    p_correct[targets] = stats.p_correct.cpu().double()
     supervised = torch.zeros(ids.shape, dtype=torch.bool)
-    supervised[where] = True
-    found = []
-    for number in range(int(of_sequence.max()) + 1):
-        member = of_sequence == number
-        if len(found) == limit or not supervised[member].any():
+    supervised[targets] = True
+    sequences: list[ScoredSequence] = []
+    for number in range(int(sequence_ids.max()) + 1):
+        members = sequence_ids == number
+        if len(sequences) == limit or not supervised[members].any():
             continue
-        tokens, taught = ids[member].tolist(), supervised[member].tolist()
-        values = p_correct[member].tolist()
-        shown = [value if one else None for value, one in zip(values, taught, strict=True)]
+        tokens = ids[members].tolist()
+        pairs = zip(p_correct[members].tolist(), supervised[members].tolist(), strict=True)
+        scores = [p if is_supervised else None for p, is_supervised in pairs]
         file, line = inputs["origins"][number].tolist() if "origins" in inputs else (-1, -1)
-        cut = max(0, len(tokens) - EXAMPLE_TOKENS)
-        found.append(ScoredSequence(file, line, tokens[cut:], shown[cut:], cut > 0))
-    return found
+        start = max(0, len(tokens) - EXAMPLE_TOKENS)
+        sequences.append(ScoredSequence(file, line, tokens[start:], scores[start:], start > 0))
+    return sequences
 
 
 def origins_of_tokens(inputs: Mapping[str, Any]) -> Tensor:
-    """(tokens, 2) int64, file and line of each supervised token; -1 where they are not known."""
-    of_tokens = inputs["sequence_ids"].flatten()[inputs["loss_positions"]]
-    return (
-        inputs["origins"][of_tokens] if "origins" in inputs else of_tokens.new_full((len(of_tokens), 2), -1)
-    )
+    """Return the file and line of each supervised token, (tokens, 2) int64; -1 if unknown."""
+    numbers = inputs["sequence_ids"].flatten()[inputs["loss_positions"]]
+    return inputs["origins"][numbers] if "origins" in inputs else numbers.new_full((len(numbers), 2), -1)
