@@ -1,4 +1,4 @@
-"""One example and one folder of caches for every run that the tests start."""
+"""Fixtures shared by the tests that start training runs: one example and one cache folder."""
 
 from collections.abc import Iterator
 
@@ -15,6 +15,6 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """For runs that need no launcher; with a home of their own."""
-    with forking(tmp_path_factory.mktemp("forks")) as made:
-        yield made
+    """Start runs without a launcher as forks of one process, with their own home folder."""
+    with forking(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks

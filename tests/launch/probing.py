@@ -1,4 +1,4 @@
-"""train_dft.py, which after saving also writes what the model in memory says about a probe: `probe.pt`."""
+"""Run train_dft.py, then write the logits of the model in memory for a probe batch to `probe.pt`."""
 
 from pathlib import Path
 

@@ -1,11 +1,11 @@
-"""README.md beside every saved model."""
+"""The model card (README.md) written with every saved model."""
 
 import yaml
 
 from tests.launching import eval_records, train_records
 
 
-def test_every_save_has_a_card(example, forks, tmp_path):
+def test_every_saved_model_has_a_card(example, forks, tmp_path):
     flags = {"dft_alpha": 0.7, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "report": True}
     flags |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_train_batch_size": 32}
     flags |= {"data_files": [example.train, example.other]}
@@ -28,16 +28,17 @@ def test_every_save_has_a_card(example, forks, tmp_path):
     assert f"| nll | {train['nll']:.4g} | {evaluation['eval_nll']:.4g} |" in text
 
 
-def test_a_card_of_adapters_of_a_hub_model_says_so(example, forks, tmp_path):
+def test_the_card_of_adapters_names_their_base_model(example, forks, tmp_path):
     flags = {"max_steps": 1, "lora_r": 2, "dft_alpha": 0, "eval_data_files": None}
-    assert forks.run(example.words(tmp_path, **{**flags, "lora_r": None}))[0] == [0]  # whose card is replaced
+    # The card of this run is replaced by that of the next one.
+    assert forks.run(example.words(tmp_path, **{**flags, "lora_r": None}))[0] == [0]
     (code,), printed = forks.run(example.words(tmp_path, **flags))
     assert code == 0, printed
     text = (tmp_path / "README.md").read_text()
     assert "These are LoRA adapters of rank 2" in text and "by plain SFT" in text and "report.png" not in text
 
 
-def test_a_readme_of_somebody_else_stays(example, forks, tmp_path):
+def test_a_readme_that_the_user_wrote_is_kept(example, forks, tmp_path):
     (tmp_path / "README.md").write_text("# My notes\n")
     (code,), printed = forks.run(example.words(tmp_path, max_steps=1, eval_data_files=None))
     assert code == 0 and "is not of this program and stays as it is" in printed

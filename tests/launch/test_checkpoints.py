@@ -1,4 +1,4 @@
-"""What is saved can be loaded, and a resumed run ends where the uninterrupted one does, bit for bit."""
+"""Saved models can be loaded, and resumed runs are bit-identical to uninterrupted ones."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from tests.launching import ROOT, Finished, eval_records, launch, train_records
 PROBING = Path(__file__).parent / "probing.py"
 STEPS_PER_EPOCH = 5
 OF_THE_MACHINE = ("tokens_per_second", "peak_memory_gib", "seconds_left")
-"""What no two runs log alike."""
+"""Log entries that differ between identical runs."""
 RESUME_AT = 7
-"""In the middle of the second epoch, between two log lines, evaluations and saves."""
+"""A step in the middle of the second epoch, between two log lines, evaluations and saves."""
 
 
 def run(example, output: Path, kind: str, **flags) -> Finished:
@@ -35,7 +35,7 @@ def run(example, output: Path, kind: str, **flags) -> Finished:
 
 @pytest.fixture(scope="module")
 def finished_run(example):
-    """Output folders of uninterrupted runs by kind of parallelism, each made when it is first asked for."""
+    """Output folders of uninterrupted runs by kind of parallelism, created on first use."""
     made: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
@@ -48,7 +48,7 @@ def finished_run(example):
 
 
 @pytest.mark.parametrize("kind", ["zero3", pytest.param("ddp", marks=pytest.mark.slow)])
-def test_the_saved_model_is_the_one_in_memory(finished_run, kind):
+def test_the_saved_model_gives_the_logits_of_the_model_in_memory(finished_run, kind):
     folder = finished_run(kind)
     weights = load_file(folder / "model.safetensors")
     assert weights and all(one.numel() > 0 and torch.isfinite(one).all() for one in weights.values())
@@ -61,9 +61,9 @@ def test_the_saved_model_is_the_one_in_memory(finished_run, kind):
     assert "<|im_start|>" in tokenizer.chat_template and tokenizer.eos_token == "<|im_end|>"
 
 
-@pytest.mark.slow  # and in tests/reliability at more moments, without a launcher
+@pytest.mark.slow  # tests/reliability interrupts runs at more moments, without a launcher
 @pytest.mark.parametrize("kind", ["zero3", "ddp", "single"])
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(example, finished_run, kind):
+def test_a_resumed_run_equals_the_uninterrupted_run(example, finished_run, kind):
     whole = finished_run(kind)
     output = example.folder / f"resumed-{kind}"
     run(example, output, kind, resume_from_checkpoint=whole / f"checkpoint-{RESUME_AT}")
@@ -83,7 +83,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(example, finished_r
     assert eval_records(whole)[-1]["eval_nll"] == eval_records(output)[-1]["eval_nll"]
 
 
-def test_a_step_of_other_rows_is_one_error_through_the_launcher(example, finished_run):
+def test_resuming_with_other_rows_per_step_is_one_error_under_the_launcher(example, finished_run):
     checkpoint = finished_run("zero3") / f"checkpoint-{RESUME_AT}"
     words = example.words(
         example.folder / "one-rank",

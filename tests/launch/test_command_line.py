@@ -1,4 +1,4 @@
-"""The command lines of the README, and what a person sees when one of them is wrong."""
+"""The command lines of the documentation, and the errors for invalid ones."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ COMMAND = """
     True --report_to swanlab --logging_steps 10 --warmup_ratio 0.05 --remove_unused_columns False
     --ddp_find_unused_parameters False
 """
-"""Without the paths, and without --attn_implementation flash_attention_2, which needs a GPU."""
+"""Paths are added below. --attn_implementation flash_attention_2 is left out because it needs a GPU."""
 MORE = """
     --debug_data_processing True --reduce_logging True --log_metrics_steps 10 --dataloader_num_workers 8
     --save_safetensors True --disable_tqdm False --max_eval_samples 1000 --use_simple_dft True
@@ -33,7 +33,7 @@ SHORTER = """
 
 @pytest.fixture(scope="module")
 def long_run(example):
-    """The longest command line, on data so small that its steps had to shrink."""
+    """Run the longest command line on the small example, with fewer steps between logs and saves."""
     output = example.folder / "command"
     words = [
         "--model_name_or_path", str(example.model), "--data_files", str(example.train), str(example.other),
@@ -76,7 +76,7 @@ def test_the_short_command_line_trains_on_a_split_of_its_data(example):
     assert eval_records(output)[-1]["step"] == 2 and (output / "checkpoint-2").is_dir()
 
 
-def test_flags_without_effect_say_so_once(long_run):
+def test_flags_without_effect_are_reported_once(long_run):
     _, printed = long_run
     for words in (
         "--save_safetensors True has no effect",
@@ -89,18 +89,18 @@ def test_flags_without_effect_say_so_once(long_run):
         assert printed.count(words) == 1, words
 
 
-def test_the_warm_up_ratio_is_mapped(long_run):
+def test_warmup_ratio_is_mapped_to_warmup_steps(long_run):
     output, printed = long_run
     assert "10 steps, 1 of them warm-up, cosine" in printed
     assert train_records(output)[0]["learning_rate"] == pytest.approx(3e-3, rel=0.05)
 
 
-def test_the_tracker_wrote_where_logging_dir_says(example, long_run):
+def test_the_tracker_writes_to_logging_dir(example, long_run):
     assert [path for path in (example.folder / "tracker").rglob("*") if path.is_file()]
 
 
-def test_the_best_checkpoint_outlives_the_rotation(long_run):
-    """With --greater_is_better False the first checkpoint is the best, and the oldest."""
+def test_the_best_checkpoint_is_not_rotated_away(long_run):
+    """With --greater_is_better False the best checkpoint is the first, and also the oldest."""
     output, printed = long_run
     accuracies = [record["eval_acc"] for record in eval_records(output)]
     assert accuracies[0] == min(accuracies) < accuracies[-1]
@@ -112,7 +112,7 @@ def test_the_best_checkpoint_outlives_the_rotation(long_run):
 
 
 @pytest.mark.slow
-def test_run_args_replays_the_run(example, long_run):
+def test_run_args_reproduces_the_run(example, long_run):
     output, _ = long_run
     replayed = example.folder / "replayed"
     kept = yaml.safe_load((output / "run_args.yaml").read_text())
@@ -125,12 +125,12 @@ def test_run_args_replays_the_run(example, long_run):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_prepare_only_leaves_the_data_and_no_model(example):
+def test_prepare_only_writes_the_data_and_no_model(example):
     output = example.folder / "prepared"
     broken = example.folder / "tokenizer-only"
     shutil.copytree(example.model, broken)
     (broken / "model.safetensors").unlink()
-    # As the job with GPUs will be started, but here.
+    # The flags of the later job with GPUs, on a machine without them.
     words = example.words(
         output, model_name_or_path=broken, prepare_only=True, save_safetensors=True, bf16=True, tf32=True,
         attn_implementation="flash_attention_2", deepspeed=ROOT / "ds_config/zero3.json",
@@ -144,7 +144,7 @@ def test_prepare_only_leaves_the_data_and_no_model(example):
 
 
 @pytest.mark.slow
-def test_bad_data_is_one_message_and_ends_every_rank(example):
+def test_bad_data_is_one_message_and_every_rank_exits(example):
     data = example.folder / "bad.jsonl"
     data.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n{"messages": 3}\n')
     words = example.words(example.folder / "bad", data_files=data, deepspeed=ROOT / "ds_config/zero3.json")
@@ -163,7 +163,7 @@ def test_bad_data_is_one_message_and_ends_every_rank(example):
         ({"attn_implementation": "flash_attention_2"}, "needs a CUDA GPU"),
     ],
 )
-def test_a_wrong_flag_is_one_line(example, flags, message):
+def test_an_invalid_flag_is_one_line(example, flags, message):
     finished = launch(example.words(example.folder / "wrong", **flags), folder=example.folder, timeout=90)
     assert finished.code == 2
     assert message in finished.output
@@ -171,7 +171,7 @@ def test_a_wrong_flag_is_one_line(example, flags, message):
     assert len(errors) == 1 and "Traceback" not in finished.output
 
 
-def test_wandb_without_a_login_goes_offline_and_says_so(example):
+def test_wandb_without_a_login_runs_offline_and_reports_it(example):
     output = example.folder / "wandb-run"
     words = example.words(
         output,

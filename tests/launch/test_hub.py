@@ -1,4 +1,4 @@
-"""--push_to_hub True, against a hub that stands in for the real one: what is sent, and what is not."""
+"""--push_to_hub True against a local stand-in for the hub: which files are uploaded."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ TOKEN = "hf_SeCrEtOfTheHub"
 
 
 class Hub(ThreadingHTTPServer):
-    """Takes commits. `fails`: how it answers them instead, an HTTP status."""
+    """A stand-in hub that accepts commits, or answers them with the HTTP status `fails`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
@@ -91,7 +91,7 @@ def pushed(example, hub: Hub, output, **flags):
     return launch(words, folder=example.folder, env=env)
 
 
-def test_the_model_and_its_card_are_pushed_and_nothing_else(example, hub, tmp_path):
+def test_only_the_model_and_its_card_are_pushed(example, hub, tmp_path):
     output = tmp_path / "run"
     finished = pushed(example, hub, output, hub_strategy="checkpoint")
     assert finished.code == 0, finished.output
@@ -100,8 +100,8 @@ def test_the_model_and_its_card_are_pushed_and_nothing_else(example, hub, tmp_pa
         "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
         "report.png", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
-    told = [summary for summary, _ in hub.commits]
-    assert told == [
+    summaries = [summary for summary, _ in hub.commits]
+    assert summaries == [
         "Training in progress, step 1", "Training in progress, step 1, checkpoint",
         "Training in progress, step 2", "Training in progress, step 2, checkpoint", "Model save",
     ]  # fmt: skip
@@ -115,10 +115,10 @@ def test_the_model_and_its_card_are_pushed_and_nothing_else(example, hub, tmp_pa
     _, last = hub.commits[-1]
     assert last["model.safetensors"] == (output / "model.safetensors").read_bytes()
     assert load(last["model.safetensors"]) and b"Saved after step 2 of 2." in last["README.md"]
-    assert (output / "report.json").is_file(), "which stays here: it has conversations in it"
+    assert (output / "report.json").is_file(), "report.json contains conversations and must not be uploaded"
 
 
-def test_a_hub_that_says_no_loses_nothing(example, hub, tmp_path):
+def test_a_rejected_push_keeps_the_local_files(example, hub, tmp_path):
     hub.fails = 403
     finished = pushed(example, hub, tmp_path / "run")
     assert finished.code == 2 and "Traceback" not in finished.output, finished.output
@@ -128,7 +128,7 @@ def test_a_hub_that_says_no_loses_nothing(example, hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_hub_nothing_is_trained(example, tmp_path):
+def test_an_unreachable_hub_is_an_error_before_training(example, tmp_path):
     words = example.words(tmp_path / "run", push_to_hub=True, max_steps=1)
     finished = launch(words, folder=example.folder, env={"HF_HUB_OFFLINE": "1"})
     assert finished.code == 2 and "Traceback" not in finished.output, finished.output

@@ -1,4 +1,4 @@
-"""Adapters: the same steps however they are cut up and sharded, saved, gone on from, merged."""
+"""LoRA adapters: invariance under sharding, saving, resuming and merging."""
 
 import json
 import re
@@ -21,7 +21,7 @@ LORA = {"lora_r": 4, "learning_rate": 1e-2, "max_steps": 6, "save_strategy": "st
 
 @pytest.fixture(scope="module")
 def train(example, forks):
-    """Trains adapters into a folder under single, ddp, zero2, zero3 or fsdp; 32 rows per step."""
+    """Train adapters under single, ddp, zero2, zero3 or fsdp with 32 rows per step."""
 
     def run(output: Path, kind: str, ranks: int | None = None, env: dict[str, str] | None = None, **flags):
         ranks = ranks or (1 if kind == "single" else 2)
@@ -36,7 +36,7 @@ def train(example, forks):
 
 @pytest.fixture(scope="module")
 def whole(example, train):
-    """Folders of runs that nothing interrupted."""
+    """Output folders of uninterrupted runs."""
     made: dict[tuple[str, float], Path] = {}
 
     def make(kind: str, alpha: float = 1.0) -> Path:
@@ -61,20 +61,21 @@ def whole(example, train):
         pytest.param("zero3", 0.5, marks=pytest.mark.slow),
     ],
 )
-def test_a_step_is_the_same_however_it_is_sharded(whole, kind, alpha):
+def test_a_step_does_not_depend_on_the_sharding(whole, kind, alpha):
     one, other = whole("single", alpha), whole(kind, alpha)
     for record, expected in zip(train_records(other), train_records(one), strict=True):
         for name in ("loss", "nll", "grad_norm", "acc"):
             assert record[name] == pytest.approx(expected[name], rel=1e-4), name
     weights, wanted = (load_file(path / "adapter_model.safetensors") for path in (other, one))
-    assert weights.keys() == wanted.keys() and len(weights) == 2 * 7 * 2  # A and B of seven layers, twice
+    # A and B of seven linear layers in two blocks.
+    assert weights.keys() == wanted.keys() and len(weights) == 2 * 7 * 2
     for name, weight in weights.items():
         torch.testing.assert_close(weight, wanted[name], rtol=1e-3, atol=1e-5)
     records = {(path / BASE_RECORD).read_text() for path in (one, other, other / "checkpoint-4")}
     assert len(records) == 1 and json.loads(records.pop())["shapes"]
 
 
-def test_adapters_alone_are_trained_and_saved(example, whole):
+def test_only_the_adapters_are_trained_and_saved(example, whole):
     folder = whole("zero3")
     assert not list(folder.rglob("model.safetensors"))
     base = AutoModelForCausalLM.from_pretrained(example.model).state_dict()
@@ -92,7 +93,7 @@ def test_adapters_alone_are_trained_and_saved(example, whole):
 
 
 @pytest.mark.parametrize("kind", ["single", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_a_killed_run_ends_as_if_it_had_not_been(example, train, whole, kind):
+def test_a_killed_run_resumes_to_the_result_of_the_uninterrupted_run(example, train, whole, kind):
     output = example.folder / f"lora-killed-{kind}"
     codes, printed = train(output, kind, env={"DIE_AT": "step 5"})
     assert any(codes) and (output / "checkpoint-4").is_dir(), printed
@@ -107,7 +108,7 @@ def merge(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(script, capture_output=True, text=True, timeout=120)
 
 
-def test_adapters_are_merged(example, whole, tmp_path):
+def test_merged_adapters_give_the_logits_of_the_adapted_model(example, whole, tmp_path):
     folder, merged = whole("zero3"), tmp_path / "merged"
     done = merge(folder, merged)
     assert done.returncode == 0 and f"merged: {merged}" in done.stdout, done.stderr
@@ -140,12 +141,12 @@ def test_adapters_are_merged(example, whole, tmp_path):
         ({"load_in_4bit": True}, "--load_in_4bit True: needs a CUDA GPU"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_one_message(train, tmp_path, flags, message):
+def test_unsupported_combinations_are_one_error(train, tmp_path, flags, message):
     (code,), printed = train(tmp_path / "out", "single", **flags)
     assert code == EXIT_USER_ERROR and message in printed and "Traceback" not in printed, printed
 
 
-def test_new_tokens_would_stay_random(example, train, tmp_path):
+def test_new_tokens_are_refused_because_adapters_do_not_train_them(example, train, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(example.model)
     tokenizer.add_tokens([f"<new{n}>" for n in range(3)])
     model = tmp_path / "model"

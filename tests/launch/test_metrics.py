@@ -1,4 +1,4 @@
-"""Through the command line: metrics against float64, and steps that are not finite, on one and two ranks."""
+"""Metrics of command-line runs against float64, and non-finite steps, on one and two ranks."""
 
 import json
 import math
@@ -18,7 +18,7 @@ ALPHA = 0.6
 
 
 def prepared_tokens(arrow, model, end: int) -> list[dict]:
-    """Every supervised token of a prepared file, with the number of the file that it is from."""
+    """Return every supervised token of a prepared file with the index of its data file."""
     rows = list(datasets.Dataset.from_file(str(arrow)))
     return [{**one, "file": rows[one["row"]]["source"]} for one in tokens_of(model, rows, end)]
 
@@ -51,8 +51,8 @@ def evaluation_files(example):
     ("launcher", "batch", "accumulated"),
     [pytest.param("torchrun", 8, 1, marks=pytest.mark.slow), ("torchrun", 4, 4)],
 )
-def test_metrics_of_an_epoch_are_those_of_its_tokens(example, evaluation_files, launcher, batch, accumulated):
-    """At a learning rate of 0 the whole epoch sees one model: its line of the log is a mean over its data."""
+def test_epoch_metrics_are_means_over_tokens(example, evaluation_files, launcher, batch, accumulated):
+    """With learning rate 0 the model is constant, so the metrics of an epoch are means over its data."""
     output = example.folder / f"metrics-{launcher}-{accumulated}"
     words = example.words(
         output, data_files=[example.train, example.other], dft_alpha=ALPHA, learning_rate=0,
@@ -94,7 +94,7 @@ load = train_dft.load_model
 
 
 def load_poisoned(arguments, tokenizer):
-    # A model with such a weight is refused, so it gets one afterwards.
+    # Models with non-finite weights are refused, so the weight is changed after loading.
     model = load(arguments, tokenizer)
     weight = model.get_input_embeddings().weight
     with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
@@ -109,7 +109,7 @@ train_dft.main()
 
 @pytest.fixture(scope="module")
 def poisoned(example):
-    """A model that `POISONING` gives an embedding that is not a number, of a word of one conversation."""
+    """A model in which `POISONING` sets the embedding of a word of one conversation to NaN."""
     folder = example.folder / "poisoned"
     model = AutoModelForCausalLM.from_pretrained(example.model, tie_word_embeddings=False)
     tokenizer = AutoTokenizer.from_pretrained(example.model)
@@ -139,7 +139,7 @@ def words_of(example, poisoned, output, **flags):
 
 
 def test_zero3_stops_before_the_update_and_keeps_the_last_checkpoint(example, poisoned):
-    """Two ranks take two conversations each per step: line 20 is in step 5, on the second."""
+    """Two ranks take two conversations each per step, so line 20 is in step 5 on the second rank."""
     output = example.folder / "nonfinite-stop"
     words = words_of(
         example,
@@ -149,7 +149,7 @@ def test_zero3_stops_before_the_update_and_keeps_the_last_checkpoint(example, po
         save_strategy="steps",
         save_steps=2,
         report=True,
-        verify_save=False,  # it would find what was put into the model
+        verify_save=False,  # verification would find the NaN
     )
     finished = launch(words, folder=example.folder, launcher="deepspeed", script=poisoned[2])
     assert finished.code != 0
@@ -163,11 +163,11 @@ def test_zero3_stops_before_the_update_and_keeps_the_last_checkpoint(example, po
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_two_ranks_skip_the_same_step_and_go_on(example, poisoned, launcher):
+def test_two_ranks_skip_the_same_step_and_continue(example, poisoned, launcher):
     output = example.folder / f"nonfinite-skip-{launcher}"
     config = ROOT / "ds_config/zero3.json" if launcher == "deepspeed" else None
     words = words_of(example, poisoned, output, on_nonfinite="skip", deepspeed=config)
-    flags = ["--verify_save", "False"]  # it would find what was put into the model
+    flags = ["--verify_save", "False"]  # verification would find the NaN
     finished = launch([*words, *flags], folder=example.folder, launcher=launcher, script=poisoned[2])
     assert finished.code == 0, finished.output
     (line,) = [line for line in finished.output.splitlines() if line.startswith("warning     step")]
@@ -175,7 +175,7 @@ def test_two_ranks_skip_the_same_step_and_go_on(example, poisoned, launcher):
     records = train_records(output)
     assert [math.isfinite(record["grad_norm"]) for record in records] == [True] * 4 + [False, True]
     assert all(math.isfinite(record["nll"]) for record in records if "nll" in record)
-    # The schedule, too, goes on from where it was, under DeepSpeed as without it.
+    # The learning-rate schedule does not count the skipped step, with and without DeepSpeed.
     assert records[4]["learning_rate"] == records[5]["learning_rate"] < records[3]["learning_rate"]
     weights = load_file(output / "model.safetensors")
     assert weights["lm_head.weight"].isfinite().all() and weights["model.norm.weight"].isfinite().all()

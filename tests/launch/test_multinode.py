@@ -1,4 +1,4 @@
-"""Two machines, which here are two launchers on one: nodes with a disk of their own, or a shared one."""
+"""Two nodes, simulated by two launchers on one machine, with a shared disk or one disk each."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ FLAGS = {
 
 
 class Host(NamedTuple):
-    """Where a node runs: what its commands begin with, its address, and the network interface it talks by."""
+    """A simulated node: command prefix, address and network interface."""
 
     prefix: tuple[str, ...] = ()
     address: str = "127.0.0.1"
@@ -32,7 +32,7 @@ class Host(NamedTuple):
 
 @pytest.fixture
 def hosts() -> Iterator[list[Host]]:
-    """Two hosts with a network of their own each, and a cable between them."""
+    """Two hosts in separate network namespaces that are connected by a virtual cable."""
     names = [f"dft-{os.getpid()}-{number}" for number in range(2)]
     ends = [f"dft{os.getpid() % 100_000}{letter}" for letter in "ab"]
     made: list[str] = []
@@ -64,7 +64,7 @@ def hosts() -> Iterator[list[Host]]:
 def run_nodes(
     example, folders: list[Path], output: str, code: int = 0, hosts: Sequence[Host] = (), **flags
 ) -> list[str]:
-    """Runs one node in each folder, and gives what they printed."""
+    """Run one node in each folder and return what they printed."""
     port = free_port()
     hosts = hosts or [Host()] * len(folders)
     words = example.words(Path(output), **FLAGS, **flags)
@@ -106,7 +106,7 @@ def run_nodes(
     "shared",
     [pytest.param(True, id="one-disk"), pytest.param(False, id="a-disk-each", marks=pytest.mark.slow)],
 )
-def test_two_machines_train_save_and_go_on(example, forks, tmp_path, shared):
+def test_two_machines_train_save_and_resume(example, forks, tmp_path, shared):
     zero = {"deepspeed": ROOT / "ds_config/zero3.json", "save_on_each_node": not shared}
     reference = tmp_path / "reference"
     codes, printed = forks.run(example.words(reference, **FLAGS, **zero), 2)
@@ -118,7 +118,7 @@ def test_two_machines_train_save_and_go_on(example, forks, tmp_path, shared):
     run_nodes(example, folders, output, **zero)
     for place in places:
         kept = sorted(path.name for path in place.iterdir() if "checkpoint" in path.name)
-        assert kept == ["checkpoint-3", "checkpoint-4"], "rotated on each disk, and nothing half-written"
+        assert kept == ["checkpoint-3", "checkpoint-4"], "rotation on each disk leaves incomplete ones"
         for name in kept:
             facts = open_checkpoint(place / name).facts
             assert facts["ranks"] == 2 and facts["step"] == int(name[-1])
@@ -143,8 +143,8 @@ def test_two_machines_train_save_and_go_on(example, forks, tmp_path, shared):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zero3", "fsdp"])
-def test_two_machines_that_only_a_cable_joins(example, forks, tmp_path, hosts, kind):
-    """Network namespaces: each node has an address of its own, and its loopback device leads nowhere else."""
+def test_two_network_namespaces_give_the_weights_of_one_machine(example, forks, tmp_path, hosts, kind):
+    """In network namespaces each node has its own address and loopback device."""
     how = {"deepspeed": ROOT / "ds_config/zero3.json"} if kind == "zero3" else {"fsdp": True}
     reference = tmp_path / "reference"
     codes, printed = forks.run(example.words(reference, **FLAGS, **how), 2)

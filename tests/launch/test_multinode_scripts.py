@@ -1,4 +1,4 @@
-"""scripts/train_multinode.sh and train.slurm: two machines, which here are two launchers on one."""
+"""scripts/train_multinode.sh and train.slurm with two nodes, simulated by two launchers on one machine."""
 
 import os
 import shutil
@@ -18,13 +18,13 @@ from tests.launching import ROOT, free_port
 from tests.reliability.test_train_script import FLAGS as ALL_FLAGS
 
 LIMIT = 120
-"""Seconds that one of the runs below may take; they take 10 to 30."""
+"""Maximum seconds of one run; they take 10 to 30."""
 FLAGS = {
     **ALL_FLAGS, "num_train_epochs": 1, "max_steps": 3, "eval_strategy": "no", "eval_data_files": None,
     "validation_split_percentage": 0, "save_strategy": "no", "gradient_accumulation_steps": 1,
 }  # fmt: skip
 SRUN = """#!/usr/bin/env bash
-# A task on each of two nodes, to which it passes signals on; ends with the highest code, as the real one.
+# Runs a task on each of two nodes, forwards signals to them, and exits with the highest code, like srun.
 while [[ $1 == --* ]]; do shift; done
 echo "cores for a task: $SRUN_CPUS_PER_TASK"
 for node in 0 1; do SLURM_NODEID=$node "$@" & tasks[node]=$!; done
@@ -41,7 +41,7 @@ SCONTROL = """#!/usr/bin/env bash
 printf '%s\\n' 127.0.0.1 127.0.0.2
 """
 PDSH = """#!/usr/bin/env bash
-# Runs its last argument on each host, with its number for %n.
+# Runs its last argument on each host, with %n replaced by the index of the host.
 while [[ $1 != -w ]]; do shift; done
 IFS=, read -ra hosts <<<"$2"
 shift 2
@@ -57,7 +57,7 @@ echo 127.0.0.1
 
 @pytest.fixture
 def environment(example, tmp_path):
-    """Variables of a CPU machine, with stand-ins for the tools of a cluster in front."""
+    """Environment variables of a CPU machine, with stand-ins for cluster tools first on PATH."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "pdsh": PDSH, "ssh": SSH}.items():
@@ -74,7 +74,7 @@ def environment(example, tmp_path):
 
 @pytest.fixture
 def repository(tmp_path):
-    """Ours, but with logs of its own."""
+    """A copy of the repository with its own logs folder."""
     folder = tmp_path / "repository"
     folder.mkdir()
     for name in ("scripts", "dft", "ds_config", "train_dft.py"):
@@ -83,7 +83,7 @@ def repository(tmp_path):
 
 
 def job(repository):
-    """What Slurm tells a job on two nodes."""
+    """Environment variables that Slurm sets for a job on two nodes."""
     return {
         "SLURM_SUBMIT_DIR": repository, "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_NUM_NODES": 2,
         "SLURM_JOB_ID": 7, "SLURM_CPUS_PER_TASK": 3, "MASTER_PORT": free_port(),
@@ -108,7 +108,7 @@ def run(script, words, environment, **more):
 
 
 def end(process):
-    """With all that it started."""
+    """Kill a process and its children."""
     if process.poll() is None:
         for one in (*psutil.Process(process.pid).children(recursive=True), process):
             one.kill()
@@ -121,7 +121,7 @@ def assert_same_weights(one, other):
 
 @pytest.fixture(scope="module")
 def reference(example, forks):
-    """Two ranks of one machine."""
+    """The reference run: two ranks on one machine."""
     output = example.folder / "one-machine"
     flags = {**FLAGS, "use_cpu": True, "deepspeed": ROOT / "ds_config/zero3.json"}
     codes, printed = forks.run(example.words(output, **flags), 2)
@@ -148,9 +148,7 @@ def test_slurm_starts_a_launcher_on_each_machine(example, environment, reference
     [(signal.SIGUSR1, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow)],
     ids=["time-is-over", "cancelled"],
 )
-def test_a_job_that_is_asked_to_stop_saves_and_queues_again(
-    example, environment, repository, tmp_path, number, requeues
-):
+def test_a_signalled_job_saves_and_is_requeued(example, environment, repository, tmp_path, number, requeues):
     output, log = tmp_path / "out", repository / "logs" / "train_7_node0.log"
     words = example.words(output, **{**FLAGS, "max_steps": 100_000})
     process = start("train.slurm", words, {**environment, "CPU_RANKS": "2"}, **job(repository))
@@ -159,13 +157,13 @@ def test_a_job_that_is_asked_to_stop_saves_and_queues_again(
         while not (log.is_file() and "train step" in log.read_text()):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
-        process.send_signal(number)  # to the shell alone
+        process.send_signal(number)  # to the batch shell only, as Slurm does
         printed, errors = process.communicate(timeout=LIMIT)
     finally:
         end(process)
     assert process.returncode == STOPPED, printed + errors + log.read_text()
     assert ("requeued 7" in printed) is requeues
-    assert errors.count("everything is saved") == 2, "on each machine"
+    assert errors.count("everything is saved") == 2, "expected one such message on each machine"
     assert len(list(output.glob("checkpoint-*"))) == 1
 
 
@@ -178,7 +176,7 @@ def test_a_job_that_is_asked_to_stop_saves_and_queues_again(
     ],
     ids=["first-of-two", "second-of-two", "neither"],
 )
-def test_a_job_queues_again_if_one_machine_stopped_with_everything_saved(
+def test_a_job_is_requeued_if_any_machine_stopped_with_everything_saved(
     environment, repository, ends, code, requeues
 ):
     (repository / "scripts").unlink()
@@ -193,7 +191,7 @@ def test_a_job_queues_again_if_one_machine_stopped_with_everything_saved(
     assert not list((repository / "logs").glob("*.code"))
 
 
-def test_what_the_user_got_wrong_is_not_tried_again(example, environment, tmp_path):
+def test_invalid_input_is_not_retried(example, environment, tmp_path):
     log = tmp_path / "train.log"
     words = example.words(tmp_path / "out", **{**FLAGS, "max_length": -5})
     done = run(
@@ -204,7 +202,7 @@ def test_what_the_user_got_wrong_is_not_tried_again(example, environment, tmp_pa
     assert "restart" not in done.stdout and "Traceback" not in log.read_text()
 
 
-def test_a_launcher_that_is_stopped_itself_says_so(tmp_path):
+def test_a_stopped_launcher_reports_the_signal(tmp_path):
     program, started, port = tmp_path / "rank.py", tmp_path / "started", free_port()
     program.write_text(f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)")
     launcher = subprocess.Popen(
@@ -235,8 +233,8 @@ def test_a_launcher_that_is_stopped_itself_says_so(tmp_path):
     ],
     ids=["code", "signal", "machine-left-behind", "done"],
 )
-def test_torchrun_ends_as_the_first_rank_to_fail(tmp_path, ends, codes):
-    """With two codes there are two machines of a rank each, else one of two ranks."""
+def test_torchrun_exits_with_the_code_of_the_first_failed_rank(tmp_path, ends, codes):
+    """Two codes stand for two machines with one rank each, one code for one machine with two ranks."""
     program, port = tmp_path / "rank.py", free_port()
     program.write_text(f"import os, signal, sys, time\nexec({ends!r}[int(os.environ['RANK'])])\n")
     nodes = [
@@ -260,7 +258,7 @@ def test_torchrun_ends_as_the_first_rank_to_fail(tmp_path, ends, codes):
 
 
 @pytest.mark.slow
-def test_a_hostfile_starts_them_from_the_first(example, environment, reference, tmp_path):
+def test_a_hostfile_starts_both_machines_from_the_first(example, environment, reference, tmp_path):
     hosts = tmp_path / "hostfile"
     hosts.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
     log, output = tmp_path / "train.log", tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Every objective at the command line: it falls on arithmetic in words, however a step is cut up."""
+"""Every objective on the command line: training lowers it, however its steps are split."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ ZERO3 = {"deepspeed": ROOT / "ds_config/zero3.json", "per_device_train_batch_siz
 
 
 def flags_of(objective) -> dict[str, object]:
-    """The flags that ask for an objective."""
+    """Return the command-line flags that select an objective."""
     given = {name: value for name, value in vars(objective).items() if name != "alpha"}
     words = {"objective": objective.name}
     if given:
@@ -40,21 +40,21 @@ def train(example, forks):
 
 @pytest.fixture(scope="module")
 def prior(train) -> Path:
-    """A model that has seen the domain: an untrained one has no p that a threshold or p (1 - p) could use."""
+    """A model pretrained on the domain: p of an untrained model is too small for a threshold or p (1 - p)."""
     output, codes, printed = train("prior", objective="sft", max_train_samples=None, learning_rate=3e-3)
     assert codes == [0], printed
     return output
 
 
 @pytest.mark.parametrize("one", CASES, ids=lambda one: one.objective.title)
-def test_it_falls(train, prior, one):
+def test_training_lowers_the_objective(train, prior, one):
     flags = flags_of(one.objective)
     name = "-".join(map(str, flags.values())).replace("=", "")
     output, codes, printed = train(name, model_name_or_path=prior, learning_rate=3e-4, **flags)
     assert codes == [0], printed
     before, after = eval_records(output)
     assert re.search(rf"^method      {re.escape(one.objective.title)}", printed, re.MULTILINE)
-    if one.potential is None:  # what EAFT descends is no function of p: its loss, and what it teaches
+    if one.potential is None:  # EAFT has no potential in p: compare its loss and nll instead
         assert after["eval_loss"] < before["eval_loss"] and after["eval_nll"] < before["eval_nll"]
         assert "eval_objective" not in after
     else:
@@ -71,8 +71,8 @@ def test_it_falls(train, prior, one):
 @pytest.mark.parametrize(
     "name", ["asft", *(pytest.param(one, marks=pytest.mark.slow) for one in ("eaft", "power"))]
 )
-def test_two_ranks_take_the_steps_of_one(train, prior, name):
-    """Under ZeRO-3, in micro-batches, with a floor; the base model stays whole on each rank."""
+def test_two_ranks_take_the_same_steps_as_one(train, prior, name):
+    """Compare ZeRO-3 with micro-batches and an end-of-turn floor to one process."""
     how = {
         "objective": name, "model_name_or_path": prior, "end_of_turn_weight": 0.5, "max_train_samples": 37,
         "lr_scheduler_type": "constant",
@@ -98,8 +98,8 @@ def test_two_ranks_take_the_steps_of_one(train, prior, name):
     assert all(torch.allclose(weights[key], others[key], atol=2e-5) for key in weights)
 
 
-def test_alpha_rises_and_an_interrupted_rise_goes_on(train):
-    """Eight steps, over the first four of which alpha comes to 0.8; gone on from in the middle of them."""
+def test_the_alpha_schedule_continues_after_resuming(train):
+    """Alpha rises to 0.8 over the first four of eight steps; the run is resumed after step 3."""
     how = {"dft_alpha": 0.8, "dft_alpha_schedule": "linear", "save_strategy": "steps", "save_steps": 3}
     output, codes, printed = train("rising", **how)
     assert codes == [0], printed
@@ -115,8 +115,8 @@ def test_alpha_rises_and_an_interrupted_rise_goes_on(train):
     assert all(torch.equal(weights[key], found[key]) for key in weights)
 
 
-def test_a_floor_teaches_to_stop(train):
-    """An untrained model gives the end of a turn a p near 0, from which DFT alone does not take it far."""
+def test_a_floor_raises_the_probability_of_end_of_turn_tokens(train):
+    """An untrained model gives end-of-turn tokens a p near 0, and plain DFT hardly raises it."""
     found = {}
     for floor in (0.0, 1.0):
         output, codes, printed = train(f"floor-{floor}", end_of_turn_weight=floor)
@@ -149,8 +149,8 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_contradicts_is_refused(train, name):
-    flags, told = REFUSALS[name]
+def test_contradictory_flags_are_refused(train, name):
+    flags, message = REFUSALS[name]
     _, codes, printed = train("refused", **flags)
-    assert codes == [EXIT_USER_ERROR] and re.search(told, printed), printed
+    assert codes == [EXIT_USER_ERROR] and re.search(message, printed), printed
     assert "Traceback" not in printed

@@ -1,4 +1,4 @@
-"""Packed through the command line, the same conversations give the same steps."""
+"""Packed command-line runs take the same steps as unpacked ones."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from tests.launching import ROOT, eval_records, launch, train_records
 
 EPOCHS = 3
-"""Of one step each, which holds all conversations: rows of packed ones cannot be cut up as they are."""
+"""Each epoch is one step with all conversations, because packed rows cannot be split like unpacked ones."""
 LENGTH = 96
 
 
@@ -22,7 +22,7 @@ def run(example, name, launcher, **flags):
     return output, train_records(output), eval_records(output), finished.output
 
 
-def test_packed_rows_under_zero3_train_as_unpacked_ones_in_one_process(example):
+def test_packed_rows_under_zero3_equal_unpacked_rows_in_one_process(example):
     _, train, evaluation, printed = run(example, "single", "python", per_device_train_batch_size=60)
     assert "padded on the right" in printed
     spread = {

@@ -11,13 +11,13 @@ from tests.launching import ROOT
 
 @pytest.fixture(scope="module")
 def shapes_alone(example):
-    """The example's model without its weights."""
+    """A folder with the configuration and tokenizer of the example model, without weights."""
     folder = example.folder / "shapes"
     shutil.copytree(example.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
 
 
-def test_a_plan_needs_no_weights_and_leaves_nothing(example, forks, shapes_alone):
+def test_a_plan_needs_no_weights_and_writes_nothing(example, forks, shapes_alone):
     output = example.folder / "planned"
     flags = {"model_name_or_path": shapes_alone, "use_cpu": True, "plan": True, "num_train_epochs": 2}
     flags |= {"per_device_train_batch_size": 16, "plan_world_size": 2}
@@ -40,7 +40,7 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(example, forks, shapes_alone
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ({"plan": True, "preflight": True}, "--plan True and --preflight True each end without training"),
         ({"plan_world_size": 8}, "--plan_world_size 8 says what to plan for; add --plan True"),
@@ -56,29 +56,29 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(example, forks, shapes_alone
         ),
     ],
 )
-def test_what_makes_no_plan_is_refused(example, forks, flags, told):
+def test_invalid_plan_flags_are_refused(example, forks, flags, message):
     output = example.folder / "not-planned"
     codes, printed = forks.run(example.words(output, use_cpu=True, **flags), 1)
-    assert codes == [EXIT_USER_ERROR] and f"error: {told}" in printed, printed
+    assert codes == [EXIT_USER_ERROR] and f"error: {message}" in printed, printed
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ({"fsdp": True}, "8 x cpu, FSDP 2"),
         ({"sequence_parallel_size": 4}, "8 x cpu, DDP, 4 ranks per sequence"),
     ],
     ids=["fsdp", "sequences shared"],
 )
-def test_one_process_plans_for_ranks_that_are_not_here(example, forks, shapes_alone, flags, told):
+def test_one_process_can_plan_for_more_ranks(example, forks, shapes_alone, flags, message):
     output = example.folder / "planned-away"
     flags = {"model_name_or_path": shapes_alone, "use_cpu": True, "plan": True, "plan_world_size": 8, **flags}
     codes, printed = forks.run(example.words(output, **flags), 1)
-    assert codes == [0] and told in printed and re.search(r"fits +yes", printed), printed
+    assert codes == [0] and message in printed and re.search(r"fits +yes", printed), printed
 
 
 @pytest.mark.parametrize("more", [{}, {"lora_r": 4}], ids=["all weights", "adapters"])
-def test_a_plan_under_zero3_asks_for_shapes_alone(example, forks, shapes_alone, more):
+def test_a_plan_under_zero3_loads_shapes_only(example, forks, shapes_alone, more):
     output = example.folder / "planned-zero3"
     flags = {"model_name_or_path": shapes_alone, "use_cpu": True, "plan": True, "plan_world_size": 8, **more}
     codes, printed = forks.run(example.words(output, deepspeed=ROOT / "ds_config/zero3.json", **flags), 2)

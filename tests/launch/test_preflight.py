@@ -1,4 +1,4 @@
-"""A preflight through the command line: the same on one process and on two, and no run is touched."""
+"""--preflight True: identical results on one and two ranks, and existing files are untouched."""
 
 import json
 
@@ -9,7 +9,7 @@ from tests.launching import ROOT, launch
 
 @pytest.fixture(scope="module")
 def alone(example):
-    """In the folder of a finished run, in one process."""
+    """Run a preflight with one process in the folder of a finished run."""
     output = example.folder / "preflight-alone"
     (output / "checkpoint-5").mkdir(parents=True)
     (output / "data_report.json").write_text("of the run")
@@ -29,7 +29,7 @@ def numbers(output):
     return json.loads((output / "preflight.json").read_text())
 
 
-def test_a_random_model_is_told_to_begin_with_sft(alone):
+def test_sft_is_recommended_for_an_untrained_model(alone):
     output, printed = alone
     report = numbers(output)
     assert set(report["files"]) == {"train.jsonl", "other.json"}
@@ -39,7 +39,7 @@ def test_a_random_model_is_told_to_begin_with_sft(alone):
     assert "advice      SFT first" in printed and "step" not in printed.split("preflight   ")[1]
 
 
-def test_what_lay_in_the_folder_is_as_it_was(alone):
+def test_existing_files_are_untouched(alone):
     output, _ = alone
     assert sorted(one.name for one in output.iterdir()) == [
         "checkpoint-5", "data_report.json", "preflight.html", "preflight.json",
@@ -48,8 +48,8 @@ def test_what_lay_in_the_folder_is_as_it_was(alone):
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_two_ranks_find_the_same(example, alone, stage):
-    """DeepSpeed scores under ZeRO-3; under ZeRO-1 the ranks do without it."""
+def test_two_ranks_give_the_same_report(example, alone, stage):
+    """Under ZeRO-3 the DeepSpeed engine scores; under ZeRO-1 the ranks score without it."""
     output = example.folder / f"preflight-zero{stage}"
     flags = {"deepspeed": ROOT / f"ds_config/zero{stage}.json", "per_device_eval_batch_size": 3}
     finished = launch(words(example, output, **flags), folder=example.folder, launcher="deepspeed")

@@ -1,4 +1,4 @@
-"""Two ranks that share each sequence take the steps of one process that has them whole."""
+"""Sequence parallelism takes the same steps as one process."""
 
 import re
 import shutil
@@ -39,7 +39,7 @@ def train(example, forks):
 
 @pytest.fixture(scope="module")
 def whole(train):
-    """One process, 8 rows a step; with adapters or without."""
+    """Reference runs in one process with 8 rows per step, with and without adapters."""
     made = {}
 
     def make(**flags):
@@ -56,16 +56,16 @@ def whole(train):
 @pytest.mark.parametrize(
     "name", [pytest.param(one, marks=() if one in ("ddp", "zero3") else pytest.mark.slow) for one in WAYS]
 )
-def test_a_step_is_the_same_with_sequences_shared(train, whole, forks, name):
+def test_a_step_does_not_depend_on_sequence_parallelism(train, whole, forks, name):
     ranks = 4 if name == "four-ranks" else 2
-    per_device, accumulation = (4, 2) if ranks == 2 else (2, 2)  # with four ranks, two groups
+    per_device, accumulation = (4, 2) if ranks == 2 else (2, 2)  # four ranks are two groups
     output, codes, printed = train(
         name, ranks, sequence_parallel_size=2, per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation, **WAYS[name],
     )  # fmt: skip
     assert not any(codes), printed
     assert "2 ranks per sequence" in printed
-    # A compiler may be missing, and one that was interrupted has later runs wait for good.
+    # No C++ operator may be compiled: a compiler may be missing, and an interrupted build blocks later runs.
     assert not (forks.folder / "cache/torch_extensions").exists()
     other = whole(**({"lora_r": 4} if "lora" in name else {}))
     got, expected = train_records(output), train_records(other)
@@ -80,11 +80,11 @@ def test_a_step_is_the_same_with_sequences_shared(train, whole, forks, name):
     file = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
     weights, wanted = load_file(output / file), load_file(other / file)
     for key, weight in wanted.items():
-        torch.testing.assert_close(weights[key], weight, rtol=1e-3, atol=1e-4)  # a rate of 2e-3 moved them
+        torch.testing.assert_close(weights[key], weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_a_run_is_gone_on_from(train, example):
+def test_a_run_is_resumed(train, example):
     flags = {
         "sequence_parallel_size": 2, "per_device_train_batch_size": 8, "save_strategy": "steps",
         "save_steps": 2, "deepspeed": ROOT / "ds_config/zero3.json",
@@ -102,7 +102,7 @@ def test_a_run_is_gone_on_from(train, example):
 
 
 @pytest.mark.parametrize(
-    ("flags", "ranks", "told"),
+    ("flags", "ranks", "message"),
     [
         (
             {"sequence_parallel_size": 3},
@@ -114,15 +114,15 @@ def test_a_run_is_gone_on_from(train, example):
         ({"sequence_parallel_size": 2, "attn_implementation": "eager"}, 2, "use --attn_implementation sdpa"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(train, flags, ranks, told):
+def test_unsupported_settings_are_refused(train, flags, ranks, message):
     _, codes, printed = train("refused", ranks, **flags)
     assert EXIT_USER_ERROR in codes and 0 not in codes, printed
     assert f"error: --sequence_parallel_size {flags['sequence_parallel_size']}" in printed
-    assert re.search(told, printed), printed
+    assert re.search(message, printed), printed
 
 
 @pytest.mark.slow
-def test_windows_are_refused(train, example):
+def test_sliding_windows_are_refused(train, example):
     folder = example.folder / "windowed"
     model = AutoModelForCausalLM.from_pretrained(example.model)
     model.config.layer_types = ["full_attention", "sliding_attention"]

@@ -1,4 +1,4 @@
-"""Runs that report to several trackers at once, and what their files hold when the processes have ended."""
+"""Runs that report to several trackers at once, and the contents of their local files."""
 
 import json
 import re
@@ -22,17 +22,17 @@ from dft.report.record import git_commit
 from tests.launching import ROOT, Finished, history, launch
 
 Series = dict[str, list[tuple[int, float]]]
-"""Of each metric, as a tracker calls it: (step, value), in order."""
+"""For each metric under its tracker name: (step, value) pairs in order."""
 
 OF_THE_RUN = (
     "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos",
 )  # fmt: skip
-"""What is logged once, which SwanLab and wandb keep apart."""
+"""Values that are logged once, which SwanLab and wandb store as summaries."""
 HISTOGRAM = "eval/p_histogram"
 
 
 def logged(output: Path, *, without: tuple[str, ...] = ()) -> Series:
-    """What trainer_state.json has, under the names that trackers should have for it."""
+    """Return the history of trainer_state.json under the names that trackers use."""
     series = defaultdict(list)
     for record in history(output):
         for name, value in record.items():
@@ -59,7 +59,7 @@ def assert_same(found: Series, wanted: Series, *, rel: float) -> None:
 
 
 def assert_is_the_record(record: dict[str, Any], output: Path) -> None:
-    """It holds what report.json and data_report.json do."""
+    """Check that the configuration contains report.json and data_report.json."""
     report = json.loads((output / "report.json").read_text())
     assert record["environment"] == report["environment"]
     assert record["environment"]["git_commit"] == git_commit(ROOT)
@@ -68,12 +68,12 @@ def assert_is_the_record(record: dict[str, Any], output: Path) -> None:
     assert record["data"]["train"]["supervised_tokens"] == data["train"]["supervised_tokens"]
 
 
-# ---- several at once, of which two would like to be online ----
+# ---- three trackers at once, two of them offline ----
 
 
 @pytest.fixture(scope="module")
 def several(example) -> tuple[Path, Path, Finished]:
-    """The output folder, that of the trackers, and what was printed by two ranks."""
+    """Return the output folder, the tracker folder and the output of a run on two ranks."""
     output, logs = example.folder / "tracked", example.folder / "tracked-logs"
     words = example.words(
         output,
@@ -95,7 +95,7 @@ def several(example) -> tuple[Path, Path, Finished]:
     return output, logs, finished
 
 
-def test_tensorboard_has_all(several):
+def test_tensorboard_contains_all_metrics(several):
     output, logs, _ = several
     (file,) = logs.glob("events.out.tfevents.*")
     events = EventAccumulator(str(file), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0})
@@ -103,7 +103,7 @@ def test_tensorboard_has_all(several):
     found = {
         tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
     }
-    assert_same(found, logged(output), rel=1e-6)  # of float32
+    assert_same(found, logged(output), rel=1e-6)  # stored as float32
 
     shown = [(event.step, event.histogram_value) for event in events.Histograms(HISTOGRAM)]
     assert [(step, list(one.bucket)) for step, one in shown] == histograms(output)
@@ -117,7 +117,7 @@ def test_tensorboard_has_all(several):
     assert_is_the_record(record, output)
 
 
-def test_wandb_has_all(several):
+def test_wandb_contains_all_metrics(several):
     output, logs, finished = several
     (file,) = logs.glob("wandb/offline-run-*/run-*.wandb")
     config: dict[str, Any] = {}
@@ -150,7 +150,7 @@ def wandb_records(file: Path) -> Iterator[WandbRecord]:
 
 
 def wandb_items(items: Any) -> dict[str, Any]:
-    """wandb takes dictionaries apart: what is in them has the keys on the way to it as its name."""
+    """Join the keys of nested dictionaries, which wandb flattens."""
     found: dict[str, Any] = {}
     for item in items:
         *way, last = item.nested_key or [item.key]
@@ -161,7 +161,7 @@ def wandb_items(items: Any) -> dict[str, Any]:
     return found
 
 
-def test_swanlab_offline_has_all(several):
+def test_swanlab_offline_contains_all_metrics(several):
     output, logs, _ = several
     (folder,) = logs.glob("run-*")
     found, charts, start, finish = read_swanlab(folder)
@@ -176,7 +176,7 @@ def test_swanlab_offline_has_all(several):
 
 
 def swanlab_series(output: Path) -> Series:
-    """Its callback logs the step as well. SwanLab keeps one value of a metric at a step, such as `epoch`."""
+    """Remove entries that SwanLab deduplicates: it keeps one value of a metric, such as `epoch`, per step."""
     series = logged(output, without=OF_THE_RUN)
     series["train/global_step"] = [(record["step"], record["step"]) for record in history(output)]
     last = history(output)[-1]
@@ -185,7 +185,7 @@ def swanlab_series(output: Path) -> Series:
 
 
 def read_swanlab(folder: Path) -> tuple[Series, list[tuple[int, str]], Any, Any]:
-    """Scalars, files of charts, and how the run began and ended."""
+    """Return scalars, chart files and the start and end records of a run."""
     (file,) = folder.glob("run-*.swanlab")
     found, charts, start, finish = defaultdict(list), [], None, None
     reader = DataStoreReader()
@@ -206,7 +206,7 @@ def read_swanlab(folder: Path) -> tuple[Series, list[tuple[int, str]], Any, Any]
 
 
 def swanlab_config(folder: Path) -> dict[str, Any]:
-    """The configuration, of which ours is `<group>/<name>` and further down."""
+    """Return the configuration, whose entries of the run are named `<group>/<name>`."""
     config = yaml.safe_load((folder / "files/config.yaml").read_text())
     record: dict[str, Any] = {}
     for name, entry in config.items():
@@ -218,7 +218,7 @@ def swanlab_config(folder: Path) -> dict[str, Any]:
     return record
 
 
-def test_trackers_say_little_and_leave_no_process(example, several):
+def test_trackers_print_little_and_leave_no_process(example, several):
     output, logs, finished = several
     for tracker in ("swanlab", "wandb"):
         assert finished.output.count(f"{tracker}: no login and no {tracker.upper()}_MODE") == 1
@@ -234,10 +234,10 @@ def of_home(process: psutil.Process, home: str) -> bool:
     return (process.info["environ"] or {}).get("HOME") == home
 
 
-# ---- SwanLab with a dashboard of its own ----
+# ---- SwanLab in local mode ----
 
 
-def test_swanlab_local_has_all_but_the_histogram(example):
+def test_swanlab_local_contains_all_metrics_except_the_histogram(example):
     output, logs = example.folder / "local", example.folder / "local-logs"
     words = example.words(
         output,
