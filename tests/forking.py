@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dft.training.parallel import rank_watchdog as peers
+from dft.training.parallel import rank_watchdog
 from tests.launching import ROOT, free_port
 
 LIMIT = 120
@@ -131,10 +131,11 @@ def fork_rank(asked: dict[str, Any], rank: int) -> int:
         world = {"WORLD_SIZE": asked["ranks"], "LOCAL_WORLD_SIZE": asked["ranks"], "RANK": rank}
         world |= {"LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": asked["port"]}
         os.environ.update({name: str(value) for name, value in world.items()})
-    if "HOSTS" in asked["env"]:  # as if each rank were on a machine of that name
-        host = asked["env"]["HOSTS"].split()[rank]
+    if "MACHINES" in asked["env"]:  # pretend that each rank runs on the named machine
+        machine, host = asked["env"]["MACHINES"].split()[rank], asked["env"]["HOST"]
+        rank_watchdog.machine_id = lambda: machine
         socket.gethostname = lambda: host
-    peers.SILENCE = float(asked["env"].get("SILENCE", peers.SILENCE))  # seconds
+    rank_watchdog.SILENCE = float(asked["env"].get("SILENCE", rank_watchdog.SILENCE))  # seconds
     sys.argv = ["train_dft.py", *asked["words"]]
     os._exit(main_of_rank())
 

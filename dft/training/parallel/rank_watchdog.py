@@ -1,7 +1,8 @@
-"""Whether the other ranks of a run are still there, and get on.
+"""Detects ranks that died or stopped making progress.
 
-A rank that dies or hangs leaves the others waiting in a collective, for half an hour and without a word of
-which rank it was. Here a thread of each rank looks, and ends its own rank with an error that names the other.
+A rank that dies or hangs leaves the others waiting in a collective until the timeout of the process group,
+half an hour by default, and their error does not say which rank is missing. The watchdog is a thread in each
+rank that looks for missing ranks and ends its own rank with an error that names them.
 """
 
 import json
@@ -10,11 +11,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import psutil
 import torch.distributed as dist
@@ -25,162 +28,212 @@ from dft.errors import UserError, set_error_reporter
 from dft.training.parallel.stopping import Stopped
 
 PERIOD = 1.0
-"""Seconds between two looks."""
+"""Seconds between two checks."""
 SILENCE = 60.0
-"""Seconds after which a machine that writes nothing any more is given up."""
+"""Seconds without a heartbeat after which a machine counts as lost."""
 LOST = 1
-"""Exit code of a rank that cannot go on without another."""
+"""Exit code of a rank that ends because another rank is missing."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+PROCESS_NAMESPACE = Path("/proc/self/ns/pid")
+
+
+def machine_id() -> str:
+    """Return a name for the set of processes among which process ids are unique.
+
+    Host names are not enough: cloud images and containers often share one. Linux has a random id per boot,
+    and containers on one machine differ in their process namespace. Elsewhere the network address is used.
+    """
+    try:
+        boot_id = BOOT_ID.read_text().strip()
+        namespace = PROCESS_NAMESPACE.stat().st_ino
+    except OSError:
+        return f"{socket.gethostname()}-{uuid.getnode():x}"
+    return f"{boot_id}-{namespace}"
 
 
 @dataclass(frozen=True)
 class RankProcess:
-    """One rank."""
+    """The process of one rank.
+
+    Attributes:
+        rank: global rank.
+        host: host name, for messages only.
+        machine: `machine_id` of the rank.
+        process: process id, unique on the machine.
+    """
 
     rank: int
     host: str
+    machine: str
     process: int
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.process} on {self.host})"
 
 
-class RankWatchdog:
-    """The ranks of this run. To be made by all of them at once, when training begins.
+def machine_leaders(ranks: Sequence[RankProcess]) -> dict[str, RankProcess]:
+    """Return the first rank of each machine by machine id."""
+    return {rank.machine: rank for rank in reversed(ranks)}
 
-    Processes on this machine are looked up. Of other machines the first rank of each writes into the store of
-    the process group that it is alive, and all learn from there what was found out elsewhere. What a thread
-    of this process can hold up, a process that is stopped say, holds up its word as well.
+
+def local_processes(ranks: Sequence[RankProcess], machine: str) -> dict[RankProcess, psutil.Process]:
+    """Return the running processes of the ranks on one machine, this one."""
+    return {
+        rank: psutil.Process(rank.process)
+        for rank in ranks
+        if rank.machine == machine and psutil.pid_exists(rank.process)
+    }
+
+
+class RankWatchdog:
+    """Thread that ends this rank when another rank of the run is missing.
+
+    All ranks must create it at the same time, when training begins.
+
+    Processes on the same machine are looked up by process id. The first rank of each machine writes
+    heartbeats for the other machines into the store of the process group, and every rank reads from the
+    store what others found. Whatever stops the whole process, such as SIGSTOP, stops its heartbeats too.
 
     Args:
-        patience: seconds without a micro-batch after which a rank is taken to hang.
+        timeout: seconds without a micro-batch after which a rank counts as hung.
     """
 
-    def __init__(self, patience: float) -> None:
-        self.patience = patience
-        self.me = RankProcess(dist.get_rank(), socket.gethostname(), os.getpid())
-        self.all = [RankProcess(**one) for one in gather_object([asdict(self.me)])]
-        here = [one for one in self.all if one.host == self.me.host]
-        self._leads = here[0] == self.me
-        self._leaders = {one.host: one for one in reversed(self.all)}  # the first rank of each machine
-        self._processes = {one: psutil.Process(one.process) for one in here if psutil.pid_exists(one.process)}
-        self._store = dist.PrefixStore("peers", _get_default_store().clone())
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.me = RankProcess(dist.get_rank(), socket.gethostname(), machine_id(), os.getpid())
+        self.ranks = [RankProcess(**fields) for fields in gather_object([asdict(self.me)])]
+        self._leaders = machine_leaders(self.ranks)
+        self._is_leader = self._leaders[self.me.machine] == self.me
+        self._processes = local_processes(self.ranks, self.me.machine)
+        self._store = dist.PrefixStore("rank_watchdog", _get_default_store().clone())
         self._beats, self._last_beat = 0, time.monotonic()
-        self._heard: dict[str, tuple[int, float]] = {}
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._heartbeats: dict[str, tuple[int, float]] = {}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="rank-watchdog", daemon=True)
         self._thread.start()
 
     def beat(self) -> None:
-        """This rank has got on: it is about to make another micro-batch, or a save."""
+        """Record progress of this rank: it is about to run another micro-batch or to save."""
         self._beats += 1
         self._last_beat = time.monotonic()
 
     def close(self) -> None:
-        """This rank is done, and need not wait for others any more."""
-        self._ended.set()
+        """Stop watching: this rank is finished and does not wait for others any more."""
+        self._closed.set()
         self._thread.join()
 
-    def fail(self, code: int) -> None:
-        """This rank ends by an error of its own. The first one to say so reports it, the others follow it
-        without a word, with the same exit code. Rank 0 is given the first word where all have the error.
+    def report_failure(self, code: int) -> None:
+        """Tell the other ranks that this rank ends with an error of its own.
+
+        The first rank to call this prints its error. The others exit with the same code and print nothing.
+        Rank 0 goes first if all ranks have the same error.
+
+        Args:
+            code: exit code.
         """
-        first = self._processes.get(self.all[0])
+        first = self._processes.get(self.ranks[0])
         if self.me.rank:
             time.sleep(PERIOD)
         self.close()
-        if first is not None and not is_alive(first):  # it has told, and the store is gone with it
+        if first is not None and not is_alive(first):  # it printed the error, and its store ended with it
             set_error_reporter(False)
             return
         is_first = self._store.add("failing", 1) == 1
         if is_first:
             self._store.set("failed", json.dumps([self.me.rank, code]))
-            time.sleep(3 * PERIOD)  # until all have read that
+            time.sleep(3 * PERIOD)  # until all ranks have read it
         set_error_reporter(is_first)
 
-    def settle(self) -> None:
-        """Gives the watch the time to find out whether an error is but the loss of another rank."""
+    def wait_for_verdict(self) -> None:
+        """Wait long enough for the thread to find out whether an error is due to a missing rank.
+
+        If it is, the thread ends this rank and this call does not return.
+        """
         self._thread.join(4 * PERIOD)
 
-    # ---- the thread ----
+    # The methods below run in the thread.
 
     def _watch(self) -> None:
-        asking, tick = ThreadPoolExecutor(1, "peers"), 0
-        while not self._ended.wait(PERIOD):
+        store_access, tick = ThreadPoolExecutor(1, "rank-watchdog"), 0
+        while not self._closed.wait(PERIOD):
             tick += 1
-            gone = [one for one, process in self._processes.items() if not is_alive(process)]
-            lost = f"{gone[0]} is gone; what it said last stands above" if gone else None
-            if lost is not None and (len(self._leaders) == 1 or gone[0].rank == 0):
-                self._end(lost)  # without the store, which is gone with rank 0
+            dead = [rank for rank, process in self._processes.items() if not is_alive(process)]
+            error = f"{dead[0]} died; its last output is above" if dead else None
+            if error is not None and (len(self._leaders) == 1 or dead[0].rank == 0):
+                self._end(error)  # without the store, which ends with rank 0
             try:
                 # A store whose process is stopped never answers.
-                asking.submit(self._ask, tick, lost).result(SILENCE)
+                store_access.submit(self._check_store, tick, error).result(SILENCE)
             except FutureTimeout:
-                self._end(f"{self.all[0]} has not answered for {SILENCE:.0f} s")
-            except dist.DistError as error:
-                self._end(f"{self.all[0]} is gone, or cannot be reached ({type(error).__name__})")
-        asking.shutdown(wait=False)
+                self._end(f"{self.ranks[0]} did not respond for {SILENCE:.0f} s")
+            except dist.DistError as failure:
+                self._end(f"{self.ranks[0]} died or cannot be reached ({type(failure).__name__})")
+        store_access.shutdown(wait=False)
 
-    def _ask(self, tick: int, lost: str | None) -> None:
-        """One look into the store; ends this rank if it cannot go on."""
+    def _check_store(self, tick: int, error: str | None) -> None:
+        """Exchange state with the other ranks once; end this rank if one of them is missing."""
         if self._store.check(["failed"]):
             self._follow(*json.loads(self._store.get("failed")))
-        if lost is not None:
-            self._report(lost)
-        if self._leads and len(self._leaders) > 1:
-            self._listen(tick)
+        if error is not None:
+            self._report(error)
+        if self._is_leader and len(self._leaders) > 1:
+            self._exchange_heartbeats(tick)
         if self._store.check(["lost"]):
             self._end(self._store.get("lost").decode())
-        if time.monotonic() - self._last_beat > self.patience:
-            self._report(self._who_hangs())
+        if time.monotonic() - self._last_beat > self.timeout:
+            self._report(self._find_hung_ranks())
 
     def _follow(self, rank: int, code: int) -> None:
-        """Ends with a rank that reports its error, but not before it: a launcher would cut it short."""
-        process = self._processes.get(self.all[rank])
-        until = time.monotonic() + SILENCE
-        while time.monotonic() < until and process is not None and is_alive(process):
+        """End after a rank that reports its error, not before: the launcher would cut its message short."""
+        process = self._processes.get(self.ranks[rank])
+        deadline = time.monotonic() + SILENCE
+        while time.monotonic() < deadline and process is not None and is_alive(process):
             time.sleep(PERIOD / 4)
         self._end(None, code)
 
-    def _listen(self, tick: int) -> None:
-        """Exchanges signs of life with the first ranks of other machines."""
-        self._store.set(f"alive/{self.me.host}", str(tick))
+    def _exchange_heartbeats(self, tick: int) -> None:
+        """Write the heartbeat of this machine and check those of the others."""
+        self._store.set(f"alive/{self.me.machine}", str(tick))
         now = time.monotonic()
-        for host, leader in self._leaders.items():
-            key = f"alive/{host}"
-            said = int(self._store.get(key)) if self._store.check([key]) else 0
-            before, since = self._heard.get(host, (-1, now))
-            self._heard[host] = (said, now if said != before else since)
-            if now - self._heard[host][1] > SILENCE:
-                self._report(f"{leader} has not been heard of for {SILENCE:.0f} s")
+        for machine, leader in self._leaders.items():
+            key = f"alive/{machine}"
+            current = int(self._store.get(key)) if self._store.check([key]) else 0
+            previous, since = self._heartbeats.get(machine, (-1, now))
+            self._heartbeats[machine] = (current, now if current != previous else since)
+            if now - self._heartbeats[machine][1] > SILENCE:
+                self._report(f"{leader} sent no heartbeat for {SILENCE:.0f} s")
 
-    def _report(self, line: str) -> None:
-        self._store.set("lost", line)
-        self._end(line)
+    def _report(self, error: str) -> None:
+        self._store.set("lost", error)
+        self._end(error)
 
-    def _who_hangs(self) -> str:
-        """Asks the others how far they got. All of them come here at about the same time, or never."""
+    def _find_hung_ranks(self) -> str:
+        """Return an error that names the ranks with the fewest micro-batches.
+
+        All ranks that still run get here at about the same time, since all wait for the hung one.
+        """
         self._store.set(f"stalled/{self.me.rank}", json.dumps(self._beats))
         time.sleep(3 * PERIOD)
-        reached = {}
-        for one in self.all:
-            key = f"stalled/{one.rank}"
+        beats = {}
+        for rank in self.ranks:
+            key = f"stalled/{rank.rank}"
             if self._store.check([key]):
-                reached[one] = json.loads(self._store.get(key))
-        furthest = max(reached.values())
-        silent = [one for one in self.all if one not in reached]
-        behind = silent or [one for one, beats in reached.items() if beats < furthest] or self.all
-        return f"{', '.join(map(str, behind))} did not get on for {self.patience:.0f} s (--ddp_timeout)"
+                beats[rank] = json.loads(self._store.get(key))
+        most = max(beats.values())
+        silent = [rank for rank in self.ranks if rank not in beats]
+        hung = silent or [rank for rank, count in beats.items() if count < most] or self.ranks
+        return f"{', '.join(map(str, hung))} made no progress for {self.timeout:.0f} s (--ddp_timeout)"
 
-    def _end(self, line: str | None, code: int = LOST) -> None:
-        """Ends this rank, whose main thread may be waiting for ever. One rank of each machine tells."""
-        if self._ended.is_set():
+    def _end(self, error: str | None, code: int = LOST) -> None:
+        """End this rank, whose main thread may wait forever. One rank of each machine prints the error."""
+        if self._closed.is_set():
             return
-        able = (one for one, process in self._processes.items() if is_alive(process, stopped=False))
-        tells = next(able, self.me)
-        if line is not None and tells == self.me:
+        running = (rank for rank, process in self._processes.items() if is_alive(process, stopped=False))
+        reporter = next(running, self.me)
+        if error is not None and reporter == self.me:
             print(
-                f"error: {line}. A run cannot go on without a rank; the same command with "
-                "--resume_from_checkpoint auto goes on from the newest complete checkpoint",
+                f"error: {error}. Training cannot continue without it. Run the same command with "
+                "--resume_from_checkpoint auto to resume from the newest complete checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
@@ -189,18 +242,22 @@ class RankWatchdog:
 
 
 @contextmanager
-def watch_ranks(patience: float) -> Iterator[RankWatchdog | None]:
-    """Watches the other ranks, if there are any, as long as the context lasts.
+def watch_ranks(timeout: float) -> Iterator[RankWatchdog | None]:
+    """Run a watchdog while the context lasts; None for a run of one rank.
 
-    An error of this rank ends the others as well. If it comes of the loss of another one, as errors of
-    collectives do, that is said in its place.
+    An error of this rank ends the others too. If it was caused by a missing rank, as errors of collectives
+    are, the watchdog reports that rank instead.
+
+    Args:
+        timeout: seconds without a micro-batch after which a rank counts as hung.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield None
         return
-    peers, code = RankWatchdog(patience), LOST
+    watchdog = RankWatchdog(timeout)
+    code: int | None = LOST
     try:
-        yield peers
+        yield watchdog
         code = None
     except Stopped:
         code = None
@@ -209,19 +266,24 @@ def watch_ranks(patience: float) -> Iterator[RankWatchdog | None]:
         code = error.code
         raise
     except RuntimeError:
-        peers.settle()
+        watchdog.wait_for_verdict()
         raise
     finally:
         if code is None:
-            peers.close()
+            watchdog.close()
         else:
-            peers.fail(code)
+            watchdog.report_failure(code)
 
 
 def is_alive(process: psutil.Process, stopped: bool = True) -> bool:
-    """Whether a process runs; `stopped`: one that a signal has stopped counts as well."""
-    without = {psutil.STATUS_ZOMBIE, *(() if stopped else (psutil.STATUS_STOPPED,))}
+    """Return whether a process runs.
+
+    Args:
+        process: process to check.
+        stopped: whether a process that a signal has stopped counts as running.
+    """
+    dead_states = {psutil.STATUS_ZOMBIE, *(() if stopped else (psutil.STATUS_STOPPED,))}
     try:
-        return process.is_running() and process.status() not in without
+        return process.is_running() and process.status() not in dead_states
     except psutil.NoSuchProcess:
         return False
