@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dft.arguments.batch_search import check_agreed
@@ -60,6 +60,7 @@ from dft.training.model.loading import (
 from dft.training.optimizer import check_optimizer
 from dft.training.parallel.rank_watchdog import watch_ranks
 from dft.training.parallel.stopping import STOPPED, Stopped, StopRequest
+from dft.training.run_options import RunOptions
 from dft.training.trainer import DFTTrainer
 
 
@@ -112,26 +113,22 @@ def main() -> None:
     add_stop_tokens(model, tokenizer, data.report["end_of_turn_tokens"], arguments)
     with telling_what_did_not_fit("the model's weights do not fit", SHARD):
         base = load_base_model(arguments, tokenizer) if objective_of(arguments.dft).kl_weight else None
-        trainer = make_trainer(arguments, model, data, tokenizer, base)
+        record: dict[str, Any] = {}  # filled below: it describes the arguments as the trainer resolves them
+        trainer = make_trainer(arguments, model, data, tokenizer, base, run_options(arguments, stop, record))
     check_agreed(arguments.training)
     if arguments.watch.preflight:
         preflight(arguments, trainer, tokenizer)
         exit_rank()
         return
     check_space(model, arguments.training, len(data.datasets["train"]))
-    record = run_record(arguments, model, data.report) if is_main_process() else {}
+    if is_main_process():
+        record.update(run_record(arguments, model, data.report))
     trainer.add_callback(RunRecordCallback(record, trainer.callback_handler))
     report = ReportCallback(trainer, record, tokenizer)
     if arguments.watch.report:
         trainer.add_callback(report)
     clear_away(arguments.training)
     write_resolved_arguments(arguments, model)
-    trainer.stop = stop
-    trainer.asked_batch = arguments.training.asked_batch
-    if is_main_process():
-        trainer.card = partial(written_card, trainer, record)
-    trainer.verify_save = arguments.watch.verify_save
-    trainer.trust_remote_code = arguments.model.trust_remote_code
     for line in (*start_lines(arguments, model, data.report, trainer.batching), *new_notes(arguments)):
         say(line)
     try:
@@ -154,7 +151,7 @@ def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback) -> 
     """Trains and saves; however that ends, the report and the trackers say how."""
     status, failure = "stopped by an error", "an error"
     try:
-        with watch_ranks(arguments.training.ddp_timeout) as trainer.watchdog:
+        with watch_ranks(arguments.training.ddp_timeout) as trainer.options.heartbeat.watchdog:
             trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
             trainer.save_model()
             trainer.save_state()
@@ -167,7 +164,7 @@ def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback) -> 
         status, failure = f"stopped: {error}", str(error)
         raise
     finally:
-        trainer.stop.end_training()
+        trainer.options.stop.end_training()
         if arguments.watch.report:
             report.close(status)
         finish_trackers(arguments.training.report_to, failure)
@@ -184,9 +181,20 @@ def start_again(output_dir: Path, reason: str) -> NoReturn:
     os.execv(sys.executable, [*sys.orig_argv, *more])
 
 
-def written_card(trainer: DFTTrainer, record: dict[str, Any], pictured: bool) -> str:
-    """The model card of a save."""
-    state = trainer.state
+def run_options(arguments: Arguments, stop: StopRequest, record: dict[str, Any]) -> RunOptions:
+    """Return the options of the run. `record` is that of the model card, see `dft.report.record`."""
+    return RunOptions(
+        stop=stop,
+        requested_batch=arguments.training.asked_batch,
+        card=partial(written_card, record) if is_main_process() else None,
+        verify_save=arguments.watch.verify_save,
+        trust_remote_code=arguments.model.trust_remote_code,
+        trust_checkpoint=arguments.training.trust_checkpoint,
+    )
+
+
+def written_card(record: dict[str, Any], state: TrainerState, pictured: bool) -> str:
+    """Return the model card of a save."""
     return model_card(record, state.log_history, state.global_step, state.max_steps, pictured)
 
 
@@ -196,6 +204,7 @@ def make_trainer(
     data: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
     base: PreTrainedModel | None,
+    options: RunOptions,
 ) -> DFTTrainer:
     """The trainer; what transformers refuses of its arguments is the user's to mend."""
     try:
@@ -213,6 +222,7 @@ def make_trainer(
             train_dataset=data.datasets["train"],
             eval_dataset=data.datasets.get("eval"),
             processing_class=tokenizer,
+            options=options,
         )
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from None

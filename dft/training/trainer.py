@@ -86,6 +86,7 @@ class DFTTrainer(MeasuredTrainer):
         data_collator: examples -> input_ids, labels (-100 where unsupervised, not shifted) and, with padding,
             attention_mask, each (batch, seq); in place of the mask, `num_tokens` may say how many tokens are
             not padding. Default: what suits the model and the data, see `choose_collator`.
+        options: settings of the run, see `RunOptions`; passed on to the base class.
         **kwargs: everything else `transformers.Trainer` takes. Datasets hold `input_ids` and `labels`,
             `seq_lengths` where an example consists of several sequences, and if known `origins`, the file and
             the line of each.
@@ -93,8 +94,6 @@ class DFTTrainer(MeasuredTrainer):
     Attributes:
         end_of_turn_ids: tokens that end a turn.
         examples: a few sequences of the last evaluation token by token, on the main process.
-        asked_batch: rows per device and accumulation as they were asked for, where a smaller batch is to be
-            noted for the next attempt when memory runs out.
 
     Raises:
         ValueError: alpha outside [0, 1], a base model that is missing or has no use, arguments that would
@@ -102,8 +101,6 @@ class DFTTrainer(MeasuredTrainer):
             conversations apart. Training raises the last as well, if the model turns out not to, and for a
             loss or gradient that is not finite.
     """
-
-    asked_batch: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -336,7 +333,7 @@ class DFTTrainer(MeasuredTrainer):
 
     def _end_out_of_memory(self, message: str) -> NoReturn:
         free_what_is_left()
-        smaller, asked = None, self.asked_batch
+        smaller, asked = None, self.options.requested_batch
         if asked is not None and self._last_batch.is_training:
             smaller = note_smaller(self.args, asked)
         if smaller is not None:

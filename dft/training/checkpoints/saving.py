@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,9 +33,9 @@ from dft.training.checkpoints.folder import (
 from dft.training.checkpoints.hub import PublishingTrainer
 from dft.training.checkpoints.verify import Damaged, Expected, check_files, check_loaded, dtypes_of, probe
 from dft.training.model.adapters import has_adapters, write_base_record
-from dft.training.parallel.rank_watchdog import RankWatchdog
-from dft.training.parallel.stopping import Stopped, StopRequest
+from dft.training.parallel.stopping import Stopped
 from dft.training.parameters import shapes_digest
+from dft.training.run_options import RunOptions
 
 RUN_STATE = "run_state.json"
 """In a checkpoint: what transformers does not keep of the moment at which it was written."""
@@ -82,24 +81,10 @@ class StoppedEvaluation(Exception):
 
 
 class SavingTrainer(PublishingTrainer):
-    """How checkpoints are written, and how a run stops when it is asked to. Knows nothing of the loss.
+    """How checkpoints are written, and how a run stops when it is asked to. Knows nothing of the loss."""
 
-    Attributes:
-        stop: asks for an early end; None for a trainer that no signal stops.
-        watchdog: the watch over the other ranks, to be told that this one gets on.
-        verify_save: what is looked at again after it was written, True (the final model in
-            full, of checkpoints the files), all (everything in full) or False.
-        card: makes the README.md of a saved model, given whether the report's picture lies beside it.
-        trust_remote_code: whether the model comes with code of its own, to load it again.
-    """
-
-    stop: StopRequest | None = None
-    watchdog: RankWatchdog | None = None
-    verify_save: str = "True"
-    card: Callable[[bool], str] | None = None
-    trust_remote_code: bool = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, options: RunOptions | None = None, **kwargs: Any) -> None:
+        self.options = options or RunOptions()
         super().__init__(*args, **kwargs)
         self._left = PendingEvents()
         self._last = LastStep()
@@ -150,7 +135,7 @@ class SavingTrainer(PublishingTrainer):
                 )
             self._clear(staging)
             self.save_model(str(staging), _internal_call=True)
-            self._verify(staging, folder, in_full=self.verify_save == "all")
+            self._verify(staging, folder, in_full=self.options.verify_save == "all")
             best = run / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
             if state.best_global_step and (best == folder or best.exists()):
                 state.best_model_checkpoint = str(best)
@@ -278,7 +263,7 @@ class SavingTrainer(PublishingTrainer):
         """
         self._beat()
         self.accelerator.wait_for_everyone()
-        if self.verify_save == "False":
+        if self.options.verify_save == "False":
             return
         logits, vocab = None, self.model.config.get_text_config().vocab_size
         if in_full:
@@ -292,13 +277,13 @@ class SavingTrainer(PublishingTrainer):
             try:
                 check_files(written, expected)
                 if in_full:
-                    check_loaded(written, expected, self.args, self.trust_remote_code)
+                    check_loaded(written, expected, self.args, self.options.trust_remote_code)
             except Damaged as found:
                 fault = str(found)
         fault = first_failure(fault)
         if fault is not None:
             raise UserError(
-                f"--verify_save {self.verify_save}: the model that was just saved is not the one that was "
+                f"--verify_save {self.options.verify_save}: the model that was just saved is not the one that was "
                 f"trained: {fault}; it lies in {written}, and what {place} held before is as it was. Please "
                 "report this; --verify_save False saves without looking"
             )
@@ -322,12 +307,12 @@ class SavingTrainer(PublishingTrainer):
             self._write_card(folder)
 
     def _write_card(self, folder: Path) -> None:
-        if self.card is None:
+        if self.options.card is None:
             return
         picture = Path(self.args.output_dir) / PICTURE
         if picture.is_file() and folder != picture.parent:
             shutil.copy(picture, folder)
-        write_atomically(folder / CARD, [self.card(picture.is_file()), MADE_HERE, "\n"])
+        write_atomically(folder / CARD, [self.options.card(self.state, picture.is_file()), MADE_HERE, "\n"])
 
     def _spare_readme(self, staging: Path, folder: Path) -> None:
         """Leaves a README.md of somebody else where it is."""
@@ -342,8 +327,8 @@ class SavingTrainer(PublishingTrainer):
         self._shapes = shapes_digest(self.model)  # before FSDP flattens its weights
         self._last, self._seen_step, self._full_at, self._known_order = LastStep(), 0, None, None
         self._due = PendingEvents()
-        if self.stop is not None:
-            self.stop.begin_training()
+        if self.options.stop is not None:
+            self.options.stop.begin_training()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _maybe_log_save_evaluate(
@@ -402,9 +387,9 @@ class SavingTrainer(PublishingTrainer):
 
     def _is_asked_to_stop(self) -> bool:
         """Whether any rank was. A collective, for all of them have to stop after the same step."""
-        if self.stop is None:
+        if self.options.stop is None:
             return False
-        number = self.stop.number
+        number = self.options.stop.number
         if self.args.world_size > 1:
             number = self.accelerator.gather(torch.tensor([number], device=self.args.device)).max().item()
         self._signal = signal.Signals(number).name if number else ""
@@ -423,8 +408,7 @@ class SavingTrainer(PublishingTrainer):
         return super().training_step(*args, **kwargs)
 
     def _beat(self) -> None:
-        if self.watchdog is not None:
-            self.watchdog.beat()
+        self.options.heartbeat.beat()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's own mean of the loss, in its last line, is one over the steps since the run went on."""

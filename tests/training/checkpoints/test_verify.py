@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from dft import DFTTrainer
 from dft.training.checkpoints.folder import verify
 from dft.training.checkpoints.verify import Damaged, Expected, check_files, check_loaded, dtypes_of, probe
+from dft.training.run_options import RunOptions
 from tests.reliability.spoiling import EMBEDDING
 
 CPU = torch.device("cpu")
@@ -157,8 +158,7 @@ def test_good_models_of_many_families_pass(tmp_path, family, dtype):
         str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_steps=1, learning_rate=1e-2,
         disable_tqdm=True,
     )  # fmt: skip
-    trainer = DFTTrainer(model, arguments, train_dataset=data)
-    trainer.verify_save = "all"
+    trainer = DFTTrainer(model, arguments, train_dataset=data, options=RunOptions(verify_save="all"))
     trainer.train()
     trainer.save_model()
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "checkpoint-1").is_dir()

@@ -1,0 +1,35 @@
+"""Settings of a run that are neither training arguments nor settings of the loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from transformers import TrainerState
+
+from dft.training.parallel.stopping import StopRequest
+from dft.training.parallel.waiting import Heartbeat
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the entry script decides about a run. The defaults suit a trainer used as a library.
+
+    Attributes:
+        stop: signals that ask the run to save a checkpoint and stop; None if no signal does.
+        heartbeat: reports progress to the watchdog over the other ranks.
+        requested_batch: (rows per device, accumulation steps) as requested by the user; if set, running out
+            of memory records a smaller batch for the next attempt (`--auto_find_batch_size`).
+        card: returns the text of a saved model's README.md, given the trainer's state and whether the
+            picture of the report lies beside it; None writes none.
+        verify_save: "True" reloads the final model and reads the files of checkpoints, "all" reloads both,
+            "False" checks nothing.
+        trust_remote_code: whether the saved model may run code of its own when it is reloaded.
+        trust_checkpoint: whether to resume from a checkpoint that other users can write to.
+    """
+
+    stop: StopRequest | None = None
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    requested_batch: tuple[int, int] | None = None
+    card: Callable[[TrainerState, bool], str] | None = None
+    verify_save: str = "True"
+    trust_remote_code: bool = False
+    trust_checkpoint: bool = False
