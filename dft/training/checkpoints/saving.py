@@ -283,8 +283,9 @@ class SavingTrainer(PublishingTrainer):
         fault = first_failure(fault)
         if fault is not None:
             raise UserError(
-                f"--verify_save {self.options.verify_save}: the model that was just saved is not the one that was "
-                f"trained: {fault}; it lies in {written}, and what {place} held before is as it was. Please "
+                f"--verify_save {self.options.verify_save}: the model that was just saved is not the one "
+                f"that was trained: {fault}; it lies in {written}, and what {place} held before is as it "
+                "was. Please "
                 "report this; --verify_save False saves without looking"
             )
 

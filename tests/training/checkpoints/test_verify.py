@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from dft import DFTTrainer
-from dft.training.checkpoints.folder import verify
+from dft.training.checkpoints import verify
 from dft.training.checkpoints.verify import Damaged, Expected, check_files, check_loaded, dtypes_of, probe
 from dft.training.run_options import RunOptions
 from tests.reliability.spoiling import EMBEDDING
