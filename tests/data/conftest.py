@@ -17,12 +17,12 @@ def encoder(tokenizer) -> ChatEncoder:
 
 @pytest.fixture
 def prepared(encoder, tmp_path) -> Callable[..., PreparedData]:
-    """Writes rows into train.jsonl (and eval.jsonl) and prepares them."""
+    """Function that writes rows to train.jsonl (and eval.jsonl) and prepares them."""
 
     def run(rows: list[Row], eval_rows: list[Row] | None = None, *, workers=1, **options) -> PreparedData:
         files = [write(tmp_path / "train.jsonl", rows)]
         eval_files = [] if eval_rows is None else [write(tmp_path / "eval.jsonl", eval_rows)]
-        chosen = PrepareOptions(**{"max_length": 64, **options})
-        return prepare(files, eval_files, encoder, chosen, cache_dir=tmp_path / "cache", workers=workers)
+        settings = PrepareOptions(**{"max_length": 64, **options})
+        return prepare(files, eval_files, encoder, settings, cache_dir=tmp_path / "cache", workers=workers)
 
     return run

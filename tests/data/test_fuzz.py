@@ -79,7 +79,7 @@ def prepared(encoder: ChatEncoder, name: str, raw: bytes) -> Outcome | None:
         try:
             data = prepare([str(file)], [], encoder, OPTIONS, cache_dir=Path(folder) / "cache", workers=0)
         except UserError as error:
-            assert "nothing is left of" in str(error) or "the file is empty" in str(error)
+            assert "none of the" in str(error) or "the file is empty" in str(error)
             return None
         data.write_report(Path(folder))
         rejected = Path(folder) / "rejected.jsonl"

@@ -15,7 +15,7 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dft.arguments.parser import parse_arguments
-from dft.data.preparing.cache import CONTENTS, _entry
+from dft.data.preparing.cache import CONTENTS, file_entry
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.prepare import PreparedData, prepare
 from dft.data.templates.encoder import ChatEncoder
@@ -231,7 +231,7 @@ def test_prepared_data_is_private(encoder, tmp_path):
 def test_prepared_data_that_others_can_write_is_not_used(encoder, tmp_path):
     made = cached(encoder, tmp_path)
     made.path.chmod(0o777)
-    with pytest.raises(UserError, match="can be written by other users, and is not used; remove it"):
+    with pytest.raises(UserError, match="can be written by other users and is not used; remove it"):
         cached(encoder, tmp_path)
 
 
@@ -240,7 +240,7 @@ def test_prepared_data_that_others_can_write_is_not_used(encoder, tmp_path):
 def test_prepared_data_of_another_user_is_not_used(encoder, tmp_path, name):
     made = cached(encoder, tmp_path)
     os.chown(made.path / name, 12345, 12345)
-    with pytest.raises(UserError, match=r"belongs to another user \(uid 12345\), and is not used; remove it"):
+    with pytest.raises(UserError, match=r"belongs to another user \(uid 12345\) and is not used; remove it"):
         cached(encoder, tmp_path)
 
 
@@ -250,7 +250,7 @@ def test_links_in_the_cache_are_not_followed(encoder, tmp_path, inside):
     link = made.path / "train.arrow" if inside else made.path
     link.rename(tmp_path / "elsewhere")
     link.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="is or holds a symbolic link, and is not used; remove it"):
+    with pytest.raises(UserError, match="is or contains a symbolic link and is not used; remove it"):
         cached(encoder, tmp_path)
 
 
@@ -276,17 +276,17 @@ def test_names_that_lead_out_of_a_prepared_folder_are_not_followed(encoder, tmp_
     made = cached(encoder, tmp_path)
     (made.path.parent / "outside").write_text("x")
     contents = json.loads((made.path / CONTENTS).read_text())
-    contents["../outside"] = _entry(made.path.parent / "outside")
+    contents["../outside"] = file_entry(made.path.parent / "outside")
     (made.path / CONTENTS).write_text(json.dumps(contents))
     cached(encoder, tmp_path)
-    assert "is damaged and prepared anew" in capfd.readouterr().err
+    assert "is damaged and will be prepared again" in capfd.readouterr().err
 
 
 def test_no_pickle_is_read_from_prepared_data(encoder, tmp_path):
     made, marker = cached(encoder, tmp_path), tmp_path / "unpickled"
     file = made.path / "train.order.npy"
     np.save(file, np.array([Malicious(marker)], dtype=object), allow_pickle=True)
-    contents = json.loads((made.path / CONTENTS).read_text()) | {file.name: _entry(file)}
+    contents = json.loads((made.path / CONTENTS).read_text()) | {file.name: file_entry(file)}
     (made.path / CONTENTS).write_text(json.dumps(contents))
     with pytest.raises(ValueError, match="Python objects in dtype"):
         cached(encoder, tmp_path)

@@ -1,7 +1,7 @@
-"""Folders of prepared data: whether one is ours and whole, how it becomes that, what killed runs leave.
+"""Folders of prepared data in the cache: trust, integrity, sealing and removal of abandoned ones.
 
-What is in the cache is trained on without a second look, so nothing is taken that another user may have
-written, and nothing is followed that leads out of it.
+Training uses the contents of the cache without further checks, so folders that another user could have
+written are refused, and so are links that lead out of the cache.
 """
 
 import json
@@ -23,87 +23,94 @@ from dft.files import flush_to_disk
 
 REPORT = "data_report.json"
 CONTENTS = "contents.json"
-"""Sizes and digests of the files of a prepared folder: what a disk or a person did to them must be seen."""
-EACH_HAS = {REPORT, "train.arrow", "train.order.npy"}
-"""Files that no prepared folder is without."""
+"""Name of the file with the sizes and digests of all files in a folder, from which damage is detected."""
+REQUIRED = {REPORT, "train.arrow", "train.order.npy"}
+"""Files that every folder of prepared data has."""
 STAGING = re.compile(r"([0-9a-f]{32})\.[a-z0-9_]{8}")
-"""Name of a folder that is being filled: the key of the data, and what `tempfile.mkdtemp` adds."""
+"""Name of a folder that is being filled: the cache key and the suffix added by `tempfile.mkdtemp`."""
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 ABANDONED = 24 * 3600
-"""Seconds without a write after which one of these is left over.
+"""Seconds without a write after which a folder that was being filled counts as abandoned.
 
-Its lock is free then too, but between the machines of a cluster not every file system keeps locks.
+Its lock must be free too, but some network file systems do not share locks between machines.
 """
 
 
 def check_private(folder: Path, cache_dir: Path) -> None:
-    """Raises `UserError` for a folder in the cache that others may have written; not where there is none.
+    """Check that nobody but the current user can have written a folder in the cache, if it exists.
 
-    Whose it is, is compared with what this process writes there: on network file systems the owner of a
-    file may not be the user who wrote it.
+    The owner is compared with the owner of a new file in the cache, because on network file systems that may
+    differ from the user id of this process.
+
+    Raises:
+        UserError: the folder is or contains a symbolic link, has other owners, or is writable by others.
     """
     try:
-        found = [one.lstat() for one in (folder, *folder.iterdir())]
+        entries = [path.lstat() for path in (folder, *folder.iterdir())]
     except (FileNotFoundError, NotADirectoryError):
         if not folder.is_symlink():
             return
-        found = []
-    with tempfile.TemporaryFile(dir=cache_dir) as mine:
-        owner = os.fstat(mine.fileno()).st_uid
-    told = f"--data_cache_dir {cache_dir}: {folder.name} there"
-    remedy = "remove it, or name a folder of your own"
-    if folder.is_symlink() or any(stat.S_ISLNK(one.st_mode) for one in found):
-        raise UserError(f"{told} is or holds a symbolic link, and is not used; {remedy}")
-    others = {one.st_uid for one in found} - {owner}
-    if others:
-        raise UserError(f"{told} belongs to another user (uid {min(others)}), and is not used; {remedy}")
-    if found[0].st_mode & WRITABLE_BY_OTHERS:
-        raise UserError(f"{told} can be written by other users, and is not used; {remedy}")
+        entries = []
+    with tempfile.TemporaryFile(dir=cache_dir) as new_file:
+        owner = os.fstat(new_file.fileno()).st_uid
+    where = f"--data_cache_dir {cache_dir}: {folder.name} in it"
+    remedy = "remove it or choose a folder of your own"
+    if folder.is_symlink() or any(stat.S_ISLNK(entry.st_mode) for entry in entries):
+        raise UserError(f"{where} is or contains a symbolic link and is not used; {remedy}")
+    other_owners = {entry.st_uid for entry in entries} - {owner}
+    if other_owners:
+        raise UserError(
+            f"{where} belongs to another user (uid {min(other_owners)}) and is not used; {remedy}"
+        )
+    if entries[0].st_mode & WRITABLE_BY_OTHERS:
+        raise UserError(f"{where} can be written by other users and is not used; {remedy}")
 
 
-def is_whole(target: Path) -> bool:
-    """Whether everything in it is as it was written, as far as `sampled_digest` sees."""
+def is_complete(folder: Path) -> bool:
+    """Return whether a folder holds all sealed files, undamaged as far as `sampled_digest` detects."""
     try:
-        contents = json.loads((target / CONTENTS).read_bytes())
-        if not isinstance(contents, dict) or not contents.keys() >= EACH_HAS:
+        contents = json.loads((folder / CONTENTS).read_bytes())
+        if not isinstance(contents, dict) or not contents.keys() >= REQUIRED:
             return False
-        if any(Path(name).name != name for name in contents):  # ".." leads out of the folder
+        if any(Path(name).name != name for name in contents):  # "../x" would lead out of the folder
             return False
-        return all(_entry(target / name) == entry for name, entry in contents.items())
+        return all(file_entry(folder / name) == entry for name, entry in contents.items())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return False
 
 
-def _entry(file: Path) -> dict[str, Any]:
-    """What `CONTENTS` says of a file."""
+def file_entry(file: Path) -> dict[str, Any]:
+    """Return the entry of a file in `CONTENTS`."""
     return {"size": file.stat().st_size, "xxh3_128": sampled_digest(file)}
 
 
 def seal(folder: Path) -> None:
-    """Writes `CONTENTS`, and waits until all of the folder would survive a loss of power.
+    """Write `CONTENTS` and flush the whole folder to disk.
 
-    Only then it may get its name: a file system may keep the name and lose what was written before it.
+    Must be called before the folder gets its final name: after a power failure a file system may have kept
+    the name and lost data that was written earlier.
     """
-    contents = {one.name: _entry(one) for one in folder.iterdir()}
+    contents = {path.name: file_entry(path) for path in folder.iterdir()}
     (folder / CONTENTS).write_text(json.dumps(contents), encoding="utf-8")
-    for one in folder.iterdir():
-        flush_to_disk(one)
+    for path in folder.iterdir():
+        flush_to_disk(path)
     flush_to_disk(folder)
 
 
 def remove_abandoned(cache_dir: Path, key: str) -> None:
-    """Removes what killed preparations left, of this key and of others.
+    """Remove folders that killed processes were filling.
 
-    The lock of `key` is ours, so nobody else fills a folder of it.
+    Folders of `key` are always removed, since the caller holds the lock of `key`. Folders of other keys are
+    removed if their lock is free and nothing was written to them for `ABANDONED` seconds.
     """
     for folder in cache_dir.iterdir():
-        found = STAGING.fullmatch(folder.name)
-        if found is None or folder.is_symlink() or not folder.is_dir():
+        match = STAGING.fullmatch(folder.name)
+        if match is None or folder.is_symlink() or not folder.is_dir():
             continue
-        if found[1] == key:
+        if match[1] == key:
             shutil.rmtree(folder)
             continue
-        with suppress(Timeout, OSError):  # someone fills it, ends it, or owns it: not this run's business
-            if time.time() - max(one.stat().st_mtime for one in (folder, *folder.iterdir())) > ABANDONED:
-                with FileLock(cache_dir / f"{found[1]}.lock", timeout=0):
+        with suppress(Timeout, OSError):  # in use, being removed by another process, or not ours to remove
+            if time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > ABANDONED:
+                with FileLock(cache_dir / f"{match[1]}.lock", timeout=0):
                     shutil.rmtree(folder)

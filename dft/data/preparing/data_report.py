@@ -1,58 +1,58 @@
-"""The numbers of the data report: what was read, what became of it, and what is trained on."""
+"""Contents of data_report.json: counts of what was read, what happened to it, and what each split holds."""
 
 from typing import Any
 
 import numpy as np
 
-from dft.data.preparing.chunk import Totals
-from dft.data.preparing.encode import Encoded
+from dft.data.preparing.conversation_counts import ConversationCounts
+from dft.data.preparing.encoded_sequences import EncodedSequences
 from dft.data.preparing.packing import density
-from dft.data.preparing.selection import LeftOut, Split, conversation_count
+from dft.data.preparing.selection import Split, UnusedCounts
 
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)
-BINS = 20
-"""Of the histogram of lengths."""
-NAMED = 5
-"""Sequences that are named."""
+HISTOGRAM_BINS = 20
+LONGEST = 5
+"""Number of longest sequences that are listed with file and line."""
 
 
-def report_of(
+def build_report(
     splits: dict[str, Split],
-    totals: dict[str, list[Totals]],
-    left_out: LeftOut,
+    counts: dict[str, list[ConversationCounts]],
+    unused: UnusedCounts,
     max_length: int,
     weights: list[float],
 ) -> dict[str, Any]:
-    """Numbers of what was read, before any selection, and of each split as it is trained or evaluated on.
+    """Return the report, with files by number; see `add_file_names`.
 
     Args:
         splits: "train" and, if any, "eval", as selected.
-        totals: of each file, of those to train on and of those to evaluate on.
-        max_length: the tokens that a row may have.
-        weights: how often each of the files to train on is taken.
+        counts: counts of each of the "train" and the "eval" files, before selection.
+        unused: numbers of conversations that are in no split.
+        max_length: tokens that a packed row holds.
+        weights: weight of each training file.
     """
-    whole = sum((one for group in totals.values() for one in group), Totals())
-    endings = dict(whole.endings.most_common())
-    turns = np.repeat([*whole.turns.keys()] or [0], [*whole.turns.values()] or [1])
+    total = sum((part for group in counts.values() for part in group), ConversationCounts())
+    endings = dict(total.endings.most_common())
+    turns = np.repeat([*total.turns.keys()] or [0], [*total.turns.values()] or [1])
     report = {
-        "conversations_read": whole.read,
-        "rejected": whole.rejected.total(),
-        "rejected_by_reason": dict(whole.rejected.most_common()),
-        "dropped_without_supervised_tokens": whole.dropped,
-        "dropped_for_their_length": whole.too_long,
-        "truncated_conversations": whole.truncated,
-        "lost_supervised_tokens": whole.lost_supervised,
-        "lost_end_tokens": whole.lost_endings,
-        "repeated_conversations_dropped": left_out.repeated,
-        "eval_conversations_dropped_because_in_train": left_out.shared,
-        "conversations_not_drawn": left_out.not_drawn,
+        "conversations_read": total.read,
+        "rejected": total.rejected.total(),
+        "rejected_by_reason": dict(total.rejected.most_common()),
+        "dropped_without_supervised_tokens": total.dropped,
+        "dropped_for_their_length": total.too_long,
+        "truncated_conversations": total.truncated,
+        "lost_supervised_tokens": total.lost_supervised,
+        "lost_end_tokens": total.lost_endings,
+        "repeated_conversations_dropped": unused.repeated,
+        "eval_conversations_dropped_because_in_train": unused.shared,
+        "conversations_not_drawn": unused.not_drawn,
         "turns_without_stop_token": endings.pop(None, 0),
         "end_of_turn_tokens": endings,
-        "unknown_tokens": whole.unknown,
-        "roles": dict(whole.roles.most_common()),
+        "unknown_tokens": total.unknown,
+        "roles": dict(total.roles.most_common()),
         "turns_per_conversation": percentiles(turns),
-        "files": {name: [_read_of(one) for one in group] for name, group in totals.items() if group},
-        **{name: split_report(split, max_length) for name, split in splits.items()},
+        "files": {name: [_file_counts(part) for part in group] for name, group in counts.items() if group},
+        **{name: _split_report(split, max_length) for name, split in splits.items()},
     }
     for entry, weight in zip(report["files"]["train"], weights, strict=True):
         entry["weight"] = weight
@@ -61,81 +61,84 @@ def report_of(
     return report
 
 
-def split_report(split: Split, max_length: int) -> dict[str, Any]:
-    """Numbers of one split; `files` lists them for each file that is in it."""
+def _split_report(split: Split, max_length: int) -> dict[str, Any]:
+    """Return the numbers of one split, in total and per file."""
     encoded = split.encoded
-    counts, edges = np.histogram(encoded.lengths, bins=BINS, range=(0, max(encoded.lengths.max(), BINS)))
-    longest = np.argsort(-encoded.lengths, kind="stable")[:NAMED]
+    bounds = (0, max(encoded.lengths.max(), HISTOGRAM_BINS))
+    histogram, edges = np.histogram(encoded.lengths, bins=HISTOGRAM_BINS, range=bounds)
+    longest = np.argsort(-encoded.lengths, kind="stable")[:LONGEST]
     report = {
-        **_counts(encoded),
-        "different_conversations": len(np.unique(encoded.keys)),
-        "supervised_share": encoded.supervised.sum() / encoded.lengths.sum(),
+        **_split_counts(encoded),
+        "different_conversations": len(np.unique(encoded.token_digests)),
+        "supervised_share": float(encoded.supervised.sum() / encoded.lengths.sum()),
         "length_percentiles": percentiles(encoded.lengths),
-        "length_histogram": {"edges": [round(edge) for edge in edges], "counts": counts.tolist()},
+        "length_histogram": {"edges": [round(edge) for edge in edges], "counts": histogram.tolist()},
         "longest": [
             {
-                "file": int(encoded.sources[one]),
-                "line": int(encoded.lines[one]),
-                "tokens": int(encoded.lengths[one]),
+                "file": int(encoded.sources[index]),
+                "line": int(encoded.lines[index]),
+                "tokens": int(encoded.lengths[index]),
             }
-            for one in longest
+            for index in longest
         ],
         "rows": len(encoded),
-        "files": _counts_by_file(encoded),
+        "files": _split_counts_by_file(encoded),
     }
     if split.offsets is not None:
         rows = len(split.offsets) - 1
         report |= {"rows": rows, "packing_density": density(encoded.lengths, rows, max_length)}
-    return plain(report)
+    return report
 
 
 def percentiles(values: np.ndarray) -> dict[str, int]:
+    """Return the values at `PERCENTILES`, by percentile."""
     levels = np.percentile(values, PERCENTILES, method="higher")
-    return {str(at): int(level) for at, level in zip(PERCENTILES, levels, strict=True)}
+    return {str(percentile): int(level) for percentile, level in zip(PERCENTILES, levels, strict=True)}
 
 
-def group_of(split: str, names: dict[str, list[str]]) -> str:
-    """Which files a split is of: "eval" are files of their own, or held out of those to train on."""
+def file_group(split: str, names: dict[str, list[str]]) -> str:
+    """Return which files a split comes from, "train" or "eval".
+
+    The "eval" split comes from the "train" files if it is held out of them.
+    """
     return "eval" if split == "eval" and names["eval"] else "train"
 
 
-def named(report: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
-    """The report with files by name where it has their numbers."""
-    made = dict(report)
-    made["files"] = {
+def add_file_names(report: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
+    """Return a copy of a report with file names in place of file numbers.
+
+    Args:
+        report: from `build_report`.
+        names: names of the "train" and the "eval" files, by file number.
+    """
+    named_report = dict(report)
+    named_report["files"] = {
         group: [{"file": name, **entry} for name, entry in zip(names[group], entries, strict=True)]
         for group, entries in report["files"].items()
     }
     for split in ("train", "eval"):
         if split in report:
-            of = names[group_of(split, names)]
-            made[split] = {
-                **report[split],
-                **{
-                    key: [{**entry, "file": of[entry["file"]]} for entry in report[split][key]]
-                    for key in ("files", "longest")
-                },
+            group_names = names[file_group(split, names)]
+            named_entries = {
+                key: [{**entry, "file": group_names[entry["file"]]} for entry in report[split][key]]
+                for key in ("files", "longest")
             }
-    return made
+            named_report[split] = {**report[split], **named_entries}
+    return named_report
 
 
-def plain(report: dict[str, Any]) -> dict[str, Any]:
-    """numpy's numbers as Python's, which JSON can write."""
-    return {key: value.item() if isinstance(value, np.generic) else value for key, value in report.items()}
-
-
-def _read_of(totals: Totals) -> dict[str, int]:
+def _file_counts(counts: ConversationCounts) -> dict[str, int]:
     return {
-        "read": totals.read,
-        "rejected": totals.rejected.total(),
-        "dropped": totals.dropped + totals.too_long,
-        "truncated": totals.truncated,
+        "read": counts.read,
+        "rejected": counts.rejected.total(),
+        "dropped": counts.dropped + counts.too_long,
+        "truncated": counts.truncated,
     }
 
 
-def _counts(encoded: Encoded) -> dict[str, int]:
+def _split_counts(encoded: EncodedSequences) -> dict[str, int]:
     return {
-        "conversations": conversation_count(encoded),
+        "conversations": encoded.count_conversations(),
         "sequences": len(encoded),
         "repeated_sequences": len(encoded) - len(np.unique(encoded.rows)),
         "tokens": int(encoded.lengths.sum()),
@@ -143,14 +146,15 @@ def _counts(encoded: Encoded) -> dict[str, int]:
     }
 
 
-def _counts_by_file(encoded: Encoded) -> list[dict[str, int]]:
-    _, first = np.unique(encoded.conversations, return_index=True)
-    once = np.unique(encoded.rows, return_index=True)[1]
-    # Sums of doubles are exact up to 2**53 tokens.
+def _split_counts_by_file(encoded: EncodedSequences) -> list[dict[str, int]]:
+    _, first_of_conversation = np.unique(encoded.conversations, return_index=True)
+    _, first_of_row = np.unique(encoded.rows, return_index=True)
+    sequences = np.bincount(encoded.sources)
+    # Weighted sums are float64, which is exact up to 2**53 tokens.
     columns = {
-        "conversations": np.bincount(encoded.sources[first]),
-        "sequences": np.bincount(encoded.sources),
-        "repeated_sequences": np.bincount(encoded.sources) - np.bincount(encoded.sources[once]),
+        "conversations": np.bincount(encoded.sources[first_of_conversation]),
+        "sequences": sequences,
+        "repeated_sequences": sequences - np.bincount(encoded.sources[first_of_row]),
         "tokens": np.bincount(encoded.sources, weights=encoded.lengths),
         "supervised_tokens": np.bincount(encoded.sources, weights=encoded.supervised),
     }

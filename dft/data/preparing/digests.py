@@ -1,4 +1,4 @@
-"""Digests of files, remembered: a file that has not changed since is not read again."""
+"""Content digests of files. The digest of a file that has not changed is cached, so it is not read again."""
 
 import json
 import os
@@ -12,51 +12,54 @@ from tqdm import tqdm
 from dft.files import DISK_FULL, NOT_WRITABLE, write_atomically
 
 DIGESTS = "digests"
-"""Name of the folder in the cache."""
+"""Name of the folder in the cache directory that holds the cached digests."""
 BLOCK = 1 << 22
 """Bytes read at a time."""
-SETTLED = 10.0
-"""Seconds a file must have been left alone before its digest is remembered.
+MIN_AGE = 10.0
+"""Seconds since the last change of a file before its digest is cached.
 
-Within the resolution of a clock a file can change twice; see "racy git".
+Within the resolution of file timestamps a file can change twice without a visible difference; the
+documentation of git calls this "racy git".
 """
-BAR_FROM = 1 << 30
-"""Bytes to read from which on it takes long enough for a progress bar."""
+PROGRESS_BAR_FROM = 1 << 30
+"""Bytes to read from which a progress bar is shown."""
 SMALL = 1 << 24
-"""Bytes up to which a file is read as a whole by `sampled_digest`."""
+"""Size in bytes up to which `sampled_digest` reads the whole file."""
 SAMPLES, SAMPLE = 128, 1 << 17
-"""Number and bytes of the pieces that are read of a larger one."""
+"""Number and size in bytes of the pieces that `sampled_digest` reads of a larger file."""
 
 
 def content_digests(paths: list[Path], cache_dir: Path) -> list[str]:
-    """A digest of the content of each file.
+    """Return a digest of the content of each file.
 
-    It is remembered in `cache_dir` together with the file's size and times. The time of the last change of
-    the inode is among them, which no program can set back.
+    Digests are cached in `cache_dir` together with the size and timestamps of the file, including the time of
+    the last inode change (ctime), which programs cannot set back.
     """
-    memory = cache_dir / DIGESTS
-    known = [_recall(memory, path) for path in paths]
-    unread = sum(path.stat().st_size for path, digest in zip(paths, known, strict=True) if digest is None)
-    hide = None if unread >= BAR_FROM else True  # None: no bar in a log file
+    folder = cache_dir / DIGESTS
+    cached = [_cached_digest(folder, path) for path in paths]
+    unread = sum(path.stat().st_size for path, digest in zip(paths, cached, strict=True) if digest is None)
+    hide = None if unread >= PROGRESS_BAR_FROM else True  # None: hidden only if stderr is not a terminal
     with tqdm(total=unread, unit="B", unit_scale=True, desc="reading", disable=hide, leave=False) as bar:
         return [
-            _digest(memory, path, bar) if digest is None else digest
-            for path, digest in zip(paths, known, strict=True)
+            _compute_digest(folder, path, bar) if digest is None else digest
+            for path, digest in zip(paths, cached, strict=True)
         ]
 
 
-def _recall(memory: Path, path: Path) -> str | None:
+def _cached_digest(folder: Path, path: Path) -> str | None:
+    """Return the cached digest of a file, None if there is none or the file has changed."""
     try:
-        noted = json.loads(_note(memory, path).read_bytes())
-    except (FileNotFoundError, ValueError):  # none, or one that a power failure has emptied
+        entry = json.loads(_entry_path(folder, path).read_bytes())
+    except (FileNotFoundError, ValueError):  # ValueError: the entry was emptied by a power failure
         return None
-    match noted:
-        case {"state": state, "digest": str(digest)} if state == _state(path.stat()):
+    match entry:
+        case {"state": state, "digest": str(digest)} if state == _file_state(path.stat()):
             return digest
     return None
 
 
-def _digest(memory: Path, path: Path, bar: tqdm) -> str:
+def _compute_digest(folder: Path, path: Path, bar: tqdm) -> str:
+    """Read a file, return its digest, and cache it unless the file changed just now."""
     before = path.stat()
     digest = xxhash.xxh3_128()
     with open(path, "rb") as stream:
@@ -64,23 +67,23 @@ def _digest(memory: Path, path: Path, bar: tqdm) -> str:
             digest.update(block)
             bar.update(len(block))
     changed = max(before.st_mtime, before.st_ctime)
-    if _state(before) == _state(path.stat()) and time.time() - changed > SETTLED:
-        note = {"path": str(path), "state": _state(before), "digest": digest.hexdigest()}
+    if _file_state(before) == _file_state(path.stat()) and time.time() - changed > MIN_AGE:
+        entry = {"path": str(path), "state": _file_state(before), "digest": digest.hexdigest()}
         try:
-            write_atomically(_note(memory, path), [json.dumps(note)])
+            write_atomically(_entry_path(folder, path), [json.dumps(entry)])
         except OSError as error:
-            # All it would save is reading the file again. What is prepared already can be used without it.
+            # Without the entry the file is only read again. A read-only or full cache can still be used.
             if error.errno not in (*NOT_WRITABLE, *DISK_FULL):
                 raise
     return digest.hexdigest()
 
 
 def sampled_digest(path: Path) -> str:
-    """A digest of a file that may be many gigabytes and must be checked in a fraction of a second.
+    """Return a digest that takes a fraction of a second even for a file of many gigabytes.
 
-    Of a large file it reads pieces at even distances, the first and the last bytes among them, and nothing
-    else. That finds what happens to files of a known size that were written once: zeros, or the bytes of
-    another file, over a stretch of at least a 127th of it. It does not find a single flipped bit.
+    Of a large file only pieces at regular distances are read, including the first and the last bytes. This
+    detects the usual damage to a file that was written once and has the expected size: a range of zeros or of
+    other data that covers at least 1/127 of the file. It does not detect a single flipped bit.
     """
     digest, size = xxhash.xxh3_128(), path.stat().st_size
     with open(path, "rb", buffering=0) as stream:
@@ -93,9 +96,10 @@ def sampled_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _note(memory: Path, path: Path) -> Path:
-    return memory / f"{blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()}.json"
+def _entry_path(folder: Path, path: Path) -> Path:
+    return folder / f"{blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()}.json"
 
 
-def _state(stat: os.stat_result) -> list[int]:
+def _file_state(stat: os.stat_result) -> list[int]:
+    """Return the metadata that changes whenever the file does."""
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]

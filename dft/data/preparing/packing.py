@@ -1,129 +1,139 @@
-"""Which sequences share a row: best-fit-decreasing bin packing."""
+"""Best-fit-decreasing bin packing of sequences into rows."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
+WORD_BITS = 512
+"""Bits per integer of the lower level of `_RowsByRoom`."""
+
 
 def pack(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Puts whole sequences into rows, so that few rows are needed and little of them stays empty.
+    """Pack whole sequences into as few rows as best-fit-decreasing finds.
 
-    Best fit, decreasing: the longest first, each into the row with the least room that still holds it. Which
-    of several equally long sequences goes where, and the order of the rows, are drawn by `seed`; rows in the
-    order in which they were opened would go from full ones to leftovers.
+    The longest sequences are placed first, each into the row with the least room that still holds it. The
+    placement of equally long sequences and the order of the rows are random, because rows in the order in
+    which they were opened would go from full ones to ones of many short leftovers.
 
     Args:
-        lengths: (sequences,) tokens of each, integers.
+        lengths: (sequences,) integers, tokens of each sequence.
         capacity: tokens that a row holds.
-        seed: the same seed gives the same rows.
+        seed: seed of the random choices.
 
     Returns:
-        order: (sequences,) int64, every number of a sequence once, row after row.
+        order: (sequences,) int64, the index of every sequence once, row after row.
         offsets: (rows + 1,) int64; row r holds `order[offsets[r]:offsets[r + 1]]`.
 
     Raises:
-        ValueError: a length below 1 or above `capacity`.
+        ValueError: a length is below 1 or above `capacity`.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    wrong = np.flatnonzero((lengths < 1) | (lengths > capacity))
-    if wrong.size:
+    invalid = np.flatnonzero((lengths < 1) | (lengths > capacity))
+    if invalid.size:
         raise ValueError(
-            f"sequence {wrong[0]} has {lengths[wrong[0]]} tokens; rows of {capacity} hold sequences of 1 to "
-            f"{capacity}"
+            f"sequence {invalid[0]} has {lengths[invalid[0]]} tokens; rows of {capacity} hold sequences of 1 "
+            f"to {capacity}"
         )
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(lengths))
     items = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
-    opened, rows = _best_fit(lengths[items], capacity)
-    row = generator.permutation(rows)[opened]  # (sequences,)
+    row_in_opening_order, rows = _best_fit(lengths[items], capacity)
+    row = generator.permutation(rows)[row_in_opening_order]  # (sequences,)
     order = items[np.argsort(row, kind="stable")]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=rows))])
     return order.astype(np.int64), offsets.astype(np.int64)
 
 
 def density(lengths: np.ndarray, rows: int, capacity: int) -> float:
-    """The share of `rows` rows of `capacity` tokens that the sequences fill."""
+    """Return the share of the tokens of all rows that the sequences fill, from 0 to 1."""
     return float(lengths.sum() / (rows * capacity))
 
 
 def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """(sequences,) the row of each, in the order in which rows are opened, and how many rows there are.
+    """Assign sequences, sorted by decreasing length, to rows numbered in the order in which they are opened.
 
-    All sequences of one length are placed together. After best fit puts one into a row, that same row is the
-    fullest of those with room for another, so each row takes as many as it holds before the next is touched.
+    All sequences of one length are placed together. After best fit puts a sequence into a row, that row is
+    the fullest of those with room for another one of the same length, so each row takes as many as it holds
+    before the next row is used.
+
+    Returns:
+        The row of each sequence, (sequences,) int64, and the number of rows.
     """
     placed: list[int] = []
-    rooms = _Rooms(capacity)
+    open_rows = _RowsByRoom(capacity)
     opened = 0
     for length, count in _runs(lengths):
         while count:
-            room = rooms.smallest(length)
-            each = (capacity if room is None else room) // length
-            wanted = -(-count // each)
+            room = open_rows.smallest_room(length)
+            per_row = (capacity if room is None else room) // length
+            needed = -(-count // per_row)
             if room is None:
                 room = capacity
-                rows = list(range(opened, opened + wanted))
-                opened += wanted
+                rows = list(range(opened, opened + needed))
+                opened += needed
             else:
-                rows = rooms.take(room, wanted)
-            last = min(each, count - each * (len(rows) - 1))
-            placed += [row for row in rows[:-1] for _ in range(each)] + [rows[-1]] * last
-            rooms.put(room - each * length, rows[:-1])
-            rooms.put(room - last * length, rows[-1:])
-            count -= each * (len(rows) - 1) + last
+                rows = open_rows.take(room, needed)
+            last = min(per_row, count - per_row * (len(rows) - 1))
+            placed += [row for row in rows[:-1] for _ in range(per_row)] + [rows[-1]] * last
+            open_rows.put(room - per_row * length, rows[:-1])
+            open_rows.put(room - last * length, rows[-1:])
+            count -= per_row * (len(rows) - 1) + last
     return np.array(placed, dtype=np.int64), opened
 
 
 def _runs(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(length, how many) of a sorted array."""
+    """Iterate over the distinct values of a sorted array and how often each occurs."""
     starts = np.flatnonzero(np.diff(lengths, prepend=0))
     return zip(lengths[starts].tolist(), np.diff(starts, append=len(lengths)).tolist(), strict=True)
 
 
-WORD = 512
+class _RowsByRoom:
+    """Open rows by the room left in them, in tokens.
 
+    Two levels of bit sets record which amounts of room occur, so that the next larger one is found in
+    constant time. This matters for long rows: with rows of 131,072 tokens nearly every sequence has a
+    different length and needs a lookup of its own.
 
-class _Rooms:
-    """Rows by the room left in them.
-
-    Two layers of bits say which rooms have rows, so that the next larger one is found in constant time: with
-    rows of 131,072 tokens nearly every sequence has a length of its own, and asks.
+    Args:
+        capacity: tokens that an empty row holds.
     """
 
     def __init__(self, capacity: int) -> None:
         self.rows: list[list[int]] = [[] for _ in range(capacity)]
-        self.words = [0] * (capacity // WORD + 1)
+        self.words = [0] * (capacity // WORD_BITS + 1)
         self.summary = 0
 
-    def smallest(self, length: int) -> int | None:
-        """The smallest room of at least `length` that a row has, if any does."""
-        word = length // WORD
-        bits = self.words[word] >> (length % WORD)
+    def smallest_room(self, length: int) -> int | None:
+        """Return the smallest room of an open row that holds `length` tokens, None if no row does."""
+        word = length // WORD_BITS
+        bits = self.words[word] >> (length % WORD_BITS)
         if bits:
-            return length + _lowest(bits)
+            return length + _lowest_bit(bits)
         later = self.summary >> (word + 1)
         if not later:
             return None
-        word += 1 + _lowest(later)
-        return word * WORD + _lowest(self.words[word])
+        word += 1 + _lowest_bit(later)
+        return word * WORD_BITS + _lowest_bit(self.words[word])
 
     def take(self, room: int, count: int) -> list[int]:
-        """Up to `count` of the rows with this much room, at least one."""
+        """Remove and return up to `count`, but at least one, of the rows with exactly this room."""
         rows = self.rows[room]
         taken = rows[-count:]
         del rows[-count:]
         if not rows:
-            self.words[room // WORD] ^= 1 << (room % WORD)
-            if not self.words[room // WORD]:
-                self.summary ^= 1 << (room // WORD)
+            self.words[room // WORD_BITS] ^= 1 << (room % WORD_BITS)
+            if not self.words[room // WORD_BITS]:
+                self.summary ^= 1 << (room // WORD_BITS)
         return taken
 
     def put(self, room: int, rows: list[int]) -> None:
+        """Add rows with this room; full rows are dropped."""
         if room and rows:
             self.rows[room] += rows
-            self.words[room // WORD] |= 1 << (room % WORD)
-            self.summary |= 1 << (room // WORD)
+            self.words[room // WORD_BITS] |= 1 << (room % WORD_BITS)
+            self.summary |= 1 << (room // WORD_BITS)
 
 
-def _lowest(bits: int) -> int:
+def _lowest_bit(bits: int) -> int:
+    """Return the index of the lowest bit that is set."""
     return (bits & -bits).bit_length() - 1

@@ -1,11 +1,11 @@
-"""Which of the encoded conversations are trained on and which evaluated on. All of it is seeded."""
+"""Seeded selection of the training and evaluation data: duplicates, splits, weights and sample limits."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from dft.data.preparing.chunk import Totals
-from dft.data.preparing.encode import Encoded
+from dft.data.preparing.conversation_counts import ConversationCounts
+from dft.data.preparing.encoded_sequences import EncodedSequences
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.packing import pack
 from dft.errors import UserError
@@ -13,25 +13,25 @@ from dft.errors import UserError
 
 @dataclass(frozen=True)
 class Split:
-    """The sequences of one split in order, and how they lie in rows.
+    """The sequences of a split in order, and their arrangement in rows.
 
     Attributes:
-        encoded: the sequences; a conversation that is taken several times stands there as often.
-        offsets: (rows + 1,) row r holds the sequences offsets[r] to offsets[r + 1]; None for one each.
+        encoded: the sequences; a conversation that is repeated occurs several times.
+        offsets: (rows + 1,) row r holds the sequences offsets[r] to offsets[r + 1]; None for one per row.
     """
 
-    encoded: Encoded
+    encoded: EncodedSequences
     offsets: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """Conversations that were read and are used nowhere, beside those that cannot be used at all.
+class UnusedCounts:
+    """Numbers of usable conversations that are in no split.
 
     Attributes:
-        repeated: the same as an earlier one, dropped by --dedup, in the files to train and to evaluate on.
-        shared: of the evaluation files that are trained on.
-        not_drawn: not among those that --data_weights and the limits on samples take.
+        repeated: duplicates of earlier conversations, dropped by --dedup from training and evaluation files.
+        shared: conversations of the evaluation files that are in the training files too.
+        not_drawn: conversations not drawn under --data_weights and the sample limits.
     """
 
     repeated: int = 0
@@ -40,133 +40,140 @@ class LeftOut:
 
 
 def select(
-    encoded: dict[str, Encoded],
-    totals: dict[str, list[Totals]],
+    encoded: dict[str, EncodedSequences],
+    counts: dict[str, list[ConversationCounts]],
     entries: list[int],
     options: PrepareOptions,
-) -> tuple[dict[str, Split], LeftOut]:
-    """What is trained and evaluated on of the conversations in the "train" and "eval" files.
+) -> tuple[dict[str, Split], UnusedCounts]:
+    """Return the "train" split and, if there is one, the "eval" split.
 
     Args:
-        entries: the entry of the command line that each training file belongs to.
+        encoded: the sequences of the "train" and the "eval" files.
+        counts: the counts of each of these files.
+        entries: for each training file, the index of its value of --data_files.
+        options: deduplication, validation split, weights, sample limits and packing.
 
     Raises:
-        UserError: nothing is left of one of them.
+        UserError: no usable conversation is left to train on or to evaluate on.
     """
     for group, flag in (("train", "--data_files"), ("eval", "--eval_data_files")):
-        if totals[group] and not len(encoded[group]):
-            raise UserError(_nothing_left(flag, sum(totals[group], Totals()), options))
+        if counts[group] and not len(encoded[group]):
+            raise UserError(_nothing_left(flag, sum(counts[group], ConversationCounts()), options))
     train, held_out = encoded["train"], encoded["eval"]
     repeated = shared = 0
     if options.dedup:
-        before = conversation_count(train) + conversation_count(held_out)
-        train, held_out = without_repeats(train), without_repeats(held_out)
-        repeated = before - conversation_count(train) - conversation_count(held_out)
+        before = _count_all(train, held_out)
+        train, held_out = drop_duplicates(train), drop_duplicates(held_out)
+        repeated = before - _count_all(train, held_out)
     if len(held_out):
-        both = shared_with(held_out, train)
-        shared = conversation_count(held_out.take(both))
-        if both.all():
+        is_shared = np.isin(held_out.token_digests, train.token_digests)
+        shared = held_out.take(is_shared).count_conversations()
+        if is_shared.all():
             raise UserError(
                 f"--eval_data_files: all {shared} conversations are in the training files as well; "
                 "evaluation needs conversations the model is not trained on"
             )
-        held_out = held_out.take(~both)
+        held_out = held_out.take(~is_shared)
     elif options.validation_split_percentage:
         train, held_out = hold_out(train, options.validation_split_percentage, options.seed)
-    before = conversation_count(train) + conversation_count(held_out)
+    before = _count_all(train, held_out)
     if options.data_weights:
-        train = weighted(train, list(options.data_weights), entries, options.seed)
+        train = repeat_by_weight(train, list(options.data_weights), entries, options.seed)
         if not len(train):
-            shown = " ".join(f"{weight:g}" for weight in options.data_weights)
-            raise UserError(f"--data_weights {shown}: not one conversation is left to train on")
-    chosen = {"train": limited(train, options.max_train_samples, options.seed)}
+            weights = " ".join(f"{weight:g}" for weight in options.data_weights)
+            raise UserError(f"--data_weights {weights}: no conversation is left to train on; raise a weight")
+    chosen = {"train": draw_sample(train, options.max_train_samples, options.seed)}
     if len(held_out):
-        chosen["eval"] = limited(held_out, options.max_eval_samples, options.seed)
-    splits = {
-        name: packed(one, options.max_length, options.seed) if options.packing else Split(one)
-        for name, one in chosen.items()
-    }
-    not_drawn = before - sum(conversation_count(one) for one in chosen.values())
-    return splits, LeftOut(repeated, shared, not_drawn)
+        chosen["eval"] = draw_sample(held_out, options.max_eval_samples, options.seed)
+    not_drawn = before - _count_all(*chosen.values())
+    splits = {name: _arrange(sequences, options) for name, sequences in chosen.items()}
+    return splits, UnusedCounts(repeated, shared, not_drawn)
 
 
-def _nothing_left(flag: str, totals: Totals, options: PrepareOptions) -> str:
-    if totals.rejected.total() == totals.read:
-        reasons = "; ".join(f"{count} x {kind}" for kind, count in totals.rejected.most_common(3))
-        return f"{flag}: nothing is left of {totals.read} conversations, none can be used ({reasons})"
+def _nothing_left(flag: str, counts: ConversationCounts, options: PrepareOptions) -> str:
+    """Return the message for files without a single sequence to use."""
+    if counts.rejected.total() == counts.read:
+        reasons = "; ".join(f"{count} x {kind}" for kind, count in counts.rejected.most_common(3))
+        return f"{flag}: none of the {counts.read} conversations can be used ({reasons})"
     return (
-        f"{flag}: nothing is left of {totals.read} conversations, none has a supervised "
-        f"token within --max_length {options.max_length}; raise it"
+        f"{flag}: none of the {counts.read} conversations has a supervised token within --max_length "
+        f"{options.max_length}; raise it"
     )
 
 
-def without_repeats(encoded: Encoded) -> Encoded:
-    """The first of equal conversations: equal tokens, equally supervised."""
-    _, first, number = np.unique(encoded.taught, return_index=True, return_inverse=True)
-    kept = encoded.conversations[first]  # all sequences of a conversation have one digest
-    return encoded.take(encoded.conversations == kept[number])
+def _count_all(*groups: EncodedSequences) -> int:
+    return sum(group.count_conversations() for group in groups)
 
 
-def shared_with(encoded: Encoded, other: Encoded) -> np.ndarray:
-    """(sequences,) whether the conversation of each is among the other ones."""
-    return np.isin(encoded.keys, other.keys)
+def drop_duplicates(encoded: EncodedSequences) -> EncodedSequences:
+    """Return the first of each set of conversations with equal token ids and labels."""
+    _, first, number = np.unique(encoded.label_digests, return_index=True, return_inverse=True)
+    first_conversations = encoded.conversations[first]  # all sequences of a conversation share one digest
+    return encoded.take(encoded.conversations == first_conversations[number])
 
 
-def conversation_count(encoded: Encoded) -> int:
-    return len(np.unique(encoded.conversations))
+def hold_out(
+    encoded: EncodedSequences, percentage: float, seed: int
+) -> tuple[EncodedSequences, EncodedSequences]:
+    """Split off a percentage of the distinct conversations, at least one, for evaluation.
 
+    All copies of a conversation go to the same side.
 
-def hold_out(encoded: Encoded, percentage: float, seed: int) -> tuple[Encoded, Encoded]:
-    """(train, eval): a share of the conversations, at least one, in the second.
-
-    Equal conversations stay on one side together.
+    Returns:
+        The training sequences and the evaluation sequences.
 
     Raises:
         UserError: nothing would be left to train on.
     """
-    # Numbered by digest: the choice depends on the conversations and the seed, not on the order of the lines.
-    different, number = np.unique(encoded.keys, return_inverse=True)
-    count = max(1, round(len(different) * percentage / 100))
-    if count >= len(different):
+    # Numbered by digest, so that the choice depends on the conversations and the seed, not on the line order.
+    distinct, number = np.unique(encoded.token_digests, return_inverse=True)
+    count = max(1, round(len(distinct) * percentage / 100))
+    if count >= len(distinct):
         raise UserError(
-            f"--validation_split_percentage {percentage:g}: of {len(different)} different conversations "
-            f"{count} would be held out and none left to train on"
+            f"--validation_split_percentage {percentage:g}: of {len(distinct)} different conversations "
+            f"{count} would be held out and none left to train on; lower it or add data"
         )
-    chosen = np.random.default_rng(seed).permutation(len(different))[:count]
-    held_out = np.isin(number, chosen)
-    return encoded.take(~held_out), encoded.take(held_out)
+    chosen = np.random.default_rng(seed).permutation(len(distinct))[:count]
+    is_held_out = np.isin(number, chosen)
+    return encoded.take(~is_held_out), encoded.take(is_held_out)
 
 
-def weighted(encoded: Encoded, weights: list[float], entries: list[int], seed: int) -> Encoded:
-    """Each conversation as often as its file is wanted in one epoch.
+def repeat_by_weight(
+    encoded: EncodedSequences, weights: list[float], entries: list[int], seed: int
+) -> EncodedSequences:
+    """Repeat the conversations of each file by its weight.
 
-    A weight of 2.5 takes all conversations twice and half of them, drawn at random, a third time. The
-    repetitions of a file stand behind it.
+    A weight of 2.5 takes every conversation twice, and a random half of them a third time. The repetitions
+    follow the file they repeat.
 
     Args:
-        weights: epochs of each entry of the command line within one epoch of the run.
-        entries: the entry that each file belongs to.
+        encoded: the training sequences.
+        weights: for each value of --data_files, its number of passes per epoch of the run.
+        entries: for each file, the index of its value of --data_files.
+        seed: seed of the random draw.
     """
-    number = np.array(entries)[encoded.sources]
+    entry_of_sequence = np.array(entries)[encoded.sources]
     parts = []
     for entry, weight in enumerate(weights):
-        mine = np.flatnonzero(number == entry)
-        parts += [mine] * int(weight)
-        conversations = np.unique(encoded.conversations[mine])
+        members = np.flatnonzero(entry_of_sequence == entry)
+        parts += [members] * int(weight)
+        conversations = np.unique(encoded.conversations[members])
         count = round((weight - int(weight)) * len(conversations))
         drawn = np.random.default_rng([seed, entry]).permutation(conversations)[:count]
-        parts.append(mine[np.isin(encoded.conversations[mine], drawn)])
+        parts.append(members[np.isin(encoded.conversations[members], drawn)])
     return encoded.take(np.concatenate(parts))
 
 
-def limited(encoded: Encoded, count: int | None, seed: int) -> Encoded:
-    """That many sequences, drawn at random and kept in order; all of them if there are no more."""
+def draw_sample(encoded: EncodedSequences, count: int | None, seed: int) -> EncodedSequences:
+    """Return `count` random sequences in their original order, or all if `count` is None or larger."""
     if count is None or count >= len(encoded):
         return encoded
     return encoded.take(np.sort(np.random.default_rng(seed).permutation(len(encoded))[:count]))
 
 
-def packed(encoded: Encoded, max_length: int, seed: int) -> Split:
-    """The sequences in as few rows of at most `max_length` tokens as best-fit-decreasing finds."""
-    order, offsets = pack(encoded.lengths, max_length, seed)
+def _arrange(encoded: EncodedSequences, options: PrepareOptions) -> Split:
+    """Arrange sequences in rows: one per row, or packed into rows of at most `max_length` tokens."""
+    if not options.packing:
+        return Split(encoded)
+    order, offsets = pack(encoded.lengths, options.max_length, options.seed)
     return Split(encoded.take(order), offsets)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dft.data.conversations.forms import parse_conversation
-from dft.data.preparing.chunk import Work, encode_chunk
+from dft.data.preparing.chunk import RecordChunk, encode_chunk
 from dft.data.preparing.options import EncodeOptions, PrepareOptions
 from dft.data.preparing.prepare import PreparedData, prepare
 from dft.data.reading.records import Record
@@ -121,7 +121,7 @@ def test_the_texts_of_many_long_lines_are_never_in_memory_together(encoder, tmp_
 def test_a_chunk_is_tokenized_a_few_conversations_at_a_time(encoder, monkeypatch):
     records = [Record(number, line.encode()) for number, line in enumerate(LINES, start=1)]
     options = EncodeOptions(max_length=64)
-    whole = encode_chunk(encoder, options, Work("a", 0, records))
+    whole = encode_chunk(encoder, options, RecordChunk("a", 0, records))
     sizes = []
 
     class Noting:
@@ -138,10 +138,10 @@ def test_a_chunk_is_tokenized_a_few_conversations_at_a_time(encoder, monkeypatch
     (sequence,) = encoder.render([parse_conversation(LINES[0].encode())])[0]
     monkeypatch.setattr(encoder, "backend", Noting())
     monkeypatch.setattr("dft.data.templates.encoder.BATCH_TEXT", 2 * len(sequence.text))
-    parts = encode_chunk(encoder, options, Work("a", 0, records))
+    parts = encode_chunk(encoder, options, RecordChunk("a", 0, records))
     assert sizes == [2, 2, 1]
     assert parts.input_ids.tolist() == whole.input_ids.tolist()
-    assert parts.keys.tolist() == whole.keys.tolist()
+    assert parts.token_digests.tolist() == whole.token_digests.tolist()
 
 
 # ---- parts that can be left out, and parts that cannot ----

@@ -1,5 +1,6 @@
-"""Prepared data is whole or not there, made once, and the same however many processes make it."""
+"""The cache of prepared data: complete or absent, prepared once, and equal for any number of processes."""
 
+import ast
 import errno
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from dft.data.preparing import digests as digests_module
 from dft.data.preparing import encode as encode_module
 from dft.data.preparing import prepare as prepare_module
 from dft.data.preparing.cache import ABANDONED, REPORT, STAGING
+from dft.data.preparing.cache_key import cache_key, source_files
 from dft.data.preparing.digests import sampled_digest
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.prepare import prepare
@@ -39,10 +41,10 @@ FORK = multiprocessing.get_context("fork")
 
 
 def forbidden(*_: object, **__: object) -> None:
-    raise AssertionError("tokenized again")
+    raise AssertionError("the data was tokenized again")
 
 
-def test_a_second_preparation_reads_the_cache_whatever_the_files_are_called(encoder, tmp_path, monkeypatch):
+def test_second_preparation_reads_the_cache_even_if_files_are_renamed(encoder, tmp_path, monkeypatch):
     file, eval_file = write(tmp_path / "a.jsonl", numbered(9)), write(tmp_path / "e.jsonl", numbered(2, 50))
     options = PrepareOptions(max_length=64)
     first = prepare([file], [eval_file], encoder, options, cache_dir=tmp_path / "cache", workers=1)
@@ -60,8 +62,8 @@ def key_of(
     files: list[str], eval_files: list[str], encoder: ChatEncoder, options: PrepareOptions, cache: Path
 ) -> str:
     sources = {"train": resolve_sources(files, "--data_files"), "eval": resolve_sources(eval_files, "--eval")}
-    contents = prepare_module.contents_of(sources, cache)
-    return prepare_module.cache_key(sources, contents, encoder, options)
+    contents = prepare_module.digests_of(sources, cache)
+    return cache_key(sources, contents, encoder, options)
 
 
 def test_code_in_sub_folders_of_dft_data_changes_the_key(encoder, tmp_path, monkeypatch):
@@ -84,10 +86,19 @@ def test_code_in_sub_folders_of_dft_data_changes_the_key(encoder, tmp_path, monk
 
 def test_every_module_of_dft_data_is_part_of_the_key():
     modules = {Path(module.__file__) for name, module in sys.modules.items() if name.startswith("dft.data")}
-    assert modules <= set(prepare_module.source_files())
+    assert modules <= set(source_files())
 
 
-def test_the_version_of_jinja_is_part_of_the_key(encoder, tmp_path, monkeypatch):
+def test_every_module_that_dft_data_imports_is_part_of_the_key():
+    covered = set(source_files())
+    for path in (ROOT / "dft" / "data").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dft."):
+                module = ROOT.joinpath(*node.module.split("."))
+                assert {module.with_suffix(".py"), module / "__init__.py"} & covered, node.module
+
+
+def test_version_of_jinja_is_part_of_the_key(encoder, tmp_path, monkeypatch):
     file = tmp_path / "a.jsonl"
     file.touch()
     before = key_of([str(file)], [], encoder, PrepareOptions(64), tmp_path)
@@ -95,11 +106,13 @@ def test_the_version_of_jinja_is_part_of_the_key(encoder, tmp_path, monkeypatch)
     assert key_of([str(file)], [], encoder, PrepareOptions(64), tmp_path) != before
 
 
-def test_everything_that_shapes_the_data_changes_the_key(encoder, tokenizer_json, tmp_path):
-    def key(text: str = "abc", name: str = "a.jsonl", using: ChatEncoder = encoder, **options: object) -> str:
+def test_every_input_of_the_preparation_changes_the_key(encoder, tokenizer_json, tmp_path):
+    def key(
+        text: str = "abc", name: str = "a.jsonl", with_encoder: ChatEncoder = encoder, **options: object
+    ) -> str:
         (tmp_path / name).write_text(text)
-        chosen = PrepareOptions(**{"max_length": 64, **options})
-        return key_of([str(tmp_path / name)], [], using, chosen, tmp_path)
+        prepare_options = PrepareOptions(**{"max_length": 64, **options})
+        return key_of([str(tmp_path / name)], [], with_encoder, prepare_options, tmp_path)
 
     other = with_template(tokenizer_json, CHATML_LINES, eos_token="<|im_end|>")
     with_token = with_template(tokenizer_json, CHATML_LINES, eos_token="<|im_end|>")
@@ -121,16 +134,16 @@ def test_everything_that_shapes_the_data_changes_the_key(encoder, tokenizer_json
         key(dedup=True),
         key(on_bad_data="skip"),
         key(packing=True),
-        key(using=ChatEncoder(encoder.tokenizer, variables={"enable_thinking": False})),
-        key(using=ChatEncoder(other)),
-        key(using=ChatEncoder(with_token)),
-        key(using=ChatEncoder(other, [0])),
+        key(with_encoder=ChatEncoder(encoder.tokenizer, variables={"enable_thinking": False})),
+        key(with_encoder=ChatEncoder(other)),
+        key(with_encoder=ChatEncoder(with_token)),
+        key(with_encoder=ChatEncoder(other, [0])),
     ]
     assert len(set(keys)) == len(keys)
     a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
     orders = [([a, b], []), ([a], [b]), ([a], [])]
-    made = {key_of(*order, encoder, PrepareOptions(64), tmp_path) for order in orders}
-    assert len(made) == len(orders)
+    keys_of_orders = {key_of(*order, encoder, PrepareOptions(64), tmp_path) for order in orders}
+    assert len(keys_of_orders) == len(orders)
 
 
 def test_one_and_three_processes_prepare_identical_data(prepared, tmp_path):
@@ -151,7 +164,7 @@ def test_one_and_three_processes_prepare_identical_data(prepared, tmp_path):
     assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
-def test_processes_that_prepare_at_once_tokenize_once(encoder, tmp_path, monkeypatch):
+def test_concurrent_preparations_tokenize_only_once(encoder, tmp_path, monkeypatch):
     file, log = write(tmp_path / "a.jsonl", numbered(20)), tmp_path / "log"
     real = prepare_module.encode_sources
 
@@ -175,10 +188,10 @@ def test_processes_that_prepare_at_once_tokenize_once(encoder, tmp_path, monkeyp
     for process in processes:
         process.join()
     assert results[0] == results[1] == results[2]
-    assert log.read_text() == "xx"  # one of them, for training files and for (no) evaluation files
+    assert log.read_text() == "xx"  # one process, for the training files and the (empty) evaluation files
 
 
-def test_what_a_killed_preparation_left_is_removed_and_its_workers_end(encoder, tmp_path, monkeypatch):
+def test_remains_of_a_killed_preparation_are_removed_and_its_workers_end(encoder, tmp_path, monkeypatch):
     file, pids = write(tmp_path / "a.jsonl", numbered(600)), tmp_path / "pids"
     pids.mkdir()
     parent = os.getpid()
@@ -198,18 +211,18 @@ def test_what_a_killed_preparation_left_is_removed_and_its_workers_end(encoder, 
         wait_for(lambda: len(list(pids.iterdir())) == 2)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    workers = [int(one.name) for one in pids.iterdir()]
+    workers = [int(path.name) for path in pids.iterdir()]
     assert parent not in workers and process.pid not in workers
     wait_for(lambda: not any(map(is_running, workers)))
 
-    folders = [one for one in (tmp_path / "cache").iterdir() if one.is_dir()]
+    folders = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert len(folders) == 1 and not (folders[0] / REPORT).exists()
     data = prepare([file], [], encoder, PrepareOptions(64), cache_dir=tmp_path / "cache", workers=1)
-    assert [one for one in (tmp_path / "cache").iterdir() if one.is_dir()] == [data.path]
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [data.path]
     assert len(data.datasets["train"]) == 600
 
 
-def test_files_that_change_while_they_are_prepared_are_refused(encoder, tmp_path, monkeypatch):
+def test_files_that_change_during_the_preparation_raise(encoder, tmp_path, monkeypatch):
     file, real = tmp_path / "a.jsonl", prepare_module.encode_sources
     write(file, numbered(20))
 
@@ -220,20 +233,20 @@ def test_files_that_change_while_they_are_prepared_are_refused(encoder, tmp_path
     options = PrepareOptions(64)
     with monkeypatch.context() as patched:
         patched.setattr(prepare_module, "encode_sources", edited)
-        with pytest.raises(UserError, match="the data files changed while they were prepared"):
+        with pytest.raises(UserError, match="the data files changed while they were being prepared"):
             prepare([str(file)], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
     write(file, numbered(20))
     data = prepare([str(file)], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
     assert len(data.datasets["train"]) == 20
 
 
-ALIEN = ["", "{", "{}", "[]", "null", "3", '{"train.arrow": 5}', "\\x00garbage"]
+INVALID_CONTENTS = ["", "{", "{}", "[]", "null", "3", '{"train.arrow": 5}', "\\x00garbage"]
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut", "gone", "zeroed", "zeroed order", "other report", "folder", "file", *ALIEN]
+    "damage", ["cut", "gone", "zeroed", "zeroed order", "other report", "folder", "file", *INVALID_CONTENTS]
 )
-def test_a_damaged_folder_is_prepared_anew_and_this_is_told(encoder, tmp_path, damage, capfd):
+def test_damaged_folder_is_prepared_again_with_a_note(encoder, tmp_path, damage, capfd):
     file, options = write(tmp_path / "a.jsonl", numbered(20)), PrepareOptions(64)
     first = prepare([file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
     before = column(first.datasets["train"], "labels")
@@ -263,51 +276,51 @@ def test_a_damaged_folder_is_prepared_anew_and_this_is_told(encoder, tmp_path, d
     capfd.readouterr()
     again = prepare([file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
     assert column(again.datasets["train"], "labels") == before
-    assert capfd.readouterr().err == f"note        {again.path} is damaged and prepared anew\n"
+    assert capfd.readouterr().err == f"note        {again.path} is damaged and will be prepared again\n"
     prepare([file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
     assert capfd.readouterr().err == ""
 
 
-def test_a_stretch_of_zeros_in_a_large_file_is_seen(tmp_path):
+def test_sampled_digest_detects_zeroed_ranges_and_truncation(tmp_path):
     file, size = tmp_path / "large", 1 << 25
     file.write_bytes(np.random.default_rng(0).bytes(size))
-    whole = sampled_digest(file)
-    assert sampled_digest(file) == whole
+    digest = sampled_digest(file)
+    assert sampled_digest(file) == digest
     stretch = size // (digests_module.SAMPLES - 1)
     for start in (0, 12_345_678, size - stretch):
         with open(file, "r+b") as stream:
             stream.seek(start)
-            kept = stream.read(stretch)
+            original = stream.read(stretch)
             stream.seek(start)
             stream.write(bytes(stretch))
             stream.flush()
-            assert sampled_digest(file) != whole
+            assert sampled_digest(file) != digest
             stream.seek(start)
-            stream.write(kept)
-    assert sampled_digest(file) == whole
+            stream.write(original)
+    assert sampled_digest(file) == digest
     for cut in (size - 1, size - stretch):
         os.truncate(file, cut)
-        assert sampled_digest(file) != whole
+        assert sampled_digest(file) != digest
 
 
-def test_all_of_a_folder_is_on_the_disk_before_it_gets_its_name(encoder, tmp_path, monkeypatch):
+def test_folder_is_flushed_to_disk_before_it_gets_its_final_name(encoder, tmp_path, monkeypatch):
     file, cache, flushed = write(tmp_path / "a.jsonl", numbered(5)), tmp_path / "cache", []
     real = prepare_module.flush_to_disk
 
     def flush(path: Path) -> None:
-        named = [one.name for one in cache.iterdir() if one.is_dir() and "." not in one.name]
-        flushed.append((path.name, bool(named)))
+        final_names = [entry.name for entry in cache.iterdir() if entry.is_dir() and "." not in entry.name]
+        flushed.append((path.name, bool(final_names)))
         real(path)
 
     for module in (cache_module, prepare_module):
         monkeypatch.setattr(module, "flush_to_disk", flush)
     data = prepare([file], [], encoder, PrepareOptions(64), cache_dir=cache, workers=1)
-    assert [named for _, named in flushed] == [False] * (len(flushed) - 1) + [True]
-    assert {one.name for one in data.path.iterdir()} < {name for name, _ in flushed}
+    assert [is_final for _, is_final in flushed] == [False] * (len(flushed) - 1) + [True]
+    assert {path.name for path in data.path.iterdir()} < {name for name, _ in flushed}
     assert flushed[-2][0].startswith(data.path.name) and flushed[-1][0] == "cache"
 
 
-def test_a_lock_that_is_a_folder_is_one_error(encoder, tmp_path):
+def test_lock_path_that_is_a_folder_raises(encoder, tmp_path):
     file, cache = write(tmp_path / "a.jsonl", numbered(5)), tmp_path / "cache"
     key = prepare([file], [], encoder, PrepareOptions(64), cache_dir=cache, workers=1).path
     shutil.rmtree(key)
@@ -318,7 +331,7 @@ def test_a_lock_that_is_a_folder_is_one_error(encoder, tmp_path):
 
 
 def full_after(budget: int) -> Callable[..., object]:
-    """A `Path.write_bytes` of a disk that has that many bytes left."""
+    """Return a replacement for `Path.write_bytes` on a disk with `budget` bytes left."""
     real = Path.write_bytes
 
     def write_bytes(path: Path, data: bytes) -> int:
@@ -330,45 +343,47 @@ def full_after(budget: int) -> Callable[..., object]:
     return write_bytes
 
 
-def test_a_disk_that_is_full_is_one_error_and_leaves_nothing(encoder, tmp_path, monkeypatch):
+def test_full_disk_raises_and_leaves_no_data(encoder, tmp_path, monkeypatch):
     file, cache = write(tmp_path / "a.jsonl", numbered(20)), tmp_path / "cache"
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", full_after(100))
-        with pytest.raises(UserError, match=r"no space left .* after [\d,]+ bytes of prepared data") as told:
+        with pytest.raises(
+            UserError, match=r"no space left .* after [\d,]+ bytes of prepared data"
+        ) as raised:
             prepare([file], [], encoder, PrepareOptions(64), cache_dir=cache, workers=1)
-    assert f"--data_cache_dir {cache}: " in str(told.value) and "another disk" in str(told.value)
-    assert not [one for one in cache.iterdir() if one.is_dir()]
+    assert f"--data_cache_dir {cache}: " in str(raised.value) and "another disk" in str(raised.value)
+    assert not [path for path in cache.iterdir() if path.is_dir()]
     data = prepare([file], [], encoder, PrepareOptions(64), cache_dir=cache, workers=1)
     assert len(data.datasets["train"]) == 20
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
-def test_a_report_that_cannot_be_written_is_one_error_and_the_earlier_one_stays(
+def test_report_that_cannot_be_written_raises_and_keeps_the_earlier_one(
     prepared, tmp_path, monkeypatch, code
 ):
     data = prepared([*numbered(3), {"messages": 1}], on_bad_data="skip")
     output = tmp_path / "out"
     data.write_report(output)
-    earlier = {one.name: one.read_bytes() for one in output.iterdir()}
+    earlier = {path.name: path.read_bytes() for path in output.iterdir()}
     assert sorted(earlier) == [REPORT, "rejected.jsonl"]
 
     def failing(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(UserError, match=rf"--output_dir {output}: .*{output}/rejected.jsonl") as told:
+    with pytest.raises(UserError, match=rf"--output_dir {output}: .*{output}/rejected.jsonl") as raised:
         data.write_report(output)
-    assert ("bytes are free" in str(told.value)) == (code in (errno.ENOSPC, errno.EDQUOT))
-    assert {one.name: one.read_bytes() for one in output.iterdir()} == earlier
+    assert ("bytes are free" in str(raised.value)) == (code in (errno.ENOSPC, errno.EDQUOT))
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == earlier
     with pytest.raises(UserError, match=f"--output_dir {output}/{REPORT}: is not a folder"):
         data.write_report(output / REPORT)
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
-def test_prepared_data_in_a_folder_that_takes_no_note_is_used(encoder, tmp_path, monkeypatch, code):
+def test_prepared_data_is_used_from_a_cache_that_cannot_be_written(encoder, tmp_path, monkeypatch, code):
     file, options = write(tmp_path / "a.jsonl", numbered(5)), PrepareOptions(64)
     first = prepare([file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
-    monkeypatch.setattr(digests_module, "SETTLED", -1.0)
+    monkeypatch.setattr(digests_module, "MIN_AGE", -1.0)
     monkeypatch.setattr(prepare_module, "encode_sources", forbidden)
 
     def refused(path: Path, _: object) -> None:
@@ -379,47 +394,46 @@ def test_prepared_data_in_a_folder_that_takes_no_note_is_used(encoder, tmp_path,
     assert again.path == first.path and not (tmp_path / "cache" / "digests").exists()
 
 
-def test_folders_of_killed_runs_with_other_data_are_removed_once_nobody_fills_them(encoder, tmp_path):
+def test_abandoned_folders_of_other_keys_are_removed_unless_locked_or_recent(encoder, tmp_path):
     file, cache = write(tmp_path / "a.jsonl", numbered(5)), tmp_path / "cache"
     old = time.time() - 2 * ABANDONED
 
     def folder(name: str, changed: float) -> Path:
-        made = cache / name
-        made.mkdir(parents=True)
-        (made / "train.arrow").write_bytes(b"x")
-        for one in (made / "train.arrow", made):
-            os.utime(one, (changed, changed))
-        return made
+        path = cache / name
+        path.mkdir(parents=True)
+        (path / "train.arrow").write_bytes(b"x")
+        for changed_path in (path / "train.arrow", path):
+            os.utime(changed_path, (changed, changed))
+        return path
 
-    abandoned, locked, fresh = (folder(f"{letter * 32}.ab_cd012", old) for letter in "abc")
-    written_lately = fresh / "train.arrow"
-    os.utime(written_lately)
+    abandoned, locked, recent = (folder(f"{letter * 32}.ab_cd012", old) for letter in "abc")
+    os.utime(recent / "train.arrow")
     others = [folder(name, old) for name in ("d" * 32, "my.data", f"{'e' * 32}.backup_of_mine")]
     with FileLock(cache / f"{'b' * 32}.lock"):
         prepare([file], [], encoder, PrepareOptions(64), cache_dir=cache, workers=1)
     assert not abandoned.exists()
-    assert locked.exists() and fresh.exists() and all(one.exists() for one in others)
+    assert locked.exists() and recent.exists() and all(path.exists() for path in others)
 
 
-@pytest.mark.parametrize("given", [None, "", "relative", "/somewhere"])
-def test_a_cache_folder_of_the_environment_counts_if_it_is_absolute(monkeypatch, given):
+@pytest.mark.parametrize("value", [None, "", "relative", "/somewhere"])
+def test_cache_folder_of_the_environment_is_used_if_it_is_absolute(monkeypatch, value):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    if given is not None:
-        monkeypatch.setenv("XDG_CACHE_HOME", given)
-    expected = "/somewhere/dft" if given == "/somewhere" else "~/.cache/dft"
+    if value is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    expected = "/somewhere/dft" if value == "/somewhere" else "~/.cache/dft"
     assert DataArguments(data_files=[]).data_cache_dir == expected
 
 
-def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
+def test_file_is_written_completely_or_stays_unchanged(tmp_path):
     def failing() -> object:
         yield "half"
         raise OSError(errno.ENOSPC, "No space left on device")
 
     write_atomically(tmp_path / "a", ["one", "two"])
-    with pytest.raises(OSError) as told:
+    with pytest.raises(OSError) as raised:
         write_atomically(tmp_path / "a", failing())
-    assert told.value.filename == str(tmp_path / "a")
-    assert [one.name for one in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "onetwo"
+    assert raised.value.filename == str(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "onetwo"
 
 
 @pytest.mark.parametrize("again_after", [None, 0.0, 0.05])
@@ -429,9 +443,9 @@ def test_ctrl_c_ends_a_preparation_at_once_with_one_line(tokenizer_folder, tmp_p
     program = """
 import os, runpy, signal, sys, time
 from pathlib import Path
-from dft.data import encode
+from dft.data.preparing import encode
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are deaf to it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by default in background jobs
 
 def stuck(*_):
     Path(os.environ["PIDS"], str(os.getpid())).touch()
@@ -440,10 +454,10 @@ def stuck(*_):
 encode.SMALL, encode.encode_chunk = 0, stuck
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
-    words = ["--model_name_or_path", str(tokenizer_folder), "--data_files", file]
-    words += ["--data_cache_dir", str(tmp_path / "cache"), "--preprocessing_num_workers", "2"]
+    arguments = ["--model_name_or_path", str(tokenizer_folder), "--data_files", file]
+    arguments += ["--data_cache_dir", str(tmp_path / "cache"), "--preprocessing_num_workers", "2"]
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(ROOT / "scripts" / "show_data.py"), *words],
+        [sys.executable, "-c", program, str(ROOT / "scripts" / "show_data.py"), *arguments],
         env={**os.environ, "PIDS": str(pids), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -457,28 +471,28 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
         time.sleep(again_after)
         os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - started < 6, "half a second if the machine has nothing else to do"
-    # A shell calls both 130. A second Ctrl-C may meet the interpreter when it has said what it had to say.
+    assert time.monotonic() - started < 6, "it takes half a second on an idle machine"
+    # A shell reports both as 130. A second Ctrl-C may arrive when the message is already printed.
     assert process.returncode in ((130,) if again_after is None else (130, -signal.SIGINT))
     assert errors.splitlines()[-1:] == ["interrupted"], errors
     assert errors.count("interrupted") == 1 and "Traceback" not in errors
-    wait_for(lambda: not any(is_running(int(one.name)) for one in pids.iterdir()), seconds=2)
+    wait_for(lambda: not any(is_running(int(path.name)) for path in pids.iterdir()), seconds=2)
     if again_after is None:
-        assert not [one for one in (tmp_path / "cache").iterdir() if STAGING.fullmatch(one.name)]
+        assert not [path for path in (tmp_path / "cache").iterdir() if STAGING.fullmatch(path.name)]
 
 
-def test_an_error_in_a_worker_keeps_the_lines_it_came_from(prepared, monkeypatch):
+def test_error_in_a_worker_keeps_its_traceback(prepared, monkeypatch):
     def failing(*_: object) -> None:
         raise KeyError("of the worker")
 
     monkeypatch.setattr(encode_module, "SMALL", 0)
     monkeypatch.setattr(encode_module, "encode_chunk", failing)
-    with pytest.raises(KeyError, match="of the worker") as told:
+    with pytest.raises(KeyError, match="of the worker") as raised:
         prepared(numbered(600), workers=2)
-    assert "in failing" in str(told.value.__cause__) and not multiprocessing.active_children()
+    assert "in failing" in str(raised.value.__cause__) and not multiprocessing.active_children()
 
 
-def test_a_worker_that_is_killed_is_told_with_a_remedy(prepared, tmp_path, monkeypatch):
+def test_killed_worker_raises_an_error_with_a_remedy(prepared, tmp_path, monkeypatch):
     parent = os.getpid()
 
     def killed(*_: object) -> None:
@@ -489,19 +503,19 @@ def test_a_worker_that_is_killed_is_told_with_a_remedy(prepared, tmp_path, monke
     monkeypatch.setattr(encode_module, "encode_chunk", killed)
     with pytest.raises(UserError, match=r"lower --preprocessing_num_workers \(now 2\)"):
         prepared(numbered(600), workers=2)
-    assert not [one for one in (tmp_path / "cache").iterdir() if one.is_dir()]
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert not multiprocessing.active_children()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"condition not met within {seconds} seconds"
         time.sleep(0.02)
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process lives; one that ended and was not reaped does not."""
+    """Return whether a process is running; zombies are not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

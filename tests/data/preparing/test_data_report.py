@@ -1,4 +1,4 @@
-"""However data is cut, mixed and packed, each sequence is that of its line alone, and no line is lost."""
+"""Truncated, mixed and packed data: sequences equal those of single lines, and every line is counted."""
 
 import random
 from pathlib import Path
@@ -37,8 +37,8 @@ def files(tmp_path_factory) -> list[str]:
     ]
 
 
-def alone(encoder: ChatEncoder, file: str, line: int, truncation: str) -> tuple[list[int], list[int]]:
-    """What a line of a file is trained on by itself."""
+def encode_alone(encoder: ChatEncoder, file: str, line: int, truncation: str) -> tuple[list[int], list[int]]:
+    """Return the token ids and labels of one line of a file, encoded and truncated alone."""
     ((example,),) = encoder.encode([parse_conversation(Path(file).read_bytes().split(b"\n")[line - 1])])
     part = slice(-LIMIT, None) if truncation == "left" else slice(LIMIT)
     return example.input_ids[part].tolist(), [-100, *example.labels[part].tolist()[1:]]
@@ -46,7 +46,7 @@ def alone(encoder: ChatEncoder, file: str, line: int, truncation: str) -> tuple[
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("truncation", ["right", "left", "drop"])
-def test_every_sequence_is_that_of_its_line_and_every_line_is_accounted_for(
+def test_every_sequence_equals_that_of_its_line_and_every_line_is_counted(
     encoder, files, tmp_path, truncation, packing
 ):
     mixed = {"data_weights": (1, 0.5, 2), "validation_split_percentage": 10}
@@ -57,10 +57,10 @@ def test_every_sequence_is_that_of_its_line_and_every_line_is_accounted_for(
         for number, row in enumerate(dataset):
             ends = np.cumsum([0, *row.get("seq_lengths", [len(row["input_ids"])])])
             for (file, line), start, end in zip(dataset.origins(number), ends, ends[1:], strict=False):
-                got = row["input_ids"][start:end].tolist(), row["labels"][start:end].tolist()
-                assert got == alone(encoder, files[file], line, truncation)
+                actual = row["input_ids"][start:end].tolist(), row["labels"][start:end].tolist()
+                assert actual == encode_alone(encoder, files[file], line, truncation)
                 used.add((file, line))
     report = data.report
-    left_out = ("dropped_without_supervised_tokens", "dropped_for_their_length", "conversations_not_drawn")
-    assert len(used) + sum(report[name] for name in left_out) == report["conversations_read"] == 180
-    assert all(report[name] for name in left_out[2:]) and len(used) > 20
+    unused = ("dropped_without_supervised_tokens", "dropped_for_their_length", "conversations_not_drawn")
+    assert len(used) + sum(report[name] for name in unused) == report["conversations_read"] == 180
+    assert all(report[name] for name in unused[2:]) and len(used) > 20

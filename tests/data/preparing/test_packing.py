@@ -1,4 +1,4 @@
-"""Packing against one-by-one best fit, and how full its rows are."""
+"""Packing compared with textbook best-fit-decreasing, and the density of its rows."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ def contents(rows):
     return sorted(tuple(sorted(row)) for row in rows)
 
 
-def one_by_one(lengths, capacity):
-    """Best fit, decreasing, as the textbook has it: the lengths in each row."""
+def textbook_best_fit(lengths, capacity):
+    """Return the lengths in each row, placing one sequence at a time."""
     rows = []
     for length in sorted(lengths.tolist(), reverse=True):
         fitting = [row for row in rows if sum(row) + length <= capacity]
@@ -39,13 +39,13 @@ def random_lengths(kind, capacity, generator):
 
 @pytest.mark.parametrize("kind", ["uniform", "short", "few", "lognormal"])
 @pytest.mark.parametrize("capacity", [7, 64, 1000, 5000])
-def test_rows_are_filled_as_by_one_by_one_best_fit(kind, capacity):
-    """Best fit leaves open which of several equally full rows is taken, but not how full the rows become."""
+def test_rows_are_as_full_as_with_textbook_best_fit(kind, capacity):
+    """Best fit may choose any of several equally full rows, but how full the rows become is determined."""
     generator = np.random.default_rng(capacity)
     for seed in range(5):
         lengths = random_lengths(kind, capacity, generator)
         rows = rows_of(lengths, capacity, seed)
-        expected = sorted(sum(row) for row in one_by_one(lengths, capacity))
+        expected = sorted(sum(row) for row in textbook_best_fit(lengths, capacity))
         assert sorted(lengths[row].sum() for row in rows) == expected
         assert sorted(np.concatenate(rows).tolist()) == list(range(len(lengths)))
         assert max(lengths[row].sum() for row in rows) <= capacity
@@ -54,13 +54,13 @@ def test_rows_are_filled_as_by_one_by_one_best_fit(kind, capacity):
 def test_order_and_offsets_are_int64_and_deterministic():
     lengths = np.random.default_rng(1).integers(1, 100, 500).astype(np.int32)
     order, offsets = pack(lengths, 128, seed=4)
-    again, same = pack(lengths, 128, seed=4)
+    order_again, offsets_again = pack(lengths, 128, seed=4)
     assert order.dtype == offsets.dtype == np.int64
-    assert order.tolist() == again.tolist() and offsets.tolist() == same.tolist()
+    assert order.tolist() == order_again.tolist() and offsets.tolist() == offsets_again.tolist()
     assert offsets[0] == 0 and offsets[-1] == 500 and (np.diff(offsets) > 0).all()
 
 
-def test_a_seed_changes_who_shares_a_row_but_not_how_many_rows_there_are():
+def test_seed_changes_the_contents_of_rows_but_not_their_number():
     lengths = np.full(400, 30)
     first, second = rows_of(lengths, 128, 1), rows_of(lengths, 128, 2)
     assert len(first) == len(second) == 100
@@ -68,8 +68,8 @@ def test_a_seed_changes_who_shares_a_row_but_not_how_many_rows_there_are():
     assert np.mean([np.ptp(row) for row in first]) > 100  # neighbors in the file are not neighbors in a row
 
 
-def test_leftovers_do_not_come_last():
-    """Rows in the order of their opening would end with the shortest sequences."""
+def test_rows_of_short_sequences_do_not_come_last():
+    """In the order in which they were opened, the rows with the shortest sequences would come last."""
     lengths = np.concatenate([np.full(300, 100), np.full(300, 9)])
     counts = np.array([len(row) for row in rows_of(lengths, 100, 0)])
     small = np.flatnonzero(counts > 1)
@@ -77,17 +77,17 @@ def test_leftovers_do_not_come_last():
 
 
 @pytest.mark.parametrize(("bad", "message"), [(65, "sequence 2 has 65 tokens"), (0, "sequence 2 has 0")])
-def test_lengths_that_fit_no_row_are_refused(bad, message):
+def test_lengths_that_fit_no_row_raise(bad, message):
     with pytest.raises(ValueError, match=message):
         pack(np.array([3, 64, bad]), 64, seed=0)
 
 
-def test_nothing_packs_into_no_rows():
+def test_no_sequences_give_no_rows():
     order, offsets = pack(np.zeros(0, dtype=np.int64), 64, seed=0)
     assert order.tolist() == [] and offsets.tolist() == [0]
 
 
-def test_lengths_like_those_of_chats_fill_the_rows():
+def test_chat_like_lengths_fill_the_rows_to_98_percent():
     lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 0.5, 20_000), 20, 2048).astype(np.int64)
     rows = len(rows_of(lengths, 2048))
     assert density(lengths, rows, 2048) == lengths.sum() / (rows * 2048) > 0.98

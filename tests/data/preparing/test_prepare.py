@@ -1,4 +1,4 @@
-"""From files to prepared data: what is in it, how it is split, what is counted, and what is refused."""
+"""Preparation of data files: contents, truncation, splits, counts and errors."""
 
 import json
 import multiprocessing
@@ -19,13 +19,13 @@ from tests.data.templates.chat_templates import FORGETS_REASONING, Taught, expec
 
 
 def questions(data: PreparedData, split: str, encoder: ChatEncoder) -> list[str]:
-    """The question of every sequence, in order."""
+    """Return the question of every sequence, in order."""
     texts = [encoder.tokenizer.decode(ids) for ids in column(data.datasets[split], "input_ids")]
     return [text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0] for text in texts]
 
 
 def check_counts(data: PreparedData, split: str) -> None:
-    """The report of a split agrees with what lies on disk."""
+    """Check that the report of a split agrees with the prepared data."""
     report, dataset = data.report[split], data.datasets[split]
     assert report["sequences"] == len(dataset) == sum(entry["sequences"] for entry in report["files"])
     ids, labels = column(dataset, "input_ids"), column(dataset, "labels")
@@ -37,10 +37,10 @@ def check_counts(data: PreparedData, split: str) -> None:
     assert report["length_percentiles"]["0"] == min(map(len, ids))
 
 
-# ---- what is prepared ----
+# ---- contents ----
 
 
-def test_the_prepared_file_opens_with_datasets_and_knows_where_sequences_come_from(prepared, encoder):
+def test_prepared_file_opens_with_datasets_and_holds_the_origin_of_sequences(prepared, encoder):
     data = prepared(numbered(3), numbered(2, start=10))
     loaded = Dataset.from_file(f"{data.report['prepared_path']}/train.arrow")
     assert loaded.column_names == ["input_ids", "labels", "source", "line"]
@@ -55,12 +55,12 @@ def test_the_prepared_file_opens_with_datasets_and_knows_where_sequences_come_fr
     assert str(data.path) == data.report["prepared_path"]
 
 
-def test_there_is_no_eval_split_unless_asked_for(prepared):
+def test_no_eval_split_by_default(prepared):
     data = prepared(numbered(3))
     assert set(data.datasets) == {"train"} and "eval" not in data.report
 
 
-def test_files_of_different_columns_merge_in_order(encoder, tmp_path):
+def test_files_with_different_columns_are_merged_in_order(encoder, tmp_path):
     files = [
         write(tmp_path / "a.jsonl", [conversation("one", id=1, meta={"x": [1, "y"]})]),
         write(tmp_path / "b.jsonl", [conversation("two", id="two"), conversation("three", score=0.5)]),
@@ -77,7 +77,7 @@ def test_files_of_different_columns_merge_in_order(encoder, tmp_path):
     check_counts(data, "train")
 
 
-def test_a_file_given_twice_is_read_twice(encoder, tmp_path):
+def test_file_given_twice_is_read_twice(encoder, tmp_path):
     file = write(tmp_path / "a.jsonl", numbered(3))
     options = PrepareOptions(max_length=64)
     data = prepare([file, file], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
@@ -86,16 +86,16 @@ def test_a_file_given_twice_is_read_twice(encoder, tmp_path):
     assert data.report["train"]["different_conversations"] == 3
 
 
-CUT = (conversation("short", "yes"), conversation("q", "word " * 30), conversation("word " * 60, "no"))
-"""Rows of which the second is cut in its answer, and the third in its question, by a limit of 20."""
+LONG_ROWS = (conversation("short", "yes"), conversation("q", "word " * 30), conversation("word " * 60, "no"))
+"""A limit of 20 tokens truncates the second row in its answer and the third in its question."""
 
 
-def test_long_conversations_are_cut_on_the_right_and_counted(prepared):
-    data, whole = prepared([*CUT], max_length=20), prepared([*CUT], max_length=1000)
+def test_long_conversations_are_truncated_on_the_right_and_counted(prepared):
+    data, untruncated = prepared([*LONG_ROWS], max_length=20), prepared([*LONG_ROWS], max_length=1000)
     for name in ("input_ids", "labels"):
-        rows = column(whole.datasets["train"], name)
+        rows = column(untruncated.datasets["train"], name)
         assert column(data.datasets["train"], name) == [row[:20] for row in rows[:2]]
-    lost = whole.report["train"]["supervised_tokens"] - data.report["train"]["supervised_tokens"]
+    lost = untruncated.report["train"]["supervised_tokens"] - data.report["train"]["supervised_tokens"]
     numbers = {name: data.report[name] for name in data.report if isinstance(data.report[name], int)}
     assert numbers == {
         "conversations_read": 3,
@@ -115,16 +115,16 @@ def test_long_conversations_are_cut_on_the_right_and_counted(prepared):
     check_counts(data, "train")
 
 
-def test_cut_on_the_left_the_end_is_kept_and_the_first_token_is_no_target(prepared):
-    data = prepared([*CUT], max_length=20, truncation="left")
-    whole = prepared([*CUT], max_length=1000)
-    rows = column(whole.datasets["train"], "input_ids")
+def test_left_truncation_keeps_the_end_and_does_not_supervise_the_first_token(prepared):
+    data = prepared([*LONG_ROWS], max_length=20, truncation="left")
+    untruncated = prepared([*LONG_ROWS], max_length=1000)
+    rows = column(untruncated.datasets["train"], "input_ids")
     assert column(data.datasets["train"], "input_ids") == [row[-20:] for row in rows]
-    labels = column(whole.datasets["train"], "labels")
+    labels = column(untruncated.datasets["train"], "labels")
     assert column(data.datasets["train"], "labels") == [
         row if len(row) <= 20 else [-100, *row[-19:]] for row in labels
     ]
-    lost = whole.report["train"]["supervised_tokens"] - data.report["train"]["supervised_tokens"]
+    lost = untruncated.report["train"]["supervised_tokens"] - data.report["train"]["supervised_tokens"]
     assert (data.report["lost_supervised_tokens"], data.report["lost_end_tokens"]) == (lost, 0)
     assert (data.report["truncated_conversations"], data.report["end_of_turn_tokens"]) == (
         2,
@@ -132,7 +132,7 @@ def test_cut_on_the_left_the_end_is_kept_and_the_first_token_is_no_target(prepar
     )
 
 
-def test_a_turn_cut_away_on_the_left_loses_its_end_token(prepared):
+def test_turn_truncated_on_the_left_loses_its_end_token(prepared):
     messages = conversation("q", "one")["messages"] + conversation("r", "word " * 10)["messages"]
     (length,) = map(len, column(prepared([{"messages": messages}]).datasets["train"], "input_ids"))
     for limit, lost in ((length, 0), (length - 3, 0), (20, 1)):
@@ -140,32 +140,32 @@ def test_a_turn_cut_away_on_the_left_loses_its_end_token(prepared):
         assert (report["lost_end_tokens"], report["end_of_turn_tokens"]) == (lost, {"<|im_end|>": 2 - lost})
 
 
-def test_long_conversations_are_dropped_whole_or_refused_if_asked_for(prepared, tmp_path):
-    data = prepared([*CUT], max_length=20, truncation="drop")
-    whole = prepared([*CUT], max_length=1000)
-    kept = column(whole.datasets["train"], "input_ids")[:1]
-    assert column(data.datasets["train"], "input_ids") == kept
+def test_long_conversations_are_dropped_or_raise_as_chosen(prepared, tmp_path):
+    data = prepared([*LONG_ROWS], max_length=20, truncation="drop")
+    untruncated = prepared([*LONG_ROWS], max_length=1000)
+    expected_ids = column(untruncated.datasets["train"], "input_ids")[:1]
+    assert column(data.datasets["train"], "input_ids") == expected_ids
     report = data.report
     assert (report["dropped_for_their_length"], report["truncated_conversations"]) == (2, 0)
-    supervised = whole.report["train"]["supervised_tokens"] - report["train"]["supervised_tokens"]
+    supervised = untruncated.report["train"]["supervised_tokens"] - report["train"]["supervised_tokens"]
     assert (report["lost_supervised_tokens"], report["lost_end_tokens"]) == (supervised, 2)
-    lengths = [len(ids) for ids in column(whole.datasets["train"], "input_ids")]
-    with pytest.raises(UserError) as caught:
-        prepared([*CUT], max_length=20, truncation="error")
-    assert str(caught.value).splitlines() == [
+    lengths = [len(ids) for ids in column(untruncated.datasets["train"], "input_ids")]
+    with pytest.raises(UserError) as raised:
+        prepared([*LONG_ROWS], max_length=20, truncation="error")
+    assert str(raised.value).splitlines() == [
         "2 conversations cannot be used:",
         f"  {tmp_path}/train.jsonl:2: {lengths[1]} tokens, longer than --max_length 20",
         f"  {tmp_path}/train.jsonl:3: {lengths[2]} tokens, longer than --max_length 20",
     ]
 
 
-def test_a_conversation_of_exactly_the_limit_is_not_cut(prepared):
+def test_conversation_of_exactly_the_limit_is_not_truncated(prepared):
     (length,) = prepared([conversation("q")]).datasets["train"].lengths.tolist()
     assert prepared([conversation("q")], max_length=length).report["truncated_conversations"] == 0
     assert prepared([conversation("q")], max_length=length - 1).report["truncated_conversations"] == 1
 
 
-def test_unrolled_conversations_are_counted_once_and_stay_on_one_side(tokenizer_json, tmp_path):
+def test_conversation_of_several_sequences_counts_once_and_stays_in_one_split(tokenizer_json, tmp_path):
     encoder = ChatEncoder(with_template(tokenizer_json, FORGETS_REASONING, eos_token="<|im_end|>"))
     thought = "<think>\nlet me\n</think>\n\nb"
     rows = [
@@ -182,7 +182,7 @@ def test_unrolled_conversations_are_counted_once_and_stay_on_one_side(tokenizer_
     check_counts(data, "eval")
 
 
-def test_a_conversation_that_loses_some_of_its_sequences_is_counted_once(tokenizer_json, tmp_path):
+def test_conversation_that_loses_some_of_its_sequences_counts_once(tokenizer_json, tmp_path):
     encoder = ChatEncoder(with_template(tokenizer_json, FORGETS_REASONING, eos_token="<|im_end|>"))
     short, long = "<think>\na\n</think>\n\nb", "<think>\n" + "word " * 40 + "\n</think>\n\nb"
     messages = conversation("q", short)["messages"] + conversation("r", long)["messages"]
@@ -199,7 +199,7 @@ def test_a_conversation_that_loses_some_of_its_sequences_is_counted_once(tokeniz
 # ---- splitting and selecting ----
 
 
-def test_the_validation_split_is_seeded_disjoint_and_complete(prepared, encoder):
+def test_validation_split_is_seeded_disjoint_and_complete(prepared, encoder):
     rows = numbered(50)
     first = prepared(rows, validation_split_percentage=10, seed=1)
     assert len(first.datasets["eval"]) == 5
@@ -208,32 +208,32 @@ def test_the_validation_split_is_seeded_disjoint_and_complete(prepared, encoder)
     assert train == sorted(train, key=lambda text: int(text.split()[1]))
     other = prepared(rows, validation_split_percentage=10, seed=2)
     assert set(questions(other, "eval", encoder)) != set(held_out)
-    prepared_again = prepared([*rows, conversation("extra")], validation_split_percentage=10, seed=1)
-    assert prepared_again.path != first.path
+    with_extra = prepared([*rows, conversation("extra")], validation_split_percentage=10, seed=1)
+    assert with_extra.path != first.path
     for name in ("train", "eval"):
         check_counts(first, name)
 
 
-def test_the_same_seed_splits_the_same_way_in_another_cache(encoder, tmp_path):
+def test_same_seed_gives_the_same_split_in_another_cache(encoder, tmp_path):
     file = write(tmp_path / "a.jsonl", numbered(40))
     options = PrepareOptions(max_length=64, validation_split_percentage=20)
-    one, two = (
+    first, second = (
         prepare([file], [], encoder, options, cache_dir=tmp_path / name, workers=1) for name in ("x", "y")
     )
-    assert one.path != two.path
-    assert column(one.datasets["eval"], "input_ids") == column(two.datasets["eval"], "input_ids")
+    assert first.path != second.path
+    assert column(first.datasets["eval"], "input_ids") == column(second.datasets["eval"], "input_ids")
 
 
-def test_the_order_of_lines_does_not_change_which_conversations_are_held_out(prepared, encoder):
+def test_order_of_lines_does_not_change_which_conversations_are_held_out(prepared, encoder):
     rows = numbered(40)
     held_out = [
-        set(questions(prepared(some, validation_split_percentage=20), "eval", encoder))
-        for some in (rows, rows[::-1])
+        set(questions(prepared(lines, validation_split_percentage=20), "eval", encoder))
+        for lines in (rows, rows[::-1])
     ]
     assert held_out[0] == held_out[1]
 
 
-def test_repeated_conversations_go_to_one_side_together(prepared, encoder):
+def test_copies_of_a_conversation_go_to_the_same_split(prepared, encoder):
     rows = numbered(10) * 3
     random.Random(0).shuffle(rows)
     data = prepared(rows, validation_split_percentage=30)
@@ -247,12 +247,12 @@ def test_at_least_one_conversation_is_held_out(prepared):
     assert len(data.datasets["eval"]) == 1 and len(data.datasets["train"]) == 9
 
 
-def test_a_split_that_leaves_nothing_to_train_on_is_refused(prepared):
+def test_validation_split_that_leaves_nothing_to_train_on_raises(prepared):
     with pytest.raises(UserError, match="--validation_split_percentage 90: of 3 different conversations 3 "):
         prepared(numbered(3), validation_split_percentage=90)
 
 
-def test_eval_files_win_over_the_split_and_lose_what_is_trained_on(prepared, encoder):
+def test_eval_files_replace_the_split_and_lose_conversations_in_the_training_files(prepared, encoder):
     data = prepared(numbered(10), numbered(6, start=8), validation_split_percentage=50)
     assert len(data.datasets["train"]) == 10
     assert questions(data, "eval", encoder) == [f"question {number}" for number in range(10, 14)]
@@ -262,12 +262,12 @@ def test_eval_files_win_over_the_split_and_lose_what_is_trained_on(prepared, enc
     check_counts(data, "eval")
 
 
-def test_eval_files_that_are_all_trained_on_are_refused(prepared):
+def test_eval_files_without_new_conversations_raise(prepared):
     with pytest.raises(UserError, match="--eval_data_files: all 2 conversations are in the training files"):
         prepared(numbered(5), numbered(2))
 
 
-def test_sample_limits_select_sequences_by_seed_and_the_report_follows(prepared, encoder):
+def test_sample_limits_draw_sequences_by_seed_and_change_the_report(prepared, encoder):
     rows, eval_rows = numbered(30), numbered(20, start=100)
     data = prepared(rows, eval_rows, max_train_samples=7, max_eval_samples=4)
     chosen = questions(data, "train", encoder)
@@ -280,42 +280,42 @@ def test_sample_limits_select_sequences_by_seed_and_the_report_follows(prepared,
     assert len(prepared(rows, eval_rows, max_train_samples=1000).datasets["train"]) == 30
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 
-def test_nothing_within_the_limit_is_refused_with_the_limit(prepared):
-    with pytest.raises(UserError, match=r"--data_files: nothing is left of 3 .* --max_length 4; raise it"):
+def test_files_without_supervised_tokens_within_the_limit_raise(prepared):
+    with pytest.raises(UserError, match=r"--data_files: none of the 3 .* --max_length 4; raise it"):
         prepared(numbered(3), max_length=4)
-    with pytest.raises(UserError, match=r"--eval_data_files: nothing is left of 1 .* --max_length 20"):
+    with pytest.raises(UserError, match=r"--eval_data_files: none of the 1 .* --max_length 20"):
         prepared(numbered(3), [conversation("word " * 100)], max_length=20)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_bad_lines_of_all_files_are_told_together_in_order(prepared, tmp_path, workers, monkeypatch):
+def test_bad_lines_of_all_files_are_reported_together_in_order(prepared, tmp_path, workers, monkeypatch):
     monkeypatch.setattr(encode_module, "SMALL", 0)
     rows = [*numbered(300), {"text": "x"}, conversation("q", ""), *numbered(300)]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as raised:
         prepared(rows, [{"messages": []}], workers=workers)
-    assert str(caught.value).splitlines() == [
+    assert str(raised.value).splitlines() == [
         "3 conversations cannot be used:",
         f"  {tmp_path}/train.jsonl:301: no conversation; the keys are ['text'], expected 'messages', "
         "'conversations' or 'prompt' with 'completion'",
         f"  {tmp_path}/train.jsonl:302: messages[1]: empty assistant turn",
         f"  {tmp_path}/eval.jsonl:1: 'messages' must be a list of at least one turn, got an empty list",
     ]
-    left = {one.suffix for one in (tmp_path / "cache").iterdir() if one.is_file()}
-    assert left == {".lock", ".error"}, "a failed preparation leaves no data"
+    suffixes = {path.suffix for path in (tmp_path / "cache").iterdir() if path.is_file()}
+    assert suffixes == {".lock", ".error"}, "a failed preparation leaves no data"
     assert not multiprocessing.active_children()
 
 
-def test_a_file_without_conversations_is_refused(encoder, tmp_path):
+def test_file_without_conversations_raises(encoder, tmp_path):
     good, empty = write(tmp_path / "a.jsonl", numbered(1)), tmp_path / "b.json"
     empty.write_text("[]")
     with pytest.raises(UserError, match=f"{empty}:1: there is no conversation in this file"):
         prepare([good, str(empty)], [], encoder, PrepareOptions(64), cache_dir=tmp_path / "cache", workers=1)
 
 
-def test_a_template_that_renders_no_answer_is_told_by_line(tokenizer_json, tmp_path):
+def test_template_that_renders_no_answer_raises_with_the_line(tokenizer_json, tmp_path):
     template = "{% for m in messages if m.role != 'assistant' %}{{ m.content + '<|im_end|>' }}{% endfor %}"
     encoder = ChatEncoder(with_template(tokenizer_json, template, eos_token="<|im_end|>"))
     file = write(tmp_path / "a.jsonl", numbered(2))
@@ -323,13 +323,13 @@ def test_a_template_that_renders_no_answer_is_told_by_line(tokenizer_json, tmp_p
         prepare([file], [], encoder, PrepareOptions(64), cache_dir=tmp_path / "cache", workers=1)
 
 
-def test_missing_files_are_refused_before_any_work(encoder, tmp_path):
+def test_missing_files_raise_before_any_work(encoder, tmp_path):
     with pytest.raises(UserError, match="--data_files nowhere.jsonl: no such file"):
         prepare(["nowhere.jsonl"], [], encoder, PrepareOptions(64), cache_dir=tmp_path / "cache", workers=1)
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_folder_that_cannot_be_written_is_refused(encoder, tmp_path, monkeypatch):
+def test_cache_folder_that_cannot_be_written_raises(encoder, tmp_path, monkeypatch):
     file = write(tmp_path / "a.jsonl", numbered(1))
     for folder in (Path(file), Path(file) / "below"):
         with pytest.raises(UserError, match=f"--data_cache_dir {folder}: is not a folder"):

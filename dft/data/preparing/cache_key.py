@@ -1,0 +1,59 @@
+"""Key under which prepared data is cached: a digest of everything that decides what it looks like."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import jinja2
+import tokenizers
+import transformers
+
+import dft.data
+from dft.data.preparing.options import PrepareOptions
+from dft.data.reading.sources import Source
+from dft.data.templates.encoder import ChatEncoder
+
+
+def source_files() -> list[Path]:
+    """Return every Python file whose code decides what prepared data looks like.
+
+    These are all files of `dft.data`, including sub-folders, and the modules at the top of `dft`, which it
+    imports. After a change to any of them, data prepared by the earlier code must not be reused.
+    """
+    package = Path(dft.data.__file__).parent
+    return [*sorted(package.rglob("*.py")), *sorted(package.parent.glob("*.py"))]
+
+
+def cache_key(
+    sources: dict[str, list[Source]], contents: list[str], encoder: ChatEncoder, options: PrepareOptions
+) -> str:
+    """Return a digest of the data, the tokenizer, the chat template, the options and the preparing code.
+
+    Args:
+        sources: the "train" and the "eval" files. Their names do not matter.
+        contents: content digest of each file.
+        encoder: holds the tokenizer and the chat template.
+        options: all options of the preparation.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in source_files():
+        digest.update(path.read_bytes())
+    template = encoder.template
+    described = {
+        "versions": [transformers.__version__, tokenizers.__version__, jinja2.__version__],
+        "options": asdict(options),
+        "template": template.source,
+        "variables": template.variables,
+        "today": str(template.template.today) if template.template.writes_date else None,
+        "special_tokens": template.special_tokens,
+        "stops": template.stops,
+        "files": [
+            [(source.kind, source.compression, source.entry, source.rows_before) for source in group]
+            for group in sources.values()
+        ],
+        "contents": contents,
+    }
+    digest.update(json.dumps(described, sort_keys=True).encode())
+    digest.update(encoder.backend.to_str().encode())
+    return digest.hexdigest()

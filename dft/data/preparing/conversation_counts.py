@@ -1,0 +1,39 @@
+"""Counts of what happened to the conversations of a data file."""
+
+from collections import Counter
+from dataclasses import dataclass, field, fields
+
+
+@dataclass
+class ConversationCounts:
+    """What happened to the conversations of one data file, before any of them are selected.
+
+    Attributes:
+        read: records in the file, usable or not.
+        rejected: unusable records, by kind of fault.
+        dropped: conversations without a supervised token within the length limit.
+        too_long: conversations dropped because of their length.
+        truncated: conversations that were truncated, or that lost some of their sequences to the limit.
+        lost_supervised: supervised tokens lost to the limit, including those of dropped conversations.
+        lost_endings: supervised turns whose last token was lost to the limit.
+        endings: remaining supervised turns by the stop token they end with, None for no stop token.
+        unknown: unknown tokens, which stand for text outside the vocabulary.
+        roles: turns by role.
+        turns: conversations by number of turns.
+    """
+
+    read: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    dropped: int = 0
+    too_long: int = 0
+    truncated: int = 0
+    lost_supervised: int = 0
+    lost_endings: int = 0
+    endings: Counter[str | None] = field(default_factory=Counter)
+    unknown: int = 0
+    roles: Counter[str] = field(default_factory=Counter)
+    turns: Counter[int] = field(default_factory=Counter)
+
+    def __add__(self, other: "ConversationCounts") -> "ConversationCounts":
+        names = [attribute.name for attribute in fields(self)]
+        return ConversationCounts(*(vars(self)[name] + vars(other)[name] for name in names))

@@ -1,0 +1,126 @@
+"""Sequences in an Arrow file, and the arrays by which they are selected and counted."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from dft.data.batches.dataset import SCHEMA
+from dft.data.preparing.chunk import DIGEST_DTYPE, EncodedChunk
+
+BATCH_TOKENS = 1 << 22
+"""Tokens per record batch of the Arrow file; large batches are faster to write and to look up."""
+
+
+@dataclass(frozen=True)
+class EncodedSequences:
+    """Sequences stored in an Arrow file, described by arrays with one element per sequence.
+
+    Attributes:
+        path: Arrow stream of `dft.data.batches.dataset.SCHEMA`.
+        rows: index into that file.
+        conversations: number of the conversation that the sequence comes from.
+        token_digests: digest of the token ids of that conversation; equal for equal conversations.
+        label_digests: digest of its token ids and labels.
+        sources: file number.
+        lines: line number.
+        lengths: tokens.
+        supervised: supervised tokens.
+    """
+
+    path: Path
+    rows: np.ndarray
+    conversations: np.ndarray
+    token_digests: np.ndarray
+    label_digests: np.ndarray
+    sources: np.ndarray
+    lines: np.ndarray
+    lengths: np.ndarray
+    supervised: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, index: np.ndarray) -> "EncodedSequences":
+        """Return the sequences selected by an array of indices or a boolean mask."""
+        arrays = {name: value[index] for name, value in vars(self).items() if name != "path"}
+        return replace(self, **arrays)
+
+    def count_conversations(self) -> int:
+        """Return the number of conversations, each counted once however often it is repeated."""
+        return len(np.unique(self.conversations))
+
+
+class SequenceWriter:
+    """Context manager that writes encoded chunks to an Arrow stream in large batches.
+
+    Args:
+        path: the file to write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.pending: list[tuple[int, EncodedChunk]] = []
+        self.pending_tokens = 0
+        self.records = 0
+        self.columns: dict[str, list[np.ndarray]] = {
+            attribute.name: []
+            for attribute in fields(EncodedSequences)
+            if attribute.name not in ("path", "rows")
+        }
+
+    def __enter__(self) -> "SequenceWriter":
+        self.sink = pa.OSFile(str(self.path), "wb")
+        self.stream = pa.ipc.new_stream(self.sink, SCHEMA)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._flush()
+        self.stream.close()
+        self.sink.close()
+
+    def add(self, source: int, chunk: EncodedChunk) -> None:
+        """Append the sequences of a chunk of the file with number `source`."""
+        columns = {
+            **vars(chunk),
+            "conversations": chunk.conversations + self.records,
+            "sources": np.full(len(chunk.lengths), source, dtype=np.int32),
+        }
+        for name, parts in self.columns.items():
+            parts.append(columns[name])
+        self.records += chunk.counts.read
+        self.pending.append((source, chunk))
+        self.pending_tokens += len(chunk.input_ids)
+        if self.pending_tokens >= BATCH_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        chunks = [chunk for _, chunk in self.pending]
+        if self.pending_tokens:
+            lengths = np.concatenate([chunk.lengths for chunk in chunks])
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            input_ids = np.concatenate([chunk.input_ids for chunk in chunks])
+            labels = np.concatenate([chunk.labels for chunk in chunks])
+            files = np.repeat(
+                np.array([source for source, _ in self.pending], dtype=np.int32),
+                [len(chunk.lengths) for chunk in chunks],
+            )
+            columns = [
+                pa.ListArray.from_arrays(offsets, input_ids),
+                pa.ListArray.from_arrays(offsets, labels),
+                files,
+                np.concatenate([chunk.lines for chunk in chunks]),
+            ]
+            self.stream.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        self.pending, self.pending_tokens = [], 0
+
+    def result(self) -> EncodedSequences:
+        """Return all sequences written."""
+        dtypes = {"token_digests": DIGEST_DTYPE, "label_digests": DIGEST_DTYPE, "sources": np.int32}
+        columns = {
+            name: np.concatenate([np.zeros(0, dtype=dtypes.get(name, np.int64)), *parts])
+            for name, parts in self.columns.items()
+        }
+        return EncodedSequences(path=self.path, rows=np.arange(len(columns["lengths"])), **columns)
