@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: the DFT loss. Knows no data, no trainer, no files."""
+"""The DFT loss: functions of tensors, independent of data, trainer and files."""

@@ -1,4 +1,4 @@
-"""The definition of the loss: Dynamic Fine-Tuning (DFT, Wu et al., arXiv 2508.05629, Eq. 9) and its kin."""
+"""Definition of the loss: Dynamic Fine-Tuning (DFT, Wu et al., arXiv 2508.05629, Eq. 9) and its variants."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dft.labels import IGNORE_INDEX
-from dft.loss.objectives import Dft, Objective, Rows, lifted
+from dft.loss.objectives import Objective, Rows, apply_floor, resolve_objective
 
 
 class TokenStats(NamedTuple):
-    """What one batch says about each of its supervised tokens, in reading order, detached.
+    """Statistics of each supervised token of a batch, in reading order, detached.
 
     Attributes:
         nll: (tokens,) negative log-likelihood of the target, in nats.
@@ -19,8 +19,8 @@ class TokenStats(NamedTuple):
         weight: (tokens,) of the objective; for DFT alpha * p_correct + (1 - alpha).
         correct: (tokens,) bool, whether the target is the argmax.
         entropy: (tokens,) of the model's distribution, in nats.
-        target: (tokens,) int64, the token that was to be predicted.
-        kl: (tokens,) KL(model || base) in nats, 0 where no base is given.
+        target: (tokens,) int64, the token to predict.
+        kl: (tokens,) KL(model || base) in nats, 0 without a base model.
     """
 
     nll: Tensor
@@ -54,29 +54,25 @@ def dft_loss(
         logits: (batch, seq, vocab), any floating dtype; computed in float32 or wider.
         labels: (batch, seq), not shifted: logits[:, t] predicts labels[:, t + 1]. Unsupervised: -100.
         alpha: share of the dynamic weight, in [0, 1]; by default 1.
-        objective: in place of alpha, another rule for w_t, see `dft.loss.objectives`.
+        objective: another rule for w_t instead of alpha, see `dft.loss.objectives`.
         num_items: N, the supervised tokens of the whole optimizer step (all micro-batches, all ranks).
             Default: those of this batch.
-        min_weight: (batch, seq), beside the labels: no token weighs less.
+        min_weight: (batch, seq), aligned with the labels: lower bound on the weight of each token.
         base_logits: (batch, seq, vocab) of the frozen base model, for an objective with a `kl_weight`, which
             adds kl_weight * sum_t KL(model || base)_t / N.
-        shifted: whether logits[:, t] predicts labels[:, t], as where sequences are cut up between ranks.
+        shifted: whether logits[:, t] predicts labels[:, t], as where sequences are split between ranks.
 
     Returns:
         (loss, stats): a scalar attached to the graph, also when no token is supervised (then it is 0 and its
         gradient is 0), and the statistics of the supervised tokens.
 
     Raises:
-        ValueError: shapes that do not fit, alpha outside [0, 1] or beside an objective, a base that is
-            missing or has no use.
+        ValueError: shapes that do not match, alpha outside [0, 1] or given together with an objective, a base
+            model that is missing or not used.
     """
-    if logits.ndim != 3 or labels.shape != logits.shape[:2]:
-        raise ValueError(
-            f"logits must be (batch, seq, vocab) and labels (batch, seq), got {tuple(logits.shape)} "
-            f"and {tuple(labels.shape)}"
-        )
-    chosen = chosen_objective(alpha, objective, base_logits is not None)
-    keep, targets = targets_here(labels) if shifted else shifted_targets(labels)
+    _check_shapes(logits, labels)
+    objective = resolve_objective(alpha, objective, base_logits is not None)
+    keep, targets = aligned_targets(labels) if shifted else shifted_targets(labels)
     rows = logits[:, : keep.shape[1]][keep]  # (tokens, vocab)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     log_probs = F.log_softmax(rows, dim=-1)
@@ -85,66 +81,67 @@ def dft_loss(
     with torch.no_grad():
         entropy = torch.special.entr(log_probs.exp()).sum(-1)
         correct = rows.argmax(-1) == targets
-        largest = rows.topk(min(chosen.largest, rows.shape[-1])).values if chosen.largest else None
-        weight = chosen.weight(Rows(nll.detach(), p_correct, entropy, largest))
-        weight = lifted(weight, beside(min_weight, labels, keep, shifted))
+        largest = rows.topk(min(objective.largest, rows.shape[-1])).values if objective.largest else None
+        weight = objective.weight(Rows(nll.detach(), p_correct, entropy, largest))
+        weight = apply_floor(weight, _floors(min_weight, labels, keep, shifted))
     total = (weight * nll).sum()
     kl = torch.zeros_like(p_correct)
     if base_logits is not None:
-        base = base_logits.detach()[:, : keep.shape[1]][keep].to(rows.dtype)
-        gap = log_probs - F.log_softmax(base, dim=-1)
-        probs = log_probs.exp()
-        kl = (probs * gap.masked_fill(probs == 0, 0)).sum(-1)  # 0 log 0 is 0
-        total = total + chosen.kl_weight * kl.sum()
+        kl = _kl(log_probs, base_logits.detach()[:, : keep.shape[1]][keep])
+        total = total + objective.kl_weight * kl.sum()
     loss = total / normalizer(num_items, targets)
     return loss, TokenStats(nll.detach(), p_correct, weight, correct, entropy, targets, kl.detach())
 
 
-def chosen_objective(alpha: float | None, objective: Objective | None, has_base: bool) -> Objective:
-    """DFT at some alpha, or another objective. Raises ValueError for both, and for one that has no base."""
-    if objective is None:
-        objective = Dft() if alpha is None else Dft(alpha)
-    elif alpha is not None:
-        raise ValueError(f"alpha {alpha} and the objective {objective} each say how tokens weigh; give one")
-    if has_base != (objective.kl_weight > 0):
-        lack = "has no use for" if has_base else "needs the logits or hidden states of"
-        raise ValueError(f"{objective} {lack} a base model")
-    return objective
-
-
-def beside(values: Tensor | None, labels: Tensor, keep: Tensor, shifted: bool) -> Tensor | None:
-    """(tokens,) of what stands beside the labels, (batch, seq), where they are supervised."""
-    if values is None:
-        return None
-    if values.shape != labels.shape:
+def _check_shapes(logits: Tensor, labels: Tensor) -> None:
+    """Raise ValueError unless there is one row of logits per label."""
+    if logits.ndim != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
-            f"min_weight must be (batch, seq) as the labels, got {tuple(values.shape)} and "
+            f"logits must be (batch, seq, vocab) and labels (batch, seq), got {tuple(logits.shape)} "
+            f"and {tuple(labels.shape)}"
+        )
+
+
+def _floors(min_weight: Tensor | None, labels: Tensor, keep: Tensor, shifted: bool) -> Tensor | None:
+    """Return the (tokens,) lower bounds of the supervised tokens."""
+    if min_weight is None:
+        return None
+    if min_weight.shape != labels.shape:
+        raise ValueError(
+            f"min_weight must be (batch, seq) like the labels, got {tuple(min_weight.shape)} and "
             f"{tuple(labels.shape)}"
         )
-    return (values if shifted else values[:, 1:])[keep]
+    return (min_weight if shifted else min_weight[:, 1:])[keep]
+
+
+def _kl(log_probs: Tensor, base_rows: Tensor) -> Tensor:
+    """Return KL(model || base) in nats, (tokens,), from log-probabilities and the base model's logits."""
+    log_ratio = log_probs - F.log_softmax(base_rows.to(log_probs.dtype), dim=-1)
+    probs = log_probs.exp()
+    return (probs * log_ratio.masked_fill(probs == 0, 0)).sum(-1)  # 0 log 0 is 0
 
 
 def shifted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Which positions predict a supervised token, and which token.
+    """Return which positions predict a supervised token, and these tokens.
 
     Args:
-        labels: (batch, seq), not shifted.
+        labels: (batch, seq), not shifted: position t predicts labels[:, t + 1].
 
     Returns:
-        keep: (batch, seq - 1) bool. targets: (tokens,) the labels at `keep`, one position further on.
+        keep: (batch, seq - 1) bool, the predicting positions. targets: (tokens,) the labels they predict.
     """
     following = labels[:, 1:]
     keep = following != IGNORE_INDEX
     return keep, following[keep]
 
 
-def targets_here(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`shifted_targets` of labels that stand where they are predicted; keep is (batch, seq)."""
+def aligned_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `shifted_targets`, (batch, seq) and (tokens,), if position t predicts labels[:, t]."""
     keep = labels != IGNORE_INDEX
     return keep, labels[keep]
 
 
 def normalizer(num_items: Tensor | float | None, targets: Tensor) -> Tensor | float:
-    """N, or 1 if that is 0: a step without supervised tokens has loss 0, not 0 / 0."""
+    """Return N, or 1 if N is 0: a step without supervised tokens has loss 0 instead of 0 / 0."""
     count = targets.numel() if num_items is None else num_items
     return count + (count == 0)

@@ -1,9 +1,10 @@
-"""The rows of a tile on a GPU: two readings of the logits and one writing of their gradient.
+"""Triton kernels of the fused head: the logits of a row are read twice and their gradient is written once.
 
-In one kernel where the weight of a token is a * p + b; else one for the statistics, the objective's own
-formula on these, and one for the gradient, so that no objective needs a kernel of its own.
+If the weight of a token is a * p + b, a single kernel does everything. Otherwise one kernel computes the
+statistics, the objective computes the weights from them in torch, and a second kernel writes the gradient, so
+that no objective needs its own kernel.
 
-`TRITON_INTERPRET=1` runs it on the CPU, which is how it is tested without a GPU.
+`TRITON_INTERPRET=1` runs the kernels on the CPU; the tests do so where there is no GPU.
 """
 
 import torch
@@ -12,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dft.loss.dft import TokenStats
-from dft.loss.objectives import Rows, lifted
+from dft.loss.objectives import Rows, apply_floor
 from dft.loss.rows import RowOptions
 
 BLOCK = 4096
-"""Numbers that are read at a time."""
+"""Number of logits processed at a time."""
 WARPS = 4
-"""Of 32 threads each, that work on a row."""
+"""Number of warps (of 32 threads each) per row."""
 
 
 @triton.jit
@@ -58,15 +59,15 @@ def _rows(
     tile += row * tile_stride
     gradient += row * gradient_stride
     target = tl.load(targets + row)
-    # Read before the reductions, whose barriers all warps pass before one of them overwrites the tile with
-    # its gradient. A target that is no token gives NaN, which shows, and reads nothing.
-    known = (target >= 0) & (target < vocab)
-    z_target = tl.load(tile + target, mask=known, other=float("nan")).to(tl.float32) * scale
+    # Read before the reductions: their barriers guarantee that all warps have read it before one of them
+    # overwrites the tile with the gradient. A target outside the vocabulary gives NaN and reads nothing.
+    valid = (target >= 0) & (target < vocab)
+    z_target = tl.load(tile + target, mask=valid, other=float("nan")).to(tl.float32) * scale
     if SOFTCAP:
         z_target = softcap * (2 * tl.sigmoid(2 * z_target / softcap) - 1)
     offsets = tl.arange(0, BLOCK)
 
-    # Online: the greatest logit so far, where it stands, and sums of e = exp(z - top) and of e * (z - top).
+    # Online softmax: the largest logit so far, its index, and sums of e = exp(z - top) and of e * (z - top).
     top = float("-inf")
     best = tl.full((), 0, tl.int64)
     total = 0.0
@@ -79,7 +80,7 @@ def _rows(
         if here > top:
             best = (start + where).to(tl.int64)
         new = tl.maximum(top, here)
-        # As long as all are -inf there is nothing to sum. NaN and +inf come out as NaN by way of exp.
+        # While all logits are -inf the sums stay 0. NaN and +inf propagate as NaN through exp.
         shift = tl.where(new == float("-inf"), 0.0, new)
         moved = tl.where(top == float("-inf"), 0.0, top - shift)
         rescale = tl.where(top == float("-inf"), 0.0, tl.exp(moved))
@@ -151,77 +152,101 @@ def score_rows(
     targets: Tensor,
     row_scale: Tensor | None,
     options: RowOptions,
-    into: Tensor | None = None,
+    out: Tensor | None = None,
     min_weight: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
-    """`dft.loss.linear.score_rows` for float32 tiles, without a base model."""
-    rows, vocab = tile.shape
+    """Compute `dft.loss.tiles.score_rows` for float32 tiles without a base model."""
+    rows = len(tile)
     gradient = None
     if row_scale is not None:
-        gradient = tile if into is None else into
-    line = options.objective.line if min_weight is None else None
-    at_once = gradient is not None and line is not None
+        gradient = tile if out is None else out
+    affine = options.objective.affine if min_weight is None else None
     nll, p_correct, weight, entropy = (tile.new_empty(rows) for _ in range(4))
-    top, total = (tile.new_empty(rows if line is None else 0) for _ in range(2))
+    top, total = (tile.new_empty(rows if affine is None else 0) for _ in range(2))
     correct = torch.empty(rows, dtype=torch.bool, device=tile.device)
-    slope, level = (0.0, 0.0) if line is None else line
-    softcap = 1.0 if options.softcap is None else float(options.softcap)
-    block = min(BLOCK, triton.next_power_of_2(vocab))
+    outputs = (nll, p_correct, weight, correct, entropy, top, total)
+    _launch_rows(tile, targets, options, outputs, affine, row_scale, gradient)
+    if affine is None:
+        statistics = Rows(nll, p_correct, entropy, _largest(tile, options))
+        weight = apply_floor(options.objective.weight(statistics), min_weight)
+        if gradient is not None:
+            factors = weight * row_scale * options.scale
+            _launch_gradients(tile, targets, options, factors, top, total, gradient)
+    return TokenStats(nll, p_correct, weight, correct, entropy, targets, torch.zeros_like(nll)), gradient
+
+
+def _launch_rows(
+    tile: Tensor,
+    targets: Tensor,
+    options: RowOptions,
+    outputs: tuple[Tensor, ...],
+    affine: tuple[float, float] | None,
+    row_scale: Tensor | None,
+    gradient: Tensor | None,
+) -> None:
+    """Launch `_rows`, which also writes the gradient if the weight is affine in p."""
+    rows, vocab = tile.shape
+    with_gradient = gradient is not None and affine is not None
+    slope, level = affine or (0.0, 0.0)
+    written = gradient if with_gradient else tile
     with torch.cuda.device_of(tile):
         _rows[(rows,)](
             tile,
-            gradient if at_once else tile,
+            written,
             targets,
-            row_scale if at_once else tile,
-            nll,
-            p_correct,
-            weight,
-            correct,
-            entropy,
+            row_scale if with_gradient else tile,
+            *outputs,
+            vocab,
+            tile.stride(0),
+            written.stride(0),
+            float(slope),
+            float(level),
+            float(options.scale),
+            1.0 if options.softcap is None else float(options.softcap),
+            SOFTCAP=options.softcap is not None,
+            GRADIENT=with_gradient,
+            KEEP=affine is None,
+            BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
+            num_warps=WARPS,
+        )
+
+
+def _launch_gradients(
+    tile: Tensor,
+    targets: Tensor,
+    options: RowOptions,
+    factors: Tensor,
+    top: Tensor,
+    total: Tensor,
+    gradient: Tensor,
+) -> None:
+    """Launch `_gradients` with the (rows,) factors that the objective's weights give."""
+    rows, vocab = tile.shape
+    with torch.cuda.device_of(tile):
+        _gradients[(rows,)](
+            tile,
+            gradient,
+            targets,
+            factors,
             top,
             total,
             vocab,
             tile.stride(0),
-            gradient.stride(0) if at_once else tile.stride(0),
-            float(slope),
-            float(level),
+            gradient.stride(0),
             float(options.scale),
-            softcap,
+            1.0 if options.softcap is None else float(options.softcap),
             SOFTCAP=options.softcap is not None,
-            GRADIENT=at_once,
-            KEEP=line is None,
-            BLOCK=block,
+            BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
             num_warps=WARPS,
         )
-        if line is None:
-            seen = Rows(nll, p_correct, entropy, _largest(tile, options))
-            weight = lifted(options.objective.weight(seen), min_weight)
-        if gradient is not None and not at_once:
-            _gradients[(rows,)](
-                tile,
-                gradient,
-                targets,
-                weight * row_scale * options.scale,
-                top,
-                total,
-                vocab,
-                tile.stride(0),
-                gradient.stride(0),
-                float(options.scale),
-                softcap,
-                SOFTCAP=options.softcap is not None,
-                BLOCK=block,
-                num_warps=WARPS,
-            )
-    return TokenStats(nll, p_correct, weight, correct, entropy, targets, torch.zeros_like(nll)), gradient
 
 
 def _largest(tile: Tensor, options: RowOptions) -> Tensor | None:
-    """The logits that the objective wants to see, of a head's output."""
-    wanted = min(options.objective.largest, tile.shape[1])
-    if not wanted:
+    """Return the largest logits of each row that the objective uses, (rows, largest)."""
+    count = min(options.objective.largest, tile.shape[1])
+    if not count:
         return None
-    z = tile.topk(wanted, largest=options.scale > 0).values * options.scale
+    z = tile.topk(count, largest=options.scale > 0).values * options.scale
     return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
 
 
@@ -236,7 +261,7 @@ def _scale(numbers, factor, count, BLOCK: tl.constexpr):
 
 
 def scale_(numbers: Tensor, factor: Tensor) -> Tensor:
-    """numbers *= factor. Whether that is 1, and nothing to do, is seen on the device: the host need not wait.
+    """Compute numbers *= factor in place; a factor of 1 is detected on the device, without synchronization.
 
     Args:
         numbers: contiguous, in float32 or half precision.

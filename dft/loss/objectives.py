@@ -1,13 +1,13 @@
-"""The objectives: how much each token weighs. One class each, all on the same path through the loss.
+"""Training objectives: the rules that weight each token, one class each.
 
 The loss is `sum_t (w_t * nll_t + kl_weight * kl_t) / N` over the N supervised tokens of an optimizer step.
-The weight w_t is detached and depends on the token's own row of logits alone, so its gradient on these is
-w_t * (softmax - onehot) / N, whatever the objective. Where w_t is a function of p_t, and so of nll_t, what
-training descends in fact is a potential: the integral of w from 0 to nll_t.
+The weight w_t is detached and depends only on the token's own row of logits, so for every objective the
+gradient on these logits is w_t * (softmax - onehot) / N. If w_t is a function of p_t, and therefore of nll_t,
+training minimizes a potential: the integral of w from 0 to nll_t.
 
-To add one, write a class with a `name`, its parameters as fields, `weight` and, where there is one,
-`potential`; put it into `OBJECTIVES`, and a row into the table of tests/loss/test_objectives.py. The command
-line has it as `--objective NAME --objective_args FIELD=VALUE`.
+To add an objective, write a class with a `name`, its parameters as fields, `weight`, `formula` and, if there
+is one, `potential`; add it to `OBJECTIVES`, and a row to the table of tests/loss/test_objectives.py. On the
+command line it is `--objective NAME --objective_args FIELD=VALUE`.
 """
 
 import math
@@ -18,12 +18,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-FARTHEST, POINTS = 32.0, 8193
-"""Up to which nll, and at how many points from 0 on, a potential is integrated that has no formula."""
+MAX_NLL, POINTS = 32.0, 8193
+"""Range [0, MAX_NLL] and number of points of the numerical integration of a potential without a formula."""
 
 
 class Rows(NamedTuple):
-    """What an objective sees of some supervised tokens, detached.
+    """Statistics of supervised tokens that an objective computes weights from, detached.
 
     Attributes:
         nll: (tokens,) negative log-likelihood of the target, in nats.
@@ -41,12 +41,12 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What training descends. Fields are its parameters; one out of range is a `ValueError`.
+    """Base class of the objectives. Fields are parameters; a value out of range raises `ValueError`.
 
     Attributes:
         name: on the command line.
-        largest: how many of a row's largest logits `weight` looks at.
-        kl_weight: how much the divergence from a base model counts; 0 needs none.
+        largest: how many of each row's largest logits `weight` uses.
+        kl_weight: factor on the KL divergence from a base model; 0 if the objective needs no base model.
     """
 
     name: ClassVar[str]
@@ -54,31 +54,33 @@ class Objective:
     kl_weight: ClassVar[float] = 0.0
 
     def weight(self, rows: Rows) -> Tensor:
-        """(tokens,) the weight of each token, at least 0."""
+        """Return the weight of each token, (tokens,), at least 0."""
         raise NotImplementedError
 
     def potential(self, nll: Tensor) -> Tensor | None:
-        """(tokens,) what training descends, as a function of nll; None where the weight is none of p."""
+        """Return what training minimizes, (tokens,), or None if the weight is not a function of p."""
         return None
 
     @property
-    def line(self) -> tuple[float, float] | None:
-        """(a, b) where the weight is a * p + b, which a kernel can take on the way; else None."""
+    def affine(self) -> tuple[float, float] | None:
+        """(a, b) if the weight is a * p + b, which the kernel computes in a single launch; otherwise None."""
         return None
 
     def formula(self) -> str:
-        """The weight in plain text, for people."""
+        """Return the formula of the weight as text."""
         raise NotImplementedError
 
     @property
     def title(self) -> str:
-        """The name with its parameters, for people; alpha, which has a place of its own, left out."""
-        told = [f"{one.name} {vars(self)[one.name]:g}" for one in fields(self) if one.name != "alpha"]
-        return self.name.upper() + (f" ({', '.join(told)})" if told else "")
+        """Name and parameters as text, without alpha, which is always shown separately."""
+        parameters = [
+            f"{field.name} {vars(self)[field.name]:g}" for field in fields(self) if field.name != "alpha"
+        ]
+        return self.name.upper() + (f" ({', '.join(parameters)})" if parameters else "")
 
 
-def within(name: str, value: float, low: float, high: float, remark: str = "") -> None:
-    """Raises ValueError where a parameter is not in [low, high]."""
+def check_range(name: str, value: float, low: float, high: float, remark: str = "") -> None:
+    """Raise ValueError if a parameter is not in [low, high]."""
     if not low <= value <= high:
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}]{remark}, got {value}")
 
@@ -87,15 +89,16 @@ def within(name: str, value: float, low: float, high: float, remark: str = "") -
 class Dft(Objective):
     """Dynamic Fine-Tuning (arXiv 2508.05629, Eq. 9): w = alpha * p + (1 - alpha).
 
-    For a model that knows the domain (mean p above about 0.5): it sharpens what the model half knows and
-    leaves alone what it finds absurd. alpha = 1 is the paper's; less puts a floor of 1 - alpha under w.
+    For a model that knows the domain (mean p above about 0.5): it reinforces tokens the model already
+    considers likely and hardly changes those it considers very unlikely. alpha = 1 is the paper's objective;
+    a smaller alpha keeps every weight at or above 1 - alpha.
     """
 
     name: ClassVar[str] = "dft"
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        within("alpha", self.alpha, 0, 1, " (0 is SFT, 1 is the paper's DFT)")
+        check_range("alpha", self.alpha, 0, 1, " (0 is SFT, 1 is the paper's DFT)")
 
     def weight(self, rows: Rows) -> Tensor:
         return self.alpha * rows.p_correct + (1 - self.alpha)
@@ -104,7 +107,7 @@ class Dft(Objective):
         return self.alpha * -torch.expm1(-nll) + (1 - self.alpha) * nll
 
     @property
-    def line(self) -> tuple[float, float]:
+    def affine(self) -> tuple[float, float]:
         return self.alpha, 1 - self.alpha
 
     def formula(self) -> str:
@@ -119,7 +122,7 @@ class Dft(Objective):
 class Sft(Objective):
     """Supervised fine-tuning, plain cross-entropy: w = 1.
 
-    For what the model does not know yet: new facts, formats, languages (mean p below about 0.1).
+    For data the model does not know yet: new facts, formats, languages (mean p below about 0.1).
     """
 
     name: ClassVar[str] = "sft"
@@ -131,7 +134,7 @@ class Sft(Objective):
         return nll
 
     @property
-    def line(self) -> tuple[float, float]:
+    def affine(self) -> tuple[float, float]:
         return 0.0, 1.0
 
     def formula(self) -> str:
@@ -140,17 +143,17 @@ class Sft(Objective):
 
 @dataclass(frozen=True)
 class Power(Objective):
-    """Descends (1 - p^k) / k (arXiv 2510.00526): w = p^k.
+    """Minimizes (1 - p^k) / k (arXiv 2510.00526): w = p^k.
 
-    k = 1 is DFT, k towards 0 is SFT, k > 1 leans on the prior still more. For models between strong and weak
-    try k of about 0.5; in contrast to alpha it puts no floor under the weight.
+    k = 1 is DFT, k towards 0 is SFT, and k > 1 relies on the model's own distribution more than DFT does. For
+    a model of medium strength in the domain try k = 0.5; unlike alpha, k sets no lower bound on the weight.
     """
 
     name: ClassVar[str] = "power"
     k: float = 0.5
 
     def __post_init__(self) -> None:
-        within("k", self.k, 0.001, 100)
+        check_range("k", self.k, 0.001, 100)
 
     def weight(self, rows: Rows) -> Tensor:
         return torch.exp(-self.k * rows.nll)
@@ -164,34 +167,34 @@ class Power(Objective):
 
 @dataclass(frozen=True)
 class Threshold(Objective):
-    """Descends -log p of the tokens with p >= q alone (arXiv 2510.00526): w = 1 where p >= q, else 0.
+    """Minimizes -log p of the tokens with p >= q only (arXiv 2510.00526): w = 1 if p >= q, else 0.
 
-    For data with wrong tokens among the right ones: what the model holds to be unlikely is left out entirely.
+    For data that contains wrong tokens: those the model considers unlikely are ignored completely.
     """
 
     name: ClassVar[str] = "threshold"
     q: float = 0.1
 
     def __post_init__(self) -> None:
-        within("q", self.q, 0, 1)
+        check_range("q", self.q, 0, 1)
 
     def weight(self, rows: Rows) -> Tensor:
         return (rows.p_correct >= self.q).to(rows.nll.dtype)
 
     def potential(self, nll: Tensor) -> Tensor:
-        # Continuous, and level where nothing is learned.
+        # Continuous, and constant where the weight is 0.
         return nll.clamp(max=-math.log(self.q)) if self.q > 0 else nll
 
     def formula(self) -> str:
-        return "1 where p >= q, else 0"
+        return "1 if p >= q, else 0"
 
 
 @dataclass(frozen=True)
 class Eaft(Objective):
     """Entropy-Adaptive Fine-Tuning (arXiv 2601.02151): w = entropy of the 20 likeliest tokens / ln 20.
 
-    The 20 probabilities are normalized to sum to 1 first, so w is in [0, 1]. For teaching something new while
-    forgetting little: tokens on which the model is sure, and which contradict the data, weigh little.
+    The 20 probabilities are first normalized to sum to 1, so w is in [0, 1]. For learning new data with
+    little forgetting: tokens that contradict a confident model have a small weight.
     """
 
     name: ClassVar[str] = "eaft"
@@ -199,8 +202,8 @@ class Eaft(Objective):
 
     def weight(self, rows: Rows) -> Tensor:
         log_p = torch.log_softmax(rows.top_logits, -1)
-        found = torch.special.entr(log_p.exp()).sum(-1)
-        return found / math.log(self.largest)
+        entropy = torch.special.entr(log_p.exp()).sum(-1)
+        return entropy / math.log(self.largest)
 
     def formula(self) -> str:
         return "entropy of the 20 likeliest tokens / ln 20"
@@ -208,11 +211,12 @@ class Eaft(Objective):
 
 @dataclass(frozen=True)
 class Asft(Dft):
-    """Anchored Supervised Fine-Tuning (arXiv 2509.23753): DFT, and kl_weight * KL(model || base) per token.
+    """Anchored Supervised Fine-Tuning (arXiv 2509.23753): DFT plus kl_weight * KL(model || base) per token.
 
-    The divergence is over the whole vocabulary at each supervised token, in the direction of the paper's
-    text; the code its authors published computes KL(base || model) instead. For DFT where it drifts, as in
-    knowledge-heavy domains. Needs a frozen copy of the base model in memory, and its forward pass.
+    The divergence is over the whole vocabulary at each supervised token, in the direction given in the text
+    of the paper; the code published by its authors computes KL(base || model) instead. For domains where DFT
+    drifts from the base model, such as knowledge-heavy ones. Needs a frozen copy of the base model in memory,
+    and a forward pass of it per batch.
     """
 
     name: ClassVar[str] = "asft"
@@ -220,7 +224,7 @@ class Asft(Dft):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within("kl_weight", self.kl_weight, 0, 1000)
+        check_range("kl_weight", self.kl_weight, 0, 1000)
 
     def formula(self) -> str:
         return f"{super().formula()}, and {self.kl_weight:g} * KL(model || base)"
@@ -230,8 +234,8 @@ class Asft(Dft):
 class Chord(Objective):
     """The token weight of CHORD (arXiv 2508.11408): w = p * (1 - p).
 
-    Learns from tokens the model wavers on; neither what it knows already nor what it holds to be impossible
-    moves it. Gradients are at most a quarter of SFT's, so the learning rate wants to be larger.
+    Learns from tokens the model is uncertain about; tokens it considers certain or impossible hardly change
+    it. Gradients are at most a quarter of SFT's, so use a larger learning rate.
     """
 
     name: ClassVar[str] = "chord"
@@ -247,53 +251,75 @@ class Chord(Objective):
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    one.name: one for one in (Dft, Sft, Power, Threshold, Eaft, Asft, Chord)
+    objective.name: objective for objective in (Dft, Sft, Power, Threshold, Eaft, Asft, Chord)
 }
+"""All objectives by name, in the order in which they are listed to users."""
 
 
 def make_objective(name: str, parameters: Mapping[str, float] | None = None) -> Objective:
-    """An objective by name.
+    """Create an objective by name.
 
     Args:
-        parameters: by the names of its fields; those left out have their defaults.
+        parameters: values of its fields; fields that are missing keep their defaults.
 
     Raises:
-        ValueError: no such objective, no such parameter, or a value out of range; says what there is.
+        ValueError: unknown objective or parameter (the message lists the valid ones), or a value out of
+            range.
     """
     if name not in OBJECTIVES:
-        raise ValueError(f"no objective is named {name!r}; choose from {', '.join(OBJECTIVES)}")
-    chosen = OBJECTIVES[name]
-    known = [one.name for one in fields(chosen)]
-    for given in parameters or {}:
-        if given not in known:
-            raise ValueError(
-                f"the objective {name} has no {given!r}; it has {', '.join(known) or 'no parameters'}"
-            )
-    return chosen(**parameters or {})
+        raise ValueError(f"unknown objective {name!r}; choose from {', '.join(OBJECTIVES)}")
+    parameters = parameters or {}
+    names = [field.name for field in fields(OBJECTIVES[name])]
+    for parameter in parameters:
+        if parameter not in names:
+            valid = f"its parameters are {', '.join(names)}" if names else "it has no parameters"
+            raise ValueError(f"the objective {name} has no parameter {parameter!r}; {valid}")
+    return OBJECTIVES[name](**parameters)
 
 
 def parameters_of(name: str) -> dict[str, float]:
-    """The parameters of an objective, each with its default."""
-    return {one.name: one.default for one in fields(OBJECTIVES[name]) if one.default is not MISSING}
+    """Return the parameters of an objective that have a default, with that default."""
+    return {field.name: field.default for field in fields(OBJECTIVES[name]) if field.default is not MISSING}
 
 
-def lifted(weight: Tensor, min_weight: Tensor | None) -> Tensor:
-    """(tokens,) weights, none below its floor."""
+def resolve_objective(alpha: float | None, objective: Objective | None, has_base: bool) -> Objective:
+    """Return the objective of a run: DFT with some alpha (default 1), or another one.
+
+    Raises:
+        ValueError: both are given, alpha is out of range, or `check_base` fails.
+    """
+    if objective is None:
+        objective = Dft() if alpha is None else Dft(alpha)
+    elif alpha is not None:
+        raise ValueError(f"alpha {alpha} and the objective {objective} both set the token weight; pass one")
+    check_base(objective, has_base)
+    return objective
+
+
+def check_base(objective: Objective, has_base: bool) -> None:
+    """Raise ValueError if a base model is missing although the objective needs it, or given for nothing."""
+    if has_base != (objective.kl_weight > 0):
+        verb = "does not use" if has_base else "needs the logits or hidden states of"
+        raise ValueError(f"{objective} {verb} a base model")
+
+
+def apply_floor(weight: Tensor, min_weight: Tensor | None) -> Tensor:
+    """Return the (tokens,) weights, each raised to its lower bound if it is smaller."""
     return weight if min_weight is None else torch.maximum(weight, min_weight.to(weight.dtype))
 
 
 def floored_potential(objective: Objective, nll: Tensor, min_weight: float) -> Tensor:
-    """(tokens,) the integral of the weight from 0 to nll, where no weight is below a floor.
+    """Return the integral of max(weight, min_weight) from 0 to nll, (tokens,).
 
-    By the trapezoidal rule: off by less than 2e-4, or by 2e-3 where the weight jumps; beyond an nll of 32 it
-    goes on in a straight line.
+    Uses the trapezoidal rule: the error is below 2e-4, or below 2e-3 if the weight has a jump. Beyond an nll
+    of 32 the potential is extrapolated linearly.
 
     Args:
-        objective: its weight is a function of p.
+        objective: its weight must be a function of p.
         nll: (tokens,) float64.
     """
-    points = torch.linspace(0, FARTHEST, POINTS, dtype=nll.dtype, device=nll.device)
-    step = FARTHEST / (POINTS - 1)
+    points = torch.linspace(0, MAX_NLL, POINTS, dtype=nll.dtype, device=nll.device)
+    step = MAX_NLL / (POINTS - 1)
     rows = Rows(points, torch.exp(-points), torch.zeros_like(points))
     weights = objective.weight(rows).clamp(min=min_weight)
     integral = torch.cat([weights.new_zeros(1), torch.cumulative_trapezoid(weights, dx=step)])

@@ -1,4 +1,4 @@
-"""The matrix products of the fused head: float32 results of factors in whatever precision."""
+"""Matrix products of the fused head: float32 results from factors of any dtype."""
 
 from collections.abc import Iterator
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 32 * 2**20
-"""What is converted at a time of a weight in half precision, where a product cannot give float32 itself."""
+"""Bytes of a half-precision weight converted to float32 at a time, on devices without mixed products."""
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """In which precision the products are computed.
+    """Return the dtype in which the products are computed.
 
-    Under autocast on a CPU that of the weight: logits are float32 there at any rate, so a copy of the weight
-    in half precision would cost time and bring nothing.
+    Under autocast on a CPU this is the dtype of the weight: logits are float32 there in any case, so a
+    half-precision copy of the weight would only cost time.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and device != "cpu":
@@ -21,49 +21,55 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def wide_product(rows: Tensor, weight: Tensor, space: Tensor | None) -> Tensor:
-    """rows @ weight.T, (rows, vocab), accumulated and given in float32 or wider.
+def wide_product(rows: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
+    """Compute rows @ weight.T, (rows, vocab), accumulated and returned in float32 or wider.
 
-    A product that is rounded to bfloat16 is off by 0.06 where logits are about 20, which would go straight
-    into the probability and so into the weight of the token.
+    A product rounded to bfloat16 has an error of 0.06 at logits of about 20, which would directly affect the
+    probability and therefore the weight of the token.
+
+    Args:
+        buffer: (at least rows, vocab), for the result; required on a CPU.
     """
     if rows.dtype.itemsize < 4 and rows.device.type == "cuda":
         return torch.mm(rows, weight.t(), out_dtype=torch.float32)
-    made = None if space is None else space[: len(rows)]
+    out = None if buffer is None else buffer[: len(rows)]
     if rows.dtype.itemsize >= 4:
-        return torch.mm(rows, weight.t(), out=made)
-    rows = rows.float()  # there is no such product on a CPU
-    for start, part in wide_blocks(weight):
-        torch.mm(rows, part.t(), out=made[:, start : start + len(part)])
-    return made
+        return torch.mm(rows, weight.t(), out=out)
+    assert out is not None
+    rows = rows.float()  # a CPU has no product of half-precision factors with a float32 result
+    for start, block in wide_blocks(weight):
+        torch.mm(rows, block.t(), out=out[:, start : start + len(block)])
+    return out
 
 
 def product(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = gradient @ weight, (rows, hidden), in the precision of `out`."""
+    """Compute out = gradient @ weight, (rows, hidden), in the dtype of `out`."""
     if out.dtype == weight.dtype:
         torch.mm(gradient.to(weight.dtype), weight, out=out)
     elif out.device.type == "cuda":
         torch.mm(gradient, weight, out_dtype=out.dtype, out=out)
     else:
         out.zero_()
-        for start, part in wide_blocks(weight):
-            out.addmm_(gradient[:, start : start + len(part)], part)
+        for start, block in wide_blocks(weight):
+            out.addmm_(gradient[:, start : start + len(block)], block)
 
 
 def wide_blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """A weight in half precision as float32, block by block in the same memory, each with its first row."""
+    """Yield (first row, block) of a half-precision weight in float32; all blocks share the same memory."""
     vocab, width = weight.shape
     step = min(max(1, BLOCK_BYTES // (4 * width)), vocab)
-    block = weight.new_empty(step, width, dtype=torch.float32)
+    buffer = weight.new_empty(step, width, dtype=torch.float32)
     for start in range(0, vocab, step):
         part = weight[start : start + step]
-        yield start, block[: len(part)].copy_(part)
+        yield start, buffer[: len(part)].copy_(part)
 
 
 def accumulated(total: Tensor | None, gradient: Tensor, rows: Tensor, only: bool) -> Tensor:
-    """total + gradient.T @ rows, (vocab, hidden), summed in float32 or wider.
+    """Compute total + gradient.T @ rows, (vocab, hidden), accumulated in float32 or wider.
 
-    `only`: nothing is to be added, and the sum is wanted in bfloat16: it need not be widened to be narrowed.
+    Args:
+        total: the sum so far, overwritten; None for 0.
+        only: nothing else will be added and the result is needed in bfloat16, so it stays in bfloat16.
     """
     on_gpu = rows.device.type == "cuda" and rows.dtype.itemsize < 4
     if gradient.dtype == torch.bfloat16 and (only or not on_gpu):
@@ -77,13 +83,16 @@ def accumulated(total: Tensor | None, gradient: Tensor, rows: Tensor, only: bool
         options = {"out_dtype": torch.float32} if on_gpu else {}
         return torch.mm(gradient.t(), rows if on_gpu else rows.to(gradient.dtype), **options)
     if on_gpu:
-        # A sum that is wider than the factors: older versions of torch refuse it.
+        # Older versions of torch do not support a sum wider than the factors.
         return torch.addmm(total, gradient.t(), rows, out_dtype=torch.float32, out=total)
     return total.addmm_(gradient.t(), rows.to(gradient.dtype))
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor in a dtype, in place where that is the same, and then not even read if it is 1."""
+    """Return gradient * factor in `dtype`.
+
+    If the gradient has that dtype already, it is scaled in place, and not touched if the factor is 1.
+    """
     on_cpu = gradient.device.type == "cpu"
     if on_cpu and factor.item() == 1:
         return gradient.to(dtype)

@@ -1,21 +1,21 @@
-"""How alpha rises over a run: from SFT, which teaches what is new, to DFT, which sharpens what is known."""
+"""Schedule of alpha over a run: from SFT, which learns new data, to DFT, which sharpens known data."""
 
 import math
 from dataclasses import dataclass, replace
 
 from dft.errors import check_choice
-from dft.loss.objectives import Dft, Objective
+from dft.loss.objectives import Dft, Objective, check_range
 
 KINDS = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True)
 class AlphaSchedule:
-    """What share of its final alpha an objective has at a step.
+    """Fraction of its final alpha that an objective has at each step.
 
     Attributes:
-        kind: "constant" has all of it throughout; "linear" and "cosine" rise from 0, which is SFT, and stay.
-        share: of the optimizer steps, over which alpha rises; with 1 it would arrive where the run ends.
+        kind: "constant" always has all of it; "linear" and "cosine" rise from 0, which is SFT, to all of it.
+        share: fraction of the optimizer steps over which alpha rises, in (0, 1].
     """
 
     kind: str = "constant"
@@ -29,42 +29,41 @@ class AlphaSchedule:
             )
 
     def at(self, step: int, steps: int) -> float:
-        """In [0, 1]. `step` counts from 0, of `steps`."""
+        """Return the fraction, in [0, 1], at a step counted from 0 of `steps`."""
         if self.kind == "constant":
             return 1.0
-        done = min(1.0, step / max(1.0, self.share * steps))
-        return done if self.kind == "linear" else (1 - math.cos(math.pi * done)) / 2
+        progress = min(1.0, step / max(1.0, self.share * steps))
+        return progress if self.kind == "linear" else (1 - math.cos(math.pi * progress)) / 2
 
 
 CONSTANT = AlphaSchedule()
 
 
 def check_schedule(objective: Objective, schedule: AlphaSchedule, end_of_turn_weight: float) -> None:
-    """Raises ValueError for a schedule without an alpha, and for a floor outside [0, 1]."""
+    """Raise ValueError for a schedule of an objective without alpha, or a weight outside [0, 1]."""
     if schedule.kind != "constant" and not isinstance(objective, Dft):
         raise ValueError(f"alpha_schedule {schedule.kind!r}: {objective} has no alpha")
-    if not 0 <= end_of_turn_weight <= 1:
-        raise ValueError(f"end_of_turn_weight must lie in [0, 1], got {end_of_turn_weight}")
+    check_range("end_of_turn_weight", end_of_turn_weight, 0, 1)
 
 
 def scheduled(objective: Objective, schedule: AlphaSchedule, step: int, steps: int) -> Objective:
-    """The objective as it is at a step."""
-    if schedule.kind == "constant":
+    """Return the objective with the alpha that the schedule gives at a step."""
+    if schedule.kind == "constant" or not isinstance(objective, Dft):
         return objective
     return replace(objective, alpha=objective.alpha * schedule.at(step, steps))
 
 
 def method_title(objective: Objective, schedule: AlphaSchedule, end_of_turn_weight: float) -> str:
-    """The objective with whatever else decides what a token weighs, for people."""
+    """Return the objective, its alpha, schedule and lower bound on end-of-turn tokens as text."""
     alpha = alpha_of(objective)
-    told = objective.title + ("" if alpha is None else f", alpha {alpha:g}")
+    title = objective.title + ("" if alpha is None else f", alpha {alpha:g}")
     if schedule.kind != CONSTANT.kind:
-        told += f" after a {schedule.kind} rise over {100 * schedule.share:g} % of the steps"
+        title += f" after a {schedule.kind} rise over {100 * schedule.share:g} % of the steps"
     if end_of_turn_weight:
-        told += f"; ends of turns weigh at least {end_of_turn_weight:g}"
-    return told
+        title += f"; end-of-turn tokens weigh at least {end_of_turn_weight:g}"
+    return title
 
 
 def alpha_of(objective: Objective) -> float | None:
-    """Its alpha; None where it has none."""
+    """Return the alpha of an objective, or None if it has none."""
     return objective.alpha if isinstance(objective, Dft) else None

@@ -21,9 +21,10 @@ from dft.console import say
 from dft.data.batches.collator import FlatCollator, PackedCollator
 from dft.data.batches.sampler import EpochSampler, WithBlank
 from dft.errors import UserError, check_choice
-from dft.loss.dft import TokenStats, chosen_objective, dft_loss, normalizer
-from dft.loss.head import FusedHead, inspect_head
-from dft.loss.objectives import Objective
+from dft.loss.dft import TokenStats, normalizer
+from dft.loss.head import FusedHead, inspect_head, score_logits
+from dft.loss.objectives import Objective, resolve_objective
+from dft.loss.options import LossOptions
 from dft.loss.schedule import CONSTANT, AlphaSchedule, check_schedule
 from dft.ranks import data_parallel_size, sequence_parallel_size
 from dft.training.batching import (
@@ -119,7 +120,7 @@ class DFTTrainer(MeasuredTrainer):
         data_collator: Any = None,
         **kwargs: Any,
     ) -> None:
-        objective = chosen_objective(alpha, objective, base_model is not None)
+        objective = resolve_objective(alpha, objective, base_model is not None)
         check_schedule(objective, alpha_schedule, end_of_turn_weight)
         check_arguments(args)
         if kwargs.get("compute_loss_func") is not None:
@@ -233,24 +234,24 @@ class DFTTrainer(MeasuredTrainer):
         self._last_batch = MicroBatch(rows, tokens, is_training=torch.is_grad_enabled())
         features = {name: value for name, value in inputs.items() if name not in NON_MODEL_KEYS}
         labels, training = inputs["labels"], model.training and self.is_in_train
-        how = {
-            "objective": self.objective_at(self.state.global_step) if training else self.objective,
-            "num_items": num_items,
-            "min_weight": self._min_weight(labels),
-            "shifted": self._sequences is not None and model.training,
-        }
-        reference = self._reference
         head = None if with_logits else self._inspected_head(model)
-        if isinstance(head, FusedHead):
-            # Another collator may change labels behind the back of ours.
-            known = isinstance(self.data_collator, Collator)
-            positions = inputs.get("loss_positions") if known else None
-            base = None if reference is None else reference.base(features)
-            return head.score(model, features, labels, positions=positions, base=base, **how)
-        outputs = model(**features)
-        base_logits = None if reference is None else reference.logits(features)
-        loss, stats = dft_loss(outputs.logits, labels, base_logits=base_logits, **how)
-        return loss, stats, outputs
+        is_fused = isinstance(head, FusedHead)
+        reference = self._reference
+        base = None
+        if reference is not None:
+            base = reference.head_input(features) if is_fused else reference.logits(features)
+        # Another collator may change labels without updating the positions.
+        ours = isinstance(self.data_collator, Collator)
+        options = LossOptions(
+            objective=self.objective_at(self.state.global_step) if training else self.objective,
+            num_items=num_items,
+            min_weight=self._min_weight(labels),
+            base=base,
+            shifted=self._sequences is not None and model.training,
+            positions=inputs.get("loss_positions") if ours else None,
+        )
+        score = head.score if is_fused else score_logits
+        return score(model, features, labels, options)
 
     def _min_weight(self, labels: Tensor) -> Tensor | None:
         """(batch, seq) the least that each label weighs; None where there is no floor."""

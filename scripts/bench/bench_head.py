@@ -41,8 +41,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from dft.labels import loss_positions
 from dft.loss.dft import shifted_targets
-from dft.loss.linear import Base, linear_dft_loss
+from dft.loss.linear import linear_dft_loss
 from dft.loss.objectives import OBJECTIVES, Dft, make_objective
+from dft.loss.options import BaseHead
 
 CPU_SHAPES = ("1024,0.5,896,151936", "2048,0.3,896,151936", "4096,0.5,2048,32768")
 CUDA_SHAPES = ("8192,0.5,3584,152064", "4096,1.0,4096,128256", "16384,0.3,2048,151936")
@@ -158,7 +159,7 @@ def ours_by(name: str) -> "Contender":
     objective = make_objective(name)
 
     def contender(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        base = Base(hidden.detach(), weight.detach()) if objective.kl_weight else None
+        base = BaseHead(hidden.detach(), weight.detach()) if objective.kl_weight else None
         loss, _ = linear_dft_loss(hidden, weight, labels, objective=objective, base=base)
         loss.backward()
         return loss

@@ -122,7 +122,7 @@ def test_a_floor_raises_the_probability_of_end_of_turn_tokens(train):
         output, codes, printed = train(f"floor-{floor}", end_of_turn_weight=floor)
         assert codes == [0], printed
         found[floor] = eval_records(output)[-1]["eval_p_end_of_turn"]
-        assert ("ends of turns weigh at least 1" in printed) == (floor == 1)
+        assert ("end-of-turn tokens weigh at least 1" in printed) == (floor == 1)
     assert found[1.0] > 10 * found[0.0]
 
 

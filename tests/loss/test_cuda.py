@@ -5,8 +5,8 @@ import torch
 
 from dft import DFTTrainer, dft_loss, linear_dft_loss, make_objective
 from dft.labels import loss_positions
-from dft.loss import linear
-from dft.loss.linear import Base
+from dft.loss import tiles
+from dft.loss.options import BaseHead
 from tests.loss.test_objectives import CASES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -63,10 +63,10 @@ def off(found, expected) -> float:
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_loss_gradients_and_statistics_are_those_of_float64(monkeypatch, dtype, alpha, shape, tile_rows):
-    monkeypatch.setitem(linear.TILE_BYTES, "cuda", 4 * VOCAB * tile_rows)
-    monkeypatch.setattr(linear, "GROUP_BYTES", 2 * VOCAB * 20)  # two tiles, or all of them
+    monkeypatch.setitem(tiles.TILE_BYTES, "cuda", 4 * VOCAB * tile_rows)
+    monkeypatch.setattr(tiles, "GROUP_BYTES", 2 * VOCAB * 20)  # two tiles, or all of them
     if tile_rows > 100:
-        monkeypatch.setattr(linear, "GROUP_BYTES", 2**31)
+        monkeypatch.setattr(tiles, "GROUP_BYTES", 2**31)
     hidden, weight, bias, labels = case(dtype)
     how = {"alpha": alpha, "num_items": 50, "logit_scale": shape[0], "logit_softcap": shape[1]}
     loss, stats = linear_dft_loss(hidden, weight, labels, bias=bias, **how)
@@ -198,8 +198,8 @@ def test_a_trained_model_is_the_same_with_and_without_the_fused_head(tmp_path, b
 @pytest.mark.parametrize("shape", [(1.0, None), (2.0, 5.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_objective(monkeypatch, dtype, shape, floored, one):
-    monkeypatch.setitem(linear.TILE_BYTES, "cuda", 4 * VOCAB * 7)
-    monkeypatch.setattr(linear, "GROUP_BYTES", 2 * VOCAB * 20)
+    monkeypatch.setitem(tiles.TILE_BYTES, "cuda", 4 * VOCAB * 7)
+    monkeypatch.setattr(tiles, "GROUP_BYTES", 2 * VOCAB * 20)
     hidden, weight, bias, labels = case(dtype)
     anchored = one.objective.kl_weight > 0
     other_hidden, other_weight, other_bias, _ = (one.detach() for one in case(dtype, seed=1))
@@ -207,7 +207,7 @@ def test_every_objective(monkeypatch, dtype, shape, floored, one):
     floors = 0.4 * (labels % 3 == 0).float() if floored else None
     loss, stats = linear_dft_loss(
         hidden, weight, labels, bias=bias, logit_scale=shape[0], logit_softcap=shape[1], min_weight=floors,
-        base=Base(other_hidden, other_weight, other_bias) if anchored else None, **how,
+        base=BaseHead(other_hidden, other_weight, other_bias) if anchored else None, **how,
     )  # fmt: skip
     exact = [one.detach().double().cpu().requires_grad_() for one in (hidden, weight, bias)]
     base = [one.double().cpu() for one in (other_hidden, other_weight, other_bias)]

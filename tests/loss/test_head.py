@@ -9,6 +9,8 @@ from torch import nn
 
 from dft.loss.dft import dft_loss
 from dft.loss.head import FusedHead, inspect_head
+from dft.loss.objectives import Dft
+from dft.loss.options import LossOptions
 
 VOCAB = 61
 SMALL = {
@@ -77,11 +79,11 @@ def inspected(model: nn.Module, dtype=torch.float32) -> FusedHead | str:
 
 def compare(model: nn.Module, head: FusedHead, close: float = 1e-5) -> None:
     inputs, labels = batch()
-    how = {"alpha": 0.7, "num_items": 29}
+    how = {"objective": Dft(0.7), "num_items": 29}
     own = model(**inputs)
     expected, expected_stats = dft_loss(own.logits, labels, **how)
     wanted = gradients(model, expected)
-    loss, stats, outputs = head.score(model, inputs, labels, **how)
+    loss, stats, outputs = head.score(model, inputs, labels, LossOptions(**how))
     assert outputs.logits.shape == (3, 12, 1) and not outputs.logits.any()
     found = gradients(model, loss)
     assert loss.item() == pytest.approx(expected.item(), rel=close)
@@ -115,7 +117,7 @@ def test_other_precisions(dtype, close):
         return
     # Logits in bfloat16 are what is coarse here: the fused loss is nearer to that of a wide model.
     inputs, labels = batch()
-    _, stats, _ = head.score(model, inputs, labels)
+    _, stats, _ = head.score(model, inputs, labels, LossOptions())
     _, rounded = dft_loss(model(**inputs).logits, labels)
     with torch.no_grad():
         hidden = model.model(**inputs).last_hidden_state
@@ -151,7 +153,7 @@ def odd(change) -> Odd:
     return Odd(transformers.Qwen3Config(**SMALL), change).eval()
 
 
-UNKNOWN = "it does something to its logits that is neither a scale nor a soft cap"
+UNKNOWN = "it transforms its logits in another way than by a scale and a soft cap"
 CHANGES = {
     "bias": (lambda z: z + torch.linspace(0, 1, z.shape[-1]), UNKNOWN),
     "power": (lambda z: z * z.abs(), UNKNOWN),
@@ -159,7 +161,7 @@ CHANGES = {
     "clamp": (lambda z: z.clamp(-20, 20), UNKNOWN),
     "normalized": (lambda z: z.log_softmax(-1) * 2, UNKNOWN),
     "masked": (lambda z: z.masked_fill(torch.arange(z.shape[-1]) > 50, -torch.inf), UNKNOWN),
-    "cut": (lambda z: z[..., :50], r"its logits are \(2, 8, 50\) for \(2, 8\) tokens, where its output "),
+    "cut": (lambda z: z[..., :50], r"its logits are \(2, 8, 50\) for \(2, 8\) tokens, but its output "),
     "shifted": (lambda z: z.roll(1, 1), UNKNOWN),
     "one token": (lambda z: z + 5.0 * (torch.arange(z.shape[-1]) == 5), UNKNOWN),
     "constant": (lambda z: torch.zeros_like(z), UNKNOWN),
@@ -187,12 +189,12 @@ def test_a_parameter_behind_the_head_is_not_taken_for_a_constant(kind):
     """A bias of zeros, and a scale of one, change nothing when the model is looked at."""
     behind = nn.Parameter(torch.zeros(VOCAB) if kind == "bias" else torch.ones(()))
     model = odd(lambda z: z + behind if kind == "bias" else z * behind)
-    assert inspected(model) == "a parameter is trained behind its output embedding"
+    assert inspected(model) == "it has trainable parameters after its output embedding"
     assert torch.is_grad_enabled()
     behind.requires_grad_(False)
     frozen = inspected(model)
     if kind == "bias":
-        assert frozen == "its logits do not have the shape of what its output embedding gives"
+        assert frozen == "its logits do not have the shape of the output of its output embedding"
     else:
         assert isinstance(frozen, FusedHead)
 
@@ -211,15 +213,15 @@ class Slow(nn.Linear):
 
 def test_heads_that_are_not_plain_are_not_fused():
     torch.manual_seed(0)
-    assert "where its output embedding gave" in inspected(Twice(transformers.Qwen3Config(**SMALL)).eval())
+    assert "but its output embedding returned" in inspected(Twice(transformers.Qwen3Config(**SMALL)).eval())
     model = make("qwen3", {})
     model.lm_head = Slow(16, VOCAB)
-    assert inspected(model).endswith("test_head.Slow that does more than one plain nn.Linear")
+    assert inspected(model).endswith("test_head.Slow that does more than a single plain nn.Linear")
     model = make("qwen3", {})
     model.lm_head = nn.Sequential(model.lm_head, nn.Identity())  # hands the output on: not a head of its own
     compare(model, inspected(model))
     model.lm_head = nn.Sequential(model.lm_head[0], nn.Dropout(0.0), nn.Hardtanh(-1e9, 1e9))
-    assert inspected(model).endswith("Sequential that does more than one plain nn.Linear")
+    assert inspected(model).endswith("Sequential that does more than a single plain nn.Linear")
     model = make("qwen3", {})
     model.lm_head.forward = lambda hidden: nn.functional.linear(hidden, model.lm_head.weight)
     assert inspected(model) == "the forward of its output embedding has been replaced"
@@ -233,7 +235,7 @@ def test_an_error_in_the_model_leaves_it_as_it_was():
     head = inspected(model)
     inputs, labels = batch()
     with pytest.raises(ValueError, match="hidden must be"):
-        head.score(model, inputs, labels[:, :-1])
+        head.score(model, inputs, labels[:, :-1], LossOptions())
     assert "forward" not in vars(model.lm_head)
     compare(model, head)
 
@@ -253,7 +255,7 @@ def test_a_head_that_is_no_longer_called_is_told():
     model.lm_head = nn.Linear(16, VOCAB, bias=False)
     inputs, labels = batch()
     with pytest.raises(RuntimeError, match=r"Linear \(61, 16\), the output embedding when training began"):
-        head.score(model, inputs, labels)
+        head.score(model, inputs, labels, LossOptions())
 
 
 def test_an_error_behind_the_head_holds_nothing():
@@ -266,5 +268,5 @@ def test_an_error_behind_the_head_holds_nothing():
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        head.score(failing, inputs, labels)
+        head.score(failing, inputs, labels, LossOptions())
     assert head._result is None and "forward" not in vars(model.lm_head)

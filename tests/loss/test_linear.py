@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dft import dft_loss, linear_dft_loss
 from dft.labels import loss_positions
-from dft.loss import linear, products, rows
+from dft.loss import linear, products, rows, tiles
 
 WIDTH, VOCAB = 16, 37
 DTYPES = {
@@ -62,7 +62,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Three rows fit a tile, so that every case has several and a last one that is not full."""
-    monkeypatch.setitem(linear.TILE_BYTES, "cpu", 4 * VOCAB * 3)
+    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 4 * VOCAB * 3)
     monkeypatch.setattr(products, "BLOCK_BYTES", 4 * WIDTH * 5)
     monkeypatch.setattr(rows, "CACHED_BYTES", 4 * VOCAB * 2)
 
@@ -133,7 +133,7 @@ def test_only_what_requires_a_gradient_gets_one(needs, monkeypatch):
     loss, stats = linear_dft_loss(tensors[0], tensors[1], labels, bias=tensors[2])
     expected, _ = on_logits(hidden, weight, labels, bias=bias)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    number = len(linear.tiles(len(stats.nll), VOCAB, 8, "cpu"))
+    number = len(tiles.tiles(len(stats.nll), VOCAB, 8, "cpu"))
     assert number > 1
     assert len(products) == number * (1 + needs[0] + needs[1])
     assert loss.requires_grad == any(needs)
@@ -155,7 +155,7 @@ def test_without_gradients_there_is_one_product_per_tile(monkeypatch):
     monkeypatch.setattr(Tensor, "addmm_", lambda *a, **k: pytest.fail("a gradient"))
     with torch.no_grad():
         loss, stats = linear_dft_loss(hidden, weight, labels, bias=bias)
-    assert len(products) == len(linear.tiles(len(stats.nll), VOCAB, 8, "cpu"))
+    assert len(products) == len(tiles.tiles(len(stats.nll), VOCAB, 8, "cpu"))
     assert not loss.requires_grad and torch.equal(loss, expected)
     assert all(torch.equal(one, other) for one, other in zip(stats, expected_stats, strict=True))
 
@@ -236,7 +236,7 @@ def test_one_tile_at_a_time_is_held(monkeypatch):
         most = max(most, sum(one() is not None for one in held))
         return made
 
-    monkeypatch.setattr(linear, "wide_product", product)
+    monkeypatch.setattr(tiles, "wide_product", product)
     hidden, weight, _, labels = case(torch.float32)
     linear_dft_loss(hidden, weight, labels)
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_results_are_the_same_every_time_and_whatever_the_tiles(monkeypatch):
     hidden, weight, bias, labels = case(torch.float32)
     runs = []
     for count in (3, 3, 1, 7, 1000):
-        monkeypatch.setitem(linear.TILE_BYTES, "cpu", 4 * VOCAB * count)
+        monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 4 * VOCAB * count)
         loss, stats = linear_dft_loss(hidden, weight, labels, bias=bias)
         runs.append([loss.detach(), *stats, *gradients(loss, hidden, weight, bias)])
     assert all(torch.equal(one, other) for one, other in zip(runs[0], runs[1], strict=True))
@@ -269,10 +269,10 @@ def test_results_are_the_same_every_time_and_whatever_the_tiles(monkeypatch):
 @pytest.mark.parametrize("vocab", [1000, 32_000, 152_000, 1_000_000, 10**9])
 @pytest.mark.parametrize("tokens", [0, 1, 100, 4097])
 def test_a_tile_stays_under_its_budget(monkeypatch, vocab, tokens):
-    monkeypatch.setitem(linear.TILE_BYTES, "cpu", 64 * 2**20)
-    cut = linear.tiles(tokens, vocab, 4, "cpu")
-    assert [row for start, end in cut for row in range(start, end)] == list(range(tokens))
-    for start, end in cut:
+    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 64 * 2**20)
+    spans = tiles.tiles(tokens, vocab, 4, "cpu")
+    assert [row for start, end in spans for row in range(start, end)] == list(range(tokens))
+    for start, end in spans:
         assert end - start == 1 or (end - start) * vocab * 4 <= 64 * 2**20
 
 
@@ -351,7 +351,7 @@ def test_float16_gradients_neither_vanish_nor_overflow(monkeypatch, num_items, s
         assert gradient.abs().max() < 65504
         return stats, gradient.half().float()
 
-    monkeypatch.setattr(linear, "score_rows", narrow)
+    monkeypatch.setattr(tiles, "score_rows", narrow)
     how = {"num_items": num_items, "logit_scale": scale}
     hidden, weight, _, labels = case(torch.float16, spread=0.1)
     loss, _ = linear_dft_loss(hidden, weight, labels, **how)

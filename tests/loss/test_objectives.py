@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dft import Objective, dft_loss, linear_dft_loss, make_objective
-from dft.loss import linear, rows
-from dft.loss.head import base_of, inspect_head
-from dft.loss.linear import Base
+from dft.loss import rows, tiles
+from dft.loss.head import inspect_head, run_base_model
 from dft.loss.objectives import OBJECTIVES, floored_potential
+from dft.loss.options import BaseHead, LossOptions
 from dft.loss.rows import RowOptions, score_rows_torch
 from dft.loss.schedule import AlphaSchedule, alpha_of, check_schedule, scheduled
 
@@ -69,7 +69,7 @@ def batch(dtype=torch.float64, seed=0):
     labels = torch.randint(VOCAB, (3, 9), generator=generator)
     labels[:, 1::3] = (hidden @ weight.t() + bias).argmax(-1)[:, :-1:3]
     labels[torch.rand(3, 9, generator=generator) < 0.3] = -100
-    base = Base(
+    base = BaseHead(
         torch.randn(3, 9, 8, generator=generator).to(dtype),
         torch.randn(VOCAB, 8, generator=generator).to(dtype),
         torch.randn(VOCAB, generator=generator).to(dtype),
@@ -124,7 +124,7 @@ def test_loss_and_gradient_on_logits_are_the_formulas(one, floored):
 @pytest.mark.parametrize("dtype, close", PRECISIONS)
 @pytest.mark.parametrize("shape", [(1.0, None), (2.0, 5.0)])
 def test_the_fused_head_gives_what_the_logits_give(monkeypatch, one, dtype, close, shape):
-    monkeypatch.setitem(linear.TILE_BYTES, "cpu", 4 * VOCAB * 4)  # several tiles
+    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 4 * VOCAB * 4)  # several tiles
     monkeypatch.setattr(rows, "CACHED_BYTES", 4 * VOCAB * 3)
     trained, base, labels, floors = batch(dtype)
     anchored = one.objective.kl_weight > 0
@@ -209,11 +209,11 @@ def test_a_floor_is_in_the_potential(floor):
 
 
 def test_names_and_parameters_that_do_not_exist_are_told():
-    with pytest.raises(ValueError, match="no objective is named 'dtf'; choose from dft, sft, power"):
+    with pytest.raises(ValueError, match="unknown objective 'dtf'; choose from dft, sft, power"):
         make_objective("dtf")
-    with pytest.raises(ValueError, match="the objective power has no 'q'; it has k"):
+    with pytest.raises(ValueError, match="the objective power has no parameter 'q'; its parameters are k"):
         make_objective("power", {"q": 1})
-    with pytest.raises(ValueError, match="the objective sft has no 'k'; it has no parameters"):
+    with pytest.raises(ValueError, match="the objective sft has no parameter 'k'; it has no parameters"):
         make_objective("sft", {"k": 1})
     for name, parameters in {"power": {"k": 0}, "threshold": {"q": 1.1}, "asft": {"kl_weight": -1}}.items():
         with pytest.raises(ValueError, match="must lie in"):
@@ -224,11 +224,11 @@ def test_names_and_parameters_that_do_not_exist_are_told():
 
 def test_what_does_not_belong_together_is_refused():
     (hidden, weight, _), base, labels, floors = batch()
-    with pytest.raises(ValueError, match=r"alpha 0.5 and the objective Sft\(\) each say how tokens weigh"):
+    with pytest.raises(ValueError, match=r"alpha 0.5 and the objective Sft\(\) both set the token weight"):
         linear_dft_loss(hidden, weight, labels, alpha=0.5, objective=make_objective("sft"))
     with pytest.raises(ValueError, match="needs the logits or hidden states of a base model"):
         linear_dft_loss(hidden, weight, labels, objective=make_objective("asft"))
-    with pytest.raises(ValueError, match="has no use for a base model"):
+    with pytest.raises(ValueError, match="does not use a base model"):
         linear_dft_loss(hidden, weight, labels, base=base)
     wrong = base._replace(weight=base.weight[1:])
     with pytest.raises(ValueError, match="the base's hidden must be"):
@@ -237,7 +237,7 @@ def test_what_does_not_belong_together_is_refused():
         lambda: linear_dft_loss(hidden, weight, labels, min_weight=floors[:, 1:]),
         lambda: dft_loss(hidden @ weight.t(), labels, min_weight=floors[:, 1:]),
     ):
-        with pytest.raises(ValueError, match=r"min_weight must be \(batch, seq\) as the labels"):
+        with pytest.raises(ValueError, match=r"min_weight must be \(batch, seq\) like the labels"):
             loss()
 
 
@@ -278,9 +278,9 @@ def test_a_model_held_against_itself_is_dft(fused):
     head = inspect_head(tiny_model.eval(), tiny_model, how, torch.float32)
     objective = make_objective("asft", {"kl_weight": 3.0})
     if fused:
-        base = base_of(tiny_model, how)
-        loss, stats, _ = head.score(tiny_model, how, ids, objective=objective, base=base)
-        expected, _, _ = head.score(tiny_model, how, ids)
+        base = run_base_model(tiny_model, how)
+        loss, stats, _ = head.score(tiny_model, how, ids, LossOptions(objective, base=base))
+        expected, _, _ = head.score(tiny_model, how, ids, LossOptions())
     else:
         logits = tiny_model(**how).logits
         loss, stats = dft_loss(logits, ids, objective=objective, base_logits=logits.detach())

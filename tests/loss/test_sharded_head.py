@@ -12,6 +12,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dft.loss.dft import dft_loss
 from dft.loss.head import FusedHead, inspect_head
+from dft.loss.objectives import Dft
+from dft.loss.options import LossOptions
 from dft.ranks import exit_rank
 from tests.launching import free_port
 
@@ -40,12 +42,12 @@ def worker(rank: int, port: int, tied: bool, halves: bool, checkpointed: bool, r
         model.gradient_checkpointing_enable()
         model.train()
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    options = {"mesh": init_device_mesh("cpu", (RANKS,)), **({"mp_policy": half} if halves else {})}
+    sharding = {"mesh": init_device_mesh("cpu", (RANKS,)), **({"mp_policy": half} if halves else {})}
     for layer in model.model.layers:
-        fully_shard(layer, **options)
+        fully_shard(layer, **sharding)
     if not tied:
-        fully_shard(model.lm_head, **options)
-    fully_shard(model, **options)
+        fully_shard(model.lm_head, **sharding)
+    fully_shard(model, **sharding)
     head = inspect_head(
         model, model, {"input_ids": torch.arange(16).view(2, 8)}, torch.bfloat16 if halves else torch.float32
     )
@@ -54,7 +56,8 @@ def worker(rank: int, port: int, tied: bool, halves: bool, checkpointed: bool, r
     mine = slice(rank, None, RANKS)
     for _ in range(2):  # the second time nothing of the first is left
         model.zero_grad()
-        loss, _, _ = head.score(model, {"input_ids": ids[mine]}, labels[mine], alpha=0.7, num_items=TOKENS)
+        options = LossOptions(Dft(0.7), num_items=TOKENS)
+        loss, _, _ = head.score(model, {"input_ids": ids[mine]}, labels[mine], options)
         (loss * RANKS).backward()  # FSDP averages over the ranks
     total = loss.detach().clone()
     dist.all_reduce(total)

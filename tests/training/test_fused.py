@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from dft import DFTTrainer, dft_loss
 from dft.data.batches.collator import PaddedCollator
 from dft.errors import UserError
-from dft.loss import linear, rows
+from dft.loss import linear, rows, tiles
 from dft.loss.head import FusedHead
 from dft.loss.linear import linear_dft_loss
 from dft.loss.objectives import Dft
@@ -24,7 +24,7 @@ from tests.training.test_trainer import VOCAB, conversations, tiny
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Five rows fit a tile, so that every batch has several."""
-    monkeypatch.setitem(linear.TILE_BYTES, "cpu", 4 * VOCAB * 5)
+    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 4 * VOCAB * 5)
 
 
 def trainer(tmp_path, fused_head="on", model=None, **flags) -> DFTTrainer:

@@ -82,7 +82,7 @@ def test_another_method_is_told_on_going_on(tmp_path):
     rows = with_end_token(9)
     run = trainer(tmp_path, rows, alpha=0.5, end_of_turn_weight=0.25)
     before = run._method()
-    assert before == "DFT, alpha 0.5; ends of turns weigh at least 0.25"
+    assert before == "DFT, alpha 0.5; end-of-turn tokens weigh at least 0.25"
     facts = {"ranks": 1, "order": run._order(), "method": before}
     assert not list(run._unlike(facts))
     other = trainer(tmp_path, rows, alpha=0.5, alpha_schedule=AlphaSchedule("linear", 0.25))
@@ -111,7 +111,7 @@ def test_what_has_no_meaning_is_refused(tmp_path):
     rows = with_end_token(3)
     with pytest.raises(ValueError, match="needs the logits or hidden states of a base model"):
         trainer(tmp_path, rows, objective=make_objective("asft"))
-    with pytest.raises(ValueError, match="has no use for a base model"):
+    with pytest.raises(ValueError, match="does not use a base model"):
         trainer(tmp_path, rows, base_model=moved())
     with pytest.raises(ValueError, match="has no alpha"):
         trainer(tmp_path, rows, objective=make_objective("sft"), alpha_schedule=AlphaSchedule("linear"))

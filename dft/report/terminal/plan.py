@@ -8,7 +8,7 @@ from torch import nn
 
 from dft.arguments.objective import objective_of
 from dft.arguments.parser import Arguments
-from dft.loss.linear import TILE_BYTES
+from dft.loss.tiles import TILE_BYTES
 from dft.ranks import count_optimizer_steps, data_parallel_size, describe_parallelism, is_launched, world_size
 from dft.training.memory.estimate import estimate_logits, format_gib, has_4bit_weights
 from dft.training.memory.plan import HEADROOM, closest_fitting_plans, device_memory, plan, requested_setting

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from dft.arguments.deepspeed_file import zero_of
-from dft.loss.linear import GROUP_BYTES, TILE_BYTES
+from dft.loss.tiles import GROUP_BYTES, TILE_BYTES
 from dft.ranks import world_size
 from dft.training.parameters import GIB, element_count
 

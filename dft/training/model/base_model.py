@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dft.loss.head import base_of
-from dft.loss.linear import Base
+from dft.loss.head import run_base_model
+from dft.loss.options import BaseHead
 
 
 class FrozenBaseModel:
@@ -23,11 +23,11 @@ class FrozenBaseModel:
         # With a cache, transformers would take several conversations in a row for one.
         self.model.config.get_text_config().use_cache = False
 
-    def base(self, inputs: Mapping[str, Any]) -> Base:
-        """What it has in front of its head, for the fused loss."""
-        return base_of(self.model, inputs)
+    def head_input(self, inputs: Mapping[str, Any]) -> BaseHead:
+        """Return the input and weights of the base model's head, for the fused loss."""
+        return run_base_model(self.model, inputs)
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, Any]) -> Tensor:
-        """(batch, seq, vocab)."""
+        """Return the base model's logits, (batch, seq, vocab)."""
         return self.model(**inputs).logits

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dft.loss.linear import TILE_BYTES
+from dft.loss.tiles import TILE_BYTES
 from dft.training.measuring.throughput import Clock, model_flops, peak_flops, peak_memory
 from dft.training.memory.estimate import MemoryEstimate, estimate_memory
 from dft.training.parameters import GIB

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dft.arguments.lora import LoraArguments
-from dft.loss.linear import TILE_BYTES
+from dft.loss.tiles import TILE_BYTES
 from dft.report.terminal.plan import base_size
 from dft.training.memory.estimate import MemoryLayout, resolve_layout
 from dft.training.memory.plan import (

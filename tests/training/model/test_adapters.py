@@ -8,7 +8,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 
 from dft import DFTTrainer
 from dft.errors import UserError
-from dft.loss import linear
+from dft.loss import tiles
 from dft.loss.head import FusedHead
 from tests.training.test_trainer import conversations, tiny
 
@@ -63,5 +63,5 @@ def test_a_head_with_an_adapter_is_refused_if_fusing_is_insisted_on(tmp_path):
 
 
 def test_a_frozen_head_costs_no_product_for_its_gradient(tmp_path, monkeypatch):
-    monkeypatch.setattr(linear, "accumulated", lambda *a, **k: pytest.fail("gradient of a frozen weight"))
+    monkeypatch.setattr(tiles, "accumulated", lambda *a, **k: pytest.fail("gradient of a frozen weight"))
     trained(tmp_path, ADAPTERS["attention"][0], "on")

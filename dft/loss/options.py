@@ -1,0 +1,56 @@
+"""The options of the loss, which pass through the package as one value."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dft.loss.objectives import Dft, Objective, check_base
+
+
+class BaseHead(NamedTuple):
+    """Input and weights of the output head of a frozen base model, detached.
+
+    Its output is turned into logits by the same scale and soft cap as that of the trained model.
+
+    Attributes:
+        hidden: (batch, seq, base hidden).
+        weight: (vocab, base hidden).
+        bias: (vocab,) or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LossOptions:
+    """Everything that determines the loss of a batch besides the model's output and the labels.
+
+    Attributes:
+        objective: gives the weight w_t of each token.
+        num_items: N, the number of supervised tokens of the whole optimizer step (all micro-batches, all
+            ranks), a number or a scalar tensor. Default: the supervised tokens of the batch.
+        min_weight: (batch, seq), aligned with the labels: lower bound on the weight of each token.
+        base: the frozen base model's output for an objective with a `kl_weight`: its logits
+            (batch, seq, vocab) where the loss is computed from logits, its `BaseHead` where it is fused.
+        shifted: whether position t predicts labels[:, t] instead of labels[:, t + 1]. Used where sequences
+            are split between ranks.
+        positions: (tokens,) int64, the flat positions b * seq + t that predict a supervised token, in
+            ascending order (see `dft.labels.loss_positions`). Only the fused loss uses them; passing them
+            saves it one synchronization with the device.
+
+    Raises:
+        ValueError: `base` is missing although the objective needs it, or given although it does not.
+    """
+
+    objective: Objective = Dft()
+    num_items: Tensor | float | None = None
+    min_weight: Tensor | None = None
+    base: Tensor | BaseHead | None = None
+    shifted: bool = False
+    positions: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_base(self.objective, self.base is not None)
