@@ -19,8 +19,9 @@ PAGES = sorted(
     str(page.relative_to(ROOT))
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "scripts/paper/README.md"]
 )
-MISSING = tuple(name for name in ("flags.md", "metrics.md") if not (ROOT / "docs" / name).exists())
-"""Generated pages that do not exist yet."""
+TO_COME = ("docs/flags.md", "docs/metrics.md", "tests/training/test_contract.py")
+MISSING = tuple(Path(name).name for name in TO_COME if not (ROOT / name).exists())
+"""Files that do not exist yet."""
 MAX_README_BYTES = 12_000
 
 FLAGS_OF_OTHER_PROGRAMS = {
