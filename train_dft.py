@@ -28,9 +28,10 @@ from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
 from dft.ranks import exit_rank, is_launched, is_main_process
-from dft.report.card import model_card
+from dft.report.model_card import model_card
 from dft.report.preflight_advice import preflight_report
-from dft.report.record import ReportCallback, run_record
+from dft.report.report_callback import ReportCallback
+from dft.report.run_record import run_record
 from dft.report.terminal.data import data_summary, show_sequences
 from dft.report.terminal.plan import plan_lines
 from dft.report.terminal.preflight import preflight_lines

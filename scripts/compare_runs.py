@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dft.errors import UserError, report_user_errors
-from dft.report.saved import load_report
+from dft.report.saved_report import load_report
 
 METRICS = ("loss", "nll", "avg_p_correct", "objective", "grad_norm")
 

@@ -18,7 +18,7 @@ from dft.errors import UserError, report_user_errors
 from dft.files import convert_write_errors
 from dft.report.pages.comparison import comparison_page, comparison_picture, runs_of
 from dft.report.pages.run import PAGE, run_page, run_picture, write_page
-from dft.report.saved import folder_of, load_report
+from dft.report.saved_report import folder_of, load_report
 
 COMPARISON = "report_comparison.html"
 

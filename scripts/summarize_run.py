@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dft.errors import report_user_errors
 from dft.ranks import quiet_libraries
-from dft.report.saved import load_report
+from dft.report.saved_report import load_report
 
 METRICS = ("loss", "nll", "avg_p_correct", "acc")
 FILES = {

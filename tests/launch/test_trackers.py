@@ -18,7 +18,7 @@ from swanlab.sdk.internal.core_python.store import DataStoreReader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
-from dft.report.record import git_commit
+from dft.report.run_record import git_commit
 from tests.launching import ROOT, Finished, history, launch
 
 Series = dict[str, list[tuple[int, float]]]

@@ -15,7 +15,7 @@ from dft.report.pages.comparison import (
     runs_of,
 )
 from dft.report.pages.history import series
-from dft.report.saved import load_report
+from dft.report.saved_report import load_report
 from scripts import report as script
 from tests.report.reports import FIRST, NEWEST, Page, eval_record, run_report, train_record
 

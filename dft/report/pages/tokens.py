@@ -14,7 +14,7 @@ BELONGS = "belongs to the next letter"
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """A stretch of a token. `kind`: "text", or what would be invisible: "space", "tab", "control";
     "part" stands for a token without text of its own."""
 
@@ -33,7 +33,7 @@ class Token:
         end: whether it ends a turn.
     """
 
-    lines: list[list[Piece]]
+    lines: list[list[TextPiece]]
     p: float | None = None
     before: float | None = None
     end: bool = False
@@ -66,7 +66,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ConversationView:
     """One conversation of the evaluation.
 
     Attributes:
@@ -80,7 +80,7 @@ class Conversation:
     readings: list[Reading]
 
 
-def conversations(views: list[dict[str, Any]]) -> list[Conversation]:
+def conversations(views: list[dict[str, Any]]) -> list[ConversationView]:
     """The conversations of the newest evaluation, each beside itself at the first; of `report["tokens"]`."""
     if not views:
         return []
@@ -92,7 +92,7 @@ def conversations(views: list[dict[str, Any]]) -> list[Conversation]:
         readings = [] if old is None else [_reading(first["step"], old)]
         readings.append(_reading(newest["step"], one, old))
         place = f"{one['file']}:{one['line']}" if one["file"] else f"conversation {number}"
-        made.append(Conversation(place, one.get("shortened", False), readings))
+        made.append(ConversationView(place, one.get("shortened", False), readings))
     return made
 
 
@@ -114,22 +114,22 @@ def _tokens(one: dict[str, Any], old: dict[str, Any] | None) -> Iterator[Token]:
             yield Token(lines_of("".join(text for (text, _, _), _ in group)))
             continue
         for (text, p, end), before in group:
-            yield Token(lines_of(text) if text else [[Piece("part", BELONGS)]], p, before, end)
+            yield Token(lines_of(text) if text else [[TextPiece("part", BELONGS)]], p, before, end)
 
 
-def lines_of(text: str) -> list[list[Piece]]:
+def lines_of(text: str) -> list[list[TextPiece]]:
     """Text in lines and pieces: white space and control characters apart, so that they can be shown."""
-    lines: list[list[Piece]] = [[]]
+    lines: list[list[TextPiece]] = [[]]
     for kind, letters in groupby(text, key=_kind):
         if kind == "text":
-            lines[-1].append(Piece(kind, "".join(letters)))
+            lines[-1].append(TextPiece(kind, "".join(letters)))
             continue
         for letter in letters:
             if kind == "newline":
                 lines.append([])
             else:
                 shown = letter.encode("unicode_escape").decode() if kind == "control" else letter
-                lines[-1].append(Piece(kind, shown))
+                lines[-1].append(TextPiece(kind, shown))
     return lines
 
 

@@ -250,7 +250,7 @@ def test_training_starts_without_matplotlib():
         imported = names_imported(file)
         assert not [one for one in imported if one.startswith("matplotlib")], f"{name} imports matplotlib"
         pending += imported
-    assert {"dft.report.record", "dft.training.trainer"} <= found
+    assert {"dft.report.run_record", "dft.training.trainer"} <= found
 
 
 def names_imported(file: Path) -> list[str]:

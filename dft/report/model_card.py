@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from dft.metrics import METRICS
-from dft.report.saved import PICTURE
+from dft.report.saved_report import PICTURE
 from dft.report.terminal.data import data_summary
 
 PAPER = "https://arxiv.org/abs/2508.05629"
@@ -29,7 +29,7 @@ def model_card(
     """Markdown with the metadata of the hub.
 
     Args:
-        record: `dft.report.record.run_record`.
+        record: `dft.report.run_record.run_record`.
         log: Trainer's `log_history`.
         step: of this save, of so many `steps`.
         pictured: whether report.png lies beside it.

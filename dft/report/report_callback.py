@@ -1,0 +1,148 @@
+"""The callback that writes `report.json` and its page while a model is trained."""
+
+import json
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from dft.console import say
+from dft.errors import UserError
+from dft.files import write_atomically
+from dft.report.saved_report import REPORT, load_report
+from dft.training.batching import dataset_files
+from dft.training.measuring.scoring import ScoredSequence
+
+MAX_TOKENS_PER_CHARACTER = 8
+"""A character that is incomplete after this many tokens is shown as it decodes."""
+
+
+class ReportedTrainer(Protocol):
+    """What the report reads from a trainer; `DFTTrainer` provides it.
+
+    Attributes:
+        examples: scored sequences of the last evaluation.
+        end_of_turn_ids: token ids that end a turn.
+    """
+
+    args: TrainingArguments
+    state: TrainerState
+    eval_dataset: Any
+    examples: list[ScoredSequence]
+    end_of_turn_ids: list[int]
+
+    def exclude_time(self, seconds: float) -> None: ...
+
+    def is_world_process_zero(self) -> bool: ...
+
+
+class ReportCallback(TrainerCallback):
+    """Write `report.json` and its page after each evaluation, and once more on `close`.
+
+    Args:
+        trainer: the trainer to report on.
+        record: `dft.report.run_record.run_record`.
+        tokenizer: decodes the tokens of the shown conversations.
+    """
+
+    def __init__(
+        self, trainer: ReportedTrainer, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.trainer, self.record, self.tokenizer = trainer, record, tokenizer
+        self.folder = Path(trainer.args.output_dir)
+        self.views: list[dict[str, Any]] = []  # the scored conversations of the first and the last evaluation
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Load the conversations of the first evaluation from the existing report if the run is resumed."""
+        earlier = self.folder / REPORT
+        if not (state.is_world_process_zero and state.global_step and earlier.is_file()):
+            return
+        try:
+            self.views = load_report(self.folder)["tokens"][:1]
+        except (UserError, OSError) as error:
+            say(f"warning     the report starts over at step {state.global_step}: {error}")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the report on rank 0, outside the measured training time."""
+        started = time.perf_counter()
+        if state.is_world_process_zero:
+            view = {
+                "step": state.global_step,
+                "conversations": [self._conversation(example) for example in self.trainer.examples],
+            }
+            self.views = [*self.views[:1], view]
+            self._write(state, "running")
+        self.trainer.exclude_time(time.perf_counter() - started)
+
+    def close(self, status: str) -> None:
+        """Write the last report; call it after the model is saved, because the page lists the saved files."""
+        if self.trainer.is_world_process_zero():
+            self._write(self.trainer.state, status)
+
+    def _write(self, state: TrainerState, status: str) -> None:
+        from dft.report.pages.run import write_report_page  # imports matplotlib, which is slow
+
+        report = {
+            **self.record,
+            "status": status,
+            "updated": datetime.now().isoformat(timespec="seconds"),
+            "steps": {"done": state.global_step, "total": state.max_steps},
+            "log": state.log_history,
+            "tokens": self.views,
+        }
+        try:
+            write_atomically(self.folder / REPORT, [json.dumps(report, ensure_ascii=False)])
+            write_report_page(report, self.folder)
+        except OSError as error:  # a full disk must not end the training
+            say(f"warning     the report of step {state.global_step} was not written: {error}")
+
+    def _conversation(self, scored: ScoredSequence) -> dict[str, Any]:
+        files = dataset_files(self.trainer.eval_dataset)
+        texts = token_texts(self.tokenizer, scored.ids)
+        ends = set(self.trainer.end_of_turn_ids)
+        return {
+            "file": files[scored.file] if 0 <= scored.file < len(files) else "",
+            "line": scored.line,
+            "shortened": scored.shortened,
+            "tokens": [
+                [text, p, token_id in ends]
+                for text, p, token_id in zip(texts, scored.p_correct, scored.ids, strict=True)
+            ],
+        }
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> list[str]:
+    """Return the text of each token.
+
+    Where several tokens form one character, the last of them has it and the others are empty.
+    """
+    texts: list[str] = []
+    context: list[int] = []  # the previous complete tokens: some tokenizers drop the space of a first token
+    pending: list[int] = []
+    for position, token_id in enumerate(token_ids):
+        pending.append(token_id)
+        context_length = len(_decode(tokenizer, context)) if context else 0
+        text = _decode(tokenizer, context + pending)[context_length:]
+        is_last = position == len(token_ids) - 1
+        if text.endswith("\ufffd") and len(pending) < MAX_TOKENS_PER_CHARACTER and not is_last:
+            texts.append("")
+            continue
+        texts.append(text)
+        context, pending = pending, []
+    return texts
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
