@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dft.arguments.parser import default_flags
+from dft.data.conversations.forms import parse_conversation
 from tests.launching import ROOT
 
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -175,6 +176,16 @@ def test_a_page_opens_with_one_short_paragraph(name):
     title, opening = text_of(name).split("\n\n")[:2]
     assert title.startswith("# ") and "\n" not in title
     assert re.match(r"[A-Z<]", opening) and len(opening) <= 300
+
+
+def test_rows_shown_in_the_data_page_are_accepted():
+    text = text_of("docs/data.md")
+    rows = [row for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL) for row in block.splitlines()]
+    conversations = [parse_conversation(row.encode()) for row in rows]
+    assert len(rows) == 7
+    supervised = [conversation.trained.count(True) for conversation in conversations]
+    assert supervised == [1, 1, 1, 1, 1, 1, 2]
+    assert all(conversation.messages[-1]["content"] == "4" for conversation in conversations)
 
 
 # ---- messages that docs/troubleshooting.md quotes ----
