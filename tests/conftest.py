@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests. Nothing here needs a network, or writes outside of temporary folders."""
+"""Fixtures shared by all tests. None needs a network or writes outside temporary folders."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: there is no GPU to run its kernels
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; interprets kernels without a GPU
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,7 +23,7 @@ SPECIAL_TOKENS = [
     "<|message|>", "<|channel|>", "<|return|>", "<|call|>",
 ]
 # fmt: on
-"""Of every family of templates that the tests imitate."""
+"""Special tokens of every template family that the tests imitate."""
 
 CORPUS = """The quick brown fox jumps over the lazy dog. What is two plus two? Two plus two is four.
 system user assistant tool messages content. I am an answer, and this is the end of it. Über größere Flüsse
@@ -33,7 +33,7 @@ führen Brücken. Numbers: 0 1 2 3 4 5 6 7 8 9 10 100 1000. {"name": "add", "arg
 
 @pytest.fixture(scope="session")
 def tokenizer_json() -> str:
-    """A byte-level BPE vocabulary of about 500 tokens, as a tokenizer.json."""
+    """A byte-level BPE tokenizer.json with about 500 tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,7 +49,7 @@ def tokenizer_json() -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_json: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with ChatML template and tokens. Not to be changed; load `tokenizer_folder` for that."""
+    """A tokenizer with ChatML template and tokens. Do not change it; load `tokenizer_folder`."""
     backend = Tokenizer.from_str(tokenizer_json)
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     made = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
@@ -59,7 +59,7 @@ def tokenizer(tokenizer_json: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tokenizer` as `AutoTokenizer.from_pretrained` loads it."""
+    """A folder from which `AutoTokenizer.from_pretrained` loads `tokenizer`."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
     return folder
@@ -67,7 +67,7 @@ def tokenizer_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytes
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the model, with `a.jsonl` beside it."""
+    """The folder of a tiny model, with `a.jsonl` next to it."""
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = train_tokenizer([GOOD["messages"]], vocab_size=300)
     tiny_model(tokenizer).save_pretrained(folder / "model")

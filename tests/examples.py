@@ -1,4 +1,4 @@
-"""The example that runs of the tests work on."""
+"""The model and data of the runs that tests start."""
 
 import json
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ OTHER = [
     }
     for n in range(3)
 ]
-"""A second file, an array whose rows have a column that the first file has not."""
+"""Rows of a second data file, with a column that the first one lacks."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tiny model and its data, and the folder that runs work in."""
+    """A tiny model, its data, and the working folder of runs."""
 
     folder: Path
     model: Path
@@ -30,7 +30,7 @@ class Example:
     eval: Path
 
     def words(self, output: Path, **flags: object) -> list[str]:
-        """The command line of a short run; `flags` override."""
+        """Return the command line of a short run; `flags` override its settings."""
         settings: dict[str, object] = {
             "model_name_or_path": self.model,
             "data_files": self.train,
@@ -40,7 +40,7 @@ class Example:
             "logging_steps": 1,
             "save_strategy": "no",
             "seed": 7,
-            "report": False,  # a second for each page
+            "report": False,  # writing a report takes a second
             **flags,
         }
         words = []

@@ -1,4 +1,4 @@
-"""Starts train_dft.py the way a user does, in processes of its own that never outlive the test."""
+"""Start train_dft.py as a user does, in processes that never outlive the test."""
 
 import json
 import os
@@ -12,12 +12,12 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 240
-"""Seconds after which a run counts as hung. A run here takes 10 to 40."""
+"""Seconds after which a run is considered hung. Runs take 10 to 40 seconds."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that ended: its exit code and everything it printed, standard error included."""
+    """A finished run: its exit code and its output, including standard error."""
 
     code: int
     output: str
@@ -39,7 +39,7 @@ def launch(
     env: dict[str, str] | None = None,
     timeout: float = TIMEOUT,
 ) -> Finished:
-    """Runs a script under `python`, `torchrun` or `deepspeed` on the CPU and waits for it.
+    """Run a script under `python`, `torchrun` or `deepspeed` on the CPU and wait for it.
 
     `folder` takes caches and whatever else the run leaves behind; runs that share it share their prepared
     data.
@@ -55,11 +55,13 @@ def launch(
             f"--master_port={free_port()}",
         ],
     }  # fmt: skip
-    home = folder / "home"  # without a login of a tracker, as its variables are left out
+    home = folder / "home"  # without the login of a tracker
     home.mkdir(exist_ok=True)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SWANLAB_"))}
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SWANLAB_"))
+    }
     environment = {
-        **kept,
+        **environ,
         "HOME": str(home),
         "PYTHONPATH": str(ROOT),
         "CUDA_VISIBLE_DEVICES": "",
@@ -89,7 +91,7 @@ def launch(
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """What a run logged, in order."""
+    """Return the log history of a run."""
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 

@@ -1,4 +1,4 @@
-"""What whole runs are made on, and the process they are forked from."""
+"""Fixtures of the reliability tests: the example, and the process that runs are forked from."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from tests.forking import Forks, forking
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All that is tested here is reliability; what takes long is slow besides."""
+    """Mark every test of this folder with `reliability`, in addition to its own marks."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker("reliability")
@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
-    """What whole runs are made on: a model with dropout, so that random numbers matter."""
+    """An example whose model has dropout, so that the random states matter."""
     made = make_example(tmp_path_factory.mktemp("example"))
     config = json.loads((made.model / "config.json").read_text())
     (made.model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))

@@ -1,4 +1,4 @@
-"""What people and broken disks feed to a trainer. Every case must end in one message and without training."""
+"""Invalid input from users and broken disks. Every case must end with one message and without training."""
 
 import gzip
 import json
@@ -202,7 +202,7 @@ MODELS = [
     model("model-negative-size", settings("config.json", hidden_size=-4), "--model_name_or_path"),
     model("model-size-a-word", settings("config.json", num_hidden_layers="two"), "--model_name_or_path"),
     model("model-no-heads", settings("config.json", num_attention_heads=0), "--model_name_or_path"),
-    # Under ZeRO-3 a rank holds a part of each weight, the last values of it on the last rank.
+    # Under ZeRO-3 each weight is sharded, and its last values are on the last rank.
     model("zero3-nan", filled(EMBEDDING, float("nan"), -1), f"not finite .* in {EMBEDDING}", deepspeed=ZERO3),
     model("zero3-other-shape", reshaped(NORM, 7), f"size mismatch for {NORM}", deepspeed=ZERO3),
     model("zero3-missing-weight", tensors(lambda weights: weights.pop(NORM)), NORM, deepspeed=ZERO3),
@@ -445,4 +445,4 @@ FINE = [
         "template-of-the-readme", lambda ground: {"chat_template": ground.file("t.jinja", CHATML)}, "^records"
     ),
 ]
-"""Odd, but no mistake: these train, and the log says what the pattern looks for."""
+"""Unusual but valid input: these cases train, and the log matches the pattern."""

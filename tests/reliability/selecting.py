@@ -1,4 +1,4 @@
-"""Which of many similar cases the default run takes: all of them would last a quarter of an hour."""
+"""Select the cases of a parametrized test that the default run includes."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 
 def mostly_slow(cases: Iterable[Any], quick: Sequence[Any]) -> list[Any]:
-    """Cases of a parametrized test; those that are not `quick` are left to `pytest -m reliability`."""
+    """Mark all cases of a parametrized test as slow except the `quick` ones."""
     cases = list(cases)
     assert all(one in cases for one in quick)
     return [

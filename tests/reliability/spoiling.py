@@ -1,4 +1,4 @@
-"""One thing of a run that would work, spoiled: its files, its flags, and what must be said of it."""
+"""Cases with one invalid input each: how to create it and which message is expected."""
 
 import io
 import json
@@ -27,7 +27,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 
 @dataclass(frozen=True)
 class Ground:
-    """A folder of a case's own, and a model and a run that work, not to be changed.
+    """The folder of a case, with a valid model and a valid run that must not be changed.
 
     Attributes:
         run: an output directory with two checkpoints.
@@ -43,16 +43,16 @@ class Ground:
         return path
 
     def copy(self) -> Path:
-        """The model, to be spoiled."""
+        """Copy the valid model into the folder of the case, to be damaged."""
         return Path(shutil.copytree(self.model, self.folder / "model"))
 
     def copy_run(self) -> Path:
-        """The newest checkpoint of the run in the output directory, to be spoiled."""
+        """Copy the newest checkpoint of the valid run into the output directory, to be damaged."""
         return Path(shutil.copytree(self.run, self.folder / "out")) / "checkpoint-2"
 
 
 Flags = dict[str, Any]
-"""Override those of the run that works; None takes one out, a list gives several values."""
+"""Flags that override those of the valid run; None removes a flag, a list gives several values."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def model(name: str, change: Callable[[Path], object], message: str, **more: obj
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
-    """A change of the weights in a model's folder."""
+    """Return a function that changes the weights of a model folder."""
 
     def spoil(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -118,7 +118,7 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
 
 
 def settings(file: str, **values: object) -> Callable[[Path], object]:
-    """A change of a JSON file in a model's folder; None takes a key out."""
+    """Return a function that changes a JSON file of a model folder; None removes a key."""
 
     def spoil(folder: Path) -> None:
         content = json.loads((folder / file).read_text()) | values
@@ -162,7 +162,7 @@ def parquet(table: dict[str, list[object]], cut: int | None = None) -> Callable[
 
 
 class Malicious:
-    """Unpickled, it leaves a mark."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -172,7 +172,7 @@ class Malicious:
 
 
 def pickled(folder: Path) -> None:
-    """The weights as a pickle that runs code when it is read."""
+    """Replace the weights by a pickle that runs code when it is loaded."""
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(folder.parent / "unpickled")))
 
@@ -199,7 +199,7 @@ def long_line() -> bytes:
 
 
 def checkpoint(name: str, change: Callable[[Path], object], message: str, **more: object) -> Case:
-    """A run that is to go on from what `change` has left of its checkpoint."""
+    """Resume from a checkpoint that `change` has damaged."""
 
     def spoil(ground: Ground) -> Flags:
         folder = ground.copy_run()
@@ -210,7 +210,7 @@ def checkpoint(name: str, change: Callable[[Path], object], message: str, **more
 
 
 def swapped(name: str, content: bytes | Callable[[bytes], bytes]) -> Callable[[Path], object]:
-    """Another content of a file of a checkpoint, as long as the one before."""
+    """Return a function that overwrites a file of a checkpoint with other content of the same length."""
 
     def spoil(folder: Path) -> None:
         before = (folder / name).read_bytes()
@@ -221,7 +221,7 @@ def swapped(name: str, content: bytes | Callable[[bytes], bytes]) -> Callable[[P
 
 
 def evil_optimizer(folder: Path) -> None:
-    """An optimizer whose pickle runs code, noted in the manifest as it should be."""
+    """Replace the optimizer by a pickle that runs code, with a matching manifest."""
     content = pickle.dumps(Malicious(folder.parent / "unpickled"))
     (folder / "optimizer.pt").write_bytes(content)
     files = json.loads((folder / "manifest.json").read_text())["files"]
@@ -229,7 +229,7 @@ def evil_optimizer(folder: Path) -> None:
 
 
 def said(**facts: object) -> Callable[[Path], object]:
-    """Another manifest of a checkpoint."""
+    """Return a function that replaces the manifest of a checkpoint."""
 
     def spoil(folder: Path) -> None:
         content = json.loads((folder / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""Whatever is wrong with what a run is given: one message that names it, on every rank, and no training."""
+"""Invalid input gives one message that names it, on every rank, and nothing is trained."""
 
 import json
 import os
@@ -17,11 +17,11 @@ from tests.reliability.spoiling import Case, Ground
 
 SCRIPT = Path(__file__).parent / "trying.py"
 Outcomes = list[dict[str, dict[str, str]]]
-"""For each rank how each case ended, by its name."""
+"""For each rank: the outcome of each case by its name."""
 
 
 def words_of(case: Case, folder: Path, tiny: Path, run: Path | None = None, ranks: int = 1) -> list[str]:
-    """The command line of a case, whose files are made in a folder of its own.
+    """Create the files of a case in its own folder and return its command line.
 
     Args:
         run: an output directory with checkpoints of 8 rows per step.
@@ -49,7 +49,7 @@ def words_of(case: Case, folder: Path, tiny: Path, run: Path | None = None, rank
 
 
 def started(tiny: Path, run: Path, folder: Path, ranks: int) -> list[subprocess.Popen[bytes]]:
-    """All cases, one after the other, on so many ranks at once."""
+    """Start one process per rank; each runs all cases one after the other."""
     rows = [
         {"name": case.name, "words": words_of(case, folder, tiny, run, ranks)} for case in (*CASES, *FINE)
     ]
@@ -72,14 +72,16 @@ def started(tiny: Path, run: Path, folder: Path, ranks: int) -> list[subprocess.
 
 @pytest.fixture(scope="module")
 def outcomes(tiny, forks, tmp_path_factory) -> dict[int, Outcomes]:
-    """By number of ranks, 1 and 2, which run side by side."""
+    """The outcomes by number of ranks, 1 and 2, which run concurrently."""
     folders = {ranks: tmp_path_factory.mktemp(f"ranks-{ranks}-") for ranks in (1, 2)}
     run = tmp_path_factory.mktemp("run") / "out"
     more = ["--max_steps", "2", "--save_steps", "1", "--report", "False", "--use_cpu", "True"]
     more += ["--model_name_or_path", str(tiny), "--data_files", str(tiny.parent / "a.jsonl")]
     (code,), printed = forks.run([*more, "--output_dir", str(run)])
     assert code == 0, printed
-    processes = [one for ranks, folder in folders.items() for one in started(tiny, run, folder, ranks)]
+    processes = [
+        process for ranks, folder in folders.items() for process in started(tiny, run, folder, ranks)
+    ]
     try:
         for process in processes:
             assert process.wait(TIMEOUT) == 0
@@ -105,21 +107,22 @@ def check_refusal(case: Case, outcome: dict[str, str]) -> None:
 
 
 @by_name(CASES)
-def test_bad_input_is_one_message(case, outcomes):
+def test_invalid_input_gives_one_message(case, outcomes):
     check_refusal(case, outcomes[1][0][case.name])
 
 
 @by_name(CASES)
-def test_bad_input_is_the_same_message_on_both_ranks(case, outcomes):
+def test_invalid_input_gives_the_same_message_on_both_ranks(case, outcomes):
     ended = [rank[case.name] for rank in outcomes[2]]
-    told = [one for one in ended if one["how"] != "followed"]  # with the same exit code, and without a word
-    for one in told:
-        check_refusal(case, one)
-    assert len({one["message"] for one in told}) == 1
+    # A rank that "followed" exited with the same code and left the message to the other rank.
+    reporting = [outcome for outcome in ended if outcome["how"] != "followed"]
+    for outcome in reporting:
+        check_refusal(case, outcome)
+    assert len({outcome["message"] for outcome in reporting}) == 1
 
 
 @by_name(FINE)
-def test_odd_input_that_is_no_mistake_trains(case, outcomes):
+def test_unusual_but_valid_input_trains(case, outcomes):
     outcome = outcomes[1][0][case.name]
     assert outcome["how"] == "went through", f"{outcome['message']}\n{outcome['log']}"
     assert re.search(case.message, outcome["log"], re.MULTILINE), outcome["log"]
@@ -128,7 +131,7 @@ def test_odd_input_that_is_no_mistake_trains(case, outcomes):
 @pytest.mark.parametrize(
     "name", mostly_slow(["data-cut-line", "zero3-nan", "deepspeed-unknown-key"], ["zero3-nan"])
 )
-def test_under_the_launcher_it_is_one_line_and_all_ranks_end(tiny, tmp_path, name):
+def test_under_the_launcher_the_error_is_one_line_and_all_ranks_exit(tiny, tmp_path, name):
     case = next(case for case in CASES if case.name == name)
     words = words_of(case, tmp_path, tiny)
     finished = launch(words, folder=tmp_path, launcher="deepspeed")

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or gone: one error, and what was saved before stays as it was."""
+"""Full, read-only and missing disks: one error, and earlier checkpoints are kept."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ from tests.reliability.selecting import mostly_slow
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 40 MB; a checkpoint of the example takes 8."""
+    """A file system of 40 MB; a checkpoint of the example takes 8 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -49,7 +49,7 @@ FAULTS = {
         [(fault, ranks) for fault in FAULTS for ranks in (1, 2)], [("FULL", 2), ("READ_ONLY", 1), ("GONE", 1)]
     ),
 )
-def test_a_disk_that_fails_while_it_is_trained(example, forks, disk, fault, ranks):
+def test_a_disk_that_fails_during_training(example, forks, disk, fault, ranks):
     output = disk / "run"
     at = str(disk if fault != "GONE" else output)
     env = {"DIE_AT": "step 3", "DIE_BY": fault, "DISK": at, "DIE_RANK": "0"}
@@ -68,7 +68,7 @@ def test_a_disk_that_fails_while_it_is_trained(example, forks, disk, fault, rank
     assert not any(codes), printed
 
 
-def test_a_disk_that_fills_up_before_the_final_model_is_written(example, forks, disk):
+def test_a_disk_that_is_full_when_the_final_model_is_written(example, forks, disk):
     env = {"DIE_AT": "step 8", "DIE_BY": "FULL", "DISK": str(disk)}
     (code,), printed = forks.run(words(example, disk / "run", save_steps=100), **env)
     assert (
@@ -76,7 +76,7 @@ def test_a_disk_that_fills_up_before_the_final_model_is_written(example, forks, 
     )
 
 
-def test_a_disk_that_is_too_small_is_known_before_training(example, forks, disk):
+def test_a_disk_that_is_too_small_is_an_error_before_training(example, forks, disk):
     flags = {"save_steps": 1, "save_total_limit": None}
     (code,), printed = forks.run(words(example, disk / "run", **flags))
     assert code == EXIT_USER_ERROR, printed
@@ -84,15 +84,15 @@ def test_a_disk_that_is_too_small_is_known_before_training(example, forks, disk)
     assert "--save_total_limit" in printed and "train step" not in printed
 
 
-def test_a_read_only_output_directory_is_known_before_anything_else(example, forks, disk):
+def test_a_read_only_output_directory_is_an_error_at_the_start(example, forks, disk):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     (code,), printed = forks.run(words(example, disk / "run"))
     assert code == EXIT_USER_ERROR and "--output_dir" in printed and "Read-only file system" in printed
     assert "train " not in printed
 
 
-def test_checkpoints_are_removed_only_when_a_newer_one_is_whole(example, forks):
-    """With one to be kept, a save that fails leaves that one."""
+def test_old_checkpoints_are_removed_only_after_a_newer_one_is_complete(example, forks):
+    """With --save_total_limit 1, a save that fails keeps the earlier checkpoint."""
     output = example.folder / "one-kept"
     env = {"DIE_AT": "saving 4 optimizer"}
     forks.run(words(example, output, save_total_limit=1), **env)

@@ -41,7 +41,7 @@ FUZZ = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 SECONDS = 60
-"""For each target of the coverage-guided fuzzer."""
+"""Seconds for each target of the coverage-guided fuzzer."""
 
 junk = st.sampled_from(
     [b"", b'"', b"{", b"}", b"[", b"]", b",", b"\\", b"\0", b"\xff", b"\n", b"\xef\xbb\xbf"]
@@ -55,7 +55,7 @@ value = st.recursive(
 
 @st.composite
 def spoiled(draw: st.DrawFn, content: bytes) -> bytes:
-    """The bytes with up to five places cut out or replaced, or cut off."""
+    """Strategy: the bytes with up to five places removed or replaced, or truncated."""
     raw = bytearray(content)
     for _ in range(draw(st.integers(0, 5))):
         at = draw(st.integers(0, len(raw)))
@@ -71,7 +71,7 @@ def spoiled(draw: st.DrawFn, content: bytes) -> bytes:
     raw=st.one_of(st.binary(max_size=200), spoiled(LINE * 3), spoiled(b"[" + LINE + b"," + LINE + b"]")),
     suffix=st.sampled_from([".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet"]),
 )
-def test_bytes_are_records_or_faults(tmp_path_factory, raw, suffix):
+def test_arbitrary_bytes_are_records_or_faults(tmp_path_factory, raw, suffix):
     file = tmp_path_factory.getbasetemp() / f"fuzzed{suffix}"
     file.write_bytes(raw)
     records = [
@@ -79,7 +79,7 @@ def test_bytes_are_records_or_faults(tmp_path_factory, raw, suffix):
         for batch in read_batches(Source(str(file), file, *split_suffix(str(file)), 0))
         for record in batch.records
     ]
-    assert records, "a file without a conversation says so"
+    assert records, "a file without a conversation must be reported"
     for record in records:
         if record.flaw is None:
             try:
@@ -139,7 +139,7 @@ PIECES = st.one_of(
 
 @st.composite
 def templates(draw: st.DrawFn) -> str:
-    """A template of a family with some of its tags and texts left out, moved or replaced."""
+    """Strategy: a known template with some of its tags and texts removed, moved or replaced."""
     parts = TOKENS.findall(draw(st.sampled_from(REAL)))
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, len(parts) - 1)) if parts else 0
@@ -178,7 +178,7 @@ def test_templates_render_or_are_refused(source, rows):
 
 
 def check_parsed(source: str) -> None:
-    """What `check_template` refuses, it refuses; it forks, so it is asked only where that is to be seen."""
+    """Check that `check_template` refuses a template. It forks, so it is called only on failures."""
     try:
         Template(source, {})
     except (jinja2.TemplateSyntaxError, SyntaxError, RecursionError):

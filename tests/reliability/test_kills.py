@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments, again and again, end with the weights of one that was not."""
+"""Runs that are killed repeatedly at random moments end with the weights of an uninterrupted run."""
 
 import os
 import random
@@ -14,13 +14,13 @@ from tests.reliability.test_resume import logged
 
 KILLS = int(os.environ.get("KILLS", "30"))
 LIVES = 3
-"""Kills that one run has to survive."""
+"""Number of kills that a run has to survive."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["single", "zero3"])
 def test_kills_at_random_moments(example, forks, kind):
-    """Every step is saved, so that many kills come within a save; checkpoints are rotated meanwhile."""
+    """Every step is saved and checkpoints are rotated, so that many kills happen during a save."""
     ranks = 1 if kind == "single" else 2
     more = {"deepspeed": ROOT / f"ds_config/{kind}.json", "use_cpu": True} if ranks > 1 else {}
 
@@ -44,13 +44,13 @@ def test_kills_at_random_moments(example, forks, kind):
         for _ in range(LIVES):
             run = forks.start(words(output), ranks, **slow)
             time.sleep(chance.uniform(0.1, 0.9) * lasts)
-            # One rank, or all of them, as when a machine goes down.
+            # Kill one rank, or all of them, as when a machine fails.
             run.kill(signal.SIGKILL, chance.choice([None, *range(ranks)]))
             codes = run.codes()
-            if "train step" in run.output:  # before that ranks do not watch one another yet
+            if "train step" in run.output:  # ranks watch one another only during training
                 assert "Traceback" not in run.output, run.output
             if not any(codes):
-                continue  # it had been quicker
+                continue  # the run ended before it was killed
             kills += 1
             within_saves += bool(list(output.glob("incomplete-*")))
         codes, printed = forks.run(words(output), ranks)

@@ -1,4 +1,4 @@
-"""Runs that are given too little memory: what they say, and how they find a batch that fits."""
+"""Runs with too little memory: the error message and the search for a batch size that fits."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.reliability.selecting import mostly_slow
 
 MIB = 2**20
 LITTLE = str(12 * MIB)
-"""That a process may still take after its first step: less than a batch of the runs here wants at once."""
+"""Bytes that a process may allocate after its first step, less than one micro-batch of these runs needs."""
 SCRIPT = """
 import train_dft
 from tests.dying import DyingTrainer
@@ -36,7 +36,7 @@ def logged(output: Path) -> list[dict]:
 
 
 def check_same(one: Path, other: Path) -> None:
-    """The same data in the same steps. In other batches dropout is drawn otherwise: numbers are but near."""
+    """Check that two runs saw the same data in the same steps, up to dropout."""
     assert [record["step"] for record in logged(one)] == [1, 2, 3, 4]
     for record, reference in zip(logged(one), logged(other), strict=True):
         assert record["supervised_tokens"] == reference["supervised_tokens"]
@@ -44,7 +44,7 @@ def check_same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", mostly_slow([1, 2], [1]))
-def test_it_says_what_took_the_memory_and_what_to_change(example, forks, tmp_path, ranks):
+def test_the_error_lists_memory_use_and_remedies(example, forks, tmp_path, ranks):
     env = {"DIE_AT": "step 1", "DIE_BY": "MEMORY", "DISK": LITTLE, "DIE_RANK": str(ranks - 1)}
     codes, printed = forks.run(words(example, tmp_path / "run", ranks), ranks, **env)
     assert codes == [EXIT_USER_ERROR] * ranks, printed
@@ -59,7 +59,7 @@ def test_it_says_what_took_the_memory_and_what_to_change(example, forks, tmp_pat
 
 
 @pytest.mark.slow
-def test_with_several_ranks_the_same_command_goes_on_with_a_smaller_batch(example, forks, tmp_path):
+def test_several_ranks_resume_with_a_smaller_batch(example, forks, tmp_path):
     env = {"DIE_AT": "step 1", "DIE_BY": "MEMORY", "DISK": LITTLE, "DIE_RANK": "1"}
     given = words(example, tmp_path / "run", 2, auto_find_batch_size=True)
     codes, printed = forks.run(given, 2, **env)
@@ -72,7 +72,7 @@ def test_with_several_ranks_the_same_command_goes_on_with_a_smaller_batch(exampl
 
 
 @pytest.mark.slow
-def test_one_process_starts_again_by_itself(example, forks, tmp_path):
+def test_one_process_restarts_itself_with_a_smaller_batch(example, forks, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     env = {"DIE_AT": "step 1", "DIE_BY": "MEMORY", "DISK": LITTLE}

@@ -1,4 +1,4 @@
-"""A save that is not what was trained does not take its place, and the run says so."""
+"""Saved models that differ from the trained model are reported and do not replace earlier ones."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def check_refused(codes: list[int], printed: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", mostly_slow([1, 2], [1]))
-def test_a_damaged_checkpoint_is_none(example, forks, tmp_path, ranks):
+def test_a_damaged_checkpoint_is_not_published(example, forks, tmp_path, ranks):
     output = tmp_path / "run"
     env = {"DIE_AT": "verifying 4", "DIE_BY": "NAN", "DISK": str(output / "incomplete-checkpoint-4")}
     codes, printed = forks.run(words(example, output, ranks), ranks, **env)
@@ -65,7 +65,7 @@ def test_a_damaged_final_model_does_not_replace_an_earlier_one(example, forks, t
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_verifying_changes_nothing_and_the_model_loads(example, forks, tmp_path, ranks):
+def test_verification_does_not_change_the_run(example, forks, tmp_path, ranks):
     losses = []
     for verify in ("all", "False"):
         output = tmp_path / verify

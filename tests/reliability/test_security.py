@@ -1,4 +1,4 @@
-"""What a model, a data file, a chat template or another user of the machine brings is not run or believed."""
+"""Code in models, data files and chat templates is not run, and files of other users are not trusted."""
 
 import json
 import multiprocessing
@@ -31,7 +31,7 @@ EVIL = "from pathlib import Path\nPath({marker!r}).touch()\nclass Evil: pass\n"
 
 @pytest.fixture
 def folder(tiny, tmp_path) -> Path:
-    """A copy of the model, to be spoiled."""
+    """A copy of the model that the test may change."""
     return Ground(tmp_path, tiny).copy()
 
 
@@ -41,7 +41,7 @@ def encoder(tiny) -> ChatEncoder:
 
 
 def load(folder: Path) -> None:
-    """Tokenizer and model, as a run does it by default."""
+    """Load tokenizer and model with the default settings of a run."""
     words = ["--model_name_or_path", str(folder), "--data_files", "a", "--output_dir", str(folder / "out")]
     tokenizer, _ = load_tokenizer(str(folder))
     load_model(parse_arguments([*words, "--use_cpu", "True"]), tokenizer)
@@ -51,7 +51,7 @@ def load(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known-architecture", "unknown-architecture"])
-def test_code_that_comes_with_a_model_does_not_run(folder, tmp_path, known):
+def test_code_shipped_with_a_model_is_not_run(folder, tmp_path, known):
     marker = tmp_path / "ran"
     (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
     kind = {} if known else {"model_type": "evil", "architectures": ["Evil"]}
@@ -67,7 +67,7 @@ def test_code_that_comes_with_a_model_does_not_run(folder, tmp_path, known):
     assert not marker.exists()
 
 
-def test_code_that_comes_with_a_tokenizer_does_not_run(folder, tmp_path):
+def test_code_shipped_with_a_tokenizer_is_not_run(folder, tmp_path):
     marker = tmp_path / "ran"
     (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
     auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
@@ -78,14 +78,14 @@ def test_code_that_comes_with_a_tokenizer_does_not_run(folder, tmp_path):
     assert not marker.exists()
 
 
-def test_a_pickle_is_not_read(folder, tmp_path):
+def test_pickled_weights_are_not_loaded(folder, tmp_path):
     pickled(folder)
     with pytest.raises(UserError, match=r"only as a pickle \(pytorch_model.bin\).*save_pretrained\('NEW'\)"):
         load(folder)
     assert not (tmp_path / "unpickled").exists()
 
 
-def test_a_pickle_beside_safetensors_is_not_read(folder, tmp_path):
+def test_pickled_weights_next_to_safetensors_are_not_loaded(folder, tmp_path):
     weights = (folder / "model.safetensors").read_bytes()
     pickled(folder)
     (folder / "model.safetensors").write_bytes(weights)
@@ -100,7 +100,7 @@ def test_templates_are_rendered_in_the_sandbox():
     assert isinstance(Template(CHATML, {}).compiled.environment, ImmutableSandboxedEnvironment)
 
 
-def test_limits_of_templates_leave_this_process_as_it_is(encoder, tmp_path):
+def test_template_limits_do_not_apply_to_this_process(encoder, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINE * 300)
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF)
     prepared(encoder, tmp_path / "a.jsonl", tmp_path / "cache")
@@ -117,7 +117,7 @@ def prepared(encoder: ChatEncoder, file: Path, cache: Path, workers: int = 1) ->
 
 
 def opened_while(action: Callable[[], object], log: Path) -> str:
-    """Every path that a process and those it starts opened meanwhile, or asked the file system for."""
+    """Record every path that a process and its children open or stat."""
 
     def watched() -> None:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -138,7 +138,7 @@ def opened_while(action: Callable[[], object], log: Path) -> str:
 
 def test_paths_in_data_files_are_never_opened(tiny, tmp_path):
     canary = tmp_path / "canary"
-    os.mkfifo(canary)  # to open it would block for ever
+    os.mkfifo(canary)  # opening it would block forever
     (tmp_path / "t.jinja").write_text("{{ messages[0].image }}{{ messages[0].content }}" + CHATML)
     encoder = ChatEncoder(load_tokenizer(str(tiny), chat_template=str(tmp_path / "t.jinja"))[0])
     url, path = f"file://{canary}", str(canary)
@@ -177,11 +177,11 @@ SECRETS = {
     "WANDB_API_KEY": "5ec7e75ec7e75ec7e75ec7e75ec7e75ec7e75ec7", "SWANLAB_API_KEY": "SeCrEt4swanlab",
     "OPENAI_API_KEY": "sk-SeCrEt5",
 }  # fmt: skip
-"""In the environment."""
+"""Secrets in environment variables."""
 IN_FILE = "hf_SeCrEt7"
 
 
-def test_a_token_on_the_command_line_is_refused_and_not_repeated(tmp_path):
+def test_a_token_on_the_command_line_is_refused_and_not_printed(tmp_path):
     with pytest.raises(UserError, match="a token on the command line is seen by everyone") as caught:
         parse_arguments(["--model_name_or_path", "m", "--data_files", "a", "--hub-token", IN_FILE])
     assert IN_FILE not in str(caught.value)
@@ -254,7 +254,7 @@ def test_links_in_the_cache_are_not_followed(encoder, tmp_path, inside):
         cached(encoder, tmp_path)
 
 
-def test_links_in_the_place_of_locks_and_leftovers_are_not_followed(encoder, tmp_path):
+def test_links_named_like_locks_or_staging_folders_are_not_followed(encoder, tmp_path):
     made = cached(encoder, tmp_path)
     precious = tmp_path / "precious"
     precious.mkdir()
@@ -272,7 +272,7 @@ def test_links_in_the_place_of_locks_and_leftovers_are_not_followed(encoder, tmp
     assert (precious / "file").read_text() == "kept"
 
 
-def test_names_that_lead_out_of_a_prepared_folder_are_not_followed(encoder, tmp_path, capfd):
+def test_file_names_that_leave_a_prepared_folder_are_not_followed(encoder, tmp_path, capfd):
     made = cached(encoder, tmp_path)
     (made.path.parent / "outside").write_text("x")
     contents = json.loads((made.path / CONTENTS).read_text())

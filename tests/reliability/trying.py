@@ -1,4 +1,4 @@
-"""Runs train_dft.py with one command line after the other, and writes how each ended: TABLE.json OUT.json.
+"""Run train_dft.py with a list of command lines and write the outcome of each: TABLE.json OUT.json.
 
 Each run is a fork of a process that has imported everything, so that it takes no time to start and leaves
 nothing behind. With RANK and WORLD_SIZE set, every rank is given the same table, and starts the next
@@ -24,7 +24,7 @@ from dft.errors import EXIT_USER_ERROR, UserError
 from tests.launching import free_port
 
 PATIENCE = 60
-"""Seconds after which a run counts as hung."""
+"""Seconds after which a run is considered hung."""
 
 
 def attempt(words: list[str], port: int, log: Path, pipe: Connection) -> None:
@@ -44,13 +44,13 @@ def attempt(words: list[str], port: int, log: Path, pipe: Connection) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     pipe.send((how, message))
-    if dft.errors._tells is not None:  # the ranks have settled who reports: the others wait for its end
+    if dft.errors._tells is not None:  # the ranks have agreed which of them reports
         os._exit(EXIT_USER_ERROR)
-    time.sleep(2 * PATIENCE)  # until it is killed: another rank may still be joining this one
+    time.sleep(2 * PATIENCE)  # until it is killed: another rank may still be connecting to this one
 
 
 def outcome(words: list[str], port: int, log: Path, ended: list[Path]) -> dict[str, str]:
-    """How a run ended on this rank.
+    """Return how a run ended on this rank.
 
     Args:
         ended: files that the ranks write when they know; the first one is for this rank to write.
@@ -62,7 +62,7 @@ def outcome(words: list[str], port: int, log: Path, ended: list[Path]) -> dict[s
     there.close()
     try:
         how, message = here.recv() if here.poll(PATIENCE) else ("hung", "")
-    except EOFError:  # where several ranks are done, they end without a word
+    except EOFError:  # ranks of a finished run exit without sending a result
         process.join()
         how = {0: "went through", EXIT_USER_ERROR: "followed"}.get(process.exitcode, "died")
         message = ""
@@ -76,7 +76,7 @@ def outcome(words: list[str], port: int, log: Path, ended: list[Path]) -> dict[s
 
 
 def agreed_port(file: Path, rank: int) -> int:
-    """A port that is free now, chosen by rank 0 when it comes to the run."""
+    """Return a free port, chosen by rank 0 just before the run."""
     if rank == 0:
         file.with_suffix(".new").write_text(str(free_port()))
         file.with_suffix(".new").replace(file)
@@ -86,7 +86,7 @@ def agreed_port(file: Path, rank: int) -> int:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # more would not survive the fork
+    torch.set_num_threads(1)  # thread pools do not survive a fork
     table, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = {}

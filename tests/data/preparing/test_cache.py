@@ -465,18 +465,16 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
         start_new_session=True,
     )
     wait_for(lambda: len(list(pids.iterdir())) == 2, seconds=60)
-    started = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers too
     if again_after is not None:
         time.sleep(again_after)
         os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - started < 6, "it takes half a second on an idle machine"
+    _, errors = process.communicate(timeout=60)  # the preparation itself would never end
     # A shell reports both as 130. A second Ctrl-C may arrive when the message is already printed.
     assert process.returncode in ((130,) if again_after is None else (130, -signal.SIGINT))
     assert errors.splitlines()[-1:] == ["interrupted"], errors
     assert errors.count("interrupted") == 1 and "Traceback" not in errors
-    wait_for(lambda: not any(is_running(int(path.name)) for path in pids.iterdir()), seconds=2)
+    wait_for(lambda: not any(is_running(int(path.name)) for path in pids.iterdir()), seconds=30)
     if again_after is None:
         assert not [path for path in (tmp_path / "cache").iterdir() if STAGING.fullmatch(path.name)]
 
