@@ -16,8 +16,8 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
-def number(value: float | None) -> str:
-    """Four significant digits, without an exponent where a reader can do without one."""
+def format_short(value: float | None) -> str:
+    """Return a number with four significant digits, and no exponent for large values; "-" for None."""
     if value is None:
         return "-"
     return f"{value:.0f}" if abs(value) >= 10_000 else f"{value:.4g}"

@@ -1,6 +1,5 @@
 """What each metric of a run means, and what to expect of it under DFT."""
 
-import math
 from dataclasses import dataclass
 
 HIGHER, LOWER = "higher", "lower"
@@ -105,20 +104,6 @@ OVERVIEW = (LOSS, NLL, AVG_P, ACC, GRAD_NORM, LEARNING_RATE, ENTROPY)
 """The panels of report.png, which has the histogram of p as its last."""
 COMPARED = (NLL, AVG_P, ACC, LOSS, OBJECTIVE, ENTROPY, P_END, GRAD_NORM, LEARNING_RATE)
 """Curves of a page that lays runs over one another."""
-
-
-def number(value: float | int | None) -> str:
-    """A number for a table: four decimals, or all of a count; a dash for None."""
-    if value is None:
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if math.isnan(value):
-        return "NaN"
-    if 1e4 <= abs(value) < math.inf:
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 10 else f"{value:.4g}"
-
 
 METRICS = (
     "loss", "nll", "avg_p_correct", "acc", "objective", "entropy", "effective_tokens", "p_end_of_turn", "kl",

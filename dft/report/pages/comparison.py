@@ -8,9 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dft.metrics import ACC, AVG_P, COMPARED, ENTROPY, MACHINE, NLL, QUALITY, Metric, number
+from dft.metrics import ACC, AVG_P, COMPARED, ENTROPY, MACHINE, NLL, QUALITY, Metric
 from dft.report.pages import sections
 from dft.report.pages.figures import Line, Look, histogram_figure, look_of, lowest_share, overview_figure
+from dft.report.pages.formatting import format_argument, format_number
 from dft.report.pages.history import EVAL, Histogram, best_of, histograms, series
 from dft.report.pages.images import inline_svg
 from dft.report.pages.run import Panel, curve_panel, render
@@ -95,11 +96,11 @@ def differing_arguments(reports: Sequence[dict[str, Any]]) -> dict[str, list[str
     names = dict.fromkeys(name for report in reports for name in report["arguments"])
     found = {}
     for name in names:
-        known = [sections.told(one["arguments"][name]) for one in reports if name in one["arguments"]]
+        known = [format_argument(one["arguments"][name]) for one in reports if name in one["arguments"]]
         absent = len(known) < len(reports) and any(name in one["given"] for one in reports)
         if name not in OF_THE_RUN and (len(set(known)) > 1 or absent):
             found[name] = [
-                sections.told(one["arguments"][name]) if name in one["arguments"] else "not given"
+                format_argument(one["arguments"][name]) if name in one["arguments"] else "not given"
                 for one in reports
             ]
     return found
@@ -155,7 +156,7 @@ def columns(runs: Sequence[Run], prefix: str, metrics: Sequence[Metric]) -> list
         else:
             note = f"{metric.better} is better" if comparable else "not comparable across methods"
         best = best_of(last, metric) if comparable else [False] * len(runs)
-        made.append(Column(metric, [number(value) for value in last], best, note))
+        made.append(Column(metric, [format_number(value) for value in last], best, note))
     return made
 
 

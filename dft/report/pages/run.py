@@ -1,27 +1,25 @@
 """The page of one run: `report.html`, one file with nothing to load, and `report.png` for a glance."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from dft.files import write_atomically
-from dft.metrics import CURVES, FURTHER_CURVES, MACHINE, OVERVIEW, Metric, number
+from dft.metrics import CURVES, FURTHER_CURVES, MACHINE, OVERVIEW, Metric
 from dft.report.pages import sections
 from dft.report.pages.figures import EVALUATION, TRAIN, Line, curve_figure, histogram_figure, overview_figure
+from dft.report.pages.formatting import allow_breaks, format_number, mark_flags, replace_unprintable
 from dft.report.pages.history import EVAL, Log, histograms, not_finite, series
 from dft.report.pages.images import inline_svg, write_png
 from dft.report.pages.tokens import SHADES, conversations
 
 PAGE = "report.html"
 TEMPLATES = Path(__file__).parent
-FLAG = re.compile(r"(?<![^\s(])(--[a-z][a-z_]*)")
-JOINT = re.compile(r"([_/])")
 
 
 def write_report_page(report: dict[str, Any], folder: Path) -> None:
@@ -88,18 +86,8 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, words=words, name=breakable)
+    environment.filters.update(number=format_number, sentence=mark_flags, name=allow_breaks)
     return environment.get_template(template).render(values)
-
-
-def words(text: str) -> Markup:
-    """A sentence in which flags stand out, and are not broken."""
-    return Markup(FLAG.sub(r"<code>\1</code>", str(escape(text))))
-
-
-def breakable(name: str) -> Markup:
-    """A name that may go on in the next line after each `_` and `/`."""
-    return Markup(JOINT.sub(r"\1<wbr>", str(escape(name))))
 
 
 def lines_of_metric(log: Log, metric: Metric) -> list[Line]:
@@ -118,7 +106,7 @@ def panels(log: Log, metrics: Sequence[Metric]) -> list[Panel]:
 def curve_panel(metric: Metric, lines: Sequence[Line], name: str) -> Panel:
     """The curves of a metric. `name` is unique in the page."""
     told = "; ".join(
-        f"{line.label} from {number(line.series.first)} to {number(line.series.last)} "
+        f"{line.label} from {format_number(line.series.first)} to {format_number(line.series.last)} "
         f"({len(line.series)} records)"
         for line in lines
     )
@@ -154,7 +142,7 @@ def run_picture(report: dict[str, Any]) -> Figure:
     shown = histograms(log)
     found = {metric: lines_of_metric(log, metric) for metric in OVERVIEW}
     return overview_figure(
-        sections.printable("   ·   ".join(part for part in parts if part)),
+        replace_unprintable("   ·   ".join(part for part in parts if part)),
         {metric.name: (metric, lines) for metric, lines in found.items() if lines},
         (shown[0] if len(shown) > 1 else None, shown[-1]) if shown else None,
     )

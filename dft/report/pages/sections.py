@@ -1,6 +1,5 @@
 """What the parts of a run's page say, as rows and sentences."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from dft.console import clock
-from dft.metrics import ACC, MACHINE, NLL, QUALITY, Metric, number
+from dft.metrics import ACC, MACHINE, NLL, QUALITY, Metric
+from dft.report.pages.formatting import format_argument, format_number
 from dft.report.pages.history import EVAL, PER_FILE, Histogram, Log, Series, file_names, not_finite, series
 from dft.report.terminal.data import data_summary
 
@@ -105,9 +105,9 @@ def _nll_for_acc(log: Log) -> str | None:
     if min(len(nll), len(acc)) < 2 or not (nll.last > nll.first and acc.last > acc.first):
         return None
     return (
-        f"On held-out data nll rose from {number(nll.first)} to {number(nll.last)} while acc rose from "
-        f"{number(acc.first)} to {number(acc.last)}. With alpha near 1 that is the method, not a fault: "
-        "tokens that the model holds for hopeless are given up."
+        f"On held-out data nll rose from {format_number(nll.first)} to {format_number(nll.last)} while acc "
+        f"rose from {format_number(acc.first)} to {format_number(acc.last)}. With alpha near 1 this is "
+        "expected and not a fault: DFT stops training the tokens that the model considers very unlikely."
     )
 
 
@@ -185,7 +185,7 @@ def throughput(log: Log) -> list[Row]:
         if metric.name == "peak_memory_gib":
             rows.append(("peak memory", f"{known.max():.2f} GiB"))
         elif metric.name == "tokens_per_second":
-            rows.append(("tokens per second", f"{number(float(np.median(known)))} (median)"))
+            rows.append(("tokens per second", f"{format_number(float(np.median(known)))} (median)"))
         else:
             rows.append((metric.name.replace("_", " "), f"{100 * np.median(known):.1f} % (median)"))
     if len(taught := series(log, "supervised_tokens")):
@@ -201,15 +201,4 @@ def throughput(log: Log) -> list[Row]:
 
 
 def argument_rows(values: Mapping[str, Any]) -> list[Row]:
-    return [(name, told(value)) for name, value in values.items()]
-
-
-def told(value: Any) -> str:
-    """A value of a flag as text."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def printable(text: str) -> str:
-    """Text that a font can be asked to draw: names of files may hold bytes that are no letters."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    return [(name, format_argument(value)) for name, value in values.items()]

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dft.console import clock, number
+from dft.console import clock, format_short
 from dft.errors import rank_tag
 from dft.metrics import METRICS
 
@@ -102,7 +102,7 @@ def log_line(logs: dict[str, float], step: int, max_steps: int) -> str | None:
         columns = columns_of({name.removeprefix(prefix): logs[name] for name in logs}, EVAL_COLUMNS)
     else:
         return None
-    cells = [f"{name} {number(value):<9}" for name, value in columns.items()]
+    cells = [f"{name} {format_short(value):<9}" for name, value in columns.items()]
     if "peak_memory_gib" in logs:
         cells.append(f"memory {logs['peak_memory_gib']:.2f} GiB  left {clock(logs['seconds_left'])}")
     place = f"{kind:<5} step {step:>{width}}/{max_steps}  epoch {logs.get('epoch', 0):<6.2f}"

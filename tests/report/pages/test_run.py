@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from dft.metrics import CURVES, FURTHER_CURVES, QUALITY, number
+from dft.metrics import CURVES, FURTHER_CURVES, QUALITY
+from dft.report.pages.formatting import format_number
 from dft.report.pages.run import run_page, run_picture, write_report_page
 from dft.report.pages.sections import notes
 from dft.report.pages.tokens import conversations, lines_of
 from dft.report.terminal.data import data_summary
+from tests.launching import ROOT
 from tests.report.reports import DATA, Page, conversation, eval_record, run_report, train_record
 
-ROOT = Path(__file__).parent.parent.parent
 FOLDER = Path("/runs/first")
 NAN, INF = float("nan"), float("inf")
 
@@ -191,7 +192,7 @@ def test_a_page_is_made_of_whatever_there_is(changes, expected):
 def test_what_is_not_finite_is_shown_as_such():
     log = [{"step": 1, "nll": NAN}, {"step": 2, "nll": INF}]
     assert Page(run_page(run_report(log=log), FOLDER)).row("nll") == ["NaN", "inf"]
-    assert [number(value) for value in (None, 3, 12345.6, 0.0, 2e-6)] == [
+    assert [format_number(value) for value in (None, 3, 12345.6, 0.0, 2e-6)] == [
         "–",
         "3",
         "12,346",
