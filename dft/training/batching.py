@@ -1,4 +1,4 @@
-"""Batches: which collator fits a model, whether it keeps packed conversations apart, what they hold."""
+"""Choice of the collator, checks that a model keeps packed sequences apart, and facts about batches."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -20,35 +20,38 @@ from dft.data.batches.sampler import WithBlank
 from dft.errors import UserError
 
 Collator = PaddedCollator | PackedCollator | FlatCollator
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Types of layers that see a sequence through the attention mask alone."""
+MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Layer types whose only access to other tokens is through the attention mask."""
 NON_MODEL_KEYS = ("labels", "num_tokens", "loss_positions", "sequence_ids", "origins")
-"""What a batch holds for the loss and its metrics, not for the model."""
-PROBE = 8
-"""Tokens of each of the two sequences that the check packs."""
-COARSEST = 5e-2
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: COARSEST}
-"""How far the logits of one token may be off, as a share of their own norm."""
+"""Entries of a batch that the loss and its metrics use. They are not passed to the model."""
+PROBE_LENGTHS = (7, 8)
+"""Tokens of the two sequences of the isolation check. The second starts at no multiple of a small chunk."""
+LOOSEST = 5e-2
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: LOOSEST}
+"""Tolerated error of the logits of one token, relative to their norm."""
 
 
-def choose_collator(model: nn.Module, pad_token_id: int, packed: bool) -> Collator:
-    """The collator that suits the model's attention.
+def choose_collator(
+    model: nn.Module, pad_token_id: int, packed: bool, longest_row: int | None = None
+) -> Collator:
+    """Return the collator that suits the attention of a model.
 
     Flash attention takes any batch as one row without padding. Other attention gets rows padded on the right,
-    packed ones with positions that restart. A model that does not tell sequences of a row apart is padded.
+    packed ones with positions that restart. Models that cannot keep the sequences of a row apart get padded
+    rows of one sequence each.
 
     Args:
-        model: as it will be trained, with its attention implementation chosen.
+        model: model to train, with its attention implementation set.
         pad_token_id: any id of the vocabulary.
         packed: whether examples may hold several sequences.
+        longest_row: tokens of the longest example; None if unknown.
 
     Raises:
-        UserError: packed examples for a model that would let their sequences see each other.
+        UserError: the examples are packed and the model would mix their sequences.
     """
-    obstacle = packing_obstacle(model)
-    flash = is_flash_attention_requested(model.config.get_text_config())
+    obstacle = packing_obstacle(model, longest_row)
     if obstacle is None:
-        if flash:
+        if is_flash_attention_requested(model.config.get_text_config()):
             return FlatCollator()
         return PackedCollator(pad_token_id) if packed else PaddedCollator(pad_token_id)
     if packed:
@@ -58,35 +61,65 @@ def choose_collator(model: nn.Module, pad_token_id: int, packed: bool) -> Collat
     return PaddedCollator(pad_token_id)
 
 
-def packing_obstacle(model: nn.Module) -> str | None:
-    """What keeps a model from telling apart several sequences in a row, None if nothing is known to."""
+def packing_obstacle(model: nn.Module, longest_row: int | None = None) -> str | None:
+    """Return why a model cannot keep several sequences in a row apart; None if no reason is known.
+
+    Args:
+        model: model to train, with its attention implementation set.
+        longest_row: tokens of the longest row; None if unknown.
+    """
     config = model.config.get_text_config()
     # Not every configuration names the types of its layers.
     layers = set(getattr(config, "layer_types", None) or ())
-    if layers - ATTENTION:
-        return f"it has layers that are not plain attention ({', '.join(sorted(layers - ATTENTION))})"
-    model = unwrap_peft_model(model)  # adapters change nothing of what attention sees
+    if layers - MASKED_LAYERS:
+        return f"it has layers that are not plain attention ({', '.join(sorted(layers - MASKED_LAYERS))})"
+    model = unwrap_peft_model(model)  # adapters do not change what attention sees
     if isinstance(model, PreTrainedModel) and model._is_stateful:
         return "it carries a state from token to token, across the boundaries of conversations"
     parameters = inspect.signature(model.forward).parameters
     if "position_ids" not in parameters:
         return "its forward takes no position_ids"
-    if is_flash_attention_requested(config):
+    flash = is_flash_attention_requested(config)
+    if flash:
         if "chunked_attention" in layers:
             return "flash attention has no chunked attention"
-        if all(one.kind != inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
-            return "its forward hands no arguments on to flash attention"
+        if all(parameter.kind != inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return "its forward passes no arguments on to flash attention"
+    limit = exact_row_length(config)
+    if limit is not None and (flash or longest_row is None or longest_row > limit):
+        length = "" if longest_row is None else f", and the longest row has {longest_row}"
+        return (
+            "it scales attention by the position in the row instead of the conversation, so packing is exact "
+            f"only in rows of up to {limit} tokens{length}"
+        )
+    return None
+
+
+def exact_row_length(config: PretrainedConfig) -> int | None:
+    """Return up to how many tokens of a row a sequence is treated alike wherever it starts; None for any.
+
+    Llama 4 scales the queries of its layers without rotary positions by the logarithm of the position in the
+    row, from `floor_scale` tokens on. All else that transformers 5.23 derives from positions, among it the
+    chunks of chunked attention, starts anew with each packed sequence.
+    """
+    settings = config.to_dict()
+    if settings.get("attn_temperature_tuning") and 0 in (settings.get("no_rope_layers") or ()):
+        return settings["floor_scale"] - 1
     return None
 
 
 def describe_batching(collator: Any) -> str:
-    """How batches are made, in words for a report."""
+    """Return how batches are made, for reports."""
     return collator.batching if isinstance(collator, Collator) else "by the given collator"
 
 
 def is_packed(*collections: Any) -> bool:
-    """Whether any of these datasets (or None, or a dictionary of datasets) holds packed examples."""
-    return any(_is_packed(one) for one in collections)
+    """Return whether any of the datasets holds packed examples.
+
+    Args:
+        *collections: datasets, dictionaries of datasets, or None.
+    """
+    return any(_is_packed(collection) for collection in collections)
 
 
 def _is_packed(dataset: Any) -> bool:
@@ -98,48 +131,74 @@ def _is_packed(dataset: Any) -> bool:
         return is_packed(*dataset.values())
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         return "seq_lengths" in (dataset.column_names or ())
-    # What only streams cannot be looked into without taking from it.
+    # Looking at the first example of a stream would consume it.
     if isinstance(dataset, IterableDataset) or not len(dataset):
         return False
     return "seq_lengths" in dataset[0]
 
 
+def longest_row(*collections: Any) -> int | None:
+    """Return the tokens of the longest example; None if that is not known without reading the examples.
+
+    Args:
+        *collections: datasets, dictionaries of datasets, or None.
+    """
+    longest = 0
+    for collection in collections:
+        length: int | None = 0
+        if isinstance(collection, Mapping):
+            length = longest_row(*collection.values())
+        elif isinstance(collection, Sequences | datasets.Dataset):
+            length = int(sequence_lengths(collection).max(initial=0))
+        elif collection is not None:
+            length = None
+        if length is None:
+            return None
+        longest = max(longest, length)
+    return longest
+
+
 def padding_id(model: nn.Module) -> int:
-    """A token to pad with. Any will do, since padding is neither attended to nor supervised."""
-    wanted = model.config.get_text_config().pad_token_id
-    return wanted if wanted is not None and wanted >= 0 else 0
+    """Return a token id to pad with: any will do, since padding is neither attended to nor supervised."""
+    token_id = model.config.get_text_config().pad_token_id
+    return token_id if token_id is not None and token_id >= 0 else 0
 
 
-def resolve_end_of_turn_ids(tokenizer: Any, given: Sequence[int] | None) -> list[int]:
-    """Tokens that end a turn: those given, else the tokenizer's end token, if there is a tokenizer."""
-    if given is not None:
-        return list(given)
-    ends = tokenizer.eos_token_id if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-    return [] if ends is None else [ends]
+def resolve_end_of_turn_ids(tokenizer: Any, token_ids: Sequence[int] | None) -> list[int]:
+    """Return the token ids that end a turn.
+
+    Args:
+        tokenizer: processing class of the trainer, which may not be a tokenizer.
+        token_ids: the ids, if the caller chose them; default: the end token of the tokenizer.
+    """
+    if token_ids is not None:
+        return list(token_ids)
+    end = tokenizer.eos_token_id if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+    return [] if end is None else [end]
 
 
 def dataset_files(dataset: Any) -> list[str]:
-    """Names of the files that the examples of a dataset are from, as its `origins` number them."""
+    """Return the names of a dataset's files in the order of the numbers in its `origins`."""
     if isinstance(dataset, WithBlank):
         dataset = dataset.dataset
-    files = getattr(dataset, "files", [])  # of a library user it may mean another thing
+    files = getattr(dataset, "files", [])  # in the dataset of a library user it may be something else
     return files if isinstance(files, list) else []
 
 
 def token_count(inputs: Mapping[str, Tensor | int]) -> Tensor:
-    """How many tokens of a batch are not padding, a scalar on its device."""
+    """Return the number of tokens of a batch without padding, a scalar on its device."""
     if "attention_mask" in inputs:
         return inputs["attention_mask"].sum()
     ids = inputs["input_ids"]
     count = inputs.get("num_tokens", ids.numel())
-    # Filled on the device: to copy a number there would wait for it, in every micro-batch.
+    # Copying a number to the device would wait for it in every micro-batch; filling on the device does not.
     return count if isinstance(count, Tensor) else torch.full((), count, device=ids.device)
 
 
 def attended_pairs(inputs: Mapping[str, Tensor | int]) -> Tensor:
-    """How many pairs of a token and one that it may attend to a batch has, a scalar on its device.
+    """Return the number of (token, attended token) pairs of a batch, a scalar on its device.
 
-    Of whole sequences under causal attention; windows and chunks of attention, which see less, are not known.
+    Counts causal attention over whole sequences; windows and chunks, which see less, are not considered.
     """
     if "attention_mask" in inputs:
         lengths = inputs["attention_mask"].sum(-1)
@@ -152,7 +211,7 @@ def attended_pairs(inputs: Mapping[str, Tensor | int]) -> Tensor:
 
 
 def sequence_lengths(dataset: Any) -> np.ndarray:
-    """(size,) tokens of each example, all its sequences; where it lies in Arrow, without reading them."""
+    """Return the tokens of each example, all its sequences together, (size,); from Arrow without reading."""
     if isinstance(dataset, Sequences):
         return dataset.lengths
     if isinstance(dataset, datasets.Dataset):
@@ -169,26 +228,28 @@ def check_isolation(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Runs two short sequences in one row, and the second alone: its logits must be the same.
+    """Check that a sequence has the same logits in a packed row as alone.
 
-    A token counts as different if its logits are off by more than rounding. Up to a quarter of them may be:
-    in a mixture of experts, rounding can send a token to another expert. A conversation in view that should
-    not be moves nearly all. Consumes no random numbers. Under ZeRO-3 all ranks must take part.
+    Runs two short sequences in one row, and the second one alone. A token counts as different if its logits
+    are off by more than rounding. Up to a quarter of the tokens may be different, since in a mixture of
+    experts rounding can send a token to another expert; a leak between sequences changes nearly all of them.
+    Consumes no random numbers. Under ZeRO-3 all ranks must take part.
 
     Args:
-        forward: the model in evaluation mode, or what wraps it.
-        model: names the class, the vocabulary and the attention.
-        collator: as in training.
-        device: where batches go.
-        dtype: in which the model computes.
+        forward: the model in evaluation mode, or a wrapper of it.
+        model: model that the message and the vocabulary are taken from.
+        collator: collator of the training.
+        device: device of the batches.
+        dtype: dtype the model computes in.
 
     Raises:
-        UserError: they differ.
+        UserError: the logits differ.
     """
     config = model.config.get_text_config()
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, 2 * PROBE)
-    pair = {"input_ids": tokens, "labels": tokens, "seq_lengths": [PROBE, PROBE]}
-    alone = {"input_ids": tokens[PROBE:], "labels": tokens[PROBE:]}
+    first, second = PROBE_LENGTHS
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, first + second)
+    pair = {"input_ids": tokens, "labels": tokens, "seq_lengths": [first, second]}
+    alone = {"input_ids": tokens[first:], "labels": tokens[first:]}
 
     def logits(*examples: Mapping[str, Any]) -> Tensor:  # (seq, vocab) of the first row
         inputs = {
@@ -196,18 +257,17 @@ def check_isolation(
             for name, value in collator(examples).items()
             if name not in NON_MODEL_KEYS
         }
-        return forward(**inputs).logits[0].double()
+        return forward(**inputs).logits[0].cpu().double()  # not every device has float64
 
-    packed = logits(pair, alone)[PROBE : 2 * PROBE]
+    packed = logits(pair, alone)[first : first + second]
     expected = logits(alone)
-    off = (packed - expected).norm(dim=-1) / expected.norm(dim=-1)  # (PROBE,)
-    # Not below the bound rather than above it: NaN must count.
-    different = int((~(off <= TOLERANCE.get(dtype, COARSEST))).sum())
-    if different > PROBE // 4:
+    error = (packed - expected).norm(dim=-1) / expected.norm(dim=-1)  # (second,)
+    different = int((~(error <= TOLERANCE.get(dtype, LOOSEST))).sum())  # written so that NaN counts
+    if different > second // 4:
         raise UserError(
             f"{type(model).__name__} with {config._attn_implementation} attention does not keep packed "
-            f"conversations apart: beside another one, {different} of {PROBE} tokens get other logits "
-            f"(off by up to {off.max():.2g} of their norm); {_remedy(collator)}"
+            f"conversations apart: {different} of {second} tokens get other logits in a packed row than "
+            f"alone (relative error up to {error.max():.2g}); {_remedy(collator)}"
         )
 
 

@@ -34,6 +34,7 @@ from dft.training.batching import (
     choose_collator,
     describe_batching,
     is_packed,
+    longest_row,
     padding_id,
     sequence_lengths,
 )
@@ -136,8 +137,9 @@ class DFTTrainer(MeasuredTrainer):
             check_sequence_parallel(kwargs.get("train_dataset"), objective)
             data_collator = resolve_parallel_collator(padding_id(model), data_collator)
         elif data_collator is None:
-            packed = is_packed(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
-            data_collator = choose_collator(model, padding_id(model), packed)
+            collections = (kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+            longest = longest_row(*collections) if (packed := is_packed(*collections)) else None
+            data_collator = choose_collator(model, padding_id(model), packed, longest)
         check_cache(args, data_collator)
         if args.accelerator_config.dispatch_batches is None:
             # Left open, accelerate deals out batches of a stream itself: it cuts all their tensors alike.

@@ -1,4 +1,4 @@
-"""Packed rows and padding-free batches train as padded ones do, and only where a model allows it."""
+"""Packed rows and padding-free batches train like padded ones, for models that keep sequences apart."""
 
 import copy
 
@@ -15,6 +15,8 @@ from transformers import (
     Gemma3TextConfig,
     Lfm2Config,
     Lfm2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Mamba2Config,
@@ -32,7 +34,15 @@ from dft import DFTTrainer
 from dft.data.batches.collator import FlatCollator, PackedCollator, PaddedCollator
 from dft.data.batches.dataset import SCHEMA, Sequences
 from dft.errors import UserError
-from dft.training.batching import check_isolation, choose_collator, is_packed, sequence_lengths, token_count
+from dft.training.batching import (
+    check_isolation,
+    choose_collator,
+    exact_row_length,
+    is_packed,
+    longest_row,
+    sequence_lengths,
+    token_count,
+)
 
 VOCAB = 40
 CPU = torch.device("cpu")
@@ -53,13 +63,13 @@ MODELS = {
 
 
 class Leaking(Qwen3ForCausalLM):
-    """Loses the positions on the way, so all sequences of a row are one to it."""
+    """Drops the positions, so that all sequences of a row become one."""
 
     def forward(self, input_ids=None, position_ids=None, **kwargs):
         return super().forward(input_ids=input_ids, **kwargs)
 
 
-def make(name: str, attention: str = "sdpa"):
+def build_model(name: str, attention: str = "sdpa"):
     torch.manual_seed(0)
     model = MODELS[name]()
     model.config.use_cache = False  # as Trainer sets it
@@ -68,7 +78,7 @@ def make(name: str, attention: str = "sdpa"):
 
 
 def conversations(count: int) -> list[dict[str, list[int]]]:
-    """Of 3 to 12 tokens with a supervised tail."""
+    """Return conversations of 3 to 12 tokens whose last tokens are supervised."""
     generator = np.random.default_rng(1)
     rows = []
     for _ in range(count):
@@ -78,19 +88,19 @@ def conversations(count: int) -> list[dict[str, list[int]]]:
     return rows
 
 
-def joined(rows, counts) -> list[dict[str, list[int]]]:
-    """Rows of as many conversations as `counts` says."""
-    packed, rest = [], list(rows)
+def pack(rows, counts) -> list[dict[str, list[int]]]:
+    """Pack consecutive conversations into rows of `counts` conversations each."""
+    packed, remaining = [], list(rows)
     for count in counts:
-        members, rest = rest[:count], rest[count:]
+        members, remaining = remaining[:count], remaining[count:]
         packed.append(
             {
-                "input_ids": [token for one in members for token in one["input_ids"]],
-                "labels": [label for one in members for label in one["labels"]],
-                "seq_lengths": [len(one["input_ids"]) for one in members],
+                "input_ids": [token for member in members for token in member["input_ids"]],
+                "labels": [label for member in members for label in member["labels"]],
+                "seq_lengths": [len(member["input_ids"]) for member in members],
             }
         )
-    assert not rest
+    assert not remaining
     return packed
 
 
@@ -106,7 +116,7 @@ def trainer(tmp_path, model, rows, *, evaluation=None, collator=None, **flags) -
 
 
 def loss_and_gradients(tmp_path, model, rows):
-    """Of one batch with all rows, as DFTTrainer makes and scores it."""
+    """Return (loss, gradients, batching) of DFTTrainer for one batch of all rows."""
     run = trainer(tmp_path, model, rows, per_device_train_batch_size=len(rows))
     batch = next(iter(run.get_train_dataloader()))
     count = sum(label != -100 for row in rows for label in row["labels"])
@@ -114,20 +124,20 @@ def loss_and_gradients(tmp_path, model, rows):
     loss = run.compute_loss(model, batch, num_items_in_batch=torch.tensor(count))
     loss.backward()
     assert token_count(batch) == sum(len(row["input_ids"]) for row in rows)
-    return loss.item(), {name: one.grad for name, one in model.named_parameters()}, run.batching
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}, run.batching
 
 
-def assert_same(got, expected):
-    assert got[0] == pytest.approx(expected[0], rel=1e-5)
-    assert got[1].keys() == expected[1].keys()
+def assert_equal_training(actual, expected):
+    assert actual[0] == pytest.approx(expected[0], rel=1e-5)
+    assert actual[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
         assert gradient.norm() > 0, name
-        assert (got[1][name] - gradient).norm() < 1e-5 * gradient.norm(), name
+        assert (actual[1][name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
 @pytest.fixture
 def flash(monkeypatch) -> list[dict[str, object]]:
-    """flash_attn_varlen_func in plain torch behind transformers' own way to it. Holds what each call got."""
+    """Replace flash attention by plain torch behind transformers' own interface; return the calls made."""
     calls = []
 
     def varlen(
@@ -137,7 +147,7 @@ def flash(monkeypatch) -> list[dict[str, object]]:
         """q, k, v: (tokens, heads, size)."""
         calls.append({"bounds": cu_seqlens_q.tolist(), "longest": max_seqlen_q, "dtype": cu_seqlens_q.dtype})
         assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
-        k, v = (one.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for one in (k, v))
+        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
         outputs = []
         for start, end in zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], strict=True):
             scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * softmax_scale
@@ -148,16 +158,17 @@ def flash(monkeypatch) -> list[dict[str, object]]:
         return torch.cat(outputs)
 
     def plain(q, k, v, **options):
-        """The same for (batch, seq, heads, size), each row a sequence: for batches without bounds."""
+        """The same for batches without bounds: q, k, v (batch, seq, heads, size), one sequence per row."""
         rows = []
-        for one in zip(q, k, v, strict=True):
-            bounds = torch.tensor([0, len(one[0])], dtype=torch.int32)
-            rows.append(varlen(*one, bounds, bounds, len(one[0]), len(one[0]), **options))
+        for row in zip(q, k, v, strict=True):
+            length = len(row[0])
+            bounds = torch.tensor([0, length], dtype=torch.int32)
+            rows.append(varlen(*row, bounds, bounds, length, length, **options))
         return torch.stack(rows)
 
     process = modeling_flash_attention_utils._lazy_define_process_function(varlen)
-    found = ((plain, varlen, None, None, None), (process, dict))
-    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda _: found)
+    functions = ((plain, varlen, None, None, None), (process, dict))
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda _: functions)
     return calls
 
 
@@ -165,72 +176,72 @@ def flash(monkeypatch) -> list[dict[str, object]]:
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_rows_have_the_loss_and_gradients_of_padded_conversations(tmp_path, name, attention):
     rows = conversations(8)
-    expected = loss_and_gradients(tmp_path, make(name, attention), rows)
-    packed = loss_and_gradients(tmp_path, make(name, attention), joined(rows, [3, 1, 2, 2]))
+    expected = loss_and_gradients(tmp_path, build_model(name, attention), rows)
+    packed = loss_and_gradients(tmp_path, build_model(name, attention), pack(rows, [3, 1, 2, 2]))
     assert (expected[2], packed[2]) == ("padded on the right", "packed rows")
-    assert_same(packed, expected)
+    assert_equal_training(packed, expected)
 
 
 @pytest.mark.parametrize("counts", [None, [3, 1, 2, 2]], ids=["unpacked", "packed"])
 @pytest.mark.parametrize("name", MODELS)
 def test_padding_free_batches_have_the_loss_and_gradients_of_padded_ones(tmp_path, flash, name, counts):
     rows = conversations(8)
-    expected = loss_and_gradients(tmp_path, make(name), rows)
+    expected = loss_and_gradients(tmp_path, build_model(name), rows)
     assert not flash
-    given = joined(rows, counts) if counts else rows
-    flat = loss_and_gradients(tmp_path, make(name, "flash_attention_2"), given)
+    examples = pack(rows, counts) if counts else rows
+    flat = loss_and_gradients(tmp_path, build_model(name, "flash_attention_2"), examples)
     assert (expected[2], flat[2]) == ("padded on the right", "padding-free")
-    assert_same(flat, expected)
+    assert_equal_training(flat, expected)
     lengths = [len(row["input_ids"]) for row in rows]
     call = {"bounds": np.cumsum([0, *lengths]).tolist(), "longest": max(lengths), "dtype": torch.int32}
-    assert flash[-2:] == [call] * 2  # one for each layer; before, the model was looked at
+    assert flash[-2:] == [call] * 2  # one per layer; the calls before are those of the check
 
 
-def test_gradient_checkpointing_keeps_packed_conversations_apart(tmp_path):
+def test_packed_conversations_stay_apart_under_gradient_checkpointing(tmp_path):
     rows = conversations(8)
-    expected = loss_and_gradients(tmp_path, make("qwen3"), rows)
-    model = make("qwen3")
+    expected = loss_and_gradients(tmp_path, build_model("qwen3"), rows)
+    model = build_model("qwen3")
     model.gradient_checkpointing_enable()
-    assert_same(loss_and_gradients(tmp_path, model, joined(rows, [3, 1, 2, 2])), expected)
+    assert_equal_training(loss_and_gradients(tmp_path, model, pack(rows, [3, 1, 2, 2])), expected)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("name", ["qwen3", "gemma3, window of 4", "qwen3 moe"])
-def test_training_on_packed_rows_takes_the_steps_of_training_on_conversations(
-    tmp_path, flash, name, attention
-):
-    """Three steps of eight conversations, in four packed rows each; the last evaluation batch has a blank."""
+def test_packed_training_takes_the_same_steps_as_padded_training(tmp_path, flash, name, attention):
+    """Three steps of eight conversations, in four packed rows each; the last evaluation batch is padded."""
     rows, evaluation = conversations(24), conversations(9)
     plain = trainer(
-        tmp_path, make(name), rows, evaluation=evaluation, per_device_train_batch_size=8, num_train_epochs=1
+        tmp_path,
+        build_model(name),
+        rows,
+        evaluation=evaluation,
+        per_device_train_batch_size=8,
+        num_train_epochs=1,
     )
     packed = trainer(
-        tmp_path, make(name, attention), joined(rows, [3, 1, 2, 2] * 3),
-        evaluation=joined(evaluation, [4, 4, 1]), per_device_train_batch_size=2,
+        tmp_path, build_model(name, attention), pack(rows, [3, 1, 2, 2] * 3),
+        evaluation=pack(evaluation, [4, 4, 1]), per_device_train_batch_size=2,
         gradient_accumulation_steps=2, per_device_eval_batch_size=2, num_train_epochs=1,
     )  # fmt: skip
     plain.train()
     packed.train()
     records = zip(packed.state.log_history[:3], plain.state.log_history[:3], strict=True)
-    for got, expected in records:
+    for actual, expected in records:
         for metric in ("loss", "nll", "avg_p_correct", "acc", "objective", "grad_norm"):
-            assert got[metric] == pytest.approx(expected[metric], rel=1e-4), metric
-    got, expected = packed.evaluate(), plain.evaluate()
+            assert actual[metric] == pytest.approx(expected[metric], rel=1e-4), metric
+    actual, expected = packed.evaluate(), plain.evaluate()
     for metric in ("eval_loss", "eval_nll", "eval_avg_p_correct", "eval_acc", "eval_objective"):
-        assert got[metric] == pytest.approx(expected[metric], rel=1e-4), metric
+        assert actual[metric] == pytest.approx(expected[metric], rel=1e-4), metric
 
 
-def test_an_evaluation_of_packed_rows_equals_that_of_conversations(tmp_path):
+def test_packed_evaluation_equals_padded_evaluation(tmp_path):
     rows = conversations(9)
-    plain = trainer(tmp_path, make("qwen3"), rows, evaluation=rows).evaluate()
+    plain = trainer(tmp_path, build_model("qwen3"), rows, evaluation=rows).evaluate()
     packed = trainer(
-        tmp_path, make("qwen3"), rows, evaluation=joined(rows, [4, 4, 1]), per_device_eval_batch_size=2
+        tmp_path, build_model("qwen3"), rows, evaluation=pack(rows, [4, 4, 1]), per_device_eval_batch_size=2
     ).evaluate()
     for metric in ("eval_loss", "eval_nll", "eval_avg_p_correct", "eval_acc", "eval_objective"):
         assert packed[metric] == pytest.approx(plain[metric], rel=1e-5), metric
-
-
-# ---- which collator ----
 
 
 @pytest.mark.parametrize(
@@ -244,8 +255,8 @@ def test_an_evaluation_of_packed_rows_equals_that_of_conversations(tmp_path):
         ("kernels-community/vllm-flash-attn3", True, FlatCollator()),
     ],
 )
-def test_the_collator_follows_attention_and_data(attention, packed, expected):
-    assert choose_collator(make("qwen3", attention), 7, packed) == expected
+def test_choose_collator_follows_attention_and_packing(attention, packed, expected):
+    assert choose_collator(build_model("qwen3", attention), 7, packed) == expected
 
 
 def mamba2():
@@ -271,9 +282,21 @@ def bloom():
 
 
 def chunked_flash():
-    model = make("qwen3", "flash_attention_2")
+    model = build_model("qwen3", "flash_attention_2")
     model.config.layer_types = ["chunked_attention", "full_attention"]
     return model
+
+
+def llama4(attention_chunk_size: int = 4, floor_scale: int = 8192):
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        **{**SHAPE, "pad_token_id": None}, intermediate_size_mlp=32, num_local_experts=2,
+        num_experts_per_tok=1, no_rope_layer_interval=2, attention_chunk_size=attention_chunk_size,
+        floor_scale=floor_scale,
+        use_cache=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    assert config.layer_types == ["chunked_attention", "full_attention"]
+    return Llama4ForCausalLM(config)
 
 
 @pytest.mark.parametrize(
@@ -284,38 +307,39 @@ def chunked_flash():
         (lfm2, r"Lfm2ForCausalLM cannot .* not plain attention \(conv\)"),
         (bloom, "BloomForCausalLM cannot .* takes no position_ids"),
         (chunked_flash, "flash attention has no chunked attention"),
+        (llama4, "Llama4ForCausalLM cannot .* the position in the row .* rows of up to 8191 tokens"),
     ],
 )
-def test_models_that_see_across_boundaries_are_padded_and_packed_data_is_refused(build, reason):
+def test_models_that_mix_sequences_get_padded_rows_and_refuse_packed_ones(build, reason):
     model = build()
     assert choose_collator(model, 7, packed=False) == PaddedCollator(7)
     with pytest.raises(UserError, match=f"{reason}.*--packing False"):
         choose_collator(model, 7, packed=True)
 
 
-def test_the_trainer_refuses_packed_data_for_such_a_model(tmp_path):
+def test_trainer_refuses_packed_data_for_a_model_that_mixes_sequences(tmp_path):
     with pytest.raises(UserError, match="BloomForCausalLM .* --packing False"):
-        trainer(tmp_path, bloom(), joined(conversations(2), [2]))
+        trainer(tmp_path, bloom(), pack(conversations(2), [2]))
 
 
-def test_a_cache_which_would_join_packed_conversations_is_refused(tmp_path):
+def test_use_cache_is_refused_with_packed_data(tmp_path):
     with pytest.raises(ValueError, match="--use_cache True"):
-        trainer(tmp_path, make("qwen3"), joined(conversations(2), [2]), use_cache=True)
+        trainer(tmp_path, build_model("qwen3"), pack(conversations(2), [2]), use_cache=True)
 
 
-def test_a_given_collator_is_left_alone(tmp_path, flash):
+def test_custom_collator_is_used_as_it_is(tmp_path, flash):
     collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     rows = conversations(8)
-    run = trainer(tmp_path, make("qwen3", "flash_attention_2"), rows, collator=collator, max_steps=1)
+    run = trainer(tmp_path, build_model("qwen3", "flash_attention_2"), rows, collator=collator, max_steps=1)
     assert run.data_collator is collator and run.batching == "by the given collator"
-    expected = trainer(tmp_path, make("qwen3"), rows, max_steps=1)
+    expected = trainer(tmp_path, build_model("qwen3"), rows, max_steps=1)
     run.train()
     expected.train()
     assert run.state.log_history[0]["nll"] == pytest.approx(expected.state.log_history[0]["nll"], rel=1e-5)
 
 
 def prepared(tmp_path, offsets=None) -> Sequences:
-    """Three sequences of 2, 3 and 1 tokens, in the order of their lengths backwards."""
+    """Return a dataset of three sequences with 3, 2 and 1 tokens, packed at `offsets`."""
     columns = {
         "input_ids": [[1, 2], [3, 4, 5], [6]], "labels": [[-100, 2], [-100, 4, 5], [-100]],
         "source": [0, 0, 0], "line": [1, 2, 3],
@@ -325,9 +349,9 @@ def prepared(tmp_path, offsets=None) -> Sequences:
     return Sequences(tmp_path / "data.arrow", np.array([1, 0, 2]), offsets)
 
 
-def test_packed_data_is_recognized(tmp_path):
+def test_is_packed_recognizes_packed_datasets(tmp_path):
     rows = conversations(2)
-    packed = joined(rows, [2])
+    packed = pack(rows, [2])
     plain, several = prepared(tmp_path), prepared(tmp_path, np.array([0, 2, 3]))
     assert is_packed(several) and is_packed(None, {"a": rows, "b": several}) and is_packed(packed)
     assert is_packed(Dataset.from_list(packed))
@@ -335,25 +359,22 @@ def test_packed_data_is_recognized(tmp_path):
     assert not is_packed(None, {"a": plain}, rows, [], Dataset.from_list(rows))
 
 
-def test_lengths_of_prepared_rows_are_those_of_their_tokens(tmp_path):
+def test_sequence_lengths_of_prepared_rows(tmp_path):
     assert sequence_lengths(prepared(tmp_path)).tolist() == [3, 2, 1]
     assert sequence_lengths(prepared(tmp_path, np.array([0, 2, 3]))).tolist() == [5, 1]
 
 
-def test_prepared_rows_train_with_workers_and_grouped_by_length(tmp_path):
+def test_packed_rows_train_with_workers_and_group_by_length(tmp_path):
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, logging_steps=1, save_strategy="no", max_steps=1,
         disable_tqdm=True, train_sampling_strategy="group_by_length", dataloader_num_workers=1,
     )  # fmt: skip
-    run = DFTTrainer(make("qwen3"), arguments, train_dataset=prepared(tmp_path, np.array([0, 2, 3])))
-    plain = DFTTrainer(make("qwen3"), arguments, train_dataset=prepared(tmp_path))
+    run = DFTTrainer(build_model("qwen3"), arguments, train_dataset=prepared(tmp_path, np.array([0, 2, 3])))
+    plain = DFTTrainer(build_model("qwen3"), arguments, train_dataset=prepared(tmp_path))
     run.train()
     plain.train()
     assert run.batching == "packed rows"
     assert run.state.log_history[0]["nll"] == pytest.approx(plain.state.log_history[0]["nll"], rel=1e-5)
-
-
-# ---- the check before training ----
 
 
 def leaking(attention: str = "sdpa"):
@@ -363,15 +384,15 @@ def leaking(attention: str = "sdpa"):
     return model
 
 
-def test_training_is_refused_where_packed_conversations_see_each_other(tmp_path):
-    run = trainer(tmp_path, leaking(), joined(conversations(4), [2, 2]), max_steps=1)
+def test_training_refuses_a_model_that_leaks_between_packed_conversations(tmp_path):
+    run = trainer(tmp_path, leaking(), pack(conversations(4), [2, 2]), max_steps=1)
     before = copy.deepcopy(run.model.state_dict())
     with pytest.raises(UserError, match="Leaking with sdpa attention does not keep .* --packing False"):
         run.train()
-    assert all(torch.equal(one, before[name]) for name, one in run.model.state_dict().items())
+    assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
 
 
-def test_a_model_that_leaks_may_train_on_padded_conversations(tmp_path):
+def test_a_leaking_model_may_train_on_padded_conversations(tmp_path):
     run = trainer(tmp_path, leaking(), conversations(4), max_steps=1)
     run.train()
     assert run.state.log_history[0]["nll"] > 0
@@ -379,8 +400,8 @@ def test_a_model_that_leaks_may_train_on_padded_conversations(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MODELS)
-def test_sound_models_pass_the_check_in_every_precision_and_a_leak_does_not(name, dtype):
-    model = make(name).to(dtype).eval()
+def test_isolation_check_passes_sound_models_in_every_dtype_and_finds_a_leak(name, dtype):
+    model = build_model(name).to(dtype).eval()
     check_isolation(model, model, PackedCollator(0), CPU, dtype)
 
     def without_positions(position_ids, **inputs):
@@ -390,11 +411,11 @@ def test_sound_models_pass_the_check_in_every_precision_and_a_leak_does_not(name
         check_isolation(without_positions, model, PackedCollator(0), CPU, dtype)
 
 
-def test_the_check_sees_flash_attention_that_ignores_the_bounds(flash):
-    model = make("qwen3", "flash_attention_2").eval()
+def test_isolation_check_finds_flash_attention_that_ignores_bounds(flash):
+    model = build_model("qwen3", "flash_attention_2").eval()
     check_isolation(model, model, FlatCollator(), CPU, torch.float32)
 
-    def as_one(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, position_ids, **inputs):
+    def without_bounds(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, position_ids, **inputs):
         total = inputs["input_ids"].shape[1]
         bounds = torch.tensor([0, total], dtype=torch.int32)
         return model(
@@ -402,14 +423,62 @@ def test_the_check_sees_flash_attention_that_ignores_the_bounds(flash):
         )
 
     with pytest.raises(UserError, match="use --attn_implementation sdpa"):
-        check_isolation(as_one, model, FlatCollator(), CPU, torch.float32)
+        check_isolation(without_bounds, model, FlatCollator(), CPU, torch.float32)
 
 
-def test_the_check_leaves_random_numbers_and_the_mode_of_the_model_alone(tmp_path):
-    run = trainer(tmp_path, make("qwen3"), joined(conversations(4), [2, 2]))
+def test_isolation_check_keeps_random_states_and_model_mode(tmp_path):
+    run = trainer(tmp_path, build_model("qwen3"), pack(conversations(4), [2, 2]))
     run.model.train()
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     run._inspect_model()
     assert torch.equal(torch.get_rng_state(), before)
     assert np.random.get_state()[1].tolist() == numpy_before
-    assert run.model.training and all(one.grad is None for one in run.model.parameters())
+    assert run.model.training and all(parameter.grad is None for parameter in run.model.parameters())
+
+
+LIMIT = 11
+"""Tokens of the longest row in which `llama4(floor_scale=LIMIT + 1)` may be packed."""
+
+
+def test_llama4_is_packed_only_in_rows_without_scaled_queries(tmp_path):
+    packed = pack(conversations(8), [1] * 6 + [2])
+    model = llama4(floor_scale=LIMIT + 1)
+    assert exact_row_length(model.config) == LIMIT < longest_row(Dataset.from_list(packed))
+    with pytest.raises(UserError, match=f"rows of up to {LIMIT} tokens, and the longest row has {LIMIT + 1}"):
+        choose_collator(model, 0, packed=True, longest_row=LIMIT + 1)
+    assert choose_collator(model, 0, True, LIMIT) == PackedCollator(0)
+    assert choose_collator(model, 0, False, LIMIT + 1) == PaddedCollator(0)
+    with pytest.raises(UserError, match="Llama4ForCausalLM cannot train on packed conversations"):
+        trainer(tmp_path, model, packed)
+    short = [row for row in packed if len(row["input_ids"]) <= LIMIT]
+    assert trainer(tmp_path, model, short).batching == "packed rows"
+
+
+def test_scaled_queries_of_llama4_would_change_the_loss_of_longer_packed_rows(tmp_path):
+    rows = conversations(8)
+    model = llama4(floor_scale=LIMIT + 1)
+    expected = loss_and_gradients(tmp_path, llama4(floor_scale=13), rows)[0]  # conversations of up to 12
+    run = trainer(tmp_path, model, pack(rows, [8]), collator=PackedCollator(0), per_device_train_batch_size=1)
+    batch = next(iter(run.get_train_dataloader()))
+    count = torch.tensor(sum(label != -100 for row in rows for label in row["labels"]))
+    loss = run.compute_loss(model.train(), batch, num_items_in_batch=count).item()
+    assert abs(loss - expected) > 1e-5 * expected
+
+
+def test_chunks_of_attention_restart_with_each_packed_conversation(tmp_path):
+    """transformers maps packed positions back to those of the conversation before it forms chunks."""
+    rows = conversations(8)
+    expected = loss_and_gradients(tmp_path, llama4(attention_chunk_size=4), rows)
+    packed = pack(rows, [3, 1, 2, 2])
+    assert max(len(row["input_ids"]) for row in packed) > 16  # beyond the first chunks
+    assert_equal_training(loss_and_gradients(tmp_path, llama4(attention_chunk_size=4), packed), expected)
+    whole = loss_and_gradients(tmp_path, llama4(attention_chunk_size=64), rows)
+    assert abs(whole[0] - expected[0]) > 1e-4  # the chunks matter
+
+
+def test_longest_row_of_datasets(tmp_path):
+    packed = Dataset.from_list(pack(conversations(3), [3]))
+    total = sum(len(row["input_ids"]) for row in conversations(3))
+    assert longest_row(None, {"a": packed, "b": prepared(tmp_path)}) == total
+    assert longest_row(prepared(tmp_path, np.array([0, 2, 3]))) == 5
+    assert longest_row(packed, conversations(3)) is None  # would have to be read
