@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dft.data.conversations.forms import RESERVED
+from dft.data.conversations.conversation import RESERVED_VARIABLES
 from dft.data.preparing.options import PrepareOptions
 from dft.data.templates.template import DATE
 from dft.errors import UserError
@@ -170,7 +170,7 @@ def template_variables(data: DataArguments) -> dict[str, Any]:
         ) from None
     if not isinstance(variables, dict):
         raise UserError(f"{told}: expected a JSON object such as '{{\"enable_thinking\": false}}'")
-    for name in RESERVED:
+    for name in RESERVED_VARIABLES:
         if name in variables:
             raise UserError(f"{told}: {name!r} is made from each row; remove it")
     return variables

@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from dft.data.conversations.conversation import Conversation, parse_conversation
 from dft.data.conversations.faults import BadLine
-from dft.data.conversations.forms import SHAREGPT_ROLES, Conversation, parse_conversation
+from dft.data.conversations.forms import append_answer
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.template import Chat
 from dft.errors import UserError
@@ -90,7 +90,7 @@ def problem_of(line: bytes, file: Path, number: int) -> Problem:
         answer = row["answer"]
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise BadLine(f"'answer' must be a string or a number, got {answer!r}", "wrong 'answer'")
-        line = json.dumps(answered(row, str(answer) or "-")).encode()
+        line = json.dumps(append_answer(row, str(answer) or "-")).encode()
     conversation = parse_conversation(line)
     if conversation.messages[-1]["role"] != "assistant":
         raise BadLine(
@@ -103,18 +103,3 @@ def problem_of(line: bytes, file: Path, number: int) -> Problem:
     if not reference.strip():
         raise BadLine("the reference is empty", "no reference")
     return Problem(conversation, reference.strip(), answer is not None, file, number)
-
-
-def answered(row: dict[str, Any], answer: str) -> dict[str, Any]:
-    """The row with a turn of the assistant at its end, in whichever form of conversation it is."""
-    turn = {"role": "assistant", "content": answer}
-    for key in ("messages", "conversations"):
-        turns = row.get(key)
-        if isinstance(turns, list) and turns:
-            last = turns[-1] if isinstance(turns[-1], dict) else {}
-            role = last.get("from", last.get("role"))
-            ended = isinstance(role, str) and SHAREGPT_ROLES.get(role) == "assistant"
-            return row if ended else {**row, key: [*turns, turn]}
-    if "prompt" in row and row.get("completion") is None:
-        return {**row, "completion": answer if isinstance(row.get("prompt"), str) else [turn]}
-    return row

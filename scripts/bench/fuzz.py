@@ -32,8 +32,8 @@ with atheris.instrument_imports(include=["dft", "jinja2", "yaml", "json"]):
     from dft.arguments.config_file import expand_config
     from dft.arguments.deepspeed_file import check_parts, read_deepspeed
     from dft.arguments.parser import Parser
+    from dft.data.conversations.conversation import parse_conversation
     from dft.data.conversations.faults import BadLine
-    from dft.data.conversations.forms import parse_conversation
     from dft.data.reading.sources import Source, split_suffix
     from dft.data.reading.text import read_batches
     from dft.data.sandbox.limits import OverLimit
@@ -122,7 +122,7 @@ def read_lines(raw: bytes, folder: Path) -> None:
             except BadLine as error:
                 assert str(error) and error.kind
                 continue
-            assert any(read.trained) and all(type(one["content"]) is str for one in read.messages)
+            assert any(read.supervised) and all(type(one["content"]) is str for one in read.messages)
 
 
 def render(raw: bytes, folder: Path) -> None:

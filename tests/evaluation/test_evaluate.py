@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from dft.data.conversations.forms import parse_conversation
+from dft.data.conversations.conversation import parse_conversation
 from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
 from dft.evaluation.folder import Model, fingerprint, named_models

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from dft.arguments.config_file import expand_config
 from dft.arguments.deepspeed_file import check_parts, read_deepspeed
 from dft.arguments.parser import Parser
+from dft.data.conversations.conversation import parse_conversation
 from dft.data.conversations.faults import BadLine
-from dft.data.conversations.forms import parse_conversation
 from dft.data.reading.sources import Source, split_suffix
 from dft.data.reading.text import read_batches
 from dft.data.sandbox.limits import OverLimit

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dft.data.conversations.forms import Conversation, parse_conversation
+from dft.data.conversations.conversation import Conversation, parse_conversation
 from dft.data.reading.sources import resolve_sources
 from dft.data.reading.text import read_batches
 from dft.data.templates.encoder import ChatEncoder

@@ -1,111 +1,136 @@
-"""Validate and normalize the turns of a conversation."""
+"""Validation of turns, shared by all row forms."""
 
-import json
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 from dft.data.conversations.faults import BadLine
-from dft.strict_json import RepeatedKey, _kind, _short, refuse_repeated_keys
+from dft.data.conversations.row_json import parse_json_string
+from dft.strict_json import json_type_name, shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys under which a message may bring its reasoning; the first one that is there counts."""
-BROKEN = "broken JSON"
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Keys under which a message may hold its reasoning. The first one that is present is used."""
+
+Row = dict[str, Any]
+"""A parsed row of a data file."""
+Turn = tuple[dict[str, Any], bool]
+"""A validated message, and whether it is supervised."""
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise BadLine(f"{BROKEN}: {name} is not a JSON value", BROKEN)
+def read_turns(key: str, turns: Any, read: Callable[[str, Any], Turn]) -> list[Turn]:
+    """Validate the list of turns under a key of a row.
+
+    Args:
+        key: the key, for error messages.
+        turns: its value.
+        read: validates one turn, given its place in the row ("messages[0]") and its value.
+
+    Raises:
+        BadLine: the value is not a list or is empty, or a turn is invalid.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise BadLine(
+            f"'{key}' must be a list of at least one turn, got {json_type_name(turns)}",
+            f"'{key}' is no list of turns",
+        )
+    return [read(f"{key}[{index}]", turn) for index, turn in enumerate(turns)]
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=refuse_repeated_keys, parse_constant=_refuse_constant)
+def append_answer(row: Row, key: str, answer: str, is_answer: Callable[[dict[str, Any]], bool]) -> Row | None:
+    """Append an assistant turn to the list of turns under a key of a row.
+
+    Args:
+        row: the parsed row, not validated.
+        key: the key of the list of turns.
+        answer: the content of the new turn.
+        is_answer: whether a turn is the assistant's.
+
+    Returns:
+        The new row; the same row if its last turn is the assistant's; None if it has no turns under this key.
+    """
+    turns = row.get(key)
+    if not isinstance(turns, list) or not turns:
+        return None
+    if isinstance(turns[-1], dict) and is_answer(turns[-1]):
+        return row
+    return {**row, key: [*turns, {"role": "assistant", "content": answer}]}
 
 
-def _parse_json(raw: bytes) -> Any:
-    try:
-        return _decode(raw.decode())
-    except UnicodeDecodeError as error:
-        raise BadLine(f"not valid UTF-8 ({error.reason} at byte {error.start})", "not valid UTF-8") from None
+def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
+    """Validate one turn of `role` and `content` and bring its tool calls and content parts into one form.
 
+    Args:
+        where: place of the turn in the row, for error messages.
+        turn: the value found there.
+        text_key: the key that the row itself uses for the content, for error messages.
 
-def _decode(text: str) -> Any:
-    try:
-        return DECODER.decode(text)
-    except BadLine:
-        raise
-    except RepeatedKey as error:
-        raise BadLine(f"{BROKEN}: {error}", BROKEN) from None
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise BadLine(f"{BROKEN}: {error.msg} ({line}column {error.colno})", BROKEN) from None
-    except RecursionError:
-        raise BadLine(f"{BROKEN}: nested too deeply", BROKEN) from None
-    except ValueError:  # an integer beyond sys.get_int_max_str_digits()
-        raise BadLine(f"{BROKEN}: a number of thousands of digits", BROKEN) from None
+    Returns:
+        The message without null values and without `train` and `weight`, and whether it is supervised.
 
-
-def _decode_inner(where: str, text: str) -> Any:
-    """JSON within a string of the row."""
-    try:
-        return _decode(text)
-    except BadLine as error:
-        raise BadLine(f"{where}: {error}", f"{BROKEN} within a string") from None
-
-
-def _turn(where: str, turn: Any, text_key: str = "content") -> tuple[dict[str, Any], bool]:
-    """One clean message, and whether it is supervised. `text_key` is what the row calls its content."""
+    Raises:
+        BadLine: a wrong type, an unknown role or an empty turn.
+    """
     if not isinstance(turn, dict):
         raise BadLine(
-            f"{where} must be an object with 'role' and 'content', got {_kind(turn)}",
+            f"{where} must be an object with 'role' and 'content', got {json_type_name(turn)}",
             "a turn that is no object",
         )
     if "role" not in turn:
-        raise BadLine(f"{where}: no 'role'; the keys are {_short(sorted(turn))}", "no 'role'")
-    # A template asks whether a key is defined, and null is.
+        raise BadLine(f"{where}: no 'role'; the keys are {shorten(sorted(turn))}", "no 'role'")
+    # A template tests whether a key is defined, and a null value counts as defined.
     message = {key: value for key, value in turn.items() if value is not None}
     role = turn["role"]
     if not isinstance(role, str) or role not in ROLES:
         raise BadLine(
-            f"{where}: unknown role {_short(role)}; the roles are {', '.join(ROLES)}", "unknown role"
+            f"{where}: unknown role {shorten(role)}; the roles are {', '.join(ROLES)}", "unknown role"
         )
-    supervised = _supervision(where, role, message)
+    supervised = _pop_supervision(where, role, message)
     content = message.get("content")
     if len(message) == 2 and isinstance(content, str) and content.strip():
-        return message, supervised  # as most turns are
-    if "function_call" in message:  # OpenAI's name for it before there were tools
+        return message, supervised  # the fast path: most turns have nothing else
+    if "function_call" in message:  # the key that OpenAI's format used before 'tool_calls'
         message["tool_calls"] = [message.pop("function_call")]
-    calls = "tool_calls" in message and _set_tool_calls(where, message)
-    reasons = False
-    for key in (*REASONING, "name"):
-        if key in message:
-            if not isinstance(message[key], str):
-                raise BadLine(
-                    f"{where}: '{key}' must be a string, got {_kind(message[key])}", f"'{key}' is no string"
-                )
-            reasons = reasons or (key != "name" and bool(message[key].strip()))
-    speaks_otherwise = role == "assistant" and (calls or reasons)
+    has_calls = "tool_calls" in message and _normalize_tool_calls(where, message)
+    has_reasoning = _check_strings(where, message)
+    may_be_empty = role == "assistant" and (has_calls or has_reasoning)
     if isinstance(content, list):
-        content = message["content"] = _joined_parts(where, text_key, content)
-    if content is None and speaks_otherwise:
-        message["content"] = ""  # templates index it
+        content = message["content"] = _join_parts(where, text_key, content)
+    if content is None and may_be_empty:
+        message["content"] = ""  # templates read it unconditionally
         return message, supervised
     if not isinstance(content, str):
-        got = _kind(content) if "content" in turn else "nothing"
+        got = json_type_name(content) if "content" in turn else "nothing"
         raise BadLine(f"{where}: '{text_key}' must be a string, got {got}", f"'{text_key}' is no string")
-    if role != "tool" and not speaks_otherwise and not content.strip():
+    if role != "tool" and not may_be_empty and not content.strip():
         raise BadLine(f"{where}: empty {role} turn", "empty turn")
     return message, supervised
 
 
-def _supervision(where: str, role: str, message: dict[str, Any]) -> bool:
-    """Takes `train` and `weight` out of a message; whether it is supervised."""
+def _check_strings(where: str, message: dict[str, Any]) -> bool:
+    """Check the types of the reasoning and the name. Return whether there is any reasoning."""
+    has_reasoning = False
+    for key in (*REASONING_KEYS, "name"):
+        if key in message:
+            if not isinstance(message[key], str):
+                raise BadLine(
+                    f"{where}: '{key}' must be a string, got {json_type_name(message[key])}",
+                    f"'{key}' is no string",
+                )
+            has_reasoning = has_reasoning or (key != "name" and bool(message[key].strip()))
+    return has_reasoning
+
+
+def _pop_supervision(where: str, role: str, message: dict[str, Any]) -> bool:
+    """Remove `train` and `weight` from a message. Return whether it is supervised."""
     train, weight = message.pop("train", None), message.pop("weight", None)
     if train is None and weight is None:
         return role == "assistant"
     if train is not None and not isinstance(train, bool):
-        raise BadLine(f"{where}: 'train' must be true or false, got {_short(train)}", "wrong 'train'")
+        raise BadLine(f"{where}: 'train' must be true or false, got {shorten(train)}", "wrong 'train'")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise BadLine(f"{where}: 'weight' must be 0 or 1, got {_short(weight)}", "wrong 'weight'")
+        raise BadLine(f"{where}: 'weight' must be 0 or 1, got {shorten(weight)}", "wrong 'weight'")
     if role != "assistant":
-        # Some exporters write weight 1 on every turn; only `train` says that somebody meant it.
+        # Some exporters write weight 1 on every turn. `train` is only there if somebody put it there.
         if train:
             raise BadLine(
                 f"{where}: 'train' is true on a {role} turn; only assistant turns are trained",
@@ -117,14 +142,15 @@ def _supervision(where: str, role: str, message: dict[str, Any]) -> bool:
     return bool(weight) if train is None else train
 
 
-def _joined_parts(where: str, text_key: str, parts: list[Any]) -> str:
+def _join_parts(where: str, text_key: str, parts: list[Any]) -> str:
+    """Concatenate content that is a list of text parts."""
     texts = []
     for index, part in enumerate(parts):
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
         if not isinstance(text, str):
-            named = isinstance(part, dict) and "type" in part
-            got = f"one of type {_short(part['type'])}" if named else _kind(part)
-            if named and part["type"] == "text":
+            has_type = isinstance(part, dict) and "type" in part
+            got = f"one of type {shorten(part['type'])}" if has_type else json_type_name(part)
+            if has_type and part["type"] == "text":
                 got = "one without text"
             raise BadLine(
                 f"{where}: '{text_key}[{index}]' must be a part of text, got {got}", "a part that is no text"
@@ -133,42 +159,47 @@ def _joined_parts(where: str, text_key: str, parts: list[Any]) -> str:
     return "".join(texts)
 
 
-def _set_tool_calls(where: str, message: dict[str, Any]) -> bool:
-    """Puts the calls of a message into one form; whether there are any."""
+def _normalize_tool_calls(where: str, message: dict[str, Any]) -> bool:
+    """Bring the tool calls of a message into one form. Return whether there are any."""
     calls = message["tool_calls"]
     if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise BadLine(
-            f"{where}: 'tool_calls' must be a list of objects, got {_kind(calls)}", "'tool_calls' is no list"
+            f"{where}: 'tool_calls' must be a list of objects, got {json_type_name(calls)}",
+            "'tool_calls' is no list",
         )
     if calls:
         message["tool_calls"] = [
-            _tool_call(f"{where}.tool_calls[{index}]", call) for index, call in enumerate(calls)
+            _normalize_tool_call(f"{where}.tool_calls[{index}]", call) for index, call in enumerate(calls)
         ]
-    else:  # some templates take the key alone for a call
+    else:  # some templates render a call as soon as the key is defined
         del message["tool_calls"]
     return bool(calls)
 
 
-def _tool_call(where: str, call: dict[str, Any]) -> dict[str, Any]:
-    """A call as templates expect it: `{"type": "function", "function": {"name", "arguments": {...}}}`."""
+def _normalize_tool_call(where: str, call: dict[str, Any]) -> dict[str, Any]:
+    """Return a call as templates expect it: `{"type": "function", "function": {"name", "arguments": {}}}`."""
     call = {key: value for key, value in call.items() if value is not None}
     if "function" not in call:
         bare = {key: call.pop(key) for key in ("name", "arguments") if key in call}
         call = {"type": "function", **call, "function": bare}
     function = call["function"]
     if not isinstance(function, dict):
-        raise BadLine(f"{where}: 'function' must be an object, got {_kind(function)}", "wrong 'tool_calls'")
+        raise BadLine(
+            f"{where}: 'function' must be an object, got {json_type_name(function)}", "wrong 'tool_calls'"
+        )
     name, arguments = function.get("name"), function.get("arguments")
     if not isinstance(name, str) or not name.strip():
-        got = "an empty string" if isinstance(name, str) else _kind(name) if name is not None else "nothing"
+        got = "nothing" if name is None else json_type_name(name)
+        got = "an empty string" if isinstance(name, str) else got
         raise BadLine(f"{where}: 'name' must be the name of a function, got {got}", "wrong 'tool_calls'")
     if isinstance(arguments, str):
-        arguments = _decode_inner(f"{where}: 'arguments'", arguments)
+        arguments = parse_json_string(f"{where}: 'arguments'", arguments)
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
         raise BadLine(
-            f"{where}: 'arguments' must be an object or a JSON string of one, got {_kind(arguments)}",
+            f"{where}: 'arguments' must be an object or a JSON string of one, got "
+            f"{json_type_name(arguments)}",
             "wrong 'tool_calls'",
         )
     return {**call, "function": {**function, "arguments": arguments}}

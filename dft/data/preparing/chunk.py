@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dft.data.conversations.conversation import Conversation, parse_conversation
 from dft.data.conversations.faults import BadLine
-from dft.data.conversations.forms import Conversation, parse_conversation
 from dft.data.preparing.conversation_counts import ConversationCounts
 from dft.data.preparing.options import EncodeOptions
 from dft.data.preparing.truncation import count_supervised, truncate

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dft.data.conversations.forms import COLUMNS, FORMS, has_form
+from dft.data.conversations.forms import columns, describe_forms, find_form
 from dft.data.reading.records import BATCH_BYTES, BATCH_RECORDS, PIECE, Flaw, Record, end_of_reading
 from dft.data.reading.sources import Source
 
@@ -33,8 +33,8 @@ class TableReader:
             for batch in batches:
                 if not len(batch):
                     continue
-                known = [name for name in COLUMNS if name in batch.schema.names]
-                if not has_form(known):
+                known = [name for name in columns() if name in batch.schema.names]
+                if find_form(known) is None:
                     yield Record(1, b"", _no_form(batch.schema.names))
                     return
                 for part in _parts(batch.select(known)):
@@ -51,10 +51,11 @@ class TableReader:
         # Column chunks are read through a buffer instead of whole: a file may be a single row group.
         with pq.ParquetFile(self.source.path, buffer_size=PIECE) as file:
             names, rows = file.schema_arrow.names, 0
-            known = [name for name in COLUMNS if name in names]
-            columns = known if has_form(known) else None  # all of them, to be told
+            known = [name for name in columns() if name in names]
+            # Without a form, all columns are read so that the error can name them.
+            selected = known if find_form(known) else None
             at_once = _rows_at_once(file.metadata, known)
-            for batch in file.iter_batches(at_once, columns=columns, use_threads=False):
+            for batch in file.iter_batches(at_once, columns=selected, use_threads=False):
                 rows += len(batch)
                 self._position = size * rows // file.metadata.num_rows
                 yield batch
@@ -71,7 +72,7 @@ class TableReader:
 
 def _no_form(names: list[str]) -> Flaw:
     """Not to be skipped: every row of the table would be lost."""
-    reason = f"no conversation; the columns are {', '.join(names)}, expected {FORMS}"
+    reason = f"no conversation; the columns are {', '.join(names)}, expected {describe_forms()}"
     return Flaw(reason, "no conversation in the columns", skippable=False)
 
 

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from dft.data.conversations.forms import has_form
+from dft.data.conversations.forms import find_form
 from dft.data.reading.decompress import READERS, Leftover
 from dft.data.reading.json_array import BLANKS, CUT_STRING, Pending, Scanner
 from dft.data.reading.records import (
@@ -296,7 +296,7 @@ def _is_json(text: bytes) -> bool:
 
 def _is_conversation(text: bytes) -> bool:
     value = _json(text)
-    return isinstance(value, dict) and has_form(value)
+    return isinstance(value, dict) and find_form(value) is not None
 
 
 def _json(text: bytes) -> Any:

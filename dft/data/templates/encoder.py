@@ -12,8 +12,8 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from dft.data.conversations.conversation import Conversation
 from dft.data.conversations.faults import BadLine
-from dft.data.conversations.forms import Conversation
 from dft.data.sandbox.limits import MOST_RENDERED, limited_memory
 from dft.data.templates.spans import ChatTemplate, Rendering
 from dft.data.templates.template import DATE

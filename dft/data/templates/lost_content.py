@@ -8,7 +8,7 @@ import json
 from os.path import commonprefix
 
 from dft.data.conversations.faults import BadLine
-from dft.data.conversations.turns import REASONING
+from dft.data.conversations.turns import REASONING_KEYS
 from dft.data.templates.template import PLACEHOLDER, Chat, Message, reasoning_of
 
 REMEDY = "pass a template that renders it (--chat_template)"
@@ -91,7 +91,7 @@ def omission(chat: Chat, index: int, rendered: str, *following: Message) -> BadL
             if name not in rendered and json.dumps(name, ensure_ascii=False)[1:-1] not in rendered:
                 return left_out(index, NO_CALLS)
         reasoning = (reasoning_of(message) or "").strip()
-        others = {key: value for key, value in message.items() if key not in REASONING}
+        others = {key: value for key, value in message.items() if key not in REASONING_KEYS}
         if not survives(reasoning, content, {**others, "reasoning_content": PLACEHOLDER}):
             return left_out(index, NO_REASONING)
         aside = f"{reasoning}{json.dumps(message.get('tool_calls'), ensure_ascii=False)}"

@@ -13,8 +13,8 @@ from datetime import date
 from os.path import commonprefix
 from typing import Any
 
+from dft.data.conversations.conversation import Conversation
 from dft.data.conversations.faults import BadLine
-from dft.data.conversations.forms import Conversation
 from dft.data.templates.lost_content import check_calls, check_thinking, check_tools, omission, unread
 from dft.data.templates.template import DATE, PLACEHOLDER, Chat, Message, Template
 
@@ -85,7 +85,7 @@ class ChatTemplate:
             return [tagged] if tagged.spans else []
         sequences = [Rendering(full)]
         count = len(chat.messages)
-        turns = [index for index in range(count) if conversation.trained[index]]
+        turns = [index for index in range(count) if conversation.supervised[index]]
         for index in reversed(turns):
             upto = full if index + 1 == count else chat.render(index + 1)
             start = self._turn_start(chat, index, upto)
@@ -120,7 +120,7 @@ class ChatTemplate:
             return None
         rendering = Rendering(text)
         for index, (start, end) in zip(turns, tagged, strict=True):
-            if not conversation.trained[index]:
+            if not conversation.supervised[index]:
                 continue
             if omission(chat, index, text[start:end], *chat.messages[index + 1 :]) is not None:
                 return None

@@ -16,9 +16,9 @@ from transformers.utils.chat_template_utils import (
     _render_with_assistant_indices,
 )
 
+from dft.data.conversations.conversation import Conversation
 from dft.data.conversations.faults import BadLine
-from dft.data.conversations.forms import Conversation
-from dft.data.conversations.turns import REASONING
+from dft.data.conversations.turns import REASONING_KEYS
 from dft.data.sandbox.limits import MOST_RENDERED, TOO_MUCH_TEXT, OverLimit, start_clock, stop_clock
 
 Message = dict[str, Any]
@@ -149,7 +149,7 @@ class Template:
         if len(message) == 2 and not self.roles_in_parts:
             return message  # role and content, by far the most
         made = dict(message)
-        if any(made.get(name) for name in REASONING):
+        if any(made.get(name) for name in REASONING_KEYS):
             (made,) = _alias_reasoning_fields([made])
         if made.get("tool_calls"):
             style = self.call_style or CallStyle()
@@ -302,7 +302,7 @@ def in_parts(text: str) -> list[dict[str, str]]:
 
 def reasoning_of(message: Message) -> str | None:
     """The reasoning of a message, if it has any."""
-    return next((message[name] for name in REASONING if message.get(name)), None)
+    return next((message[name] for name in REASONING_KEYS if message.get(name)), None)
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:

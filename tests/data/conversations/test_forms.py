@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from dft.data.conversations.conversation import Conversation, parse_conversation
 from dft.data.conversations.faults import BadLine
-from dft.data.conversations.forms import COLUMNS, Conversation, parse_conversation
+from dft.data.conversations.forms import columns
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -116,7 +117,7 @@ def test_sharegpt_turns_become_messages():
     made = parse(**sharegpt(*[(name, name) for name in names]))
     roles = ["system"] + ["user"] * 2 + ["assistant"] * 6 + ["tool"] * 3
     assert made.messages == [{"role": role, "content": name} for role, name in zip(roles, names, strict=True)]
-    assert made.trained == tuple(role == "assistant" for role in roles)
+    assert made.supervised == tuple(role == "assistant" for role in roles)
 
 
 def test_sharegpt_may_hold_roles_and_contents_too():
@@ -131,23 +132,23 @@ def test_a_function_call_of_sharegpt_becomes_tool_calls():
     for value, count in ((one, 1), (f"[{one}, {one}]", 2), (json.loads(one), 1)):
         made = parse(**sharegpt(("human", "q"), ("function_call", value), ("observation", "r"), ("gpt", "a")))
         assert made.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL] * count}
-        assert made.trained == (False, True, False, True)
+        assert made.supervised == (False, True, False, True)
 
 
 def test_prompt_and_completion_of_text_are_one_exchange():
     made = parse(prompt="q", completion=" a\n")
     assert made.messages == [USER, {"role": "assistant", "content": " a\n"}]
-    assert made.trained == (False, True)
+    assert made.supervised == (False, True)
 
 
 def test_of_lists_only_the_turns_of_the_completion_are_trained():
     made = parse(prompt=[USER, ANSWER, USER], completion=[ANSWER, USER, {**ANSWER, "train": False}, ANSWER])
     assert made.messages == [USER, ANSWER, USER, ANSWER, USER, ANSWER, ANSWER]
-    assert made.trained == (False, False, False, True, False, False, True)
+    assert made.supervised == (False, False, False, True, False, False, True)
 
 
 def test_the_first_form_that_is_not_null_is_taken():
-    nothing = dict.fromkeys(COLUMNS)
+    nothing = dict.fromkeys(columns())
     other = [USER, {"role": "assistant", "content": "b"}]
     assert parse(**nothing | {"messages": [USER, ANSWER], "conversations": other}).messages[1] == ANSWER
     assert parse(**nothing | {"conversations": other, "prompt": "q", "completion": "c"}).messages == other
@@ -245,7 +246,7 @@ def test_tools_in_a_string_are_strict_json_too():
 def test_the_system_column_becomes_the_first_turn_where_there_is_no_other():
     made = parse(system="s", **sharegpt(("human", "q"), ("gpt", "a")))
     assert made.messages == [{"role": "system", "content": "s"}, USER, ANSWER]
-    assert made.trained == (False, False, True)
+    assert made.supervised == (False, False, True)
     for role in ("system", "developer"):
         messages = [{"role": role, "content": "own"}, USER, ANSWER]
         assert parse(system="s", messages=messages).messages == messages
@@ -394,21 +395,21 @@ def test_train_and_weight_say_which_assistant_turns_are_supervised():
         {},
     ]
     made = parse(messages=[USER, *({**ANSWER, **one} for one in fields)])
-    assert made.trained == (False, False, True, False, True, True, True)
+    assert made.supervised == (False, False, True, False, True, True, True)
     assert made.messages == [USER, *[ANSWER] * 6]
 
 
 def test_on_other_turns_they_are_taken_away_and_mean_nothing():
     for fields in ({"train": False}, {"weight": 1}, {"weight": 0}, {"train": False, "weight": 1}):
         made = parse(messages=[{**USER, **fields}, ANSWER])
-        assert (made.messages, made.trained) == ([USER, ANSWER], (False, True))
+        assert (made.messages, made.supervised) == ([USER, ANSWER], (False, True))
 
 
 def test_only_the_last_supervised_turn_may_be_kept():
     made = parse(messages=[ANSWER, USER, ANSWER, USER, {**ANSWER, "train": False}, USER])
-    assert made.trained == (True, False, True, False, False, False)
+    assert made.supervised == (True, False, True, False, False, False)
     last = made.last_turn_only()
-    assert last.trained == (False, False, True, False, False, False)
+    assert last.supervised == (False, False, True, False, False, False)
     assert last.messages == made.messages
 
 

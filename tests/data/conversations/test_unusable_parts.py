@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dft.data.conversations.forms import parse_conversation
+from dft.data.conversations.conversation import parse_conversation
 from dft.data.preparing.chunk import RecordChunk, encode_chunk
 from dft.data.preparing.options import EncodeOptions, PrepareOptions
 from dft.data.preparing.prepare import PreparedData, prepare

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dft.data.conversations.forms import parse_conversation
+from dft.data.conversations.conversation import parse_conversation
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.prepare import prepare
 from dft.data.templates.encoder import ChatEncoder

@@ -8,8 +8,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from dft.data.conversations.conversation import Conversation, parse_conversation
 from dft.data.conversations.faults import BadLine
-from dft.data.conversations.forms import Conversation, parse_conversation
 from dft.data.templates.encoder import ChatEncoder, Example
 
 CHATML_LINES = """{% for m in messages %}

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from dft.data.conversations.conversation import Conversation
 from dft.data.conversations.faults import BadLine
-from dft.data.conversations.forms import Conversation
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.selfcheck import check_conversation, check_endings, check_sequence
 from dft.errors import UserError

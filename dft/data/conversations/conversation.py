@@ -1,0 +1,122 @@
+"""Parse the JSON text of a row into a validated conversation.
+
+Errors give the reason. The caller adds the file and the line.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dft.data.conversations.faults import BadLine
+from dft.data.conversations.forms import describe_forms, find_form
+from dft.data.conversations.row_json import parse_json, parse_json_string
+from dft.data.conversations.turns import Row, Turn
+from dft.strict_json import json_type_name, shorten
+
+RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt")
+"""Variables that the trainer itself sets for every rendering, so `chat_template_kwargs` must not set them."""
+SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A validated conversation.
+
+    Attributes:
+        messages: objects with `role` and `content` (a string; "" in a turn that only calls tools or only
+            reasons), with `tool_calls`, `reasoning_content`, `name` and any other keys of the row. No value
+            at the top level of a message is null.
+        supervised: for each message whether it is supervised. Only assistant turns can be.
+        tools: tool definitions for the template, or None.
+        variables: further variables for the template, from `chat_template_kwargs` of the row.
+    """
+
+    messages: list[dict[str, Any]]
+    supervised: tuple[bool, ...]
+    tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+
+    def last_turn_only(self) -> "Conversation":
+        """Return the same conversation with only the last of its supervised turns supervised."""
+        last = max(index for index, supervised in enumerate(self.supervised) if supervised)
+        return replace(self, supervised=tuple(index == last for index in range(len(self.supervised))))
+
+
+def parse_conversation(text: bytes) -> Conversation:
+    """Parse a JSON object in any of the forms of `dft.data.conversations.forms`.
+
+    Columns that are null count as absent, and unknown columns are ignored.
+
+    Raises:
+        BadLine: broken JSON, a wrong type, an unknown form, role or content part, an empty turn, or no
+            supervised turn.
+    """
+    row = parse_json(text)
+    if not isinstance(row, dict):
+        raise BadLine(
+            f"expected a JSON object with {describe_forms()}, got {json_type_name(row)}", "not a JSON object"
+        )
+    row = {key: value for key, value in row.items() if value is not None}
+    form = find_form(row)
+    if form is None:
+        keys = f"the keys are {shorten(sorted(row))}" if row else "the object is empty"
+        raise BadLine(f"no conversation; {keys}, expected {describe_forms()}", "no conversation")
+    turns = _add_system(row, form.read(row))
+    if not any(message["role"] == "assistant" for message, _ in turns):
+        raise BadLine("no assistant turn, so there is nothing to learn from", "no assistant turn")
+    supervised = tuple(is_supervised for _, is_supervised in turns)
+    if True not in supervised:
+        raise BadLine("no assistant turn is trained: all have train false or weight 0", "nothing is trained")
+    variables = _read_variables(row)
+    conversation = Conversation([message for message, _ in turns], supervised, _read_tools(row), variables)
+    # Text that is valid UTF-8 can only hold half a surrogate pair as an escape.
+    if SURROGATE_ESCAPE.search(text):
+        _check_surrogates(conversation)
+    return conversation
+
+
+def _add_system(row: Row, turns: list[Turn]) -> list[Turn]:
+    """Insert the `system` column as the first turn, unless there is a system or developer turn."""
+    system = row.get("system", "")
+    if not isinstance(system, str):
+        raise BadLine(f"'system' must be a string, got {json_type_name(system)}", "'system' is no string")
+    if not system.strip() or any(message["role"] in ("system", "developer") for message, _ in turns):
+        return turns
+    return [({"role": "system", "content": system}, False), *turns]
+
+
+def _read_variables(row: Row) -> dict[str, Any]:
+    kind = "wrong 'chat_template_kwargs'"
+    variables = row.get("chat_template_kwargs", {})
+    if not isinstance(variables, dict):
+        raise BadLine(f"'chat_template_kwargs' must be an object, got {json_type_name(variables)}", kind)
+    for name in RESERVED_VARIABLES:
+        if name in variables:
+            raise BadLine(f"'chat_template_kwargs' must not hold {name!r}, which is made from the row", kind)
+    return variables
+
+
+def _read_tools(row: Row) -> list[dict[str, Any]] | None:
+    tools = row.get("tools") or []
+    if isinstance(tools, str):
+        tools = parse_json_string("'tools'", tools) if tools.strip() else []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadLine(
+            f"'tools' must be a list of objects or a JSON string of one, got {json_type_name(tools)}",
+            "wrong 'tools'",
+        )
+    return tools or None
+
+
+def _check_surrogates(conversation: Conversation) -> None:
+    messages = {f"messages[{index}]": message for index, message in enumerate(conversation.messages)}
+    columns = {"'tools'": conversation.tools, "'chat_template_kwargs'": conversation.variables}
+    for where, part in {**messages, **columns}.items():
+        try:
+            json.dumps(part, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadLine(
+                f"{where}: holds half a surrogate pair (\\ud800 to \\udfff), which is no character",
+                "half a surrogate pair",
+            ) from None

@@ -1,0 +1,56 @@
+"""Strict JSON parsing of rows and of strings inside them."""
+
+import json
+from typing import Any, NoReturn
+
+from dft.data.conversations.faults import BadLine
+from dft.strict_json import RepeatedKey, refuse_repeated_keys
+
+BROKEN = "broken JSON"
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise BadLine(f"{BROKEN}: {name} is not a JSON value", BROKEN)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=refuse_repeated_keys, parse_constant=_refuse_constant)
+
+
+def parse_json(raw: bytes) -> Any:
+    """Parse the JSON text of a row.
+
+    Raises:
+        BadLine: the text is not UTF-8 or not strict JSON.
+    """
+    try:
+        return _decode(raw.decode())
+    except UnicodeDecodeError as error:
+        raise BadLine(f"not valid UTF-8 ({error.reason} at byte {error.start})", "not valid UTF-8") from None
+
+
+def parse_json_string(where: str, text: str) -> Any:
+    """Parse JSON that a row holds as a string; `where` names the string in errors.
+
+    Raises:
+        BadLine: the text is not strict JSON.
+    """
+    try:
+        return _decode(text)
+    except BadLine as error:
+        raise BadLine(f"{where}: {error}", f"{BROKEN} within a string") from None
+
+
+def _decode(text: str) -> Any:
+    try:
+        return DECODER.decode(text)
+    except BadLine:
+        raise
+    except RepeatedKey as error:
+        raise BadLine(f"{BROKEN}: {error}", BROKEN) from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise BadLine(f"{BROKEN}: {error.msg} ({line}column {error.colno})", BROKEN) from None
+    except RecursionError:
+        raise BadLine(f"{BROKEN}: nested too deeply", BROKEN) from None
+    except ValueError:  # an integer with more than sys.get_int_max_str_digits() digits
+        raise BadLine(f"{BROKEN}: a number of thousands of digits", BROKEN) from None
