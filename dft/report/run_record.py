@@ -14,7 +14,7 @@ from dft.arguments.config_file import SECRETS, plain
 from dft.arguments.objective import objective_of
 from dft.arguments.parser import Arguments, default_flags
 from dft.loss.schedule import alpha_of
-from dft.report.terminal.start_and_end import derived
+from dft.report.terminal.start_and_end import resolved_settings
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "deepspeed")
 ROOT = Path(__file__).parent.parent.parent
@@ -28,7 +28,7 @@ def run_record(arguments: Arguments, model: PreTrainedModel, data: dict[str, Any
         model: the model to train.
         data: `PreparedData.report`.
     """
-    training, chosen = arguments.training, derived(arguments, model)
+    training, settings = arguments.training, resolved_settings(arguments, model)
     objective = objective_of(arguments.dft)
     return {
         "name": training.run_name or Path(training.output_dir).name,
@@ -38,12 +38,12 @@ def run_record(arguments: Arguments, model: PreTrainedModel, data: dict[str, Any
         "model": {
             "name": arguments.model.model_name_or_path,
             "parameters": get_model_param_count(model),
-            "weights": chosen["weights"],
-            "attention": chosen["attention"],
+            "weights": settings["weights"],
+            "attention": settings["attention"],
         },
         "arguments": resolved_arguments(arguments),
         "given": given_arguments(arguments),
-        "environment": environment(chosen, training.device),
+        "environment": environment(settings, training.device),
         "data": data,
     }
 
@@ -65,11 +65,11 @@ def _printable(values: dict[str, Any]) -> dict[str, Any]:
     return {name: plain(value) for name, value in values.items() if name not in SECRETS}
 
 
-def environment(chosen: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def environment(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return package versions, device, number of ranks and the git commit of this code.
 
     Args:
-        chosen: `dft.report.terminal.start_and_end.derived`.
+        settings: `dft.report.terminal.start_and_end.resolved_settings`.
         device: the device of this rank.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -78,9 +78,9 @@ def environment(chosen: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
         "device": f"{device.type} ({name})",
-        "ranks": chosen["ranks"],
-        "parallelism": chosen["parallelism"],
-        "computes_in": chosen["computes_in"],
+        "ranks": settings["ranks"],
+        "parallelism": settings["parallelism"],
+        "computes_in": settings["computes_in"],
     }
 
 

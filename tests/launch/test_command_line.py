@@ -91,7 +91,7 @@ def test_flags_without_effect_are_reported_once(long_run):
 
 def test_warmup_ratio_is_mapped_to_warmup_steps(long_run):
     output, printed = long_run
-    assert "10 steps, 1 of them warm-up, cosine" in printed
+    assert "10 optimizer steps (1 for warm-up), cosine" in printed
     assert train_records(output)[0]["learning_rate"] == pytest.approx(3e-3, rel=0.05)
 
 

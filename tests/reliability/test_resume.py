@@ -176,7 +176,7 @@ def test_a_signalled_run_saves_and_resumes(example, train, whole, number, moment
     env = {"DIE_AT": moment, "DIE_BY": number, "DIE_RANK": str(int(kind != "single"))}
     codes, printed = train(output, setting, kind, env)
     assert set(codes) == {STOPPED}, printed
-    assert f"stopped by {number} after step" in printed and "to go on: the same command" in printed
+    assert f"stopped by {number} after step" in printed and "to resume: run the same command" in printed
     codes, printed = train(output, setting, kind)
     assert not any(codes), printed
     assert_same(output, reference)

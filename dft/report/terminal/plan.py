@@ -1,4 +1,4 @@
-"""What `--plan True` prints."""
+"""The lines that `--plan True` prints: size, data, memory, and settings that fit."""
 
 from typing import Any
 
@@ -11,13 +11,29 @@ from dft.arguments.parser import Arguments
 from dft.loss.tiles import TILE_BYTES
 from dft.ranks import count_optimizer_steps, data_parallel_size, describe_parallelism, is_launched, world_size
 from dft.training.memory.estimate import estimate_logits, format_gib, has_4bit_weights
-from dft.training.memory.plan import HEADROOM, closest_fitting_plans, device_memory, plan, requested_setting
+from dft.training.memory.plan import (
+    HEADROOM,
+    Plan,
+    closest_fitting_plans,
+    device_memory,
+    plan,
+    requested_setting,
+)
 from dft.training.parameters import GIB
 
 
-def base_size(model: nn.Module, training: transformers.TrainingArguments, longest: int, fused: bool) -> float:
-    """GiB of a frozen copy of the model, and of its logits."""
-    weights = sum(one.numel() for one in model.parameters()) * model.dtype.itemsize / GIB
+def base_model_gib(
+    model: nn.Module, training: transformers.TrainingArguments, longest: int, fused: bool
+) -> float:
+    """Return the GiB that a frozen copy of the model and its logits take.
+
+    Args:
+        model: the model, possibly on the meta device.
+        training: the training arguments.
+        longest: tokens of the longest row.
+        fused: whether the fused head computes the loss, which holds one tile of logits at a time.
+    """
+    weights = sum(parameter.numel() for parameter in model.parameters()) * model.dtype.itemsize / GIB
     tokens = training.per_device_train_batch_size * longest
     logits = estimate_logits(model, training, tokens) / 2  # no gradient
     tile = TILE_BYTES["cuda" if training.device.type == "cuda" else "cpu"] / GIB
@@ -25,54 +41,69 @@ def base_size(model: nn.Module, training: transformers.TrainingArguments, longes
 
 
 def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -> list[str]:
-    """Size, memory and steps of a run, and what would make it fit.
+    """Return lines on the size, data and memory of a run, and on the closest settings that fit.
 
     Args:
-        model: its shapes, on the meta device.
-        report: of the data.
+        arguments: the parsed flags.
+        model: the model on the meta device.
+        report: `PreparedData.report`.
     """
     training, watch, train = arguments.training, arguments.watch, report["train"]
     ranks = watch.plan_world_size or world_size()
     memory = watch.plan_device_memory or device_memory(training.device, world_size() if is_launched() else 1)
     longest = arguments.data.max_length if "packing_density" in train else train["length_percentiles"]["100"]
     fused = arguments.dft.fused_head != "off"
-    anchored = objective_of(arguments.dft).kl_weight > 0
-    beside = base_size(model, training, longest, fused) if anchored else 0.0
-    asked = requested_setting(model, training, ranks, beside)
+    has_base_model = objective_of(arguments.dft).kl_weight > 0
+    extra = base_model_gib(model, training, longest, fused) if has_base_model else 0.0
+    setting = requested_setting(model, training, ranks, extra)
     share = train["supervised_tokens"] / train["tokens"]
-    found = plan(model, training, asked, longest, fused, share)
-    packed, weights = has_4bit_weights(model), str(model.dtype).removeprefix("torch.")
-    every = sum(one.numel() * (2 if one.dtype == torch.uint8 else 1) for one in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    requested = plan(model, training, setting, longest, fused, share)
     groups = data_parallel_size(training, ranks)
-    steps = count_optimizer_steps(training, train["rows"], groups)
-    per_step = asked.rows * asked.accumulation * groups
-    parts = ", ".join(f"{name} {format_gib(value)}" for name, value in found.parts.items())
-    state = " (state of this optimizer not counted)" if found.unknown_optimizer else ""
+    parts = ", ".join(f"{name} {format_gib(value)}" for name, value in requested.parts.items())
+    state = " (the state of this optimizer is not included)" if requested.unknown_optimizer else ""
     lines = [
-        f"plan        {every / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained, {weights} "
-        f"weights{', those of linear layers in 4 bits' if packed else ''}; {ranks} x {training.device.type}, "
+        f"plan        {_model_size(model)}; {ranks} x {training.device.type}, "
         f"{describe_parallelism(training, ranks)}",
-        f"data        {train['tokens']:,} tokens an epoch, {100 * share:.1f} % supervised; {steps} optimizer "
-        f"steps of {per_step} rows, rows of up to {longest} tokens",
-        f"memory      about {format_gib(found.peak)} per device at the peak: {parts}{state}",
-        "            these are not there all at once, and add up to more than the peak",
-        "            not counted: the process itself, buffers of communication, fragments",
+        f"data        {train['tokens']:,} tokens per epoch, {100 * share:.1f} % supervised; "
+        f"{count_optimizer_steps(training, train['rows'], groups)} optimizer steps of "
+        f"{setting.rows * setting.accumulation * groups} rows, up to {longest:,} tokens per row",
+        f"memory      about {format_gib(requested.peak)} per device at the peak: {parts}{state}",
+        "            these parts are not all in use at the same time, so their sum exceeds the peak",
+        "            not included: the process itself, communication buffers, memory fragmentation",
     ]
-    if found.peak <= memory * HEADROOM:
+    if requested.peak <= memory * HEADROOM:
         return [
             *lines,
-            f"fits        yes: {100 * found.peak / memory:.0f} % of the {format_gib(memory)} of a device",
+            f"fits        yes: {100 * requested.peak / memory:.0f} % of {format_gib(memory)} per device",
         ]
     lines.append(
-        f"fits        no: {format_gib(memory)} per device, of which {100 * HEADROOM:.0f} % are planned "
-        "with; nearest flags:"
+        f"fits        no: {format_gib(memory)} per device, of which a plan may use {100 * HEADROOM:.0f} %"
     )
-    for other in closest_fitting_plans(model, training, asked, longest, fused, memory, share):
-        lines.append(f"            {' '.join(other.setting.changes)}: about {format_gib(other.peak)}")
-    if lines[-1].startswith("fits"):
-        lines.append(
-            "            none of batch, checkpointing, ZeRO-3 and offload is enough: more devices "
-            "(--plan_world_size), --lora_r 16, or a shorter --max_length"
-        )
-    return lines
+    alternatives = closest_fitting_plans(model, training, setting, longest, fused, memory, share)
+    return [*lines, *_alternative_lines(alternatives)]
+
+
+def _model_size(model: nn.Module) -> str:
+    """Return the number of parameters, how many are trainable, and the dtype of the weights."""
+    # A byte of 4-bit weights holds two parameters.
+    total = sum(weight.numel() * (2 if weight.dtype == torch.uint8 else 1) for weight in model.parameters())
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    dtype = str(model.dtype).removeprefix("torch.")
+    linear = ", linear layers in 4 bits" if has_4bit_weights(model) else ""
+    return f"{total / 1e6:,.1f} M parameters, {trainable / 1e6:,.1f} M trainable, {dtype} weights{linear}"
+
+
+def _alternative_lines(alternatives: list[Plan]) -> list[str]:
+    """Return a line per setting that fits, or the remedies that remain if none does."""
+    if not alternatives:
+        return [
+            "            no smaller batch, gradient checkpointing, ZeRO-3 or offload is enough: use more "
+            "devices (--plan_world_size), --lora_r 16, or a shorter --max_length"
+        ]
+    return [
+        "            the closest settings that fit:",
+        *(
+            f"            {' '.join(alternative.setting.changes)}: about {format_gib(alternative.peak)}"
+            for alternative in alternatives
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""What a run says about itself before its first step and after its last."""
+"""The lines that a run prints before its first step and after its last."""
 
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,23 @@ from dft.training.parallel.stopping import Stopped
 
 
 def write_resolved_arguments(arguments: Arguments, model: PreTrainedModel | None = None) -> None:
-    """`run_args.yaml` in the output directory: the flags to replay, and as comments what came of them."""
+    """Write `run_args.yaml` into the output directory, on rank 0.
+
+    The file holds the given flags, for `--config`, and the resolved settings as comments.
+
+    Args:
+        arguments: the parsed flags.
+        model: the loaded model; None if the run ends before it is loaded, which leaves the comments out.
+    """
     if not is_main_process():
         return
     folder = Path(arguments.training.output_dir)
-    came = {} if model is None else derived(arguments, model)
-    write_run_args(folder, arguments.given, default_flags(), own_flags(), came)
+    resolved = {} if model is None else resolved_settings(arguments, model)
+    write_run_args(folder, arguments.given, default_flags(), own_flags(), resolved)
 
 
-def derived(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
-    """What was chosen where the flags left a choice."""
+def resolved_settings(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
+    """Return the settings that the flags leave open: device, ranks, dtypes, attention and parallelism."""
     training = arguments.training
     return {
         "device": training.device.type,
@@ -52,86 +59,118 @@ def derived(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def method_line(dft: DFTArguments) -> str:
-    """What a token weighs, and what changes that over the run."""
+    """Return the objective with its schedule, and the formula of the token weight."""
     objective = objective_of(dft)
-    told = method_title(objective, schedule_of(dft), dft.end_of_turn_weight)
-    return f"{told}; a token weighs {objective.formula()}"
+    title = method_title(objective, schedule_of(dft), dft.end_of_turn_weight)
+    return f"{title}; token weight: {objective.formula()}"
 
 
 def start_lines(
     arguments: Arguments, model: PreTrainedModel, report: dict[str, Any], batching: str
 ) -> list[str]:
-    """The summary a run starts with. `batching` is `DFTTrainer.batching`."""
-    training, chosen = arguments.training, derived(arguments, model)
-    per_step, rows = chosen["rows_per_step"], report["train"]["rows"]
-    steps = count_optimizer_steps(training, rows)
-    share = report["train"]["supervised_tokens"] / rows
-    packed = "packing_density" in report["train"]
-    what = "rows" if packed else "sequences"
-    longest = arguments.data.max_length if packed else report["train"]["length_percentiles"]["100"]
-    if training.logging_steps >= 1 and steps < training.logging_steps:
-        arguments.notes.append(
-            f"--logging_steps {training.logging_steps:g}: the run has {steps} steps, so none is logged"
-        )
-    tokens = -(-longest * training.per_device_train_batch_size // sequence_parallel_size(training))
+    """Return the summary that is printed before the first step.
+
+    Args:
+        arguments: the parsed flags.
+        model: the model to train.
+        report: `PreparedData.report`.
+        batching: `DFTTrainer.batching`.
+    """
+    training, settings = arguments.training, resolved_settings(arguments, model)
+    train = report["train"]
+    steps = count_optimizer_steps(training, train["rows"])
+    warmup = training.get_warmup_steps(steps)
+    memory = estimate_memory(model, training, _tokens_per_micro_batch(arguments, train))
     lines = [
         f"model       {arguments.model.model_name_or_path}: {get_model_param_count(model) / 1e6:,.1f} M "
-        f"parameters, {chosen['weights']} weights, {chosen['attention']} attention",
+        f"parameters, {settings['weights']} weights, {settings['attention']} attention",
+        *_adapter_lines(model),
         f"method      {method_line(arguments.dft)}",
-        f"machine     {chosen['ranks']} x {chosen['device']}, {chosen['parallelism']}, computes in "
-        f"{chosen['computes_in']}",
-        f"step        {per_step} {what} ({training.per_device_train_batch_size} per device x "
-        f"{training.gradient_accumulation_steps} accumulated x {data_parallel_size(training)} ranks), about "
-        f"{share * per_step:,.0f} supervised tokens; {batching}",
-        f"schedule    {steps} steps, {training.get_warmup_steps(steps)} of them warm-up, "
+        f"machine     {settings['ranks']} x {settings['device']}, {settings['parallelism']}, computes in "
+        f"{settings['computes_in']}",
+        f"step        {_step_size(training, train)}; {batching}",
+        f"schedule    {steps:,} optimizer steps ({warmup:,} for warm-up), "
         f"{training.lr_scheduler_type.value}, learning rate {training.learning_rate:g}",
-        f"memory      {estimate_memory(model, training, tokens)}",
+        f"memory      {memory}",
         f"output      {training.output_dir}; trackers: {', '.join(training.report_to) or 'none'}",
     ]
-    if has_adapters(model):
-        config = model.peft_config["default"]
-        trained = get_model_param_count(model, trainable_only=True)
-        lines.insert(
-            1,
-            f"adapters    LoRA, rank {config.r}, alpha {config.lora_alpha:g}, dropout "
-            f"{config.lora_dropout:g}: {trained / 1e6:,.2f} M parameters are trained",
+    if training.logging_steps >= 1 and steps < training.logging_steps:
+        lines.append(
+            f"note        --logging_steps {training.logging_steps:g}: the run has only {steps} steps, so no "
+            "training metrics are logged"
         )
     return lines
 
 
+def _adapter_lines(model: PreTrainedModel) -> list[str]:
+    if not has_adapters(model):
+        return []
+    config = model.peft_config["default"]
+    trainable = get_model_param_count(model, trainable_only=True)
+    return [
+        f"adapters    LoRA, rank {config.r}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}: "
+        f"{trainable / 1e6:,.2f} M trainable parameters"
+    ]
+
+
+def _step_size(training: TrainingArguments, train: dict[str, Any]) -> str:
+    """Return the number of rows of an optimizer step, how it comes about, and its supervised tokens."""
+    per_step, ranks = rows_per_step(training), data_parallel_size(training)
+    unit = "rows" if "packing_density" in train else "sequences"
+    supervised = per_step * train["supervised_tokens"] / train["rows"]
+    return (
+        f"{per_step} {unit} ({training.per_device_train_batch_size} per device x "
+        f"{training.gradient_accumulation_steps} accumulated x {ranks} rank{'' if ranks == 1 else 's'}), "
+        f"about {supervised:,.0f} supervised tokens"
+    )
+
+
+def _tokens_per_micro_batch(arguments: Arguments, train: dict[str, Any]) -> int:
+    """Return the most tokens that one rank computes at a time."""
+    training = arguments.training
+    longest = arguments.data.max_length if "packing_density" in train else train["length_percentiles"]["100"]
+    return -(-longest * training.per_device_train_batch_size // sequence_parallel_size(training))
+
+
 def new_notes(arguments: Arguments) -> list[str]:
-    """What was derived, chosen or left without effect since this was last asked, a line each."""
+    """Return one line for each note that was added since the last call, and clear the notes."""
     lines = [f"note        {note}" for note in arguments.notes]
     arguments.notes.clear()
     return lines
 
 
 def stopped_lines(stopped: Stopped) -> list[str]:
-    """How a run that was asked to stop goes on."""
+    """Return the lines printed when a signal stopped the run: what is saved and how to resume."""
     if stopped.checkpoint is None:
-        return [f"{stopped}, before anything was trained: run the same command again"]
+        return [f"{stopped}, before training started: run the same command again"]
     return [
         f"{stopped}: saved {stopped.checkpoint}",
-        "to go on: the same command with --resume_from_checkpoint auto",
+        "to resume: run the same command with --resume_from_checkpoint auto",
     ]
 
 
 def final_lines(
     state: TrainerState, training: TrainingArguments, report: bool, adapters: bool = False
 ) -> list[str]:
-    """Where everything is."""
-    output_dir, metric = training.output_dir, training.metric_for_best_model
-    lines = [f"model       {output_dir} (AutoModelForCausalLM.from_pretrained loads it)"]
+    """Return the last lines of a run: where the model, its records and its report are.
+
+    Args:
+        state: the trainer's state at the end.
+        training: the training arguments.
+        report: whether a report was written.
+        adapters: whether the run trained adapters.
+    """
+    folder, metric = training.output_dir, training.metric_for_best_model
     if adapters:
         lines = [
-            f"adapters    {output_dir} (AutoModelForCausalLM.from_pretrained loads them with their model; "
-            f"scripts/merge_lora.py {output_dir} NEW makes one model of both)"
+            f"adapters    {folder} (AutoModelForCausalLM.from_pretrained loads them with their base model; "
+            f"scripts/merge_lora.py {folder} NEW merges both into one model)"
         ]
+    else:
+        lines = [f"model       {folder} (AutoModelForCausalLM.from_pretrained loads it)"]
     if state.best_model_checkpoint:
         lines.append(f"best        {state.best_model_checkpoint} ({metric} {state.best_metric:.4g})")
-    lines.append(
-        f"records     {output_dir}/trainer_state.json, {output_dir}/data_report.json, {output_dir}/{RUN_ARGS}"
-    )
+    lines.append(f"records     {folder}/trainer_state.json, {folder}/data_report.json, {folder}/{RUN_ARGS}")
     if report:
-        lines.append(f"report      {output_dir}/report.html, for a glance {output_dir}/report.png")
+        lines.append(f"report      {folder}/report.html, and its main figures in {folder}/report.png")
     return lines

@@ -11,7 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dft.arguments.lora import LoraArguments
 from dft.loss.tiles import TILE_BYTES
-from dft.report.terminal.plan import base_size
+from dft.report.terminal.plan import base_model_gib
 from dft.training.memory.estimate import MemoryLayout, resolve_layout
 from dft.training.memory.plan import (
     HEADROOM,
@@ -148,9 +148,9 @@ def test_a_frozen_base_model_has_logits_on_any_device(tmp_path, device):
     )
     weights = 2 * sum(one.numel() for one in model.parameters())
     whole = 4 * 10 * 500 * (2 + 4)
-    assert base_size(model, training, 10, fused=False) * GIB == weights + whole
+    assert base_model_gib(model, training, 10, fused=False) * GIB == weights + whole
     assert (
-        base_size(model, training, 10**6, fused=True) * GIB
+        base_model_gib(model, training, 10**6, fused=True) * GIB
         == weights + TILE_BYTES[device.replace("mps", "cpu")]
     )
 
