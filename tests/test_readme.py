@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dft.arguments.parser import default_flags
-from dft.data.conversations.forms import parse_conversation
+from dft.data.conversations.conversation import parse_conversation
 from tests.launching import ROOT
 
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
