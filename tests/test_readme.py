@@ -183,7 +183,7 @@ def test_rows_shown_in_the_data_page_are_accepted():
     rows = [row for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL) for row in block.splitlines()]
     conversations = [parse_conversation(row.encode()) for row in rows]
     assert len(rows) == 7
-    supervised = [conversation.trained.count(True) for conversation in conversations]
+    supervised = [conversation.supervised.count(True) for conversation in conversations]
     assert supervised == [1, 1, 1, 1, 1, 1, 2]
     assert all(conversation.messages[-1]["content"] == "4" for conversation in conversations)
 
