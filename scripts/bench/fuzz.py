@@ -36,7 +36,7 @@ with atheris.instrument_imports(include=["dft", "jinja2", "yaml", "json"]):
     from dft.data.conversations.faults import BadLine
     from dft.data.reading.sources import Source, split_suffix
     from dft.data.reading.text import read_batches
-    from dft.data.sandbox.limits import OverLimit
+    from dft.data.sandbox.limits import LimitExceeded
     from dft.data.templates.spans import ChatTemplate
     from dft.data.templates.tokenizer import CHATML
     from dft.errors import UserError
@@ -158,7 +158,7 @@ def render(raw: bytes, folder: Path) -> None:
             assert ends == sorted(ends) and rendering.spans
     except (jinja2.TemplateSyntaxError, SyntaxError, RecursionError):
         pass  # of reading the template, which a run does first and reports
-    except (BadLine, OverLimit, MemoryError, OutOfTime):
+    except (BadLine, LimitExceeded, MemoryError, OutOfTime):
         pass
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the fuzzer; 0 is another one every time")
     given = parser.parse_args()
-    dft.data.sandbox.limits.SECONDS = SECONDS
+    dft.data.sandbox.limits.MAX_CPU_SECONDS = SECONDS
     signal.signal(signal.SIGVTALRM, ring)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     pages = int(Path("/proc/self/statm").read_bytes().split()[0])

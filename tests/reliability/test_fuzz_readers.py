@@ -19,7 +19,7 @@ from dft.data.conversations.conversation import parse_conversation
 from dft.data.conversations.faults import BadLine
 from dft.data.reading.sources import Source, split_suffix
 from dft.data.reading.text import read_batches
-from dft.data.sandbox.limits import OverLimit
+from dft.data.sandbox.limits import LimitExceeded
 from dft.data.templates.spans import ChatTemplate
 from dft.data.templates.template import Template
 from dft.data.templates.tokenizer import CHATML, check_template
@@ -170,7 +170,7 @@ def test_templates_render_or_are_refused(source, rows):
         check_parsed(source)
         template = ChatTemplate(source, {}, {"<|im_end|>": 1}, {"<|im_start|>"})
         renderings = template.render(conversation)
-    except (BadLine, UserError, OverLimit):
+    except (BadLine, UserError, LimitExceeded):
         return
     for one in renderings:
         places = [0, *(place for span in one.spans for place in span), len(one.text)]

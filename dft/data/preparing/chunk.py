@@ -12,7 +12,7 @@ from dft.data.preparing.conversation_counts import ConversationCounts
 from dft.data.preparing.options import EncodeOptions
 from dft.data.preparing.truncation import count_supervised, truncate
 from dft.data.reading.records import BOM, Record
-from dft.data.sandbox.limits import OverLimit
+from dft.data.sandbox.limits import LimitExceeded
 from dft.data.templates.encoder import ChatEncoder, Example
 from dft.data.templates.selfcheck import check_conversation
 from dft.errors import UserError
@@ -117,7 +117,7 @@ def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, chunk: RecordChun
     parsed = [_parse(record, options) for record in chunk.records]
     try:
         encoded = iter(encoder.sequences([item for item in parsed if not isinstance(item, BadLine)]))
-    except OverLimit as error:
+    except LimitExceeded as error:
         raise chunk.limit_error(str(error)) from None
     kept: list[_EncodedConversation] = []
     usable, rejected, counts = [], [], ConversationCounts(read=len(parsed))

@@ -16,8 +16,8 @@ from dft.data.preparing.options import EncodeOptions
 from dft.data.preparing.rejected_texts import RejectedTexts, rejected_line
 from dft.data.reading.sources import Source
 from dft.data.reading.text import read_batches
-from dft.data.sandbox.limits import TOO_LONG
-from dft.data.sandbox.workers import WorkerLost, in_processes, one_thread_per_process
+from dft.data.sandbox.limits import EXCEEDS_TIME
+from dft.data.sandbox.workers import WorkerLost, map_in_processes, without_tokenizer_threads
 from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
 
@@ -87,11 +87,11 @@ def _encoded_chunks(
     )
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None, leave=False)
     workers = min(workers, 1) if size < SMALL else workers
-    with bar, one_thread_per_process():
+    with bar, without_tokenizer_threads():
         if workers < 1:
             results = ((label, encode_chunk(encoder, options, chunk)) for label, chunk in tasks)
         else:
-            results = in_processes(tasks, encode_within_limits, (encoder, options), workers)
+            results = map_in_processes(tasks, encode_within_limits, (encoder, options), workers)
         try:
             with closing(results):
                 for (index, consumed, spans), chunk in results:
@@ -100,7 +100,7 @@ def _encoded_chunks(
                     yield index, replace(chunk, rejected=rejected)
         except WorkerLost as error:
             if error.out_of_time:
-                raise error.task.limit_error(TOO_LONG) from None
+                raise error.task.limit_error(EXCEEDS_TIME) from None
             raise UserError(
                 "a tokenizing process was killed, most likely for lack of memory; "
                 f"lower --preprocessing_num_workers (now {workers})"

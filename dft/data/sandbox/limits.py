@@ -1,9 +1,9 @@
-"""What a chat template may take of a machine. Templates come with models, and are programs.
+"""Limits on the CPU time, memory and text that a chat template may use.
 
-The sandbox they run in keeps them from files and from Python's inner workings, not from loops. Time is
-limited by the kernel, which ends the process: one operation of Python, say `10 ** 10 ** 9`, computes for
-hours and gives no thread a turn. So templates are rendered in worker processes that may be ended
-(`dft.data.sandbox.workers`).
+A chat template comes with a model and is a program. Jinja's sandbox keeps it away from files and from Python
+internals but does not stop endless loops. Only the kernel can stop a single long operation such as
+`10 ** 10 ** 9`, by ending the process, because Python runs no other thread meanwhile. Templates are therefore
+rendered in worker processes (`dft.data.sandbox.workers`).
 """
 
 import resource
@@ -13,60 +13,61 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SECONDS = 10
-"""Of computing for one rendering, of which there are about two to a turn.
+MAX_CPU_SECONDS = 10
+"""CPU time of one rendering, in seconds. A conversation takes about two renderings per turn.
 
-Usual ones take microseconds, and 16 MB of text (the longest conversation that is read) a second. What is
-counted is the processor's time, so a busy machine or a paused one changes nothing.
+An ordinary rendering takes microseconds, and 16 MB of text (the longest conversation that is accepted) takes
+a second. CPU time does not pass while other processes run, so the limit holds on a busy machine too.
 """
-MEMORY = 2 << 30
-"""Bytes by which a process may grow while it renders a few conversations, each of at most 64 MB."""
-MOST_RENDERED = 64_000_000
-"""Characters of one rendering, and of all sequences of a conversation together.
+MAX_MEMORY_GROWTH = 2 << 30
+"""Bytes by which a process may grow while it renders a few conversations."""
+MAX_RENDERED_CHARACTERS = 64_000_000
+"""Characters of one rendering, and of all training sequences of a conversation together.
 
-A template that rewrites history makes many sequences of one conversation.
+A template that rewrites history makes several sequences of one conversation.
 """
-CLOCK = signal.ITIMER_PROF
-OUT_OF_TIME = signal.SIGPROF
-"""What the clock ends a process with. Nothing else here uses it, unlike SIGALRM."""
+TIMER = signal.ITIMER_PROF
+TIMEOUT_SIGNAL = signal.SIGPROF
+"""Signal by which the timer ends a process. Unlike SIGALRM, nothing else in this project uses it."""
 
 
-class OverLimit(ValueError):
-    """A template took more than it may. The message says of what, without the conversation."""
+class LimitExceeded(ValueError):
+    """A template exceeded a limit. The message names the limit, not the conversation."""
 
 
-TOO_LONG = f"computes more than {SECONDS} seconds"
-TOO_LARGE = f"takes more than {MEMORY >> 30} GiB of memory"
-TOO_MUCH_TEXT = f"writes more than {MOST_RENDERED // 1_000_000} million characters"
+EXCEEDS_TIME = f"computes more than {MAX_CPU_SECONDS} seconds"
+EXCEEDS_MEMORY = f"takes more than {MAX_MEMORY_GROWTH >> 30} GiB of memory"
+EXCEEDS_TEXT = f"writes more than {MAX_RENDERED_CHARACTERS // 1_000_000} million characters"
 
 
-def start_clock() -> None:
-    """Ends this process with `OUT_OF_TIME` unless the clock is stopped in time."""
-    signal.setitimer(CLOCK, SECONDS)
+def start_cpu_timer() -> None:
+    """Start or restart the timer that ends this process with `TIMEOUT_SIGNAL` at the limit."""
+    signal.setitimer(TIMER, MAX_CPU_SECONDS)
 
 
-def stop_clock() -> None:
-    signal.setitimer(CLOCK, 0)
+def stop_cpu_timer() -> None:
+    """Stop the timer of `start_cpu_timer`."""
+    signal.setitimer(TIMER, 0)
 
 
 @contextmanager
-def limited_memory() -> Iterator[None]:
-    """Within it this process may not grow by more than `MEMORY`. Linux alone keeps to such a limit.
+def limit_memory() -> Iterator[None]:
+    """Limit the growth of this process to `MAX_MEMORY_GROWTH` within the context. Effective on Linux only.
 
     Raises:
-        OverLimit: it would have.
+        LimitExceeded: an allocation failed.
     """
     if sys.platform != "linux":
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_bytes().split()[0])
-    wanted = pages * resource.getpagesize() + MEMORY
-    lowest = min([wanted, *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)])
+    limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    lowest = min([pages * resource.getpagesize() + MAX_MEMORY_GROWTH, *limits])
     resource.setrlimit(resource.RLIMIT_AS, (lowest, hard))
     try:
         yield
     except MemoryError:
-        raise OverLimit(TOO_LARGE) from None
+        raise LimitExceeded(EXCEEDS_MEMORY) from None
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

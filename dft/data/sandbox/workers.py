@@ -1,4 +1,4 @@
-"""Work spread over processes, in order, with little of it in memory at a time."""
+"""Ordered parallel map over worker processes, with few tasks in memory at a time."""
 
 import multiprocessing
 import os
@@ -15,21 +15,21 @@ from multiprocessing.pool import ExceptionWithTraceback
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from dft.data.sandbox.limits import OUT_OF_TIME
+from dft.data.sandbox.limits import TIMEOUT_SIGNAL
 
-About, Task, Result = TypeVar("About"), TypeVar("Task"), TypeVar("Result")
-AHEAD = 4
-"""Tasks per worker that are read ahead: enough to keep all of them busy, few enough to fit in memory."""
-HANDED_OUT = 3
-"""Of these, those a worker has itself: the one it works on, and enough to last while the parent writes."""
+Label, Task, Result = TypeVar("Label"), TypeVar("Task"), TypeVar("Result")
+TASKS_AHEAD = 4
+"""Tasks per worker that are read ahead: enough to keep all workers busy, few enough to fit in memory."""
+TASKS_SENT = 3
+"""Tasks that are sent to a worker at once: the current one, and enough to do while the parent is busy."""
 
 
 class WorkerLost(Exception):
-    """A process ended before its work.
+    """A worker process ended before it finished its task.
 
     Attributes:
-        task: what it was doing.
-        out_of_time: whether its own clock ended it (`dft.data.sandbox.limits`).
+        task: the task it was working on.
+        out_of_time: whether its CPU timer ended it (`dft.data.sandbox.limits`).
     """
 
     def __init__(self, task: Any, out_of_time: bool) -> None:
@@ -39,48 +39,48 @@ class WorkerLost(Exception):
 
 @dataclass
 class _Worker:
-    """A process and what it was handed, first the task it works on."""
+    """A worker process and the tasks sent to it, the current one first."""
 
     process: BaseProcess
     tasks: deque[tuple[int, Any]] = field(default_factory=deque)
 
 
-def in_processes(
-    tasks: Iterable[tuple[About, Task]],
+def map_in_processes(
+    tasks: Iterable[tuple[Label, Task]],
     function: Callable[..., Result],
     shared: tuple[Any, ...],
     workers: int,
-) -> Iterator[tuple[About, Result]]:
-    """`(about, function(*shared, task))` for each `(about, task)`, in order.
+) -> Iterator[tuple[Label, Result]]:
+    """Yield `(label, function(*shared, task))` for each `(label, task)`, in order.
 
-    However it ends, also by Ctrl-C or when the iterator is closed, the processes end with it at once,
-    whatever they are working on.
+    When the iterator is exhausted or closed, or an exception such as KeyboardInterrupt passes through it, the
+    worker processes are killed at once, whatever they are working on.
 
     Raises:
-        WorkerLost: a process was killed. What `function` raises is raised here.
+        WorkerLost: a worker process was killed. Exceptions of `function` are raised unchanged.
     """
-    crew = _Crew()
-    waiting: deque[tuple[int, About]] = deque()
+    pool = _Pool()
+    pending: deque[tuple[int, Label]] = deque()
     try:
-        crew.start(workers, function, shared)
-        for number, (about, task) in enumerate(tasks):
-            crew.give(number, task)
-            waiting.append((number, about))
-            if len(waiting) >= AHEAD * workers:
-                first, done = waiting.popleft()
-                yield done, crew.result(first)
-        for first, done in waiting:
-            yield done, crew.result(first)
+        pool.start(workers, function, shared)
+        for number, (label, task) in enumerate(tasks):
+            pool.submit(number, task)
+            pending.append((number, label))
+            if len(pending) >= TASKS_AHEAD * workers:
+                first, first_label = pending.popleft()
+                yield first_label, pool.result(first)
+        for number, label in pending:
+            yield label, pool.result(number)
     finally:
-        crew.end()
+        pool.kill()
 
 
-class _Crew:
-    """Worker processes, what each of them has to do, and what is not handed out or not asked for yet.
+class _Pool:
+    """Worker processes, the tasks that are not sent yet, and the results that are not yet asked for.
 
-    An executor of the standard library would wait for its workers to finish, and talks to them from threads
-    that may hang for ever once a worker ends in the middle of a message. Here nothing but the pipe of a
-    worker is lost with it.
+    An executor of the standard library would wait for its workers to finish. It also talks to them from
+    threads that may hang if a worker ends in the middle of a message. Here, a worker that ends takes nothing
+    but its own pipe with it.
     """
 
     def __init__(self) -> None:
@@ -90,19 +90,19 @@ class _Crew:
         self.results: dict[int, tuple[BaseException | None, Any]] = {}
 
     def start(self, workers: int, function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
-        # fork shares the loaded tokenizer, and the children run nothing of torch. Fresh interpreters would
-        # each have to import transformers first.
+        # Forked processes share the loaded tokenizer, and they run no torch code. Spawned ones would each
+        # have to import transformers first.
         context = multiprocessing.get_context("fork")
         for _ in range(workers):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, function, shared), daemon=True)
-            with _without_interrupts():
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, function, shared), daemon=True)
+            with _block_interrupts():
                 process.start()
                 self.processes.append(process)
-            there.close()  # the worker has the only copy, so that its end is seen here
-            self.workers[here] = _Worker(process)
+            theirs.close()  # so that our end sees end-of-file when the worker ends
+            self.workers[ours] = _Worker(process)
 
-    def end(self) -> None:
+    def kill(self) -> None:
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -110,22 +110,22 @@ class _Crew:
         for connection in self.workers:
             connection.close()
 
-    def give(self, number: int, task: Any) -> None:
+    def submit(self, number: int, task: Any) -> None:
         self.tasks.append((number, task))
-        self._move(timeout=0)
+        self._exchange(timeout=0)
 
     def result(self, number: int) -> Any:
-        """Waits for it."""
+        """Wait for the result of a task and return it, or raise its exception."""
         while number not in self.results:
-            self._move(timeout=None)
+            self._exchange(timeout=None)
         error, value = self.results.pop(number)
         if error is not None:
             raise error
         return value
 
-    def _move(self, timeout: float | None) -> None:
-        """Hands out what there is to do, takes what is done, and hands out again."""
-        self._hand_out()
+    def _exchange(self, timeout: float | None) -> None:
+        """Send tasks, receive the results that are ready (waiting up to `timeout`), and send tasks again."""
+        self._send_tasks()
         for connection in wait(list(self.workers), timeout):
             worker = self.workers[connection]
             try:
@@ -134,12 +134,12 @@ class _Crew:
                 raise _lost(worker) from None
             self.results[number] = error, value
             worker.tasks.popleft()
-        self._hand_out()
+        self._send_tasks()
 
-    def _hand_out(self) -> None:
+    def _send_tasks(self) -> None:
         while self.tasks:
-            connection, worker = min(self.workers.items(), key=lambda one: len(one[1].tasks))
-            if len(worker.tasks) >= HANDED_OUT:
+            connection, worker = min(self.workers.items(), key=lambda item: len(item[1].tasks))
+            if len(worker.tasks) >= TASKS_SENT:
                 return
             try:
                 connection.send(self.tasks[0])
@@ -149,14 +149,14 @@ class _Crew:
 
 
 def _lost(worker: _Worker) -> WorkerLost:
-    worker.process.join()  # its end of the pipe is closed, so it is about to be gone
+    worker.process.join()  # its end of the pipe is closed, so it is about to exit
     _, task = worker.tasks[0] if worker.tasks else (None, None)
-    return WorkerLost(task, worker.process.exitcode == -OUT_OF_TIME)
+    return WorkerLost(task, worker.process.exitcode == -TIMEOUT_SIGNAL)
 
 
 @contextmanager
-def one_thread_per_process() -> Iterator[None]:
-    """The tokenizer's own threads are off: processes are the parallelism, and forking threads may hang."""
+def without_tokenizer_threads() -> Iterator[None]:
+    """Turn off the threads of the tokenizers library, because a fork of a process with threads may hang."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -170,8 +170,8 @@ def one_thread_per_process() -> Iterator[None]:
 
 
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Ctrl-C waits. A process that is forked here never hears of it, as it is the parent's to handle."""
+def _block_interrupts() -> Iterator[None]:
+    """Block SIGINT. A process forked in this context never receives it; the parent handles Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -179,33 +179,36 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# ---- in a worker ----
-
-
 def _serve(connection: Connection, function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
-    """Works until it is killed. One thread receives, one works, this one sends: nobody waits for another."""
-    signal.signal(OUT_OF_TIME, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    given: queue.SimpleQueue[tuple[int, Future[Any]]] = queue.SimpleQueue()
-    with ThreadPoolExecutor(1) as desk:
+    """Work on tasks until killed; the main function of a worker process.
+
+    One thread receives tasks, one works on them and this one sends results, so that no side waits for the
+    other to read.
+    """
+    signal.signal(TIMEOUT_SIGNAL, signal.SIG_DFL)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    futures: queue.SimpleQueue[tuple[int, Future[Any]]] = queue.SimpleQueue()
+    with ThreadPoolExecutor(1) as executor:
 
         def receive() -> None:
             while True:
                 number, task = connection.recv()
-                given.put((number, desk.submit(function, *shared, task)))
+                futures.put((number, executor.submit(function, *shared, task)))
 
         threading.Thread(target=receive, daemon=True).start()
         while True:
-            number, future = given.get()
+            number, future = futures.get()
             error = future.exception()
             if error is None:
                 connection.send((number, None, future.result()))
-            else:  # with the lines it came from, which are not here but there
+            else:  # pickling alone would drop the traceback
                 connection.send((number, ExceptionWithTraceback(error, error.__traceback__), None))
-            del future  # a result may be large
+            del future  # its result may be large
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed cannot end its workers, and they would wait for work for ever."""
-    multiprocessing.parent_process().join()
+def _exit_with_parent() -> None:
+    """Exit when the parent process ends. A parent that is killed cannot end its workers."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dft.data.conversations.conversation import Conversation
 from dft.data.conversations.faults import BadLine
-from dft.data.sandbox.limits import MOST_RENDERED, limited_memory
+from dft.data.sandbox.limits import MAX_RENDERED_CHARACTERS, limit_memory
 from dft.data.templates.spans import ChatTemplate, Rendering
 from dft.data.templates.template import DATE
 from dft.errors import UserError
@@ -155,10 +155,10 @@ class ChatEncoder:
         """The texts of each conversation's sequences, or what is wrong with it.
 
         Raises:
-            OverLimit: the template takes more than it may.
+            LimitExceeded: the template takes more than it may.
         """
         rendered: list[list[Rendering] | BadLine] = []
-        with limited_memory() if self.template.template.limited else nullcontext():
+        with limit_memory() if self.template.template.limited else nullcontext():
             for conversation in conversations:
                 try:
                     rendered.append(within_bounds(self.template.render(conversation)))
@@ -288,11 +288,11 @@ class ChatEncoder:
 def within_bounds(sequences: list[Rendering]) -> list[Rendering]:
     """Raises `BadLine` for a conversation whose sequences have too much text to be held at once."""
     size = sum(len(one.text) for one in sequences)
-    if size > MOST_RENDERED:
+    if size > MAX_RENDERED_CHARACTERS:
         raise BadLine(
             f"the chat template makes {len(sequences)} sequences of the conversation with "
-            f"{size / 1e6:,.0f} MB of text; at most {MOST_RENDERED // 1_000_000} MB can be tokenized, so "
-            "split it into several conversations or take it out",
+            f"{size / 1e6:,.0f} MB of text; at most {MAX_RENDERED_CHARACTERS // 1_000_000} MB can be "
+            "tokenized, so split it into several conversations or take it out",
             "too much text once rendered",
         )
     return sequences

@@ -19,7 +19,13 @@ from transformers.utils.chat_template_utils import (
 from dft.data.conversations.conversation import Conversation
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.turns import REASONING_KEYS
-from dft.data.sandbox.limits import MOST_RENDERED, TOO_MUCH_TEXT, OverLimit, start_clock, stop_clock
+from dft.data.sandbox.limits import (
+    EXCEEDS_TEXT,
+    MAX_RENDERED_CHARACTERS,
+    LimitExceeded,
+    start_cpu_timer,
+    stop_cpu_timer,
+)
 
 Message = dict[str, Any]
 Rendered = tuple[str, list[tuple[int, int]]]
@@ -109,7 +115,7 @@ class Template:
 
         Raises:
             BadLine: the template refuses these messages.
-            OverLimit: it writes too much text.
+            LimitExceeded: it writes too much text.
         """
         options = {**context, "messages": messages, "add_generation_prompt": add_generation_prompt}
         return self._limited(lambda: (self.compiled.render(options), []))[0]
@@ -123,16 +129,16 @@ class Template:
 
     def _limited(self, render: Callable[[], Rendered]) -> Rendered:
         if self.limited:
-            start_clock()
+            start_cpu_timer()
         try:
             rendered = render()
         except (jinja2.TemplateError, *FAILURES) as error:
             raise refusal(error) from None
         finally:
             if self.limited:
-                stop_clock()
-        if len(rendered[0]) > MOST_RENDERED:
-            raise OverLimit(TOO_MUCH_TEXT)
+                stop_cpu_timer()
+        if len(rendered[0]) > MAX_RENDERED_CHARACTERS:
+            raise LimitExceeded(EXCEEDS_TEXT)
         return rendered
 
     def shows(self, text: str, messages: list[Message], context: Mapping[str, Any]) -> bool:

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
-from dft.data.sandbox.limits import TOO_LONG, OverLimit, limited_memory, start_clock
-from dft.data.sandbox.workers import WorkerLost, in_processes
+from dft.data.sandbox.limits import EXCEEDS_TIME, LimitExceeded, limit_memory, start_cpu_timer
+from dft.data.sandbox.workers import WorkerLost, map_in_processes
 from dft.data.templates.encoder import template_of
 from dft.data.templates.template import Template
 from dft.errors import UserError
@@ -93,10 +93,10 @@ def check_template(source: str, told: str, line: str) -> None:
         UserError: it does not parse, or takes more than `dft.data.sandbox.limits` has for it.
     """
     try:
-        with closing(in_processes([(None, source)], _fault, (), workers=1)) as done:
+        with closing(map_in_processes([(None, source)], _fault, (), workers=1)) as done:
             ((_, fault),) = done
     except WorkerLost as error:
-        fault = None, TOO_LONG if error.out_of_time else "crashes the interpreter"
+        fault = None, EXCEEDS_TIME if error.out_of_time else "crashes the interpreter"
     if fault is not None:
         number, what = fault
         raise UserError(
@@ -108,9 +108,9 @@ def check_template(source: str, told: str, line: str) -> None:
 
 def _fault(source: str) -> tuple[int | None, str] | None:
     """What is wrong with a template as such, and in which line; not whether it fits some conversation."""
-    start_clock()  # also for reading it: Jinja computes constants then
+    start_cpu_timer()  # also for reading it: Jinja computes constants then
     try:
-        with limited_memory():
+        with limit_memory():
             template = Template(source, {})
             template.limited = True
             asked, answered = [{"role": "user", "content": "."}], {"role": "assistant", "content": "."}
@@ -120,7 +120,7 @@ def _fault(source: str) -> tuple[int | None, str] | None:
         return error.lineno, f"not valid Jinja: {error.message}"
     except (SyntaxError, RecursionError) as error:  # of the Python that Jinja makes of it
         return None, f"has too many blocks or brackets within one another ({error})"
-    except OverLimit as error:
+    except LimitExceeded as error:
         return None, str(error)
     return None
 

@@ -352,7 +352,7 @@ def test_every_answer_is_taught_once_and_nothing_of_a_question(tokenizer_json, f
 
 def test_a_conversation_that_unrolls_into_too_much_text_is_refused(tokenizer_json, monkeypatch):
     """Each turn of a template that forgets reasoning gets a sequence of its own."""
-    monkeypatch.setattr("dft.data.templates.encoder.MOST_RENDERED", 1000)
+    monkeypatch.setattr("dft.data.templates.encoder.MAX_RENDERED_CHARACTERS", 1000)
     encoder = encoder_for(tokenizer_json, "forgets_reasoning")
     answer = turn("assistant", f"<think>{'hm ' * 40}</think>one")
     assert len(sequences(encoder, talk([ASKED, answer, ASKED, answer]))) == 2
