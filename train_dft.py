@@ -191,6 +191,7 @@ def run_options(arguments: Arguments, stop: StopRequest, record: dict[str, Any])
         verify_save=arguments.watch.verify_save,
         trust_remote_code=arguments.model.trust_remote_code,
         trust_checkpoint=arguments.training.trust_checkpoint,
+        console_metrics=tuple(arguments.watch.console_metrics),
     )
 
 

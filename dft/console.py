@@ -1,23 +1,47 @@
 """Console output of a run: printing from rank 0 and formatting numbers."""
 
+import math
+
 from dft.ranks import is_main_process
+
+SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 def say(line: str) -> None:
-    """Prints a line of this run once, from its first process."""
+    """Print a line once, from rank 0."""
     if is_main_process():
         print(line, flush=True)
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
+    """Format a duration as hours, minutes and seconds, such as 1:02:05."""
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def format_short(value: float | None) -> str:
-    """Return a number with four significant digits, and no exponent for large values; "-" for None."""
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+def short_clock(seconds: float, width: int) -> str:
+    """Format a duration as precisely as `width` characters allow: 99:59:59, 123h 45m or 1234h."""
+    if not math.isfinite(seconds):
+        return str(seconds)
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return first_that_fits([clock(seconds), f"{hours}h {minutes:02}m", f"{hours}h"], width)
+
+
+def short_number(value: float, width: int) -> str:
+    """Format a number as precisely as `width` characters allow: 0.1235, 12.346, 12, 1.23M, 1.9e-5 or nan."""
+    if not math.isfinite(value) or (isinstance(value, int) and len(str(value)) <= width):
+        return str(value)
+    magnitude = abs(value)
+    if magnitude < 1e-3 and magnitude:
+        exponents = [f"{value:.{digits}e}".replace("e-0", "e-") for digits in (2, 1, 0)]
+        return first_that_fits(exponents, width)
+    if magnitude < 1e4:
+        return first_that_fits([f"{value:.{digits}f}" for digits in (4, 3, 2, 1, 0)], width)
+    suffix, unit = next((item for item in SUFFIXES.items() if magnitude < 999.5 * item[1]), ("T", 1e12))
+    return first_that_fits([f"{value / unit:.{digits}f}{suffix}" for digits in (2, 1, 0)], width)
+
+
+def first_that_fits(texts: list[str], width: int) -> str:
+    """Return the first text of at most `width` characters, or the last text."""
+    return next((text for text in texts if len(text) <= width), texts[-1])

@@ -1,117 +1,292 @@
-"""What each metric of a run means, and what to expect of it under DFT."""
+"""The table of metrics: what each one means, its unit, which way is better, and where it is shown.
 
+The console, the report, the trackers and docs/metrics.md read this table. To add a metric, add a row here and
+the line in `dft/training/measuring/meter.py` that computes it.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, Flag, auto
 
 HIGHER, LOWER = "higher", "lower"
 
 
+class Source(Enum):
+    """What logs a metric."""
+
+    TRAINING = "training"
+    EVALUATION = "evaluation"
+    BOTH = "training and evaluation"
+
+
+class Show(Flag):
+    """Where a metric is shown besides trainer_state.json and the trackers, which have all of them."""
+
+    CONSOLE = auto()
+    """A column of the console output. `--console_metrics` chooses others."""
+    CURVES = auto()
+    """A curve in the first section of report.html."""
+    MORE_CURVES = auto()
+    """A curve in the section of report.html with further curves."""
+    MACHINE = auto()
+    """A curve and a number in the section of report.html about throughput."""
+    PICTURE = auto()
+    """A panel of report.png."""
+    COMPARISON = auto()
+    """A curve in the page that compares several runs."""
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A metric as a reader meets it.
+    """One metric.
 
     Attributes:
-        name: as the log has it; evaluations have it with the prefix `eval_`.
+        name: its key in the log; evaluations log it with the prefix `eval_`.
         meaning: one or two sentences.
-        better: "higher" or "lower"; None where neither is a matter of quality.
-        of_alpha: its scale depends on alpha, so that it tells nothing between runs of different alpha.
+        unit: of its values; empty for shares, probabilities and other plain numbers.
+        better: "higher" or "lower"; None if neither is a matter of quality.
+        source: whether training, evaluation or both log it.
+        show: where it is shown.
+        short: heading of its console column. Default: its name.
+        width: number of characters of its values on the console.
+        selects: the direction in which `--metric_for_best_model` may select by a metric that has no `better`.
+        of_alpha: its scale depends on alpha, so runs with different alpha cannot be compared by it.
         spikes: may rise by orders of magnitude for a step, and is then drawn on a logarithmic scale.
+        bins: for a histogram over [0, 1], the number of its equal parts; 0 for a number.
     """
 
     name: str
     meaning: str
+    unit: str = ""
     better: str | None = None
+    source: Source = Source.BOTH
+    show: Show = Show.MORE_CURVES
+    short: str = ""
+    width: int = 6
+    selects: str | None = None
     of_alpha: bool = False
     spikes: bool = False
+    bins: int = 0
+
+    @property
+    def heading(self) -> str:
+        """Heading of its console column."""
+        return self.short or self.name
 
 
-LOSS = Metric(
-    "loss",
-    "The DFT loss, mean of w * nll. Not a measure of quality: it is small for a hopeless token and for a "
-    "mastered one, and with alpha 1 largest at p = 1/e. It may rise while the model improves.",
-    of_alpha=True,
-    spikes=True,
-)
-NLL = Metric(
-    "nll",
-    "Plain cross-entropy in nats, what SFT descends. With alpha near 1 it may rise on held-out data while "
-    "acc rises: tokens held for hopeless are given up.",
-    LOWER,
-    spikes=True,
-)
-AVG_P = Metric(
-    "avg_p_correct",
-    "Mean probability of the right token: what DFT with alpha 1 ascends. Expect it to rise.",
-    HIGHER,
-)
-ACC = Metric("acc", "Share of tokens whose target is the most probable one. Expect it to rise.", HIGHER)
-OBJECTIVE = Metric(
-    "objective",
-    "What the gradient descends; under DFT alpha * (1 - p) + (1 - alpha) * nll. Expect it to fall.",
-    LOWER,
-    of_alpha=True,
-    spikes=True,
-)
-ENTROPY = Metric(
-    "entropy",
-    "Mean entropy of the model's own distribution at the targets, in nats. DFT makes a model surer of "
-    "itself: expect it to fall, faster than under SFT. Lower is surer, not better.",
-)
-EFFECTIVE = Metric(
-    "effective_tokens",
-    "Mean weight of a token: the share of SFT's tokens that DFT learns from. With alpha 1 it equals "
-    "avg_p_correct, with alpha 0 it is 1.",
-    of_alpha=True,
-)
-P_END = Metric(
-    "p_end_of_turn",
-    "Mean probability of the tokens that end a turn. If it starts near 0 and stays there, the model does not "
-    "learn to stop: give --end_of_turn_weight 0.1 or more, or --dft_alpha 0.9 or less.",
-    HIGHER,
-)
-AUX_LOSS = Metric(
-    "aux_loss", "Of the router of a mixture of experts: how evenly experts are used. Not part of loss."
-)
-KL = Metric(
-    "kl",
-    "Mean divergence KL(model || base) at the targets, in nats: how far the model has come from where it "
-    "began. kl_weight times it is part of loss and objective.",
-)
-GRAD_NORM = Metric(
-    "grad_norm",
-    "Norm of the gradient before clipping. Weights of at most 1 make it smaller and steadier than under SFT.",
-    spikes=True,
-)
-LEARNING_RATE = Metric("learning_rate", "Of the step that is logged.")
-SPEED = Metric(
-    "tokens_per_second",
-    "Tokens that are not padding, over all ranks; evaluating and saving do not count.",
-    HIGHER,
-)
-PADDING = Metric(
-    "padding_share",
-    "Of what is computed, how much is padding. --packing or --group_by_length keep it small.",
-    LOWER,
-)
-MFU = Metric("mfu", "Share of the device's arithmetic peak that training puts to use.", HIGHER)
-MEMORY = Metric("peak_memory_gib", "GiB at most on the fullest rank.", LOWER)
-
-QUALITY = (LOSS, NLL, AVG_P, ACC, OBJECTIVE, ENTROPY, EFFECTIVE, P_END, KL, AUX_LOSS)
-"""What training and evaluation both log, in the order in which tables show it."""
-CURVES = (LOSS, NLL, AVG_P, ACC, GRAD_NORM, LEARNING_RATE)
-FURTHER_CURVES = (OBJECTIVE, ENTROPY, EFFECTIVE, P_END, KL, AUX_LOSS)
-MACHINE = (SPEED, PADDING, MFU, MEMORY)
-OVERVIEW = (LOSS, NLL, AVG_P, ACC, GRAD_NORM, LEARNING_RATE, ENTROPY)
-"""The panels of report.png, which has the histogram of p as its last."""
-COMPARED = (NLL, AVG_P, ACC, LOSS, OBJECTIVE, ENTROPY, P_END, GRAD_NORM, LEARNING_RATE)
-"""Curves of a page that lays runs over one another."""
+MAIN = Show.CONSOLE | Show.CURVES | Show.PICTURE | Show.COMPARISON
 
 METRICS = (
-    "loss", "nll", "avg_p_correct", "acc", "objective", "entropy", "effective_tokens", "p_end_of_turn", "kl",
-)  # fmt: skip
-"""What training logs as such, and evaluation with the prefix `eval_`."""
-HISTOGRAM = "p_histogram"
-"""With the prefix of an evaluation: how many of its tokens have which p."""
-BINS = 20
-"""Of the histogram of p, equal parts of [0, 1]; p = 1 belongs to the last."""
-LOWER_IS_BETTER = ("loss", "nll", "objective", "kl")
-NEITHER_IS_BETTER = ("entropy", "effective_tokens", "kl")
+    Metric(
+        "loss",
+        "The DFT loss, mean of w * nll. Not a measure of quality: it is small both for tokens the model "
+        "considers hopeless and for tokens it has mastered, and with alpha 1 it is largest at p = 1/e. It "
+        "may rise while the model improves.",
+        unit="nats",
+        show=MAIN,
+        selects=LOWER,
+        of_alpha=True,
+        spikes=True,
+    ),
+    Metric(
+        "nll",
+        "Plain cross-entropy, which SFT minimizes. With alpha near 1 it may rise on held-out data while acc "
+        "rises: DFT gives up tokens that the model considers hopeless.",
+        unit="nats",
+        better=LOWER,
+        show=MAIN,
+        spikes=True,
+    ),
+    Metric(
+        "avg_p_correct",
+        "Mean probability of the correct token, which DFT with alpha 1 maximizes. Expect it to rise.",
+        better=HIGHER,
+        show=MAIN,
+        short="p",
+    ),
+    Metric(
+        "acc",
+        "Share of the tokens for which the correct token is the most probable one. Expect it to rise.",
+        better=HIGHER,
+        show=MAIN,
+    ),
+    Metric(
+        "grad_norm",
+        "Norm of the gradient before clipping. DFT's weights are at most 1, so it is smaller and steadier "
+        "than under SFT.",
+        source=Source.TRAINING,
+        show=MAIN,
+        spikes=True,
+    ),
+    Metric(
+        "learning_rate",
+        "Learning rate of the logged step.",
+        source=Source.TRAINING,
+        show=MAIN,
+        short="lr",
+        width=7,
+    ),
+    Metric(
+        "objective",
+        "What training minimizes; under DFT alpha * (1 - p) + (1 - alpha) * nll. Expect it to fall.",
+        unit="nats",
+        better=LOWER,
+        show=Show.MORE_CURVES | Show.COMPARISON,
+        of_alpha=True,
+        spikes=True,
+    ),
+    Metric(
+        "entropy",
+        "Mean entropy of the model's distribution at the supervised tokens. DFT makes the model more "
+        "confident, so expect it to fall, faster than under SFT. Lower means more confident, not better.",
+        unit="nats",
+        show=Show.MORE_CURVES | Show.PICTURE | Show.COMPARISON,
+    ),
+    Metric(
+        "effective_tokens",
+        "Mean weight of a token: DFT learns as much as SFT would from this share of the tokens. With alpha 1 "
+        "it equals avg_p_correct, with alpha 0 it is 1.",
+        short="eff_tokens",
+        of_alpha=True,
+    ),
+    Metric(
+        "p_end_of_turn",
+        "Mean probability of the end-of-turn tokens. If it starts near 0 and stays there, the model does not "
+        "learn to stop: set --end_of_turn_weight 0.1 or more, or --dft_alpha 0.9 or less.",
+        better=HIGHER,
+        show=Show.MORE_CURVES | Show.COMPARISON,
+        short="p_end",
+    ),
+    Metric(
+        "kl",
+        "Mean divergence KL(model || base) at the supervised tokens: how far the model has moved from the "
+        "base model. Only of objectives with a kl_weight; kl_weight times kl is part of loss and objective.",
+        unit="nats",
+    ),
+    Metric(
+        "aux_loss",
+        "Load-balancing loss of the router of a mixture of experts: how evenly the experts are used. Not "
+        "part of loss.",
+    ),
+    Metric(
+        "dft_alpha",
+        "Value of alpha at the logged step. Only of objectives that have an alpha.",
+        source=Source.TRAINING,
+        show=Show(0),
+        short="alpha",
+    ),
+    Metric(
+        "tokens_per_second",
+        "Throughput in tokens that are not padding, over all ranks. Time spent on evaluating and saving does "
+        "not count.",
+        unit="tokens/s",
+        better=HIGHER,
+        source=Source.TRAINING,
+        show=Show.CONSOLE | Show.MACHINE,
+        short="tok/s",
+        width=5,
+    ),
+    Metric(
+        "padding_share",
+        "Share of padding in the computed tokens. --packing and --group_by_length keep it small.",
+        better=LOWER,
+        source=Source.TRAINING,
+        show=Show.MACHINE,
+        short="padding",
+    ),
+    Metric(
+        "mfu",
+        "Model FLOPs utilization: the share of the device's peak arithmetic throughput that training uses. "
+        "Only where that peak is known.",
+        better=HIGHER,
+        source=Source.TRAINING,
+        show=Show.MACHINE,
+    ),
+    Metric(
+        "peak_memory_gib",
+        "Peak memory of the fullest rank.",
+        unit="GiB",
+        better=LOWER,
+        source=Source.TRAINING,
+        show=Show.MACHINE,
+        short="mem_GiB",
+    ),
+    Metric(
+        "supervised_tokens",
+        "Number of supervised tokens the metrics are means over.",
+        unit="tokens",
+        show=Show(0),
+        short="tokens",
+    ),
+    Metric(
+        "seconds_left",
+        "Estimated time until the last step, at the pace of the run so far, evaluations and saves included.",
+        unit="s",
+        source=Source.TRAINING,
+        show=Show.CONSOLE,
+        short="left",
+        width=8,
+    ),
+    Metric(
+        "p_histogram",
+        "Number of supervised tokens by their probability p, in equal parts of [0, 1]; p = 1 counts in the "
+        "last. DFT moves tokens to p near 1 and gives up some near p = 0; SFT raises all of them.",
+        unit="tokens",
+        source=Source.EVALUATION,
+        show=Show.CURVES | Show.PICTURE | Show.COMPARISON,
+        bins=20,
+    ),
+)
+"""All metrics, in the order in which tables show them."""
+
+BY_NAME = {metric.name: metric for metric in METRICS}
+SCALARS = tuple(metric for metric in METRICS if not metric.bins)
+"""Metrics whose values are numbers."""
+
+
+def shown_in(place: Show) -> tuple[Metric, ...]:
+    """Return the scalar metrics that are shown in a place, in the order of the table."""
+    return tuple(metric for metric in SCALARS if place in metric.show)
+
+
+LOSS, NLL, AVG_P, ACC = (BY_NAME[name] for name in ("loss", "nll", "avg_p_correct", "acc"))
+ENTROPY, GRAD_NORM, LEARNING_RATE = (BY_NAME[name] for name in ("entropy", "grad_norm", "learning_rate"))
+
+CURVES = shown_in(Show.CURVES)
+FURTHER_CURVES = shown_in(Show.MORE_CURVES)
+MACHINE = shown_in(Show.MACHINE)
+OVERVIEW = shown_in(Show.PICTURE)
+COMPARED = shown_in(Show.COMPARISON)
+CONSOLE = tuple(metric.name for metric in shown_in(Show.CONSOLE))
+QUALITY = tuple(metric for metric in (*CURVES, *FURTHER_CURVES) if metric.source == Source.BOTH)
+"""Metrics of the model itself, which training and evaluation both log."""
+
+HISTOGRAM, BINS = BY_NAME["p_histogram"].name, BY_NAME["p_histogram"].bins
+
+
+def selection(name: str) -> str | None:
+    """Return the direction in which `--metric_for_best_model` selects: "higher", "lower" or None for neither.
+
+    Args:
+        name: of a metric, without the prefix `eval_`.
+    """
+    metric = BY_NAME.get(name)
+    return None if metric is None else metric.better or metric.selects
+
+
+def selectable() -> list[str]:
+    """Return the names of the metrics that a checkpoint can be selected by."""
+    return [metric.name for metric in QUALITY if selection(metric.name)]
+
+
+def metrics_named(names: Sequence[str]) -> tuple[Metric, ...]:
+    """Return the scalar metrics of some names.
+
+    Raises:
+        ValueError: one that is not in the table; the message lists those that are.
+    """
+    scalars = {metric.name: metric for metric in SCALARS}
+    unknown = [name for name in names if name not in scalars]
+    if unknown:
+        raise ValueError(f"unknown metric {', '.join(unknown)}; choose from {', '.join(scalars)}")
+    return tuple(scalars[name] for name in names)

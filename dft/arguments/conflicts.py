@@ -19,7 +19,7 @@ from dft.arguments.training import TrainingArguments
 from dft.errors import UserError
 from dft.loss.objectives import Dft, Objective, Sft
 from dft.loss.schedule import CONSTANT
-from dft.metrics import METRICS, NEITHER_IS_BETTER
+from dft.metrics import selectable
 from dft.ranks import can_shard, data_parallel_size, sequence_parallel_size, world_size
 
 MOST = {
@@ -170,7 +170,7 @@ def check_evaluation(arguments: Arguments) -> None:
         if wanted and not evaluates:
             raise UserError(f"{flag} needs --eval_data_files or --validation_split_percentage")
     metric = training.metric_for_best_model
-    known = [f"eval_{name}" for name in METRICS if name not in NEITHER_IS_BETTER]
+    known = [f"eval_{name}" for name in selectable()]
     if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in known:
         raise UserError(
             f"--metric_for_best_model {metric}: not measured, or no measure of quality; choose one of "

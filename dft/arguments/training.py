@@ -10,7 +10,7 @@ import transformers
 from dft.arguments.batch_search import FOUND, found_batch
 from dft.arguments.deepspeed_file import read_deepspeed
 from dft.errors import UserError
-from dft.metrics import LOWER_IS_BETTER
+from dft.metrics import LOWER, selection
 from dft.ranks import (
     choose_deepspeed_accelerator,
     divide_cores,
@@ -100,7 +100,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self._map_older_names()
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             metric = self.metric_for_best_model.removeprefix("eval_")
-            self.greater_is_better = metric not in LOWER_IS_BETTER
+            self.greater_is_better = selection(metric) != LOWER
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # a bar in a log file is noise
         if self.deepspeed:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from dft.errors import UserError
+from dft.metrics import CONSOLE, metrics_named
+
 
 @dataclass
 class WatchArguments:
@@ -13,6 +16,13 @@ class WatchArguments:
     report: bool = field(
         default=True,
         metadata={"help": "Write report.html and report.png at each evaluation and at the end."},
+    )
+    console_metrics: list[str] = field(
+        default_factory=lambda: list(CONSOLE),
+        metadata={
+            "help": "Metrics to show on the console after step and epoch; see docs/metrics.md.",
+            "metavar": "NAME",
+        },
     )
     log_per_file: bool = field(
         default=False, metadata={"help": "Evaluation gives nll and avg_p_correct of each data file, too."}
@@ -53,3 +63,9 @@ class WatchArguments:
     plan_device_memory: float | None = field(
         default=None, metadata={"help": "GiB of each device to plan for. Default: what this machine has."}
     )
+
+    def __post_init__(self) -> None:
+        try:
+            metrics_named(self.console_metrics)
+        except ValueError as error:
+            raise UserError(f"--console_metrics {' '.join(self.console_metrics)}: {error}") from None

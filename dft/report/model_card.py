@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from dft.metrics import METRICS
+from dft.metrics import QUALITY
 from dft.report.saved_report import PICTURE
 from dft.report.terminal.data import data_summary
 
@@ -121,7 +121,7 @@ def metric_lines(log: Sequence[Mapping[str, Any]]) -> list[str]:
     columns = [kind for kind, found in last.items() if found]
     heads = [f"{kind}, step {last[kind]['step']:,}" for kind in columns]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(columns)) + "|"]
-    for name in METRICS:
+    for name in (metric.name for metric in QUALITY):
         values = [last[kind].get(name if kind == "train" else f"eval_{name}") for kind in columns]
         if any(value is not None for value in values):
             shown = ["" if value is None else f"{value:.4g}" for value in values]

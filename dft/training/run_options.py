@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainerState
 
+from dft.metrics import CONSOLE
 from dft.training.parallel.stopping import StopRequest
 from dft.training.parallel.waiting import Heartbeat
 
@@ -24,6 +25,7 @@ class RunOptions:
             "False" checks nothing.
         trust_remote_code: whether the saved model may run code of its own when it is reloaded.
         trust_checkpoint: whether to resume from a checkpoint that other users can write to.
+        console_metrics: names of the metrics that the console shows (see `dft.metrics`).
     """
 
     stop: StopRequest | None = None
@@ -33,3 +35,4 @@ class RunOptions:
     verify_save: str = "True"
     trust_remote_code: bool = False
     trust_checkpoint: bool = False
+    console_metrics: tuple[str, ...] = CONSOLE

@@ -173,7 +173,7 @@ class DFTTrainer(MeasuredTrainer):
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(ConsoleCallback(show_bar=not args.disable_tqdm))
+        self.add_callback(ConsoleCallback(not args.disable_tqdm, self.options.console_metrics))
         if "swanlab" in args.report_to:
             self.remove_callback(SwanLabCallback)
             self.add_callback(SwanLabRunCallback)

@@ -1,7 +1,7 @@
 """Several runs on one page: SFT against DFT, one alpha against another, or anything else that differs."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,9 @@ def comparison_notes(runs: Sequence[Run]) -> list[str]:
     said = []
     if len({(report["method"], report["alpha"]) for report in reports}) > 1:
         said.append(
-            "loss, objective and effective_tokens depend on method and alpha, and are not comparable across "
-            "methods: no best is marked of them. Compare avg_p_correct, acc and nll."
+            f"{names(metric for metric in QUALITY if metric.of_alpha)} depend on method and alpha, and are "
+            "not comparable across methods: no best is marked of them. Compare "
+            f"{names(metric for metric in (AVG_P, ACC, NLL))}."
         )
     if len({report["model"].get("name") for report in reports}) > 1:
         said.append(
@@ -184,6 +185,12 @@ def comparison_notes(runs: Sequence[Run]) -> list[str]:
     if len(ends) > 1:
         said.append("The last evaluations are of different steps.")
     return said
+
+
+def names(metrics: Iterable[Metric]) -> str:
+    """Return the names of at least two metrics as a list in a sentence."""
+    *first, last = (metric.name for metric in metrics)
+    return f"{', '.join(first)} and {last}"
 
 
 def lines_of_runs(runs: Sequence[Run], key: str) -> list[Line]:

@@ -182,9 +182,9 @@ def throughput(log: Log) -> list[Row]:
         if not values.finite.any():
             continue
         known = values.values[values.finite]
-        if metric.name == "peak_memory_gib":
+        if metric.unit == "GiB":
             rows.append(("peak memory", f"{known.max():.2f} GiB"))
-        elif metric.name == "tokens_per_second":
+        elif metric.unit == "tokens/s":
             rows.append(("tokens per second", f"{format_number(float(np.median(known)))} (median)"))
         else:
             rows.append((metric.name.replace("_", " "), f"{100 * np.median(known):.1f} % (median)"))

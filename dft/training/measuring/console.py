@@ -1,55 +1,61 @@
-"""What a person sees of a run: one aligned line per logging step, from rank 0."""
+"""Console output of training and evaluation: one row per log record, aligned under a heading.
+
+                   epoch    loss     nll       p     acc  grad_norm       lr  tok/s      left
+train step 20/600  0.100  0.2215  2.7412  0.1530  0.4402     1.8321  2.00e-5  31.2k   0:03:12
+eval  step 20/600  0.100  0.2198  2.6120  0.1611  0.4523
+"""
 
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dft.console import clock, format_short
+from dft.console import short_clock, short_number
 from dft.errors import rank_tag
-from dft.metrics import METRICS
+from dft.metrics import CONSOLE, Metric, Source, metrics_named
 
 LIBRARIES = ("transformers", "datasets", "accelerate")
-"""Whose log records begin with the rank."""
-ALIGNED = [name for name in METRICS if name != "kl"]
-"""Metrics that have their place in every line; kl is of one objective alone."""
-TRAIN_COLUMNS = (
-    *METRICS,
-    "aux_loss",
-    "grad_norm",
-    "learning_rate",
-    "tokens_per_second",
-    "padding_share",
-    "mfu",
-)
-EVAL_COLUMNS = (*METRICS, "supervised_tokens")
+"""Libraries whose log records are prefixed with the rank."""
+LINE_WIDTH = 100
+"""Maximum width of a row with the default columns, in characters."""
+HEADING_EVERY = 20
+"""Number of rows after which the heading is repeated."""
+EPOCH_WIDTH = 5
 
 
 def tag_warnings() -> None:
-    """Where there are several ranks, a warning or record of a log says from which it is."""
+    """Prefix warnings and log records with the rank if there are several ranks."""
     tag = rank_tag()
     if not tag:
         return
-    plain = warnings.formatwarning
+    untagged = warnings.formatwarning
 
     def tagged(*args: Any, **kwargs: Any) -> str:
-        return tag + plain(*args, **kwargs)
+        return tag + untagged(*args, **kwargs)
 
     warnings.formatwarning = tagged
-    form = logging.Formatter(tag + "%(levelname)s %(name)s: %(message)s")
+    formatter = logging.Formatter(tag + "%(levelname)s %(name)s: %(message)s")
     logging.basicConfig()
     for logger in (logging.getLogger(), *map(logging.getLogger, LIBRARIES)):
         for handler in logger.handlers:
-            handler.setFormatter(form)
+            handler.setFormatter(formatter)
 
 
 class ConsoleCallback(ProgressCallback):
-    """A line per log record, above the progress bar if there is one."""
+    """Prints a row for each log record, above the progress bar if there is one.
 
-    def __init__(self, show_bar: bool) -> None:
+    Args:
+        show_bar: whether to show the progress bar.
+        metrics: names of the metrics to print, of `dft.metrics`.
+    """
+
+    def __init__(self, show_bar: bool, metrics: Sequence[str] = CONSOLE) -> None:
         super().__init__()
         self.show_bar = show_bar
+        self.columns = metrics_named(metrics)
+        self.rows_printed = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,38 +89,71 @@ class ConsoleCallback(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        line = log_line(logs or {}, state.global_step, state.max_steps)
-        if line is None or not state.is_world_process_zero:
+        row = log_row(logs or {}, self.columns, state.global_step, state.max_steps)
+        if row is None or not state.is_world_process_zero:
             return
+        if self.rows_printed % HEADING_EVERY == 0:
+            self._print(heading(self.columns, state.max_steps))
+        self.rows_printed += 1
+        self._print(row)
+
+    def _print(self, line: str) -> None:
         if self.training_bar is not None:
             self.training_bar.write(line)
         else:
             print(line, flush=True)
 
 
-def log_line(logs: dict[str, float], step: int, max_steps: int) -> str | None:
-    """One log record as a line, or None for one that holds nothing to read."""
-    width = len(str(max_steps))
+def heading(columns: Sequence[Metric], max_steps: int) -> str:
+    """Return the headings of the columns of `log_row`."""
+    start = " " * len(_start("train", 0, max_steps))
+    return "  ".join([start, f"{'epoch':>{EPOCH_WIDTH}}", *(f"{c.heading:>{_width(c)}}" for c in columns)])
+
+
+def log_row(logs: Mapping[str, float], columns: Sequence[Metric], step: int, max_steps: int) -> str | None:
+    """Format a log record as a row, or return None if it is neither of training nor of an evaluation.
+
+    A metric that is missing is shown as "-"; one that evaluations never have is blank in their rows.
+    """
     if "learning_rate" in logs:
-        kind, columns = "train", columns_of(logs, TRAIN_COLUMNS)
+        kind, prefix, hidden = "train", "", Source.EVALUATION
     elif prefix := evaluation_prefix(logs):
-        kind = prefix.rstrip("_").replace("_", " ", 1)
-        columns = columns_of({name.removeprefix(prefix): logs[name] for name in logs}, EVAL_COLUMNS)
+        kind, hidden = "eval", Source.TRAINING
     else:
         return None
-    cells = [f"{name} {format_short(value):<9}" for name, value in columns.items()]
-    if "peak_memory_gib" in logs:
-        cells.append(f"memory {logs['peak_memory_gib']:.2f} GiB  left {clock(logs['seconds_left'])}")
-    place = f"{kind:<5} step {step:>{width}}/{max_steps}  epoch {logs.get('epoch', 0):<6.2f}"
-    return f"{place}  {'  '.join(cells)}".rstrip()
+    epoch = short_number(logs.get("epoch", 0.0), EPOCH_WIDTH)
+    cells = [
+        "" if metric.source == hidden else format_value(metric, logs.get(prefix + metric.name))
+        for metric in columns
+    ]
+    cells = [f"{cell:>{_width(metric)}}" for metric, cell in zip(columns, cells, strict=True)]
+    row = "  ".join([_start(kind, step, max_steps), f"{epoch:>{EPOCH_WIDTH}}", *cells]).rstrip()
+    dataset = prefix.removeprefix("eval_").rstrip("_")
+    return f"{row}  {_cut(dataset, LINE_WIDTH - len(row) - 2)}" if dataset else row
 
 
-def evaluation_prefix(logs: dict[str, float]) -> str | None:
-    """`eval_`, or `eval_<name>_` of one of several datasets; None for what is no evaluation."""
+def format_value(metric: Metric, value: float | None) -> str:
+    """Format a value of a metric in the width of its column; "-" for None."""
+    if value is None:
+        return "-"
+    return short_clock(value, metric.width) if metric.unit == "s" else short_number(value, metric.width)
+
+
+def evaluation_prefix(logs: Mapping[str, float]) -> str:
+    """Return `eval_`, `eval_<name>_` for one of several datasets, or "" if the record is no evaluation."""
     names = [name for name in logs if name.startswith("eval_") and name.endswith("_supervised_tokens")]
-    return names[0].removesuffix("supervised_tokens") if names else None
+    return names[0].removesuffix("supervised_tokens") if names else ""
 
 
-def columns_of(logs: dict[str, float], names: tuple[str, ...]) -> dict[str, float | None]:
-    """What is in the log, and of the metrics also what is not, so that lines stand under one another."""
-    return {name: logs.get(name) for name in names if name in logs or name in ALIGNED}
+def _start(kind: str, step: int, max_steps: int) -> str:
+    return f"{kind:<5} step {step:>{len(str(max_steps))}}/{max_steps}"
+
+
+def _width(metric: Metric) -> int:
+    return max(metric.width, len(metric.heading))
+
+
+def _cut(name: str, width: int) -> str:
+    """Return a name, shortened at its start to fit a width of at least 8 characters."""
+    width = max(width, 8)
+    return name if len(name) <= width else "..." + name[3 - width :]
