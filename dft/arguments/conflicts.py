@@ -320,7 +320,7 @@ def check_batches(arguments: Arguments, sequences: int) -> None:
 
 def least_weight(objective: Objective) -> float:
     """What the most unlikely token weighs, where it weighs anything for sure."""
-    return objective.line[1] if objective.line is not None else 0.0
+    return objective.affine[1] if objective.affine is not None else 0.0
 
 
 def check_weighing(arguments: Arguments) -> None:

@@ -121,7 +121,7 @@ def log_row(logs: Mapping[str, float], columns: Sequence[Metric], step: int, max
         kind, hidden = "eval", Source.TRAINING
     else:
         return None
-    epoch = short_number(logs.get("epoch", 0.0), EPOCH_WIDTH)
+    epoch = short_number(float(logs.get("epoch", 0)), EPOCH_WIDTH)
     cells = [
         "" if metric.source == hidden else format_value(metric, logs.get(prefix + metric.name))
         for metric in columns
