@@ -49,18 +49,14 @@ from dft.training.checkpoints.resume_point import check_output
 from dft.training.measuring.console import tag_warnings
 from dft.training.measuring.trackers import RunRecordCallback, finish_trackers, prepare_trackers
 from dft.training.memory.out_of_memory import SHARD, OutOfMemory, telling_what_did_not_fit
-from dft.training.model.loading import (
-    add_stop_tokens,
-    check_positions,
-    load_base_model,
-    load_meta_model,
-    load_model,
-    resolve_attention,
-    settle_ddp,
-)
+from dft.training.model.attention import resolve_attention
+from dft.training.model.generation import add_stop_tokens
+from dft.training.model.loading import load_base_model, load_meta_model, load_model
+from dft.training.model.positions import check_positions, position_notes
 from dft.training.optimizer import check_optimizer
 from dft.training.parallel.rank_watchdog import watch_ranks
 from dft.training.parallel.stopping import STOPPED, Stopped, StopRequest
+from dft.training.parameters import resolve_find_unused_parameters
 from dft.training.run_options import RunOptions
 from dft.training.trainer import DFTTrainer
 
@@ -109,9 +105,11 @@ def main() -> None:
     set_seed(arguments.training.seed)  # the rows of new tokens are drawn at random
     with telling_what_did_not_fit("the model's weights do not fit", SHARD):
         model = load_model(arguments, tokenizer)
-    check_positions(model, data.longest, arguments)
-    settle_ddp(model, arguments)
-    add_stop_tokens(model, tokenizer, data.report["end_of_turn_tokens"], arguments)
+    check_positions(model, data.longest, arguments.data.max_length)
+    arguments.notes.extend(position_notes(model, data.longest))
+    arguments.training.ddp_find_unused_parameters = resolve_find_unused_parameters(model, arguments.training)
+    note = add_stop_tokens(model, tokenizer, data.report["end_of_turn_tokens"])
+    arguments.notes.extend([note] if note else [])
     with telling_what_did_not_fit("the model's weights do not fit", SHARD):
         base = load_base_model(arguments, tokenizer) if objective_of(arguments.dft).kl_weight else None
         record: dict[str, Any] = {}  # filled below: it describes the arguments as the trainer resolves them

@@ -9,27 +9,42 @@ GIB = 2**30
 
 
 def element_count(parameter: nn.Parameter) -> int:
-    """Of the whole parameter, also where ZeRO-3 keeps a part of it here."""
+    """Return the elements of a whole parameter, also if ZeRO-3 keeps only a part of it on this rank."""
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
 def element_dims(parameter: nn.Parameter) -> int:
+    """Return the dimensions of a whole parameter, also if ZeRO-3 has flattened it."""
     return len(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.dim()
 
 
 def shapes_digest(model: nn.Module) -> str:
-    """Of the names and shapes of a model's weights."""
+    """Return a digest of the names and shapes of a model's weights."""
     lines = sorted(
-        f"{name} {list(one.ds_shape if hasattr(one, 'ds_shape') else one.shape)}\n"
-        for name, one in model.named_parameters()
+        f"{name} {list(parameter.ds_shape if hasattr(parameter, 'ds_shape') else parameter.shape)}\n"
+        for name, parameter in model.named_parameters()
     )
     return xxhash.xxh3_64_hexdigest("".join(lines).encode())
 
 
 def compute_dtype(args: transformers.TrainingArguments, model: nn.Module) -> torch.dtype:
-    """In which precision the model's matrix products are computed. TF32 rounds about as float16 does."""
+    """Return the dtype whose rounding the model's matrix products have. TF32 rounds about like float16."""
     if args.bf16:
         return torch.bfloat16
     if args.fp16 or (args.tf32 and model.dtype == torch.float32):
         return torch.float16
     return model.dtype
+
+
+def resolve_find_unused_parameters(model: nn.Module, training: transformers.TrainingArguments) -> bool | None:
+    """Return whether DDP has to look for parameters without a gradient; None leaves it to transformers.
+
+    transformers lets DDP search in every model. That costs time in each step, and each rank warns if all
+    parameters have a gradient. Only experts that no token chose, and parts for images or audio, have none.
+    """
+    configured = training.ddp_find_unused_parameters
+    is_text_only = model.config.get_text_config() is model.config
+    has_experts = any(".experts." in name for name, _ in model.named_parameters())
+    if configured is None and is_text_only and not has_experts:
+        return False
+    return configured

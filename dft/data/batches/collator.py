@@ -63,7 +63,7 @@ class PackedCollator:
     """Collator for rows of several sequences: pads the rows and separates the sequences by `position_ids`.
 
     The batch has no attention mask, because transformers derives the boundaries between sequences from
-    restarting positions only when no mask is passed. Padding forms one more sequence, which no
+    restarting positions only when no mask is passed. Each padding token is a sequence of its own, which no
     other attends to.
 
     Attributes:
@@ -85,7 +85,9 @@ class PackedCollator:
         positions = []
         for example in examples:
             lengths = sequence_lengths(example)
-            positions.append(_restarting_positions([*lengths, width - sum(lengths)]))
+            # Padding restarts at every token: long padding must not look like a long sequence, for which
+            # some rotary positions (longrope) change the frequencies of the whole batch.
+            positions.append(_restarting_positions([*lengths, *[1] * (width - sum(lengths))]))
         position_ids = torch.stack(positions)  # (batch, seq)
         labels[position_ids == 0] = IGNORE_INDEX
         batch = {

@@ -25,12 +25,10 @@ from dft.labels import IGNORE_INDEX
 from dft.loss.objectives import Objective
 from dft.ranks import init_cpu_deepspeed
 from dft.training.batching import packing_obstacle
+from dft.training.model.positions import LENGTH_DEPENDENT_ROPE, rope_types
 
 CUT = {"input_ids", "labels", "attention_mask", "loss_positions", "sequence_ids", "origins"}
 """What a batch may hold: of anything else it is not known how to cut it."""
-
-OF_THE_LENGTH = {"dynamic", "longrope"}
-"""Rotary positions whose frequencies transformers takes from the largest position of a batch."""
 
 
 def sequence_parallel_obstacle(model: nn.Module, size: int) -> str | None:
@@ -53,7 +51,7 @@ def sequence_parallel_obstacle(model: nn.Module, size: int) -> str | None:
         return "its configuration says nothing of num_key_value_heads or head_dim"
     if keys % size and size % keys:
         return f"its {keys} key-value heads cannot be shared by {size} ranks"
-    moving = rope_types(given) & OF_THE_LENGTH
+    moving = rope_types(given) & set(LENGTH_DEPENDENT_ROPE)
     if moving:
         return (
             f"its rotary positions ({', '.join(sorted(moving))}) depend on how long the sequence is, and a "
@@ -62,13 +60,6 @@ def sequence_parallel_obstacle(model: nn.Module, size: int) -> str | None:
     if given.get("output_router_logits"):
         return "the auxiliary loss of its router is no sum over tokens"
     return None
-
-
-def rope_types(config: Mapping[str, Any]) -> set[str]:
-    """Kinds of rotary positions: of all layers, or of each kind of layer."""
-    given = config.get("rope_parameters") or {}
-    kinds = [given, *(one for one in given.values() if isinstance(one, Mapping))]
-    return {one["rope_type"] for one in kinds if "rope_type" in one}
 
 
 class SequenceParallel:

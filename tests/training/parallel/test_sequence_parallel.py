@@ -11,7 +11,6 @@ from dft.loss.objectives import make_objective
 from dft.training.parallel import sequence_parallel
 from dft.training.parallel.sequence_parallel import (
     check_sequence_parallel,
-    rope_types,
     sequence_parallel_obstacle,
 )
 
@@ -43,12 +42,6 @@ def test_positions_that_depend_on_the_length_are_refused(rope, told):
     """A rank would rotate its stretch by frequencies that the others do not have."""
     found = sequence_parallel_obstacle(shapes(rope_parameters=rope), 2)
     assert found is None if told is None else f"its rotary positions ({told})" in found
-
-
-def test_each_kind_of_layer_may_have_positions_of_its_own():
-    of_layers = {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {"rope_type": "default"}}
-    assert rope_types({"rope_parameters": of_layers}) == {"dynamic", "default"}
-    assert rope_types({}) == rope_types({"rope_parameters": None}) == set()
 
 
 def test_what_deepspeed_would_miss_is_an_obstacle(monkeypatch):
