@@ -1,4 +1,4 @@
-"""README.md beside a saved model: what it was trained from, on what, how, and what came of it."""
+"""The model card: the README.md of a saved model, with its base model, data, training and metrics."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from dft.report.saved_report import PICTURE
 from dft.report.terminal.data import data_summary
 
 PAPER = "https://arxiv.org/abs/2508.05629"
-SHOWN = (
+LISTED_FLAGS = (
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
@@ -20,25 +20,26 @@ SHOWN = (
     "max_grad_norm",
     "seed",
 )
-"""Flags that a reader looks for; all of them are in run_args.yaml."""
+"""The flags that the card lists; run_args.yaml has all that were given."""
 
 
 def model_card(
-    record: Mapping[str, Any], log: Sequence[Mapping[str, Any]], step: int, steps: int, pictured: bool
+    record: Mapping[str, Any], log: Sequence[Mapping[str, Any]], step: int, steps: int, has_picture: bool
 ) -> str:
-    """Markdown with the metadata of the hub.
+    """Return the card as Markdown, headed by the metadata that the Hugging Face Hub reads.
 
     Args:
         record: `dft.report.run_record.run_record`.
-        log: Trainer's `log_history`.
-        step: of this save, of so many `steps`.
-        pictured: whether report.png lies beside it.
+        log: `log_history` of the trainer's state.
+        step: the optimizer step of this checkpoint.
+        steps: optimizer steps of the whole run.
+        has_picture: whether report.png is saved in the same folder.
     """
     name = record["model"]["name"]
-    base = {} if Path(name).expanduser().is_dir() else {"base_model": name}  # a path means nothing elsewhere
+    is_local = Path(name).expanduser().is_dir()
     head = yaml.safe_dump(
         {
-            **base,
+            **({} if is_local else {"base_model": name}),  # the hub cannot link a local path
             "library_name": "transformers",
             "pipeline_tag": "text-generation",
             "tags": ["dft", "fine-tuned"],
@@ -46,14 +47,14 @@ def model_card(
         sort_keys=False,
     )
     flags = record["arguments"]
-    rows = [f"| {flag} | {flags[flag]} |" for flag in SHOWN if flags.get(flag) is not None]
+    rows = [f"| {flag} | {flags[flag]} |" for flag in LISTED_FLAGS if flags.get(flag) is not None]
     machine = {key: value for key, value in record["environment"].items() if value is not None}
     return "\n".join(
         [
             f"---\n{head}---",
             f"# {record['name']}",
             "",
-            f"Fine-tuned from `{Path(name).name if not base else name}`, {method(record)}.",
+            f"Fine-tuned from `{Path(name).name if is_local else name}`, {method_text(record)}.",
             f"Saved after step {step:,} of {steps:,}.",
             "",
             *lora_lines(flags),
@@ -61,7 +62,7 @@ def model_card(
             "",
             *metric_lines(log),
             "",
-            *([f"![Curves of training and evaluation]({PICTURE})", ""] if pictured else []),
+            *([f"![Curves of training and evaluation]({PICTURE})", ""] if has_picture else []),
             "## Data",
             "",
             "```",
@@ -80,33 +81,37 @@ def model_card(
     )
 
 
-def method(record: Mapping[str, Any]) -> str:
+def method_text(record: Mapping[str, Any]) -> str:
+    """Return how the model was trained, to follow "Fine-tuned from ..."."""
     alpha = record["alpha"]
     if record["method"] not in ("SFT", "DFT"):
         share = "" if alpha is None else f", alpha {alpha:g}"
-        return f"by {record['method']}{share}: cross-entropy in which a token weighs {record['weight']}"
+        return f"by {record['method']}{share}: cross-entropy with token weight {record['weight']}"
     if record["method"] == "SFT":
         return "by plain SFT (cross-entropy)"
     dft = f"by [Dynamic Fine-Tuning]({PAPER}): cross-entropy weighted, token by token, by "
     if alpha == 1:
-        return dft + "the model's own detached probability p of the right token"
+        return dft + "the model's own detached probability p of the target token"
     weight = f"{alpha:g} p + {1 - alpha:g}"
-    return f"{dft}{weight}, where p is the model's own detached probability of the right token"
+    return f"{dft}{weight}, where p is the model's own detached probability of the target token"
 
 
 def lora_lines(flags: Mapping[str, Any]) -> list[str]:
+    """Return how to load the adapters; nothing if the whole model was trained."""
     if flags.get("lora_r") is None:
         return []
     return [
-        f"These are LoRA adapters of rank {flags['lora_r']}: `AutoModelForCausalLM.from_pretrained` loads "
-        "them with their model where peft is installed.",
+        f"These are LoRA adapters of rank {flags['lora_r']}. With peft installed, "
+        "`AutoModelForCausalLM.from_pretrained` loads them together with their base model.",
         "",
     ]
 
 
 def data_lines(report: Mapping[str, Any]) -> list[str]:
-    """What was trained on, without the folders of this machine."""
-    files = [one["file"] for split in ("train", "eval") if split in report for one in report[split]["files"]]
+    """Return the summary of the data, with file names in place of the paths of this machine."""
+    files = [
+        entry["file"] for split in ("train", "eval") if split in report for entry in report[split]["files"]
+    ]
     lines = data_summary(report)
     for file in sorted(files, key=len, reverse=True):
         lines = [line.replace(file, Path(file).name) for line in lines]
@@ -114,11 +119,11 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def metric_lines(log: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of the last value of each metric, in training and in evaluation."""
+    """Return a table of the last logged value of each metric in training and in evaluation."""
     last = {"train": latest(log, "grad_norm"), "eval": latest(log, "eval_nll")}
     if not any(last.values()):
-        return ["None were logged yet."]
-    columns = [kind for kind, found in last.items() if found]
+        return ["No metrics have been logged yet."]
+    columns = [kind for kind, metrics in last.items() if metrics]
     heads = [f"{kind}, step {last[kind]['step']:,}" for kind in columns]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(columns)) + "|"]
     for name in (metric.name for metric in QUALITY):
@@ -130,4 +135,5 @@ def metric_lines(log: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def latest(log: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
+    """Return the last record that holds a key; an empty one if none does."""
     return next((record for record in reversed(log) if key in record), {})

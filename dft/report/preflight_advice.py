@@ -1,17 +1,18 @@
-"""Whether DFT fits the data, judged by what the untouched model thinks of a sample of it.
+"""Advice on whether DFT fits the data, from the probabilities that the model gives it before training.
 
-The rule, and where it comes from:
+Sources of the rule:
 
-- Li et al., "Beyond Log Likelihood" (arXiv 2510.00526), compare objectives over models that know much or
-  little of a task before they are trained. Where they know much, -p, which is DFT's potential, beats the
-  negative log-likelihood; where they know little, the latter wins; in between neither does. They go by the
-  mean probability of the target tokens, as this rule does. The bounds 0.5 and 0.1 are ours: round numbers
-  that lie between what they report of mathematics (strong) and of puzzles that models have never seen (weak).
-- Wu et al. (arXiv 2508.05629) claim gains for mathematics and code with models of up to 7 billion parameters
-  and, in their limitations and in the notes of their repository, no more than that.
-- A token that the model holds for impossible gets next to no gradient (w * |gradient| = p * (1 - p)), so with
-  a new chat template its end token is not learned: seen by users of the method (yongliang-wu/DFT issue 14),
-  and cured by a floor under the weight, alpha < 1.
+- Li et al., "Beyond Log Likelihood" (arXiv 2510.00526), compare objectives on models with strong and weak
+  priors, that is, models that know much or little about a task before they are trained on it. With a strong
+  prior, -p (the potential of DFT) is better than the negative log-likelihood; with a weak prior, the negative
+  log-likelihood is better; in between, neither is. They measure the prior by the mean probability of the
+  target tokens, and so does this rule. The bounds 0.5 and 0.1 are ours: round numbers between the values they
+  report for mathematics (strong) and for puzzles that are new to the models (weak).
+- Wu et al. (arXiv 2508.05629) claim gains for mathematics and code with models of up to 7 billion parameters.
+  Their limitations and the notes of their repository claim no more than that.
+- A token that the model considers impossible gets almost no gradient (w * |gradient| = p * (1 - p)). With a
+  new chat template, the end-of-turn token is therefore not learned. Users of the method have reported this
+  (yongliang-wu/DFT issue 14); a floor on the weight, alpha < 1, solves it.
 """
 
 from collections import Counter
@@ -27,65 +28,70 @@ from dft.training.measuring.nonfinite import origin_name
 from dft.training.measuring.scoring import TokenTable
 
 STRONG, WEAK = 0.5, 0.1
-"""Mean p from which, and below which, the model's prior counts as strong and as weak."""
+"""The prior is strong if mean p is above the first value, and weak if it is below the second."""
 UNKNOWN_END = 0.1
-"""Mean p of end-of-turn tokens below which the model does not know that turns end with them."""
+"""Below this mean p of the end-of-turn tokens, the model does not know that they end a turn."""
 SILENCED = 0.01
-"""A token of a smaller p gets less than a hundredth of the gradient that SFT would give it."""
+"""A token with a smaller p gets less than a hundredth of the gradient it would get from SFT."""
 FLOOR_ALPHA = 0.9
-"""With which every token keeps at least a tenth of it."""
-SHOWN = 12
-"""Kinds of silenced tokens that are listed."""
+"""With this alpha, each token keeps at least a tenth of the SFT gradient."""
+MAX_LISTED = 12
+"""Number of different silenced tokens that are listed."""
 
 
 def preflight_report(
     table: TokenTable,
     files: Sequence[str],
     end_of_turn_ids: Sequence[int],
-    shown_as: Callable[[int], str],
+    decode: Callable[[int], str],
     model: str,
 ) -> dict[str, Any]:
-    """What the model thinks of the data, as a whole and file by file, and what follows from it.
+    """Return statistics of the scored tokens, in total and per file, and the advice that follows from them.
 
     Args:
-        files: their names, as the table numbers them.
-        end_of_turn_ids: tokens that end a turn.
-        shown_as: a token as text.
-        model: its name.
+        table: the scored tokens.
+        files: file names; `table.file` holds indices into them.
+        end_of_turn_ids: token ids that end a turn.
+        decode: returns the text of a token id.
+        model: name of the model.
 
     Raises:
-        UserError: probabilities that are not numbers.
+        UserError: some probabilities are NaN.
     """
-    if len(broken := np.flatnonzero(np.isnan(table.nll))):
-        place = origin_name(int(table.file[broken[0]]), int(table.line[broken[0]]), files)
+    if len(nan_rows := np.flatnonzero(np.isnan(table.nll))):
+        origin = origin_name(int(table.file[nan_rows[0]]), int(table.line[nan_rows[0]]), files)
         raise UserError(
-            f"--preflight True: {model} gives probabilities that are not numbers for {len(broken):,} of "
-            f"{len(table):,} tokens, first in {place}; its weights may be broken"
+            f"--preflight True: {model} gives NaN probabilities for {len(nan_rows):,} of {len(table):,} "
+            f"tokens, first in {origin}; its weights may be broken"
         )
 
-    def numbers(some: TokenTable) -> dict[str, Any]:
-        return {**numbers_of(some, end_of_turn_ids), "silenced": silenced_of(some, shown_as)}
+    def statistics(part: TokenTable) -> dict[str, Any]:
+        return {**token_statistics(part, end_of_turn_ids), "silenced": silenced_tokens(part, decode)}
 
     names = short_names(list(files))
-    known = [number for number in np.unique(table.file) if number >= 0]
-    whole = numbers(table)
-    of_files = {names[number]: numbers(table.select(table.file == number)) for number in known}
+    whole = statistics(table)
+    per_file = {
+        names[index]: statistics(table.select(table.file == index))
+        for index in np.unique(table.file)
+        if index >= 0
+    }
     return {
         "model": model,
         "whole": whole,
-        "files": of_files,
+        "files": per_file,
         "thresholds": {"strong": STRONG, "weak": WEAK, "unknown_end": UNKNOWN_END, "silenced": SILENCED},
-        "advice": advice(whole, of_files),
+        "advice": advice(whole, per_file),
     }
 
 
-def numbers_of(table: TokenTable, end_of_turn_ids: Sequence[int]) -> dict[str, Any]:
-    """Means over the tokens of a table.
+def token_statistics(table: TokenTable, end_of_turn_ids: Sequence[int]) -> dict[str, Any]:
+    """Return means over the tokens of a table.
 
     Returns:
-        `gradient_kept`: what DFT (alpha = 1) keeps of SFT's gradient, sum(w * |g|) / sum(|g|) with the
-        1-norm of the gradient on the logits, |softmax - onehot| = 2 * (1 - p). `silenced_share`: of tokens
-        with p below `SILENCED`. `p_histogram`: counts in equal parts of [0, 1].
+        Among others, `gradient_kept`: the share of the SFT gradient that DFT (alpha = 1) keeps, which is
+        sum(w * |g|) / sum(|g|), where |g| = |softmax - onehot| = 2 * (1 - p) is the 1-norm of the gradient on
+        the logits; `silenced_share`: the share of tokens with p below `SILENCED`; `p_histogram`: counts in
+        `BINS` equal parts of [0, 1].
     """
     p = table.p_correct
     gradient = 2 * (1 - p)
@@ -105,85 +111,93 @@ def numbers_of(table: TokenTable, end_of_turn_ids: Sequence[int]) -> dict[str, A
     }
 
 
-def silenced_of(table: TokenTable, shown_as: Callable[[int], str]) -> list[dict[str, Any]]:
-    """The kinds of tokens that most often have p below `SILENCED`, and how often they occur at all."""
+def silenced_tokens(table: TokenTable, decode: Callable[[int], str]) -> list[dict[str, Any]]:
+    """Return the tokens that most often have p below `SILENCED`, with how often they occur in total."""
     silenced = Counter(table.target[table.p_correct < SILENCED].tolist())
-    occurring = Counter(table.target.tolist())
+    occurrences = Counter(table.target.tolist())
     return [
-        {"token": token, "shown": repr(shown_as(token)), "silenced": number, "of": occurring[token]}
-        for token, number in silenced.most_common(SHOWN)
+        {"token": token, "shown": repr(decode(token)), "silenced": count, "of": occurrences[token]}
+        for token, count in silenced.most_common(MAX_LISTED)
     ]
 
 
 def advice(whole: dict[str, Any], files: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-    """Recommendations, the most important first, each with its evidence."""
-    given = [prior(whole)]
-    if (end := ending(whole)) is not None:
-        given.append(end)
-    kinds = {name: kind_of(numbers["avg_p_correct"]) for name, numbers in files.items()}
-    if len(set(kinds.values())) > 1:
-        told = ", ".join(
-            f"{name} {files[name]['avg_p_correct']:.2f} ({kind} prior)" for name, kind in kinds.items()
+    """Return recommendations with their evidence and source, the most important first.
+
+    Args:
+        whole: `token_statistics` of all tokens.
+        files: the same for each file.
+    """
+    recommendations = [prior_advice(whole)]
+    if (end_advice := end_of_turn_advice(whole)) is not None:
+        recommendations.append(end_advice)
+    priors = {name: prior_of(statistics["avg_p_correct"]) for name, statistics in files.items()}
+    if len(set(priors.values())) > 1:
+        means = ", ".join(
+            f"{name} {files[name]['avg_p_correct']:.2f} ({prior} prior)" for name, prior in priors.items()
         )
-        given.append(
+        recommendations.append(
             {
-                "recommendation": "the files differ: consider training them apart, or in two stages",
-                "evidence": f"mean p: {told}",
+                "recommendation": "the files differ: consider training on them separately, or in two stages",
+                "evidence": f"mean p: {means}",
                 "source": "arXiv 2510.00526",
             }
         )
-    return given
+    return recommendations
 
 
-def kind_of(mean: float) -> str:
+def prior_of(mean: float) -> str:
+    """Return how strong a prior is: "strong", "medium" or "weak"."""
     if mean > STRONG:
         return "strong"
-    return "weak" if mean < WEAK else "middling"
+    return "weak" if mean < WEAK else "medium"
 
 
-def prior(numbers: dict[str, Any]) -> dict[str, str]:
-    """What the mean probability of the targets says."""
-    mean, kept = numbers["avg_p_correct"], numbers["gradient_kept"]
-    evidence = (
-        f"mean p of the right token {mean:.3f}; DFT keeps {100 * kept:.1f} % of SFT's gradient; "
-        f"{100 * numbers['silenced_share']:.1f} % of the tokens have p < {SILENCED:g}"
-    )
-    kind = kind_of(mean)
-    if kind == "strong":
+def prior_advice(statistics: dict[str, Any]) -> dict[str, str]:
+    """Return the choice of the objective that the mean probability of the targets suggests."""
+    mean, kept = statistics["avg_p_correct"], statistics["gradient_kept"]
+    prior = prior_of(mean)
+    if prior == "strong":
         text = (
-            f"DFT fits (--dft_alpha 1): the prior is strong, mean p > {STRONG:g}. There, weighting by p "
-            "protects what the model knows from the few targets that it holds for wrong"
+            f"DFT fits (--dft_alpha 1): the prior is strong, mean p > {STRONG:g}. Weighting by p then "
+            "protects what the model knows from the few targets that it considers wrong"
         )
-    elif kind == "weak":
+    elif prior == "weak":
         text = (
-            f"SFT first (--dft_alpha 0), or SFT and then DFT: the prior is weak, mean p < {WEAK:g}. DFT "
-            "would hardly move the tokens that have to be learned"
+            f"SFT first (--dft_alpha 0), possibly followed by DFT: the prior is weak, mean p < {WEAK:g}. DFT "
+            "would barely train the tokens that have to be learned"
         )
     else:
         text = (
-            f"no clear answer: mean p lies between {WEAK:g} and {STRONG:g}, where neither objective wins "
-            f"throughout. Train with both (--dft_alpha 0 and 1, and {FLOOR_ALPHA:g} between them) and "
-            "compare eval_acc and what you evaluate by, not eval_loss"
+            f"no clear answer: mean p is between {WEAK:g} and {STRONG:g}, where neither objective is always "
+            f"better. Train with both (--dft_alpha 0 and 1, and {FLOOR_ALPHA:g} between them), and compare "
+            "eval_acc and your own evaluation, not eval_loss"
         )
     return {
         "recommendation": text,
-        "evidence": evidence,
-        "source": "arXiv 2510.00526; arXiv 2508.05629 claims mathematics and code, up to 7 B parameters",
+        "evidence": (
+            f"mean p of the target tokens is {mean:.3f}; DFT keeps {100 * kept:.1f} % of the SFT gradient; "
+            f"{100 * statistics['silenced_share']:.1f} % of the tokens have p < {SILENCED:g}"
+        ),
+        "source": (
+            "arXiv 2510.00526; arXiv 2508.05629, which claims gains for mathematics and code with models of "
+            "up to 7 B parameters"
+        ),
     }
 
 
-def ending(numbers: dict[str, Any]) -> dict[str, str] | None:
-    """Advice where the model does not know the end-of-turn token; None where it does."""
-    end = numbers["p_end_of_turn"]
-    if end is None or end >= UNKNOWN_END:
+def end_of_turn_advice(statistics: dict[str, Any]) -> dict[str, str] | None:
+    """Return advice if the model does not know the end-of-turn token, None if it does or there is none."""
+    mean = statistics["p_end_of_turn"]
+    if mean is None or mean >= UNKNOWN_END:
         return None
     return {
         "recommendation": (
-            f"put a floor under the weight: --end_of_turn_weight {1 - FLOOR_ALPHA:.1g}, or --dft_alpha "
-            f"{FLOOR_ALPHA:g} or less, of which SFT is one. The model does not know "
-            "that turns end with this token, and with alpha 1 a token of p near 0 gets no gradient, so it "
-            f"would not learn to stop; with {FLOOR_ALPHA:g} every token keeps at least {1 - FLOOR_ALPHA:.0%}"
+            f"set a floor on the token weight: --end_of_turn_weight {1 - FLOOR_ALPHA:.1g}, or --dft_alpha "
+            f"{FLOOR_ALPHA:g} or less. The model does not know that turns end with this token. With alpha 1 "
+            "a token with p near 0 gets no gradient, so the model would not learn to stop; with alpha "
+            f"{FLOOR_ALPHA:g} each token keeps at least {1 - FLOOR_ALPHA:.0%} of the SFT gradient"
         ),
-        "evidence": f"mean p of the end-of-turn tokens {end:.4f}, below {UNKNOWN_END:g}",
+        "evidence": f"mean p of the end-of-turn tokens is {mean:.4f}, below {UNKNOWN_END:g}",
         "source": "w * |gradient| = p * (1 - p); yongliang-wu/DFT issue 14",
     }

@@ -1,4 +1,4 @@
-"""Runs as they lie on disk: `report.json`, or what an older or interrupted run left behind."""
+"""Reading the report of a saved run, from `report.json` or, if there is none, from `trainer_state.json`."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dft.arguments.config_file import RUN_ARGS
 from dft.errors import UserError
+from dft.loss.objectives import OBJECTIVES, Dft, Objective
 
 REPORT = "report.json"
 PICTURE = "report.png"
@@ -31,84 +32,101 @@ EMPTY: dict[str, Any] = {
     "log": [],
     "tokens": [],
 }
-"""What a report has, if nothing is known of a run."""
+"""The fields of a report, with the values they have where nothing is recorded."""
 
 
 def load_report(run: Path) -> dict[str, Any]:
-    """The report of a run, or what `trainer_state.json`, its own or its newest checkpoint's, tells of it.
+    """Load the report of a run.
+
+    A run without `report.json`, because it is older or was interrupted, is read from `trainer_state.json` in
+    its output directory or in its newest checkpoint.
 
     Args:
         run: an output directory, or the `report.json` in it.
 
     Raises:
-        UserError: no such run, or a file that is not what its name says.
+        UserError: the run does not exist, or a file of it cannot be read.
     """
     if not run.exists():
         raise UserError(f"{run}: no such file or folder; give the --output_dir of a run")
     if run.is_file():
-        return report_in(run)
+        return read_report(run)
     if (run / REPORT).is_file():
-        return report_in(run / REPORT)
-    state = state_of(run)
+        return read_report(run / REPORT)
+    state = find_trainer_state(run)
     if state is None:
         raise UserError(
-            f"{run}: holds neither {REPORT} nor {TRAINER_STATE_NAME}, nor a checkpoint with the latter; give "
-            "the --output_dir of a run that has logged something"
+            f"{run}: contains no {REPORT} and no {TRAINER_STATE_NAME}, nor a checkpoint with the latter; "
+            "give the --output_dir of a run that has logged metrics"
         )
-    return report_of_state(run, state)
+    return report_from_state(run, state)
 
 
 def folder_of(run: Path) -> Path:
-    """The output directory that a run is given by."""
+    """Return the output directory of a run that is given by its directory or by its `report.json`."""
     return run.parent if run.is_file() else run
 
 
-def report_in(file: Path) -> dict[str, Any]:
-    """The content of a `report.json`."""
-    report = _object_in(file, f"give the folder above it, or remove it to have {TRAINER_STATE_NAME} read")
-    return {**EMPTY, "name": file.absolute().parent.name, **_with_log(report, "log", file)}
+def read_report(file: Path) -> dict[str, Any]:
+    """Read a `report.json`, and fill in the fields that it lacks.
+
+    Raises:
+        UserError: the file cannot be read, or is not a report.
+    """
+    report = _read_json_object(file, f"remove it, and {TRAINER_STATE_NAME} is read instead")
+    _check_log(report, "log", file)
+    return {**EMPTY, "name": file.absolute().parent.name, **report}
 
 
-def state_of(run: Path) -> Path | None:
-    """The `trainer_state.json` of an output directory, else that of its newest checkpoint that has one."""
-    numbered = [
-        (int(found[1]), place) for place in run.iterdir() if (found := CHECKPOINT.fullmatch(place.name))
+def find_trainer_state(run: Path) -> Path | None:
+    """Return the `trainer_state.json` of a run or of its newest checkpoint; None if there is none."""
+    checkpoints = [
+        (int(match[1]), folder) for folder in run.iterdir() if (match := CHECKPOINT.fullmatch(folder.name))
     ]
-    places = [run, *(place for _, place in sorted(numbered, reverse=True))]
-    return next(
-        (place / TRAINER_STATE_NAME for place in places if (place / TRAINER_STATE_NAME).is_file()), None
-    )
+    folders = [run, *(folder for _, folder in sorted(checkpoints, reverse=True))]
+    files = (folder / TRAINER_STATE_NAME for folder in folders)
+    return next((file for file in files if file.is_file()), None)
 
 
-def report_of_state(run: Path, file: Path) -> dict[str, Any]:
-    """What can be told of a run that has no `report.json`."""
-    state = _with_log(_object_in(file, "name a run whose file is whole"), "log_history", file)
+def report_from_state(run: Path, file: Path) -> dict[str, Any]:
+    """Return the report of a run that has no `report.json`.
+
+    Args:
+        run: the output directory.
+        file: its `trainer_state.json`, or that of one of its checkpoints.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    state = _read_json_object(file, "give a run whose file is complete")
+    _check_log(state, "log_history", file)
     log = state["log_history"]
-    given = arguments_of(run)
+    arguments = read_run_args(run)
     alphas = [record["dft_alpha"] for record in log if "dft_alpha" in record]
-    alpha = alphas[-1] if alphas else given.get("dft_alpha")
-    objective = given.get("objective", "dft")
+    alpha = alphas[-1] if alphas else arguments.get("dft_alpha")
+    objective = arguments.get("objective", "dft")
+    has_alpha = bool(alphas) or issubclass(OBJECTIVES.get(objective, Objective), Dft)
     method = "SFT" if alpha == 0 and objective == "dft" else objective.upper()
     ended = any("train_runtime" in record for record in log)
     return {
         **EMPTY,
-        "name": given.get("run_name") or run.absolute().name,
+        "name": arguments.get("run_name") or run.absolute().name,
         "status": "finished" if ended else f"unknown: read from {file}",
         "method": None if alpha is None else method,
-        "alpha": alpha if alphas or objective in ("dft", "asft") else None,
-        "model": {"name": given["model_name_or_path"]} if "model_name_or_path" in given else {},
-        "arguments": given,
-        "given": given,
+        "alpha": alpha if has_alpha else None,
+        "model": {"name": arguments["model_name_or_path"]} if "model_name_or_path" in arguments else {},
+        "arguments": arguments,
+        "given": arguments,
         "steps": {"done": state.get("global_step", 0), "total": state.get("max_steps", 0)},
         "log": log,
     }
 
 
-def arguments_of(run: Path) -> dict[str, Any]:
-    """The flags in `run_args.yaml`; nothing where it is missing.
+def read_run_args(run: Path) -> dict[str, Any]:
+    """Return the flags in the `run_args.yaml` of a run; an empty dict if there is no such file.
 
     Raises:
-        UserError: the file is no mapping of flags.
+        UserError: the file is not a mapping of flags to values.
     """
     file = run / RUN_ARGS
     if not file.is_file():
@@ -117,14 +135,14 @@ def arguments_of(run: Path) -> dict[str, Any]:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{file}: not valid YAML ({' '.join(str(error).split())}); mend or remove it"
+            f"{file}: not valid YAML ({' '.join(str(error).split())}); fix or remove it"
         ) from None
     if not isinstance(content, dict):
-        raise UserError(f"{file}: not a mapping of flags to values; mend or remove it")
+        raise UserError(f"{file}: not a mapping of flags to values; fix or remove it")
     return content
 
 
-def _object_in(file: Path, remedy: str) -> dict[str, Any]:
+def _read_json_object(file: Path, remedy: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # broken JSON or UTF-8
@@ -136,8 +154,7 @@ def _object_in(file: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-def _with_log(content: dict[str, Any], key: str, file: Path) -> dict[str, Any]:
+def _check_log(content: dict[str, Any], key: str, file: Path) -> None:
     log = content.get(key)
     if not isinstance(log, list) or not all(isinstance(record, dict) for record in log):
-        raise UserError(f"{file}: has no list of records {key!r}; give the --output_dir of a run")
-    return content
+        raise UserError(f"{file}: {key!r} is not a list of records; give the --output_dir of a run")

@@ -1,4 +1,4 @@
-"""The preflight: its numbers against formulas, its advice for models that know much and little, its page."""
+"""The preflight: its statistics against formulas, its advice for strong and weak priors, its page."""
 
 import json
 import re
@@ -18,8 +18,8 @@ from dft.report.preflight_advice import (
     UNKNOWN_END,
     WEAK,
     advice,
-    numbers_of,
     preflight_report,
+    token_statistics,
 )
 from dft.report.terminal.preflight import preflight_lines
 from dft.training.measuring.scoring import TokenTable
@@ -40,99 +40,103 @@ def table(p, *, target=None, file=None) -> TokenTable:
     )
 
 
-def report_of(given: TokenTable, files=("data/a.jsonl", "data/b.jsonl")):
-    return preflight_report(given, files, [END], lambda token: f"<t{token}>", "some/model")
+def report_of(scored: TokenTable, files=("data/a.jsonl", "data/b.jsonl")):
+    return preflight_report(scored, files, [END], lambda token: f"<t{token}>", "some/model")
 
 
-def test_numbers_are_those_of_their_formulas():
+def test_statistics_follow_their_formulas():
     p = [0.9, 0.5, 0.001, 0.25]
-    numbers = numbers_of(table(p, target=[END, 1, END, 2]), [END])
-    assert numbers["avg_p_correct"] == pytest.approx(np.mean(p))
-    assert numbers["nll"] == pytest.approx(-np.mean(np.log(p)))
-    assert numbers["p_end_of_turn"] == pytest.approx((0.9 + 0.001) / 2)
-    # The 1-norm of softmax - onehot, for a softmax that gives the rest to one other token.
-    gradients = [abs(one - 1) + abs(1 - one) for one in p]
-    kept = sum(one * size for one, size in zip(p, gradients, strict=True)) / sum(gradients)
-    assert numbers["gradient_kept"] == pytest.approx(kept)
-    assert numbers["silenced_share"] == 0.25
-    assert numbers["p_histogram"][18] == numbers["p_histogram"][10] == numbers["p_histogram"][0] == 1
-    assert sum(numbers["p_histogram"]) == 4
+    statistics = token_statistics(table(p, target=[END, 1, END, 2]), [END])
+    assert statistics["avg_p_correct"] == pytest.approx(np.mean(p))
+    assert statistics["nll"] == pytest.approx(-np.mean(np.log(p)))
+    assert statistics["p_end_of_turn"] == pytest.approx((0.9 + 0.001) / 2)
+    # The 1-norm of softmax - onehot, for a softmax that gives the remaining probability to one other token.
+    gradients = [abs(probability - 1) + abs(1 - probability) for probability in p]
+    kept = sum(probability * size for probability, size in zip(p, gradients, strict=True)) / sum(gradients)
+    assert statistics["gradient_kept"] == pytest.approx(kept)
+    assert statistics["silenced_share"] == 0.25
+    assert statistics["p_histogram"][18] == statistics["p_histogram"][10] == statistics["p_histogram"][0] == 1
+    assert sum(statistics["p_histogram"]) == 4
 
 
-def test_what_the_weight_keeps_is_what_it_keeps_of_real_gradients():
-    """Against autograd: the 1-norm on the logits of DFT's loss over that of SFT's."""
+def test_gradient_kept_agrees_with_autograd():
+    """The ratio of the 1-norms of the gradients of the DFT and SFT losses on the logits."""
     torch.manual_seed(0)
     logits = (3 * torch.randn(50, 30, dtype=torch.float64)).requires_grad_()
     target = torch.randint(30, (50,))
     nll = torch.nn.functional.cross_entropy(logits, target, reduction="none")
     (sft,) = torch.autograd.grad(nll.sum(), logits, retain_graph=True)
     (dft,) = torch.autograd.grad((nll.neg().exp().detach() * nll).sum(), logits)
-    numbers = numbers_of(table(nll.neg().exp().detach().numpy()), [])
-    assert numbers["gradient_kept"] == pytest.approx((dft.abs().sum() / sft.abs().sum()).item())
-    assert numbers["p_end_of_turn"] is None
+    statistics = token_statistics(table(nll.neg().exp().detach().numpy()), [])
+    assert statistics["gradient_kept"] == pytest.approx((dft.abs().sum() / sft.abs().sum()).item())
+    assert statistics["p_end_of_turn"] is None
 
 
 @pytest.mark.parametrize(
-    ("mean", "begins"),
+    ("mean", "beginning"),
     [
         (STRONG + 0.01, "DFT fits"), (STRONG - 0.01, "no clear answer"), (WEAK + 0.01, "no clear answer"),
         (WEAK - 0.01, "SFT first"),
     ],
 )  # fmt: skip
-def test_the_advice_goes_by_the_mean_probability(mean, begins):
-    (given,) = report_of(table([mean] * 10))["advice"]
-    assert given["recommendation"].startswith(begins)
-    assert f"{mean:.3f}" in given["evidence"] and "2510.00526" in given["source"]
+def test_advice_depends_on_the_mean_probability(mean, beginning):
+    (advised,) = report_of(table([mean] * 10))["advice"]
+    assert advised["recommendation"].startswith(beginning)
+    assert f"{mean:.3f}" in advised["evidence"] and "2510.00526" in advised["source"]
 
 
-def test_an_unknown_end_of_turn_asks_for_a_floor():
-    known = report_of(table([0.9, 0.9, UNKNOWN_END + 0.01], target=[1, 2, END]))["advice"]
-    unknown = report_of(table([0.9, 0.9, UNKNOWN_END - 0.01], target=[1, 2, END]))["advice"]
-    assert len(known) == 1 and len(unknown) == 2
-    assert "--dft_alpha 0.9" in unknown[1]["recommendation"] and "0.0900" in unknown[1]["evidence"]
+def test_an_unknown_end_of_turn_token_causes_advice_to_set_a_floor():
+    above = report_of(table([0.9, 0.9, UNKNOWN_END + 0.01], target=[1, 2, END]))["advice"]
+    below = report_of(table([0.9, 0.9, UNKNOWN_END - 0.01], target=[1, 2, END]))["advice"]
+    assert len(above) == 1 and len(below) == 2
+    assert "--dft_alpha 0.9" in below[1]["recommendation"] and "0.0900" in below[1]["evidence"]
 
 
-def test_files_of_different_priors_are_told_apart():
+def test_files_with_different_priors_are_reported():
     report = report_of(table([0.9] * 3 + [0.02] * 3, file=[0] * 3 + [1] * 3))
     assert report["files"]["a.jsonl"]["avg_p_correct"] == pytest.approx(0.9)
     assert report["files"]["b.jsonl"]["tokens"] == 3
-    (told,) = [one for one in report["advice"] if one["recommendation"].startswith("the files differ")]
-    assert "a.jsonl 0.90 (strong prior)" in told["evidence"] and "b.jsonl 0.02 (weak" in told["evidence"]
-    assert advice(report["whole"], {"a.jsonl": report["files"]["a.jsonl"]})[-1] is not told
+    (of_files,) = [
+        advised for advised in report["advice"] if advised["recommendation"].startswith("the files differ")
+    ]
+    assert "a.jsonl 0.90 (strong prior)" in of_files["evidence"]
+    assert "b.jsonl 0.02 (weak" in of_files["evidence"]
+    assert advice(report["whole"], {"a.jsonl": report["files"]["a.jsonl"]})[-1] is not of_files
 
 
-def test_the_tokens_that_would_be_silenced_are_named_with_how_often_they_occur():
+def test_silenced_tokens_are_listed_with_their_occurrences():
     report = report_of(table([SILENCED / 2] * 3 + [0.9, 0.009], target=[4, 4, 5, 4, 6]))
     assert report["whole"]["silenced"][0] == {"token": 4, "shown": "'<t4>'", "silenced": 2, "of": 3}
-    assert {one["token"] for one in report["whole"]["silenced"]} == {4, 5, 6}
+    assert {entry["token"] for entry in report["whole"]["silenced"]} == {4, 5, 6}
     assert report["whole"]["silenced_share"] == pytest.approx(4 / 5)
 
 
-def test_a_model_that_knows_the_data_and_one_that_does_not_get_opposite_advice(tmp_path):
+def test_advice_before_and_after_training_on_the_data_is_opposite(tmp_path):
     rows = Rows(with_end_token(6))
     arguments = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, max_steps=60, learning_rate=3e-2, save_strategy="no",
         per_device_train_batch_size=6, disable_tqdm=True, lr_scheduler_type="constant", logging_steps=60,
     )  # fmt: skip
     trainer = DFTTrainer(tiny(), arguments, alpha=0.0, train_dataset=rows, end_of_turn_ids=[END])
-    told = []
+    recommendations = []
     for trained in (False, True):
         if trained:
             trainer.train()
         report = preflight_report(trainer.score(rows), rows.files, trainer.end_of_turn_ids, str, "tiny")
-        told.append([one["recommendation"] for one in report["advice"]])
-    assert told[0][0].startswith("SFT first") and told[0][1].startswith("put a floor")
-    assert told[1][0].startswith("DFT fits") and len(told[1]) == 1
+        recommendations.append([advised["recommendation"] for advised in report["advice"]])
+    before, after = recommendations
+    assert before[0].startswith("SFT first") and before[1].startswith("set a floor")
+    assert after[0].startswith("DFT fits") and len(after) == 1
 
 
-def test_the_lines_for_a_terminal_have_every_number_of_every_file():
+def test_printed_lines_hold_every_statistic_of_every_file():
     report = report_of(table([0.9] * 3 + [0.002] * 3, file=[0] * 3 + [1] * 3))
     lines = preflight_lines(report, "runs/x")
     rows = [line.split() for line in lines if re.match(r" {12}(all|[ab]\.jsonl) ", line)]
-    numbers, shares, silenced = rows[:3], rows[3:6], rows[6:]
-    assert [row[0] for row in numbers] == [row[0] for row in shares] == ["all", "a.jsonl", "b.jsonl"]
-    assert numbers[0][1] == "6" and numbers[1][2] == "0.900" and numbers[2][2] == "0.002"
-    assert numbers[2][6] == "-" and numbers[2][8] == "100.0%"
+    statistics, shares, silenced = rows[:3], rows[3:6], rows[6:]
+    assert [row[0] for row in statistics] == [row[0] for row in shares] == ["all", "a.jsonl", "b.jsonl"]
+    assert statistics[0][1] == "6" and statistics[1][2] == "0.900" and statistics[2][2] == "0.002"
+    assert statistics[2][6] == "-" and statistics[2][8] == "100.0%"
     assert [float(share) for share in shares[0][1:11]] == [50.0, *[0.0] * 8, 50.0]
     assert float(shares[1][10]) == float(shares[2][1]) == 100
     assert silenced == [["b.jsonl", "'<t1>'", "3/3"]]
@@ -141,18 +145,18 @@ def test_the_lines_for_a_terminal_have_every_number_of_every_file():
     assert sum(line.startswith("advice") for line in lines) == len(report["advice"])
 
 
-def test_probabilities_that_are_not_numbers_are_one_error():
-    given = table([0.5, 0.5, 0.5])
-    given.nll[1] = np.nan
+def test_nan_probabilities_are_an_error():
+    scored = table([0.5, 0.5, 0.5])
+    scored.nll[1] = np.nan
     with pytest.raises(
-        UserError, match=r"not numbers for 1 of 3 tokens, first in data/a.jsonl:2; its weights"
+        UserError, match=r"NaN probabilities for 1 of 3 tokens, first in data/a.jsonl:2; its weights"
     ):
-        report_of(given)
+        report_of(scored)
 
 
-def test_the_page_is_one_file_and_escapes_what_it_shows(tmp_path):
-    given = table([0.001] * 4, target=[3, 3, 4, END])
-    report = preflight_report(given, ["<b>.jsonl"], [END], lambda token: "</code><script>", "<model>")
+def test_the_page_is_self_contained_and_escapes_its_texts(tmp_path):
+    scored = table([0.001] * 4, target=[3, 3, 4, END])
+    report = preflight_report(scored, ["<b>.jsonl"], [END], lambda token: "</code><script>", "<model>")
     write_preflight(report, tmp_path)
     assert json.loads((tmp_path / "preflight.json").read_text()) == json.loads(json.dumps(report))
     page = (tmp_path / "preflight.html").read_text()
@@ -167,6 +171,6 @@ def test_the_page_is_one_file_and_escapes_what_it_shows(tmp_path):
     assert "SFT first" in page and "<code>--dft_alpha</code>" in page
 
 
-def test_several_files_have_a_histogram_each():
+def test_each_of_several_files_has_a_histogram():
     report = report_of(table([0.9] * 3 + [0.02] * 3, file=[0] * 3 + [1] * 3))
     assert preflight_page(report).count("<svg") == 3

@@ -219,17 +219,17 @@ def test_a_run_without_a_report_is_read_from_its_newest_state(tmp_path):
     ("name", "content", "told"),
     [
         (None, None, "{run}: no such file or folder; give the --output_dir of a run"),
-        ("other.txt", "", "{run}: holds neither report.json nor trainer_state.json, nor a checkpoint"),
+        ("other.txt", "", "{run}: contains no report.json and no trainer_state.json, nor a checkpoint"),
         (
             "report.json",
             '{"log": [',
-            "{run}/report.json: broken JSON (.*); give the folder above it, or remove",
+            "{run}/report.json: broken JSON (.*); remove it, and trainer_state.json",
         ),
         ("report.json", "[]", "{run}/report.json: not a JSON object; "),
-        ("report.json", "{}", "{run}/report.json: has no list of records 'log'; give the --output_dir"),
-        ("report.json", '{"log": [1]}', "{run}/report.json: has no list of records 'log'"),
-        ("trainer_state.json", "", "{run}/trainer_state.json: broken JSON (.*); name a run"),
-        ("trainer_state.json", "{}", "{run}/trainer_state.json: has no list of records 'log_history'"),
+        ("report.json", "{}", "{run}/report.json: 'log' is not a list of records; give the --output_dir"),
+        ("report.json", '{"log": [1]}', "{run}/report.json: 'log' is not a list of records"),
+        ("trainer_state.json", "", "{run}/trainer_state.json: broken JSON (.*); give a run"),
+        ("trainer_state.json", "{}", "{run}/trainer_state.json: 'log_history' is not a list of records"),
     ],
 )
 def test_what_is_no_run_is_one_error_with_its_path(tmp_path, name, content, told):
@@ -245,7 +245,7 @@ def test_broken_flags_of_a_run_are_an_error(tmp_path):
     save(tmp_path / "run", {"log_history": []}, "trainer_state.json")
     for content in ("a: [", "- a"):
         save(tmp_path / "run", content, "run_args.yaml")
-        with pytest.raises(UserError, match=r"run_args\.yaml: not .*; mend or remove it"):
+        with pytest.raises(UserError, match=r"run_args\.yaml: not .*; fix or remove it"):
             load_report(tmp_path / "run")
 
 

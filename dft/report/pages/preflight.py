@@ -1,4 +1,4 @@
-"""The preflight as files: `preflight.json`, and `preflight.html`, one file with nothing to load."""
+"""The files that `--preflight True` writes: `preflight.json`, and a self-contained page, `preflight.html`."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,14 @@ from dft.report.pages.run import render
 
 
 def write_preflight(report: dict[str, Any], folder: Path) -> None:
-    """Writes both into the output directory.
+    """Write `preflight.json` and `preflight.html`.
+
+    Args:
+        report: `preflight_report`.
+        folder: the output directory.
 
     Raises:
-        UserError: they cannot be written there.
+        UserError: the folder cannot be written to.
     """
     with convert_write_errors(folder, "--output_dir"):
         write_atomically(folder / "preflight.json", [json.dumps(report, indent=2, ensure_ascii=False)])
@@ -25,16 +29,11 @@ def write_preflight(report: dict[str, Any], folder: Path) -> None:
 
 
 def preflight_page(report: dict[str, Any]) -> str:
-    """The HTML of `preflight_report`."""
+    """Return the HTML of `preflight_report`."""
     files = report["files"]
     groups = {"all": report["whole"], **(files if len(files) > 1 else {})}
-    figures = [
-        (
-            name,
-            inline_svg(
-                histogram_figure(None, Histogram(0, np.array(one["p_histogram"]))), f"p-{number}", name
-            ),
-        )
-        for number, (name, one) in enumerate(groups.items())
-    ]
+    figures = []
+    for index, (name, statistics) in enumerate(groups.items()):
+        figure = histogram_figure(None, Histogram(0, np.array(statistics["p_histogram"])))
+        figures.append((name, inline_svg(figure, f"p-{index}", name)))
     return render("preflight.html.jinja", report=report, groups=groups, figures=figures)

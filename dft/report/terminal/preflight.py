@@ -1,4 +1,4 @@
-"""The preflight report as lines of text."""
+"""The lines that `--preflight True` prints."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,44 +7,64 @@ from dft.report.preflight_advice import SILENCED
 
 
 def preflight_lines(report: dict[str, Any], folder: str) -> list[str]:
-    """The report for a terminal."""
+    """Return the preflight report as lines of text.
+
+    Args:
+        report: `preflight_report`.
+        folder: where the report was written.
+    """
     groups = {"all": report["whole"], **(report["files"] if len(report["files"]) > 1 else {})}
     width = max(4, *map(len, groups))
-    lines = [
-        "preflight   the untouched model on a sample of the training data; nothing was trained",
-        f"            {'':<{width}}  {'tokens':>9}  mean p     nll  entropy    acc  p end  kept  silenced",
-    ]
-    for name, one in groups.items():
-        end = "    -" if one["p_end_of_turn"] is None else f"{one['p_end_of_turn']:5.3f}"
-        lines.append(
-            f"            {name:<{width}}  {one['tokens']:>9,}  {one['avg_p_correct']:6.3f}  "
-            f"{one['nll']:6.3f}  {one['entropy']:7.3f}  {one['acc']:5.3f}  {end}"
-            f"  {100 * one['gradient_kept']:3.0f}%  {100 * one['silenced_share']:7.1f}%"
-        )
-    lines += [
-        "            p end: of end-of-turn tokens; kept: DFT's share of SFT's gradient, sum(w |g|) / "
-        "sum(|g|);",
-        f"            silenced: tokens with p < {SILENCED:g}, which DFT leaves as they are",
-        f"{'p':<12}{'from':<{width}}  {'  '.join(f'{tenth / 10:4.1f}' for tenth in range(10))}",
-    ]
-    for name, one in groups.items():
-        shares = "  ".join(f"{share:4.1f}" for share in tenths(one["p_histogram"]))
-        lines.append(f"            {name:<{width}}  {shares}  % of the tokens")
-    for name, one in groups.items():
-        if one["silenced"]:
-            told = ", ".join(f"{of['shown']} {of['silenced']:,}/{of['of']:,}" for of in one["silenced"])
-            lines.append(f"{'silenced' if name == 'all' else '':<12}{name:<{width}}  {told}")
-    for one in report["advice"]:
+    lines = [*_statistics_lines(groups, width), *_histogram_lines(groups, width)]
+    for name, statistics in groups.items():
+        if statistics["silenced"]:
+            tokens = ", ".join(
+                f"{token['shown']} {token['silenced']:,}/{token['of']:,}" for token in statistics["silenced"]
+            )
+            lines.append(f"{'silenced' if name == 'all' else '':<12}{name:<{width}}  {tokens}")
+    for advice in report["advice"]:
         lines += [
-            f"advice      {one['recommendation']}",
-            f"            because: {one['evidence']}",
-            f"            source: {one['source']}",
+            f"advice      {advice['recommendation']}",
+            f"            because: {advice['evidence']}",
+            f"            source: {advice['source']}",
         ]
     lines.append(f"report      {folder}/preflight.json, {folder}/preflight.html")
     return lines
 
 
+def _statistics_lines(groups: dict[str, dict[str, Any]], width: int) -> list[str]:
+    lines = [
+        "preflight   scores of the model before training, on a sample of the training data",
+        f"            {'':<{width}}  {'tokens':>9}  mean p     nll  entropy    acc  p end  kept  silenced",
+    ]
+    for name, statistics in groups.items():
+        p_end = statistics["p_end_of_turn"]
+        end = "    -" if p_end is None else f"{p_end:5.3f}"
+        lines.append(
+            f"            {name:<{width}}  {statistics['tokens']:>9,}  {statistics['avg_p_correct']:6.3f}  "
+            f"{statistics['nll']:6.3f}  {statistics['entropy']:7.3f}  {statistics['acc']:5.3f}  {end}"
+            f"  {100 * statistics['gradient_kept']:3.0f}%  {100 * statistics['silenced_share']:7.1f}%"
+        )
+    return [
+        *lines,
+        "            p end: mean p of end-of-turn tokens; kept: share of the SFT gradient that DFT keeps,",
+        f"            sum(w |g|) / sum(|g|); silenced: tokens with p < {SILENCED:g}, which DFT barely trains",
+    ]
+
+
+def _histogram_lines(groups: dict[str, dict[str, Any]], width: int) -> list[str]:
+    lines = [f"{'p':<12}{'from':<{width}}  {'  '.join(f'{tenth / 10:4.1f}' for tenth in range(10))}"]
+    for name, statistics in groups.items():
+        shares = "  ".join(f"{share:4.1f}" for share in tenths(statistics["p_histogram"]))
+        lines.append(f"            {name:<{width}}  {shares}  % of the tokens")
+    return lines
+
+
 def tenths(counts: Sequence[int]) -> list[float]:
-    """Percent of the tokens in each tenth of [0, 1], of counts in twentieths."""
+    """Return the percentage of tokens in each tenth of [0, 1].
+
+    Args:
+        counts: of tokens in each twentieth of [0, 1].
+    """
     total = max(sum(counts), 1)
     return [100 * sum(counts[start : start + 2]) / total for start in range(0, len(counts), 2)]
