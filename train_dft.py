@@ -87,7 +87,7 @@ def main() -> None:
     stops = stop_token_ids(arguments.model.model_name_or_path, arguments.model.trust_remote_code)
     wanted = arguments.data
     encoder = ChatEncoder(tokenizer, stops, template_variables(wanted), template_date(wanted))
-    if encoder.template.template.writes_date:
+    if encoder.template.writes_date:
         say(f"the chat template writes today's date: it is {wanted.chat_template_date} for all conversations")
     data = prepare_data(arguments, encoder)
     if arguments.data.debug_data_processing:

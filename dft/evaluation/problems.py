@@ -9,7 +9,7 @@ from dft.data.conversations.conversation import Conversation, parse_conversation
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.forms import append_answer
 from dft.data.templates.encoder import ChatEncoder
-from dft.data.templates.template import Chat
+from dft.data.templates.template import AdaptedChat
 from dft.errors import UserError
 
 
@@ -38,12 +38,12 @@ class Problem:
 
     def prompt_ids(self, encoder: ChatEncoder) -> list[int]:
         """The tokens a model is given: those that precede the last turn in training."""
-        chat = Chat(encoder.template.template, self.conversation)
+        chat = AdaptedChat(encoder.template, self.conversation)
         try:
             text = chat.render(len(chat.messages) - 1, prompt=True)
         except BadLine as error:
             raise UserError(f"--data {self.file}:{self.line}: {error}") from None
-        return encoder.ids_of(text)
+        return encoder.text_tokenizer.token_ids(text)
 
 
 def turn_endings(problems: Sequence[Problem], encoder: ChatEncoder) -> list[str]:

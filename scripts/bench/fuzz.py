@@ -37,7 +37,8 @@ with atheris.instrument_imports(include=["dft", "jinja2", "yaml", "json"]):
     from dft.data.reading.sources import Source, split_suffix
     from dft.data.reading.text import read_batches
     from dft.data.sandbox.limits import LimitExceeded
-    from dft.data.templates.spans import ChatTemplate
+    from dft.data.templates.renderer import ConversationRenderer
+    from dft.data.templates.template import ChatTemplate
     from dft.data.templates.tokenizer import CHATML
     from dft.errors import UserError
 
@@ -152,8 +153,9 @@ def render(raw: bytes, folder: Path) -> None:
         return
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
-        template = ChatTemplate(source, {"eos_token": "<|im_end|>"}, {"<|im_end|>": 1}, {"<|im_start|>"})
-        for rendering in template.render(conversation):
+        template = ChatTemplate(source, {"eos_token": "<|im_end|>"})
+        renderer = ConversationRenderer(template, {"<|im_end|>": 1}, {"<|im_start|>"})
+        for rendering in renderer.render(conversation):
             ends = [0, *(place for span in rendering.spans for place in span), len(rendering.text)]
             assert ends == sorted(ends) and rendering.spans
     except (jinja2.TemplateSyntaxError, SyntaxError, RecursionError):

@@ -171,7 +171,7 @@ TEMPLATES = [
     template(
         "template-without-content",
         "{% for m in messages %}{{ m.role }}{% endfor %}",
-        "does not render what the user says",
+        "does not render the content of user turns",
     ),
 ]
 

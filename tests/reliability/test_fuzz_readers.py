@@ -20,8 +20,8 @@ from dft.data.conversations.faults import BadLine
 from dft.data.reading.sources import Source, split_suffix
 from dft.data.reading.text import read_batches
 from dft.data.sandbox.limits import LimitExceeded
-from dft.data.templates.spans import ChatTemplate
-from dft.data.templates.template import Template
+from dft.data.templates.renderer import ConversationRenderer
+from dft.data.templates.template import ChatTemplate
 from dft.data.templates.tokenizer import CHATML, check_template
 from dft.errors import UserError
 from tests.data.templates.chat_templates import (
@@ -168,8 +168,8 @@ def test_templates_render_or_are_refused(source, rows):
     try:
         conversation = parse_conversation(text.encode())
         check_parsed(source)
-        template = ChatTemplate(source, {}, {"<|im_end|>": 1}, {"<|im_start|>"})
-        renderings = template.render(conversation)
+        template = ChatTemplate(source, {})
+        renderings = ConversationRenderer(template, {"<|im_end|>": 1}, {"<|im_start|>"}).render(conversation)
     except (BadLine, UserError, LimitExceeded):
         return
     for one in renderings:
@@ -180,7 +180,7 @@ def test_templates_render_or_are_refused(source, rows):
 def check_parsed(source: str) -> None:
     """Check that `check_template` refuses a template. It forks, so it is called only on failures."""
     try:
-        Template(source, {})
+        ChatTemplate(source, {})
     except (jinja2.TemplateSyntaxError, SyntaxError, RecursionError):
         check_template(source, "--chat_template t", ":")
         raise AssertionError("check_template let it pass") from None

@@ -19,7 +19,7 @@ from dft.data.preparing.cache import CONTENTS, file_entry
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.prepare import PreparedData, prepare
 from dft.data.templates.encoder import ChatEncoder
-from dft.data.templates.template import Template
+from dft.data.templates.template import ChatTemplate
 from dft.data.templates.tokenizer import load_tokenizer
 from dft.errors import UserError
 from dft.training.model.loading import load_model
@@ -97,7 +97,7 @@ def test_pickled_weights_next_to_safetensors_are_not_loaded(folder, tmp_path):
 
 
 def test_templates_are_rendered_in_the_sandbox():
-    assert isinstance(Template(CHATML, {}).compiled.environment, ImmutableSandboxedEnvironment)
+    assert isinstance(ChatTemplate(CHATML, {}).compiled.jinja.environment, ImmutableSandboxedEnvironment)
 
 
 def test_template_limits_do_not_apply_to_this_process(encoder, tmp_path):

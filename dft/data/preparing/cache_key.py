@@ -45,9 +45,9 @@ def cache_key(
         "options": asdict(options),
         "template": template.source,
         "variables": template.variables,
-        "today": str(template.template.today) if template.template.writes_date else None,
+        "today": str(template.today) if template.writes_date else None,
         "special_tokens": template.special_tokens,
-        "stops": template.stops,
+        "stops": encoder.renderer.stops,
         "files": [
             [(source.kind, source.compression, source.entry, source.rows_before) for source in group]
             for group in sources.values()

@@ -148,8 +148,8 @@ def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, chunk: RecordChun
         except UserError as error:
             raise UserError(f"{chunk.file}:{record.line}: {error}") from None
     result = _concatenate(kept, rejected, counts)
-    if encoder.unknown_ids:
-        counts.unknown = int(np.isin(result.input_ids, [*encoder.unknown_ids]).sum())
+    if encoder.text_tokenizer.unknown_ids:
+        counts.unknown = int(np.isin(result.input_ids, [*encoder.text_tokenizer.unknown_ids]).sum())
     return result
 
 

@@ -109,5 +109,5 @@ def _encoded_chunks(
 
 def encode_within_limits(encoder: ChatEncoder, options: EncodeOptions, chunk: RecordChunk) -> EncodedChunk:
     """Run `encode_chunk` with the limits of `dft.data.sandbox.limits`, which may end this process."""
-    encoder.template.template.limited = True
+    encoder.template.compiled.limited = True
     return encode_chunk(encoder, options, chunk)

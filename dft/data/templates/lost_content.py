@@ -1,7 +1,8 @@
-"""What a chat template leaves out: a line whose tools, calls, reasoning or content would be lost is bad.
+"""Detection of content that a chat template drops: tools, tool calls, reasoning or the text of a turn.
 
-A template drops without a word what it was not written for, and the model would be taught an answer that
-lacks it. Whether a text gets through is asked with a placeholder, since short texts occur by chance.
+A template drops silently what it was not written for, and the model would be trained on answers that lack it.
+Such conversations are rejected. Whether a text is rendered is tested with a placeholder in its place, because
+short texts also occur in a rendering by chance.
 """
 
 import json
@@ -9,117 +10,128 @@ from os.path import commonprefix
 
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.turns import REASONING_KEYS
-from dft.data.templates.template import PLACEHOLDER, Chat, Message, reasoning_of
+from dft.data.templates.messages import PLACEHOLDER, Message, reasoning_field, reasoning_of
+from dft.data.templates.template import AdaptedChat
 
 REMEDY = "pass a template that renders it (--chat_template)"
 NO_CALLS = f"does not render its tool calls; write them into 'content', or {REMEDY}"
 NO_REASONING = f"does not render its reasoning; put it into 'content', or {REMEDY}"
-TAKES_REASONING = f"takes the reasoning in front of </think> out of 'content'; {REMEDY}"
+REMOVES_REASONING = f"removes the reasoning before </think> from 'content'; {REMEDY}"
 NO_CONTENT = (
-    f"does not render the 'content' of a turn that also calls tools or reasons; take it out, or {REMEDY}"
+    f"does not render the 'content' of a turn that also has tool calls or reasoning; remove it, or {REMEDY}"
 )
-THINKS_ALREADY = (
-    "ends the thinking in the prompt already, as with enable_thinking false, so the model would be taught "
-    "reasoning that it never begins; take the reasoning out, or let the template think"
+PROMPT_CLOSES_THINKING = (
+    "closes the thinking block in the prompt already, as with enable_thinking false, so the model would be "
+    "trained on reasoning that it never starts; remove the reasoning, or let the template open the block"
 )
 KINDS = {
     NO_CALLS: "tool calls are not rendered",
     NO_REASONING: "reasoning is not rendered",
-    TAKES_REASONING: "reasoning is not rendered",
-    NO_CONTENT: "content beside tool calls or reasoning is not rendered",
-    THINKS_ALREADY: "reasoning behind a prompt that ends it",
+    REMOVES_REASONING: "reasoning is not rendered",
+    NO_CONTENT: "content next to tool calls or reasoning is not rendered",
+    PROMPT_CLOSES_THINKING: "reasoning after a prompt that closes it",
 }
-CERTAIN = 24
-"""Characters from which on a text is not found in a rendering by chance."""
+UNAMBIGUOUS_LENGTH = 24
+"""Length in characters from which a text that is found in a rendering is not there by chance."""
 
 
-def check_tools(chat: Chat, full: str) -> None:
-    """Raises `BadLine` where definitions of tools change nothing in `full`, the rendering."""
-    if chat.template.render(chat.messages, {**chat.context, "tools": None}) == full:
+def check_tools(chat: AdaptedChat, rendered: str) -> None:
+    """Check that the tool definitions of a conversation change its rendering.
+
+    Raises:
+        BadLine: the rendering without tools is the same.
+    """
+    if chat.template.render(chat.messages, {**chat.context, "tools": None}) == rendered:
         raise BadLine(
             f"the chat template does not render 'tools'; put them into a system turn, or {REMEDY}",
             "tools are not rendered",
         )
 
 
-def check_calls(chat: Chat) -> None:
-    """Raises `BadLine` where a call is not rendered; for templates that do not render the call of a probe."""
+def check_calls(chat: AdaptedChat) -> None:
+    """Check that every tool call is rendered, for templates that do not render the probe's tool call.
+
+    Raises:
+        BadLine: a tool call is not rendered.
+    """
     for index, message in enumerate(chat.conversation.messages):
         if not message.get("tool_calls"):
             continue
         calls = [
             {**call, "function": {**call["function"], "name": PLACEHOLDER}} for call in message["tool_calls"]
         ]
-        asked = chat.template.suited({**message, "tool_calls": calls})
-        if PLACEHOLDER not in chat.render(index, asked):
-            raise left_out(index, NO_CALLS)
+        probe = chat.template.adapt({**message, "tool_calls": calls})
+        if PLACEHOLDER not in chat.render(index, probe):
+            raise _lost(index, NO_CALLS)
 
 
-def check_thinking(chat: Chat, index: int, prompt: str, upto: str) -> None:
-    """Raises `BadLine` for a turn with reasoning whose prompt closes an empty think block.
+def check_thinking(chat: AdaptedChat, index: int, prompt: str, transcript: str) -> None:
+    """Check that the prompt of a turn with reasoning does not close the thinking block.
 
     Args:
-        prompt: what the model gets at inference in front of the turn.
-        upto: the rendering that ends with the turn.
+        chat: the conversation.
+        index: index of the turn.
+        prompt: the prompt of the turn at inference.
+        transcript: rendering of the conversation up to and including the turn.
+
+    Raises:
+        BadLine: the prompt closes the block before the turn begins.
     """
-    shared = len(commonprefix([prompt, upto]))
-    closed = "</think>" in prompt[shared:] and "</think>" in upto[shared:]
-    if closed and thought_of(chat.conversation.messages[index]):
-        raise left_out(index, THINKS_ALREADY)
+    shared = len(commonprefix([prompt, transcript]))
+    is_closed = "</think>" in prompt[shared:] and "</think>" in transcript[shared:]
+    if is_closed and reasoning_of(chat.conversation.messages[index]):
+        raise _lost(index, PROMPT_CLOSES_THINKING)
 
 
-def omission(chat: Chat, index: int, rendered: str, *following: Message) -> BadLine | None:
-    """What of a turn's calls, reasoning and content its rendering lacks, as what is wrong with the line.
+def find_lost_content(chat: AdaptedChat, index: int, rendered: str, *following: Message) -> BadLine | None:
+    """Return an error if tool calls, reasoning or content of a turn are missing in its rendering, else None.
 
     Args:
-        rendered: the turn as the template writes it.
-        following: the messages behind it, where it was rendered with them.
+        chat: the conversation.
+        index: index of the turn.
+        rendered: the rendering of this turn only.
+        following: adapted messages after the turn that `rendered` was made with.
     """
     message = chat.conversation.messages[index]
     content = message["content"]
 
-    def survives(text: str, aside: str, asked: Message) -> bool:
-        # Placed where a text is not found (a template may indent or escape it) or too short to be sure that
-        # it is not another part of the turn, or the template's own words.
-        if not text or (len(text) >= CERTAIN and text in rendered and text not in aside):
+    def is_rendered(text: str, other_text: str, probe: Message) -> bool:
+        # A probe is needed if the text is not found (a template may indent or escape it), or if it could be
+        # found by chance: in another part of the turn or in the template's own text.
+        if not text:
             return True
-        return PLACEHOLDER in chat.render(index, chat.template.suited(asked), *following)
+        if len(text) >= UNAMBIGUOUS_LENGTH and text in rendered and text not in other_text:
+            return True
+        return PLACEHOLDER in chat.render(index, chat.template.adapt(probe), *following)
 
-    if len(message) > 2:
+    if len(message) > 2:  # more than role and content
         for call in message.get("tool_calls", ()):
             name = call["function"]["name"]
             if name not in rendered and json.dumps(name, ensure_ascii=False)[1:-1] not in rendered:
-                return left_out(index, NO_CALLS)
-        reasoning = (reasoning_of(message) or "").strip()
-        others = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-        if not survives(reasoning, content, {**others, "reasoning_content": PLACEHOLDER}):
-            return left_out(index, NO_REASONING)
-        aside = f"{reasoning}{json.dumps(message.get('tool_calls'), ensure_ascii=False)}"
-        if "</think>" not in content and not survives(
-            content.strip(), aside, {**message, "content": PLACEHOLDER}
+                return _lost(index, NO_CALLS)
+        reasoning = (reasoning_field(message) or "").strip()
+        without_reasoning = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+        if not is_rendered(reasoning, content, {**without_reasoning, "reasoning_content": PLACEHOLDER}):
+            return _lost(index, NO_REASONING)
+        other_text = f"{reasoning}{json.dumps(message.get('tool_calls'), ensure_ascii=False)}"
+        if "</think>" not in content and not is_rendered(
+            content.strip(), other_text, {**message, "content": PLACEHOLDER}
         ):
-            return left_out(index, NO_CONTENT)
+            return _lost(index, NO_CONTENT)
     before, closed, after = content.partition("</think>")
     head, opened, thought = before.rpartition("<think>")
-    if closed and not survives(
-        thought.strip(), head + after, {**message, "content": f"{head}{opened}{PLACEHOLDER}{closed}{after}"}
-    ):
-        return left_out(index, TAKES_REASONING)
+    probe = {**message, "content": f"{head}{opened}{PLACEHOLDER}{closed}{after}"}
+    if closed and not is_rendered(thought.strip(), head + after, probe):
+        return _lost(index, REMOVES_REASONING)
     return None
 
 
-def thought_of(message: Message) -> str:
-    """A turn's reasoning, under a key of its own or in front of </think> in the content; "" without any."""
-    thought, closed, _ = message["content"].partition("</think>")
-    return (reasoning_of(message) or (thought.rpartition("<think>")[2] if closed else "")).strip()
-
-
-def left_out(index: int, what: str) -> BadLine:
+def _lost(index: int, what: str) -> BadLine:
     return BadLine(f"messages[{index}]: the chat template {what}", KINDS[what])
 
 
-def unread(role: str) -> BadLine:
-    """What is wrong with every conversation under a template that leaves out what a role says."""
+def unrendered_role_error(role: str) -> BadLine:
+    """Return the error for all conversations of a template that drops the content of a role."""
     return BadLine(
-        f"the chat template does not render what the {role} says; {REMEDY}", "content is not rendered"
+        f"the chat template does not render the content of {role} turns; {REMEDY}", "content is not rendered"
     )

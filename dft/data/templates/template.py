@@ -1,7 +1,7 @@
-"""Calling a chat template, and what it wants to be called with, found out by probes."""
+"""Chat template, with probes that find out in which form it expects messages."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -9,65 +9,50 @@ from itertools import product
 from os.path import commonprefix
 from typing import Any
 
-import jinja2
-from transformers.utils.chat_template_utils import (
-    _alias_reasoning_fields,
-    _compile_jinja_template,
-    _render_with_assistant_indices,
-)
+from transformers.utils.chat_template_utils import _alias_reasoning_fields
 
 from dft.data.conversations.conversation import Conversation
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.turns import REASONING_KEYS
-from dft.data.sandbox.limits import (
-    EXCEEDS_TEXT,
-    MAX_RENDERED_CHARACTERS,
-    LimitExceeded,
-    start_cpu_timer,
-    stop_cpu_timer,
-)
+from dft.data.templates.compiled_template import CompiledTemplate
+from dft.data.templates.messages import PLACEHOLDER, Message, as_parts, with_text_arguments
 
-Message = dict[str, Any]
-Rendered = tuple[str, list[tuple[int, int]]]
-"""A text, and where in it stands what {% generation %} blocks hold."""
-REFUSED = "the chat template refuses the conversation"
-PLACEHOLDER = "Zq7Placeholder7qZ"
-"""Stands for a text where only what the template does with it, or writes around it, matters. Any word will
-do: it is looked for from the end of a rendering, behind all other messages."""
 ARGUMENT = "zq7argument"
-"""Stands for the name of an argument in a probe."""
+"""Name of the argument in the tool call of a probe."""
 DATE = date(2024, 7, 26)
-"""Today, for templates that write the date, unless another is asked for. It stands still, so that the same
-data is the same tokens tomorrow, on every rank, and when a run is resumed. It is the day that Llama 3's
-templates write themselves when they are given none."""
-FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What an expression of a template can raise on data it was not written for."""
+"""Default date for templates that write today's date.
+
+The date is fixed so that the same data gives the same tokens on every day, on every rank and after a resume.
+It is the date that Llama 3 templates write if they are given none.
+"""
 
 
 @dataclass(frozen=True)
 class CallStyle:
-    """How a template wants tool calls.
+    """The form in which a template expects tool calls.
 
     Attributes:
-        arguments_as_text: as a string of JSON, where it concatenates them (DeepSeek V3).
-        content_as_null: a turn of nothing but calls has null for its content, not "" (DeepSeek R1).
+        arguments_as_text: arguments are a JSON string, because the template concatenates them (DeepSeek V3).
+        content_as_null: the content of a turn with only tool calls is null, not "" (DeepSeek R1).
     """
 
     arguments_as_text: bool = False
     content_as_null: bool = False
 
 
-class Template:
-    """A compiled chat template.
+class ChatTemplate:
+    """A chat template that adapts messages to the form it expects before it renders them.
 
     Args:
-        source: Jinja.
-        special_tokens: what the template may write by name (`bos_token`, `eos_token`, ...).
-        variables: what else it gets for every conversation; those of a conversation win.
-        today: what `strftime_now` takes for today.
+        source: Jinja source.
+        special_tokens: tokens that the template may write by name (`bos_token`, `eos_token`, ...).
+        variables: further variables for all conversations; the variables of a conversation take precedence.
+        today: the date that `strftime_now` returns.
 
     Attributes:
-        limited: whether a rendering that takes too long ends this process. To be set where that is no loss.
+        compiled: the compiled template. Set `compiled.limited` in worker processes.
+        writes_date: whether the template may write today's date.
+        defaults: the variables of a conversation without any of its own.
     """
 
     def __init__(
@@ -77,241 +62,207 @@ class Template:
         variables: Mapping[str, Any] | None = None,
         today: date = DATE,
     ) -> None:
-        self.limited = False
-        self.writes_date = "strftime_now" in source
-        self.today = today
+        self.source = source
         self.special_tokens = dict(special_tokens)
         self.variables = dict(variables or {})
-        self.tags_spans = has_generation_tags(source)
-        # Private functions of transformers, whose version is pinned: its `render_jinja_template` would first
-        # rebuild every value it is given, which takes longer than the rendering. It guards templates against
-        # objects with methods; ours are plain data out of JSON, and the sandbox keeps a template from
-        # changing them.
-        self.compiled = _compile_jinja_template(source)
+        self.today = today
+        self.writes_date = "strftime_now" in source
+        self.compiled = CompiledTemplate(source)
         self.defaults = self.context()
         self._headers: dict[str, str] = {}
 
-    # ---- calling ----
+    # ---- rendering ----
 
     def context(
         self, variables: Mapping[str, Any] | None = None, tools: list[dict[str, Any]] | None = None
     ) -> dict[str, Any]:
-        """Everything the renderings of a conversation get but its messages."""
-        merged = {
+        """Return everything that the renderings of a conversation need except its messages."""
+        return {
             "documents": None,
             "strftime_now": self.today.strftime,
             **self.special_tokens,
             **self.variables,
+            **(variables or {}),
+            "tools": tools,
         }
-        if variables:
-            merged.update(variables)
-        merged["tools"] = tools
-        return merged
 
     def render(
         self, messages: list[Message], context: Mapping[str, Any], add_generation_prompt: bool = False
     ) -> str:
-        """The text of messages that went through `suited`.
+        """Return the rendering of adapted messages.
 
         Raises:
-            BadLine: the template refuses these messages.
-            LimitExceeded: it writes too much text.
+            BadLine: the template raises an error on these messages.
+            LimitExceeded: the text is too long.
         """
-        options = {**context, "messages": messages, "add_generation_prompt": add_generation_prompt}
-        return self._limited(lambda: (self.compiled.render(options), []))[0]
+        return self.compiled.render(
+            {**context, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        )
 
     def render_tagged(
         self, messages: list[Message], context: Mapping[str, Any]
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The same, with the [start, end) characters of what stands in {% generation %} blocks."""
-        options = {**context, "messages": messages, "add_generation_prompt": False}
-        return self._limited(lambda: _render_with_assistant_indices(self.compiled, **options))
-
-    def _limited(self, render: Callable[[], Rendered]) -> Rendered:
-        if self.limited:
-            start_cpu_timer()
-        try:
-            rendered = render()
-        except (jinja2.TemplateError, *FAILURES) as error:
-            raise refusal(error) from None
-        finally:
-            if self.limited:
-                stop_cpu_timer()
-        if len(rendered[0]) > MAX_RENDERED_CHARACTERS:
-            raise LimitExceeded(EXCEEDS_TEXT)
-        return rendered
+        """Like `render`, with the [start, end) character ranges of {% generation %} blocks."""
+        return self.compiled.render_tagged({**context, "messages": messages, "add_generation_prompt": False})
 
     def shows(self, text: str, messages: list[Message], context: Mapping[str, Any]) -> bool:
-        """Whether a text gets into the rendering of messages; not where the template refuses them."""
+        """Return whether the rendering of some messages contains a text; False if they raise an error."""
         try:
             return text in self.render(messages, context)
         except BadLine:
             return False
 
-    # ---- messages as the template wants them ----
+    # ---- adapting messages ----
 
-    def suited(self, message: Message) -> Message:
-        """A message in the shape that this template renders: content in parts, reasoning by all its names."""
+    def adapt(self, message: Message) -> Message:
+        """Return a message in the form that this template renders.
+
+        Content becomes a list of parts if the template needs that, tool calls follow `call_style`, and
+        reasoning is stored under every key that templates use.
+        """
         if len(message) == 2 and not self.roles_in_parts:
-            return message  # role and content, by far the most
-        made = dict(message)
-        if any(made.get(name) for name in REASONING_KEYS):
-            (made,) = _alias_reasoning_fields([made])
-        if made.get("tool_calls"):
+            return message  # role and content: the common case
+        adapted = dict(message)
+        if any(adapted.get(name) for name in REASONING_KEYS):
+            (adapted,) = _alias_reasoning_fields([adapted])
+        if adapted.get("tool_calls"):
             style = self.call_style or CallStyle()
             if style.arguments_as_text:
-                made["tool_calls"] = [_with_text_arguments(call) for call in made["tool_calls"]]
-            if style.content_as_null and not made["content"]:
-                made["content"] = None
-        if made["role"] in self.roles_in_parts and made["content"] is not None:
-            made["content"] = in_parts(made["content"])
-        return made
+                adapted["tool_calls"] = [with_text_arguments(call) for call in adapted["tool_calls"]]
+            if style.content_as_null and not adapted["content"]:
+                adapted["content"] = None
+        if adapted["role"] in self.roles_in_parts and adapted["content"] is not None:
+            adapted["content"] = as_parts(adapted["content"])
+        return adapted
 
     def turn(self, role: str, content: str) -> Message:
-        """A message of text, suited."""
-        return self.suited({"role": role, "content": content})
+        """Return an adapted message of plain text."""
+        return self.adapt({"role": role, "content": content})
 
     # ---- probes ----
 
     @cached_property
     def roles_in_parts(self) -> frozenset[str]:
-        """The roles whose content must be a list of parts: as a string it fails or vanishes."""
-        before = {"user": (), "assistant": ("user",), "system": (), "tool": ("user", "assistant")}
-        found: set[str] = set()
+        """Roles whose content must be a list of parts, since the template fails on or drops a string."""
+        earlier_roles = {"user": (), "assistant": ("user",), "system": (), "tool": ("user", "assistant")}
+        in_parts: set[str] = set()
 
         def message(role: str, text: str, parts: bool) -> Message:
-            return {"role": role, "content": in_parts(text) if parts else text}
+            return {"role": role, "content": as_parts(text) if parts else text}
 
-        for role, roles in before.items():
-            chat = [message(one, ".", one in found) for one in roles]
-            behind = [message("user", ".", "user" in found)] if role == "system" else []
-            as_text, as_parts = (
-                self.shows(PLACEHOLDER, [*chat, message(role, PLACEHOLDER, parts), *behind], self.defaults)
+        for role, before in earlier_roles.items():
+            history = [message(earlier, ".", earlier in in_parts) for earlier in before]
+            after = [message("user", ".", "user" in in_parts)] if role == "system" else []
+            shows_text, shows_parts = (
+                self.shows(PLACEHOLDER, [*history, message(role, PLACEHOLDER, parts), *after], self.defaults)
                 for parts in (False, True)
             )
-            if as_parts and not as_text:
-                found.add(role)
-        return frozenset(found)
+            if shows_parts and not shows_text:
+                in_parts.add(role)
+        return frozenset(in_parts)
 
     @cached_property
-    def leaves_out(self) -> str | None:
-        """The role, user or assistant, whose content does not get into an ordinary conversation."""
+    def unrendered_role(self) -> str | None:
+        """The role, "user" or "assistant", whose content the template drops; None if it drops neither."""
         for role in ("user", "assistant"):
-            said = {"user": ".", "assistant": "."} | {role: PLACEHOLDER}
+            contents = {"user": ".", "assistant": "."} | {role: PLACEHOLDER}
             try:
-                text = self.render([self.turn(*one) for one in said.items()], self.defaults)
+                text = self.render([self.turn(*item) for item in contents.items()], self.defaults)
             except BadLine:
-                return None  # a template that wants other conversations
+                return None  # the template expects other conversations than this one
             if PLACEHOLDER not in text:
                 return role
         return None
 
     @cached_property
     def call_style(self) -> CallStyle | None:
-        """How this template wants tool calls; None where no way gets a call with its arguments rendered."""
-        asked = self.turn("user", ".")
-        empty = in_parts("") if "assistant" in self.roles_in_parts else ""
+        """The form in which the template renders tool calls with their arguments; None if there is none."""
+        question = self.turn("user", ".")
+        empty = as_parts("") if "assistant" in self.roles_in_parts else ""
         for as_null, as_text in product((False, True), (False, True)):
             function = {"name": "f", "arguments": {ARGUMENT: PLACEHOLDER}}
-            # Nine letters and digits, which Mistral's templates insist on.
+            # Mistral templates require ids of nine letters and digits.
             call = {"type": "function", "id": "call00001", "function": function}
             answer = {
                 "role": "assistant",
                 "content": None if as_null else empty,
-                "tool_calls": [_with_text_arguments(call) if as_text else call],
+                "tool_calls": [with_text_arguments(call) if as_text else call],
             }
             try:
-                text = self.render([asked, answer], self.defaults)
+                text = self.render([question, answer], self.defaults)
             except BadLine:
                 continue
-            # Python's repr and JSON inside of JSON are what the wrong type gives.
-            spoiled = f"'{ARGUMENT}'" in text or f'\\"{ARGUMENT}' in text
-            if ARGUMENT in text and PLACEHOLDER in text and not spoiled:
+            # Arguments of the wrong type are rendered as a Python dict or as JSON inside a JSON string.
+            wrong_type = f"'{ARGUMENT}'" in text or f'\\"{ARGUMENT}' in text
+            if ARGUMENT in text and PLACEHOLDER in text and not wrong_type:
                 return CallStyle(arguments_as_text=as_text, content_as_null=as_null)
         return None
 
     @cached_property
     def renders_tools(self) -> bool:
-        """Whether definitions of tools get into an ordinary conversation."""
+        """Whether the template renders tool definitions in an ordinary conversation."""
         parameters = {"type": "object", "properties": {}}
         function = {"name": PLACEHOLDER, "description": ".", "parameters": parameters}
         context = self.context(tools=[{"type": "function", "function": function}])
         return self.shows(PLACEHOLDER, [self.turn("user", ".")], context)
 
-    def header(self, variables: Mapping[str, Any]) -> str:
-        """What the template writes to prompt an answer; "" if it writes nothing."""
+    def generation_prompt(self, variables: Mapping[str, Any]) -> str:
+        """Return the text that `add_generation_prompt` adds, "" if it adds nothing."""
         key = json.dumps(variables, sort_keys=True) if variables else ""
         if key not in self._headers:
-            asked, context = [self.turn("user", ".")], self.context(variables)
+            question, context = [self.turn("user", ".")], self.context(variables)
             try:
-                prompt, base = self.render(asked, context, True), self.render(asked, context)
+                prompt, base = self.render(question, context, True), self.render(question, context)
             except BadLine:
                 prompt = base = ""
             self._headers[key] = prompt[len(commonprefix([prompt, base])) :]
         return self._headers[key]
 
     @cached_property
-    def tagged_header(self) -> int:
-        """How many characters of its own header the template tags as generated."""
-        header = self.header({})
+    def tagged_header_length(self) -> int:
+        """Number of characters of the generation prompt that lie inside the {% generation %} block."""
+        header = self.generation_prompt({})
         try:
-            asked = [self.turn("user", "."), self.turn("assistant", PLACEHOLDER)]
-            text, spans = self.render_tagged(asked, self.defaults)
+            messages = [self.turn("user", "."), self.turn("assistant", PLACEHOLDER)]
+            text, spans = self.render_tagged(messages, self.defaults)
         except BadLine:
             return 0
         return len(header) if spans and header and text.startswith(header, spans[0][0]) else 0
 
 
-class Chat:
-    """A conversation as the template gets it.
+class AdaptedChat:
+    """A conversation with its messages adapted to a chat template.
+
+    Args:
+        template: the chat template.
+        conversation: the conversation as it was read.
 
     Attributes:
-        messages: suited, in step with those of `conversation`.
-        context: what every rendering of it gets besides.
+        messages: adapted messages, one for each of `conversation.messages`.
+        context: everything else that its renderings need.
     """
 
     __slots__ = ("context", "conversation", "messages", "template")
 
-    def __init__(self, template: Template, conversation: Conversation) -> None:
+    def __init__(self, template: ChatTemplate, conversation: Conversation) -> None:
         self.template = template
         self.conversation = conversation
-        self.messages = [template.suited(message) for message in conversation.messages]
+        self.messages = [template.adapt(message) for message in conversation.messages]
         self.context = template.context(conversation.variables, conversation.tools)
 
     def render(self, count: int | None = None, *more: Message, prompt: bool = False) -> str:
-        """The first `count` messages (all by default) and some more, which are suited already."""
+        """Return the rendering of the first `count` messages followed by others.
+
+        Args:
+            count: number of messages of this conversation; None for all.
+            more: adapted messages to append.
+            prompt: whether to add the generation prompt.
+
+        Raises:
+            BadLine: the template raises an error on these messages.
+            LimitExceeded: the text is too long.
+        """
         messages = self.messages if count is None else self.messages[:count]
         if more:
             messages = [*messages, *more]
         return self.template.render(messages, self.context, prompt)
-
-
-def refusal(error: Exception) -> BadLine:
-    """What a template raised on a conversation, as what is wrong with the line."""
-    if isinstance(error, jinja2.TemplateError):
-        return BadLine(f"{REFUSED}: {' '.join(str(error).split())}", REFUSED)
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return BadLine(f"the chat template fails on the conversation: {reason}", REFUSED)
-
-
-def has_generation_tags(template: str) -> bool:
-    """Whether a `{% generation %}` block stands in the code of a template, not in a comment or a string."""
-    tokens = [(kind, value) for _, kind, value in jinja2.Environment().lex(template) if kind != "whitespace"]
-    following = zip(tokens, tokens[1:], strict=False)
-    return any(one[0] == "block_begin" and two == ("name", "generation") for one, two in following)
-
-
-def in_parts(text: str) -> list[dict[str, str]]:
-    """Text as the list of one part."""
-    return [{"type": "text", "text": text}]
-
-
-def reasoning_of(message: Message) -> str | None:
-    """The reasoning of a message, if it has any."""
-    return next((message[name] for name in REASONING_KEYS if message.get(name)), None)
-
-
-def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    arguments = json.dumps(function["arguments"], ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": arguments}}

@@ -1,4 +1,4 @@
-"""The tokenizer with the chat template that this run trains, and the tokens that end generation."""
+"""Loads the tokenizer, its chat template and the ids of the tokens that end generation."""
 
 import difflib
 import json
@@ -14,8 +14,8 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from dft.data.sandbox.limits import EXCEEDS_TIME, LimitExceeded, limit_memory, start_cpu_timer
 from dft.data.sandbox.workers import WorkerLost, map_in_processes
-from dft.data.templates.encoder import template_of
-from dft.data.templates.template import Template
+from dft.data.templates.encoder import template_source
+from dft.data.templates.template import ChatTemplate
 from dft.errors import UserError
 
 CHATML = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8").rstrip("\n")
@@ -24,22 +24,28 @@ UNLOADABLE = (
     OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError,
     StrictDataclassError,
 )  # fmt: skip
-"""What transformers raises, unwrapped, for files of a model that are not what they should be."""
-MARKER = re.compile(r"<\|[^|<>\s]+\|>")
-"""How nearly every special token that a template writes is spelled."""
+"""Exceptions that transformers raises for invalid model and tokenizer files."""
+SPECIAL_MARKER = re.compile(r"<\|[^|<>\s]+\|>")
+"""Matches nearly all special tokens that chat templates write."""
 
 
 def load_tokenizer(
     name_or_path: str, *, chat_template: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """The tokenizer of a model, with `chat_template` (a file) or, where it has none, plain ChatML.
+    """Load the tokenizer of a model and give it a chat template.
+
+    Args:
+        name_or_path: a folder or a model on the hub.
+        chat_template: file with a Jinja template that replaces the tokenizer's own. A tokenizer without a
+            template gets plain ChatML.
+        trust_remote_code: whether to run code that comes with the model.
 
     Returns:
-        (tokenizer, notes): one line for everything that differs from the tokenizer as it came, or that a
-        person who trains with this template should know.
+        The tokenizer, and notes: one line for each change to the tokenizer and each property of the template
+        that the user should know.
 
     Raises:
-        UserError: no tokenizer there, no such template file, or a template that is not valid Jinja.
+        UserError: there is no valid tokenizer or template file.
     """
     tokenizer = _load(name_or_path, trust_remote_code)
     notes = []
@@ -48,25 +54,25 @@ def load_tokenizer(
         notes.append(f"chat template: {chat_template}")
     elif tokenizer.chat_template:
         check_template(
-            template_of(tokenizer), f"--model_name_or_path {name_or_path}: chat template", ", line "
+            template_source(tokenizer), f"--model_name_or_path {name_or_path}: chat template", ", line "
         )
     else:
         notes += _use_chatml(tokenizer)
     vocabulary = tokenizer.get_vocab()
-    unknown = sorted(set(MARKER.findall(template_of(tokenizer))) - vocabulary.keys())
+    unknown = sorted(set(SPECIAL_MARKER.findall(template_source(tokenizer))) - vocabulary.keys())
     if unknown:
         notes.append(
-            f"chat template: it may write {' '.join(unknown)}, not in the vocabulary: such a marker is read "
-            "as several ordinary tokens"
+            f"chat template: it may write {' '.join(unknown)}, which the vocabulary does not contain, so it "
+            "is split into several ordinary tokens"
         )
     return tokenizer, notes
 
 
 def read_template(file: str) -> str:
-    """The Jinja source in a file.
+    """Return the Jinja source in a file.
 
     Raises:
-        UserError: not a readable file of text, empty, or not valid Jinja.
+        UserError: the file cannot be read, is empty, or is not valid Jinja.
     """
     try:
         source = Path(file).read_text(encoding="utf-8")
@@ -82,76 +88,73 @@ def read_template(file: str) -> str:
     return source
 
 
-def check_template(source: str, told: str, line: str) -> None:
-    """Tries a template on a question and an answer, in a process that ends if the template does not.
+def check_template(source: str, prefix: str, before_line: str) -> None:
+    """Check that a template renders a question and an answer within the limits, in a separate process.
 
     Args:
-        told: what messages begin with.
-        line: what stands between that and the number of a line.
+        source: Jinja source.
+        prefix: text that error messages begin with.
+        before_line: text between the prefix and a line number.
 
     Raises:
-        UserError: it does not parse, or takes more than `dft.data.sandbox.limits` has for it.
+        UserError: the template is not valid Jinja, or exceeds a limit of `dft.data.sandbox.limits`.
     """
     try:
-        with closing(map_in_processes([(None, source)], _fault, (), workers=1)) as done:
-            ((_, fault),) = done
-    except WorkerLost as error:
-        fault = None, EXCEEDS_TIME if error.out_of_time else "crashes the interpreter"
-    if fault is not None:
-        number, what = fault
-        raise UserError(
-            f"{told}: it {what}; pass another one (--chat_template)"
-            if number is None
-            else f"{told}{line}{number}: {what}"
-        )
+        with closing(map_in_processes([(None, source)], _template_error, (), workers=1)) as results:
+            ((_, error),) = results
+    except WorkerLost as lost:
+        error = None, EXCEEDS_TIME if lost.out_of_time else "crashes the interpreter"
+    if error is None:
+        return
+    number, reason = error
+    if number is None:
+        raise UserError(f"{prefix}: it {reason}; pass another template (--chat_template)")
+    raise UserError(f"{prefix}{before_line}{number}: {reason}")
 
 
-def _fault(source: str) -> tuple[int | None, str] | None:
-    """What is wrong with a template as such, and in which line; not whether it fits some conversation."""
-    start_cpu_timer()  # also for reading it: Jinja computes constants then
+def _template_error(source: str) -> tuple[int | None, str] | None:
+    """Return the line and the reason if a template cannot be used for any conversation, else None."""
+    start_cpu_timer()  # before compiling, since Jinja evaluates constant expressions then
     try:
         with limit_memory():
-            template = Template(source, {})
-            template.limited = True
-            asked, answered = [{"role": "user", "content": "."}], {"role": "assistant", "content": "."}
-            template.shows("", asked, template.defaults)
-            template.shows("", [*asked, answered], template.defaults)
+            template = ChatTemplate(source, {})
+            template.compiled.limited = True
+            question, answer = {"role": "user", "content": "."}, {"role": "assistant", "content": "."}
+            template.shows("", [question], template.defaults)
+            template.shows("", [question, answer], template.defaults)
     except jinja2.TemplateSyntaxError as error:
         return error.lineno, f"not valid Jinja: {error.message}"
-    except (SyntaxError, RecursionError) as error:  # of the Python that Jinja makes of it
-        return None, f"has too many blocks or brackets within one another ({error})"
+    except (SyntaxError, RecursionError) as error:  # from the Python code that Jinja generates
+        return None, f"has too many nested blocks or brackets ({error})"
     except LimitExceeded as error:
         return None, str(error)
     return None
 
 
 def stop_token_ids(name_or_path: str, trust_remote_code: bool = False) -> list[int]:
-    """The ids at which the model's generation stops: `generation_config.eos_token_id`, if it has one.
+    """Return the ids at which generation stops: `generation_config.eos_token_id`, [] if there is none.
 
     Raises:
-        UserError: the model's folder holds a `generation_config.json` that cannot be read.
+        UserError: `generation_config.json` is invalid.
     """
+    flag = f"--model_name_or_path {name_or_path}: {GENERATION_CONFIG_NAME}"
     try:
-        found = cached_file(name_or_path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
-        if found is None:
-            return []  # a model without generation_config.json, which is no fault
+        path = cached_file(name_or_path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            return []  # the file is optional
         config = GenerationConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"--model_name_or_path {name_or_path}: {GENERATION_CONFIG_NAME}: {_first_line(error)}"
-        ) from None
+        raise UserError(f"{flag}: {_first_line(error)}") from None
     eos = config.eos_token_id
-    stops = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    for one in stops:
-        if not isinstance(one, int):
-            raise UserError(
-                f"--model_name_or_path {name_or_path}: {GENERATION_CONFIG_NAME}: eos_token_id {one!r} is no "
-                "token id"
-            )
-    return [one for one in stops if one >= 0]  # -1 is written for "none"
+    stop_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    for stop_id in stop_ids:
+        if not isinstance(stop_id, int):
+            raise UserError(f"{flag}: eos_token_id {stop_id!r} is not a token id")
+    return [stop_id for stop_id in stop_ids if stop_id >= 0]  # -1 means none
 
 
 def _use_chatml(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Set plain ChatML as the template, add its tokens, and return notes."""
     tokenizer.chat_template = CHATML
     notes = ["chat template: the tokenizer has none; plain ChatML is used, and saved with the model"]
     missing = [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
@@ -165,53 +168,58 @@ def _use_chatml(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return notes
 
 
-def _no_folder(path: Path) -> str:
-    """Where a name that is taken for one of the hub would be on this machine, and what is there instead."""
-    if path.is_dir():
-        return ""
-    found = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, found, n=1)
-    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-    return f"; nor is there a folder {path.absolute()}{hint}"
-
-
 def _load(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     flag = f"--model_name_or_path {name_or_path}"
     path = Path(name_or_path).expanduser()
     if not name_or_path:
-        raise UserError("--model_name_or_path '': name a folder or a model of the hub")
+        raise UserError("--model_name_or_path '': pass a folder or the name of a model on the hub")
     if name_or_path.startswith(("/", "./", "../", "~")) and not path.is_dir():
         raise UserError(f"{flag}: no such folder")
     for file in (path / CONFIG_NAME, path / TOKENIZER_CONFIG_FILE):
         if file.is_file():
-            _check_object(file, f"{flag}: {file.name}")
+            _check_is_object(file, f"{flag}: {file.name}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except UNLOADABLE as error:
-        found = sorted(one.name for one in path.glob("tokenizer*")) if path.is_dir() else []
-        if path.is_dir() and not found:
+        files = sorted(file.name for file in path.glob("tokenizer*")) if path.is_dir() else []
+        if path.is_dir() and not files:
             raise UserError(f"{flag}: the folder holds no tokenizer (tokenizer.json)") from None
-        files = f", reading {', '.join(found)}" if found else ""
+        listed = f", reading {', '.join(files)}" if files else ""
         raise UserError(
-            f"{flag}: no tokenizer could be loaded{files} ({_first_line(error)}){_no_folder(path)}"
+            f"{flag}: no tokenizer could be loaded{listed} ({_first_line(error)}){_missing_folder_hint(path)}"
         ) from None
-    # Where config.json names a model and no file names the tokens, transformers makes an empty tokenizer.
+    # If config.json names a model type and there are no vocabulary files, transformers makes an empty
+    # tokenizer.
     if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
         raise UserError(f"{flag}: its tokenizer has no tokens; is tokenizer.json missing?")
     return tokenizer
 
 
-def _check_object(file: Path, told: str) -> None:
-    """Raises `UserError` for a file that is no JSON object, which transformers would stumble over."""
+def _missing_folder_hint(path: Path) -> str:
+    """Return a hint for a path that does not exist, with the name of a similar folder if there is one."""
+    if path.is_dir():
+        return ""
+    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    similar = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f"; did you mean {path.parent / similar[0]}?" if similar else ""
+    return f"; nor is there a folder {path.absolute()}{hint}"
+
+
+def _check_is_object(file: Path, prefix: str) -> None:
+    """Check that a file holds a JSON object; transformers fails on others without a clear message.
+
+    Raises:
+        UserError: the file is not valid JSON, or not an object.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{told}: not valid JSON: {error}") from None
+        raise UserError(f"{prefix}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{told}: expected a JSON object")
+        raise UserError(f"{prefix}: expected a JSON object")
 
 
 def _first_line(error: Exception) -> str:
-    if isinstance(error, StrictDataclassError):  # the first line names the field, the second what is wrong
+    if isinstance(error, StrictDataclassError):  # the first line names the field, the second the reason
         return " ".join(str(error).split())
     return (str(error).strip() or type(error).__name__).splitlines()[0]

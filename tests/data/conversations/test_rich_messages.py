@@ -8,14 +8,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from dft.data.templates.encoder import ChatEncoder
 from tests.data.templates.chat_templates import (
     FAMILIES,
-    Taught,
+    Supervised,
     call,
     encoder_for,
+    error_of,
     examples_in,
     expected,
     plain,
     read,
-    refusal_of,
     sequences,
     talk,
     tool,
@@ -54,10 +54,10 @@ def test_calls_in_tags_with_results_merged_into_one_user_turn(tokenizer_json):
         (
             f"<|im_start|>system\nBe good.\n<tools>\n{TOOL}\n</tools>{IM_END}\n{IM_USER}q{IM_END}\n"
             + IM_ASSISTANT,
-            Taught("Let me see\n" + "\n".join(written) + IM_END),
+            Supervised("Let me see\n" + "\n".join(written) + IM_END),
             f"\n{IM_USER}<tool_response>\n1\n</tool_response>\n<tool_response>\n\n</tool_response>{IM_END}\n"
             + IM_ASSISTANT,
-            Taught("done" + IM_END),
+            Supervised("done" + IM_END),
             "\n",
         ),
     )
@@ -75,12 +75,12 @@ def test_a_call_as_json_under_headers_with_the_date(tokenizer_json):
         (
             f"<bos>{header('system')}Today Date: 26 Jul 2024\n\n<|eot_id|>{header('user')}q<|eot_id|>"
             + header("assistant"),
-            Taught('{"name": "f", "parameters": {"x": 1, "é": "ü"}}<|eot_id|>'),
+            Supervised('{"name": "f", "parameters": {"x": 1, "é": "ü"}}<|eot_id|>'),
             header("ipython") + '"{\\"a\\": 1}"<|eot_id|>' + header("assistant"),
-            Taught("two<|eot_id|>"),
+            Supervised("two<|eot_id|>"),
         ),
     )
-    twice = refusal_of(encoder, talk([ASKED, called("f", "g")]))
+    twice = error_of(encoder, talk([ASKED, called("f", "g")]))
     assert str(twice).endswith("This model only supports single tool-calls at once!")
 
 
@@ -97,17 +97,17 @@ def test_calls_with_ids_and_tools_in_front_of_the_last_question(tokenizer_json):
         talk(messages, tools=[tool("f")]),
         (
             start,
-            Taught(written),
+            Supervised(written),
             '[TOOL_RESULTS]{"content": 3, "call_id": "abcdefghi"}[/TOOL_RESULTS]',
-            Taught("a</s>"),
+            Supervised("a</s>"),
         ),
     )
     # With a second question the tools move behind the first answer, so that answer gets its own sequence.
     longer = talk([*messages, turn("user", "r"), turn("assistant", "b")], tools=[tool("f")])
     first, second = sequences(encoder, longer)
     assert first == sequences(encoder, talk(messages, tools=[tool("f")]))[0]
-    assert [label for label in second[1] if label != -100] == encoder.ids_of("b</s>")
-    refused = refusal_of(encoder, talk([ASKED, called("f")]))
+    assert [label for label in second[1] if label != -100] == encoder.text_tokenizer.token_ids("b</s>")
+    refused = error_of(encoder, talk([ASKED, called("f")]))
     assert str(refused) == "the chat template refuses the conversation: ids have length 9!"
 
 
@@ -126,20 +126,20 @@ def test_arguments_reach_a_template_as_it_wants_them_however_the_row_has_them(to
         ),
     }
     for family, (prompt, answer, rest) in written.items():
-        check(encoder_for(tokenizer_json, family), row, (prompt, Taught(answer), rest))
+        check(encoder_for(tokenizer_json, family), row, (prompt, Supervised(answer), rest))
 
 
 def test_calls_and_tools_that_a_template_leaves_out_are_refused(tokenizer_json):
     encoder = encoder_for(tokenizer_json, "chatml")
-    refused = refusal_of(encoder, talk([ASKED, called("f", content="x")]))
+    refused = error_of(encoder, talk([ASKED, called("f", content="x")]))
     assert str(refused).startswith("messages[1]: the chat template does not render its tool calls; ")
-    refused = refusal_of(encoder, talk([ASKED, turn("assistant", "a")], tools=[tool("f")]))
+    refused = error_of(encoder, talk([ASKED, turn("assistant", "a")], tools=[tool("f")]))
     assert str(refused).startswith("the chat template does not render 'tools'; ")
     named = talk([ASKED, called("f", content="I call f with x and é.")])
-    assert "does not render its tool calls" in str(refusal_of(encoder, named))
+    assert "does not render its tool calls" in str(error_of(encoder, named))
     messages = [ASKED, called("f", content="x"), turn("user", "r"), turn("assistant", "a")]
     untrained = talk(messages, [0, 0, 0, 1])
-    assert "does not render its tool calls" in str(refusal_of(encoder, untrained))
+    assert "does not render its tool calls" in str(error_of(encoder, untrained))
 
 
 # ---- reasoning ----
@@ -155,10 +155,10 @@ def test_reasoning_of_the_last_turn_is_taught_and_of_earlier_ones_in_sequences_o
     check(
         encoder,
         talk(messages),
-        (start, Taught(f"<think>\nhm\n</think>\n\none{IM_END}"), "\n"),
+        (start, Supervised(f"<think>\nhm\n</think>\n\none{IM_END}"), "\n"),
         (
             f"{start}one{IM_END}\n{IM_USER}r{IM_END}\n{IM_ASSISTANT}",
-            Taught(f"<think>\noh\n</think>\n\ntwo{IM_END}"),
+            Supervised(f"<think>\noh\n</think>\n\ntwo{IM_END}"),
             "\n",
         ),
     )
@@ -168,12 +168,14 @@ def test_without_thinking_the_empty_block_belongs_to_the_prompt(tokenizer_json):
     start, empty = f"{IM_USER}q{IM_END}\n{IM_ASSISTANT}", "<think>\n\n</think>\n\n"
     conversation = talk([ASKED, turn("assistant", "one")])
     off = talk([ASKED, turn("assistant", "one")], variables={"enable_thinking": False})
-    check(encoder_for(tokenizer_json, "thinks"), conversation, (start, Taught(f"{empty}one{IM_END}"), "\n"))
-    check(encoder_for(tokenizer_json, "thinks"), off, (start + empty, Taught(f"one{IM_END}"), "\n"))
+    check(
+        encoder_for(tokenizer_json, "thinks"), conversation, (start, Supervised(f"{empty}one{IM_END}"), "\n")
+    )
+    check(encoder_for(tokenizer_json, "thinks"), off, (start + empty, Supervised(f"one{IM_END}"), "\n"))
     everywhere = encoder_for(tokenizer_json, "thinks", {"enable_thinking": False})
-    check(everywhere, conversation, (start + empty, Taught(f"one{IM_END}"), "\n"))
+    check(everywhere, conversation, (start + empty, Supervised(f"one{IM_END}"), "\n"))
     on = talk([ASKED, turn("assistant", "one")], variables={"enable_thinking": True})
-    check(everywhere, on, (start, Taught(f"{empty}one{IM_END}"), "\n"))
+    check(everywhere, on, (start, Supervised(f"{empty}one{IM_END}"), "\n"))
 
 
 def test_reasoning_between_header_and_answer_without_end_tokens(tokenizer_json):
@@ -181,10 +183,10 @@ def test_reasoning_between_header_and_answer_without_end_tokens(tokenizer_json):
     messages = [ASKED, turn("assistant", "one", reasoning_content="hm")]
     start = "[gMASK]<sop><|user|>\nq"
     check(
-        encoder, talk(messages), (f"{start}<|assistant|>", Taught("\n<think>hm</think>\none<|user|>"))
+        encoder, talk(messages), (f"{start}<|assistant|>", Supervised("\n<think>hm</think>\none<|user|>"))
     )  # fmt: skip
     off = talk([ASKED, turn("assistant", "one")], variables={"enable_thinking": False})
-    check(encoder, off, (f"{start}/nothink<|assistant|>\n<think></think>", Taught("\none<|user|>")))
+    check(encoder, off, (f"{start}/nothink<|assistant|>\n<think></think>", Supervised("\none<|user|>")))
 
 
 @pytest.mark.parametrize("name", ["thinking", "reasoning", "reasoning_content"])
@@ -196,7 +198,7 @@ def test_reasoning_in_a_channel_by_any_of_its_names(tokenizer_json, name):
         talk([ASKED, turn("assistant", "one", **{name: "hm"})]),
         (
             start,
-            Taught(
+            Supervised(
                 "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>"
                 "one<|return|>"
             ),
@@ -211,33 +213,33 @@ def test_a_think_tag_that_the_prompt_opens_is_not_taught(tokenizer_json):
     check(
         encoder,
         talk(messages),
-        ("<bos><|user|>q<|assistant|><think>\n", Taught("hm</think>one<|end|>")),
+        ("<bos><|user|>q<|assistant|><think>\n", Supervised("hm</think>one<|end|>")),
         (
             "<bos><|user|>q<|assistant|>one<|end|><|user|>r<|assistant|><think>\n",
-            Taught("oh</think>two<|end|>"),
+            Supervised("oh</think>two<|end|>"),
         ),
     )
 
 
 def test_reasoning_that_a_template_leaves_out_is_refused(tokenizer_json):
     conversation = talk([ASKED, turn("assistant", "one", reasoning_content="hm")])
-    refused = refusal_of(encoder_for(tokenizer_json, "chatml"), conversation)
+    refused = error_of(encoder_for(tokenizer_json, "chatml"), conversation)
     assert str(refused) == (
         "messages[1]: the chat template does not render its reasoning; put it into 'content', or pass a "
         "template that renders it (--chat_template)"
     )
     inside = talk([ASKED, turn("assistant", "<think>\nhm\n</think>one")])
-    refused = refusal_of(encoder_for(tokenizer_json, "opens_thinking"), inside)
-    assert "takes the reasoning in front of </think> out of 'content'" in str(refused)
+    refused = error_of(encoder_for(tokenizer_json, "opens_thinking"), inside)
+    assert "removes the reasoning before </think> from 'content'" in str(refused)
 
 
 def test_reasoning_is_missed_though_its_words_occur_elsewhere(tokenizer_json):
     answer = turn("assistant", "The answer is 4", reasoning_content="4")
-    refused = refusal_of(encoder_for(tokenizer_json, "chatml"), talk([ASKED, answer]))
+    refused = error_of(encoder_for(tokenizer_json, "chatml"), talk([ASKED, answer]))
     assert "does not render its reasoning" in str(refused)
     inside = turn("assistant", "<think>one</think>one")
-    refused = refusal_of(encoder_for(tokenizer_json, "opens_thinking"), talk([ASKED, inside]))
-    assert "takes the reasoning in front of </think>" in str(refused)
+    refused = error_of(encoder_for(tokenizer_json, "opens_thinking"), talk([ASKED, inside]))
+    assert "removes the reasoning before </think>" in str(refused)
     encoder = encoder_for(tokenizer_json, "thinks")
     ((ids, _),) = sequences(encoder, talk([ASKED, answer]))
     assert "<think>\n4\n</think>\n\nThe answer is 4" in encoder.tokenizer.decode(ids)
@@ -246,9 +248,9 @@ def test_reasoning_is_missed_though_its_words_occur_elsewhere(tokenizer_json):
 @pytest.mark.parametrize("family", ["llama", "analysis"])
 def test_content_that_a_template_drops_beside_calls_is_refused(tokenizer_json, family):
     encoder = encoder_for(tokenizer_json, family)
-    refused = refusal_of(encoder, talk([ASKED, called("f", content="f")]))
+    refused = error_of(encoder, talk([ASKED, called("f", content="f")]))
     assert str(refused).startswith(
-        "messages[1]: the chat template does not render the 'content' of a turn that also calls tools"
+        "messages[1]: the chat template does not render the 'content' of a turn that also has tool"
     )
     assert sequences(encoder, talk([ASKED, called("f")]))
     # A template that writes both keeps both.
@@ -258,15 +260,15 @@ def test_content_that_a_template_drops_beside_calls_is_refused(tokenizer_json, f
 @pytest.mark.parametrize("family", ["thinks", "nothink"])
 def test_reasoning_behind_a_prompt_that_ends_it_is_refused(tokenizer_json, family):
     encoder = encoder_for(tokenizer_json, family, {"enable_thinking": False})
-    refused = refusal_of(encoder, talk([ASKED, turn("assistant", "one", reasoning_content="because")]))
-    assert "ends the thinking in the prompt already" in str(refused)
+    refused = error_of(encoder, talk([ASKED, turn("assistant", "one", reasoning_content="because")]))
+    assert "closes the thinking block in the prompt already" in str(refused)
     assert sequences(encoder, talk([ASKED, turn("assistant", "one")]))
 
 
 def test_two_answers_in_a_row_need_a_token_that_ends_the_first(tokenizer_json):
     twice = talk([ASKED, turn("assistant", "one"), turn("assistant", "two")])
-    refused = refusal_of(encoder_for(tokenizer_json, "next_header_ends"), twice)
-    assert str(refused).startswith("messages[1] and messages[2] are both the assistant's, ")
+    refused = error_of(encoder_for(tokenizer_json, "next_header_ends"), twice)
+    assert str(refused).startswith("messages[1] and messages[2] are both assistant turns, ")
     assert sequences(encoder_for(tokenizer_json, "no_end"), twice)  # it ends no turn at all
 
 
@@ -285,7 +287,7 @@ def test_the_date_stands_still_unless_another_is_given(tokenizer_json):
 
 def test_a_template_that_wants_parts_gets_parts(tokenizer_json):
     row = read([ASKED, {"role": "assistant", "content": ["a", {"type": "text", "text": "b"}]}])
-    pieces = (f"{IM_USER}q{IM_END}\n{IM_ASSISTANT}", Taught(f"ab{IM_END}"), "\n")
+    pieces = (f"{IM_USER}q{IM_END}\n{IM_ASSISTANT}", Supervised(f"ab{IM_END}"), "\n")
     for family in ("parts", "chatml"):
         check(encoder_for(tokenizer_json, family), row, pieces)
 
@@ -300,7 +302,7 @@ def test_an_untrained_turn_is_context(tokenizer_json, family, mark):
         row,
         (
             f"{IM_USER}q{IM_END}\n{IM_ASSISTANT}one{IM_END}\n{IM_USER}r{IM_END}\n{IM_ASSISTANT}",
-            Taught(f"two{IM_END}"),
+            Supervised(f"two{IM_END}"),
             "\n",
         ),
     )
@@ -327,13 +329,13 @@ PLAIN = [
 def test_the_text_is_what_transformers_renders(tokenizer_json, family):
     encoder = encoder_for(tokenizer_json, family, {"date_string": "1 May"})
     messages = PLAIN
-    if encoder.template.template.roles_in_parts:
+    if encoder.template.roles_in_parts:
         messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in PLAIN]
     (text,), _ = render_jinja_template(
         [messages], chat_template=encoder.template.source, date_string="1 May",
         **encoder.template.special_tokens,
     )  # fmt: skip
-    rendered = encoder.template.render(talk(PLAIN))[-1]
+    rendered = encoder.renderer.render(talk(PLAIN))[-1]
     # Only what follows the last turn may be cut off, for its stop token to be put there.
     assert text.startswith(rendered.text) and not text[len(rendered.text) :].strip()
 
@@ -356,8 +358,8 @@ def test_a_conversation_that_unrolls_into_too_much_text_is_refused(tokenizer_jso
     encoder = encoder_for(tokenizer_json, "forgets_reasoning")
     answer = turn("assistant", f"<think>{'hm ' * 40}</think>one")
     assert len(sequences(encoder, talk([ASKED, answer, ASKED, answer]))) == 2
-    refused = refusal_of(encoder, talk([ASKED, answer] * 6))
-    assert str(refused).startswith("the chat template makes 6 sequences of the conversation with ")
+    refused = error_of(encoder, talk([ASKED, answer] * 6))
+    assert str(refused).startswith("the chat template turns the conversation into 6 sequences with ")
     assert refused.kind == "too much text once rendered"
 
 

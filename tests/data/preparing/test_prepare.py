@@ -15,7 +15,7 @@ from dft.data.preparing.prepare import PreparedData, prepare
 from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
 from tests.data.rows import column, conversation, numbered, write
-from tests.data.templates.chat_templates import FORGETS_REASONING, Taught, expected, with_template
+from tests.data.templates.chat_templates import FORGETS_REASONING, Supervised, expected, with_template
 
 
 def questions(data: PreparedData, split: str, encoder: ChatEncoder) -> list[str]:
@@ -46,7 +46,7 @@ def test_prepared_file_opens_with_datasets_and_holds_the_origin_of_sequences(pre
     assert loaded.column_names == ["input_ids", "labels", "source", "line"]
     ids, labels = expected(
         encoder.tokenizer, "<|im_start|>user\nquestion 1<|im_end|>\n<|im_start|>assistant\n",
-        Taught("answer 1<|im_end|>"), "\n",
+        Supervised("answer 1<|im_end|>"), "\n",
     )  # fmt: skip
     assert loaded[1] == {"input_ids": ids, "labels": labels, "source": 0, "line": 2}
     row = data.datasets["train"][1]
@@ -319,7 +319,7 @@ def test_template_that_renders_no_answer_raises_with_the_line(tokenizer_json, tm
     template = "{% for m in messages if m.role != 'assistant' %}{{ m.content + '<|im_end|>' }}{% endfor %}"
     encoder = ChatEncoder(with_template(tokenizer_json, template, eos_token="<|im_end|>"))
     file = write(tmp_path / "a.jsonl", numbered(2))
-    with pytest.raises(UserError, match="a.jsonl:2: the chat template does not render what the a"):
+    with pytest.raises(UserError, match="a.jsonl:2: the chat template does not render the content of a"):
         prepare([file], [], encoder, PrepareOptions(64), cache_dir=tmp_path / "cache", workers=1)
 
 

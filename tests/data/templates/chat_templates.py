@@ -1,4 +1,4 @@
-"""Small templates, each with the habits of a model family, and the way tests state what is supervised."""
+"""Small chat templates that behave like those of model families, and helpers to state what is supervised."""
 
 import json
 from collections.abc import Sequence
@@ -16,23 +16,23 @@ CHATML_LINES = """{% for m in messages %}
 {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# Tags around the turn and its end token.
+# {% generation %} around the turn and its end token.
 TAGGED = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
 {%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
 {%- else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# Tags around header and newline too.
+# {% generation %} around header and newline as well.
 TAGGED_WIDE = """{% for m in messages %}
 {%- if m.role == 'assistant' %}{% generation %}
 {{- '<|im_start|>assistant\\n' + m.content + '<|im_end|>\\n' }}{% endgeneration %}
 {%- else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# Tags spelled out in a comment only.
+# {% generation %} in a comment only.
 TAGGED_IN_A_COMMENT = "{# no {% generation %} here #}" + CHATML_LINES
 
-# Reasoning stays only behind the last question (Qwen3).
+# Keeps reasoning only after the last question (Qwen3).
 FORGETS_REASONING = """{% set last = namespace(user=0) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
@@ -49,7 +49,7 @@ OPENS_THINKING = """{% for m in messages %}
 {%- else %}{{ '<|user|>' + m.content }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}"""
 
-# End token after every turn, eos behind the conversation (Phi-3).
+# End token after every turn, eos token after the conversation (Phi-3).
 EOS_BEHIND_ALL = """{% for m in messages %}
 {{- '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
@@ -61,7 +61,7 @@ NEXT_HEADER_ENDS = """{{ '[gMASK]<sop>' }}{% for m in messages %}
 {%- for call in m.tool_calls or [] %}{{ call.function.name + '()' }}{% endfor %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
-# Channels, and another end token for the last turn (gpt-oss).
+# Channels, and a different end token for the last turn (gpt-oss).
 CHANNELS = """{% for m in messages %}
 {%- if m.role == 'assistant' and m.tool_calls %}{% for call in m.tool_calls %}
 {{- '<|start|>assistant to=' + call.function.name + '<|channel|>commentary<|message|>' }}
@@ -71,7 +71,8 @@ CHANNELS = """{% for m in messages %}
 {%- else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
 
-# BOS, system merged into the first question, renamed role, trimmed content, strict order (Gemma).
+# BOS token, system prompt merged into the first question, renamed role, trimmed content, strict order
+# (Gemma).
 MERGES_SYSTEM = """{{ bos_token }}{% set first = '' %}{% set turns = messages %}
 {%- if messages[0].role == 'system' %}
 {%- set first = messages[0].content + '\\n\\n' %}{% set turns = messages[1:] %}{% endif %}
@@ -82,19 +83,19 @@ MERGES_SYSTEM = """{{ bos_token }}{% set first = '' %}{% set turns = messages %}
 {{- (first if loop.first else '') + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
 
-# No generation prompt, eos behind each answer (Mistral).
+# No generation prompt, eos token after each answer (Mistral).
 BRACKETS = """{{ bos_token }}{% for m in messages %}
 {%- if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}
 {%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
 
-# A system turn nobody asked for (Qwen2.5).
+# Adds a default system turn (Qwen2.5).
 DEFAULT_SYSTEM = (
     """{% if messages[0].role != 'system' %}
 {{- '<|im_start|>system\\nBe good.<|im_end|>\\n' }}{% endif %}"""
     + CHATML_LINES
 )
 
-# The question looks different once it is answered.
+# Renders a question differently once it is answered.
 REWRITES_QUESTION = """{% for m in messages %}
 {%- if m.role == 'user' and loop.last %}{{ '<|user|>now: ' + m.content }}
 {%- elif m.role == 'user' %}{{ '<|user|>' + m.content }}
@@ -105,8 +106,8 @@ NO_END = """{% for m in messages %}{{ m.role + ':\\n' + m.content + '\\n' }}{% e
 {%- if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"""
 
 
-# ChatML with calls and results as Qwen2.5 and Hermes write them: tools in the system turn, a default system
-# turn in either case, calls in tags, results in a user turn that neighbours share.
+# ChatML with tool calls and results as in Qwen2.5 and Hermes: tools in the system turn, which is always
+# present, calls in tags, consecutive results in one user turn.
 HERMES = """{% set system = messages[0].content if messages[0].role == 'system' else 'Be good.' %}
 {{- '<|im_start|>system\\n' + system }}
 {%- if tools %}{{ '\\n<tools>' }}{% for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}
@@ -126,8 +127,8 @@ HERMES = """{% set system = messages[0].content if messages[0].role == 'system' 
 {%- endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# Reasoning in its own field, kept behind the last question only; an empty think block in the last turn, and
-# in the prompt where thinking is off (Qwen3).
+# Reasoning in its own field, kept only after the last question; an empty think block in the last turn, and
+# in the prompt if thinking is off (Qwen3).
 THINKS = """{% set last = namespace(user=0) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
@@ -138,7 +139,7 @@ THINKS = """{% set last = namespace(user=0) %}
 {%- if enable_thinking is defined and enable_thinking is false %}
 {{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"""
 
-# Headers with the date, two end tokens, calls as {"name", "parameters"} (Llama 3).
+# Headers with the date, two end tokens, tool calls as {"name", "parameters"} (Llama 3).
 LLAMA = """{{ bos_token }}{% set date = date_string or strftime_now('%d %b %Y') %}
 {%- if messages[0].role == 'system' %}
 {%- set system = messages[0].content | trim %}{% set rest = messages[1:] %}
@@ -159,7 +160,7 @@ LLAMA = """{{ bos_token }}{% set date = date_string or strftime_now('%d %b %Y') 
 {%- else %}{{ m.content | trim + '<|eot_id|>' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 
-# Calls with ids of nine characters, tools in front of the last question, strict order (Mistral v3 to v7).
+# Tool calls with ids of nine characters, tools before the last question, strict order (Mistral v3 to v7).
 MISTRAL = """{{ bos_token }}{% set rest = messages %}
 {%- if messages[0].role == 'system' %}{{ '[SYSTEM_PROMPT]' + messages[0].content + '[/SYSTEM_PROMPT]' }}
 {%- set rest = messages[1:] %}{% endif %}
@@ -183,7 +184,7 @@ MISTRAL = """{{ bos_token }}{% set rest = messages %}
 {%- else %}{{ raise_exception('Only user, assistant and tool roles are supported!') }}
 {%- endif %}{% endfor %}"""
 
-# Arguments are concatenated as a string; calls only where the content is null (DeepSeek).
+# Arguments are concatenated as a string; tool calls only if the content is null (DeepSeek).
 STRING_ARGUMENTS = """{{ bos_token }}{% for m in messages %}
 {%- if m.role == 'user' %}{{ '<|user|>' + m.content }}
 {%- elif m.role == 'assistant' and m.content is none %}{% for call in m.tool_calls %}
@@ -194,7 +195,7 @@ STRING_ARGUMENTS = """{{ bos_token }}{% for m in messages %}
 {%- elif m.role == 'tool' %}{{ '<|observation|>' + m.content }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
 
-# Arguments written out by name (Qwen3-Coder, GLM-4.5).
+# Arguments written by name (Qwen3-Coder, GLM-4.5).
 XML_ARGUMENTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}
 {%- for call in m.tool_calls or [] %}{{ '<tool_call>' + call.function.name }}
 {%- for key, value in call.function.arguments.items() %}
@@ -202,15 +203,14 @@ XML_ARGUMENTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m
 {{- '</arg_value>' }}{% endfor %}{{ '</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# The prompt opens a think tag, history loses what stands before the closing one, the last turn keeps it
-# (R1 and its heirs).
+# The prompt opens a think tag; the last turn keeps its reasoning, earlier turns lose it (R1 and derivatives).
 OPENS_AND_KEEPS_THINKING = """{{ bos_token }}{% for m in messages %}
 {%- if m.role == 'assistant' %}
 {{- '<|assistant|>' + (m.content if loop.last else m.content.split('</think>')[-1]) + '<|end|>' }}
 {%- else %}{{ '<|user|>' + m.content }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}"""
 
-# Header and content in one line, told apart by a token (Phi-4).
+# Header and content in one line, separated by a token (Phi-4).
 SEPARATOR = """{% for m in messages %}
 {{- '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"""
@@ -222,14 +222,14 @@ TURN_TOKENS = """{{ bos_token }}{% for m in messages %}
 {{- '<|END_OF_TURN_TOKEN|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"""
 
-# eos behind answers only, a newline behind all but the last (OLMo, Tulu).
+# eos token after answers only, a newline after all answers but the last (OLMo, Tulu).
 EOS_BEHIND_ANSWERS = """{{ bos_token }}{% for m in messages %}
 {%- if m.role == 'assistant' %}{{ '<|assistant|>\\n' + m.content + eos_token }}
 {%- if not loop.last %}{{ '\\n' }}{% endif %}
 {%- else %}{{ '<|' + m.role + '|>\\n' + m.content + '\\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
-# No end token, a newline and a think block in front of answers, /nothink behind questions (GLM-4.5).
+# No end token, a newline and a think block before answers, /nothink after questions (GLM-4.5).
 NOTHINK = """{{ '[gMASK]<sop>' }}{% set last = namespace(user=-1) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}
@@ -265,13 +265,13 @@ PARTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
 {{- '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# The prompt ends in a space that belongs to the answer's first word (Vicuna).
+# The prompt ends in a space that belongs to the first word of the answer (Vicuna).
 COLON_SPACE = """{% for m in messages %}
 {%- if m.role == 'assistant' %}{{ 'ASSISTANT: ' + m.content + eos_token }}
 {%- else %}{{ 'USER: ' + m.content + ' ' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"""
 
-# Plain words for headers, two newlines before the answer (Alpaca).
+# Headers in plain words, two newlines before the answer (Alpaca).
 BLANK_LINE = """{% for m in messages %}
 {%- if m.role == 'assistant' %}{{ '### Response:\\n\\n' + m.content + eos_token }}
 {%- else %}{{ '### Instruction:\\n\\n' + m.content + '\\n\\n' }}{% endif %}{% endfor %}
@@ -279,7 +279,7 @@ BLANK_LINE = """{% for m in messages %}
 
 
 class Family(NamedTuple):
-    """A template with the stop tokens and the special tokens by name that belong to it."""
+    """A template with its stop tokens and its special tokens by name."""
 
     template: str
     stops: tuple[str, ...]
@@ -323,28 +323,28 @@ FAMILIES = {
 }
 
 
-class Taught(str):
+class Supervised(str):
     """A piece of text that is supervised."""
 
 
 def expected(tokenizer: PreTrainedTokenizerFast, *pieces: str) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of pieces tokenized one by one, with -100 for all that are not `Taught`.
+    """Return input_ids and labels of pieces tokenized one by one, with -100 except in `Supervised` pieces.
 
-    Only right where no token spans two pieces.
+    Only correct if no token spans two pieces.
     """
     ids, labels = [], []
     for piece in pieces:
         tokens = tokenizer.backend_tokenizer.encode(piece, add_special_tokens=False).ids
         ids += tokens
-        labels += tokens if isinstance(piece, Taught) else [-100] * len(tokens)
+        labels += tokens if isinstance(piece, Supervised) else [-100] * len(tokens)
     return ids, [-100, *labels[1:]]
 
 
 def with_template(tokenizer_json: str, template: str | None, **options: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of its own with that template; `options` are special tokens by name."""
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_json), **options)
-    made.chat_template = template
-    return made
+    """Return a new tokenizer with a template; `options` are special tokens by name."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_json), **options)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def ids_of(tokenizer: PreTrainedTokenizerFast, *tokens: str) -> list[int]:
@@ -357,26 +357,26 @@ def encoder_of(tokenizer_json: str, template: str, *stops: str, **options: str) 
 
 
 def encoder_for(tokenizer_json: str, family: str, variables: dict[str, Any] | None = None) -> ChatEncoder:
-    """The encoder of one of `FAMILIES`; tokens that the vocabulary lacks are added to it."""
+    """Return the encoder of one of `FAMILIES`, adding its tokens to the vocabulary."""
     template, stops, names = FAMILIES[family]
     backend = Tokenizer.from_str(tokenizer_json)
-    known = backend.get_vocab()
-    backend.add_special_tokens([token for token in (*stops, *names.values()) if token not in known])
+    vocabulary = backend.get_vocab()
+    backend.add_special_tokens([token for token in (*stops, *names.values()) if token not in vocabulary])
     tokenizer = with_template(backend.to_str(), template, **names)
     return ChatEncoder(tokenizer, ids_of(tokenizer, *stops), variables)
 
 
 def talk(
-    messages: Sequence[dict[str, Any]], trained: Sequence[bool] | None = None, **fields: Any
+    messages: Sequence[dict[str, Any]], supervised: Sequence[bool] | None = None, **fields: Any
 ) -> Conversation:
-    """A conversation; all assistant turns are trained if nothing is said."""
-    if trained is None:
-        trained = [message["role"] == "assistant" for message in messages]
-    return Conversation(list(messages), tuple(trained), **fields)
+    """Return a conversation; by default all assistant turns are supervised."""
+    if supervised is None:
+        supervised = [message["role"] == "assistant" for message in messages]
+    return Conversation(list(messages), tuple(supervised), **fields)
 
 
 def read(messages: Sequence[dict[str, Any]], **columns: Any) -> Conversation:
-    """A conversation out of a row, which may have any form that rows may have."""
+    """Return the conversation of a row of any supported form."""
     return parse_conversation(json.dumps({"messages": messages, **columns}).encode())
 
 
@@ -394,7 +394,7 @@ def tool(name: str) -> dict[str, Any]:
 
 
 def encode(encoder: ChatEncoder, *messages: tuple[str, str]) -> list[tuple[list[int], list[int]]]:
-    """(input_ids, labels) of every sequence of a conversation given as (role, content) pairs."""
+    """Return input_ids and labels of every sequence of a conversation, given as (role, content) pairs."""
     return [plain(example) for example in examples_of(encoder, *messages)]
 
 
@@ -409,19 +409,19 @@ def examples_in(encoder: ChatEncoder, conversation: Conversation) -> list[Exampl
 
 
 def sequences(encoder: ChatEncoder, conversation: Conversation) -> list[tuple[list[int], list[int]]]:
-    """(input_ids, labels) of every sequence of a conversation."""
+    """Return input_ids and labels of every sequence of a conversation."""
     return [plain(example) for example in examples_in(encoder, conversation)]
 
 
-def refusal_of(encoder: ChatEncoder, conversation: Conversation) -> BadLine:
-    (refused,) = encoder.encode([conversation])
-    assert isinstance(refused, BadLine), refused
-    return refused
+def error_of(encoder: ChatEncoder, conversation: Conversation) -> BadLine:
+    (error,) = encoder.encode([conversation])
+    assert isinstance(error, BadLine), error
+    return error
 
 
 def plain(example: Example) -> tuple[list[int], list[int]]:
     assert example.input_ids.dtype == example.labels.dtype == np.int32
-    # Each turn's last supervised token is followed by one that is not, or by the next turn's.
+    # Every run of supervised tokens ends at the last token of a turn.
     assert len(example.ends) == len(example.endings) and (np.diff(example.ends) > 0).all()
     supervised = example.labels != -100
     assert supervised[example.ends[example.ends > 0]].all()

@@ -1,4 +1,4 @@
-"""Which tokens are supervised, asserted id by id against pieces of text that are tokenized one by one."""
+"""Supervised tokens under ChatML, compared id by id with pieces of text that are tokenized one by one."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from dft.data.conversations.faults import BadLine
 from dft.data.templates.encoder import ChatEncoder
 from tests.data.templates.chat_templates import (
-    Taught,
+    Supervised,
     encode,
     expected,
     plain,
@@ -24,14 +24,14 @@ def chatml(tokenizer) -> ChatEncoder:
     return ChatEncoder(tokenizer)
 
 
-def test_a_single_answer_is_supervised_with_its_end_token(chatml, tokenizer):
+def test_single_answer_is_supervised_with_its_end_token(chatml, tokenizer):
     prompt = USER + "What is two plus two?" + END + "\n" + ASSISTANT
     assert encode(chatml, ("user", "What is two plus two?"), ("assistant", "Four.")) == [
-        expected(tokenizer, prompt, Taught("Four." + END), "\n")
+        expected(tokenizer, prompt, Supervised("Four." + END), "\n")
     ]
 
 
-def test_all_assistant_turns_are_supervised_but_no_system_or_tool_turn(chatml, tokenizer):
+def test_all_assistant_turns_but_no_system_or_tool_turns_are_supervised(chatml, tokenizer):
     conversation = (
         ("system", "Be brief."),
         ("user", "Add 1 and 2"),
@@ -45,11 +45,11 @@ def test_all_assistant_turns_are_supervised_but_no_system_or_tool_turn(chatml, t
         expected(
             tokenizer,
             "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd 1 and 2<|im_end|>\n" + ASSISTANT,
-            Taught("add(1, 2)<|im_end|>"),
+            Supervised("add(1, 2)<|im_end|>"),
             "\n<|im_start|>tool\n3<|im_end|>\n" + ASSISTANT,
-            Taught("It is 3.<|im_end|>"),
+            Supervised("It is 3.<|im_end|>"),
             "\n<|im_start|>user\nThanks<|im_end|>\n" + ASSISTANT,
-            Taught("Bye<|im_end|>"),
+            Supervised("Bye<|im_end|>"),
             "\n",
         )
     ]
@@ -59,36 +59,36 @@ def test_all_assistant_turns_are_supervised_but_no_system_or_tool_turn(chatml, t
     "answer",
     ["Grüße aus Köln", "👩‍👩‍👧‍👦 🇩🇪", "e\u0301a\u0308 ﷺ", "日本語の文章。", "\u00a0x\u200b", "a\r\nb\tc"],
 )
-def test_characters_of_several_bytes_are_supervised_whole(chatml, tokenizer, answer):
+def test_characters_of_several_bytes_are_supervised_completely(chatml, tokenizer, answer):
     assert encode(chatml, ("user", "🙂 é"), ("assistant", answer)) == [
-        expected(tokenizer, USER + "🙂 é" + END + "\n" + ASSISTANT, Taught(answer + END), "\n")
+        expected(tokenizer, USER + "🙂 é" + END + "\n" + ASSISTANT, Supervised(answer + END), "\n")
     ]
 
 
-def test_a_conversation_may_open_with_the_assistant(chatml, tokenizer):
+def test_conversation_may_begin_with_an_assistant_turn(chatml, tokenizer):
     assert encode(chatml, ("assistant", "Hello"), ("user", "Hi"), ("assistant", "Yes?")) == [
         expected(
-            tokenizer, ASSISTANT, Taught("Hello" + END), "\n" + USER + "Hi" + END + "\n" + ASSISTANT,
-            Taught("Yes?" + END), "\n",
+            tokenizer, ASSISTANT, Supervised("Hello" + END), "\n" + USER + "Hi" + END + "\n" + ASSISTANT,
+            Supervised("Yes?" + END), "\n",
         )
     ]  # fmt: skip
 
 
-def test_two_answers_in_a_row_are_both_supervised(chatml, tokenizer):
+def test_consecutive_answers_are_both_supervised(chatml, tokenizer):
     assert encode(chatml, ("user", "Go"), ("assistant", "One"), ("assistant", "Two")) == [
         expected(
-            tokenizer, USER + "Go" + END + "\n" + ASSISTANT, Taught("One" + END), "\n" + ASSISTANT,
-            Taught("Two" + END), "\n",
+            tokenizer, USER + "Go" + END + "\n" + ASSISTANT, Supervised("One" + END), "\n" + ASSISTANT,
+            Supervised("Two" + END), "\n",
         )
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("answer", ["i", "m", "_", "end", "im_end", "<", "<|", "|>", ">", "assistant", "0"])
-def test_a_short_answer_is_not_confused_with_the_letters_of_the_end_token(chatml, tokenizer, answer):
+def test_short_answer_is_not_confused_with_letters_of_the_end_token(chatml, tokenizer, answer):
     assert encode(chatml, ("user", answer), ("assistant", answer), ("user", "x"), ("assistant", answer)) == [
         expected(
-            tokenizer, USER + answer + END + "\n" + ASSISTANT, Taught(answer + END),
-            "\n" + USER + "x" + END + "\n" + ASSISTANT, Taught(answer + END), "\n",
+            tokenizer, USER + answer + END + "\n" + ASSISTANT, Supervised(answer + END),
+            "\n" + USER + "x" + END + "\n" + ASSISTANT, Supervised(answer + END), "\n",
         )
     ]  # fmt: skip
 
@@ -103,14 +103,14 @@ def test_a_short_answer_is_not_confused_with_the_letters_of_the_end_token(chatml
         "<|im_start|>",
     ],
 )
-def test_markers_in_a_question_open_no_span_and_shift_none(chatml, tokenizer, question):
+def test_special_tokens_in_a_question_neither_open_nor_shift_a_span(chatml, tokenizer, question):
     for role in ("user", "system", "tool"):
         header = f"<|im_start|>{role}\n"
         conversation = ("user", "q"), (role, question), ("assistant", "Four."), ("user", question)
         assert encode(chatml, *conversation) == [
             expected(
                 tokenizer, USER + "q" + END + "\n" + header + question + END + "\n" + ASSISTANT,
-                Taught("Four." + END), "\n" + USER + question + END + "\n",
+                Supervised("Four." + END), "\n" + USER + question + END + "\n",
             )
         ]  # fmt: skip
 
@@ -127,16 +127,16 @@ def test_markers_in_a_question_open_no_span_and_shift_none(chatml, tokenizer, qu
         "a<|im_end|>\na",
     ],
 )
-def test_markers_in_an_answer_do_not_end_its_span(chatml, tokenizer, answer):
+def test_special_tokens_in_an_answer_do_not_end_its_span(chatml, tokenizer, answer):
     assert encode(chatml, ("user", "q"), ("assistant", answer), ("user", "r"), ("assistant", "s")) == [
         expected(
-            tokenizer, USER + "q" + END + "\n" + ASSISTANT, Taught(answer + END),
-            "\n" + USER + "r" + END + "\n" + ASSISTANT, Taught("s" + END), "\n",
+            tokenizer, USER + "q" + END + "\n" + ASSISTANT, Supervised(answer + END),
+            "\n" + USER + "r" + END + "\n" + ASSISTANT, Supervised("s" + END), "\n",
         )
     ]  # fmt: skip
 
 
-def test_a_stop_token_inside_tool_arguments_does_not_end_the_call(chatml, tokenizer):
+def test_stop_token_in_tool_arguments_does_not_end_the_call(chatml, tokenizer):
     call = {"type": "function", "function": {"name": "say", "arguments": {"text": "<|im_end|>", "times": 2}}}
     messages = [
         {"role": "user", "content": "q"},
@@ -148,27 +148,32 @@ def test_a_stop_token_inside_tool_arguments_does_not_end_the_call(chatml, tokeni
     assert plain(example) == expected(
         tokenizer,
         USER + "q" + END + "\n" + ASSISTANT,
-        Taught(
+        Supervised(
             'Calling\n<tool_call>\n{"name": "say", "arguments": {"text": "<|im_end|>", "times": 2}}'
             "\n</tool_call><|im_end|>"
         ),
         "\n<|im_start|>tool\nok" + END + "\n" + ASSISTANT,
-        Taught("i" + END),
+        Supervised("i" + END),
         "\n",
     )
 
 
 @pytest.mark.parametrize(("content", "arguments"), [("", '{"<|im_end|>": 1}'), ("x", '{"<|im_end|>": "i"}')])
 @pytest.mark.parametrize("as_text", [True, False])
-def test_a_stop_token_in_the_key_of_an_argument_does_not_end_the_call(
+def test_stop_token_in_the_key_of_an_argument_does_not_end_the_call(
     chatml, tokenizer, content, arguments, as_text
 ):
     call = {"name": "say<|im_end|>", "arguments": arguments if as_text else json.loads(arguments)}
     answer = {"role": "assistant", "content": content, "tool_calls": [call]}
     ((example,),) = chatml.encode([read([{"role": "user", "content": "q"}, answer])])
-    written = f'<tool_call>\n{{"name": "say<|im_end|>", "arguments": {arguments}}}\n</tool_call><|im_end|>'
+    rendered_call = (
+        f'<tool_call>\n{{"name": "say<|im_end|>", "arguments": {arguments}}}\n</tool_call><|im_end|>'
+    )
     assert plain(example) == expected(
-        tokenizer, USER + "q" + END + "\n" + ASSISTANT, Taught(content + "\n" * bool(content) + written), "\n"
+        tokenizer,
+        USER + "q" + END + "\n" + ASSISTANT,
+        Supervised(content + "\n" * bool(content) + rendered_call),
+        "\n",
     )
 
 
@@ -177,13 +182,16 @@ def test_tool_calls_without_content_are_supervised(chatml, tokenizer):
     answer = {"role": "assistant", "content": "", "tool_calls": [call, call]}
     messages = [{"role": "user", "content": "q"}, answer]
     ((example,),) = chatml.encode([read(messages)])
-    written = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    rendered_call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     assert plain(example) == expected(
-        tokenizer, USER + "q" + END + "\n" + ASSISTANT, Taught(f"{written}\n{written}{END}"), "\n"
+        tokenizer,
+        USER + "q" + END + "\n" + ASSISTANT,
+        Supervised(f"{rendered_call}\n{rendered_call}{END}"),
+        "\n",
     )
 
 
-def test_a_conversation_that_the_template_cannot_render_is_told_apart_from_the_others(chatml):
+def test_conversation_that_the_template_cannot_render_does_not_affect_the_others(chatml):
     broken = talk([turn("user", "q"), {"role": "assistant", "content": 5}])
     good = talk([turn("user", "q"), turn("assistant", "a")])
     first, second, third = chatml.encode([good, broken, good])

@@ -1,8 +1,9 @@
-"""The self-check passes what is right, whatever is in it, and stops at what is not."""
+"""The self-check accepts correct sequences of any content and rejects wrong ones."""
 
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -23,7 +24,7 @@ PIECES = [
 
 
 def metaspace(template: str, **names: str) -> PreTrainedTokenizerFast:
-    """A Unigram vocabulary that marks spaces, and puts one in front of every text, as SentencePiece's do."""
+    """Return a Unigram tokenizer that marks spaces and adds one before every text, like SentencePiece."""
     backend = Tokenizer(models.Unigram())
     backend.normalizer = normalizers.Sequence([normalizers.NFKC()])
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -36,7 +37,7 @@ def metaspace(template: str, **names: str) -> PreTrainedTokenizerFast:
 
 
 def byte_fallback(template: str, **names: str) -> PreTrainedTokenizerFast:
-    """BPE over marked spaces with bytes for what it does not know, as Llama 2's."""
+    """Return a BPE tokenizer with marked spaces and byte fallback, like Llama 2's."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
@@ -51,7 +52,7 @@ def byte_fallback(template: str, **names: str) -> PreTrainedTokenizerFast:
 
 
 def check_all(encoder: ChatEncoder, conversations: list[Conversation]) -> None:
-    """Checks all that the template does not refuse."""
+    """Check all conversations that the template can render."""
     for sequences in encoder.sequences(conversations):
         if not isinstance(sequences, BadLine):
             check_conversation(encoder, sequences)
@@ -69,7 +70,7 @@ def random_conversation(generator: random.Random) -> Conversation:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_conversations_pass_under_every_template(tokenizer_json, family):
+def test_random_conversations_pass_with_every_template(tokenizer_json, family):
     encoder = encoder_for(tokenizer_json, family, {"date_string": "1 May"})
     generator = random.Random(family)
     check_all(encoder, [random_conversation(generator) for _ in range(60)])
@@ -85,7 +86,7 @@ def test_random_conversations_pass_with_tokenizers_that_mark_spaces(make, family
     check_all(encoder, [random_conversation(generator) for _ in range(60)])
 
 
-def test_tokens_that_swallow_white_space_pass(tokenizer_json):
+def test_tokens_that_absorb_white_space_pass(tokenizer_json):
     backend = Tokenizer.from_str(tokenizer_json)
     backend.add_special_tokens([AddedToken("<|im_end|>", rstrip=True, lstrip=True, special=True)])
     encoder = encoder_for(backend.to_str(), "chatml")
@@ -93,23 +94,23 @@ def test_tokens_that_swallow_white_space_pass(tokenizer_json):
     check_all(encoder, [random_conversation(generator) for _ in range(60)])
 
 
-# ---- what must not pass ----
+# ---- wrong sequences ----
 
 
 @pytest.fixture
-def sound(tokenizer_json):
-    """An encoder with the rendering and the example of one sound conversation."""
+def correct(tokenizer_json):
+    """Return an encoder with the rendering and the example of one correct conversation."""
     encoder = encoder_for(tokenizer_json, "chatml")
     turns = [turn("user", "q"), turn("assistant", "Two is four"), turn("user", "r"), turn("assistant", "b c")]
-    (rendering,) = encoder.template.render(talk(turns))
+    (rendering,) = encoder.renderer.render(talk(turns))
     encoding = encoder.backend.encode(rendering.text, add_special_tokens=False)
     example = encoder.example(rendering, encoding)
     check_sequence(encoder, rendering, example)
     return encoder, rendering, example
 
 
-def test_spans_that_are_off_by_one_are_found(sound):
-    encoder, rendering, _ = sound
+def test_spans_that_are_off_by_one_are_detected(correct):
+    encoder, rendering, _ = correct
     encoding = encoder.backend.encode(rendering.text, add_special_tokens=False)
     for before, behind in ((-1, 0), (1, 0), (0, -10), (0, 1), (-11, 0)):
         moved = replace(rendering, spans=[(start + before, end + behind) for start, end in rendering.spans])
@@ -117,8 +118,19 @@ def test_spans_that_are_off_by_one_are_found(sound):
             check_sequence(encoder, rendering, encoder.example(moved, encoding))
 
 
-def test_labels_that_are_not_those_of_the_text_are_found(sound):
-    encoder, rendering, example = sound
+def test_spans_out_of_order_are_detected(tokenizer_json):
+    encoder = encoder_for(tokenizer_json, "chatml")
+    ((sequence,),) = encoder.sequences([talk([turn("user", "q"), turn("assistant", "Two is four")])])
+    rendering, example = sequence
+    (last,) = example.ends.tolist()
+    rendering = replace(rendering, spans=rendering.spans * 2, endings=rendering.endings * 2)
+    example = replace(example, endings=example.endings * 2, ends=np.array([last, last - 1], dtype=np.int32))
+    with pytest.raises(UserError, match="assistant turn 2 has no supervised token of its own"):
+        check_sequence(encoder, rendering, example)
+
+
+def test_labels_that_do_not_match_the_text_are_detected(correct):
+    encoder, rendering, example = correct
     first = int((example.labels != -100).argmax())
 
     def changed(at: int, value: int) -> object:
@@ -127,35 +139,35 @@ def test_labels_that_are_not_those_of_the_text_are_found(sound):
         return replace(example, labels=labels)
 
     for at, value, message in (
-        (first, -100, "in front of|has no supervised token|are .* but it is rendered"),
+        (first, -100, "are not those of its prompt|has no supervised token|are .* but it is rendered"),
         (first + 1, -100, "no supervised token of its own, or a gap"),
         (1, int(example.input_ids[1]), "no supervised token of its own, or a gap"),
-        (len(example.labels) - 1, int(example.input_ids[-1]), "tokens outside of the assistant's turns"),
-        (first, 7, "a label is not the token it stands under"),
+        (len(example.labels) - 1, int(example.input_ids[-1]), "tokens outside of the assistant turns"),
+        (first, 7, "a label differs from the token at its position"),
     ):
         with pytest.raises(UserError, match=message):
             check_sequence(encoder, rendering, changed(at, value))
 
 
-def test_another_end_than_the_stop_token_is_found(sound):
-    encoder, rendering, example = sound
+def test_end_token_other_than_the_stop_token_is_detected(correct):
+    encoder, rendering, example = correct
     shorter = replace(rendering, endings=["<|endoftext|>", "<|im_end|>"])
-    with pytest.raises(UserError, match="turn 1 should end with the token <|endoftext|>, but the last super"):
+    with pytest.raises(UserError, match="turn 1 should end with the token <|endoftext|>, but its last super"):
         check_sequence(encoder, shorter, example)
 
 
-def test_turns_that_end_differently_are_found():
+def test_turns_without_a_stop_token_among_others_are_detected():
     check_endings(["<|im_end|>", "<|end|>"])
     check_endings([None, None])
     with pytest.raises(UserError, match="but turn 2 without a stop token"):
         check_endings(["<|im_end|>", None])
 
 
-def test_other_tokens_than_those_of_the_prompt_are_found(sound):
-    encoder, rendering, example = sound
+def test_tokens_that_differ_from_the_prompt_are_detected(correct):
+    encoder, rendering, example = correct
     ids = example.input_ids.copy()
     ids[2] = ids[0]
-    with pytest.raises(UserError, match="in front of assistant turn 1 stand other tokens"):
+    with pytest.raises(UserError, match="the tokens before assistant turn 1 are not those of its prompt"):
         check_sequence(encoder, rendering, replace(example, input_ids=ids))
     ids = example.input_ids.copy()
     ids[-1] = ids[0]

@@ -1,4 +1,4 @@
-"""The tokenizer that a run trains with, and what it tells about it."""
+"""Loading of the tokenizer, its chat template and the stop tokens, with notes and errors."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,17 @@ from transformers import AutoTokenizer
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.tokenizer import CHATML, load_tokenizer, stop_token_ids
 from dft.errors import UserError
-from tests.data.templates.chat_templates import CHATML_LINES, Taught, encode, expected, with_template
+from tests.data.templates.chat_templates import CHATML_LINES, Supervised, encode, expected, with_template
 
 
 @pytest.mark.parametrize("content", ['{"eos_token_id": "x"}', "[1]", "{"])
-def test_a_generation_config_that_cannot_be_used_is_named(tmp_path, content):
+def test_invalid_generation_config_is_named_in_the_error(tmp_path, content):
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(UserError, match="generation_config.json"):
         stop_token_ids(str(tmp_path))
 
 
-def test_minus_one_is_no_stop_token(tmp_path):
+def test_minus_one_is_not_a_stop_token(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, -1]}')
     assert stop_token_ids(str(tmp_path)) == [3]
 
@@ -29,9 +29,9 @@ def save(folder: Path, tokenizer_json: str, template: str | None = None, **optio
     return str(folder)
 
 
-def test_a_tokenizer_without_template_gets_chatml_its_tokens_and_its_end(tokenizer_json, tmp_path):
+def test_tokenizer_without_template_gets_chatml_with_its_tokens(tokenizer_json, tmp_path):
     plain = json.loads(tokenizer_json)
-    plain["added_tokens"] = [one for one in plain["added_tokens"] if "im_" not in one["content"]]
+    plain["added_tokens"] = [token for token in plain["added_tokens"] if "im_" not in token["content"]]
     for token in ("<|im_start|>", "<|im_end|>"):
         del plain["model"]["vocab"][token]
     folder = save(tmp_path / "base", json.dumps(plain), eos_token="<|endoftext|>")
@@ -45,7 +45,7 @@ def test_a_tokenizer_without_template_gets_chatml_its_tokens_and_its_end(tokeniz
     assert tokenizer.eos_token_id == end
     ((ids, labels),) = encode(ChatEncoder(tokenizer), ("user", "q"), ("assistant", "i"))
     assert (ids, labels) == expected(
-        tokenizer, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", Taught("i<|im_end|>"), "\n"
+        tokenizer, "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", Supervised("i<|im_end|>"), "\n"
     )
     assert ids.count(start) == ids.count(end) == 2 and labels.count(end) == 1
 
@@ -55,13 +55,13 @@ def test_a_tokenizer_without_template_gets_chatml_its_tokens_and_its_end(tokeniz
     assert encode(ChatEncoder(again), ("user", "q"), ("assistant", "i")) == [(ids, labels)]
 
 
-def test_a_complete_tokenizer_is_taken_as_it_is(tokenizer_folder):
+def test_complete_tokenizer_is_not_changed(tokenizer_folder):
     tokenizer, notes = load_tokenizer(str(tokenizer_folder))
     assert notes == []
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tokenizer_folder).chat_template == CHATML
 
 
-def test_a_template_file_replaces_the_template(tokenizer_folder, tmp_path):
+def test_template_file_replaces_the_template(tokenizer_folder, tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}{{ m.content + 'ü<|end|>' }}{% endfor %}", encoding="utf-8")
     tokenizer, notes = load_tokenizer(str(tokenizer_folder), chat_template=str(file))
@@ -69,14 +69,14 @@ def test_a_template_file_replaces_the_template(tokenizer_folder, tmp_path):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False) == "qü<|end|>"
 
 
-def test_markers_that_the_vocabulary_lacks_are_noted(tokenizer_folder, tmp_path):
+def test_special_tokens_missing_in_the_vocabulary_are_noted(tokenizer_folder, tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}{{ '<|turn|>' + m.content + '<|end|>' }}{% endfor %}")
     _, notes = load_tokenizer(str(tokenizer_folder), chat_template=str(file))
-    assert notes[1].startswith("chat template: it may write <|turn|>, not in the vocabulary:")
+    assert notes[1].startswith("chat template: it may write <|turn|>, which the vocabulary does not contain,")
 
 
-def test_a_template_that_does_not_parse_is_refused_with_its_line(tokenizer_json, tokenizer_folder, tmp_path):
+def test_template_that_is_not_valid_jinja_raises_with_its_line(tokenizer_json, tokenizer_folder, tmp_path):
     file = tmp_path / "bad.jinja"
     file.write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
     with pytest.raises(UserError, match=f"^--chat_template {file}:2: not valid Jinja: unexpected '}}'$"):
@@ -86,7 +86,7 @@ def test_a_template_that_does_not_parse_is_refused_with_its_line(tokenizer_json,
         load_tokenizer(folder)
 
 
-def test_a_template_file_that_cannot_be_read_is_refused(tokenizer_folder, tmp_path):
+def test_template_file_that_cannot_be_read_raises(tokenizer_folder, tmp_path):
     empty, binary = tmp_path / "empty.jinja", tmp_path / "binary.jinja"
     empty.write_text("\n")
     binary.write_bytes(b"\xff\xfe")
@@ -101,7 +101,7 @@ def test_a_template_file_that_cannot_be_read_is_refused(tokenizer_folder, tmp_pa
             load_tokenizer(str(tokenizer_folder), chat_template=str(file))
 
 
-def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
+def test_folder_without_a_valid_tokenizer_raises(tmp_path):
     with pytest.raises(UserError, match=f"^--model_name_or_path {tmp_path}/none: no such folder$"):
         load_tokenizer(f"{tmp_path}/none")
     with pytest.raises(UserError, match="the folder holds no tokenizer"):
@@ -112,7 +112,7 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
             load_tokenizer(str(tmp_path))
 
 
-def test_the_built_in_template_writes_tool_calls(tokenizer_folder):
+def test_built_in_template_renders_tool_calls(tokenizer_folder):
     tokenizer, _ = load_tokenizer(str(tokenizer_folder))
     calls = [
         {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "ü": [True, None]}}},
@@ -128,12 +128,12 @@ def test_the_built_in_template_writes_tool_calls(tokenizer_folder):
 
 
 @pytest.mark.parametrize(("eos", "ids"), [("7", [7]), ("[7, 8]", [7, 8]), ("null", [])])
-def test_stop_tokens_come_from_the_generation_config(tmp_path, eos, ids):
+def test_stop_tokens_are_read_from_the_generation_config(tmp_path, eos, ids):
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
     assert stop_token_ids(str(tmp_path)) == ids
 
 
-def test_a_missing_generation_config_is_fine_and_a_broken_one_is_not(tmp_path):
+def test_generation_config_may_be_missing_but_not_invalid(tmp_path):
     assert stop_token_ids(str(tmp_path)) == []
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match="--model_name_or_path .*not a valid JSON file"):

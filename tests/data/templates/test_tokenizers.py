@@ -1,4 +1,4 @@
-"""Tokenizers that add, drop, join or mark characters, and those that cannot be used."""
+"""Tokenizers that add, drop, merge or mark characters, and tokenizers that cannot be used."""
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
@@ -9,7 +9,7 @@ from tests.data.templates.chat_templates import (
     CHATML_LINES,
     MERGES_SYSTEM,
     OPENS_THINKING,
-    Taught,
+    Supervised,
     encode,
     encoder_of,
     expected,
@@ -19,7 +19,7 @@ from tests.data.templates.chat_templates import (
 USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
 
 
-def test_bos_that_the_tokenizer_adds_by_itself_is_not_doubled(tokenizer_json):
+def test_bos_that_the_tokenizer_adds_is_not_duplicated(tokenizer_json):
     backend = Tokenizer.from_str(tokenizer_json)
     bos = backend.token_to_id("<bos>")
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
@@ -28,38 +28,40 @@ def test_bos_that_the_tokenizer_adds_by_itself_is_not_doubled(tokenizer_json):
     assert ids.count(bos) == 1 and ids[0] == bos and labels[0] == -100
 
 
-def test_offsets_that_leave_out_white_space_do_not_move_the_border(tokenizer_json):
+def test_offsets_without_white_space_do_not_move_the_span(tokenizer_json):
     backend = Tokenizer.from_str(tokenizer_json)
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
     encoder = encoder_of(backend.to_str(), CHATML_LINES, eos_token=END)
     assert encode(encoder, ("user", "q"), ("assistant", "  two words ")) == [
-        expected(encoder.tokenizer, USER + "q" + END + "\n" + ASSISTANT, Taught("  two words " + END), "\n")
+        expected(
+            encoder.tokenizer, USER + "q" + END + "\n" + ASSISTANT, Supervised("  two words " + END), "\n"
+        )
     ]
 
 
-def test_where_a_token_would_straddle_header_and_answer_the_text_is_split(tokenizer_json):
+def test_text_is_split_where_a_token_would_straddle_header_and_answer(tokenizer_json):
     backend = Tokenizer.from_str(tokenizer_json)
     backend.add_tokens([AddedToken("\n\n", normalized=False)])
     encoder = encoder_of(backend.to_str(), CHATML_LINES, eos_token=END)
     conversation = ("user", "\n\nq"), ("assistant", "\nword\n\nx"), ("user", "r"), ("assistant", "\n")
     assert encode(encoder, *conversation) == [
         expected(
-            encoder.tokenizer, USER + "\n\nq" + END + "\n" + ASSISTANT, Taught("\nword\n\nx" + END),
-            "\n" + USER + "r" + END + "\n" + ASSISTANT, Taught("\n" + END), "\n",
+            encoder.tokenizer, USER + "\n\nq" + END + "\n" + ASSISTANT, Supervised("\nword\n\nx" + END),
+            "\n" + USER + "r" + END + "\n" + ASSISTANT, Supervised("\n" + END), "\n",
         )
     ]  # fmt: skip
 
 
-def test_characters_dropped_or_composed_by_a_normalizer_do_not_move_the_border(tokenizer_json):
+def test_characters_changed_by_a_normalizer_do_not_move_the_span(tokenizer_json):
     backend = Tokenizer.from_str(tokenizer_json)
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace("\r", "")])
     encoder = encoder_of(backend.to_str(), CHATML_LINES, eos_token=END)
     assert encode(encoder, ("user", "e\u0301\r"), ("assistant", "\re\u0301 x\r")) == [
-        expected(encoder.tokenizer, USER + "é" + END + "\n" + ASSISTANT, Taught("é x" + END), "\n")
+        expected(encoder.tokenizer, USER + "é" + END + "\n" + ASSISTANT, Supervised("é x" + END), "\n")
     ]
 
 
-def test_truncation_and_padding_of_the_tokenizer_are_left_alone_and_not_applied(tokenizer_json):
+def test_truncation_of_the_tokenizer_is_neither_applied_nor_changed(tokenizer_json):
     tokenizer = with_template(tokenizer_json, CHATML_LINES, eos_token=END)
     tokenizer.backend_tokenizer.enable_truncation(4)
     ((ids, _),) = encode(ChatEncoder(tokenizer), ("user", "a long question"), ("assistant", "a long answer"))
@@ -67,14 +69,14 @@ def test_truncation_and_padding_of_the_tokenizer_are_left_alone_and_not_applied(
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 4
 
 
-def test_stop_ids_outside_the_vocabulary_are_passed_over(tokenizer):
+def test_stop_ids_outside_the_vocabulary_are_ignored(tokenizer):
     encoder = ChatEncoder(tokenizer, [10_000_000])
     assert encode(encoder, ("user", "q"), ("assistant", "a")) == encode(
         ChatEncoder(tokenizer), ("user", "q"), ("assistant", "a")
     )
 
 
-def test_a_tokenizer_without_offsets_is_refused(tokenizer_json):
+def test_tokenizer_without_offsets_raises(tokenizer_json):
     tokenizer = with_template(tokenizer_json, CHATML_LINES, eos_token=END)
 
     class Slow(type(tokenizer)):
@@ -85,7 +87,7 @@ def test_a_tokenizer_without_offsets_is_refused(tokenizer_json):
         ChatEncoder(tokenizer)
 
 
-def test_a_tokenizer_without_a_template_is_refused(tokenizer_json):
+def test_tokenizer_without_a_template_raises(tokenizer_json):
     with pytest.raises(UserError, match="no chat template; pass --chat_template FILE"):
         ChatEncoder(with_template(tokenizer_json, None, eos_token=END))
     several = with_template(tokenizer_json, {"rag": CHATML_LINES, "tool_use": CHATML_LINES}, eos_token=END)
@@ -93,10 +95,10 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer_json):
         ChatEncoder(several)
 
 
-def test_a_vocabulary_that_marks_spaces_at_the_front_is_masked_exactly(tokenizer_json):
+def test_tokenizer_that_adds_a_space_before_text_is_masked_exactly(tokenizer_json):
     backend = Tokenizer.from_str(tokenizer_json)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     encoder = encoder_of(backend.to_str(), OPENS_THINKING, "<|end|>", eos_token="<|endoftext|>")
     assert encode(encoder, ("user", "q"), ("assistant", "word")) == [
-        expected(encoder.tokenizer, "<|user|>q<|assistant|>", Taught("word<|end|>"))
+        expected(encoder.tokenizer, "<|user|>q<|assistant|>", Supervised("word<|end|>"))
     ]
