@@ -47,7 +47,7 @@ def test_packed_position_ids_restart_at_every_sequence_and_at_the_padding():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
     assert "attention_mask" not in batch and batch["num_tokens"] == 8
     sequences = find_packed_sequence_indices(batch["position_ids"])
-    assert sequences.tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
+    assert sequences.tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
 
 
 def test_flat_batch_has_no_padding_and_holds_the_sequence_bounds():
