@@ -1,11 +1,11 @@
-"""The DFT losses of LLaMA-Factory, ms-swift and Liger against ours, on random numbers (docs/peers.md).
+"""Compare the DFT losses of LLaMA-Factory, ms-swift and Liger with ours, on random numbers (docs/peers.md).
 
     pip download --no-deps llamafactory==0.9.5 ms-swift==4.6.0
     for wheel in *.whl; do unzip -qo "$wheel" -d "${wheel%%-*}"; done
     python scripts/check_peers.py .
 
-The functions of the first two are taken out of their files, since the packages do not install beside our
-requirements. Liger, which computes axolotl's, is one of requirements-dev.txt.
+The functions of the first two are extracted from their source files, because the packages cannot be installed
+together with our requirements. Liger, which also computes axolotl's loss, is in requirements-dev.txt.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ["TRITON_INTERPRET"] = "1"  # read as Liger is imported: its kernels run on the CPU
+os.environ["TRITON_INTERPRET"] = "1"  # read when Liger is imported; its kernels then run on the CPU
 
 from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -32,17 +32,18 @@ SWIFT = "ms_swift/swift/trainers/utils.py"
 
 
 def functions_of(path: Path, names: set[str]) -> dict[str, Any]:
-    """Functions of a file, without what else the file imports and does."""
+    """Return some functions of a file without importing the file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    wanted = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+    definitions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
     namespace: dict[str, Any] = {"torch": torch, "F": F, "Optional": Optional}
-    exec(compile(ast.Module(wanted, type_ignores=[]), str(path), "exec"), namespace)
+    exec(compile(ast.Module(definitions, type_ignores=[]), str(path), "exec"), namespace)
     return namespace
 
 
 def loss_and_gradient(
     loss: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor
 ) -> tuple[float, torch.Tensor]:
+    """Return a loss and its gradient on the logits."""
     leaf = logits.clone().requires_grad_()
     value = loss(leaf)
     value.backward()
@@ -55,14 +56,17 @@ def compare(
     ours: Callable[[torch.Tensor], torch.Tensor],
     inputs: torch.Tensor,
 ) -> None:
-    (loss, gradient), (expected, right) = loss_and_gradient(theirs, inputs), loss_and_gradient(ours, inputs)
-    differences = f"{abs(loss - expected):.0e}, of gradients at most {(gradient - right).abs().max():.0e}"
+    """Print the losses of a peer and ours, and the differences of losses and gradients."""
+    loss, gradient = loss_and_gradient(theirs, inputs)
+    expected, expected_gradient = loss_and_gradient(ours, inputs)
+    largest = (gradient - expected_gradient).abs().max()
+    differences = f"{abs(loss - expected):.0e}, of gradients at most {largest:.0e}"
     print(f"{name}: {loss:.6f}, ours {expected:.6f}, difference {differences}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the DFT losses of peers with ours.")
-    parser.add_argument("folder", type=Path, help="where the wheels are unpacked")
+    parser.add_argument("folder", type=Path, help="folder into which the wheels were unpacked")
     folder = parser.parse_args().folder
     factory = functions_of(folder / LLAMA_FACTORY, {"dft_loss_func", "_dft_cross_entropy"})["dft_loss_func"]
     swift = functions_of(folder / SWIFT, {"per_token_loss_func"})["per_token_loss_func"]
@@ -97,7 +101,7 @@ def main() -> None:
     try:
         loss_and_gradient(lambda x: factory({"logits": x}, torch.full_like(labels, -100), count), logits)
     except RuntimeError as error:
-        print(f"LLaMA-Factory without targets: {error}")
+        print(f"LLaMA-Factory without supervised tokens: {error}")
 
 
 if __name__ == "__main__":

@@ -32,29 +32,10 @@ def _logits(tile, columns, inside, scale, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _rows(
-    tile,
-    gradient,
-    targets,
-    row_scale,
-    nll_out,
-    p_out,
-    weight_out,
-    correct_out,
-    entropy_out,
-    top_out,
-    total_out,
-    vocab,
-    tile_stride,
-    gradient_stride,
-    slope,
-    level,
-    scale,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    KEEP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    tile, gradient, targets, row_scale, nll_out, p_out, weight_out, correct_out, entropy_out, top_out,
+    total_out, vocab, tile_stride, gradient_stride, slope, level, scale, softcap, SOFTCAP: tl.constexpr,
+    GRADIENT: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     tile += row * tile_stride
     gradient += row * gradient_stride
@@ -115,20 +96,9 @@ def _rows(
 
 @triton.jit
 def _gradients(
-    tile,
-    gradient,
-    targets,
-    factors,
-    tops,
-    totals,
-    vocab,
-    tile_stride,
-    gradient_stride,
-    scale,
-    softcap,
-    SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    tile, gradient, targets, factors, tops, totals, vocab, tile_stride, gradient_stride, scale, softcap,
+    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     tile += row * tile_stride
     gradient += row * gradient_stride

@@ -1,24 +1,25 @@
-"""Time and memory of the loss head, forward and backward, beside the bare products, full logits, TRL, Liger.
+"""Measure time and memory of the loss head, forward and backward, against other implementations.
 
     python scripts/bench/bench_head.py    # the shapes and dtypes for this machine's device
     python scripts/bench/bench_head.py --shapes 1024,0.5,896,151936 --dtypes float32 --rounds 5
-    python scripts/bench/bench_head.py --curves    # this head over tokens and over vocabularies
+    python scripts/bench/bench_head.py --curves    # this head against tokens and against the vocabulary
 
-A shape is N tokens, the share of them that is supervised, hidden size D, vocabulary V.
+A shape is N tokens, the share of them that is supervised, hidden size D, vocabulary V. Contenders:
 
-floor:     the three products on supervised rows, and nothing else: logits, their gradient to the hidden
-           states, and to the weight.
-ours:      `linear_dft_loss`, gradients on hidden states and weight. sft, power, ...: the same with another
-           objective, when asked for.
-full:      logits of all positions, cross-entropy, a second softmax for the weights: the method's own code.
-compiled:  `full` through torch.compile; left out where it fails.
+floor:     only the three products on supervised rows: the logits, and their gradients on the hidden states
+           and on the weight.
+ours:      `linear_dft_loss`, with gradients on hidden states and weight. The name of another objective (sft,
+           power, ...) measures the same with that objective; these run only if named in --contenders.
+full:      logits of all positions, cross-entropy, and a second softmax for the weights, as in the code that
+           was published with the paper.
+compiled:  `full` through torch.compile; skipped if it fails.
 trl rows:  TRL's ChunkedLogProbFunction on supervised rows (pip install trl).
-trl:       the same as TRL calls it on this device.
+trl:       the same function, called as TRL calls it on this device.
 liger:     LigerFusedLinearCrossEntropyLoss with use_token_scaling, CUDA only (pip install liger-kernel).
 
-Contenders take turns in one process, and each figure is a median with its ratio to the floor's. Memory is
-the peak above the inputs: on CUDA the allocator's, on a CPU the resident set of a process that runs one
-contender.
+The contenders take turns in one process. Each time is a median, shown with its ratio to that of the floor.
+Memory is the peak above the inputs: on CUDA that of the allocator, on a CPU the resident set of a process
+that runs one contender.
 """
 
 import argparse
@@ -50,10 +51,12 @@ CUDA_SHAPES = ("8192,0.5,3584,152064", "4096,1.0,4096,128256", "16384,0.3,2048,1
 CURVE_TOKENS = (256, 512, 1024, 2048, 4096)
 CURVE_VOCABULARIES = (16_384, 32_768, 65_536, 131_072, 262_144)
 LIMIT = 1e-2
-"""How far a contender's loss may be from that of the first, as a share of it; bfloat16 logits are coarse."""
+"""Maximum relative difference between a contender's loss and ours. It is large because of bfloat16 logits."""
 
 
 class Case(NamedTuple):
+    """A shape, a dtype and a device. `share` is the share of supervised tokens."""
+
     tokens: int
     share: float
     width: int
@@ -62,20 +65,20 @@ class Case(NamedTuple):
     device: str
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (1, N, D) and weight (V, D) that require gradients, labels (1, N)."""
+        """Return hidden (1, N, D) and weight (V, D), which require gradients, and labels (1, N)."""
         torch.manual_seed(0)
-        made = {"dtype": getattr(torch, self.dtype), "device": self.device}
-        hidden = torch.randn(1, self.tokens, self.width, **made).requires_grad_()
-        weight = torch.randn(self.vocab, self.width, **made).mul_(self.width**-0.5).requires_grad_()
+        kind = {"dtype": getattr(torch, self.dtype), "device": self.device}
+        hidden = torch.randn(1, self.tokens, self.width, **kind).requires_grad_()
+        weight = torch.randn(self.vocab, self.width, **kind).mul_(self.width**-0.5).requires_grad_()
         labels = torch.randint(self.vocab, (1, self.tokens), device=self.device)
-        # An even spread: exactly that share, of which the first position can never be one.
+        # Evenly spread, so that the share is exact. The first position is never a target.
         unsupervised = torch.arange(self.tokens, device=self.device) * self.share % 1 >= self.share
         labels[:, unsupervised] = -100
         labels[:, 0] = -100
         return hidden, weight, labels
 
 
-# ---- contenders: (hidden, weight, labels) -> the loss, after its backward ----
+# Contenders compute the loss and its backward from (hidden, weight, labels), and return the loss.
 
 
 def floor(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
@@ -100,13 +103,13 @@ def full(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def full_forward(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """All positions, in the steps and the precision of the code that came with the paper."""
+    """Compute the loss at all positions, with the steps and dtypes of the code published with the paper."""
     logits = F.linear(hidden, weight)[:, :-1].flatten(0, 1)
     following = labels[:, 1:].flatten()
     nll = F.cross_entropy(logits, following, reduction="none", ignore_index=-100)
     with torch.no_grad():
-        known = following.clamp(min=0)[:, None]
-        p_correct = torch.softmax(logits, dim=-1).gather(1, known).squeeze(1)
+        targets = following.clamp(min=0)[:, None]
+        p_correct = torch.softmax(logits, dim=-1).gather(1, targets).squeeze(1)
     keep = following != -100
     return (nll * p_correct * keep).sum() / keep.sum()
 
@@ -117,7 +120,7 @@ def compiled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
-def trl_of(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def trl_loss(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -131,16 +134,16 @@ def trl_of(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def trl_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     keep, targets = shifted_targets(labels)
-    loss = trl_of(hidden[:, :-1][keep], weight, targets)
+    loss = trl_loss(hidden[:, :-1][keep], weight, targets)
     loss.backward()
     return loss
 
 
 def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """On CUDA TRL scores supervised rows; on a CPU every position."""
+    """Score what TRL scores: on CUDA the supervised rows, on a CPU every position."""
     if hidden.is_cuda:
         return trl_rows(hidden, weight, labels)
-    loss = trl_of(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
+    loss = trl_loss(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
     loss.backward()
     return loss
 
@@ -154,8 +157,8 @@ def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
-def ours_by(name: str) -> "Contender":
-    """Another objective, held against a base model of the same shape where it wants one."""
+def ours_with(name: str) -> "Contender":
+    """Return `ours` with another objective, and with a base model of the same shape if it needs one."""
     objective = make_objective(name)
 
     def contender(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -177,14 +180,14 @@ CONTENDERS: dict[str, Contender] = {
     "trl": trl,
     "liger": liger,
 }
-OBJECTIVES_TOO: dict[str, Contender] = {name: ours_by(name) for name in OBJECTIVES if name != Dft.name}
-"""Run when they are asked for; their losses are not compared."""
-CONTENDERS |= OBJECTIVES_TOO
+OTHER_OBJECTIVES: dict[str, Contender] = {name: ours_with(name) for name in OBJECTIVES if name != Dft.name}
+"""Contenders that run only if they are named; their losses are not compared with ours."""
+CONTENDERS |= OTHER_OBJECTIVES
 
 
 def available(device: str) -> list[str]:
-    """The contenders that can run here."""
-    missing = set(OBJECTIVES_TOO)
+    """Return the contenders that run by default and can run here."""
+    missing = set(OTHER_OBJECTIVES)
     if importlib.util.find_spec("trl") is None:
         missing |= {"trl rows", "trl"}
     if device == "cuda":
@@ -194,11 +197,8 @@ def available(device: str) -> list[str]:
     return [name for name in CONTENDERS if name not in missing]
 
 
-# ---- measuring ----
-
-
 def run(contender: Contender, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float | None]:
-    """(seconds, loss) of one forward and backward."""
+    """Return (seconds, loss) of one forward and backward."""
     hidden, weight, _ = inputs
     hidden.grad = weight.grad = None
     synchronize(hidden)
@@ -214,10 +214,10 @@ def synchronize(tensor: Tensor) -> None:
 
 
 def peak(case: Case, name: str) -> float:
-    """MiB that a contender takes above its inputs, in this process."""
+    """Return the peak memory of a contender in this process, above that of its inputs, in MiB."""
     inputs = case.inputs()
     if case.device == "cuda":
-        run(CONTENDERS[name], inputs)  # workspaces of cuBLAS stay
+        run(CONTENDERS[name], inputs)  # allocates the cuBLAS workspaces, which are kept
         inputs[0].grad = inputs[1].grad = None
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -239,43 +239,25 @@ def peak(case: Case, name: str) -> float:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the resident set of this process, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 
 
-def peak_elsewhere(case: Case, name: str) -> float:
+def peak_in_subprocess(case: Case, name: str) -> float:
+    """Return `peak` as a new process measures it."""
     command = [sys.executable, __file__, "--peak", name, "--case", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{name} fails on {case}:\n{done.stderr}")
+        raise SystemExit(f"{name} failed on {case}:\n{done.stderr}")
     return float(done.stdout)
 
 
 def compare(case: Case, names: list[str], rounds: int) -> None:
-    """Prints the table of one shape and dtype."""
-    inputs = case.inputs()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    losses: dict[str, float] = {}
-    for number in range(rounds + 1):
-        for name in [one for one in names if one in seconds]:
-            try:
-                took, loss = run(CONTENDERS[name], inputs)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                print(f"{name} does not work here: {str(error).splitlines()[0]}")
-                del seconds[name]
-                continue
-            if loss is not None and name not in OBJECTIVES_TOO:
-                losses[name] = loss
-            if number:  # the first warms up
-                seconds[name].append(took)
-    first = losses["ours"]
-    for name, loss in losses.items():
-        if abs(loss - first) > LIMIT * abs(first):
-            raise SystemExit(f"{name} has loss {loss}, ours {first}: they do not compute the same")
-    del inputs
-    medians = {name: statistics.median(some) for name, some in seconds.items()}
-    peaks = {name: peak_elsewhere(case, name) for name in seconds}
+    """Measure the contenders in turns and print the table of one shape and dtype."""
+    seconds = time_contenders(case, names, rounds)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    peaks = {name: peak_in_subprocess(case, name) for name in seconds}
     shape = f"N={case.tokens:,}, {case.share:.0%} supervised, D={case.width:,}, V={case.vocab:,}"
     print(f"\n{shape}, {case.dtype}, {case.device}, median of {rounds}\n")
     print("| | seconds | of the floor | peak MiB | of the floor |")
@@ -288,8 +270,34 @@ def compare(case: Case, names: list[str], rounds: int) -> None:
         )
 
 
+def time_contenders(case: Case, names: list[str], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each round, after a warm-up round, of the contenders that work here.
+
+    Exits if a contender's loss is not ours.
+    """
+    inputs = case.inputs()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    losses: dict[str, float] = {}
+    for number in range(rounds + 1):
+        for name in list(seconds):
+            try:
+                elapsed, loss = run(CONTENDERS[name], inputs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                print(f"{name} does not work here: {str(error).splitlines()[0]}")
+                del seconds[name]
+                continue
+            if loss is not None and name not in OTHER_OBJECTIVES:
+                losses[name] = loss
+            if number:  # the first round warms up
+                seconds[name].append(elapsed)
+    for name, loss in losses.items():
+        if abs(loss - losses["ours"]) > LIMIT * abs(losses["ours"]):
+            raise SystemExit(f"{name} has loss {loss}, ours {losses['ours']}: they compute different losses")
+    return seconds
+
+
 def curves(device: str, dtype: str, rounds: int) -> None:
-    """Prints time and memory of this head over tokens, and over vocabularies."""
+    """Print time and memory of this head against the number of tokens and against the vocabulary."""
     width, vocab, tokens = 896, 65_536, 1024
     print(f"\nours, D={width}, all tokens supervised, {dtype}, {device}, median of {rounds}\n")
     print("| N | V | seconds | per N * V, ns | peak MiB | of it the weight's gradient |")
@@ -298,11 +306,11 @@ def curves(device: str, dtype: str, rounds: int) -> None:
     for n, v in shapes:
         case = Case(n, 1.0, width, v, dtype, device)
         inputs = case.inputs()
-        took = statistics.median([run(ours, inputs)[0] for _ in range(rounds + 1)][1:])
+        seconds = statistics.median([run(ours, inputs)[0] for _ in range(rounds + 1)][1:])
         del inputs
-        memory, gradient = peak_elsewhere(case, "ours"), v * width * 4 / 2**20
-        each = took / n / v * 1e9
-        print(f"| {n:,} | {v:,} | {took:.3f} | {each:.2f} | {memory:,.0f} | {gradient:,.0f} |", flush=True)
+        memory, gradient = peak_in_subprocess(case, "ours"), v * width * 4 / 2**20
+        each = seconds / n / v * 1e9
+        print(f"| {n:,} | {v:,} | {seconds:.3f} | {each:.2f} | {memory:,.0f} | {gradient:,.0f} |", flush=True)
 
 
 def main() -> None:
