@@ -211,7 +211,7 @@ class DFTTrainer(MeasuredTrainer):
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
         if self._sequences is not None and model.training:
-            inputs = self._sequences.part(inputs)
+            inputs = self._sequences.local_slice(inputs)
         loss, stats, outputs = self._score(model, inputs, num_items_in_batch, with_logits=return_outputs)
         aux_loss = outputs.get("aux_loss")
         if aux_loss is not None:

@@ -1,14 +1,14 @@
 """Sequence parallelism: several ranks share each sequence (DeepSpeed Ulysses, arXiv 2309.14509).
 
-The ranks of a group get the same batch and keep a stretch of its positions each. Between attention's
-projections and attention itself DeepSpeed exchanges stretches of all heads for all positions of some heads,
-so that attention sees whole sequences; every other layer, and the head, works on a rank's own stretch.
+The ranks of a group get the same batch, and each keeps one slice of its positions. Between the projections
+of attention and attention itself, DeepSpeed exchanges slices with all heads for all positions of some heads,
+so that attention sees whole sequences. All other layers, and the head, work on the slice of the rank.
 
-A rank's loss is the sum over the targets of its stretch, which ranks average as they average those of other
-rows: no gradient and no metric needs to know which of the two a rank stands for. That is why neither
-accelerate nor DeepSpeed's engine is told. Their adapter of batches (accelerate's `ParallelismConfig`) would
-cut everything a batch holds along its second dimension, also what says where its tokens are from, and takes
-the labels away before anybody has counted the tokens of the step.
+The loss of a rank is the sum over the targets of its slice. Ranks average it as they average losses of
+different rows, so gradients and metrics are right without knowing about groups. accelerate and DeepSpeed's
+engine are therefore not told: their batch adapter (accelerate's `ParallelismConfig`) would slice everything
+in a batch along its second dimension, including the origins of its tokens, and would remove the labels before
+the tokens of the optimizer step are counted.
 """
 
 from collections.abc import Iterator, Mapping, Sized
@@ -27,66 +27,75 @@ from dft.ranks import init_cpu_deepspeed
 from dft.training.batching import packing_obstacle
 from dft.training.model.positions import LENGTH_DEPENDENT_ROPE, rope_types
 
-CUT = {"input_ids", "labels", "attention_mask", "loss_positions", "sequence_ids", "origins"}
-"""What a batch may hold: of anything else it is not known how to cut it."""
+SLICEABLE_KEYS = {"input_ids", "labels", "attention_mask", "loss_positions", "sequence_ids", "origins"}
+"""Entries that a batch may have; `SequenceParallel.local_slice` knows how to slice these only."""
 
 
 def sequence_parallel_obstacle(model: nn.Module, size: int) -> str | None:
-    """What keeps the sequences of a model from being shared by `size` ranks, None if nothing is known to."""
+    """Return why `size` ranks cannot share the sequences of a model; None if no reason is known."""
     if (obstacle := packing_obstacle(model)) is not None:
         return obstacle
     config = model.config.get_text_config()
-    given = config.to_dict()
-    attention = config._attn_implementation
-    if attention == "eager":
-        return "eager attention needs a mask of all pairs; use --attn_implementation sdpa"
-    narrow = set(given.get("layer_types") or ()) - {"full_attention"}
-    # Windows and chunks are cut by a mask, which each rank would make for its own stretch.
-    if narrow or (given.get("sliding_window") and not given.get("layer_types")):
-        return f"it has layers that see a part of the sequence ({', '.join(sorted(narrow)) or 'sliding'})"
+    settings = config.to_dict()
+    if config._attn_implementation == "eager":
+        return "eager attention needs a mask of all pairs of tokens (use --attn_implementation sdpa)"
+    # Windows and chunks are made by a mask, which each rank would make for its own slice.
+    layer_types = settings.get("layer_types") or ()
+    local_layers = set(layer_types) - {"full_attention"}
+    if local_layers or (settings.get("sliding_window") and not layer_types):
+        names = ", ".join(sorted(local_layers)) or "sliding"
+        return f"it has layers that see only a part of the sequence ({names})"
     if config.num_attention_heads % size:
-        return f"its {config.num_attention_heads} attention heads cannot be shared by {size} ranks"
-    keys = given.get("num_key_value_heads")
-    if keys is None or given.get("head_dim", 0) is None:  # which DeepSpeed reads
-        return "its configuration says nothing of num_key_value_heads or head_dim"
-    if keys % size and size % keys:
-        return f"its {keys} key-value heads cannot be shared by {size} ranks"
-    moving = rope_types(given) & set(LENGTH_DEPENDENT_ROPE)
-    if moving:
+        return f"its {config.num_attention_heads} attention heads cannot be divided among {size} ranks"
+    key_heads = settings.get("num_key_value_heads")
+    if key_heads is None or settings.get("head_dim", 0) is None:  # DeepSpeed reads both
+        return "its configuration has no num_key_value_heads or head_dim"
+    if key_heads % size and size % key_heads:
+        return f"its {key_heads} key-value heads cannot be divided among {size} ranks"
+    length_dependent = rope_types(settings) & set(LENGTH_DEPENDENT_ROPE)
+    if length_dependent:
         return (
-            f"its rotary positions ({', '.join(sorted(moving))}) depend on how long the sequence is, and a "
-            "rank sees a part of it"
+            f"its rotary positions ({', '.join(sorted(length_dependent))}) depend on the length of the "
+            "sequence, and a rank sees only a part of it"
         )
-    if given.get("output_router_logits"):
-        return "the auxiliary loss of its router is no sum over tokens"
+    if settings.get("output_router_logits"):
+        return "the auxiliary loss of its router is not a sum over tokens"
     return None
 
 
 class SequenceParallel:
-    """This rank's part in the sequences of its group.
+    """Slices batches for this rank, and exchanges attention heads with the other ranks of its group.
+
+    All ranks must create it at the same time.
+
+    Args:
+        model: model whose attention is wrapped.
+        size: number of ranks that share a sequence.
+        micro_batch_size: rows of a micro-batch.
 
     Attributes:
-        size: ranks that share a sequence.
-        rank: of this one among them.
+        size: number of ranks that share a sequence.
+        rank: position of this rank in its group.
+
+    Raises:
+        UserError: the sequences of the model cannot be shared.
     """
 
     def __init__(self, model: nn.Module, size: int, micro_batch_size: int) -> None:
-        """Puts the exchange around the model's attention. All ranks must take part.
-
-        Raises:
-            UserError: the model's sequences cannot be cut up.
-        """
         obstacle = sequence_parallel_obstacle(model, size)
         if obstacle is not None:
-            raise UserError(f"--sequence_parallel_size {size}: {type(model).__name__}: {obstacle}")
-        # slow to import, and only needed here
+            raise UserError(
+                f"--sequence_parallel_size {size}: {type(model).__name__}: {obstacle}; run without "
+                "--sequence_parallel_size"
+            )
+        # Slow to import, and needed here only.
         import deepspeed
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
         if model.device.type == "cpu":
             init_cpu_deepspeed()  # compiles nothing
         elif not deepspeed.comm.is_initialized():
-            deepspeed.init_distributed(verbose=False)  # takes over the process group that is there
+            deepspeed.init_distributed(verbose=False)  # uses the existing process group
         groups = UlyssesSPAttentionHF.register_with_transformers(
             model_name_or_path=model,
             core_attn_implementation=model.config._attn_implementation,
@@ -97,36 +106,39 @@ class SequenceParallel:
         self.size = size
         self.rank = groups.get_sequence_parallel_rank()
 
-    def part(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """This rank's stretch of a batch that its whole group has.
+    def local_slice(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return this rank's slice of a batch that its whole group has.
 
         Args:
-            batch: as `PaddedCollator` makes it, (batch, seq); padded here to a multiple of the ranks.
+            batch: batch of `PaddedCollator`, (batch, seq); padded here to a multiple of the group size.
 
         Returns:
-            input_ids, position_ids, labels, sequence_ids (batch, seq / ranks), `labels` shifted: each is the
-            target of its own position, which may be the first one of the next rank. num_tokens: how many are
-            not padding.
+            input_ids, position_ids, labels, sequence_ids: (batch, seq / ranks). `labels` are shifted: each is
+            the target of its own position, which may be the first one of the next rank. num_tokens: number of
+            tokens without padding.
+
+        Raises:
+            ValueError: the batch has entries of unknown meaning.
         """
-        if not batch.keys() <= CUT:
+        if not batch.keys() <= SLICEABLE_KEYS:
             raise ValueError(
-                f"a batch holds {sorted(batch.keys() - CUT)}, and --sequence_parallel_size {self.size} "
-                "cannot cut that; use the trainer's own collator"
+                f"a batch holds {sorted(batch.keys() - SLICEABLE_KEYS)}, which --sequence_parallel_size "
+                f"{self.size} cannot slice; use the trainer's own collator"
             )
         ids = batch["input_ids"]
         rows, width = ids.shape
-        stretch = -(-width // self.size)
-        whole = stretch * self.size
-        here = slice(self.rank * stretch, (self.rank + 1) * stretch)
+        length = -(-width // self.size)
+        padded_width = length * self.size
+        own = slice(self.rank * length, (self.rank + 1) * length)
 
         def cut(tensor: Tensor, fill: int) -> Tensor:
-            return F.pad(tensor, (0, whole - tensor.shape[1]), value=fill)[:, here].contiguous()
+            return F.pad(tensor, (0, padded_width - tensor.shape[1]), value=fill)[:, own].contiguous()
 
         labels = cut(batch["labels"][:, 1:], IGNORE_INDEX)
-        positions = torch.arange(whole, device=ids.device).expand(rows, whole)
+        positions = torch.arange(padded_width, device=ids.device).expand(rows, padded_width)
         return {
             "input_ids": cut(ids, 0),
-            "position_ids": positions[:, here].contiguous(),
+            "position_ids": positions[:, own].contiguous(),
             "labels": labels,
             "loss_positions": (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
             "sequence_ids": cut(batch["sequence_ids"], -1),
@@ -136,30 +148,42 @@ class SequenceParallel:
 
 
 def check_sequence_parallel(dataset: Any, objective: Objective) -> None:
-    """Raises ValueError for what would be wrong without a word where ranks share sequences."""
+    """Raise ValueError for a dataset or an objective that sequence parallelism would get wrong silently."""
     if dataset is not None and not isinstance(dataset, Sized):
         raise ValueError(
-            "sequence parallelism deals each batch to all ranks that share it, which a dataset without a "
-            "length cannot do; use one that has a length"
+            "sequence parallelism gives each batch to all ranks that share it, which is not possible with a "
+            "dataset without a length; use one that has a length"
         )
     if objective.kl_weight > 0:
         raise ValueError(
-            f"the objective {objective.name} scores whole sequences with the base model, of which "
-            "sequence parallelism leaves a rank a part; leave one of them out"
+            f"the objective {objective.name} scores whole sequences with the base model, but with sequence "
+            "parallelism a rank has only a part of them; use another objective or no sequence parallelism"
         )
 
 
-def resolve_parallel_collator(pad_token_id: int, given: Any) -> PaddedCollator:
-    """Batches as they can be cut: also for flash attention, which would take one row without padding."""
-    if given is not None and not isinstance(given, PaddedCollator):
-        raise ValueError(
-            "sequence parallelism cuts the batches of PaddedCollator alone; leave data_collator out"
-        )
-    return given or PaddedCollator(pad_token_id)
+def resolve_parallel_collator(pad_token_id: int, collator: Any) -> PaddedCollator:
+    """Return the collator whose batches can be sliced, also for flash attention.
+
+    Args:
+        pad_token_id: id to pad with.
+        collator: collator that the caller chose, or None.
+
+    Raises:
+        ValueError: another kind of collator was chosen.
+    """
+    if collator is not None and not isinstance(collator, PaddedCollator):
+        raise ValueError("sequence parallelism can slice batches of PaddedCollator only; omit data_collator")
+    return collator or PaddedCollator(pad_token_id)
 
 
 class RepeatedBatchSampler(Sampler[int]):
-    """Another sampler's batches, each as often as ranks share it: accelerate deals them out one by one."""
+    """Repeats each batch of a sampler for each rank that shares it: accelerate deals batches out in turn.
+
+    Args:
+        sampler: sampler of whole batches.
+        batch: rows of a batch.
+        ranks: number of ranks that share a batch.
+    """
 
     def __init__(self, sampler: Sampler[int], batch: int, ranks: int) -> None:
         self.sampler = sampler
@@ -170,11 +194,11 @@ class RepeatedBatchSampler(Sampler[int]):
         return len(self.sampler) * self.ranks
 
     def __iter__(self) -> Iterator[int]:
-        taken: list[int] = []
+        indices: list[int] = []
         for index in self.sampler:
-            taken.append(index)
-            if len(taken) == self.batch:
+            indices.append(index)
+            if len(indices) == self.batch:
                 for _ in range(self.ranks):
-                    yield from taken
-                taken = []
-        assert not taken, "the sampler gives whole batches"
+                    yield from indices
+                indices = []
+        assert not indices, "the sampler gives whole batches"

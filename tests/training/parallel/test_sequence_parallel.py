@@ -1,4 +1,4 @@
-"""Which models' sequences can be cut up, and what the trainer refuses to cut."""
+"""Models, datasets and objectives that sequence parallelism refuses."""
 
 from types import SimpleNamespace
 
@@ -15,17 +15,17 @@ from dft.training.parallel.sequence_parallel import (
 )
 
 
-def shapes(**given):
+def meta_model(**settings):
     config = Qwen3Config(
         num_hidden_layers=2, hidden_size=32, intermediate_size=32, vocab_size=50, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, **given,
+        num_key_value_heads=2, head_dim=8, **settings,
     )  # fmt: skip
     with torch.device("meta"):
         return Qwen3ForCausalLM._from_config(config, attn_implementation="sdpa")
 
 
 @pytest.mark.parametrize(
-    ("rope", "told"),
+    ("rope", "name"),
     [
         ({"rope_type": "default", "rope_theta": 1e4}, None),
         ({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, None),
@@ -38,13 +38,13 @@ def shapes(**given):
     ],
     ids=["default", "linear", "dynamic", "longrope"],
 )  # fmt: skip
-def test_positions_that_depend_on_the_length_are_refused(rope, told):
-    """A rank would rotate its stretch by frequencies that the others do not have."""
-    found = sequence_parallel_obstacle(shapes(rope_parameters=rope), 2)
-    assert found is None if told is None else f"its rotary positions ({told})" in found
+def test_rotary_positions_that_depend_on_the_length_are_refused(rope, name):
+    """Each rank would derive other frequencies from the positions of its slice."""
+    obstacle = sequence_parallel_obstacle(meta_model(rope_parameters=rope), 2)
+    assert obstacle is None if name is None else f"its rotary positions ({name})" in obstacle
 
 
-def test_what_deepspeed_would_miss_is_an_obstacle(monkeypatch):
+def test_configurations_without_what_deepspeed_reads_are_refused(monkeypatch):
     monkeypatch.setattr(sequence_parallel, "packing_obstacle", lambda model: None)
     with torch.device("meta"):
         gpt = GPT2LMHeadModel._from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
@@ -60,7 +60,7 @@ class Stream(IterableDataset):
         yield {"input_ids": [1, 2], "labels": [1, 2]}
 
 
-def test_streams_and_base_models_are_refused():
+def test_datasets_without_a_length_and_objectives_with_a_base_model_are_refused():
     check_sequence_parallel([{}], make_objective("dft"))
     with pytest.raises(ValueError, match="a dataset without a length"):
         check_sequence_parallel(Stream(), make_objective("dft"))
