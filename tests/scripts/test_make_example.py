@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dft.data.conversations.conversation import Conversation, parse_conversation
+from dft.data.reading.reader import read_batches
 from dft.data.reading.sources import resolve_sources
-from dft.data.reading.text import read_batches
 from dft.data.templates.encoder import ChatEncoder
 from scripts.make_example import read_conversations, tiny_model, train_tokenizer, write_conversations
 

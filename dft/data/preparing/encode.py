@@ -14,8 +14,8 @@ from dft.data.preparing.conversation_counts import ConversationCounts
 from dft.data.preparing.encoded_sequences import EncodedSequences, SequenceWriter
 from dft.data.preparing.options import EncodeOptions
 from dft.data.preparing.rejected_texts import RejectedTexts, rejected_line
+from dft.data.reading.reader import read_batches
 from dft.data.reading.sources import Source
-from dft.data.reading.text import read_batches
 from dft.data.sandbox.limits import EXCEEDS_TIME
 from dft.data.sandbox.workers import WorkerLost, map_in_processes, without_tokenizer_threads
 from dft.data.templates.encoder import ChatEncoder

@@ -1,4 +1,4 @@
-"""Files -> pieces of their bytes, decompressed, with all that could be read in front of any damage."""
+"""Read and decompress a file in pieces, up to the byte where it is damaged."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -6,47 +6,54 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from dft.data.reading.records import LONGEST, PIECE
+from dft.data.reading.records import MAX_RECORD_BYTES, READ_SIZE
 
-SIP = 1 << 12
-"""Bytes decompressed at a time: what was decompressed before it met damage within one call is lost."""
+DECOMPRESS_SIZE = 1 << 12
+"""Bytes to decompress per call. Small, because a call that meets damage returns nothing."""
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-class Leftover(Exception):
-    """Bytes behind the end of a compressed stream that are no part of it."""
+class TrailingBytes(Exception):
+    """A compressed stream is followed by bytes that do not belong to it.
 
-    def __init__(self, rest: bytes) -> None:
-        super().__init__(rest)
-        self.rest = rest
+    Attributes:
+        data: these bytes, truncated to a little more than `MAX_RECORD_BYTES`.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.data = data
 
 
 def read_plain(file: BinaryIO) -> Iterator[bytes]:
-    while piece := file.read(PIECE):
+    """Yield the bytes of a file that is not compressed."""
+    while piece := file.read(READ_SIZE):
         yield piece
 
 
 def read_gzip(file: BinaryIO) -> Iterator[bytes]:
-    return _gathered(_inflated(file))
+    """Yield the decompressed bytes of a gzip file; see `_inflate` for the errors."""
+    return _join_pieces(_inflate(file))
 
 
 def read_zstd(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the decompressed bytes of a zstd file. Raises OSError if it is damaged or truncated."""
     with pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd") as stream:
-        yield from _gathered(iter(lambda: stream.read(SIP), b""))
+        yield from _join_pieces(iter(lambda: stream.read(DECOMPRESS_SIZE), b""))
 
 
-def _gathered(sips: Iterator[bytes]) -> Iterator[bytes]:
-    """Pieces of the usual size, with all that was read before an error."""
+def _join_pieces(small_pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Join pieces to about `READ_SIZE`. If an error is raised, first yield what was read before it."""
     parts: list[bytes] = []
     size = 0
     try:
-        for sip in sips:
-            parts.append(sip)
-            size += len(sip)
-            if size >= PIECE:
+        for piece in small_pieces:
+            parts.append(piece)
+            size += len(piece)
+            if size >= READ_SIZE:
                 yield b"".join(parts)
                 parts, size = [], 0
-    except (OSError, EOFError, zlib.error, Leftover):
+    except (OSError, EOFError, zlib.error, TrailingBytes):
         if parts:
             yield b"".join(parts)
         raise
@@ -54,33 +61,36 @@ def _gathered(sips: Iterator[bytes]) -> Iterator[bytes]:
         yield b"".join(parts)
 
 
-def _inflated(file: BinaryIO) -> Iterator[bytes]:
-    """The members of a gzip file. Zeros behind a member are padding, to gzip too.
+def _inflate(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the decompressed bytes of all members of a gzip file.
+
+    The gzip module of the standard library raises on trailing bytes too, but does not return them, and they
+    have to be copied to rejected.jsonl. Zeros after a member are padding, as they are to the gzip program.
 
     Raises:
-        EOFError, zlib.error: it is cut off, damaged, or no gzip file.
-        Leftover: behind a whole member follows what is none. gzip itself ignores that with a warning.
+        EOFError, zlib.error: the file is truncated, damaged or not a gzip file.
+        TrailingBytes: a complete member is followed by something else than a member or padding.
     """
     packed = b""
     while True:
         member = zlib.decompressobj(wbits=zlib.MAX_WBITS + 16)
         while not member.eof:
-            packed = packed or file.read(SIP)
-            sip = member.decompress(packed, PIECE)
-            if not (packed or sip):
+            packed = packed or file.read(DECOMPRESS_SIZE)
+            piece = member.decompress(packed, READ_SIZE)
+            if not (packed or piece):
                 raise EOFError("it ends before its end mark")
             packed = member.unconsumed_tail
-            if sip:
-                yield sip
+            if piece:
+                yield piece
         packed = member.unused_data.lstrip(b"\0")
         while not packed:
-            padding = file.read(SIP)
+            padding = file.read(DECOMPRESS_SIZE)
             if not padding:
                 return
             packed = padding.lstrip(b"\0")
         packed += file.read(1) if len(packed) == 1 else b""
         if not packed.startswith(GZIP_MAGIC):
-            raise Leftover(packed + file.read(LONGEST))
+            raise TrailingBytes(packed + file.read(MAX_RECORD_BYTES))
 
 
 READERS: dict[str | None, Callable[[BinaryIO], Iterator[bytes]]] = {
@@ -88,3 +98,4 @@ READERS: dict[str | None, Callable[[BinaryIO], Iterator[bytes]]] = {
     "gzip": read_gzip,
     "zstd": read_zstd,
 }
+"""Reader of a file by its compression."""

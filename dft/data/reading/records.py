@@ -1,30 +1,30 @@
-"""What a file holds before it is parsed: records of JSON text, and how large one may be."""
+"""Records (the JSON text of one conversation each), batches of them, and limits on their size."""
 
 import math
 from typing import NamedTuple
 
-BATCH_RECORDS = 256
-PIECE = 1 << 18
-"""Bytes read at a time: enough to hide what a step costs, few enough to bound the arrays made of them."""
-BATCH_BYTES = 4 << 20
-"""Text of a batch, unless a single record has more: what a batch takes to tokenize is bounded by its text."""
-MOST_TEXT = 16_000_000
+MAX_BATCH_RECORDS = 256
+MAX_BATCH_BYTES = 4 << 20
+"""Text of a batch, unless a single record has more. It bounds the memory that tokenizing a batch takes."""
+READ_SIZE = 1 << 18
+"""Bytes per read: enough to hide its overhead, few enough to bound the size of the arrays made of them."""
+MAX_TEXT_BYTES = 16_000_000
 """Bytes of the longest record that is tokenized.
 
-The tokenizer takes 150 to 350 bytes of memory for each, all at once. No context holds so many tokens.
+The tokenizer takes 150 to 350 bytes of memory for each byte of a text. No context is as long as this text.
 """
-LONGEST = 256 << 20
-"""Bytes of the longest record that is read, so that it can be copied to where the rejected ones go."""
+MAX_RECORD_BYTES = 256 << 20
+"""Bytes of the longest record that is read at all and can be copied to rejected.jsonl."""
 BOM = b"\xef\xbb\xbf"
 
 
 class Flaw(NamedTuple):
-    """Why a record cannot be used.
+    """Reason why a record cannot be used.
 
     Attributes:
-        reason: all of it, without file and line.
-        kind: what it is counted under.
-        skippable: whether it can be left out: nothing is lost that is not copied.
+        reason: the full reason, without file and line.
+        kind: category that the reason is counted under.
+        skippable: whether the record can be skipped without losing more than its own text.
     """
 
     reason: str
@@ -33,12 +33,12 @@ class Flaw(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One conversation as it stands in a file, not parsed yet.
+    """The unparsed text of one conversation.
 
     Attributes:
-        line: from 1; where a conversation begins in a text file, the number of the row in a table.
-        text: its JSON; from JSON Lines the whole line, verbatim but for the line feed.
-        flaw: why it is not to be parsed. `text` is then what there is to be kept of it.
+        line: line on which the conversation begins, or row number of a table. Counted from 1.
+        text: JSON text. In JSON Lines the whole line, verbatim but for the line feed.
+        flaw: reason not to parse the record, in which case `text` is what should be kept of it.
     """
 
     line: int
@@ -47,11 +47,11 @@ class Record(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Up to 256 records with about 4 MiB of text, or one that is longer.
+    """Consecutive records with at most `MAX_BATCH_BYTES` of text, or a single longer record.
 
     Attributes:
-        records: in the order of the file, at least one.
-        consumed: bytes of the file on disk read since the batch before.
+        records: 1 to `MAX_BATCH_RECORDS` records, in the order of the file.
+        consumed: bytes of the file on disk that were read since the previous batch.
     """
 
     records: list[Record]
@@ -59,22 +59,23 @@ class Batch(NamedTuple):
 
 
 NO_CONVERSATION = Flaw("there is no conversation in this file", "there is no conversation in this file")
-TOO_LONG = Flaw(
-    f"longer than {LONGEST >> 20} MiB, too long to be copied; take it out of the file",
-    f"longer than {LONGEST >> 20} MiB",
+RECORD_TOO_LONG = Flaw(
+    f"longer than {MAX_RECORD_BYTES >> 20} MiB, too long to be copied; take it out of the file",
+    f"longer than {MAX_RECORD_BYTES >> 20} MiB",
     skippable=False,
 )
 
 
-def end_of_reading(reason: str, kind: str) -> Flaw:
-    """A flaw behind which nothing can be read, so that it is unknown what is lost."""
+def unreadable_from_here(reason: str, kind: str) -> Flaw:
+    """Return a flaw after which the rest of the file cannot be read, so that it is unknown what is lost."""
     return Flaw(f"{reason}; nothing from here on can be read", kind, skippable=False)
 
 
 def too_much_text(size: int) -> Flaw:
-    megabytes = math.ceil(size / 100_000) / 10  # rounded up, never to a size that is allowed
+    """Return the flaw of a record of more than `MAX_TEXT_BYTES`."""
+    megabytes = math.ceil(size / 100_000) / 10  # rounded up, so that it never looks allowed
     return Flaw(
-        f"the conversation has {megabytes:,.1f} MB of text; at most {MOST_TEXT // 1_000_000} MB can be "
+        f"the conversation has {megabytes:,.1f} MB of text; at most {MAX_TEXT_BYTES // 1_000_000} MB can be "
         "tokenized at once, so split it into several conversations or take it out",
         "too much text in one conversation",
     )

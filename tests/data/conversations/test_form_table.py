@@ -11,8 +11,8 @@ from dft.data.conversations import forms
 from dft.data.conversations.conversation import parse_conversation
 from dft.data.conversations.row_form import RowForm
 from dft.data.conversations.turns import Row, Turn, read_turn
+from dft.data.reading.reader import read_batches
 from dft.data.reading.sources import Source
-from dft.data.reading.text import read_batches
 from dft.evaluation.problems import read_problems
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}

@@ -91,7 +91,7 @@ def test_a_line_of_100_mb_is_told_by_file_and_line_or_skipped_in_little_memory(e
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_long_lines_are_copied_verbatim_and_in_order(encoder, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr("dft.data.reading.text.MOST_TEXT", 200)
+    monkeypatch.setattr("dft.data.reading.reader.MAX_TEXT_BYTES", 200)
     monkeypatch.setattr("dft.data.preparing.encode.SMALL", 0)
     content = ["{", "x" * 300, LINES[0], "}", '{"é": "' + "y" * 300 + '"}\r', LINES[1], "z" * 201, "]"]
     path = tmp_path / "a.jsonl"
@@ -105,7 +105,7 @@ def test_long_lines_are_copied_verbatim_and_in_order(encoder, tmp_path, monkeypa
 
 
 def test_the_texts_of_many_long_lines_are_never_in_memory_together(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("dft.data.reading.text.MOST_TEXT", 1000)
+    monkeypatch.setattr("dft.data.reading.reader.MAX_TEXT_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([LINES[0], *["x" * MB] * 64]))
     tracemalloc.start()

@@ -9,8 +9,8 @@ import httpx
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
+from dft.data.reading.reader import read_batches
 from dft.data.reading.sources import Source, resolve_sources
-from dft.data.reading.text import read_batches
 from dft.errors import UserError
 
 LINE = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})

@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from dft.data.conversations.faults import Fault, Faults
-from dft.data.reading import decompress
-from dft.data.reading import json_array as scanner
-from dft.data.reading import text as reader
-from dft.data.reading.records import MOST_TEXT, Batch, Flaw, Record
+from dft.data.reading import decompress, json_array, text_format
+from dft.data.reading import text as text_reader
+from dft.data.reading.reader import read_batches
+from dft.data.reading.records import MAX_TEXT_BYTES, Batch, Flaw, Record
 from dft.data.reading.sources import Source, split_suffix
-from dft.data.reading.text import read_batches
 from dft.errors import UserError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -119,7 +118,7 @@ def test_a_jsonl_file_that_begins_with_a_bracket_is_an_array_or_lines_of_arrays(
 
 
 def test_the_kind_of_a_file_is_told_across_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(decompress, "PIECE", 3)
+    monkeypatch.setattr(decompress, "READ_SIZE", 3)
     pretty = json.dumps({"messages": TURNS}, indent=2)
     assert told(tmp_path, "a.json", f"\n\n\n\n\n{pretty}\n") == [(6, pretty)]
     assert told(tmp_path, "a.json", f"\n\n{LINE}\n{LINE}") == [(3, LINE), (4, LINE)]
@@ -166,7 +165,7 @@ def test_any_value_is_an_element_and_its_inside_is_not_looked_at(tmp_path):
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 64])
 def test_pieces_may_be_cut_anywhere(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(decompress, "PIECE", piece)
+    monkeypatch.setattr(decompress, "READ_SIZE", piece)
     chance = random.Random(piece)
     alphabet = ['"', "\\", "[", "]", "{", "}", ",", ":", "\n", " ", "a", "é", "😀"]
     for _ in range(60):
@@ -203,7 +202,7 @@ def test_pieces_may_be_cut_anywhere(tmp_path, monkeypatch, piece):
 def test_a_broken_array_is_told_at_the_line_where_it_breaks(
     tmp_path, monkeypatch, array, line, reason, piece
 ):
-    monkeypatch.setattr(decompress, "PIECE", piece)
+    monkeypatch.setattr(decompress, "READ_SIZE", piece)
     found = told(tmp_path, "a.json", array)
     assert found[0] == (1, LINE)
     assert found[-1] == (line, f"broken JSON array: {reason}")
@@ -246,11 +245,11 @@ def test_batches_hold_about_4_mib_of_text(tmp_path):
 
 
 def test_records_that_are_too_long_are_told_and_the_others_read(tmp_path, monkeypatch):
-    for module in (reader, scanner):
-        monkeypatch.setattr(module, "LONGEST", 1000)
+    for module in (text_reader, text_format, json_array):
+        monkeypatch.setattr(module, "MAX_RECORD_BYTES", 1000)
     fits, long = f'["{"x" * 996}"]', f'["{"x" * 997}"]'
     for piece in (100, 999):
-        monkeypatch.setattr(decompress, "PIECE", piece)
+        monkeypatch.setattr(decompress, "READ_SIZE", piece)
         lines = [(1, fits), (2, TOO_LONG), (3, fits)]
         assert told(tmp_path, "a.jsonl.gz", gzip.compress(f"{fits}\n{long}\n{fits}".encode())) == lines
         assert told(tmp_path, "a.jsonl", f"{fits}\n{fits}\n{long}")[2] == (3, TOO_LONG)
@@ -300,7 +299,7 @@ def test_a_record_of_100_mb_is_read_whole_and_told_to_be_too_much(tmp_path, name
 
 
 def test_the_largest_record_is_not_told_to_be_too_much(tmp_path):
-    largest = b"x" * MOST_TEXT
+    largest = b"x" * MAX_TEXT_BYTES
     found = records(tmp_path, "a.jsonl", largest + b"\n" + largest + b"x")
     assert found[0] == Record(1, largest)
     assert found[1].flaw.reason.startswith("the conversation has 16.1 MB of text; at most 16 MB")

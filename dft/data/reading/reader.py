@@ -1,0 +1,43 @@
+"""Read the records of one data file in batches."""
+
+from collections.abc import Iterator
+
+from dft.data.reading.records import (
+    MAX_BATCH_BYTES,
+    MAX_BATCH_RECORDS,
+    MAX_TEXT_BYTES,
+    NO_CONVERSATION,
+    Batch,
+    Record,
+    too_much_text,
+)
+from dft.data.reading.sources import Source
+from dft.data.reading.tables import TableReader
+from dft.data.reading.text import TextReader
+
+
+def read_batches(source: Source) -> Iterator[Batch]:
+    """Yield the records of one file in order, without parsing them.
+
+    Errors of the file itself are records with a flaw, also that it holds no record at all. Memory is bounded
+    by the longest record, not by the size of the file.
+    """
+    reader: TextReader | TableReader = (
+        TextReader(source) if source.kind in ("jsonl", "json") else TableReader(source)
+    )
+    records: list[Record] = []
+    size, reported, is_empty = 0, 0, True
+    for record in reader.records():
+        is_empty = False
+        length = len(record.text)
+        if length > MAX_TEXT_BYTES and record.flaw is None:
+            record = record._replace(flaw=too_much_text(length))
+        if records and (len(records) == MAX_BATCH_RECORDS or size + length > MAX_BATCH_BYTES):
+            position = reader.position()
+            yield Batch(records, position - reported)
+            records, size, reported = [], 0, position
+        records.append(record)
+        size += length
+    if is_empty:
+        records = [Record(1, b"", NO_CONVERSATION)]
+    yield Batch(records, reader.position() - reported)
