@@ -1,7 +1,7 @@
-"""About how much memory a device needs before the first activation, known from sizes alone."""
+"""Estimate the memory that a device needs, from the sizes of the model and the batch."""
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 import transformers
@@ -15,34 +15,34 @@ from dft.training.parameters import GIB, element_count
 
 @dataclass(frozen=True)
 class MemoryLayout:
-    """How weights, gradients and the optimizer's state lie on the devices.
+    """Distribution of weights, gradients and optimizer state over the devices.
 
     Attributes:
-        ranks: that share them.
-        stage: of ZeRO; 0 without DeepSpeed.
-        optimizer_away, weights_away: whether they are offloaded.
+        ranks: number of ranks that share them.
+        stage: ZeRO stage; 0 without DeepSpeed.
+        optimizer_offloaded, weights_offloaded: whether they are kept in CPU memory.
         itemsize: bytes of a weight.
-        device: cuda, or another.
+        device: device type, "cuda" or another.
     """
 
     ranks: int
     stage: int
-    optimizer_away: bool
-    weights_away: bool
+    optimizer_offloaded: bool
+    weights_offloaded: bool
     itemsize: int
     device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """GiB per device.
+    """Memory of a device before the first activation, in GiB.
 
     Attributes:
         weights, gradients: of the model.
-        optimizer: the two moments of AdamW, and the master weights that DeepSpeed keeps in float32; None for
-            other optimizers, whose state is not known here.
-        head: the gradient of the output embedding in float32, one tile of logits, and in half precision on a
-            GPU the gradient of some.
+        optimizer: the two moments of AdamW, and the float32 master weights of DeepSpeed; None for other
+            optimizers, whose state is not estimated.
+        head: the float32 gradient of the output embedding, one tile of logits and, in half precision on a
+            GPU, the gradient of a group of tiles.
     """
 
     weights: float
@@ -52,16 +52,15 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         total = self.weights + self.gradients + (self.optimizer or 0) + self.head
-        state = (
-            "optimizer not counted" if self.optimizer is None else f"optimizer {format_gib(self.optimizer)}"
-        )
+        state = "not counted" if self.optimizer is None else format_gib(self.optimizer)
         return (
             f"about {format_gib(total)} per device before activations: weights {format_gib(self.weights)}, "
-            f"gradients {format_gib(self.gradients)}, {state}, loss {format_gib(self.head)}"
+            f"gradients {format_gib(self.gradients)}, optimizer {state}, loss {format_gib(self.head)}"
         )
 
 
 def format_gib(gib: float) -> str:
+    """Format a size in GiB for reports, below 1 GiB in MiB."""
     return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
 
 
@@ -70,77 +69,108 @@ def estimate_memory(
     training: transformers.TrainingArguments,
     tokens: int,
     layout: MemoryLayout | None = None,
-    share: float = 1.0,
+    supervised_share: float = 1.0,
 ) -> MemoryEstimate:
-    """What ZeRO and FSDP shard is divided by the ranks, what is offloaded to the CPU is not counted.
+    """Estimate the memory of a device before the first activation.
+
+    What ZeRO and FSDP shard is divided by the ranks. What is offloaded to the CPU is not counted.
 
     Args:
-        tokens: of a micro-batch, at most.
-        layout: other than that of the run.
-        share: of the tokens that is supervised, and reaches the head.
+        model: the model; the meta device suffices.
+        training: arguments of the run.
+        tokens: maximum number of tokens of a micro-batch.
+        layout: distribution over the devices; default: that of the run.
+        supervised_share: share of the tokens that is supervised and reaches the head.
     """
     layout = layout or resolve_layout(model, training)
-    ranks, stage, optimizer_away, weights_away, itemsize, device = astuple(layout)
-    trained = sum(element_count(one) for one in model.parameters() if one.requires_grad)
-    head = model.get_output_embeddings()
-    vocab = model.config.get_text_config().vocab_size
-    entries = vocab * math.ceil(tokens * share)  # of the logits
-    most = TILE_BYTES["cuda" if device == "cuda" else "cpu"]
-    tile, at_once = min(most, 4 * entries), 4 * entries <= most
-    if device == "cuda" and (itemsize == 2 or training.mixed_precision != "no"):
-        tile += min(GROUP_BYTES, 2 * entries)
-        at_once = 2 * entries <= GROUP_BYTES
-    shared = [ranks if training.fsdp or stage >= least else 1 for least in (3, 2, 1)]
-    held = sum(element_count(one) * bytes_of(one, itemsize) for one in model.parameters())
-    weights = 0 if weights_away else held / shared[0]
-    # DDP keeps its buckets beside the gradients.
-    copies = 2 if ranks > 1 and not stage and not training.fsdp else 1
-    gradients = 0 if optimizer_away else copies * trained * gradient_size(training, itemsize) / shared[1]
-    state = None
+    sharded_ranks = [
+        layout.ranks if training.fsdp or layout.stage >= stage else 1
+        for stage in (3, 2, 1)  # from which ZeRO shards weights, gradients, and the optimizer's state
+    ]
+    trained = sum(element_count(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    weights = 0.0
+    if not layout.weights_offloaded:
+        sizes = (
+            element_count(parameter) * bytes_per_element(parameter, layout.itemsize)
+            for parameter in model.parameters()
+        )
+        weights = sum(sizes) / sharded_ranks[0]
+    # DDP keeps its buckets in addition to the gradients.
+    copies = 2 if layout.ranks > 1 and not layout.stage and not training.fsdp else 1
+    gradients = 0.0
+    if not layout.optimizer_offloaded:
+        gradients = copies * trained * gradient_itemsize(training, layout.itemsize) / sharded_ranks[1]
+    optimizer: float | None = None
     if training.optim.value.startswith("adamw") and "8bit" not in training.optim.value:
-        bytes_each = 12 if stage else 2 * itemsize
-        state = 0 if optimizer_away else trained * bytes_each / shared[2] / GIB
-    in_head = 0
-    if head is not None and head.weight.requires_grad and not (at_once and itemsize == 2):
-        in_head = 4 * element_count(head.weight)  # else nothing is summed: it is the gradient that is counted
-    return MemoryEstimate(weights / GIB, gradients / GIB, state, (in_head + tile) / GIB)
+        bytes_each = 12 if layout.stage else 2 * layout.itemsize
+        optimizer = 0.0 if layout.optimizer_offloaded else trained * bytes_each / sharded_ranks[2] / GIB
+    head = _head_bytes(model, training, math.ceil(tokens * supervised_share), layout)
+    return MemoryEstimate(weights / GIB, gradients / GIB, optimizer, head / GIB)
+
+
+def _head_bytes(
+    model: nn.Module, training: transformers.TrainingArguments, tokens: int, layout: MemoryLayout
+) -> float:
+    """Return the bytes that the fused loss needs for so many supervised tokens."""
+    head = model.get_output_embeddings()
+    entries = model.config.get_text_config().vocab_size * tokens  # of the logits
+    limit = TILE_BYTES["cuda" if layout.device == "cuda" else "cpu"]
+    tile, is_one_tile = min(limit, 4 * entries), 4 * entries <= limit
+    if layout.device == "cuda" and (layout.itemsize == 2 or training.mixed_precision != "no"):
+        tile += min(GROUP_BYTES, 2 * entries)
+        is_one_tile = 2 * entries <= GROUP_BYTES
+    if head is None or not head.weight.requires_grad or (is_one_tile and layout.itemsize == 2):
+        return tile  # nothing is summed over tiles: the gradient itself is counted elsewhere
+    return tile + 4 * element_count(head.weight)
 
 
 def resolve_layout(model: nn.Module, training: transformers.TrainingArguments) -> MemoryLayout:
-    """That of a run."""
-    stage, optimizer_away, weights_away = zero_of(training)
+    """Return the memory layout of a run."""
+    stage, optimizer_offloaded, weights_offloaded = zero_of(training)
     itemsize = model.dtype.itemsize
     if stage and (training.bf16 or training.fp16):
         itemsize = 2
     elif training.fsdp and training.mixed_precision != "no":
-        itemsize = 4  # accelerate raises what is trained, and casts a layer at a time
-    return MemoryLayout(world_size(), stage, optimizer_away, weights_away, itemsize, training.device.type)
+        itemsize = 4  # accelerate converts trained weights to float32 and casts one layer at a time
+    return MemoryLayout(
+        world_size(), stage, optimizer_offloaded, weights_offloaded, itemsize, training.device.type
+    )
 
 
-def bytes_of(parameter: nn.Parameter, itemsize: int) -> float:
-    """Bytes of an element: frozen weights stay as they were loaded, unless all are cast to less."""
+def bytes_per_element(parameter: nn.Parameter, itemsize: int) -> float:
+    """Return the bytes of an element of a weight.
+
+    Args:
+        parameter: frozen weights keep their dtype, unless all weights are cast to a smaller one.
+        itemsize: bytes of an element of a trained weight.
+    """
     if parameter.dtype == torch.uint8:
-        return 1 + 1 / 32  # bitsandbytes keeps a scale of 8 bits for every 64 weights
+        return 1 + 1 / 32  # bitsandbytes keeps an 8-bit scale for every 64 weights
     return itemsize if parameter.requires_grad else min(itemsize, parameter.element_size())
 
 
 def has_4bit_weights(model: nn.Module) -> bool:
-    """Whether weights are packed, two in a byte."""
-    return any(one.dtype == torch.uint8 for one in model.parameters())
+    """Return whether weights are packed, two in a byte."""
+    return any(parameter.dtype == torch.uint8 for parameter in model.parameters())
 
 
 def autocasts(model: nn.Module, training: transformers.TrainingArguments, layout: MemoryLayout) -> bool:
-    """Whether float32 weights are cast as they are used. ZeRO and FSDP compute on weights cast before."""
-    mixed = training.mixed_precision != "no" and model.dtype.itemsize == 4
-    return mixed and not layout.stage and not training.fsdp
+    """Return whether float32 weights are cast when they are used. ZeRO and FSDP cast them before."""
+    is_mixed = training.mixed_precision != "no" and model.dtype.itemsize == 4
+    return is_mixed and not layout.stage and not training.fsdp
 
 
-def gradient_size(training: transformers.TrainingArguments, itemsize: int) -> int:
-    """Bytes of one element of the gradient, which DeepSpeed may sum wider than the weights are."""
+def gradient_itemsize(training: transformers.TrainingArguments, itemsize: int) -> int:
+    """Return the bytes of an element of the gradient, which DeepSpeed may sum in a wider dtype."""
     if not training.deepspeed:
         return itemsize
-    wanted = training.hf_deepspeed_config.get_value("data_types.grad_accum_dtype")
-    return {"fp32": 4, "fp16": 2, "bf16": 2}.get(wanted, itemsize)
+    dtype = training.hf_deepspeed_config.get_value("data_types.grad_accum_dtype")
+    return {"fp32": 4, "fp16": 2, "bf16": 2}.get(dtype, itemsize)
+
+
+def compute_itemsize(model: nn.Module, training: transformers.TrainingArguments) -> int:
+    """Return the bytes of an element of an activation."""
+    return 2 if training.mixed_precision != "no" else model.dtype.itemsize
 
 
 def estimate_activations(
@@ -151,35 +181,40 @@ def estimate_activations(
     checkpointed: bool | None = None,
     layout: MemoryLayout | None = None,
 ) -> float:
-    """About how many GiB of activations a micro-batch keeps for the backward pass, without the head.
+    """Estimate the activations that a micro-batch keeps for the backward pass, without the head, in GiB.
 
-    After Korthikanti et al. (arXiv 2205.05198, section 4), counted for a gated MLP: ten times the width and
-    five times that of the MLP, per layer and token. Measured on GPUs it was within a fifth of that. With
-    checkpointing what enters each layer is kept, and one layer is computed again.
+    Follows Korthikanti et al. (arXiv 2205.05198, section 4) with the numbers of a gated MLP: ten times the
+    hidden size and five times the size of the MLP, per layer and token. Measurements on GPUs were within a
+    fifth of it. With gradient checkpointing, the input of each layer is kept, and one layer is recomputed.
 
     Args:
-        rows, tokens: of the micro-batch; all rows together have so many tokens.
-        checkpointed, layout: other than the run has it.
+        model: the model; the meta device suffices.
+        training: arguments of the run.
+        rows: rows of the micro-batch.
+        tokens: tokens of all rows together.
+        checkpointed: whether activations are recomputed; default: as in the run.
+        layout: distribution over the devices; default: that of the run.
     """
     config = model.config.get_text_config()
-    given = config.to_dict()
+    settings = config.to_dict()
     width, layers = config.hidden_size, config.num_hidden_layers
-    inner = given.get("intermediate_size") or 4 * width
-    itemsize = 2 if training.mixed_precision != "no" else model.dtype.itemsize
-    layer = tokens * (10 * width + 5 * inner)
+    mlp_width = settings.get("intermediate_size") or 4 * width
+    layer = tokens * (10 * width + 5 * mlp_width)
     if autocasts(model, training, layout or resolve_layout(model, training)):
-        # Two sums and two norms are kept in float32, and the norms once more as they are cast.
+        # Two sums and two norms are kept in float32, and the norms again after they are cast.
         layer += tokens * 6 * width
-    if config._attn_implementation == "eager":  # which holds the scores, and their softmax
-        layer += 2 * given.get("num_attention_heads", 1) * tokens * tokens / max(1, rows)
+    if config._attn_implementation == "eager":  # keeps the scores and their softmax
+        layer += 2 * settings.get("num_attention_heads", 1) * tokens * tokens / max(1, rows)
+    itemsize = compute_itemsize(model, training)
     if training.gradient_checkpointing if checkpointed is None else checkpointed:
         return itemsize * (layers * tokens * width + layer) / GIB
     return itemsize * layers * layer / GIB
 
 
 def estimate_logits(model: nn.Module, training: transformers.TrainingArguments, tokens: int) -> float:
-    """GiB of a micro-batch's logits where they are held: as the model gives them and in float32, and the
-    gradient of both."""
+    """Estimate the logits of a micro-batch where the loss is not fused, in GiB.
+
+    They exist in the dtype of the model and in float32, and so do their gradients.
+    """
     vocab = model.config.get_text_config().vocab_size
-    itemsize = 2 if training.mixed_precision != "no" else model.dtype.itemsize
-    return tokens * vocab * 2 * (itemsize + 4) / GIB
+    return tokens * vocab * 2 * (compute_itemsize(model, training) + 4) / GIB

@@ -1,4 +1,4 @@
-"""How much memory a run will take, and which flags it would fit with, before any weights are loaded."""
+"""Plan the memory of a run before any weights are loaded, and find flags with which it would fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,19 +22,23 @@ from dft.training.memory.estimate import (
 from dft.training.parameters import GIB
 
 HEADROOM = 0.92
-"""Of a device's memory: the rest goes to the context of CUDA, to buffers of NCCL, and to fragments."""
+"""Share of a device's memory that is planned with.
+
+The rest is left to the CUDA context, NCCL buffers and fragmentation.
+"""
 
 
 @dataclass(frozen=True)
 class PlanSetting:
-    """What may be changed to make a run fit.
+    """Settings that may be changed to make a run fit.
 
     Attributes:
-        layout: how weights, gradients and the optimizer's state lie on the devices.
-        rows, accumulation: per device and optimizer step.
-        checkpointed: whether activations are computed again.
-        changes: the flags that make it of the run as it was asked for.
-        extra_gib: GiB of what else lies on each device, as a frozen base model.
+        layout: distribution of weights, gradients and optimizer state over the devices.
+        rows: rows of a micro-batch on each device.
+        accumulation: micro-batches of an optimizer step.
+        checkpointed: whether activations are recomputed.
+        changes: flags that turn the requested run into this one.
+        extra_gib: GiB of anything else on each device, such as a frozen base model.
     """
 
     layout: MemoryLayout
@@ -47,13 +51,13 @@ class PlanSetting:
 
 @dataclass(frozen=True)
 class Plan:
-    """GiB per device.
+    """Memory of a device under a setting, in GiB.
 
     Attributes:
-        setting: planned for.
-        parts: weights, gradients, optimizer, activations, and loss or logits.
-        peak: most of them at a time.
-        unknown_optimizer: whether the optimizer's state is not among them.
+        setting: the setting.
+        parts: sizes by name: weights, gradients, optimizer, activations, loss or logits, and others if any.
+        peak: maximum that is in use at a time.
+        unknown_optimizer: whether the optimizer's state is not counted.
     """
 
     setting: PlanSetting
@@ -65,7 +69,7 @@ class Plan:
 def requested_setting(
     model: nn.Module, training: transformers.TrainingArguments, ranks: int, extra_gib: float = 0.0
 ) -> PlanSetting:
-    """The run as its flags have it, on so many ranks."""
+    """Return the setting that the flags ask for, on a number of ranks."""
     return PlanSetting(
         replace(resolve_layout(model, training), ranks=ranks),
         training.per_device_train_batch_size,
@@ -81,117 +85,141 @@ def plan(
     setting: PlanSetting,
     longest: int,
     fused: bool,
-    share: float = 1.0,
+    supervised_share: float = 1.0,
 ) -> Plan:
-    """The memory of a setting.
+    """Plan the memory of a setting.
 
-    All of weights, gradients and optimizer state are there when the second step begins its backward, and with
-    them whatever the forward has kept; the gradient of a step is there from its first micro-batch on. The
-    loss and the recomputation of a layer take their memory one after the other.
+    The peak is in the second optimizer step. Weights, optimizer state and, if micro-batches are accumulated,
+    gradients exist throughout; the forward pass adds activations. The loss and the recomputation of a layer
+    use their memory one after the other.
 
     Args:
-        model: its shapes; on the meta device, too.
+        model: the model; the meta device suffices.
+        training: arguments of the run.
+        setting: setting to plan for.
         longest: tokens of the longest row.
         fused: whether the loss is computed without logits.
-        share: of the tokens that is supervised, on average.
+        supervised_share: average share of the tokens that is supervised.
     """
     tokens = -(-setting.rows * longest // sequence_parallel_size(training))
-    known = estimate_memory(model, training, tokens, setting.layout, share)
-    copies = 0.0
-    if autocasts(model, training, setting.layout):  # and keeps what it has cast
-        copies = sum(one.numel() for one in model.parameters() if one.is_floating_point()) * 2 / GIB
-    kept, layer = (
+    estimate = estimate_memory(model, training, tokens, setting.layout, supervised_share)
+    autocast = 0.0
+    if autocasts(model, training, setting.layout):  # keeps the weights that it has cast
+        elements = (parameter.numel() for parameter in model.parameters() if parameter.is_floating_point())
+        autocast = sum(elements) * 2 / GIB
+    activations, all_layers = (
         estimate_activations(model, training, setting.rows, tokens, checkpointed, setting.layout)
         for checkpointed in (setting.checkpointed, False)
     )
-    layer /= model.config.get_text_config().num_hidden_layers
-    loss = known.head if fused else estimate_logits(model, training, tokens)
-    # With checkpointing `kept` holds one layer that is computed again, when the loss has gone.
-    moments = [kept, kept - layer + loss] if setting.checkpointed else [kept + loss]
-    optimizer = known.optimizer or 0.0
+    layer = all_layers / model.config.get_text_config().num_hidden_layers
+    loss = estimate.head if fused else estimate_logits(model, training, tokens)
+    optimizer = estimate.optimizer or 0.0
     parts = {
-        "weights": known.weights,
-        "gradients": known.gradients,
+        "weights": estimate.weights,
+        "gradients": estimate.gradients,
         "optimizer": optimizer,
-        "activations": kept,
+        "activations": activations,
         "loss" if fused else "logits": loss,
     }
-    if copies:
-        parts["autocast"] = copies
+    if autocast:
+        parts["autocast"] = autocast
     if setting.extra_gib:
         parts["base model"] = setting.extra_gib
-    # Where nothing is accumulated a gradient takes the place of the activations it is made of.
+    # With checkpointing, `activations` include one recomputed layer, which comes after the loss.
+    moments = [activations, activations - layer + loss] if setting.checkpointed else [activations + loss]
+    # Without accumulation, gradients replace the activations that they are computed from.
     accumulates = setting.accumulation > 1 or setting.layout.stage > 0
-    at_backward = max(moments) + known.gradients * accumulates
-    # At the end of the backward, in the first layer.
-    at_end = known.gradients + layer
-    peak = known.weights + optimizer + copies + max(at_backward, at_end) + setting.extra_gib
-    return Plan(setting, parts, peak, known.optimizer is None)
+    start_of_backward = max(moments) + estimate.gradients * accumulates
+    end_of_backward = estimate.gradients + layer
+    held = estimate.weights + optimizer + autocast + setting.extra_gib
+    return Plan(setting, parts, held + max(start_of_backward, end_of_backward), estimate.optimizer is None)
 
 
 def equivalent_settings(
-    asked: PlanSetting, training: transformers.TrainingArguments, is_cuda: bool, shardable: bool
+    requested: PlanSetting, training: transformers.TrainingArguments, is_cuda: bool, shardable: bool
 ) -> Iterator[PlanSetting]:
-    """Settings that take the same optimizer steps, those with fewer changes first.
+    """Yield settings that take the same optimizer steps, those with fewer changed flags first.
 
     Args:
-        shardable: whether DeepSpeed could share the weights out.
+        requested: setting that the flags ask for.
+        training: arguments of the run.
+        is_cuda: whether the run is on GPUs.
+        shardable: whether DeepSpeed could shard the weights.
     """
-    batches = [(asked.rows, asked.accumulation)]
+    batches = [(requested.rows, requested.accumulation)]
     rows, accumulation = batches[0]
     while rows % 2 == 0:
         rows, accumulation = rows // 2, accumulation * 2
         batches.append((rows, accumulation))
     if rows > 1:
-        batches.append((1, asked.rows * asked.accumulation))
-    layout = asked.layout
-    layouts = [(layout, ())]
+        batches.append((1, requested.rows * requested.accumulation))
+    layout = requested.layout
+    layouts: list[tuple[MemoryLayout, tuple[str, ...]]] = [(layout, ())]
     if shardable and layout.stage < 3 and layout.ranks > 1:
         sharded = replace(layout, stage=3, itemsize=2 if training.bf16 or training.fp16 else layout.itemsize)
         layouts.append((sharded, ("--deepspeed ds_config/zero3.json",)))
-    if shardable and is_cuda and not layout.optimizer_away:
-        away = replace(layout, stage=3, optimizer_away=True, weights_away=True, itemsize=2)
-        layouts.append((away, ("--deepspeed ds_config/zero3_offload.json",)))
-    checkpoints = [(asked.checkpointed, ())]
-    if not asked.checkpointed:
-        checkpoints.append((True, ("--enable_gradient_checkpointing True",)))
-    found = []
-    for (lay, one), (checkpointed, two), (rows, accumulation) in product(layouts, checkpoints, batches):
-        three = ()
-        if rows != asked.rows:
-            three = (f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}",)
-        found.append(PlanSetting(lay, rows, accumulation, checkpointed, one + two + three, asked.extra_gib))
-    yield from sorted(found, key=lambda one: (len(one.changes), -one.rows))
+    if shardable and is_cuda and not layout.optimizer_offloaded:
+        offloaded = replace(layout, stage=3, optimizer_offloaded=True, weights_offloaded=True, itemsize=2)
+        layouts.append((offloaded, ("--deepspeed ds_config/zero3_offload.json",)))
+    checkpointing: list[tuple[bool, tuple[str, ...]]] = [(requested.checkpointed, ())]
+    if not requested.checkpointed:
+        checkpointing.append((True, ("--enable_gradient_checkpointing True",)))
+    settings = []
+    for (new_layout, layout_flags), (checkpointed, checkpointing_flags), (rows, accumulation) in product(
+        layouts, checkpointing, batches
+    ):
+        batch_flags: tuple[str, ...] = ()
+        if rows != requested.rows:
+            flags = f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}"
+            batch_flags = (flags,)
+        changes = layout_flags + checkpointing_flags + batch_flags
+        settings.append(
+            PlanSetting(new_layout, rows, accumulation, checkpointed, changes, requested.extra_gib)
+        )
+    yield from sorted(settings, key=lambda setting: (len(setting.changes), -setting.rows))
 
 
 def closest_fitting_plans(
     model: nn.Module,
     training: transformers.TrainingArguments,
-    asked: PlanSetting,
+    requested: PlanSetting,
     longest: int,
     fused: bool,
     memory: float,
-    share: float = 1.0,
+    supervised_share: float = 1.0,
 ) -> list[Plan]:
-    """The settings with the fewest changes that fit into `memory` GiB; none where nothing does."""
+    """Return plans that fit into a device with the fewest changed flags; none if nothing fits.
+
+    Args:
+        model: the model; the meta device suffices.
+        training: arguments of the run.
+        requested: setting that the flags ask for.
+        longest: tokens of the longest row.
+        fused: whether the loss is computed without logits.
+        memory: memory of the device in GiB.
+        supervised_share: average share of the tokens that is supervised.
+    """
     fitting: list[Plan] = []
     shardable = not training.fsdp and not has_4bit_weights(model)
-    for setting in equivalent_settings(asked, training, training.device.type == "cuda", shardable):
+    for setting in equivalent_settings(requested, training, training.device.type == "cuda", shardable):
         if fitting and len(setting.changes) > len(fitting[0].setting.changes):
             break
-        one = plan(model, training, setting, longest, fused, share)
-        same = [other for other in fitting if _kinds(other.setting) == _kinds(setting)]
-        if one.peak <= memory * HEADROOM and not same:  # of smaller batches, the largest that fits
-            fitting.append(one)
+        # Settings come with larger batches first: keep the largest batch that fits for each kind of change.
+        if any(_kinds_of_change(kept.setting) == _kinds_of_change(setting) for kept in fitting):
+            continue
+        candidate = plan(model, training, setting, longest, fused, supervised_share)
+        if candidate.peak <= memory * HEADROOM:
+            fitting.append(candidate)
     return fitting
 
 
-def _kinds(setting: PlanSetting) -> tuple[str, ...]:
+def _kinds_of_change(setting: PlanSetting) -> tuple[str, ...]:
+    """Return the names of the changed flags; of --deepspeed also the file."""
     return tuple(change.split()[0] + change.split()[1] * ("zero3" in change) for change in setting.changes)
 
 
-def device_memory(device: torch.device, ranks_here: int) -> float:
-    """GiB that a rank may take: of its GPU, or its share of the machine's memory."""
+def device_memory(device: torch.device, local_ranks: int) -> float:
+    """Return the GiB that a rank may use: its GPU, or its share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GIB
-    return psutil.virtual_memory().total / ranks_here / GIB
+    return psutil.virtual_memory().total / local_ranks / GIB

@@ -1,4 +1,4 @@
-"""Planned memory: against bytes counted by hand, and peaks that were measured on a GPU."""
+"""Planned memory, compared with bytes counted by hand and with peaks measured on a GPU."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from dft.training.model.adapters import add_adapters, pack_linear
 from dft.training.parameters import GIB
 
 
-def shapes(layers, width, inner, vocab, heads, groups, tied=True, dtype=torch.bfloat16):
+def meta_model(layers, width, inner, vocab, heads, groups, tied=True, dtype=torch.bfloat16):
     config = Qwen3Config(
         num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, vocab_size=vocab,
         num_attention_heads=heads, num_key_value_heads=groups, head_dim=64, tie_word_embeddings=tied,
@@ -38,28 +38,28 @@ def arguments(folder, **flags):
     return transformers.TrainingArguments(str(folder), use_cpu=True, **flags)
 
 
-def test_the_parts_are_those_counted_by_hand(tmp_path):
-    model = shapes(2, 128, 256, 500, 2, 1, dtype=torch.float32)
+def test_parts_equal_those_counted_by_hand(tmp_path):
+    model = meta_model(2, 128, 256, 500, 2, 1, dtype=torch.float32)
     attention, mlp = 128 * 128 * 2 + 128 * 64 * 2, 3 * 128 * 256
     count = 500 * 128 + 2 * (attention + mlp + 2 * 128 + 2 * 64) + 128
-    assert sum(one.numel() for one in model.parameters()) == count
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
     args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    found = plan(model, args, requested_setting(model, args, 1), longest=10, fused=True)
-    parts = {name: round(value * GIB) for name, value in found.parts.items()}
+    planned = plan(model, args, requested_setting(model, args, 1), longest=10, fused=True)
+    parts = {name: round(value * GIB) for name, value in planned.parts.items()}
     assert parts["weights"] == parts["gradients"] == 4 * count
     assert parts["optimizer"] == 8 * count
     assert parts["loss"] == 4 * 500 * 128 + 4 * 500 * 40
     assert parts["activations"] == 4 * 2 * 40 * (10 * 128 + 5 * 256)
-    assert found.peak * GIB == pytest.approx(sum(parts.values()))
+    assert planned.peak * GIB == pytest.approx(sum(parts.values()))
 
 
 @pytest.mark.parametrize(
     ("stage", "weights", "gradients", "optimizer"),
     [(1, 2, 2, 12 / 8), (2, 2, 2 / 8, 12 / 8), (3, 2 / 8, 2 / 8, 12 / 8)],
 )
-def test_stages_of_zero_share_what_they_share(tmp_path, stage, weights, gradients, optimizer):
-    model, args = shapes(2, 128, 256, 500, 2, 1), arguments(tmp_path)
-    count = sum(one.numel() for one in model.parameters())
+def test_zero_stages_divide_what_they_shard(tmp_path, stage, weights, gradients, optimizer):
+    model, args = meta_model(2, 128, 256, 500, 2, 1), arguments(tmp_path)
+    count = sum(parameter.numel() for parameter in model.parameters())
     setting = PlanSetting(MemoryLayout(8, stage, False, False, 2), 1, 1, False)
     parts = plan(model, args, setting, 10, fused=True).parts
     assert parts["weights"] * GIB == pytest.approx(weights * count)
@@ -68,115 +68,127 @@ def test_stages_of_zero_share_what_they_share(tmp_path, stage, weights, gradient
 
 
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
-def test_fsdp_in_half_precision_keeps_float32_and_no_copy(tmp_path, loaded):
-    """accelerate raises trained weights to float32 shards and casts a layer at a time."""
-    model = shapes(2, 128, 256, 500, 2, 1, dtype=loaded)
-    count = sum(one.numel() for one in model.parameters())
+def test_fsdp_in_half_precision_keeps_float32_weights_and_no_copy(tmp_path, loaded):
+    """accelerate keeps trained weights as float32 shards and casts one layer at a time."""
+    model = meta_model(2, 128, 256, 500, 2, 1, dtype=loaded)
+    count = sum(parameter.numel() for parameter in model.parameters())
     args = arguments(tmp_path, bf16=True)
     args.fsdp = True
-    asked = replace(requested_setting(model, args, 1), layout=replace(resolve_layout(model, args), ranks=8))
-    parts = plan(model, args, asked, 10, fused=True).parts
+    requested = replace(
+        requested_setting(model, args, 1), layout=replace(resolve_layout(model, args), ranks=8)
+    )
+    parts = plan(model, args, requested, 10, fused=True).parts
     assert "autocast" not in parts
     assert parts["weights"] * GIB == parts["gradients"] * GIB == pytest.approx(4 * count / 8)
     assert parts["optimizer"] * GIB == pytest.approx(8 * count / 8)
 
 
 def test_autocast_keeps_copies_of_float32_weights_and_zero_does_not(tmp_path):
-    model, args = shapes(2, 128, 256, 500, 2, 1, dtype=torch.float32), arguments(tmp_path, bf16=True)
-    count = sum(one.numel() for one in model.parameters())
-    asked = requested_setting(model, args, 1)
-    assert plan(model, args, asked, 10, fused=True).parts["autocast"] * GIB == 2 * count
+    model, args = meta_model(2, 128, 256, 500, 2, 1, dtype=torch.float32), arguments(tmp_path, bf16=True)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    requested = requested_setting(model, args, 1)
+    assert plan(model, args, requested, 10, fused=True).parts["autocast"] * GIB == 2 * count
     sharded = PlanSetting(MemoryLayout(8, 3, False, False, 2), 1, 1, False)
     under_zero = plan(model, args, sharded, 10, fused=True).parts
     assert "autocast" not in under_zero
-    assert under_zero["activations"] < plan(model, args, asked, 10, fused=True).parts["activations"]
+    assert under_zero["activations"] < plan(model, args, requested, 10, fused=True).parts["activations"]
 
 
-def test_weights_in_4_bits_take_half_a_byte_and_their_scales(tmp_path):
-    model = shapes(2, 128, 256, 500, 2, 1, tied=False)
+def test_4_bit_weights_take_half_a_byte_and_their_scales(tmp_path):
+    model = meta_model(2, 128, 256, 500, 2, 1, tied=False)
     head = model.get_output_embeddings()
-    linear = [one for one in model.modules() if isinstance(one, nn.Linear) and one is not head]
-    packed = sum(one.weight.numel() for one in linear)
-    rest = sum(one.numel() for one in model.parameters()) - packed
+    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
+    packed = sum(layer.weight.numel() for layer in linear)
+    unpacked = sum(parameter.numel() for parameter in model.parameters()) - packed
     pack_linear(model)
     with torch.device("meta"):
         adapted = add_adapters(model, LoraArguments(lora_r=4, load_in_4bit=True), arguments(tmp_path), "m")
-    adapters = sum(one.numel() for one in adapted.parameters() if one.requires_grad)
+    adapters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     args = arguments(tmp_path, bf16=True)
-    asked = replace(
+    requested = replace(
         requested_setting(adapted, args, 1), layout=replace(resolve_layout(adapted, args), ranks=8)
     )
-    found = plan(adapted, args, asked, 10, fused=True)
-    # What is not packed is raised to float32, as peft prepares it.
-    assert found.parts["weights"] * GIB == pytest.approx(packed / 2 * (1 + 1 / 32) + 4 * (rest + adapters))
-    assert not any("deepspeed" in one for near in proposed(adapted, args, asked) for one in near)
+    planned = plan(adapted, args, requested, 10, fused=True)
+    # peft converts all other weights to float32.
+    assert planned.parts["weights"] * GIB == pytest.approx(
+        packed / 2 * (1 + 1 / 32) + 4 * (unpacked + adapters)
+    )
+    assert not any(
+        "deepspeed" in flag for flags in proposed_flags(adapted, args, requested) for flag in flags
+    )
 
 
-def proposed(model, args, asked):
-    return [one.setting.changes for one in closest_fitting_plans(model, args, asked, 10, True, memory=1e6)]
+def proposed_flags(model, args, requested):
+    plans = closest_fitting_plans(model, args, requested, 10, True, memory=1e6)
+    return [fitting.setting.changes for fitting in plans]
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_zero3_is_proposed_where_it_can_be_had(tmp_path, fsdp):
-    model, args = shapes(12, 1024, 4096, 32_000, 16, 8, dtype=torch.float32), arguments(tmp_path)
+def test_zero3_is_proposed_only_where_it_is_possible(tmp_path, fsdp):
+    model, args = meta_model(12, 1024, 4096, 32_000, 16, 8, dtype=torch.float32), arguments(tmp_path)
     args.fsdp = fsdp
-    asked = replace(requested_setting(model, args, 1), layout=replace(resolve_layout(model, args), ranks=8))
-    changes = [one.changes for one in equivalent_settings(asked, args, True, shardable=not fsdp)]
-    assert any("zero3" in word for change in changes for word in change) != fsdp
+    requested = replace(
+        requested_setting(model, args, 1), layout=replace(resolve_layout(model, args), ranks=8)
+    )
+    settings = equivalent_settings(requested, args, True, shardable=not fsdp)
+    assert any("zero3" in flag for setting in settings for flag in setting.changes) != fsdp
 
 
 @pytest.mark.parametrize(
-    ("model", "rows", "checkpointed", "measured"),
+    ("sizes", "rows", "checkpointed", "measured"),
     [
         ((24, 896, 4864, 151_936, 14, 2), 16, False, 54.85),
         ((24, 896, 4864, 151_936, 14, 2), 16, True, 9.57),
         ((16, 2048, 8192, 32_000, 32, 8), 8, True, 10.00),
     ],
 )
-def test_peaks_measured_on_a_gpu(tmp_path, model, rows, checkpointed, measured):
-    """One H200; docs/benchmarks.md has the runs, and docs/planning.md how far each is off."""
-    made, args = shapes(*model), arguments(tmp_path)
+def test_plan_is_close_to_peaks_measured_on_a_gpu(tmp_path, sizes, rows, checkpointed, measured):
+    """Measured on an H200; docs/benchmarks.md has the runs, and docs/planning.md the errors."""
+    model, args = meta_model(*sizes), arguments(tmp_path)
     setting = PlanSetting(MemoryLayout(1, 0, False, False, 2, "cuda"), rows, 1, checkpointed)
-    assert plan(made, args, setting, 2048, fused=True).peak == pytest.approx(measured, rel=0.22)
+    assert plan(model, args, setting, 2048, fused=True).peak == pytest.approx(measured, rel=0.22)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_a_frozen_base_model_has_logits_on_any_device(tmp_path, device):
-    model = shapes(2, 128, 256, 500, 2, 1)
+def test_base_model_size_includes_logits_on_any_device(tmp_path, device):
+    model = meta_model(2, 128, 256, 500, 2, 1)
     training = SimpleNamespace(
         device=torch.device(device), per_device_train_batch_size=4, mixed_precision="no"
     )
-    weights = 2 * sum(one.numel() for one in model.parameters())
-    whole = 4 * 10 * 500 * (2 + 4)
-    assert base_model_gib(model, training, 10, fused=False) * GIB == weights + whole
+    weights = 2 * sum(parameter.numel() for parameter in model.parameters())
+    logits = 4 * 10 * 500 * (2 + 4)
+    assert base_model_gib(model, training, 10, fused=False) * GIB == weights + logits
     assert (
         base_model_gib(model, training, 10**6, fused=True) * GIB
         == weights + TILE_BYTES[device.replace("mps", "cpu")]
     )
 
 
-def test_a_frozen_base_model_is_counted(tmp_path):
-    model, args = shapes(2, 128, 256, 500, 2, 1), arguments(tmp_path)
+def test_base_model_is_counted(tmp_path):
+    model, args = meta_model(2, 128, 256, 500, 2, 1), arguments(tmp_path)
     alone, both = (
-        plan(model, args, requested_setting(model, args, 1, beside), 10, fused=True) for beside in (0.0, 0.5)
+        plan(model, args, requested_setting(model, args, 1, extra), 10, fused=True) for extra in (0.0, 0.5)
     )
     assert both.peak == alone.peak + 0.5 and both.parts == {**alone.parts, "base model": 0.5}
-    asked = requested_setting(model, args, 1, extra_gib=0.5)
-    assert not closest_fitting_plans(model, args, asked, 10, True, memory=0.5)
+    requested = requested_setting(model, args, 1, extra_gib=0.5)
+    assert not closest_fitting_plans(model, args, requested, 10, True, memory=0.5)
 
 
-def test_what_is_proposed_fits_and_nothing_nearer_does(tmp_path):
-    model = shapes(12, 1024, 4096, 32_000, 16, 8, dtype=torch.float32)
+def test_proposed_settings_fit_and_larger_batches_do_not(tmp_path):
+    model = meta_model(12, 1024, 4096, 32_000, 16, 8, dtype=torch.float32)
     args = arguments(tmp_path, per_device_train_batch_size=16)
-    asked = requested_setting(model, args, 1)
-    wanted = plan(model, args, asked, 2048, fused=True).peak
-    state = sum(plan(model, args, asked, 1, fused=True).parts[one] for one in ("weights", "optimizer"))
-    for memory in (wanted / 2, wanted / 4, state / 2):
-        found = closest_fitting_plans(model, args, asked, 2048, True, memory)
-        assert bool(found) == (memory > state)
-        for one in found:
-            assert one.peak <= HEADROOM * memory and len(one.setting.changes) == len(found[0].setting.changes)
-            assert one.setting.rows * one.setting.accumulation == 16
-            double = PlanSetting(asked.layout, one.setting.rows * 2, 1, one.setting.checkpointed)
-            if one.setting.rows < 16:
+    requested = requested_setting(model, args, 1)
+    peak = plan(model, args, requested, 2048, fused=True).peak
+    parts = plan(model, args, requested, 1, fused=True).parts
+    state = parts["weights"] + parts["optimizer"]
+    for memory in (peak / 2, peak / 4, state / 2):
+        plans = closest_fitting_plans(model, args, requested, 2048, True, memory)
+        assert bool(plans) == (memory > state)
+        for fitting in plans:
+            setting = fitting.setting
+            assert fitting.peak <= HEADROOM * memory
+            assert len(setting.changes) == len(plans[0].setting.changes)
+            assert setting.rows * setting.accumulation == 16
+            double = PlanSetting(requested.layout, setting.rows * 2, 1, setting.checkpointed)
+            if setting.rows < 16:
                 assert plan(model, args, double, 2048, fused=True).peak > HEADROOM * memory
