@@ -8,6 +8,8 @@ import pytest
 
 from dft.arguments.parser import default_flags
 from dft.data.conversations.conversation import parse_conversation
+from dft.metrics import CONSOLE, metrics_named
+from dft.training.measuring import console
 from tests.launching import ROOT
 
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
@@ -176,6 +178,11 @@ def test_a_page_opens_with_one_short_paragraph(name):
     title, opening = text_of(name).split("\n\n")[:2]
     assert title.startswith("# ") and "\n" not in title
     assert re.match(r"[A-Z<]", opening) and len(opening) <= 300
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md", "docs/training.md"])
+def test_console_output_shown_has_the_current_columns(name):
+    assert f"\n{console.heading(metrics_named(CONSOLE), 60)}\n" in text_of(name)
 
 
 def test_rows_shown_in_the_data_page_are_accepted():
