@@ -1,1 +1,1 @@
-"""Files -> conversations -> token ids and labels. Knows no model and no trainer."""
+"""Data pipeline from files to batches of token ids and labels. Independent of models and trainers."""

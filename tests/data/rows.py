@@ -1,4 +1,4 @@
-"""Conversations in files."""
+"""Helpers to write conversations to files and read datasets."""
 
 import json
 from pathlib import Path
@@ -23,5 +23,5 @@ def write(path: Path, rows: list[Row]) -> str:
 
 
 def column(dataset: Sequences, name: str) -> list[list[int]]:
-    """One column of all rows as plain lists."""
+    """Return one column of all rows as plain lists."""
     return [row[name] if name == "seq_lengths" else row[name].tolist() for row in dataset]

@@ -1,4 +1,4 @@
-"""Whatever a file holds, each line of it is trained on or reported. None is lost, none counted twice."""
+"""Every line of a file is trained on or reported exactly once, whatever the file contains."""
 
 import base64
 import gzip
@@ -59,7 +59,7 @@ JUNK = [b"", b'"', b"{", b"}", b"]", b",", b"\\", b"\x00", b"\xff", b"NaN", b"\r
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    """A line, most often valid, with up to three bytes cut out, put in, or replaced."""
+    """Draw a line, most often valid, with up to three short ranges removed, inserted or replaced."""
     raw = bytearray(draw(line))
     for _ in range(draw(st.integers(0, 3)) * draw(st.integers(0, 1))):
         at = draw(st.integers(0, len(raw)))
@@ -68,11 +68,11 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 
 Outcome = tuple[PreparedData, list[dict], set[int]]
-"""The data, the rows of rejected.jsonl, and the lines that are trained on."""
+"""The prepared data, the rows of rejected.jsonl, and the line numbers that are trained on."""
 
 
 def prepared(encoder: ChatEncoder, name: str, raw: bytes) -> Outcome | None:
-    """What becomes of one file; None if not one line of it can be used."""
+    """Prepare one file; return None if none of its lines can be used."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / name
         file.write_bytes(raw)
@@ -83,17 +83,17 @@ def prepared(encoder: ChatEncoder, name: str, raw: bytes) -> Outcome | None:
             return None
         data.write_report(Path(folder))
         rejected = Path(folder) / "rejected.jsonl"
-        rows = [json.loads(one) for one in rejected.read_bytes().splitlines()] if rejected.exists() else []
+        rows = [json.loads(text) for text in rejected.read_bytes().splitlines()] if rejected.exists() else []
         dataset = data.datasets["train"]
         return data, rows, {dataset.origins(row)[0][1] for row in range(len(dataset))}
 
 
-def verbatim(row: dict) -> bytes:
+def original_text(row: dict) -> bytes:
     return row["text"].encode() if "text" in row else base64.b64decode(row["base64"])
 
 
 def check(outcome: Outcome | None, expected: dict[int, bytes]) -> None:
-    """Every one of the expected records, by line, is trained on, dropped for its length, or rejected."""
+    """Check that every record, by line number, is trained on, dropped for its length, or rejected."""
     if outcome is None:
         return
     data, rejected, trained = outcome
@@ -106,7 +106,7 @@ def check(outcome: Outcome | None, expected: dict[int, bytes]) -> None:
     dropped = report["dropped_without_supervised_tokens"]
     assert len(lines) + len(trained) + dropped == len(expected)
     for row in rejected:
-        assert row["reason"] and verbatim(row) == expected[row["line"]]
+        assert row["reason"] and original_text(row) == expected[row["line"]]
 
 
 @FUZZ
@@ -116,13 +116,13 @@ def check(outcome: Outcome | None, expected: dict[int, bytes]) -> None:
     mark=st.sampled_from([b"", b"\xef\xbb\xbf"]),
 )
 def test_every_line_of_a_file_is_trained_on_or_reported(encoder, lines, end, mark):
-    # The first line is a good one: a file that begins with "[" would be read as an array.
+    # The first line is valid, because a file that begins with "[" would be read as an array.
     lines = [b'{"prompt": "q", "completion": "a"}', *lines]
     raw = mark + end.join(lines)
-    kept = {number: one for number, one in enumerate(raw.split(b"\n"), start=1) if one.strip()}
-    check(prepared(encoder, "a.jsonl", raw), kept)
+    records = {number: text for number, text in enumerate(raw.split(b"\n"), start=1) if text.strip()}
+    check(prepared(encoder, "a.jsonl", raw), records)
     if len(lines) < 4:
-        check(prepared(encoder, "a.jsonl.gz", gzip.compress(raw)), kept)
+        check(prepared(encoder, "a.jsonl.gz", gzip.compress(raw)), records)
 
 
 @FUZZ
@@ -138,5 +138,5 @@ def test_every_element_of_an_array_is_trained_on_or_reported(encoder, rows, gap)
     assert (
         report["rejected"] + report["dropped_without_supervised_tokens"] + report["train"]["conversations"]
     ) == len(rows)
-    left = Counter(rows) - Counter(map(verbatim, rejected))
-    assert left.total() == len(rows) - len(rejected), "what is reported stands in the file"
+    remaining = Counter(rows) - Counter(map(original_text, rejected))
+    assert remaining.total() == len(rows) - len(rejected), "a rejected row is not in the file"

@@ -15,7 +15,7 @@ SORTED_STEPS = 50
 
 
 class EpochSampler(Sampler[int]):
-    """Yields every example exactly once per epoch, then blanks up to a whole number of batches on every rank.
+    """Sampler of every example once per epoch, then of blanks up to a whole number of batches on every rank.
 
     Other distributed samplers fill the last batch with examples from the beginning, which then count twice in
     the gradient and the metrics, depending on the number of ranks. The order depends only on the seed and the
@@ -79,7 +79,7 @@ class EpochSampler(Sampler[int]):
 
 
 class WithBlank(Dataset):
-    """Wraps a dataset so that the index `BLANK` returns an example of one unsupervised token.
+    """Dataset wrapper that returns an example of one unsupervised token for the index `BLANK`.
 
     Args:
         dataset: the wrapped dataset; all other indices are passed on to it.

@@ -119,7 +119,7 @@ def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, chunk: RecordChun
         encoded = iter(encoder.sequences([item for item in parsed if not isinstance(item, BadLine)]))
     except LimitExceeded as error:
         raise chunk.limit_error(str(error)) from None
-    kept: list[_EncodedConversation] = []
+    conversations: list[_EncodedConversation] = []
     usable, rejected, counts = [], [], ConversationCounts(read=len(parsed))
     for index, (record, conversation) in enumerate(zip(chunk.records, parsed, strict=True)):
         try:
@@ -141,13 +141,13 @@ def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, chunk: RecordChun
         usable.append((record, sequences))
         if remaining:
             digests = _conversation_digests(examples)
-            kept.append(_EncodedConversation(index, record.line, remaining, *digests))
+            conversations.append(_EncodedConversation(index, record.line, remaining, *digests))
     for record, sequences in usable[: CHECKED_PER_CHUNK if chunk.number else CHECKED_IN_FIRST_CHUNK]:
         try:
             check_conversation(encoder, sequences)
         except UserError as error:
             raise UserError(f"{chunk.file}:{record.line}: {error}") from None
-    result = _concatenate(kept, rejected, counts)
+    result = _concatenate(conversations, rejected, counts)
     if encoder.text_tokenizer.unknown_ids:
         counts.unknown = int(np.isin(result.input_ids, [*encoder.text_tokenizer.unknown_ids]).sum())
     return result

@@ -1,16 +1,18 @@
-"""What is to be done with the conversations, as values."""
+"""Options of data preparation."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """What besides tokenizer and template decides how one conversation becomes sequences.
+    """Options for encoding a single conversation.
 
     Attributes:
-        truncation: which end of a sequence longer than `max_length` is cut, or "drop", or "error".
-        last_turn_only: supervise the last assistant turn of a conversation alone.
-        keep_rejected: keep the text of what cannot be used.
+        max_length: maximum number of tokens of a sequence.
+        truncation: what happens to longer sequences: "right" or "left" removes tokens at that end, "drop"
+            skips the sequence, "error" raises.
+        last_turn_only: whether to supervise only the last assistant turn of a conversation.
+        keep_rejected: whether to keep the text of records that cannot be used.
     """
 
     max_length: int
@@ -21,13 +23,19 @@ class EncodeOptions:
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Everything besides tokenizer and file contents that shapes the prepared data.
+    """Options for preparing a dataset. With the files and the tokenizer they determine the prepared data.
 
     Attributes:
-        data_weights: epochs of each entry of `data_files` within one of the run; none for 1 each.
-        dedup: drop conversations that are the same as an earlier one.
-        on_bad_data: "error", or "skip" what cannot be used and keep a copy of it.
-        packing: several sequences per row of `max_length` tokens.
+        max_length: maximum number of tokens of a sequence, and of a packed row.
+        validation_split_percentage: percentage of the training conversations to hold out for evaluation.
+        max_train_samples, max_eval_samples: maximum number of sequences of each split; None for no limit.
+        seed: seed of splits, samples, weights and packing.
+        truncation: see `EncodeOptions`.
+        train_on_last_turn_only: whether to supervise only the last assistant turn of a conversation.
+        data_weights: for each value of --data_files, its number of passes per epoch; () for 1 each.
+        dedup: whether to drop duplicates of earlier conversations.
+        on_bad_data: "error" to raise on records that cannot be used, "skip" to skip them and save a copy.
+        packing: whether to put several sequences into each row of `max_length` tokens.
     """
 
     max_length: int

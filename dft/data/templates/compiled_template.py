@@ -1,10 +1,18 @@
-"""Compiled chat template: renders within the limits of the sandbox and reports failures as `BadLine`."""
+"""Compiled chat template, rendered within the limits of the sandbox.
+
+This is the only file of the data pipeline that uses private functions of transformers, whose version is
+pinned. `tests/data/templates/test_compiled_template.py` checks their signatures.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
-from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
+from transformers.utils.chat_template_utils import (
+    _alias_reasoning_fields,
+    _compile_jinja_template,
+    _render_with_assistant_indices,
+)
 
 from dft.data.conversations.faults import BadLine
 from dft.data.sandbox.limits import (
@@ -32,10 +40,9 @@ class CompiledTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        # Private functions of transformers, whose version is pinned. The public `render_jinja_template` would
-        # rebuild all values first, to protect templates from objects with methods, and that takes longer than
-        # the rendering. Here all values are plain JSON data, which the sandbox keeps a template from
-        # changing.
+        # Not the public `render_jinja_template`, which first rebuilds all values to protect templates from
+        # objects with methods. That takes longer than the rendering, and here all values are plain JSON data,
+        # which the sandbox keeps a template from changing.
         self.jinja = _compile_jinja_template(source)
         self.has_generation_tags = has_generation_tags(source)
         self.limited = False
@@ -73,6 +80,12 @@ class CompiledTemplate:
         if len(text) > MAX_RENDERED_CHARACTERS:
             raise LimitExceeded(EXCEEDS_TEXT)
         return text, spans
+
+
+def alias_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with reasoning also under `reasoning_content` and `thinking`, which templates read."""
+    (aliased,) = _alias_reasoning_fields([message])
+    return aliased
 
 
 def has_generation_tags(source: str) -> bool:

@@ -1,4 +1,4 @@
-"""Converts conversations to token ids and labels with a tokenizer and its chat template."""
+"""Encoder of conversations as token ids and labels, with a tokenizer and its chat template."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -42,7 +42,7 @@ class Example:
 
 
 class ChatEncoder:
-    """Renders, tokenizes and masks conversations with one tokenizer and one chat template.
+    """Encoder that renders, tokenizes and masks conversations with one tokenizer and one chat template.
 
     Args:
         tokenizer: a fast tokenizer with a chat template. It is not modified.

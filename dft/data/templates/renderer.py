@@ -1,4 +1,4 @@
-"""Renders conversations as text with supervised spans, for any chat template.
+"""Renderer of conversations as text with supervised spans, for any chat template.
 
 The model is trained on exactly what it would have to generate. A supervised span begins where the prompt at
 inference, `render(messages[:i], add_generation_prompt=True)`, ends, and it includes the token that stops
@@ -21,7 +21,7 @@ from dft.data.templates.template import AdaptedChat, ChatTemplate
 
 
 class ConversationRenderer:
-    """Renders conversations and finds the spans that are supervised.
+    """Renderer that also finds the spans that are supervised.
 
     Args:
         template: the chat template.

@@ -16,7 +16,7 @@ from dft.data.templates.template import AdaptedChat, ChatTemplate
 
 
 class TurnBounds:
-    """Finds where the supervised span of an assistant turn starts and ends.
+    """Finder of the start and the end of the supervised span of an assistant turn.
 
     Args:
         template: the chat template.

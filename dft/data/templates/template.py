@@ -9,12 +9,10 @@ from itertools import product
 from os.path import commonprefix
 from typing import Any
 
-from transformers.utils.chat_template_utils import _alias_reasoning_fields
-
 from dft.data.conversations.conversation import Conversation
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.turns import REASONING_KEYS
-from dft.data.templates.compiled_template import CompiledTemplate
+from dft.data.templates.compiled_template import CompiledTemplate, alias_reasoning
 from dft.data.templates.messages import PLACEHOLDER, Message, as_parts, with_text_arguments
 
 ARGUMENT = "zq7argument"
@@ -69,7 +67,7 @@ class ChatTemplate:
         self.writes_date = "strftime_now" in source
         self.compiled = CompiledTemplate(source)
         self.defaults = self.context()
-        self._headers: dict[str, str] = {}
+        self._generation_prompts: dict[str, str] = {}
 
     # ---- rendering ----
 
@@ -118,13 +116,13 @@ class ChatTemplate:
         """Return a message in the form that this template renders.
 
         Content becomes a list of parts if the template needs that, tool calls follow `call_style`, and
-        reasoning is stored under every key that templates use.
+        reasoning is stored under all keys that templates read.
         """
         if len(message) == 2 and not self.roles_in_parts:
             return message  # role and content: the common case
         adapted = dict(message)
         if any(adapted.get(name) for name in REASONING_KEYS):
-            (adapted,) = _alias_reasoning_fields([adapted])
+            adapted = alias_reasoning(adapted)
         if adapted.get("tool_calls"):
             style = self.call_style or CallStyle()
             if style.arguments_as_text:
@@ -209,14 +207,14 @@ class ChatTemplate:
     def generation_prompt(self, variables: Mapping[str, Any]) -> str:
         """Return the text that `add_generation_prompt` adds, "" if it adds nothing."""
         key = json.dumps(variables, sort_keys=True) if variables else ""
-        if key not in self._headers:
+        if key not in self._generation_prompts:
             question, context = [self.turn("user", ".")], self.context(variables)
             try:
                 prompt, base = self.render(question, context, True), self.render(question, context)
             except BadLine:
                 prompt = base = ""
-            self._headers[key] = prompt[len(commonprefix([prompt, base])) :]
-        return self._headers[key]
+            self._generation_prompts[key] = prompt[len(commonprefix([prompt, base])) :]
+        return self._generation_prompts[key]
 
     @cached_property
     def tagged_header_length(self) -> int:

@@ -47,7 +47,7 @@ class TokenizedText:
 
 
 class TextTokenizer:
-    """Converts text to token ids such that every supervised span follows the tokens of its prompt.
+    """Tokenizer of rendered text that keeps the tokens of each prompt the same as at inference.
 
     Args:
         backend: tokenizer without truncation, padding and post-processing.

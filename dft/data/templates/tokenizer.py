@@ -1,4 +1,4 @@
-"""Loads the tokenizer, its chat template and the ids of the tokens that end generation."""
+"""Loading of the tokenizer, its chat template and the ids of the tokens that end generation."""
 
 import difflib
 import json

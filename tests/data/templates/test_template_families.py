@@ -48,15 +48,6 @@ def test_generation_tags_define_the_spans_without_header_and_newline(tokenizer_j
     ]  # fmt: skip
 
 
-def test_generation_tags_count_only_in_code():
-    from dft.data.templates.compiled_template import has_generation_tags
-
-    assert has_generation_tags(TAGGED)
-    assert has_generation_tags("{%-  generation -%}x{%- endgeneration -%}")
-    assert not has_generation_tags(TAGGED_IN_A_COMMENT)
-    assert not has_generation_tags("{{ '{% generation %}' }}")
-
-
 def test_rewritten_history_gives_one_sequence_per_turn_as_at_inference(tokenizer_json):
     encoder = encoder_of(tokenizer_json, FORGETS_REASONING, eos_token=END)
     first, second = "<think>\nhm\n</think>\n\nOne", "<think>\nok\n</think>\n\nTwo"
