@@ -1,4 +1,4 @@
-"""How fast a run is, of what its device could do, and how much memory it takes."""
+"""Throughput of a run, its share of the device's peak, and its memory use."""
 
 import re
 import resource
@@ -18,23 +18,26 @@ PEAK_TFLOPS = {
     "A30": 165, "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71, "RTX 5090": 209, "MI300X": 1307,
     "MI325X": 1307, "MI250X": 191, "RTX 6000 Ada": 364, "RTX A6000": 155, "V100": 125,
 }  # fmt: skip
-"""Dense products in half precision that sum in float32, 1e12 operations a second, from the makers' data
-sheets (without sparsity; of an MI250X one of its two dies, which is one device). The longest name whose words
-are among those of the device counts."""
+"""Peak of dense half-precision matrix products with float32 sums, in 1e12 operations per second.
+
+From the data sheets of the manufacturers, without sparsity; of an MI250X one of its two dies, which is one
+device. The longest name whose words are in the device name applies.
+"""
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Floating-point operations of a training step that the mathematics asks for; recomputing is not counted.
+    """Floating-point operations of a training step; recomputation is not counted.
 
-    After PaLM (Chowdhery et al., arXiv 2204.02311, appendix B): two operations per weight and token forward,
-    two for the gradient on its input, two for that on the weight if it is trained. Other than there,
-    attention counts the pairs that a causal mask leaves, and the output embedding supervised tokens alone.
+    Follows PaLM (Chowdhery et al., arXiv 2204.02311, appendix B): per weight and token, two operations in the
+    forward pass, two for the gradient of the input and, if the weight is trained, two for its own gradient.
+    Unlike there, attention counts only the pairs that a causal mask leaves, and the output embedding only
+    supervised tokens.
 
     Attributes:
-        per_token: of the layers' weights.
-        per_pair: of attention, for each pair of tokens of which one attends to the other.
-        per_supervised: of the output embedding.
+        per_token: operations of the layers per token.
+        per_pair: operations of attention per (token, attended token) pair.
+        per_supervised: operations of the output embedding per supervised token.
     """
 
     per_token: float
@@ -42,11 +45,12 @@ class ModelFlops:
     per_supervised: float
 
     def total(self, tokens: float, pairs: float, supervised: float) -> float:
+        """Return the operations for so many tokens, pairs and supervised tokens."""
         return self.per_token * tokens + self.per_pair * pairs + self.per_supervised * supervised
 
 
 def model_flops(model: nn.Module) -> ModelFlops | None:
-    """What a step of a model costs; None for a mixture of experts that does not say how many are active."""
+    """Return the operations of a model; None for a mixture of experts without a number of active experts."""
     config: PretrainedConfig = model.config.get_text_config()
     embeddings = {id(model.get_input_embeddings().weight)}
     head = model.get_output_embeddings()
@@ -60,77 +64,87 @@ def model_flops(model: nn.Module) -> ModelFlops | None:
         if ".experts." in name:
             if active is None:
                 return None
-            layers += active * cost(parameter)
+            layers += active * flops_per_token(parameter)
         else:
-            layers += cost(parameter)
-    given = config.to_dict()
-    heads, width = given.get("num_attention_heads"), given.get("hidden_size")
+            layers += flops_per_token(parameter)
+    settings = config.to_dict()
+    heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
     pair = 0.0
     if heads and width:
-        inner = heads * (given.get("head_dim") or width // heads)
-        pair = 3 * 2 * 2 * inner * config.num_hidden_layers  # scores and values; forward, and twice backward
-    return ModelFlops(layers, pair, 0.0 if head is None else cost(head.weight))
+        attention_width = heads * (settings.get("head_dim") or width // heads)
+        # Scores and values, two operations each; once in the forward pass, twice in the backward pass.
+        pair = 3 * 2 * 2 * attention_width * config.num_hidden_layers
+    return ModelFlops(layers, pair, 0.0 if head is None else flops_per_token(head.weight))
 
 
-def cost(parameter: nn.Parameter) -> float:
-    """Operations per token: of forward, the gradient on the input, and that on the weight."""
-    return (6 if parameter.requires_grad else 4) * element_count(parameter)
+def flops_per_token(weight: nn.Parameter) -> float:
+    """Return the operations of the products with a weight, forward and backward, per token."""
+    return (6 if weight.requires_grad else 4) * element_count(weight)
 
 
 def active_expert_fraction(config: PretrainedConfig) -> float | None:
-    """Of a mixture of experts, how many work on one token."""
-    given = config.to_dict()
-    total = next(
-        (given[name] for name in ("num_local_experts", "num_experts", "n_routed_experts") if given.get(name)),
-        None,
-    )
-    chosen = given.get("num_experts_per_tok")
-    return chosen / total if total and chosen else None
+    """Return the share of the experts that each token uses; None if the configuration does not say."""
+    settings = config.to_dict()
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    total = next((settings[name] for name in names if settings.get(name)), None)
+    active = settings.get("num_experts_per_tok")
+    return active / total if total and active else None
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Operations a second that a device can do in half precision; None where that is not known."""
+    """Return the peak operations per second of a device in half precision; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     if "Laptop" in name:
-        return None  # slower than the card of the same name, each by its cooling
-    known = max((one for one in PEAK_TFLOPS if re.search(rf"\b{one}\b", name)), key=len, default=None)
-    return None if known is None else PEAK_TFLOPS[known] * 1e12
+        return None  # slower than the desktop card of the same name, depending on its cooling
+    matches = (card for card in PEAK_TFLOPS if re.search(rf"\b{card}\b", name))
+    card = max(matches, key=len, default=None)
+    return None if card is None else PEAK_TFLOPS[card] * 1e12
 
 
 class Clock:
-    """Seconds of training steps, without evaluating and saving, and seconds that are left, with them."""
+    """Measures the time of training steps without evaluation and saving, and estimates the time left."""
 
     def __init__(self) -> None:
         self.start(0)
 
     def start(self, step: int) -> None:
-        """Training goes on from a step."""
-        self._began = self._window = time.perf_counter()
-        self._first = self._step = step
+        """Start at an optimizer step, from which training begins or resumes."""
+        self._run_start = self._window_start = time.perf_counter()
+        self._first_step = self._step = step
 
     def exclude_time(self, seconds: float) -> None:
-        """What just took place does not count."""
-        self._window += seconds
-        if self._step == self._first:
-            self._began += seconds  # of the untouched model; that does not come again
+        """Exclude `seconds` from the throughput clock (evaluation, saving)."""
+        self._window_start += seconds
+        if self._step == self._first_step:
+            # An evaluation before the first step does not recur, so it does not count for the time left.
+            self._run_start += seconds
 
     def window_seconds(self, step: int) -> float:
-        """Seconds since this was last asked."""
+        """Return the seconds since the last call, without excluded time.
+
+        Args:
+            step: optimizer steps done.
+        """
         now = time.perf_counter()
-        seconds, self._window, self._step = now - self._window, now, step
+        seconds, self._window_start, self._step = now - self._window_start, now, step
         return seconds
 
-    def seconds_left(self, last: int) -> float:
-        """Until a step, at the pace of this run so far, with all that it does between steps."""
-        done = self._step - self._first
-        return (time.perf_counter() - self._began) / max(done, 1) * (last - self._step)
+    def seconds_left(self, last_step: int) -> float:
+        """Return the seconds until a step, at the average pace of this run with evaluation and saving."""
+        done = self._step - self._first_step
+        return (time.perf_counter() - self._run_start) / max(done, 1) * (last_step - self._step)
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB that this process held at most: of the device's memory, on a CPU of the machine's."""
+    """Return the peak memory use of this process in GiB: of the device, or on a CPU of the machine.
+
+    MPS keeps no peak; there it is the memory that is allocated now.
+    """
     if device.type == "cpu":
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / GIB
     return torch.accelerator.max_memory_allocated(device) / GIB

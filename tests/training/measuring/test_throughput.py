@@ -1,4 +1,4 @@
-"""Operations of a model against a count by torch itself, the clock, the peaks of devices, memory by sizes."""
+"""Operations compared with torch's own count, the clock, peaks of devices, and memory estimates."""
 
 import time
 
@@ -29,45 +29,45 @@ def dense(tied: bool = False) -> Qwen3ForCausalLM:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_operations_are_those_that_torch_counts(tied):
-    """torch counts attention without the causal mask: all pairs. The head scores every position there."""
+def test_operations_equal_the_count_of_torch(tied):
+    """torch counts all pairs of attention, without the causal mask, and the head at every position."""
     model = dense(tied)
     ids = torch.randint(64, (BATCH, SEQ))
     counter = FlopCounterMode(display=False)
     with counter:
         model(input_ids=ids).logits.float().logsumexp(-1).sum().backward()
     tokens, pairs = BATCH * SEQ, BATCH * SEQ * SEQ
-    # The first layer's input needs no gradient in a count of matrix products, which embeddings are not.
+    # The count differs a little: torch skips the gradient of the first layer's input.
     assert model_flops(model).total(tokens, pairs, tokens) == pytest.approx(
         counter.get_total_flops(), rel=0.01
     )
 
 
-def test_frozen_weights_need_no_gradient_of_their_own():
-    whole = model_flops(dense())
+def test_frozen_weights_cost_no_gradient_of_their_own():
+    trained = model_flops(dense())
     adapted = dense()
     adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     frozen = model_flops(adapted)
-    small = sum(one.numel() for name, one in adapted.named_parameters() if "lora" in name)
-    assert frozen.per_token == pytest.approx(whole.per_token * 4 / 6 + 6 * small)
-    assert frozen.per_supervised == pytest.approx(whole.per_supervised * 4 / 6)
-    assert frozen.per_pair == whole.per_pair
+    adapter = sum(weight.numel() for name, weight in adapted.named_parameters() if "lora" in name)
+    assert frozen.per_token == pytest.approx(trained.per_token * 4 / 6 + 6 * adapter)
+    assert frozen.per_supervised == pytest.approx(trained.per_supervised * 4 / 6)
+    assert frozen.per_pair == trained.per_pair
 
 
-def test_of_a_mixture_of_experts_the_active_ones_count():
+def test_only_active_experts_count():
     config = MixtralConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=1,
     )  # fmt: skip
-    one = model_flops(MixtralForCausalLM(config)).per_token
+    one_expert = model_flops(MixtralForCausalLM(config)).per_token
     config.num_experts_per_tok = 3
-    assert model_flops(MixtralForCausalLM(config)).per_token - one == 2 * 6 * 3 * 32 * 48
+    assert model_flops(MixtralForCausalLM(config)).per_token - one_expert == 2 * 6 * 3 * 32 * 48
     model = MixtralForCausalLM(config)
     model.config.num_experts_per_tok = 0
     assert model_flops(model) is None
 
 
-def test_the_peak_is_that_of_the_longest_name(monkeypatch):
+def test_peak_flops_uses_the_longest_matching_name(monkeypatch):
     for name, expected in {
         "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200": 989e12,
         "NVIDIA L40S": 362e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A10": 125e12, "Tesla K80": None,
@@ -79,13 +79,13 @@ def test_the_peak_is_that_of_the_longest_name(monkeypatch):
     assert peak_flops(torch.device("cpu")) is None
 
 
-def test_the_clock_leaves_out_what_is_no_training_and_tells_what_is_left_with_it(monkeypatch):
+def test_clock_excludes_time_from_throughput_but_not_from_the_time_left(monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     clock = Clock()
     clock.start(10)
     now = 107.0
-    clock.exclude_time(7)  # of the untouched model: that does not come again
+    clock.exclude_time(7)  # before the first step: does not recur
     now = 127.0
     assert clock.window_seconds(14) == 20 and clock.seconds_left(20) == 20 / 4 * 6
     now = 135.0
@@ -95,18 +95,27 @@ def test_the_clock_leaves_out_what_is_no_training_and_tells_what_is_left_with_it
     assert clock.seconds_left(18) == 0
 
 
-def test_memory_is_about_what_this_process_has():
+def test_peak_memory_of_this_process():
     assert 0.05 < peak_memory(torch.device("cpu")) < 64
 
 
-def test_the_estimate_is_the_sum_of_what_is_held(tmp_path):
+def test_peak_memory_on_mps_is_what_is_allocated(monkeypatch):
+    """torch.accelerator has no memory statistics of MPS."""
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * GIB)
+    assert peak_memory(torch.device("mps")) == 3
+
+
+def test_memory_estimate_adds_up_its_parts(tmp_path):
     model = tiny()
     training = checked(tmp_path).training
-    found = estimate_memory(model, training, 1000)
-    count = sum(one.numel() for one in model.parameters())
-    assert found.weights * GIB == found.gradients * GIB == 4 * count and found.optimizer * GIB == 8 * count
+    estimate = estimate_memory(model, training, 1000)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert (
+        estimate.weights * GIB == estimate.gradients * GIB == 4 * count
+        and estimate.optimizer * GIB == 8 * count
+    )
     head = 4 * model.lm_head.weight.numel()
-    assert found.head * GIB == head + 4 * VOCAB * 1000
+    assert estimate.head * GIB == head + 4 * VOCAB * 1000
     assert estimate_memory(model, training, 10**9).head * GIB == head + TILE_BYTES["cpu"]
     assert estimate_memory(model.bfloat16(), training, 1000).weights * GIB == 2 * count
     training.optim = type(training.optim)("sgd")
