@@ -1,4 +1,4 @@
-"""What is wrong with a line of a file, and how all of it is told at once."""
+"""Errors of single conversations, and one error message for all of them."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 from dft.errors import UserError
 
-LISTED = 20
-"""Faults that an error lists before it only counts."""
+MAX_LISTED = 20
+"""Number of faults that an error message lists in full. The others are only counted."""
 
 
 class BadLine(ValueError):
-    """One conversation that cannot be used.
+    """A conversation cannot be used.
 
     Args:
-        reason: the whole reason, without file and line.
-        kind: what the reason is counted under when there are too many to list.
+        reason: the full reason, without file and line.
+        kind: category that the reason is counted under when there are too many to list.
     """
 
     def __init__(self, reason: str, kind: str) -> None:
@@ -24,7 +24,7 @@ class BadLine(ValueError):
 
 
 class Fault(NamedTuple):
-    """A `BadLine` and where it stands (`file:line`)."""
+    """The reason of a `BadLine` and its place (`file:line`)."""
 
     where: str
     kind: str
@@ -32,7 +32,7 @@ class Fault(NamedTuple):
 
 
 class Faults:
-    """The faults of all files, told in one error: the first ones in full, all of them counted by kind."""
+    """Collects the faults of all files. Lists the first ones and counts all of them by kind."""
 
     def __init__(self) -> None:
         self.listed: list[Fault] = []
@@ -40,12 +40,12 @@ class Faults:
 
     def add(self, faults: Iterable[Fault]) -> None:
         for fault in faults:
-            if len(self.listed) < LISTED:
+            if len(self.listed) < MAX_LISTED:
                 self.listed.append(fault)
             self.kinds[fault.kind] += 1
 
     def raise_if_any(self) -> None:
-        """Raises `UserError` if there was a fault."""
+        """Raise `UserError` if any fault was added."""
         total = self.kinds.total()
         if not total:
             return
