@@ -47,7 +47,6 @@ def _rows(
     if SOFTCAP:
         z_target = softcap * (2 * tl.sigmoid(2 * z_target / softcap) - 1)
     offsets = tl.arange(0, BLOCK)
-
     # Online softmax: the largest logit so far, its index, and sums of e = exp(z - top) and of e * (z - top).
     top = float("-inf")
     best = tl.full((), 0, tl.int64)

@@ -1,15 +1,16 @@
-"""How long data preparation takes, beside the tokenizer alone and beside TRL.
+"""Measure the time and memory of data preparation against the tokenizer alone and against TRL.
 
     python scripts/bench/bench_data.py --corpus GSM8K/train.chatml.jsonl               # the comparison
     python scripts/bench/bench_data.py --corpus GSM8K/train.chatml.jsonl --scale 10000 100000 1000000
 
-floor: `encode_batch` of the tokenizers library over texts that are rendered already, with all cores.
-ours:  `dft.data.preparing.prepare.prepare`, from the file to the dataset on disk, into an empty cache.
+floor: `encode_batch` of the tokenizers library on texts that are already rendered, with all cores.
+ours:  `dft.data.preparing.prepare.prepare`, from the file to the dataset on disk, with an empty cache.
 again: the same once more, from the cache.
 trl:   the preparation of TRL's SFTTrainer with assistant_only_loss, if trl can be imported (pip install trl).
 
-Every measurement is a process of its own, and the kinds take turns, so a machine that is busy for a while
-slows all of them. Imports and the making of the data do not count.
+--scale measures ours alone on 10,000, 100,000 and 1,000,000 conversations. Each measurement runs in a process
+of its own, and the kinds take turns, so that other load on the machine slows all of them. Imports and writing
+the input file are not included.
 """
 
 import argparse
@@ -31,17 +32,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 VOCABULARY = 4096
 MAX_LENGTH = 2048
-# TRL masks by the tags of a template; ours is measured with the tokenizer's own, which has none.
+# TRL needs {% generation %} tags to find the supervised tokens; the tokenizer's own template has none.
 TAGGED_CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
 {%- if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
 {%- else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
-# ---- one measurement, in a process of its own ----
-
-
 def measure_floor(folder: Path, workers: int) -> dict[str, float]:
+    """Tokenize rendered texts with the tokenizers library alone."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -59,6 +58,7 @@ def measure_floor(folder: Path, workers: int) -> dict[str, float]:
 
 
 def measure_ours(folder: Path, workers: int) -> dict[str, float]:
+    """Prepare the data with an empty cache, and once more from the cache."""
     from transformers import AutoTokenizer
 
     from dft.data.preparing.options import PrepareOptions
@@ -84,6 +84,7 @@ def measure_ours(folder: Path, workers: int) -> dict[str, float]:
 
 
 def measure_trl(folder: Path, workers: int) -> dict[str, float]:
+    """Prepare the data with TRL's SFTTrainer."""
     os.environ.update(HF_DATASETS_CACHE=tempfile.mkdtemp(dir=folder), CUDA_VISIBLE_DEVICES="")
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -117,24 +118,26 @@ MEASURES: dict[str, Callable[..., dict[str, float]]] = {
 
 
 def peak_memory(stop: threading.Event, peak: list[int]) -> None:
-    """Watches the memory of this process and its workers, shared pages counted once, in bytes."""
+    """Record the peak memory of this process and its workers in bytes, counting shared pages once."""
     while not stop.wait(0.05):
         total = 0
         for pid in (os.getpid(), *children()):
             try:
                 lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
             except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue  # ended meanwhile
+                continue  # the process has ended
             total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss_Anon:"))
         peak[0] = max(peak[0], total)
 
 
 def children() -> list[int]:
+    """Return the process ids of this process's children."""
     file = Path(f"/proc/self/task/{os.getpid()}/children")
     return [int(word) for word in file.read_text().split()] if file.exists() else []
 
 
-def one_measurement(kind: str, folder: Path, workers: int) -> None:
+def measure(kind: str, folder: Path, workers: int) -> None:
+    """Measure in this process and print the result as JSON."""
     peak, stop = [0], threading.Event()
     watcher = threading.Thread(target=peak_memory, args=(stop, peak), daemon=True)
     watcher.start()
@@ -144,10 +147,8 @@ def one_measurement(kind: str, folder: Path, workers: int) -> None:
     print(json.dumps({**result, "peak_bytes": peak[0]}))
 
 
-# ---- all of them ----
-
-
-def measured(kind: str, folder: Path, workers: int) -> dict[str, float]:
+def measure_in_subprocess(kind: str, folder: Path, workers: int) -> dict[str, float]:
+    """Return what `measure` prints in a new process."""
     words = ["--measure", kind, "--folder", str(folder), "--workers", str(workers)]
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if done.returncode:
@@ -156,17 +157,18 @@ def measured(kind: str, folder: Path, workers: int) -> dict[str, float]:
 
 
 def write_data(corpus: Path, folder: Path, conversations: int) -> None:
-    """That many conversations, the corpus over and over."""
+    """Write a data file of so many conversations, repeating the corpus."""
     lines = corpus.read_bytes().splitlines(keepends=True)
     with open(folder / "data.jsonl", "wb") as stream:
         stream.writelines(islice(cycle(lines), conversations))
 
 
 def compare(folder: Path, kinds: list[str], rounds: int, workers: int) -> None:
+    """Measure all kinds in turns and print the table."""
     results: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for number in range(rounds):
         for kind in kinds:
-            results[kind].append(measured(kind, folder, workers))
+            results[kind].append(measure_in_subprocess(kind, folder, workers))
             print(f"round {number + 1}: {kind} {results[kind][-1]['seconds']:.2f} s", file=sys.stderr)
     print("| | seconds, median | to the floor, median of rounds | tokens | peak memory, MiB |")
     print("|---|---|---|---|---|")
@@ -182,11 +184,12 @@ def compare(folder: Path, kinds: list[str], rounds: int, workers: int) -> None:
 
 
 def scale(corpus: Path, folder: Path, sizes: list[int], workers: int) -> None:
+    """Measure ours on data files of several sizes and print the table."""
     print("| conversations | seconds | conversations per second | again, seconds | peak memory, MiB |")
     print("|---|---|---|---|---|")
     for size in sizes:
         write_data(corpus, folder, size)
-        run = measured("ours", folder, workers)
+        run = measure_in_subprocess("ours", folder, workers)
         print(
             f"| {size:,} | {run['seconds']:.1f} | {size / run['seconds']:,.0f} | {run['again']:.2f} "
             f"| {run['peak_bytes'] >> 20:,} |",
@@ -197,19 +200,19 @@ def scale(corpus: Path, folder: Path, sizes: list[int], workers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, help="ChatML .jsonl to repeat")
-    parser.add_argument("--repeat", type=int, default=8, help="how often the corpus is repeated")
+    parser.add_argument("--repeat", type=int, default=8, help="number of times the corpus is repeated")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind")
-    parser.add_argument("--scale", type=int, nargs="+", help="measure ours alone at these many conversations")
+    parser.add_argument("--scale", type=int, nargs="+", help="measure only ours, on so many conversations")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--kinds", nargs="+", choices=MEASURES, default=list(MEASURES))
     parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        one_measurement(arguments.measure, arguments.folder, arguments.workers)
+        measure(arguments.measure, arguments.folder, arguments.workers)
         return
     if arguments.corpus is None:
-        parser.error("--corpus is needed")
+        parser.error("--corpus is required")
 
     from make_example import read_conversations, tiny_model, train_tokenizer
 
@@ -225,7 +228,7 @@ def main() -> None:
         write_data(arguments.corpus, folder, lines * arguments.repeat)
         kinds = list(arguments.kinds)
         if "trl" in kinds and importlib.util.find_spec("trl") is None:
-            print("trl cannot be imported and is left out", file=sys.stderr)
+            print("trl cannot be imported and is skipped", file=sys.stderr)
             kinds.remove("trl")
         compare(folder, kinds, arguments.rounds, arguments.workers)
 

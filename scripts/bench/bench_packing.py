@@ -1,4 +1,4 @@
-"""How long packing takes, and how full the rows get.
+"""Measure how long packing takes and how full the packed rows are.
 
 python scripts/bench/bench_packing.py [--sequences 1000000]
 """
@@ -18,12 +18,16 @@ CAPACITIES = (2048, 131_072)
 
 
 def lengths(kind: str, count: int, capacity: int) -> np.ndarray:
-    """(count,) tokens, seeded: evenly spread, or few long and many short ones as conversations are."""
+    """Return the (count,) numbers of tokens of random sequences, with a fixed seed.
+
+    Args:
+        kind: "uniform", or "log-normal" for many short and few long sequences, as in conversations.
+    """
     generator = np.random.default_rng(0)
     if kind == "uniform":
         return generator.integers(1, capacity + 1, count)
-    drawn = generator.lognormal(np.log(capacity / 12), 0.8, count)
-    return np.clip(drawn, 1, capacity).astype(np.int64)
+    tokens = generator.lognormal(np.log(capacity / 12), 0.8, count)
+    return np.clip(tokens, 1, capacity).astype(np.int64)
 
 
 def main() -> None:
@@ -34,12 +38,12 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for capacity in CAPACITIES:
         for kind in ("uniform", "log-normal"):
-            some = lengths(kind, arguments.sequences, capacity)
+            tokens = lengths(kind, arguments.sequences, capacity)
             started = time.perf_counter()
-            _, offsets = pack(some, capacity, seed=0)
+            _, offsets = pack(tokens, capacity, seed=0)
             seconds = time.perf_counter() - started
             rows = len(offsets) - 1
-            full = 100 * density(some, rows, capacity)
+            full = 100 * density(tokens, rows, capacity)
             print(f"| {capacity:,} | {kind} | {seconds:.2f} | {rows:,} | {full:.2f} % |")
 
 

@@ -1,15 +1,16 @@
-"""Planned against measured memory: `--plan True`, and the peak of the run that it plans.
+"""Compare the memory that `--plan True` estimates with the measured peak of the same run.
 
     python scripts/bench/bench_plan.py
 
-On the CPU, a Qwen3 model of 8 layers, 1,024 wide, with 123 million weights. Measured is the most that the
-largest process of a run held, less what it holds in the same run of a model with next to no weights.
-Freed memory is given back at once (MALLOC_TRIM_THRESHOLD_), so that what a process holds is in use.
+On a CPU: a Qwen3 model with 8 layers, hidden size 1,024 and 123 million weights. Measured is the peak memory
+of the largest process of the run, minus that of the same run with a model of almost no weights. Freed memory
+is returned to the system at once (MALLOC_TRIM_THRESHOLD_), so that the peak is memory in use.
 
-On a GPU one of 24 layers, 896 wide, with a vocabulary of 151,936 (494 million weights), in packed rows of
-2,048 tokens. Measured is the most that torch had allocated.
+On a GPU: a model with 24 layers, hidden size 896 and a vocabulary of 151,936 (494 million weights), in packed
+rows of 2,048 tokens. Measured is the peak that torch had allocated.
 """
 
+import argparse
 import json
 import os
 import re
@@ -60,6 +61,7 @@ GIB = {"GiB": 1.0, "MiB": 1 / 1024}
 
 
 def run(folder: Path, ranks: int, flags: dict[str, object], **more: object) -> str:
+    """Run train_dft.py for three steps and return what it printed."""
     settings = {
         "model_name_or_path": folder / "model", "data_files": folder / "data" / "train.jsonl",
         "output_dir": folder / "out", "overwrite_output_dir": True, "max_steps": 3, "logging_steps": 1,
@@ -83,13 +85,14 @@ def run(folder: Path, ranks: int, flags: dict[str, object], **more: object) -> s
 
 
 def peak(folder: Path, ranks: int, flags: dict[str, object], model: str) -> float:
-    """GiB that the largest process of a run held."""
+    """Return the peak memory of the largest process of a run, in GiB."""
     run(folder, ranks, flags, model_name_or_path=folder / model)
     history = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
-    return max(one["peak_memory_gib"] for one in history if "loss" in one)
+    return max(record["peak_memory_gib"] for record in history if "loss" in record)
 
 
 def make_model(folder: Path, tokenizer: Any, **sizes: int) -> None:
+    """Save a Qwen3 model with random weights."""
     config = Qwen3Config(
         num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sizes,
@@ -100,6 +103,7 @@ def make_model(folder: Path, tokenizer: Any, **sizes: int) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         train, _ = write_conversations(folder / "data", 2000)
@@ -109,20 +113,20 @@ def main() -> None:
         if ON_GPU:
             sizes |= {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
             sizes["vocab_size"] = 151_936
-        # In a process of its own: the peak of a child is at least what its parent holds when it starts it.
+        # In a process of its own: the peak of a child is at least the memory its parent held when it forked.
         with get_context("spawn").Pool(1) as pool:
             pool.apply(make_model, (folder / "model", tokenizer), sizes)
-        least = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 4}
-        make_model(folder / "least", tokenizer, vocab_size=len(tokenizer), **least)
+        tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 4}
+        make_model(folder / "tiny", tokenizer, vocab_size=len(tokenizer), **tiny)
         print("| | planned, GiB | measured, GiB | planned / measured |")
         print("|---|---|---|---|")
         for name, (ranks, flags) in (GPU_WAYS if ON_GPU else WAYS).items():
-            said = run(folder, ranks, flags, plan=True)
-            value, unit = re.search(r"about ([\d.]+) (\w+) per device at the peak", said).groups()
+            output = run(folder, ranks, flags, plan=True)
+            value, unit = re.search(r"about ([\d.]+) (\w+) per device at the peak", output).groups()
             planned = float(value) * GIB[unit]
             measured = peak(folder, ranks, flags, "model")
             if not ON_GPU:
-                measured -= peak(folder, ranks, flags, "least")
+                measured -= peak(folder, ranks, flags, "tiny")
             print(f"| {name} | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} |", flush=True)
 
 

@@ -1,17 +1,17 @@
-"""Every way to share the work: speed, peak memory and traffic between ranks; and on paper, many GPUs.
+"""Measure speed, peak memory and communication of each parallelism strategy, and estimate them for many GPUs.
 
     python scripts/bench/bench_scaling.py    # 2 processes on the CPU, about 10 minutes
     python scripts/bench/bench_scaling.py --only ddp zero3
-    python scripts/bench/bench_scaling.py --estimate    # the table on paper alone
+    python scripts/bench/bench_scaling.py --estimate    # only the estimate
 
-Each way is the command a user types, twice: the traffic of a step is the difference of two lengths of run, so
-that start and end do not count. It is read from the counter of the loopback device, in a network namespace of
-its own, where `unshare` may make one, so that nothing else is counted. Ways take turns within a round; the
-figures are medians over rounds.
+Each strategy runs the command of a user twice. The bytes sent per step are the difference between a shorter
+and a longer run, which excludes start and end. They are read from the counter of the loopback device; if
+`unshare` can create a network namespace, the run has one of its own, so that no other traffic is counted. The
+strategies take turns within a round; the results are medians over rounds.
 
-The estimate takes as given the share of the peak that was measured on one GPU (docs/benchmarks.md) and the
-traffic that `traffic` says, which the measured bytes are put beside. It assumes that traffic hides behind
-half of the computation, and knows nothing of stragglers.
+The estimate is based on the share of the peak throughput measured on one GPU (docs/benchmarks.md) and on the
+bytes that `traffic` computes; the table of the measurement shows them next to the measured bytes. It assumes
+that communication overlaps with half of the computation, and that all ranks are equally fast.
 """
 
 import argparse
@@ -34,9 +34,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from make_example import read_conversations, train_tokenizer, write_conversations
 
 SHORT, LONG = 4, 10
-"""Optimizer steps of the two runs."""
+"""Optimizer steps of the shorter and the longer run."""
 ROWS = 8
-"""Per optimizer step, in one micro-batch per rank."""
+"""Rows per optimizer step, in one micro-batch per rank."""
 ZERO = {name: str(ROOT / f"ds_config/{name}.json") for name in ("zero1", "zero2", "zero3", "zero3_offload")}
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {"per_device_train_batch_size": ROWS}),
@@ -56,9 +56,14 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-class Measured(NamedTuple):
-    """Of one run of the longer length: per second over all ranks, GiB of the largest rank, MiB that a rank
-    sends per optimizer step."""
+class Measurement(NamedTuple):
+    """Results of the longer run of a strategy.
+
+    Attributes:
+        tokens: per second, over all ranks.
+        memory: peak of the largest rank, in GiB.
+        traffic: sent per rank and optimizer step, in MiB.
+    """
 
     tokens: float
     memory: float
@@ -66,7 +71,7 @@ class Measured(NamedTuple):
 
 
 def make_inputs(folder: Path) -> int:
-    """A model and conversations to train it on. Returns its parameters."""
+    """Write a model and training data, and return the number of the model's parameters."""
     train, _ = write_conversations(folder / "data", 2000)
     tokenizer = train_tokenizer(read_conversations(train))
     config = Qwen3Config(
@@ -82,13 +87,14 @@ def make_inputs(folder: Path) -> int:
 
 
 def free_port() -> int:
+    """Return a TCP port that is free at the moment."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         return bound.getsockname()[1]
 
 
 def run(folder: Path, name: str, steps: int) -> tuple[list[dict[str, float]], int]:
-    """The records of a run's steps, and the bytes that went over the loopback device."""
+    """Return the log records of a run and the bytes sent over the loopback device."""
     ranks, flags = WAYS[name]
     output = Path(tempfile.mkdtemp(dir=folder))
     settings = {
@@ -107,15 +113,15 @@ def run(folder: Path, name: str, steps: int) -> tuple[list[dict[str, float]], in
     words = [word for flag, value in settings.items() for word in (f"--{flag}", str(value))]
     counter = "cat /sys/class/net/lo/statistics/tx_bytes"
     if MAY_UNSHARE:
-        # A file system view of its own, too, or it would show the devices of the namespace outside.
-        begin = f"mount -t sysfs none /sys; ip link set lo up; {counter}"
+        # With its own /sys, which would otherwise show the devices outside of the namespace.
+        setup = f"mount -t sysfs none /sys; ip link set lo up; {counter}"
         inside = [
             "unshare",
             "--net",
             "--mount",
             "bash",
             "-c",
-            f'{begin}; "$@" >&2; code=$?; {counter}; exit $code',
+            f'{setup}; "$@" >&2; code=$?; {counter}; exit $code',
         ]
     else:
         inside = ["bash", "-c", f'{counter}; "$@" >&2; code=$?; {counter}; exit $code']
@@ -140,29 +146,27 @@ MAY_UNSHARE = (
 )
 
 
-def measure(folder: Path, name: str) -> Measured:
+def measure(folder: Path, name: str) -> Measurement:
+    """Measure one strategy with a shorter and a longer run."""
     ranks, _ = WAYS[name]
     _, bytes_short = run(folder, name, SHORT)
     records, bytes_long = run(folder, name, LONG)
     timed = records[2:]
-    return Measured(
+    return Measurement(
         statistics.median(record["tokens_per_second"] for record in timed),
         max(record["peak_memory_gib"] for record in records),
         (bytes_long - bytes_short) / (LONG - SHORT) / ranks / 2**20,
     )
 
 
-# ---- on paper ----
-
-
 class Machine(NamedTuple):
-    """One GPU among eight of a node.
+    """One of the eight GPUs of a node, as the estimate assumes it.
 
     Attributes:
-        flops: peak of dense products in bfloat16, per second.
-        share: of it that a step reaches, measured on one GPU.
-        memory: GiB.
-        inside, outside: bytes a second that a GPU sends within its node, and to others.
+        flops: peak throughput of dense bfloat16 products, in FLOP per second.
+        share: the share of `flops` that a step reaches, measured on one GPU.
+        memory: in GiB.
+        inside, outside: bandwidth of a GPU within its node and to other nodes, in bytes per second.
     """
 
     flops: float = 989e12
@@ -173,12 +177,12 @@ class Machine(NamedTuple):
 
 
 class Way(NamedTuple):
-    """What a rank holds and sends, in bytes per parameter.
+    """Memory and communication of a rank under a strategy, in bytes per parameter.
 
     Attributes:
-        whole: held by each, whatever their number.
-        shared: divided by their number.
-        per_step, per_batch: sent per optimizer step, and per micro-batch.
+        whole: memory that each rank needs, whatever the number of ranks.
+        shared: memory that is divided by the number of ranks.
+        per_step, per_batch: bytes sent per optimizer step, and per micro-batch.
     """
 
     whole: float
@@ -193,47 +197,54 @@ BFLOAT16 = {
     "zero2": Way(whole=2, shared=16, per_step=2, per_batch=4),
     "zero3": Way(whole=0, shared=18, per_step=0, per_batch=6),
 }
-"""bfloat16 weights, float32 master weights, moments and sums of gradients, as ds_config/ has them; DDP with
-float32 weights under autocast: 4 weights + 2 their copy + 4 gradients + 8 moments. Traffic of rings for many
-ranks: to gather weights is once what a ring sends for all of them, in bfloat16; to reduce gradients to all is
-twice (DDP in float32, ZeRO-1 and 2 in bfloat16, by whole buckets), scattered once (ZeRO-3). ZeRO-3 gathers
-for forward and backward of each micro-batch."""
+"""Strategies of the estimate: bfloat16 weights with float32 master weights, moments and gradient sums, as in
+ds_config/. DDP has float32 weights under autocast: 4 bytes of weights + 2 of their copy + 4 of gradients + 8
+of moments. The bytes sent are those of ring algorithms on many ranks: gathering weights sends each of them
+once, in bfloat16. An all-reduce of gradients sends each twice (DDP in float32, ZeRO-1 and 2 in bfloat16), a
+reduce-scatter once (ZeRO-3). ZeRO-3 gathers the weights for forward and backward of each micro-batch."""
 
 
 def traffic(name: str, parameters: float, ranks: int, itemsize: float, batches: int) -> float:
-    """Bytes that a rank sends in an optimizer step; `itemsize` is of what goes over the wire."""
+    """Return the bytes that a rank sends in an optimizer step.
+
+    Args:
+        itemsize: bytes of each number that is sent.
+        batches: micro-batches per step.
+    """
     way = BFLOAT16[name]
-    # DDP reduces in the precision of its weights, here as in the table.
+    # BFLOAT16 assumes that DDP sends float32, and the others bfloat16.
     scale = itemsize / (4 if name == "ddp" else 2)
     return parameters * (way.per_step + batches * way.per_batch) * scale * (ranks - 1) / ranks
 
 
 def estimate(parameters: float, width: int, layers: int, ranks: int, tokens: int) -> list[str]:
-    """Rows of the table: memory, time and tokens per second of each way.
+    """Return the rows of the table: memory, time and tokens per second of each strategy.
 
     Args:
-        tokens: of a micro-batch on one GPU; one micro-batch per step.
+        width: hidden size of the model.
+        tokens: of the single micro-batch per step on each GPU.
     """
     machine = Machine()
     rows = []
     compute = 6 * parameters * tokens / (machine.flops * machine.share)
     speed = machine.inside if ranks <= 8 else machine.outside
-    # With checkpointing what enters each layer is kept; 3 GiB for one layer computed again, and the head.
+    # Gradient checkpointing keeps the input of each layer. 3 GiB: the layer being recomputed, and the head.
     activations = 2 * tokens * width * layers / 2**30 + 3
     for name, way in BFLOAT16.items():
-        held = parameters * (way.whole + way.shared / ranks) / 2**30
+        memory = parameters * (way.whole + way.shared / ranks) / 2**30 + activations
         sent = traffic(name, parameters, ranks, 4 if name == "ddp" else 2, 1)
         seconds = compute + max(0.0, sent / speed - compute / 2)
-        fits = held + activations < 0.92 * machine.memory
+        fits = memory < 0.92 * machine.memory
         rate = f"{ranks * tokens / seconds:,.0f}" if fits else "does not fit"
         rows.append(
-            f"| {ranks} | {name} | {held + activations:,.0f} | {sent / 2**30:,.1f} | {compute:.2f} | "
+            f"| {ranks} | {name} | {memory:,.0f} | {sent / 2**30:,.1f} | {compute:.2f} | "
             f"{seconds:.2f} | {rate} |"
         )
     return rows
 
 
 def print_estimate() -> None:
+    """Print the tables for 8, 64 and 512 GPUs."""
     for size, parameters, width, layers in (("7B", 7.6e9, 3584, 28), ("70B", 72.7e9, 8192, 80)):
         print(f"\n{size}: {parameters / 1e9:.1f} G parameters, micro-batches of 8,192 tokens per GPU\n")
         print("| GPUs | | GiB per GPU | GiB sent per step | s computing | s per step | tokens per second |")
@@ -243,29 +254,34 @@ def print_estimate() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure every way to share the work on 2 CPU processes.")
+    parser = argparse.ArgumentParser(description="Measure parallelism strategies on 2 CPU processes.")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--estimate", action="store_true", help="only what many GPUs would give, on paper")
+    parser.add_argument("--estimate", action="store_true", help="print only the estimate for many GPUs")
     arguments = parser.parse_args()
     if not arguments.estimate:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            parameters = make_inputs(folder)
-            print(f"{parameters / 1e6:.1f} M parameters in float32, {ROWS} rows a step, 2 CPU processes")
-            print(f"a namespace of its own: {MAY_UNSHARE}\n")
-            found: dict[str, list[Measured]] = {name: [] for name in arguments.only}
-            for _ in range(arguments.rounds):
-                for name in arguments.only:
-                    found[name].append(measure(folder, name))
-                    print(f"  {name}: {found[name][-1]}", file=sys.stderr, flush=True)
-            print("| | tokens per second | peak memory, GiB | MiB sent per step and rank | on paper |")
-            print("|---|---|---|---|---|")
-            for name, measured in found.items():
-                tokens, memory, sent = (statistics.median(values) for values in zip(*measured, strict=True))
-                paper = f"{traffic(name, parameters, 2, 4, 1) / 2**20:.0f}" if name in BFLOAT16 else ""
-                print(f"| {name} | {tokens:,.0f} | {memory:.2f} | {sent:.0f} | {paper} |")
+        print_measurements(arguments.only, arguments.rounds)
     print_estimate()
+
+
+def print_measurements(names: list[str], rounds: int) -> None:
+    """Measure the strategies in turns and print their table."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        parameters = make_inputs(folder)
+        print(f"{parameters / 1e6:.1f} M parameters in float32, {ROWS} rows a step, 2 CPU processes")
+        print(f"network namespace of its own: {MAY_UNSHARE}\n")
+        results: dict[str, list[Measurement]] = {name: [] for name in names}
+        for _ in range(rounds):
+            for name in names:
+                results[name].append(measure(folder, name))
+                print(f"  {name}: {results[name][-1]}", file=sys.stderr, flush=True)
+        print("| | tokens per second | peak memory, GiB | MiB sent per step and rank | estimated |")
+        print("|---|---|---|---|---|")
+        for name, runs in results.items():
+            tokens, memory, sent = (statistics.median(values) for values in zip(*runs, strict=True))
+            estimated = f"{traffic(name, parameters, 2, 4, 1) / 2**20:.0f}" if name in BFLOAT16 else ""
+            print(f"| {name} | {tokens:,.0f} | {memory:.2f} | {sent:.0f} | {estimated} |")
 
 
 if __name__ == "__main__":

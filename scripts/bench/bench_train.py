@@ -1,21 +1,23 @@
-"""Tokens per second of training, end to end: this trainer, TRL's SFTTrainer with its DFT loss, a bare loop.
+"""Measure training throughput end to end: this trainer, TRL's SFTTrainer with its DFT loss, and a bare loop.
 
     python scripts/bench/bench_train.py --corpus GSM8K/train.chatml.jsonl
     python scripts/bench/bench_train.py --corpus GSM8K/train.chatml.jsonl --vocabularies 4096 --rounds 5
 
-On a CPU a Qwen3 model of 4 layers, 256 wide, in float32, with a small and a large vocabulary, and sequences
-of up to 512 tokens. On a GPU one of 24 layers, 896 wide (0.5 billion weights), in bfloat16, with the large
-vocabulary, rows of up to 2,048 tokens, and more of them. The assistant's tokens are supervised; AdamW,
-gradients clipped at norm 1, one micro-batch per step. On a GPU the peak of its memory is measured, too.
+On a CPU: a Qwen3 model with 4 layers and hidden size 256 in float32, with a small and a large vocabulary, and
+sequences of up to 512 tokens. On a GPU: one with 24 layers and hidden size 896 (0.5 billion weights) in
+bfloat16, with the large vocabulary and larger batches of up to 2,048 tokens per row; its peak memory is
+measured as well. Assistant tokens are supervised; AdamW, gradients clipped at norm 1, one micro-batch per
+step.
 
-bare: PyTorch alone over batches that are made already, the logits of supervised rows, one cross-entropy, no
-      metrics, no log: what a trainer can hardly be faster than.
-ours: `DFTTrainer`, logging every step. off: the same with --fused_head off.
+bare: a loop in plain PyTorch on batches built in advance: logits of the supervised rows, one cross-entropy,
+      no metrics, no logging. A trainer can hardly be faster.
+ours: `DFTTrainer`, logging every step.
+off:  the same with --fused_head off.
 trl:  `SFTTrainer` with `loss_type="dft"` and assistant_only_loss (pip install trl).
 
-Each is run unpacked (batches padded on the right) and packed (full rows of 512). Every measurement is a
-process of its own, the contenders take turns, and the first steps of each do not count. Tokens are those that
-are not padding.
+Each runs unpacked (batches padded on the right) and packed (full rows). Each measurement runs in a process of
+its own, the contenders take turns, and the first steps of each are not measured. Padding does not count as
+tokens.
 """
 
 import argparse
@@ -41,18 +43,20 @@ CONVERSATIONS = 7000 if ON_GPU else 600
 MAX_LENGTH = 2048 if ON_GPU else 512
 WARM_UP, STEPS = (5, 15) if ON_GPU else (2, 8)
 BATCH = {"unpacked": 128, "packed": 16} if ON_GPU else {"unpacked": 8, "packed": 4}
-"""Sequences or rows, about as many tokens."""
+"""Sequences or packed rows per step, with about the same number of tokens."""
 VOCABULARIES = (4096, 151_936)
 
 
 class Clock:
-    """Notes when a step ends, and the tokens of every batch in the order in which they are made."""
+    """Records the time at which each step ends, and the tokens of each batch in the order of collation."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
         self.tokens: list[int] = []
 
     def counting(self, collator: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a collator that also records the tokens of its batches."""
+
         def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
             self.tokens.append(sum(len(example["input_ids"]) for example in examples))
             return collator(examples)
@@ -60,11 +64,13 @@ class Clock:
         return collate
 
     def rate(self) -> float:
+        """Return the tokens per second of the measured steps."""
         seconds = self.ends[-1] - self.ends[WARM_UP - 1]
         return sum(self.tokens[WARM_UP : len(self.ends)]) / seconds
 
 
 def make_model(folder: Path, vocabulary: int) -> Any:
+    """Create the model with random weights, always the same."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -82,18 +88,20 @@ def make_model(folder: Path, vocabulary: int) -> Any:
 
 
 def arguments_for(kind: type, folder: Path, packed: bool, **more: Any) -> Any:
+    """Create the training arguments that ours and TRL share."""
     return kind(
-        output_dir=str(folder / "out"), use_cpu=not ON_GPU, per_device_train_batch_size=BATCH[named(packed)],
-        max_steps=WARM_UP + STEPS, learning_rate=1e-4, logging_steps=1, save_strategy="no", report_to="none",
+        output_dir=str(folder / "out"), use_cpu=not ON_GPU,
+        per_device_train_batch_size=BATCH[batch_name(packed)], max_steps=WARM_UP + STEPS, learning_rate=1e-4, logging_steps=1, save_strategy="no", report_to="none",
         disable_tqdm=True, bf16=False, **more,
     )  # fmt: skip
 
 
-def named(packed: bool) -> str:
+def batch_name(packed: bool) -> str:
     return "packed" if packed else "unpacked"
 
 
 def callback(clock: Clock) -> Any:
+    """Create a callback that records the end of each step in `clock`."""
     from transformers import TrainerCallback
 
     class StepEnds(TrainerCallback):
@@ -103,7 +111,8 @@ def callback(clock: Clock) -> Any:
     return StepEnds()
 
 
-def prepared(folder: Path, packed: bool) -> Any:
+def prepare_dataset(folder: Path, packed: bool) -> Any:
+    """Prepare the training data of the folder."""
     from transformers import AutoTokenizer
 
     from dft.data.preparing.options import PrepareOptions
@@ -116,7 +125,7 @@ def prepared(folder: Path, packed: bool) -> Any:
     return data.datasets["train"]
 
 
-# ---- contenders: (folder, vocabulary, packed) -> tokens per second ----
+# Contenders take (folder, vocabulary, packed) and return tokens per second.
 
 
 def run_bare(folder: Path, vocabulary: int, packed: bool) -> float:
@@ -124,9 +133,9 @@ def run_bare(folder: Path, vocabulary: int, packed: bool) -> float:
 
     from dft.training.batching import choose_collator
 
-    model, dataset = make_model(folder, vocabulary).train(), prepared(folder, packed)
+    model, dataset = make_model(folder, vocabulary).train(), prepare_dataset(folder, packed)
     clock, collator = Clock(), choose_collator(model, 0, packed)
-    order, size = torch.randperm(len(dataset)).tolist(), BATCH[named(packed)]
+    order, size = torch.randperm(len(dataset)).tolist(), BATCH[batch_name(packed)]
     collate = clock.counting(collator)
     batches = [
         collate([dataset[row] for row in order[size * step : size * (step + 1)]])
@@ -134,7 +143,9 @@ def run_bare(folder: Path, vocabulary: int, packed: bool) -> float:
     ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     for batch in batches:
-        batch = {name: one.to(model.device) if torch.is_tensor(one) else one for name, one in batch.items()}
+        batch = {
+            name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()
+        }
         inputs = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
         hidden = model.model(input_ids=batch["input_ids"], **inputs).last_hidden_state
         following = batch["labels"][:, 1:]
@@ -155,7 +166,7 @@ def run_ours(folder: Path, vocabulary: int, packed: bool, fused_head: str = "on"
 
     from dft import DFTTrainer
 
-    model, dataset = make_model(folder, vocabulary), prepared(folder, packed)
+    model, dataset = make_model(folder, vocabulary), prepare_dataset(folder, packed)
     arguments = arguments_for(TrainingArguments, folder, packed)
     clock = Clock()
     trainer = DFTTrainer(
@@ -201,11 +212,8 @@ CONTENDERS: dict[str, Callable[[Path, int, bool], float]] = {
 }
 
 
-# ---- all of them ----
-
-
-def measured(name: str, folder: Path, vocabulary: int, packed: bool) -> tuple[float, float]:
-    """(tokens per second, GiB of GPU memory at the peak)"""
+def measure_in_subprocess(name: str, folder: Path, vocabulary: int, packed: bool) -> tuple[float, float]:
+    """Return the (tokens per second, peak GPU memory in GiB) of a contender, measured in a new process."""
     words = ["--measure", name, "--folder", str(folder), "--vocabularies", str(vocabulary)]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets")}
     done = subprocess.run(
@@ -221,18 +229,19 @@ def measured(name: str, folder: Path, vocabulary: int, packed: bool) -> tuple[fl
 
 
 def compare(folder: Path, vocabulary: int, packed: bool, names: list[str], rounds: int) -> None:
+    """Measure the contenders in turns and print their rows of the table."""
     rates: dict[str, list[float]] = {name: [] for name in names}
     peaks: dict[str, float] = {}
     for number in range(rounds):
         for name in names:
-            rate, peaks[name] = measured(name, folder, vocabulary, packed)
+            rate, peaks[name] = measure_in_subprocess(name, folder, vocabulary, packed)
             rates[name].append(rate)
             print(f"round {number + 1}: {name} {rate:,.0f}", file=sys.stderr, flush=True)
-    for name, some in rates.items():
-        ratios = [one / base for one, base in zip(some, rates["bare"], strict=True)]
+    for name, runs in rates.items():
+        ratios = [rate / bare for rate, bare in zip(runs, rates["bare"], strict=True)]
         memory = f" {peaks[name]:.1f} |" if ON_GPU else ""
         print(
-            f"| {vocabulary:,} | {named(packed)} | {name} | {statistics.median(some):,.0f} "
+            f"| {vocabulary:,} | {batch_name(packed)} | {name} | {statistics.median(runs):,.0f} "
             f"| {statistics.median(ratios):.2f} |{memory}",
             flush=True,
         )
@@ -240,9 +249,7 @@ def compare(folder: Path, vocabulary: int, packed: bool, names: list[str], round
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--corpus", type=Path, help="ChatML .jsonl, the first conversations of which are used"
-    )
+    parser.add_argument("--corpus", type=Path, help="ChatML .jsonl; its first conversations are used")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES[ON_GPU:])
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each contender")
     parser.add_argument("--batches", nargs="+", choices=BATCH, default=list(BATCH))
@@ -257,13 +264,13 @@ def main() -> None:
         print(rate, torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else 0)
         return
     if arguments.corpus is None:
-        parser.error("--corpus is needed")
+        parser.error("--corpus is required")
 
     from make_example import read_conversations, train_tokenizer
 
     names = ["bare", *(name for name in arguments.contenders if name != "bare")]
     if "trl" in names and importlib.util.find_spec("trl") is None:
-        print("trl cannot be imported and is left out", file=sys.stderr)
+        print("trl cannot be imported and is skipped", file=sys.stderr)
         names.remove("trl")
     with tempfile.TemporaryDirectory(prefix="bench-train-") as name:
         folder = Path(name)

@@ -1,9 +1,9 @@
-"""The tables of docs/benchmarks.md as one picture, docs/images/benchmarks.png.
+"""Plot the tables of docs/benchmarks.md as one picture, docs/images/benchmarks.png.
 
     python scripts/bench/plot_benchmarks.py
 
-The figures are read from the tables, so the picture cannot say anything else; a digest of them is kept within
-it, by which a test finds a picture that is older than its tables.
+The values are read from the tables, so picture and tables always agree. A digest of them is stored in the
+picture; a test uses it to detect a picture that is older than its tables.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -29,12 +30,11 @@ from dft.report.pages.images import write_png
 TABLES = ROOT / "docs" / "benchmarks.md"
 PICTURE = ROOT / "docs" / "images" / "benchmarks.png"
 DIGEST = "Figures"
-"""Keyword of the digest within the picture."""
+"""Metadata key of the digest in the picture."""
 GREY = "#8a8a8a"
 HATCH = "////"
 LOW = 3
-"""Bars of a panel that need not have a column of its own."""
-# By their names in the tables.
+"""Maximum height, in bars, of panels that are stacked in one column."""
 CONTENDERS = {
     "floor": ("the floor: bare tokenizer", GREY),
     "ours": ("this trainer", BLUE),
@@ -44,18 +44,19 @@ CONTENDERS = {
     "liger": ("Liger (SFT)", PURPLE),
     "off": ("this trainer, --fused_head off", GREEN),
 }
+"""Label and color of each contender, by its name in the tables."""
 
 Rows = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Bars of one measure.
+    """A bar chart of one measure.
 
     Attributes:
-        values: by setting and contender, as the table has them.
-        goal: what ours should reach; None where no target was set.
-        more: is better; else less is.
+        values: cells of the table, by setting and contender.
+        goal: the target for ours; None if there is none.
+        more: whether higher values are better; otherwise lower ones are.
     """
 
     title: str
@@ -64,24 +65,25 @@ class Panel:
     more: bool = False
 
     def misses(self, value: float) -> bool:
+        """Return whether a value misses the target."""
         return self.goal is not None and (value < self.goal if self.more else value > self.goal)
 
     def height(self) -> int:
-        """In bars, with one between settings."""
+        """Return the height in bars, with the space of one bar between settings."""
         return sum(len(bars) + 1 for bars in self.values.values()) - 1
 
 
 def tables_of(text: str) -> dict[str, list[Rows]]:
-    """All tables of a Markdown text, by the heading above them.
+    """Return all tables of a Markdown text, by the heading above them.
 
-    A column without a name is called by its place, the second of one name by that and a 2. An empty cell
-    means the one above it.
+    A column without a heading is named by its index, a second column with the same heading gets the suffix
+    " 2". An empty cell repeats the cell above it.
     """
     tables: dict[str, list[Rows]] = {}
     heading, columns = "", None
     for line in text.splitlines():
-        if found := re.match(r"#+ (.*)", line):
-            heading = found[1]
+        if match := re.match(r"#+ (.*)", line):
+            heading = match[1]
         if not line.startswith("|"):
             columns = None
             continue
@@ -100,37 +102,44 @@ def tables_of(text: str) -> dict[str, list[Rows]]:
 
 
 def number(cell: str) -> float:
-    """The number at the end of a cell: 0.93, 12,113,088, at most 1.35."""
+    """Return the number at the end of a cell: 0.93, 12,113,088, at most 1.35."""
     return float(cell.split()[-1].replace(",", ""))
 
 
 def contender(cell: str) -> str:
+    """Return the key of `CONTENDERS` for a cell."""
     return "trl" if cell == "trl rows" else cell
 
 
 def values_of(
-    rows: Rows, who: str, column: str, settings: Sequence[str] = (), left_out: Sequence[str] = ()
+    rows: Rows, names: str, column: str, settings: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> dict[str, dict[str, str]]:
-    """One column of a table, by setting (the cells of these columns) and contender."""
+    """Return the cells of one column of a table, by setting and contender.
+
+    Args:
+        names: the column with the names of the contenders.
+        settings: the columns that make up the setting.
+        exclude: contenders to leave out.
+    """
     values: dict[str, dict[str, str]] = {}
     for row in rows:
-        if (name := contender(row[who])) not in left_out:
-            values.setdefault(", ".join(row[one] for one in settings), {})[name] = row[column]
+        if (name := contender(row[names])) not in exclude:
+            values.setdefault(", ".join(row[setting] for setting in settings), {})[name] = row[column]
     return values
 
 
 def panels_of(text: str) -> dict[str, list[Panel]]:
-    """What is drawn, by the row of the picture it stands in.
+    """Return the panels by the heading of their row in the picture.
 
     Raises:
-        UserError: a table or column is not where the picture looks for it.
+        UserError: a table or column is missing.
     """
     try:
         return _panels(tables_of(text))
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
-            f"docs/benchmarks.md: a table is not as the picture expects it ({error!r}): "
-            "change scripts/bench/plot_benchmarks.py with it"
+            f"docs/benchmarks.md: a table or column that the picture needs is missing ({error!r}); "
+            "change scripts/bench/plot_benchmarks.py accordingly"
         ) from error
 
 
@@ -160,7 +169,7 @@ def _panels(tables: dict[str, list[Rows]]) -> dict[str, list[Panel]]:
         "CPU (2 cores): data preparation, and training end to end": [
             Panel(
                 "preparation: time\nthe floor = 1, less is better",
-                values_of(data, "0", "to the floor, median of rounds", left_out=floor),
+                values_of(data, "0", "to the floor, median of rounds", exclude=floor),
                 goals["data preparation", "seconds, to the floor"],
             ),
             Panel(
@@ -187,7 +196,7 @@ def _panels(tables: dict[str, list[Rows]]) -> dict[str, list[Panel]]:
             ),
             Panel(
                 "training: tokens per second\nbare loop = 1, more is better (no TRL)",
-                values_of(gpu_runs, "0", "to the bare loop", left_out=bare),
+                values_of(gpu_runs, "0", "to the bare loop", exclude=bare),
                 more=True,
             ),
         ],
@@ -195,12 +204,13 @@ def _panels(tables: dict[str, list[Rows]]) -> dict[str, list[Panel]]:
 
 
 def digest_of(panels: dict[str, list[Panel]]) -> str:
-    """Of all that the picture says."""
-    said = {row: [asdict(panel) for panel in shown] for row, shown in panels.items()}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    """Return a digest of all values in the picture."""
+    content = {heading: [asdict(panel) for panel in row] for heading, row in panels.items()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def picture_of(panels: dict[str, list[Panel]]) -> Figure:
+    """Return the picture: a row of panels for each heading, and a legend."""
     bars = [max(panel.height() for panel in row) for row in panels.values()]
     heights = [1.15 + 0.25 * count for count in bars]
     with styled():
@@ -216,30 +226,29 @@ def picture_of(panels: dict[str, list[Panel]]) -> Figure:
             places = part.subplot_mosaic(mosaic, sharey=shared)
             for column in columns:
                 for place in column:
-                    # The title and the axis of one more panel in a column take as much as two bars.
+                    # Title and axis of each further panel in a column take the space of two bars.
                     room = height / len(column) - 2 * (len(column) - 1)
                     _draw(places[place], row[place], room)
                     places[place].tick_params(labelleft=not shared or place == 0)
-        shown = {
-            name
-            for row in panels.values()
-            for panel in row
-            for bars in panel.values.values()
-            for name in bars
-        }
-        handles = [
-            Patch(color=color, label=label) for name, (label, color) in CONTENDERS.items() if name in shown
-        ]
-        handles.append(
-            Patch(facecolor=BLUE, edgecolor="white", hatch=HATCH, label="this trainer, target missed")
-        )
-        handles.append(Line2D([], [], color="black", linewidth=1.8, label="its target"))
-        figure.legend(handles=handles, loc="outside lower left", ncols=5, fontsize=9.5)
+        figure.legend(handles=_legend(panels), loc="outside lower left", ncols=5, fontsize=9.5)
     return figure
 
 
+def _legend(panels: dict[str, list[Panel]]) -> list[Artist]:
+    """Return the legend's entries for the contenders in the picture and for the targets."""
+    names = {
+        name for row in panels.values() for panel in row for bars in panel.values.values() for name in bars
+    }
+    handles: list[Artist] = [
+        Patch(color=color, label=label) for name, (label, color) in CONTENDERS.items() if name in names
+    ]
+    handles.append(Patch(facecolor=BLUE, edgecolor="white", hatch=HATCH, label="this trainer, target missed"))
+    handles.append(Line2D([], [], color="black", linewidth=1.8, label="its target"))
+    return handles
+
+
 def _columns(row: list[Panel]) -> list[list[int]]:
-    """Which panels stand above one another: low ones that follow one another."""
+    """Return the indices of the panels in each column: consecutive low panels share one."""
     columns: list[list[int]] = []
     for place, panel in enumerate(row):
         if columns and max(panel.height(), row[place - 1].height()) <= LOW:
@@ -250,6 +259,7 @@ def _columns(row: list[Panel]) -> list[list[int]]:
 
 
 def _draw(axes: Axes, panel: Panel, height: float) -> None:
+    """Draw a panel into axes that are `height` bars high."""
     place, ticks = 0.0, {}
     top = max(number(value) for bars in panel.values.values() for value in bars.values())
     for setting, bars in panel.values.items():
@@ -274,7 +284,7 @@ def _draw(axes: Axes, panel: Panel, height: float) -> None:
 
 
 def _label(setting: str) -> str:
-    """A setting in two lines: tokens, share supervised, width and vocabulary, or vocabulary and rows."""
+    """Return a setting in two lines: tokens, supervised share, width and vocabulary; or vocabulary and rows."""
     parts = setting.split(", ")
     if len(parts) == 4:
         return f"{parts[0]} tokens, {parts[1]}\nD {parts[2]}, V {parts[3]}"

@@ -1,4 +1,4 @@
-"""scripts/bench/plot_benchmarks.py: the picture shows the current figures of docs/benchmarks.md."""
+"""scripts/bench/plot_benchmarks.py: the picture shows the current values of docs/benchmarks.md."""
 
 import pytest
 from PIL import Image
@@ -18,7 +18,7 @@ from scripts.bench.plot_benchmarks import (
 TEXT = TABLES.read_text(encoding="utf-8")
 
 
-def test_the_picture_is_of_the_tables_of_today():
+def test_the_picture_is_current():
     with Image.open(PICTURE) as picture:
         assert picture.text[DIGEST] == digest_of(panels_of(TEXT)), (
             "run python scripts/bench/plot_benchmarks.py"
@@ -28,19 +28,19 @@ def test_the_picture_is_of_the_tables_of_today():
         assert f"]({name})" in (ROOT / page).read_text(encoding="utf-8")
 
 
-def test_another_figure_is_another_digest_and_other_words_are_not():
+def test_the_digest_depends_on_the_values_and_not_on_the_text():
     assert TEXT.count("| | ours | 2.68 | 1.07 | 836 | 1.01 |") == 1
     changed = TEXT.replace("| | ours | 2.68 | 1.07 | 836", "| | ours | 2.68 | 1.08 | 836")
     assert digest_of(panels_of(changed)) != digest_of(panels_of(TEXT))
     assert digest_of(panels_of(TEXT + "\nAnother word.\n")) == digest_of(panels_of(TEXT))
 
 
-def test_a_table_that_is_gone_is_one_error():
+def test_a_missing_table_is_a_user_error():
     with pytest.raises(UserError, match="KeyError.'On a GPU'.*change scripts/bench/plot_benchmarks.py"):
         panels_of(TEXT.replace("### On a GPU", "### Elsewhere"))
 
 
-def test_empty_cells_are_those_above_and_columns_have_names_of_their_own():
+def test_empty_cells_repeat_the_cell_above_and_columns_get_unique_names():
     text = "## Head\n\n| shape | | s | s |\n|---|---|---|---|\n| a, b | ours | 1 | 2 |\n| | trl | 3 | 4 |\n"
     assert tables_of(text + "\n| x |\n|---|\n") == {
         "Head": [
@@ -53,7 +53,7 @@ def test_empty_cells_are_those_above_and_columns_have_names_of_their_own():
     }
 
 
-def test_what_misses_its_target_is_marked_on_its_side():
+def test_missed_targets_are_marked_in_both_directions():
     less, more = Panel("", {}, goal=1.15), Panel("", {}, goal=0.95, more=True)
     assert [less.misses(value) for value in (1.15, 1.16)] == [False, True]
     assert [more.misses(value) for value in (0.95, 0.94)] == [False, True]
@@ -64,7 +64,7 @@ def test_what_misses_its_target_is_marked_on_its_side():
         for setting, bars in panel.values.items()
         if panel.misses(float(bars["ours"].replace(",", "")))
     }
-    # Those that docs/benchmarks.md says are missed.
+    # The targets that docs/benchmarks.md describes as missed.
     assert missed == {
         ("bfloat16: time", "1,024, 50 %, 896, 151,936"),
         ("bfloat16: time", "2,048, 30 %, 896, 151,936"),
