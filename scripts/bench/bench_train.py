@@ -91,8 +91,8 @@ def arguments_for(kind: type, folder: Path, packed: bool, **more: Any) -> Any:
     """Create the training arguments that ours and TRL share."""
     return kind(
         output_dir=str(folder / "out"), use_cpu=not ON_GPU,
-        per_device_train_batch_size=BATCH[batch_name(packed)], max_steps=WARM_UP + STEPS, learning_rate=1e-4, logging_steps=1, save_strategy="no", report_to="none",
-        disable_tqdm=True, bf16=False, **more,
+        per_device_train_batch_size=BATCH[batch_name(packed)], max_steps=WARM_UP + STEPS, learning_rate=1e-4,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, bf16=False, **more,
     )  # fmt: skip
 
 
