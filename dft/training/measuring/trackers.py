@@ -1,4 +1,4 @@
-"""Experiment trackers: what transformers' callbacks leave out, and no question that stops a nohup run."""
+"""Set up experiment trackers, and send them run records and histograms."""
 
 import importlib.util
 import json
@@ -19,21 +19,22 @@ from dft.errors import UserError
 from dft.metrics import HISTOGRAM
 from dft.ranks import is_main_process
 
-LONGEST_LIST = 50
-"""Items of a list in the record of a run; the files of the run itself have all."""
-LONGEST_TEXT = 2000
+MAX_ITEMS = 50
+"""Maximum number of list items that are sent to trackers; the files of the run have all of them."""
+MAX_CHARACTERS = 2000
+"""Maximum length of texts that are sent to trackers."""
 MODES = {
     "wandb": ("online", "offline", "disabled", "dryrun", "shared"),
     "swanlab": ("online", "cloud", "offline", "local", "disabled"),
 }
 SWANLAB_NAME = re.compile(r"[0-9a-zA-Z_+.-]{1,100}")
-"""Of a project."""
+"""Names that SwanLab accepts for a project."""
 
 
 class SwanLabRunCallback(SwanLabCallback):
-    """transformers' SwanLab callback, with the run begun first.
+    """transformers' SwanLab callback, started correctly.
 
-    transformers 5.23 asks for the current run before it begins one, which swanlab 0.10 answers with an error.
+    transformers 5.23 asks for the current run before it starts one, which is an error in swanlab 0.10.
     """
 
     def setup(
@@ -41,20 +42,19 @@ class SwanLabRunCallback(SwanLabCallback):
     ) -> None:
         if state.is_world_process_zero and not self._swanlab.has_run():
             name_swanlab_project()
-            # Not over SWANLAB_RESUME, which swanlab reads itself, as it does SWANLAB_RUN_ID.
-            go_on = args.resume_from_checkpoint and not os.environ.get("SWANLAB_RESUME")
-            self._swanlab.init(experiment_name=args.run_name, resume="allow" if go_on else None)
+            # swanlab reads SWANLAB_RESUME and SWANLAB_RUN_ID itself; they take precedence.
+            resumes = args.resume_from_checkpoint and not os.environ.get("SWANLAB_RESUME")
+            self._swanlab.init(experiment_name=args.run_name, resume="allow" if resumes else None)
         super().setup(args, state, model, **kwargs)
 
 
 class RunRecordCallback(TrainerCallback):
-    """Writes into every tracker what the run is: as configuration (SwanLab, wandb) or text (TensorBoard).
+    """Sends the record of the run to every tracker, as configuration (SwanLab, wandb) or text (TensorBoard).
 
     Args:
         record: JSON values under names such as `arguments`, `data`, `environment`. Long lists and texts are
-            cut, which trackers are not made for.
-        handler: of the trainer's callbacks, among which those of the trackers are; it must call this one
-            after them.
+            truncated.
+        handler: callback handler of the trainer. This callback must come after those of the trackers.
     """
 
     def __init__(self, record: Mapping[str, Any], handler: CallbackHandler) -> None:
@@ -76,7 +76,7 @@ class RunRecordCallback(TrainerCallback):
                     tracker.tb_writer.add_text(f"run/{name}", as_markdown(value), state.global_step)
                 tracker.tb_writer.flush()
             elif isinstance(tracker, WandbCallback):
-                import wandb  # its callback did so already
+                import wandb  # already imported by its callback
 
                 wandb.config.update(self.record, allow_val_change=True)
             elif isinstance(tracker, SwanLabCallback):
@@ -88,11 +88,10 @@ class RunRecordCallback(TrainerCallback):
 class HistogramCallback(TrainerCallback):
     """Sends the histogram of p of each evaluation to the trackers that can show one.
 
-    TensorBoard and wandb have histograms, SwanLab bar charts. SwanLab's local dashboard has neither.
+    TensorBoard and wandb have histograms, SwanLab has bar charts. SwanLab's local dashboard has neither.
 
     Args:
-        handler: of the trainer's callbacks, among which those of the trackers are; it must call this one
-            after them.
+        handler: callback handler of the trainer. This callback must come after those of the trackers.
     """
 
     def __init__(self, handler: CallbackHandler) -> None:
@@ -108,25 +107,27 @@ class HistogramCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        found = {name: value for name, value in (metrics or {}).items() if name.endswith(f"_{HISTOGRAM}")}
-        for name, counts in rewrite_logs(found).items():
+        items = (metrics or {}).items()
+        histograms = {name: value for name, value in items if name.endswith(f"_{HISTOGRAM}")}
+        for name, counts in rewrite_logs(histograms).items():
             for tracker in self.handler.callbacks:
                 if isinstance(tracker, TensorBoardCallback):
-                    to_tensorboard(tracker, name, counts, state.global_step)
+                    send_to_tensorboard(tracker, name, counts, state.global_step)
                 elif isinstance(tracker, WandbCallback):
-                    to_wandb(name, counts, state.global_step)
+                    send_to_wandb(name, counts, state.global_step)
                 elif isinstance(tracker, SwanLabCallback):
-                    to_swanlab(name, counts, state.global_step)
+                    send_to_swanlab(name, counts, state.global_step)
 
 
-def edges_of(counts: list[int]) -> np.ndarray:
-    """(bins + 1,) equal parts of [0, 1]."""
+def bin_edges(counts: list[int]) -> np.ndarray:
+    """Return the edges of equal bins of [0, 1], (bins + 1,)."""
     return np.linspace(0, 1, len(counts) + 1)
 
 
-def to_tensorboard(tracker: TensorBoardCallback, name: str, counts: list[int], step: int) -> None:
-    edges = edges_of(counts)
-    # Only the counts are known: the sums are those of tokens in the middle of their bins.
+def send_to_tensorboard(tracker: TensorBoardCallback, name: str, counts: list[int], step: int) -> None:
+    """Send a histogram to TensorBoard."""
+    edges = bin_edges(counts)
+    # Sums are not known; they are computed as if all values were in the middle of their bins.
     middles = (edges[1:] + edges[:-1]) / 2
     tracker.tb_writer.add_histogram_raw(
         name,
@@ -142,75 +143,78 @@ def to_tensorboard(tracker: TensorBoardCallback, name: str, counts: list[int], s
     tracker.tb_writer.flush()
 
 
-def to_wandb(name: str, counts: list[int], step: int) -> None:
-    import wandb  # its callback did so already
+def send_to_wandb(name: str, counts: list[int], step: int) -> None:
+    """Send a histogram to wandb."""
+    import wandb  # already imported by its callback
 
-    histogram = wandb.Histogram(np_histogram=(counts, edges_of(counts).tolist()))
+    histogram = wandb.Histogram(np_histogram=(counts, bin_edges(counts).tolist()))
     wandb.log({name: histogram, "train/global_step": step})
 
 
-def to_swanlab(name: str, counts: list[int], step: int) -> None:
-    import swanlab  # its callback did so already
+def send_to_swanlab(name: str, counts: list[int], step: int) -> None:
+    """Send a histogram to SwanLab as a bar chart."""
+    import swanlab  # already imported by its callback
 
     if swanlab.get_run().mode == "local":
-        return  # its dashboard draws lines only
-    edges = edges_of(counts)
+        return  # the local dashboard draws lines only
+    edges = bin_edges(counts)
     bars = [f"{low:.2f} to {high:.2f}" for low, high in zip(edges, edges[1:], strict=False)]
     chart = swanlab.echarts.Bar().add_xaxis(bars).add_yaxis("tokens", counts)
     swanlab.log({name: swanlab.ECharts(chart)}, step=step)
 
 
 def truncate_record(value: Any) -> Any:
-    """The value with long lists and texts in it cut, and a word on what is left out."""
+    """Return a value with long lists and texts truncated, and a note on what was dropped."""
     if isinstance(value, Mapping):
         return {name: truncate_record(item) for name, item in value.items()}
     if isinstance(value, list):
-        rest = len(value) - LONGEST_LIST
-        more = [f"... and {rest:,} more"] if rest > 0 else []
-        return [*map(truncate_record, value[:LONGEST_LIST]), *more]
-    if isinstance(value, str) and len(value) > LONGEST_TEXT:
-        return f"{value[:LONGEST_TEXT]}... and {len(value) - LONGEST_TEXT:,} more characters"
+        dropped = len(value) - MAX_ITEMS
+        note = [f"... and {dropped:,} more"] if dropped > 0 else []
+        return [*map(truncate_record, value[:MAX_ITEMS]), *note]
+    if isinstance(value, str) and len(value) > MAX_CHARACTERS:
+        return f"{value[:MAX_CHARACTERS]}... and {len(value) - MAX_CHARACTERS:,} more characters"
     return value
 
 
-def flatten_record(record: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """`{"data": {"train": {"tokens": 9}}}` as `{"data/train/tokens": 9}`; lists of dictionaries as JSON.
+def flatten_record(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, with lists of dictionaries as JSON.
 
-    SwanLab's local dashboard shows no dictionaries, and None is an empty one to swanlab.
+    `{"data": {"train": {"tokens": 9}}}` becomes `{"data/train/tokens": 9}`. SwanLab's local dashboard shows
+    no dictionaries, and swanlab takes None for an empty one.
     """
-    found = {}
+    flattened: dict[str, Any] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
-            found |= flatten_record(value, f"{above}{name}/")
+            flattened |= flatten_record(value, f"{prefix}{name}/")
         elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
-            found[f"{above}{name}"] = json.dumps(value, ensure_ascii=False)
+            flattened[f"{prefix}{name}"] = json.dumps(value, ensure_ascii=False)
         else:
-            found[f"{above}{name}"] = "none" if value is None else value
-    return found
+            flattened[f"{prefix}{name}"] = "none" if value is None else value
+    return flattened
 
 
 def as_markdown(value: Any) -> str:
-    """JSON that TensorBoard shows as it stands."""
+    """Return a value as a Markdown block of JSON."""
     return f"```json\n{json.dumps(value, indent=2, ensure_ascii=False)}\n```"
 
 
 def prepare_trackers(report_to: list[str], logging_dir: str | None = None) -> list[str]:
-    """Sets the variables that trackers read, before any of them begins.
+    """Set the environment variables that trackers read when they start.
 
     Args:
-        report_to: the trackers.
-        logging_dir: where they write; None leaves it to each of them.
+        report_to: names of the trackers.
+        logging_dir: folder they write to; None leaves it to each of them.
 
     Returns:
         One line for each tracker that was set offline.
 
     Raises:
-        UserError: a folder or a name that cannot be used, or a package that is not installed.
+        UserError: a folder, a mode or a project name cannot be used, or a package is not installed.
     """
     if not report_to:
         return []
     set_log_directory(logging_dir)
-    # wandb ends with tables of all metrics, which the log of the run has already.
+    # wandb would print tables of all metrics at the end, which the log of the run has already.
     os.environ.setdefault("WANDB_QUIET", "true")
     check_modes(report_to)
     notes = set_offline_without_login(report_to)
@@ -220,23 +224,27 @@ def prepare_trackers(report_to: list[str], logging_dir: str | None = None) -> li
 
 
 def check_modes(report_to: list[str]) -> None:
-    """Raises `UserError` for a mode that a tracker does not know."""
+    """Raise `UserError` for a mode that a tracker does not have."""
     for tracker, modes in MODES.items():
         variable = f"{tracker.upper()}_MODE"
         mode = os.environ.get(variable)
         if tracker in report_to and mode and mode not in modes:
-            raise UserError(f"{variable} {mode!r}: {tracker} knows {', '.join(modes)}")
+            raise UserError(f"{variable} {mode!r}: not a mode of {tracker}; use {', '.join(modes)}")
 
 
 def finish_trackers(report_to: list[str], error: str | None = None) -> None:
-    """Ends the runs of wandb and SwanLab, whose records are complete then; as failed ones after an error.
+    """End the runs of wandb and SwanLab, so that their records are complete.
 
-    Left to the end of the process, wandb writes escape sequences of colors into log files.
+    At the end of the process, wandb would write color escape sequences into log files.
+
+    Args:
+        report_to: names of the trackers.
+        error: message of the error that ended training; marks the runs as failed.
     """
     if not is_main_process():
         return
     if "wandb" in report_to:
-        import wandb  # its callback did so already
+        import wandb  # already imported by its callback
 
         wandb.finish(exit_code=1 if error else 0)
     if "swanlab" in report_to:
@@ -247,13 +255,16 @@ def finish_trackers(report_to: list[str], error: str | None = None) -> None:
 
 
 def set_offline_without_login(report_to: list[str]) -> list[str]:
-    """Sets trackers offline that have neither a login nor a mode; they would ask for a key and wait.
+    """Set trackers without a login and without a mode offline; they would ask for a key and wait.
+
+    Args:
+        report_to: names of the trackers.
 
     Returns:
         One line for each tracker that was set offline.
 
     Raises:
-        UserError: a name for the project that SwanLab refuses.
+        UserError: SwanLab does not accept the project name.
     """
     if "swanlab" in report_to:
         name_swanlab_project()
@@ -272,44 +283,47 @@ def set_offline_without_login(report_to: list[str]) -> list[str]:
 
 
 def set_log_directory(folder: str | None) -> None:
-    """Where trackers put their files; they read it from the environment when the first metric arrives."""
+    """Set the folder that trackers write to; they read it from the environment at the first metric."""
     if folder is None:
         return
     path = Path(folder).expanduser().absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)  # wandb looks for a git repository around it
     except OSError as error:
-        raise UserError(f"--logging_dir {folder}: cannot be made ({error.strerror})") from None
+        raise UserError(
+            f"--logging_dir {folder}: cannot be created ({error.strerror}); name another folder"
+        ) from None
     for name in ("TENSORBOARD_LOGGING_DIR", "SWANLAB_LOG_DIR", "WANDB_DIR"):
         os.environ[name] = str(path)
 
 
 def name_swanlab_project() -> None:
-    """Puts the name of the project where swanlab 0.10 reads it.
+    """Set the project name where swanlab 0.10 reads it.
 
-    transformers' variable for it, SWANLAB_PROJECT, must be a JSON object for swanlab 0.10, which stops at
-    anything else. It also stops in a folder whose name, its default, is not one that a project may have.
+    transformers documents the variable SWANLAB_PROJECT, which swanlab 0.10 requires to be a JSON object. The
+    default project name is that of the current folder, and swanlab fails if a project cannot be named so.
 
     Raises:
-        UserError: a name that SwanLab refuses.
+        UserError: SwanLab does not accept the project name.
     """
-    import swanlab  # slow to import, and needed by runs that report to it alone
+    import swanlab  # slow to import, and needed only by runs that report to it
 
-    given = os.environ.pop("SWANLAB_PROJECT", None)
-    if given:
-        if not SWANLAB_NAME.fullmatch(given):
+    project = os.environ.pop("SWANLAB_PROJECT", None)
+    if project:
+        if not SWANLAB_NAME.fullmatch(project):
             raise UserError(
-                f"SWANLAB_PROJECT {given!r}: a project of SwanLab is named by at most 100 letters, digits, "
+                f"SWANLAB_PROJECT {project!r}: a SwanLab project name has at most 100 letters, digits, "
                 "'-', '_', '+' and '.'"
             )
-        os.environ["SWANLAB_PROJECT_NAME"] = given
+        os.environ["SWANLAB_PROJECT_NAME"] = project
     elif not SWANLAB_NAME.fullmatch(Path.cwd().name) and swanlab.Settings().project.name is None:
         name = re.sub(r"[^\w+.-]+", "-", Path.cwd().name, flags=re.ASCII)[:100]
         os.environ["SWANLAB_PROJECT_NAME"] = name or "dft"
 
 
 def check_swanlab_dashboard() -> None:
-    import swanlab  # as above
+    """Raise `UserError` if SwanLab's local mode is chosen and its dashboard is not installed."""
+    import swanlab  # slow to import
 
     if swanlab.Settings().mode == "local" and importlib.util.find_spec("swanboard") is None:
         raise UserError(
@@ -319,14 +333,16 @@ def check_swanlab_dashboard() -> None:
 
 
 def swanlab_has_login() -> bool:
-    import swanlab  # as above
+    """Return whether SwanLab has a key, or a mode in which it needs none."""
+    import swanlab  # slow to import
 
     settings = swanlab.Settings()
     return settings.api_key is not None or settings.mode != "online"
 
 
 def wandb_has_login() -> bool:
-    # As above. wandb.setup() would know more, and would fix the mode for the whole process.
+    """Return whether wandb has a key or a token."""
+    # Slow to import. wandb.setup() would know more, but fixes the mode for the whole process.
     from wandb.sdk.lib import wbauth
 
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")

@@ -1,4 +1,4 @@
-"""What trackers are told beside metrics, and that none of them stops a run with a question or an error."""
+"""Records and histograms for trackers, and a setup in which no tracker stops a run."""
 
 import json
 import os
@@ -28,8 +28,8 @@ HOST = "machine api.wandb.ai\n  login user\n  password " + "0" * 40 + "\n"
 
 
 @pytest.fixture
-def nobody(tmp_path, monkeypatch):
-    """A home directory without a login, and no variable of a tracker."""
+def no_login(tmp_path, monkeypatch):
+    """Use a home directory without a login, and clear the variables of all trackers."""
     for name in (
         "SWANLAB_MODE",
         "SWANLAB_API_KEY",
@@ -43,7 +43,7 @@ def nobody(tmp_path, monkeypatch):
         "WANDB_QUIET",
         "WANDB_IDENTITY_TOKEN_FILE",
     ):
-        monkeypatch.setenv(name, "")  # so that what the code sets is undone
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores what the code sets
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -55,73 +55,70 @@ def mode(tracker: str) -> str | None:
 
 
 @pytest.mark.parametrize("tracker", ["swanlab", "wandb"])
-def test_without_a_login_it_goes_offline(nobody, tracker):
+def test_trackers_without_a_login_are_set_offline(no_login, tracker):
     (note,) = set_offline_without_login([tracker])
     assert note.startswith(f"{tracker}: no login") and mode(tracker) == "offline"
 
 
 @pytest.mark.parametrize("tracker", ["swanlab", "wandb"])
-def test_a_mode_is_left_alone(nobody, monkeypatch, tracker):
+def test_a_configured_mode_is_kept(no_login, monkeypatch, tracker):
     monkeypatch.setenv(f"{tracker.upper()}_MODE", "disabled")
     assert set_offline_without_login([tracker]) == [] and mode(tracker) == "disabled"
 
 
 @pytest.mark.parametrize("tracker", ["swanlab", "wandb"])
-def test_a_key_in_the_environment_is_a_login(nobody, monkeypatch, tracker):
+def test_key_in_the_environment_counts_as_login(no_login, monkeypatch, tracker):
     monkeypatch.setenv(f"{tracker.upper()}_API_KEY", "0" * 40)
     assert set_offline_without_login([tracker]) == [] and mode(tracker) is None
 
 
-def test_a_wandb_login_on_disk_is_found(nobody):
-    (nobody / ".netrc").write_text(HOST)
-    (nobody / ".netrc").chmod(0o600)
+def test_wandb_login_on_disk_counts(no_login):
+    (no_login / ".netrc").write_text(HOST)
+    (no_login / ".netrc").chmod(0o600)
     assert set_offline_without_login(["wandb"]) == [] and mode("wandb") is None
 
 
-def test_a_tracker_that_is_not_asked_for_is_not_touched(nobody):
+def test_other_trackers_are_not_touched(no_login):
     assert set_offline_without_login(["tensorboard"]) == []
     assert mode("swanlab") is None and mode("wandb") is None
 
 
-def test_all_write_into_the_folder_that_was_given(nobody):
+def test_logging_dir_is_set_for_all_trackers(no_login):
     prepare_trackers(["tensorboard"], "logs/run")
     for name in ("TENSORBOARD_LOGGING_DIR", "SWANLAB_LOG_DIR", "WANDB_DIR"):
-        assert os.environ[name] == str(nobody / "logs/run")
-    assert (nobody / "logs/run").is_dir()
-    (nobody / "file").touch()
-    with pytest.raises(UserError, match="--logging_dir file/run: cannot be made .Not a directory"):
+        assert os.environ[name] == str(no_login / "logs/run")
+    assert (no_login / "logs/run").is_dir()
+    (no_login / "file").touch()
+    with pytest.raises(UserError, match="--logging_dir file/run: cannot be created .Not a directory"):
         prepare_trackers(["tensorboard"], "file/run")
 
 
-def test_without_a_tracker_nothing_is_set(nobody):
+def test_nothing_is_set_without_a_tracker(no_login):
     assert prepare_trackers([], "logs") == []
-    assert "WANDB_DIR" not in os.environ and not (nobody / "logs").exists()
+    assert "WANDB_DIR" not in os.environ and not (no_login / "logs").exists()
 
 
-# ---- SwanLab's own ----
-
-
-def test_the_variable_that_transformers_has_for_the_project_works(nobody, monkeypatch):
+def test_swanlab_project_variable_of_transformers_works(no_login, monkeypatch):
     monkeypatch.setenv("SWANLAB_PROJECT", "mine")
     set_offline_without_login(["swanlab"])
     assert swanlab.Settings().project.name == "mine"
 
 
-def test_a_name_that_swanlab_refuses_is_an_error(nobody, monkeypatch):
+def test_invalid_swanlab_project_name_is_an_error(no_login, monkeypatch):
     monkeypatch.setenv("SWANLAB_PROJECT", "my project")
     with pytest.raises(UserError, match="SWANLAB_PROJECT 'my project': .* 100 letters"):
         set_offline_without_login(["swanlab"])
 
 
 @pytest.mark.parametrize(("folder", "name"), [("my project", "my-project"), ("plain", None)])
-def test_a_folder_of_any_name_will_do(nobody, monkeypatch, folder, name):
-    (nobody / folder).mkdir()
-    monkeypatch.chdir(nobody / folder)
+def test_swanlab_project_name_is_derived_from_any_folder_name(no_login, monkeypatch, folder, name):
+    (no_login / folder).mkdir()
+    monkeypatch.chdir(no_login / folder)
     set_offline_without_login(["swanlab"])
     assert swanlab.Settings().project.name == name
 
 
-def test_local_mode_without_its_dashboard_is_an_error(nobody, monkeypatch):
+def test_swanlab_local_mode_without_its_dashboard_is_an_error(no_login, monkeypatch):
     monkeypatch.setenv("SWANLAB_MODE", "local")
     assert prepare_trackers(["swanlab"]) == []
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -129,10 +126,7 @@ def test_local_mode_without_its_dashboard_is_an_error(nobody, monkeypatch):
         prepare_trackers(["swanlab"])
 
 
-# ---- the record and the histogram ----
-
-
-def test_long_lists_and_texts_are_cut():
+def test_truncate_record_shortens_lists_and_texts():
     files = [{"file": f"{n}.jsonl"} for n in range(1050)]
     cut = truncate_record({"data": {"files": files, "few": [1, 2]}, "text": "x" * 2100})
     assert cut["data"]["files"] == [*files[:50], "... and 1,000 more"]
@@ -140,7 +134,7 @@ def test_long_lists_and_texts_are_cut():
     assert cut["text"] == "x" * 2000 + "... and 100 more characters"
 
 
-def test_swanlab_gets_no_dictionaries():
+def test_flatten_record_leaves_no_dictionaries():
     record = {
         "data": {"train": {"tokens": 9, "files": [{"file": "a"}], "empty": {}}, "names": ["a"], "seed": None}
     }
@@ -181,7 +175,7 @@ def test_tensorboard_shows_the_record(tmp_path):
 
 
 def test_ranks_without_a_tracker_send_nothing(tmp_path):
-    """Their callbacks have begun no run and made no writer."""
+    """On other ranks than the first, the callbacks of the trackers have started nothing."""
     handler = SimpleNamespace(callbacks=[TensorBoardCallback(), SwanLabRunCallback()])
     state = TrainerState(is_world_process_zero=False)
     RunRecordCallback({"data": {}}, handler).on_train_begin(None, state, None)
@@ -190,7 +184,9 @@ def test_ranks_without_a_tracker_send_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "swanlab"])
-def test_a_mode_that_a_tracker_does_not_know_is_one_error(tracker, monkeypatch):
+def test_unknown_mode_is_an_error(tracker, monkeypatch):
     monkeypatch.setenv(f"{tracker.upper()}_MODE", "foo")
-    with pytest.raises(UserError, match=f"{tracker.upper()}_MODE 'foo': {tracker} knows online, "):
+    with pytest.raises(
+        UserError, match=f"{tracker.upper()}_MODE 'foo': not a mode of {tracker}; use online, "
+    ):
         prepare_trackers([tracker])
