@@ -35,7 +35,7 @@ with atheris.instrument_imports(include=["dft", "jinja2", "yaml", "json"]):
     from dft.data.conversations.conversation import parse_conversation
     from dft.data.conversations.faults import BadLine
     from dft.data.reading.reader import read_batches
-    from dft.data.reading.sources import Source, split_suffix
+    from dft.data.reading.sources import DataFile, split_suffix
     from dft.data.sandbox.limits import LimitExceeded
     from dft.data.templates.renderer import ConversationRenderer
     from dft.data.templates.template import ChatTemplate
@@ -113,7 +113,7 @@ def read_lines(raw: bytes, folder: Path) -> None:
         rows = [made(data, ROW_KEYS) for _ in range(data.ConsumeIntInRange(1, 3))]
         raw = b"\n".join(json.dumps(row).encode("utf-8", "surrogatepass") for row in rows)
     file.write_bytes(raw)
-    for batch in read_batches(Source(str(file), file, *split_suffix(str(file)), 0)):
+    for batch in read_batches(DataFile(str(file), file, *split_suffix(str(file)), 0)):
         for record in batch.records:
             if record.flaw is not None:
                 assert record.flaw.reason and record.flaw.kind

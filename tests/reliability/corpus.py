@@ -163,10 +163,14 @@ TEMPLATES = [
     ),
     template("template-unknown-filter", "{{ messages | shell }}", "No filter named 'shell'"),
     template(
-        "template-brackets", "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}", "too many blocks or brackets"
+        "template-brackets",
+        "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
+        "too many nested blocks",
     ),
     template(
-        "template-blocks", "{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "too many blocks or brackets"
+        "template-blocks",
+        "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+        "too many nested blocks",
     ),
     template(
         "template-without-content",

@@ -18,7 +18,7 @@ from dft.arguments.parser import Parser
 from dft.data.conversations.conversation import parse_conversation
 from dft.data.conversations.faults import BadLine
 from dft.data.reading.reader import read_batches
-from dft.data.reading.sources import Source, split_suffix
+from dft.data.reading.sources import DataFile, split_suffix
 from dft.data.sandbox.limits import LimitExceeded
 from dft.data.templates.renderer import ConversationRenderer
 from dft.data.templates.template import ChatTemplate
@@ -76,7 +76,7 @@ def test_arbitrary_bytes_are_records_or_faults(tmp_path_factory, raw, suffix):
     file.write_bytes(raw)
     records = [
         record
-        for batch in read_batches(Source(str(file), file, *split_suffix(str(file)), 0))
+        for batch in read_batches(DataFile(str(file), file, *split_suffix(str(file)), 0))
         for record in batch.records
     ]
     assert records, "a file without a conversation must be reported"

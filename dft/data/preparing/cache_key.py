@@ -11,7 +11,7 @@ import transformers
 
 import dft.data
 from dft.data.preparing.options import PrepareOptions
-from dft.data.reading.sources import Source
+from dft.data.reading.sources import DataFile
 from dft.data.templates.encoder import ChatEncoder
 
 
@@ -26,7 +26,7 @@ def source_files() -> list[Path]:
 
 
 def cache_key(
-    sources: dict[str, list[Source]], contents: list[str], encoder: ChatEncoder, options: PrepareOptions
+    sources: dict[str, list[DataFile]], contents: list[str], encoder: ChatEncoder, options: PrepareOptions
 ) -> str:
     """Return a digest of the data, the tokenizer, the chat template, the options and the preparing code.
 

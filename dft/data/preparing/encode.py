@@ -15,7 +15,7 @@ from dft.data.preparing.encoded_sequences import EncodedSequences, SequenceWrite
 from dft.data.preparing.options import EncodeOptions
 from dft.data.preparing.rejected_texts import RejectedTexts, rejected_line
 from dft.data.reading.reader import read_batches
-from dft.data.reading.sources import Source
+from dft.data.reading.sources import DataFile
 from dft.data.sandbox.limits import EXCEEDS_TIME
 from dft.data.sandbox.workers import WorkerLost, map_in_processes, without_tokenizer_threads
 from dft.data.templates.encoder import ChatEncoder
@@ -26,7 +26,7 @@ SMALL = 1 << 20
 
 
 def encode_sources(
-    sources: list[Source],
+    sources: list[DataFile],
     path: Path,
     encoder: ChatEncoder,
     options: EncodeOptions,
@@ -71,7 +71,7 @@ def encode_sources(
 
 
 def _encoded_chunks(
-    sources: list[Source], encoder: ChatEncoder, options: EncodeOptions, workers: int, texts: RejectedTexts
+    sources: list[DataFile], encoder: ChatEncoder, options: EncodeOptions, workers: int, texts: RejectedTexts
 ) -> Iterator[tuple[int, EncodedChunk]]:
     """Yield the file number and the encoded chunk of all chunks in order, with a progress bar over bytes.
 

@@ -33,7 +33,7 @@ from dft.data.preparing.encode import encode_sources
 from dft.data.preparing.encoded_sequences import EncodedSequences
 from dft.data.preparing.options import EncodeOptions, PrepareOptions
 from dft.data.preparing.selection import select
-from dft.data.reading.sources import Source, resolve_sources
+from dft.data.reading.sources import DataFile, resolve_sources
 from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
 from dft.files import DISK_FULL, convert_write_errors, flush_to_disk, write_atomically
@@ -93,7 +93,7 @@ class _Preparation:
         contents: content digest of each file, taken before they are read.
     """
 
-    sources: dict[str, list[Source]]
+    sources: dict[str, list[DataFile]]
     contents: list[str]
     encoder: ChatEncoder
     options: PrepareOptions
@@ -146,13 +146,13 @@ def prepare(
     return PreparedData(datasets, report, target, names)
 
 
-def digests_of(sources: dict[str, list[Source]], cache_dir: Path) -> list[str]:
+def digests_of(sources: dict[str, list[DataFile]], cache_dir: Path) -> list[str]:
     """Return the content digest of each file."""
     return content_digests([source.path for group in sources.values() for source in group], cache_dir)
 
 
 @contextmanager
-def _cache_errors(cache_dir: Path, sources: dict[str, list[Source]]) -> Iterator[None]:
+def _cache_errors(cache_dir: Path, sources: dict[str, list[DataFile]]) -> Iterator[None]:
     """Convert errors of reading the data files or writing the cache to `UserError`."""
     data_paths = {str(source.path) for group in sources.values() for source in group}
     with convert_write_errors(cache_dir, "--data_cache_dir"):

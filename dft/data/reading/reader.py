@@ -11,12 +11,12 @@ from dft.data.reading.records import (
     Record,
     too_much_text,
 )
-from dft.data.reading.sources import Source
+from dft.data.reading.sources import DataFile
 from dft.data.reading.tables import TableReader
 from dft.data.reading.text import TextReader
 
 
-def read_batches(source: Source) -> Iterator[Batch]:
+def read_batches(source: DataFile) -> Iterator[Batch]:
     """Yield the records of one file in order, without parsing them.
 
     Errors of the file itself are records with a flaw, also that it holds no record at all. Memory is bounded

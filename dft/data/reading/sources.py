@@ -23,7 +23,7 @@ SPLIT_NAME = re.compile(r"\w+(?:\.\w+)*")
 
 
 @dataclass(frozen=True)
-class Source:
+class DataFile:
     """A file to read.
 
     Attributes:
@@ -44,7 +44,7 @@ class Source:
     rows_before: int = 0
 
 
-def resolve_sources(values: list[str], flag: str) -> list[Source]:
+def resolve_sources(values: list[str], flag: str) -> list[DataFile]:
     """Return the files that the values of a flag name, in order. A file named twice is returned twice.
 
     A value is one of: a file; a folder, for all files below it that have a known suffix; a pattern with `*`,
@@ -57,16 +57,16 @@ def resolve_sources(values: list[str], flag: str) -> list[Source]:
     return [source for entry, value in enumerate(values) for source in _resolve(value, entry, flag)]
 
 
-def _resolve(value: str, entry: int, flag: str) -> list[Source]:
+def _resolve(value: str, entry: int, flag: str) -> list[DataFile]:
     label = f"{flag} {value}"
     path = os.path.expanduser(value)
     if _exists(path, label):
         if not os.path.isdir(path):
-            return [_file_source(path, entry, flag)]
+            return [_data_file(path, entry, flag)]
         files = _files_below(path, label)
         if not files:
             raise UserError(f"{label}: is a folder without a file that ends in {SUFFIXES_IN_WORDS}")
-        return [_file_source(file, entry, flag) for file in files]
+        return [_data_file(file, entry, flag) for file in files]
     hub = _match_hub_name(value)
     if hub and hub["split"] and not SPLIT_NAME.fullmatch(hub["split"]):
         raise UserError(
@@ -74,7 +74,7 @@ def _resolve(value: str, entry: int, flag: str) -> list[Source]:
             f"supported, name each split as a value of its own, like {hub['name']}:train"
         )
     if glob.has_magic(path):
-        return [_file_source(file, entry, flag) for file in _matching_files(path, label)]
+        return [_data_file(file, entry, flag) for file in _matching_files(path, label)]
     folder = Path(path).absolute().parent
     if hub:
         return _hub_sources(value, hub, entry, label, folder)
@@ -103,7 +103,7 @@ def _exists(path: str, label: str) -> bool:
     return True
 
 
-def _file_source(path: str, entry: int, flag: str) -> Source:
+def _data_file(path: str, entry: int, flag: str) -> DataFile:
     label = f"{flag} {path}"
     try:
         size = os.stat(path).st_size
@@ -119,7 +119,7 @@ def _file_source(path: str, entry: int, flag: str) -> Source:
     # An empty text file is reported with the errors of its content: it has no conversation.
     if size == 0 and (compression or kind == "parquet"):
         raise UserError(f"{label}: the file is empty; it should hold at least one conversation")
-    return Source(path, Path(path), kind, compression, entry)
+    return DataFile(path, Path(path), kind, compression, entry)
 
 
 def _files_below(folder: str, label: str) -> list[str]:
@@ -157,7 +157,7 @@ def _match_hub_name(value: str) -> re.Match[str] | None:
     return None if hub is None or split_suffix(value) else hub
 
 
-def _hub_sources(value: str, hub: re.Match[str], entry: int, label: str, folder: Path) -> list[Source]:
+def _hub_sources(value: str, hub: re.Match[str], entry: int, label: str, folder: Path) -> list[DataFile]:
     # These imports are slow, and most runs read files.
     import datasets
     import httpx
@@ -190,7 +190,7 @@ def _hub_sources(value: str, hub: re.Match[str], entry: int, label: str, folder:
     sources, rows = [], 0
     for cached in dataset.cache_files:
         path = Path(cached["filename"])
-        sources.append(Source(name, path, "arrow", None, entry, rows_before=rows))
+        sources.append(DataFile(name, path, "arrow", None, entry, rows_before=rows))
         rows += sum(_batch_sizes(path))
     if not sources:
         raise UserError(f"{label}: the dataset has no rows on disk")

@@ -16,7 +16,7 @@ from dft.data.reading.records import (
     Record,
     unreadable_from_here,
 )
-from dft.data.reading.sources import Source
+from dft.data.reading.sources import DataFile
 
 
 class TableReader:
@@ -25,7 +25,7 @@ class TableReader:
     Arrow gives all structs of a column the same keys, so a key with a null value was missing in the row.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: DataFile) -> None:
         self.source = source
         self._position = 0
 

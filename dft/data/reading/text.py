@@ -14,7 +14,7 @@ from dft.data.reading.records import (
     Record,
     unreadable_from_here,
 )
-from dft.data.reading.sources import Source
+from dft.data.reading.sources import DataFile
 from dft.data.reading.text_format import TextFormat, detect_format
 
 NEEDS_MEMORY = "requires too much memory"
@@ -24,7 +24,7 @@ NEEDS_MEMORY = "requires too much memory"
 class TextReader:
     """Reads the records of a JSON or JSON Lines file, compressed or not."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: DataFile) -> None:
         self.source = source
         self._position = 0
         self._damage: Flaw | None = None  # why the file could not be read to its end

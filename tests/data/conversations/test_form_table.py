@@ -12,7 +12,7 @@ from dft.data.conversations.conversation import parse_conversation
 from dft.data.conversations.row_form import RowForm
 from dft.data.conversations.turns import Row, Turn, read_turn
 from dft.data.reading.reader import read_batches
-from dft.data.reading.sources import Source
+from dft.data.reading.sources import DataFile
 from dft.evaluation.problems import read_problems
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
@@ -62,7 +62,7 @@ def test_the_keys_of_all_forms_are_columns_that_are_read():
 
 
 def records(path: Path, kind: str) -> list[bytes]:
-    batches = read_batches(Source(str(path), path, kind, None, 0))
+    batches = read_batches(DataFile(str(path), path, kind, None, 0))
     return [record.text for batch in batches for record in batch.records]
 
 

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from dft.data.reading.reader import read_batches
-from dft.data.reading.sources import Source, resolve_sources
+from dft.data.reading.sources import DataFile, resolve_sources
 from dft.errors import UserError
 
 LINE = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
@@ -52,7 +52,7 @@ def names(*values: str) -> list[str]:
 )
 def test_the_suffix_of_a_file_tells_its_kind(tmp_path, name, kind, compression):
     (file,) = touch(tmp_path, name)
-    assert resolve_sources([file], "--data_files") == [Source(file, Path(file), kind, compression, 0)]
+    assert resolve_sources([file], "--data_files") == [DataFile(file, Path(file), kind, compression, 0)]
 
 
 def test_files_keep_their_order_and_the_same_file_twice_stays_twice(tmp_path, monkeypatch):

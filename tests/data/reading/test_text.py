@@ -17,7 +17,7 @@ from dft.data.reading import decompress, json_array, text_format
 from dft.data.reading import text as text_reader
 from dft.data.reading.reader import read_batches
 from dft.data.reading.records import MAX_TEXT_BYTES, Batch, Flaw, Record
-from dft.data.reading.sources import Source, split_suffix
+from dft.data.reading.sources import DataFile, split_suffix
 from dft.errors import UserError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -30,9 +30,9 @@ TOO_LONG = "longer than 256 MiB, too long to be copied; take it out of the file"
 MiB = 1 << 20
 
 
-def source(path: Path, rows_before: int = 0) -> Source:
+def source(path: Path, rows_before: int = 0) -> DataFile:
     kind, compression = ("arrow", None) if path.suffix == ".arrow" else split_suffix(str(path))
-    return Source(str(path), path, kind, compression, 0, rows_before)
+    return DataFile(str(path), path, kind, compression, 0, rows_before)
 
 
 def batches(folder: Path, name: str, content: str | bytes) -> list[Batch]:
