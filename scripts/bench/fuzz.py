@@ -1,13 +1,13 @@
-"""Feed what a user's files are read by with whatever a coverage-guided fuzzer comes up with (atheris).
+"""Fuzz the code that reads a user's files, guided by coverage (pip install atheris).
 
     python scripts/bench/fuzz.py lines --seconds 300        data files: .jsonl, .json, compressed or not
     python scripts/bench/fuzz.py templates --seconds 300    chat templates, and conversations rendered by them
     python scripts/bench/fuzz.py flags --seconds 300        --config FILE.yaml
     python scripts/bench/fuzz.py deepspeed --seconds 300    --deepspeed FILE.json
 
-Whatever it is given, each of them either reads it or says what is wrong with it: a `UserError`, or a record
-that is told by its line. Anything else ends the fuzzer with the traceback, and the input beside it as
-crash-*. What was executed is told at the end.
+For every input the code must either succeed or report what is wrong: by a `UserError`, or by a record that
+carries the reason. Any other exception ends the fuzzer with a traceback and writes the input to crash-*.
+Statistics of the executed code are printed at the end.
 """
 
 import argparse
@@ -43,10 +43,10 @@ with atheris.instrument_imports(include=["dft", "jinja2", "yaml", "json"]):
     from dft.errors import UserError
 
 SECONDS = 2
-"""For one template, which a run would give 10 and a process of its own."""
+"""CPU time limit of one template. A run allows 10 seconds, in a separate process."""
 MEMORY = 2 << 30
 LONGEST = 4096
-"""Bytes of an input."""
+"""Maximum size of an input in bytes."""
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet")
 LINE = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n'
 SHAREGPT = b'{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}\n'
@@ -68,14 +68,13 @@ PIECES = (
     "{{ messages | groupby('role') }}", "{{ messages | sort }}", "{% include m %}", "{% extends 'x' %}",
     "{% block b %}", "{% endblock %}", "{{ loop.index0 }}", "{{ cycler(1, 2).next() }}", "{{ m is mapping }}",
 )  # fmt: skip
-
-
+"""Fragments that fuzzed templates are built from."""
 ROW_KEYS = [
     "messages", "conversations", "prompt", "completion", "tools", "system", "chat_template_kwargs", "role",
     "content", "from", "value", "user", "assistant", "gpt", "tool", "name", "arguments", "function", "type",
     "tool_calls", "function_call", "reasoning_content", "thinking", "train", "weight", "text", "{}", "", "id",
 ]  # fmt: skip
-"""Of a conversation, and words that stand behind them."""
+"""Keys and values that occur in conversations."""
 DEEPSPEED_KEYS = [
     "zero_optimization", "stage", "bf16", "fp16", "enabled", "optimizer", "type", "params", "scheduler", "lr",
     "Adam", "AdamW", "SGD", "WarmupLR", "auto", "gradient_clipping", "offload_optimizer", "device", "cpu",
@@ -85,17 +84,17 @@ DEEPSPEED_KEYS = [
 
 
 class OutOfTime(BaseException):
-    """A template was stopped, where a run would have ended its process."""
+    """A template exceeded its time limit; a run would have ended the process that renders it."""
 
 
-def made(data: atheris.FuzzedDataProvider, keys: list[str], depth: int = 0) -> Any:
-    """A JSON value."""
+def json_value(data: atheris.FuzzedDataProvider, keys: list[str], depth: int = 0) -> Any:
+    """Build a JSON value from fuzzed bytes."""
     kind = data.ConsumeIntInRange(0, 9)
     if kind < 5 and depth < 5 and data.remaining_bytes():
-        some = range(data.ConsumeIntInRange(0, 3))
+        items = range(data.ConsumeIntInRange(0, 3))
         if kind < 2:
-            return [made(data, keys, depth + 1) for _ in some]
-        return {data.PickValueInList(keys): made(data, keys, depth + 1) for _ in some}
+            return [json_value(data, keys, depth + 1) for _ in items]
+        return {data.PickValueInList(keys): json_value(data, keys, depth + 1) for _ in items}
     if kind < 7:
         return data.PickValueInList(keys)
     return [None, data.ConsumeBool(), data.ConsumeInt(4), data.ConsumeFloat(), data.ConsumeUnicode(5)][
@@ -104,13 +103,13 @@ def made(data: atheris.FuzzedDataProvider, keys: list[str], depth: int = 0) -> A
 
 
 def read_lines(raw: bytes, folder: Path) -> None:
-    """A file whose first byte says what it is called, and whether the others are its bytes or make JSON."""
+    """Read a data file; the first byte selects its suffix, and whether the rest is its text or makes JSON."""
     first, raw = (raw[0], raw[1:]) if raw else (0, b"")
     suffix = SUFFIXES[first % len(SUFFIXES)]
     file = folder / f"a{suffix}"
     if first & 128:
         data = atheris.FuzzedDataProvider(raw)
-        rows = [made(data, ROW_KEYS) for _ in range(data.ConsumeIntInRange(1, 3))]
+        rows = [json_value(data, ROW_KEYS) for _ in range(data.ConsumeIntInRange(1, 3))]
         raw = b"\n".join(json.dumps(row).encode("utf-8", "surrogatepass") for row in rows)
     file.write_bytes(raw)
     for batch in read_batches(DataFile(str(file), file, *split_suffix(str(file)), 0)):
@@ -119,15 +118,16 @@ def read_lines(raw: bytes, folder: Path) -> None:
                 assert record.flaw.reason and record.flaw.kind
                 continue
             try:
-                read = parse_conversation(record.text)
+                conversation = parse_conversation(record.text)
             except BadLine as error:
                 assert str(error) and error.kind
                 continue
-            assert any(read.supervised) and all(type(one["content"]) is str for one in read.messages)
+            assert any(conversation.supervised)
+            assert all(type(message["content"]) is str for message in conversation.messages)
 
 
 def render(raw: bytes, folder: Path) -> None:
-    """A template of pieces and text, and a conversation of roles and text."""
+    """Render a conversation with a template, both built from fuzzed bytes."""
     data = atheris.FuzzedDataProvider(raw)
     count = data.ConsumeIntInRange(0, 4)
     rows = [
@@ -143,10 +143,10 @@ def render(raw: bytes, folder: Path) -> None:
     rows.append({"role": "assistant", "content": "a"})
     source = "" if data.ConsumeBool() else CHATML
     while data.remaining_bytes():
-        at = data.ConsumeIntInRange(0, len(source))
-        free = data.ConsumeProbability() < 0.2
-        piece = data.ConsumeUnicode(4) if free else PIECES[data.ConsumeIntInRange(0, len(PIECES) - 1)]
-        source = source[:at] + piece + source[at:]
+        position = data.ConsumeIntInRange(0, len(source))
+        arbitrary = data.ConsumeProbability() < 0.2
+        piece = data.ConsumeUnicode(4) if arbitrary else PIECES[data.ConsumeIntInRange(0, len(PIECES) - 1)]
+        source = source[:position] + piece + source[position:]
     try:
         conversation = parse_conversation(json.dumps({"messages": rows}).encode())
     except BadLine:
@@ -159,7 +159,7 @@ def render(raw: bytes, folder: Path) -> None:
             ends = [0, *(place for span in rendering.spans for place in span), len(rendering.text)]
             assert ends == sorted(ends) and rendering.spans
     except (jinja2.TemplateSyntaxError, SyntaxError, RecursionError):
-        pass  # of reading the template, which a run does first and reports
+        pass  # the template cannot be parsed, which a run reports before it renders anything
     except (BadLine, LimitExceeded, MemoryError, OutOfTime):
         pass
     finally:
@@ -167,6 +167,7 @@ def render(raw: bytes, folder: Path) -> None:
 
 
 def read_flags(raw: bytes, folder: Path, parser: Parser) -> None:
+    """Read a configuration file."""
     (folder / "flags.yaml").write_bytes(raw)
     try:
         parser.parse_known_args(expand_config(["--config", str(folder / "flags.yaml")]))
@@ -175,7 +176,7 @@ def read_flags(raw: bytes, folder: Path, parser: Parser) -> None:
 
 
 def read_deepspeed_file(raw: bytes, folder: Path) -> None:
-    """JSON of known keys, or the bytes as they are."""
+    """Read a DeepSpeed file: JSON of keys that DeepSpeed has, or the bytes unchanged."""
     file = folder / "ds.json"
     if raw[:1] > b"\x80":
         data = atheris.FuzzedDataProvider(raw[1:])
@@ -183,12 +184,12 @@ def read_deepspeed_file(raw: bytes, folder: Path) -> None:
             name: {} for name in ("zero_optimization", "bf16", "optimizer", "scheduler")
         }
         for _ in range(data.ConsumeIntInRange(1, 4)):
-            at = content
+            section = content
             while data.ConsumeBool() and isinstance(
-                at.get(name := data.PickValueInList(DEEPSPEED_KEYS)), dict
+                section.get(name := data.PickValueInList(DEEPSPEED_KEYS)), dict
             ):
-                at = at[name]
-            at[data.PickValueInList(DEEPSPEED_KEYS)] = made(data, DEEPSPEED_KEYS)
+                section = section[name]
+            section[data.PickValueInList(DEEPSPEED_KEYS)] = json_value(data, DEEPSPEED_KEYS)
         raw = json.dumps(content).encode()
     file.write_bytes(raw)
     try:
@@ -214,7 +215,7 @@ SEEDS = {
 }  # fmt: skip
 
 
-def ring(_number: int, _frame: FrameType | None) -> NoReturn:
+def raise_out_of_time(_number: int, _frame: FrameType | None) -> NoReturn:
     raise OutOfTime
 
 
@@ -222,10 +223,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=SEEDS)
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0, help="of the fuzzer; 0 is another one every time")
-    given = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="of the fuzzer; 0: different each time")
+    arguments = parser.parse_args()
     dft.data.sandbox.limits.MAX_CPU_SECONDS = SECONDS
-    signal.signal(signal.SIGVTALRM, ring)
+    signal.signal(signal.SIGVTALRM, raise_out_of_time)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     pages = int(Path("/proc/self/statm").read_bytes().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
@@ -233,7 +234,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, corpus = Path(name), Path(name) / "corpus"
         corpus.mkdir()
-        for number, seed in enumerate(SEEDS[given.target]):
+        for number, seed in enumerate(SEEDS[arguments.target]):
             (corpus / str(number)).write_bytes(seed)
         targets: dict[str, Callable[[bytes], None]] = {
             "lines": lambda raw: read_lines(raw, folder),
@@ -242,10 +243,10 @@ def main() -> None:
             "deepspeed": lambda raw: read_deepspeed_file(raw, folder),
         }
         options = [
-            f"-max_total_time={given.seconds}", f"-max_len={LONGEST}", "-timeout=30", f"-seed={given.seed}",
-            "-print_final_stats=1", "-rss_limit_mb=4096", "-verbosity=1", str(corpus),
+            f"-max_total_time={arguments.seconds}", f"-max_len={LONGEST}", "-timeout=30",
+            f"-seed={arguments.seed}", "-print_final_stats=1", "-rss_limit_mb=4096", "-verbosity=1", str(corpus),
         ]  # fmt: skip
-        atheris.Setup([sys.argv[0], *options], targets[given.target])
+        atheris.Setup([sys.argv[0], *options], targets[arguments.target])
         atheris.Fuzz()
 
 
