@@ -244,7 +244,8 @@ def main() -> None:
         }
         options = [
             f"-max_total_time={arguments.seconds}", f"-max_len={LONGEST}", "-timeout=30",
-            f"-seed={arguments.seed}", "-print_final_stats=1", "-rss_limit_mb=4096", "-verbosity=1", str(corpus),
+            f"-seed={arguments.seed}", "-print_final_stats=1", "-rss_limit_mb=4096", "-verbosity=1",
+            str(corpus),
         ]  # fmt: skip
         atheris.Setup([sys.argv[0], *options], targets[arguments.target])
         atheris.Fuzz()
