@@ -1,4 +1,4 @@
-"""Reports of runs as they write them, and their pages as a reader meets them."""
+"""Reports of finished runs for tests, and a parser of their pages."""
 
 from html.parser import HTMLParser
 from typing import Any
@@ -37,8 +37,8 @@ DATA = {
         "files": FILES,
     },
 }
-FIRST, NEWEST = [8, 4] + [1] * 17 + [2], [4, 0, 2] + [1] * 16 + [20]
-"""Histograms of p, before and after."""
+FIRST, LAST = [8, 4] + [1] * 17 + [2], [4, 0, 2] + [1] * 16 + [20]
+"""Histograms of p of the first and the last evaluation."""
 
 
 def train_record(step: int, **values: float) -> dict[str, Any]:
@@ -56,15 +56,15 @@ def eval_record(step: int, histogram: list[int] | None = None, **values: float) 
 
 
 def conversation(*targets: tuple[str, float], prompt: str = "<|im_start|>user\nq") -> dict[str, Any]:
-    """One whose last target ends the turn."""
+    """Return a scored conversation whose last target ends the turn."""
     tokens = [[prompt, None, False]]
-    tokens += [[text, p, place == len(targets)] for place, (text, p) in enumerate(targets, 1)]
+    tokens += [[text, p, position == len(targets)] for position, (text, p) in enumerate(targets, 1)]
     return {"file": "a<b>.jsonl", "line": 3, "tokens": tokens}
 
 
 def run_report(**changes: Any) -> dict[str, Any]:
-    """Of a finished run of two logged steps and two evaluations."""
-    given = {
+    """Return the report of a finished run with two logged steps and two evaluations."""
+    given_arguments = {
         "dft_alpha": 1.0,
         "learning_rate": 1e-6,
         "output_dir": "runs/first",
@@ -74,7 +74,7 @@ def run_report(**changes: Any) -> dict[str, Any]:
         eval_record(0, FIRST),
         train_record(1, loss=0.25),
         train_record(2, loss=0.125),
-        eval_record(2, NEWEST, nll=1.5, acc=0.75, avg_p_correct=0.625),
+        eval_record(2, LAST, nll=1.5, acc=0.75, avg_p_correct=0.625),
         {"step": 2, "epoch": 1.0, "train_runtime": 75.0, "train_loss": 0.2},
     ]
     report = {
@@ -85,8 +85,8 @@ def run_report(**changes: Any) -> dict[str, Any]:
         "weight": "alpha * p + (1 - alpha)",
         "alpha": 1.0,
         "model": {"name": "m/tiny", "parameters": 1500000, "weights": "float32", "attention": "sdpa"},
-        "arguments": {**given, "seed": 42, "optim_args": None},
-        "given": given,
+        "arguments": {**given_arguments, "seed": 42, "optim_args": None},
+        "given": given_arguments,
         "environment": {"git_commit": None, "python": "3.11", "ranks": 2},
         "data": DATA,
         "steps": {"done": 2, "total": 2},
@@ -100,13 +100,13 @@ def run_report(**changes: Any) -> dict[str, Any]:
 
 
 class Page(HTMLParser):
-    """A page taken apart.
+    """A parsed HTML page.
 
     Attributes:
-        tags: with their attributes, in order.
-        text: all of it that is shown; of SVG only its text.
-        rows: of all tables, a list of cells each.
-        targets: of the token view: (title, text, numeral above it, classes).
+        tags: names and attributes of all tags, in order.
+        text: all text, including that of SVG figures.
+        rows: the cells of each row of all tables.
+        targets: of the shown tokens: [title, text, number above it, classes].
     """
 
     def __init__(self, html: str) -> None:
@@ -121,14 +121,14 @@ class Page(HTMLParser):
         assert not self.open, f"never closed: {self.open}"
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        found = dict(attributes)
-        self.tags.append((tag, found))
+        values = dict(attributes)
+        self.tags.append((tag, values))
         if tag == "tr":
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")
-        elif tag == "b" and "title" in found:
-            self.targets.append([found["title"], "", "", found["class"]])
+        elif tag == "b" and "title" in values:
+            self.targets.append([values["title"], "", "", values["class"]])
         if tag not in VOID:
             self.open.append(tag)
 
@@ -152,8 +152,9 @@ class Page(HTMLParser):
             self.targets[-1][1] += data
 
     def row(self, name: str, which: int = 0) -> list[str]:
-        """The cells beside a name."""
+        """Return the cells after a name, of its first row or the given one."""
         return [cells[1:] for cells in self.rows if cells and cells[0] == name][which]
 
     def values(self, attribute: str) -> list[str]:
-        return [found[attribute] or "" for _, found in self.tags if attribute in found]
+        """Return the values of an attribute of all tags."""
+        return [attributes[attribute] or "" for _, attributes in self.tags if attribute in attributes]

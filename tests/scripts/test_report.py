@@ -1,4 +1,4 @@
-"""scripts/report.py: one run's page made anew, several runs on one page, and what it says of broken ones."""
+"""scripts/report.py: the page of one run, the comparison of several, and errors for unreadable runs."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from dft.report.pages.comparison import (
 from dft.report.pages.history import series
 from dft.report.saved_report import load_report
 from scripts import report as script
-from tests.report.reports import FIRST, NEWEST, Page, eval_record, run_report, train_record
+from tests.report.reports import FIRST, LAST, Page, eval_record, run_report, train_record
 
 NAN = float("nan")
 
@@ -26,7 +26,7 @@ def of_alpha(alpha: float, name: str, **metrics: float) -> dict:
     """A run with two evaluations, of which the second has the given metrics."""
     report = run_report(name=name, alpha=alpha, method="DFT" if alpha else "SFT")
     report["arguments"] = {**report["arguments"], "dft_alpha": alpha, "output_dir": f"runs/{name}"}
-    log = [eval_record(0, FIRST), train_record(1), eval_record(2, NEWEST, objective=0.5, **metrics)]
+    log = [eval_record(0, FIRST), train_record(1), eval_record(2, LAST, objective=0.5, **metrics)]
     return {**report, "log": log}
 
 
@@ -56,29 +56,33 @@ def header(page: Page) -> list[str]:
     return next(cells for cells in page.rows if cells[0] == "run" and cells[1].startswith("loss"))
 
 
-def test_the_table_has_the_last_values_and_marks_the_best_of_each_column(page):
+def test_the_table_shows_last_values_and_marks_the_best(page):
     columns = [cell.replace("\n", "") for cell in header(page)][1:]
     assert columns == [
-        "lossno best", "nlllower is better", "avg_p_correcthigher is better", "acchigher is better",
-        "objectivenot comparable across methods", "entropyno best",
+        "lossneither is better", "nlllower is better", "avg_p_correcthigher is better", "acchigher is better",
+        "objectivenot comparable across methods", "entropyneither is better",
     ]  # fmt: skip
     first, second, third = (page.row(label) for label in LABELS)
     assert first == ["0.7500", "0.7500 best", "0.5000 best", "0.6250", "0.5000", "0.9000"]
     assert second == ["0.2500", "1.5000", "NaN", "0.8750 best", "0.5000", "0.9000"]
     assert third == ["0.5000", "0.7500 best", "0.2500", "0.7500", "0.5000", "0.9000"]
-    assert "not comparable across methods: no best is marked" in page.text
+    assert "cannot be compared between methods and no best value is marked" in page.text
 
 
-def test_runs_of_one_alpha_can_be_compared_by_their_objective_but_not_by_their_loss():
+def test_runs_with_equal_alpha_can_be_compared_by_objective_but_not_by_loss():
     reports = [of_alpha(1.0, name, loss=loss) for name, loss in (("a", 0.1), ("b", 0.2))]
     reports[1]["log"][2]["eval_objective"] = 0.25
     page = Page(comparison_page(runs_of(reports, [Path("a"), Path("b")])))
-    place = [cell.split("lower")[0] for cell in header(page)].index("objective")
-    assert [page.row(label)[place - 1] for label in ("● a", "■ b")] == ["0.5000", "0.2500 best"]
-    assert page.row("● a")[0] == "0.1000" and "across methods" not in page.text
+    column = [cell.split("lower")[0] for cell in header(page)].index("objective")
+    assert [page.row(label)[column - 1] for label in ("● a", "■ b")] == ["0.5000", "0.2500 best"]
+    assert (
+        page.row("● a")[0] == "0.1000"
+        and "across methods" not in page.text
+        and "between methods" not in page.text
+    )
 
 
-def test_every_run_has_a_line_in_every_figure_and_a_histogram_of_its_own(page):
+def test_each_run_has_a_line_in_each_figure_and_a_histogram(page):
     labels = page.values("aria-label")
     (nll,) = (label for label in labels if label.startswith("evaluation-nll: "))
     assert nll == (
@@ -94,19 +98,19 @@ def test_every_run_has_a_line_in_every_figure_and_a_histogram_of_its_own(page):
     assert not page.values("src") and "script" not in {tag for tag, _ in page.tags}
 
 
-def test_arguments_that_differ_are_shown_and_no_others(page, reports):
-    place = next(place for place, cells in enumerate(page.rows) if cells[0] == "dft_alpha")
-    assert page.rows[place : place + 3] == [
+def test_only_differing_arguments_are_shown(page, reports):
+    start = next(index for index, cells in enumerate(page.rows) if cells[0] == "dft_alpha")
+    assert page.rows[start : start + 3] == [
         ["dft_alpha", "0.0", LABELS[0]], ["", "1.0", LABELS[1]], ["", "0.5", LABELS[2]],
     ]  # fmt: skip
     assert list(differing_arguments(reports)) == ["dft_alpha"]
-    of_file_only = {**reports[0], "arguments": {"dft_alpha": 0.0}, "given": {"dft_alpha": 0.0}}
-    assert differing_arguments([of_file_only, reports[0]]) == {
+    without_report = {**reports[0], "arguments": {"dft_alpha": 0.0}, "given": {"dft_alpha": 0.0}}
+    assert differing_arguments([without_report, reports[0]]) == {
         "learning_rate": ["not given", "1e-06"], "data_files": ["not given", '["a<b>.jsonl"]'],
     }  # fmt: skip
 
 
-def test_names_are_made_unique_by_what_differs():
+def test_labels_are_made_unique_by_differing_arguments():
     def named(name: str, alpha: float = 1.0, **arguments: object) -> dict:
         report = of_alpha(alpha, name)
         return {**report, "arguments": {**report["arguments"], **arguments}}
@@ -125,24 +129,24 @@ def test_names_are_made_unique_by_what_differs():
     assert labels_of([named("a")] * 2, [Path("x")] * 2) == ["a, x, 1", "a, x, 2"]
 
 
-def test_what_stands_between_runs_and_a_comparison_is_said(reports, folders):
+def test_remarks_name_what_prevents_a_comparison(reports, folders):
     other = {**reports[1], "model": {"name": "another"}, "log": [eval_record(9)]}
     other["log"][0]["eval_supervised_tokens"] = 1000
     text = Page(comparison_page(runs_of([reports[0], other], folders[:2]))).text
     assert "The models differ." in text
-    assert "not of the same tokens (31, 1,000)" in text
-    assert "The last evaluations are of different steps." in text
+    assert "different numbers of tokens (31, 1,000)" in text
+    assert "The last evaluations are at different steps." in text
 
 
-def test_runs_without_anything_logged_are_compared_too(folders):
+def test_runs_without_logged_metrics_can_be_compared(folders):
     empty = run_report(log=[], tokens=[], data={}, arguments={}, given={}, model={}, steps={}, method=None)
     runs = runs_of([empty, {**empty, "name": "b"}], folders[:2])
     text = Page(comparison_page(runs)).text
-    assert "None are logged." in text and "No evaluation has a histogram of p." in text
+    assert "No metrics are logged." in text and "No evaluation has a histogram of p." in text
     assert comparison_picture(runs).axes
 
 
-def test_the_picture_lays_the_runs_over_one_another(reports, folders):
+def test_the_picture_shows_all_runs_in_each_panel(reports, folders):
     figure = comparison_picture(runs_of(reports, folders))
     titles = [axes.get_title("left") for axes in figure.axes if axes.axison]
     assert titles[:2] == ["nll, evaluation", "avg_p_correct, evaluation"] and "acc, training" in titles
@@ -165,10 +169,10 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: object) -> None:
     script.main()
 
 
-def test_the_page_of_one_run_is_made_anew_in_its_folder(tmp_path, monkeypatch, capsys):
+def test_the_page_of_one_run_is_written_into_its_folder(tmp_path, monkeypatch, capsys):
     save(tmp_path / "r", run_report(log=[train_record(1, nll=NAN)]))
-    for given in ("r", "r/report.json"):
-        run(monkeypatch, tmp_path, given)
+    for path in ("r", "r/report.json"):
+        run(monkeypatch, tmp_path, path)
         assert capsys.readouterr().out == "r/report.html\n"
         page = Page((tmp_path / "r/report.html").read_text())
         assert page.row("nll") == ["NaN", "NaN"] and page.row("folder") == [str(tmp_path / "r")]
@@ -180,7 +184,7 @@ def test_the_page_of_one_run_is_made_anew_in_its_folder(tmp_path, monkeypatch, c
         (tmp_path / "r/report.html").unlink()
 
 
-def test_several_runs_are_compared_in_the_current_folder_or_where_it_is_said(tmp_path, monkeypatch, capsys):
+def test_a_comparison_is_written_into_the_current_folder_or_to_output(tmp_path, monkeypatch, capsys):
     for name in ("a", "b"):
         save(tmp_path / name, of_alpha(1.0, name))
     run(monkeypatch, tmp_path, "a", "b")
@@ -193,7 +197,7 @@ def test_several_runs_are_compared_in_the_current_folder_or_where_it_is_said(tmp
         run(monkeypatch, tmp_path, "a", "b", "--output", "ab")
 
 
-def test_a_run_without_a_report_is_read_from_its_newest_state(tmp_path):
+def test_a_run_without_report_is_read_from_its_newest_trainer_state(tmp_path):
     def state(step: int) -> dict:
         log = [train_record(step, dft_alpha=0.5), eval_record(step)]
         return {"log_history": log, "global_step": step, "max_steps": 100}
@@ -216,7 +220,7 @@ def test_a_run_without_a_report_is_read_from_its_newest_state(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         (None, None, "{run}: no such file or folder; give the --output_dir of a run"),
         ("other.txt", "", "{run}: contains no report.json and no trainer_state.json, nor a checkpoint"),
@@ -232,16 +236,16 @@ def test_a_run_without_a_report_is_read_from_its_newest_state(tmp_path):
         ("trainer_state.json", "{}", "{run}/trainer_state.json: 'log_history' is not a list of records"),
     ],
 )
-def test_what_is_no_run_is_one_error_with_its_path(tmp_path, name, content, told):
+def test_an_unreadable_run_is_an_error_with_its_path(tmp_path, name, content, message):
     if name is not None:
         save(tmp_path / "run", content, name)
-    pattern = told.replace("(", r"\(").replace(")", r"\)").format(run=tmp_path / "run")
+    pattern = message.replace("(", r"\(").replace(")", r"\)").format(run=tmp_path / "run")
     with pytest.raises(UserError, match=pattern) as error:
         load_report(tmp_path / "run")
     assert "\n" not in str(error.value)
 
 
-def test_broken_flags_of_a_run_are_an_error(tmp_path):
+def test_a_broken_run_args_file_is_an_error(tmp_path):
     save(tmp_path / "run", {"log_history": []}, "trainer_state.json")
     for content in ("a: [", "- a"):
         save(tmp_path / "run", content, "run_args.yaml")
@@ -249,11 +253,11 @@ def test_broken_flags_of_a_run_are_an_error(tmp_path):
             load_report(tmp_path / "run")
 
 
-def test_an_error_ends_the_script_as_it_ends_the_others(tmp_path, monkeypatch):
-    asked = []
+def test_the_script_reports_user_errors(tmp_path, monkeypatch):
+    calls = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", "nowhere"])
-    monkeypatch.setattr(script, "report_user_errors", lambda: asked.append("one line, exit code 1"))
+    monkeypatch.setattr(script, "report_user_errors", lambda: calls.append("report_user_errors"))
     with pytest.raises(UserError, match="^nowhere: no such file or folder; give the --output_dir of a run$"):
         script.main()
-    assert asked and not any(tmp_path.iterdir())
+    assert calls and not any(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Several runs on one page: SFT against DFT, one alpha against another, or anything else that differs."""
+"""The page that compares several runs, for example SFT with DFT or one alpha with another."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,34 +8,55 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dft.metrics import ACC, AVG_P, COMPARED, ENTROPY, MACHINE, NLL, QUALITY, Metric
+from dft.metrics import ACC, AVG_P, COMPARED, MACHINE, NLL, OVERVIEW, QUALITY, Metric
 from dft.report.pages import sections
-from dft.report.pages.figures import Line, Look, histogram_figure, look_of, lowest_share, overview_figure
+from dft.report.pages.figures import (
+    Line,
+    LineStyle,
+    histogram_figure,
+    lowest_share,
+    overview_figure,
+    style_of_run,
+)
 from dft.report.pages.formatting import format_argument, format_number
-from dft.report.pages.history import EVAL, Histogram, best_of, histograms, series
+from dft.report.pages.history import EVAL, best_of, first_and_last_histogram, histograms, series
 from dft.report.pages.images import inline_svg
 from dft.report.pages.run import Panel, curve_panel, render
 
-OF_THE_RUN = ("output_dir", "run_name", "logging_dir")
-"""Arguments that differ between any two runs."""
+IGNORED_ARGUMENTS = ("output_dir", "run_name", "logging_dir")
+"""Arguments that differ between any two runs, and are not compared."""
 ALPHA = "dft_alpha"
-PICTURED = (NLL, AVG_P, ACC, ENTROPY)
-"""In the picture: of the evaluations, and below them of training."""
+PICTURED = tuple(metric for metric in OVERVIEW if metric in QUALITY and not metric.of_alpha)
+"""The metrics of report.png that can be compared between methods."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run on a page of several: its name there, its report, and how its lines look."""
+class ComparedRun:
+    """One of the compared runs.
+
+    Attributes:
+        label: its unique name in the page.
+        report: its report, as `load_report` returns it.
+        folder: its output directory.
+        style: of its lines.
+    """
 
     label: str
     report: dict[str, Any]
     folder: Path
-    look: Look
+    style: LineStyle
 
 
 @dataclass(frozen=True)
 class Column:
-    """Last values of a metric, in the order of the runs. `note` says which of them is better."""
+    """The last values of a metric.
+
+    Attributes:
+        metric: the metric.
+        values: formatted, in the order of the runs.
+        best: whether each value is the best.
+        note: whether higher or lower values are better.
+    """
 
     metric: Metric
     values: list[str]
@@ -43,81 +64,89 @@ class Column:
     note: str
 
 
-def runs_of(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> list[Run]:
-    """The runs by names that are unique.
+def runs_of(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> list[ComparedRun]:
+    """Return the runs to compare, with unique labels.
 
     Args:
-        reports: of the runs.
+        reports: their reports.
         folders: their output directories, in the same order.
     """
     labels = labels_of(reports, folders)
     return [
-        Run(label, report, folder, look_of(place))
-        for place, (label, report, folder) in enumerate(zip(labels, reports, folders, strict=True))
+        ComparedRun(label, report, folder, style_of_run(index))
+        for index, (label, report, folder) in enumerate(zip(labels, reports, folders, strict=True))
     ]
 
 
 def labels_of(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> list[str]:
-    """Names of runs, with the method where it differs, and whatever else it takes to make them unique."""
+    """Return unique labels of runs.
+
+    A label is the name of the run, then the method if methods differ, then as few of the differing arguments
+    as are needed, and finally the folder and the position.
+    """
     labels = [report["name"] for report in reports]
     if len({sections.method(report) for report in reports}) > 1:
-        labels = [_added(label, sections.method(one)) for label, one in zip(labels, reports, strict=True)]
+        labels = [
+            _append(label, sections.method(report)) for label, report in zip(labels, reports, strict=True)
+        ]
     for name, values in differing_arguments(reports).items():
-        repeated = Counter(labels)
-        if name != ALPHA and max(repeated.values()) > 1:
+        if name != ALPHA and max(Counter(labels).values()) > 1:
             labels = [
-                _added(label, f"{name} {value}") if _differs(label, labels, values) else label
+                _append(label, f"{name} {value}") if _differs(label, labels, values) else label
                 for label, value in zip(labels, values, strict=True)
             ]
-    for distinction in (list(map(str, folders)), [str(place) for place in range(1, len(labels) + 1)]):
-        repeated = Counter(labels)
+    for distinction in (list(map(str, folders)), [str(position) for position in range(1, len(labels) + 1)]):
+        counts = Counter(labels)
         labels = [
-            _added(label, more) if repeated[label] > 1 else label
+            _append(label, more) if counts[label] > 1 else label
             for label, more in zip(labels, distinction, strict=True)
         ]
     return labels
 
 
-def _added(label: str, more: str) -> str:
+def _append(label: str, more: str) -> str:
     return f"{label}, {more}" if more else label
 
 
 def _differs(label: str, labels: list[str], values: list[str]) -> bool:
-    """Whether runs of the same label have different values."""
-    return len({value for one, value in zip(labels, values, strict=True) if one == label}) > 1
+    """Whether the runs with this label have different values."""
+    return len({value for other, value in zip(labels, values, strict=True) if other == label}) > 1
 
 
 def differing_arguments(reports: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Arguments that are not the same for all runs, with their values as text.
+    """Return the arguments that differ between runs, with their formatted values in the order of the runs.
 
-    A run that is known by `run_args.yaml` alone has only what it was given: there "not given" is the value of
-    what another run was given.
+    A run without `report.json` has only the arguments that were given to it, in `run_args.yaml`. If another
+    run was given more, their values are "not given" for it.
     """
     names = dict.fromkeys(name for report in reports for name in report["arguments"])
-    found = {}
+    differing = {}
     for name in names:
-        known = [format_argument(one["arguments"][name]) for one in reports if name in one["arguments"]]
-        absent = len(known) < len(reports) and any(name in one["given"] for one in reports)
-        if name not in OF_THE_RUN and (len(set(known)) > 1 or absent):
-            found[name] = [
-                format_argument(one["arguments"][name]) if name in one["arguments"] else "not given"
-                for one in reports
+        having = [report["arguments"] for report in reports if name in report["arguments"]]
+        values = [format_argument(arguments[name]) for arguments in having]
+        is_absent = len(values) < len(reports) and any(name in report["given"] for report in reports)
+        if name not in IGNORED_ARGUMENTS and (len(set(values)) > 1 or is_absent):
+            differing[name] = [
+                format_argument(report["arguments"][name]) if name in report["arguments"] else "not given"
+                for report in reports
             ]
-    return found
+    return differing
 
 
-def by_value(arguments: dict[str, list[str]], runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
-    """A row for each value: the argument, named in the first of its rows, the value, and who has it."""
+def rows_by_value(
+    arguments: dict[str, list[str]], runs: Sequence[ComparedRun]
+) -> list[tuple[str, str, list[ComparedRun]]]:
+    """Return a row for each value of each argument: the name (in its first row only), the value, the runs."""
     rows = []
     for name, values in arguments.items():
         for value in dict.fromkeys(values):
-            having = [run for run, own in zip(runs, values, strict=True) if own == value]
-            rows.append((name if value == values[0] else "", value, having))
+            runs_with_value = [run for run, other in zip(runs, values, strict=True) if other == value]
+            rows.append((name if value == values[0] else "", value, runs_with_value))
     return rows
 
 
-def comparison_page(runs: Sequence[Run]) -> str:
-    """The HTML that lays runs over one another."""
+def comparison_page(runs: Sequence[ComparedRun]) -> str:
+    """Return the HTML of the page that compares runs."""
     reports = [run.report for run in runs]
     return render(
         "comparison.html.jinja",
@@ -126,65 +155,71 @@ def comparison_page(runs: Sequence[Run]) -> str:
         models=[report["model"].get("name") or "–" for report in reports],
         notes=comparison_notes(runs),
         machine=columns(runs, "", MACHINE),
-        seconds=[dict(sections.throughput(report["log"])).get("run time", "–") for report in reports],
+        run_times=[dict(sections.machine_rows(report["log"])).get("run time", "–") for report in reports],
         tables=[
-            (title, found)
-            for title, prefix in (("Evaluation, last", EVAL), ("Training, last line of the log", ""))
-            if (found := columns(runs, prefix, QUALITY))
+            (title, shown)
+            for title, prefix in (("Evaluation, last values", EVAL), ("Training, last logged values", ""))
+            if (shown := columns(runs, prefix, QUALITY))
         ],
-        differing=by_value(differing_arguments(reports), runs),
+        differing=rows_by_value(differing_arguments(reports), runs),
         curves=curve_panels(runs),
         histograms=histogram_panels(runs),
         distributions=distributions(runs),
     )
 
 
-def columns(runs: Sequence[Run], prefix: str, metrics: Sequence[Metric]) -> list[Column]:
-    """The last values of the metrics that any run has.
+def columns(runs: Sequence[ComparedRun], prefix: str, metrics: Sequence[Metric]) -> list[Column]:
+    """Return the last values of the metrics that any run logged.
 
-    The best is marked, except of a metric that means something else for each alpha, where alphas differ.
+    The best value is marked, unless the scale of the metric depends on alpha and the runs differ in alpha.
+
+    Args:
+        runs: the compared runs.
+        prefix: "" for training, "eval_" for evaluation.
+        metrics: the metrics to show.
     """
     same_alpha = len({(run.report["method"], run.report["alpha"]) for run in runs}) == 1
-    made = []
+    shown = []
     for metric in metrics:
         last = [series(run.report["log"], prefix + metric.name).last for run in runs]
         if all(value is None for value in last):
             continue
         comparable = same_alpha or not metric.of_alpha
         if metric.better is None:
-            note = "no best"
+            note = "neither is better"
         else:
             note = f"{metric.better} is better" if comparable else "not comparable across methods"
         best = best_of(last, metric) if comparable else [False] * len(runs)
-        made.append(Column(metric, [format_number(value) for value in last], best, note))
-    return made
+        shown.append(Column(metric, [format_number(value) for value in last], best, note))
+    return shown
 
 
-def comparison_notes(runs: Sequence[Run]) -> list[str]:
-    """What stands between the runs and a fair comparison."""
+def comparison_notes(runs: Sequence[ComparedRun]) -> list[str]:
+    """Return the remarks on what prevents a fair comparison of the runs."""
     reports = [run.report for run in runs]
-    said = []
+    remarks = []
     if len({(report["method"], report["alpha"]) for report in reports}) > 1:
-        said.append(
-            f"{names(metric for metric in QUALITY if metric.of_alpha)} depend on method and alpha, and are "
-            "not comparable across methods: no best is marked of them. Compare "
+        remarks.append(
+            f"{names(metric for metric in QUALITY if metric.of_alpha)} depend on the method and on alpha, so "
+            "they cannot be compared between methods and no best value is marked. Compare "
             f"{names(metric for metric in (AVG_P, ACC, NLL))}."
         )
     if len({report["model"].get("name") for report in reports}) > 1:
-        said.append(
-            "The models differ. Where their tokenizers differ too, a token is not the same amount of text, "
-            "and metrics per token cannot be compared."
+        remarks.append(
+            "The models differ. If their tokenizers differ too, a token is not the same amount of text, and "
+            "metrics per token cannot be compared."
         )
     counts = {series(report["log"], f"{EVAL}supervised_tokens").last for report in reports} - {None}
     if len(counts) > 1:
-        told = ", ".join(f"{count:,.0f}" for count in sorted(counts))
-        said.append(
-            f"The evaluations are not of the same tokens ({told}), so their metrics cannot be compared."
+        numbers = ", ".join(f"{count:,.0f}" for count in sorted(counts))
+        remarks.append(
+            f"The evaluations have different numbers of tokens ({numbers}), so their metrics cannot be "
+            "compared."
         )
     ends = {tuple(series(report["log"], EVAL + NLL.name).steps[-1:].tolist()) for report in reports}
     if len(ends) > 1:
-        said.append("The last evaluations are of different steps.")
-    return said
+        remarks.append("The last evaluations are at different steps.")
+    return remarks
 
 
 def names(metrics: Iterable[Metric]) -> str:
@@ -193,58 +228,52 @@ def names(metrics: Iterable[Metric]) -> str:
     return f"{', '.join(first)} and {last}"
 
 
-def lines_of_runs(runs: Sequence[Run], key: str) -> list[Line]:
-    """A metric of all runs that have it."""
-    lines = [Line(run.label, series(run.report["log"], key), run.look) for run in runs]
+def lines_of_runs(runs: Sequence[ComparedRun], key: str) -> list[Line]:
+    """Return the curves of a logged value, of all runs that have it."""
+    lines = [Line(run.label, series(run.report["log"], key), run.style) for run in runs]
     return [line for line in lines if len(line.series)]
 
 
-def curve_panels(runs: Sequence[Run]) -> dict[str, list[Panel]]:
-    """By heading, the metrics of the evaluations, and of training."""
-    made = {}
+def curve_panels(runs: Sequence[ComparedRun]) -> dict[str, list[Panel]]:
+    """Return the panels of evaluation and of training, by heading."""
+    by_heading = {}
     for prefix, title in ((EVAL, "Evaluation"), ("", "Training")):
-        found = {metric: lines_of_runs(runs, prefix + metric.name) for metric in COMPARED}
+        logged = ((metric, lines_of_runs(runs, prefix + metric.name)) for metric in COMPARED)
         panels = [
-            curve_panel(metric, lines, f"{title.lower()}-{metric.name}")
-            for metric, lines in found.items()
-            if lines
+            curve_panel(metric, lines, f"{title.lower()}-{metric.name}") for metric, lines in logged if lines
         ]
         if panels:
-            made[title] = panels
-    return made
+            by_heading[title] = panels
+    return by_heading
 
 
-def histogram_panels(runs: Sequence[Run]) -> list[tuple[Run, Panel]]:
-    """Of each run that has histograms, the first and the newest; all to one scale."""
-    shown = [histograms(run.report["log"]) for run in runs]
-    every = [one for several in shown for one in several]
-    if not every:
+def histogram_panels(runs: Sequence[ComparedRun]) -> list[tuple[ComparedRun, Panel]]:
+    """Return the histograms of p of each run that has any, all on one scale."""
+    pairs = [first_and_last_histogram(run.report["log"]) for run in runs]
+    logged = [histogram for pair in pairs if pair for histogram in pair if histogram is not None]
+    if not logged:
         return []
-    floor = lowest_share(every)
+    floor = lowest_share(logged)
+    panels = []
+    for index, (run, pair) in enumerate(zip(runs, pairs, strict=True)):
+        if pair is not None:
+            description = f"Tokens by p of {run.label}, step {pair[1].step}"
+            svg = inline_svg(histogram_figure(*pair, floor), f"p-{index}", description)
+            panels.append((run, Panel(run.label, svg, "")))
+    return panels
+
+
+def distributions(runs: Sequence[ComparedRun]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the rows of the table of p: run and step, and the entry of `sections.distribution`."""
     return [
-        (run, _histogram_panel(f"p-{place}", run.label, several, floor))
-        for place, (run, several) in enumerate(zip(runs, shown, strict=True))
-        if several
-    ]
-
-
-def _histogram_panel(name: str, label: str, shown: list[Histogram], floor: float) -> Panel:
-    before, after = (shown[0] if len(shown) > 1 else None), shown[-1]
-    figure = histogram_figure(before, after, floor)
-    return Panel(label, inline_svg(figure, name, f"Tokens by p of {label}, step {after.step}"), "")
-
-
-def distributions(runs: Sequence[Run]) -> list[tuple[str, dict[str, Any]]]:
-    """For a table: the run and the step, and shares of tokens by p."""
-    return [
-        (f"{run.label}, step {one['step']:,}", one)
+        (f"{run.label}, step {entry['step']:,}", entry)
         for run in runs
-        for one in sections.distribution(histograms(run.report["log"]))
+        for entry in sections.distribution(histograms(run.report["log"]))
     ]
 
 
-def comparison_picture(runs: Sequence[Run]) -> Figure:
-    """The most important curves of runs in one picture."""
+def comparison_picture(runs: Sequence[ComparedRun]) -> Figure:
+    """Return the main curves of the runs as one picture."""
     panels = {}
     for prefix, name in ((EVAL, "evaluation"), ("", "training")):
         for metric in PICTURED:

@@ -1,4 +1,4 @@
-"""Figures of a run, drawn by matplotlib through its objects: there is no state outside of a figure."""
+"""Figures of metrics and histograms, drawn with the object interface of matplotlib, without global state."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,17 +17,17 @@ from dft.report.pages.history import Histogram, Series
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000",
 )  # fmt: skip
-"""Told apart by all kinds of colour vision (Okabe and Ito)."""
+"""Colors that people with color vision deficiency can distinguish (Okabe and Ito)."""
 PANEL = (4.2, 2.35)
-"""Inches of a small figure. An SVG is as wide as its place on the page; this sets the size of its text."""
-POINTS = 400
-"""Records that a line shows; means over stretches of a longer log."""
+"""Width and height of a panel in inches; they set the size of its text, as pages scale it to the column."""
+MAX_POINTS = 400
+"""Number of points of a line; a longer series is averaged over consecutive records."""
 MARKERS = 8
-"""On a line that is told by its marker."""
+"""Number of markers on a line that has markers."""
 ROUND = (1, 2, 2.5, 5, 10)
-"""Distances of the marks on an axis, up to a power of ten."""
+"""Allowed distances between ticks, times a power of ten."""
 SPIKE = 30
-"""A metric whose greatest value is this many times its median is drawn on a logarithmic scale."""
+"""A metric is drawn on a logarithmic scale if its maximum exceeds its median by this factor."""
 # fmt: off
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "dft", "text.parse_math": False, "font.family": "DejaVu Sans",
@@ -42,7 +42,7 @@ STYLE = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Figures are drawn and saved as `STYLE` has it, whatever matplotlibrc the user has."""
+    """Draw and save figures with `STYLE`, regardless of the user's matplotlibrc."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -50,13 +50,14 @@ def styled() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a line is told from others, with and without colour.
+class LineStyle:
+    """The appearance of a line, which differs from that of others even without color.
 
     Attributes:
-        dashes: matplotlib's linestyle.
-        marker: matplotlib's marker; "" for none.
-        sign: the marker as a letter, for a legend in text.
+        color: as matplotlib takes it.
+        dashes: linestyle of matplotlib.
+        marker: marker of matplotlib; "" for none.
+        sign: a character that looks like the marker, for a legend in HTML.
     """
 
     color: str
@@ -65,30 +66,30 @@ class Look:
     sign: str = ""
 
 
-TRAIN = Look(BLUE)
-EVALUATION = Look(VERMILION, "--", "o", "●")
+TRAIN = LineStyle(BLUE)
+EVALUATION = LineStyle(VERMILION, "--", "o", "●")
 
 
-def look_of(number: int) -> Look:
-    """The look of one of several runs; the 22nd looks as the first."""
+def style_of_run(index: int) -> LineStyle:
+    """Return the style of one of several runs; styles repeat after 21 runs."""
     colors = (BLUE, VERMILION, GREEN, PURPLE, BLACK, ORANGE, SKY)
     markers = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"), ("v", "▼"), ("P", "✚"), ("X", "✖"))
-    cycle, place = divmod(number, len(colors))
-    marker, sign = markers[place]
-    return Look(colors[place], ("-", "--", ":")[cycle % 3], marker, sign + ("", "╌", "┈")[cycle % 3])
+    cycle, position = divmod(index, len(colors))
+    marker, sign = markers[position]
+    return LineStyle(colors[position], ("-", "--", ":")[cycle % 3], marker, sign + ("", "╌", "┈")[cycle % 3])
 
 
 @dataclass(frozen=True)
 class Line:
-    """A metric over the steps, and how it looks."""
+    """A metric over the steps, with its label and style."""
 
     label: str
     series: Series
-    look: Look
+    style: LineStyle
 
 
 def curve_figure(metric: Metric, lines: Sequence[Line]) -> Figure:
-    """One panel of a page."""
+    """Return the figure of one metric."""
     with styled():
         figure = Figure(figsize=PANEL, layout="constrained")
         draw_curves(figure.subplots(), metric, lines)
@@ -96,11 +97,13 @@ def curve_figure(metric: Metric, lines: Sequence[Line]) -> Figure:
 
 
 def histogram_figure(before: Histogram | None, after: Histogram, floor: float | None = None) -> Figure:
-    """Shares of tokens by p, on a logarithmic scale.
+    """Return the shares of tokens by p, on a logarithmic scale.
 
     Args:
-        before: None if there is nothing to compare with.
-        floor: the lowest share that is shown, for several figures to have the same scale.
+        before: drawn as an outline; None if there is nothing to compare with.
+        after: drawn as a filled area.
+        floor: the lowest share that is shown. Default: `lowest_share` of both. Figures with equal floors have
+            the same scale.
     """
     with styled():
         figure = Figure(figsize=(5.0, 2.5), layout="constrained")
@@ -113,11 +116,12 @@ def overview_figure(
     panels: Mapping[str, tuple[Metric, Sequence[Line]]],
     histogram: tuple[Histogram | None, Histogram] | None,
 ) -> Figure:
-    """One picture with all panels, four in a row, and the histogram as the last.
+    """Return one picture of all panels, four in a row, with the histogram as the last.
 
     Args:
-        panels: by their headings.
-        histogram: at the first evaluation, if it is another, and at the newest.
+        title: of the picture.
+        panels: metrics with their lines, by the heading of the panel.
+        histogram: of the first evaluation, None if it is the only one, and of the last.
     """
     rows = -(-(len(panels) + (histogram is not None)) // 4) or 1
     with styled():
@@ -128,14 +132,14 @@ def overview_figure(
         for axes, (name, (metric, lines)) in zip(places, panels.items(), strict=False):
             draw_curves(axes, metric, lines)
             axes.set_title(name, loc="left", fontsize=10, weight="bold")
-        rest = places[len(panels) :]
+        unused = places[len(panels) :]
         if histogram is not None:
-            draw_histogram(rest[0], *histogram)
-            rest[0].set_title("share of tokens by p", loc="left", fontsize=10, weight="bold")
-            rest = rest[1:]
-        for axes in rest:
+            draw_histogram(unused[0], *histogram)
+            unused[0].set_title("share of tokens by p", loc="left", fontsize=10, weight="bold")
+            unused = unused[1:]
+        for axes in unused:
             axes.set_axis_off()
-        handles = {line.label: _handle(line.look) for _, lines in panels.values() for line in lines}
+        handles = {line.label: _handle(line.style) for _, lines in panels.values() for line in lines}
         if handles:
             figure.legend(
                 [*handles.values()], [*handles], loc="outside upper right", ncols=min(len(handles), 4)
@@ -143,40 +147,40 @@ def overview_figure(
     return figure
 
 
-def _handle(look: Look) -> Line2D:
-    return Line2D([], [], color=look.color, linestyle=look.dashes, marker=look.marker)
+def _handle(style: LineStyle) -> Line2D:
+    return Line2D([], [], color=style.color, linestyle=style.dashes, marker=style.marker)
 
 
 def draw_curves(axes: Axes, metric: Metric, lines: Sequence[Line]) -> None:
-    """The lines of a metric; what is not finite is a cross at the bottom, at its step."""
+    """Draw the lines of a metric; a NaN or infinite value is a cross at the bottom, at its step."""
     for line in lines:
-        look, shown = line.look, line.series.thinned(POINTS)
-        # A line of one record, or beside a gap, would be invisible without a marker.
-        alone = len(shown) == 1 or not shown.finite.all()
+        style, shown = line.style, line.series.thinned(MAX_POINTS)
+        # A single record, or one between two gaps, would be invisible without a marker.
+        needs_marker = len(shown) == 1 or not shown.finite.all()
         axes.plot(
             shown.steps,
             np.where(shown.finite, shown.values, np.nan),
-            color=look.color,
-            linestyle=look.dashes,
-            marker=look.marker or ("o" if len(shown) == 1 else "." if alone else ""),
-            markevery=max(1, len(shown) // MARKERS) if len(shown) > 3 * MARKERS and not alone else None,
-            markeredgecolor="white" if look.marker else look.color,
+            color=style.color,
+            linestyle=style.dashes,
+            marker=style.marker or ("o" if len(shown) == 1 else "." if needs_marker else ""),
+            markevery=None if needs_marker or len(shown) <= 3 * MARKERS else len(shown) // MARKERS,
+            markeredgecolor="white" if style.marker else style.color,
             markeredgewidth=0.6,
         )
-        broken = line.series.steps[~line.series.finite]
+        nonfinite = line.series.steps[~line.series.finite]
         axes.plot(
-            broken,
-            np.full(len(broken), 0.03),
+            nonfinite,
+            np.full(len(nonfinite), 0.03),
             transform=axes.get_xaxis_transform(),
-            color=look.color,
+            color=style.color,
             linestyle="",
             marker="x",
         )
-    _scale(axes, metric, [line.series for line in lines])
+    _set_scales(axes, metric, [line.series for line in lines])
 
 
-def _scale(axes: Axes, metric: Metric, shown: Sequence[Series]) -> None:
-    values = np.concatenate([one.values[one.finite] for one in shown] or [np.zeros(0)])
+def _set_scales(axes: Axes, metric: Metric, curves: Sequence[Series]) -> None:
+    values = np.concatenate([curve.values[curve.finite] for curve in curves] or [np.zeros(0)])
     if metric.spikes and values.size and values.min() > 0 and values.max() > SPIKE * np.median(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(numticks=6))
@@ -184,8 +188,8 @@ def _scale(axes: Axes, metric: Metric, shown: Sequence[Series]) -> None:
         axes.set_title("logarithmic scale", loc="right", fontsize=8.5, color="#444444")
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
-    axes.yaxis.set_major_formatter(FuncFormatter(tick))
-    steps = {step for one in shown for step in one.steps.tolist()}
+    axes.yaxis.set_major_formatter(FuncFormatter(format_tick))
+    steps = {step for curve in curves for step in curve.steps.tolist()}
     if len(steps) == 1:
         axes.set_xticks([*steps])
     else:
@@ -200,15 +204,16 @@ def _scale(axes: Axes, metric: Metric, shown: Sequence[Series]) -> None:
 def draw_histogram(
     axes: Axes, before: Histogram | None, after: Histogram, floor: float | None = None
 ) -> None:
-    """The newest evaluation filled, the first one as a dashed outline."""
-    floor = floor or lowest_share([one for one in (before, after) if one is not None])
+    """Draw the last evaluation as a filled area and the first one as a dashed outline."""
+    floor = floor or lowest_share([after] if before is None else [before, after])
     axes.set_yscale("log", nonpositive="clip")
     filled = axes.stairs(after.shares, after.edges, baseline=floor, fill=True, facecolor="#9ecae9")
     axes.stairs(after.shares, after.edges, baseline=floor, color=BLUE, linewidth=1)
     legend = {f"step {after.step:,}" if before is None else f"after (step {after.step:,})": filled}
     if before is not None:
-        look = {"color": VERMILION, "linestyle": "--", "linewidth": 1.6}
-        outline = axes.stairs(before.shares, before.edges, baseline=floor, **look)
+        outline = axes.stairs(
+            before.shares, before.edges, baseline=floor, color=VERMILION, linestyle="--", linewidth=1.6
+        )
         legend = {f"before (step {before.step:,})": outline, **legend}
     axes.set_ylim(floor, 1)
     axes.set_xlim(0, 1)
@@ -216,20 +221,20 @@ def draw_histogram(
     axes.yaxis.set_major_locator(LogLocator(numticks=7))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.4g} %"))
-    axes.set_xlabel("p of the right token", labelpad=1)
+    axes.set_xlabel("p of the target token", labelpad=1)
     axes.set_ylabel("share of tokens")
     axes.legend([*legend.values()], [*legend], loc="upper center", ncols=2)
 
 
-def lowest_share(shown: Sequence[Histogram]) -> float:
-    """The power of ten below every share that is not 0."""
-    shares = np.concatenate([one.shares for one in shown])
+def lowest_share(histograms: Sequence[Histogram]) -> float:
+    """Return the largest power of ten below all shares other than 0."""
+    shares = np.concatenate([histogram.shares for histogram in histograms])
     positive = shares[shares > 0]
     return 10.0 ** np.floor(np.log10(positive.min() * 0.999)) if positive.size else 0.01
 
 
-def tick(value: float, _: int | None = None) -> str:
-    """A number on an axis, without digits that say nothing."""
+def format_tick(value: float, _: int | None = None) -> str:
+    """Return the label of a tick, without trailing zeros or rounding errors."""
     if abs(value) >= 1e4:
         return f"{value:,.0f}"
     return f"{value:.6g}".replace("e-0", "e-")

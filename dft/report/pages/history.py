@@ -1,4 +1,4 @@
-"""The log of a run, read metric by metric."""
+"""The log of a run as time series of metrics and histograms."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,10 @@ from dft import metrics
 from dft.metrics import HIGHER, LOWER, Metric
 
 EVAL = "eval_"
-HISTOGRAM = f"eval_{metrics.HISTOGRAM}"
-PER_FILE = ("nll", "avg_p_correct")
-"""Metrics that an evaluation may have for each file, as `eval_<file>/<metric>`."""
+HISTOGRAM = f"{EVAL}{metrics.HISTOGRAM}"
 
 Log = Sequence[dict[str, Any]]
-"""`log_history` of a Trainer: records with `step` and whatever was logged then."""
+"""`log_history` of the trainer's state: records with a `step` and the values that were logged at it."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class Series:
 
     Attributes:
         steps: (records,) int64, optimizer steps.
-        values: (records,) float64, not all of them finite.
+        values: (records,) float64; some may be NaN or infinite.
     """
 
     steps: np.ndarray
@@ -35,7 +33,7 @@ class Series:
 
     @property
     def finite(self) -> np.ndarray:
-        """(records,) bool"""
+        """Which values are finite, (records,) bool."""
         return np.isfinite(self.values)
 
     @property
@@ -47,7 +45,7 @@ class Series:
         return float(self.values[-1]) if len(self) else None
 
     def best(self, metric: Metric) -> tuple[float, int] | None:
-        """The best value and its step; None if the metric has no better, or no value is finite."""
+        """Return the best value and its step; None if no value is finite or the metric has no best."""
         if metric.better is None or not self.finite.any():
             return None
         sign = 1 if metric.better == HIGHER else -1
@@ -55,33 +53,36 @@ class Series:
         return float(self.values[index]), int(self.steps[index])
 
     def thinned(self, limit: int) -> "Series":
-        """Means over equal stretches, of at most `limit` records; a stretch with nothing finite stays so."""
+        """Return a series of at most `limit` means over consecutive records.
+
+        Values that are not finite are left out of a mean, unless there are no others.
+        """
         if len(self) <= limit:
             return self
-        parts = np.array_split(np.arange(len(self)), limit)
-        kept = [part[self.finite[part]] if self.finite[part].any() else part for part in parts]
+        chunks = np.array_split(np.arange(len(self)), limit)
+        averaged = [chunk[self.finite[chunk]] if self.finite[chunk].any() else chunk for chunk in chunks]
         return Series(
-            np.array([self.steps[part[-1]] for part in parts]),
-            np.array([self.values[part].mean() for part in kept]),
+            np.array([self.steps[chunk[-1]] for chunk in chunks]),
+            np.array([self.values[chunk].mean() for chunk in averaged]),
         )
 
 
 def series(log: Log, key: str) -> Series:
-    """What was logged under a key. Records without it, or with something else than a number, are left out."""
-    found = [record for record in log if isinstance(record.get(key), int | float)]
+    """Return the values logged under a key; records without it, or where it is not a number, are skipped."""
+    records = [record for record in log if isinstance(record.get(key), int | float)]
     return Series(
-        np.array([record.get("step", 0) for record in found], dtype=np.int64),
-        np.array([record[key] for record in found], dtype=np.float64),
+        np.array([record.get("step", 0) for record in records], dtype=np.int64),
+        np.array([record[key] for record in records], dtype=np.float64),
     )
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Supervised tokens of an evaluation by p.
+    """Histogram of the supervised tokens of one evaluation by their probability p.
 
     Attributes:
-        step: of the evaluation.
-        counts: (bins,) int64, in equal parts of [0, 1].
+        step: optimizer step of the evaluation.
+        counts: (bins,) int64, tokens in equal parts of [0, 1].
     """
 
     step: int
@@ -89,48 +90,63 @@ class Histogram:
 
     @property
     def shares(self) -> np.ndarray:
-        """(bins,) float64, adding up to 1, or all 0 where nothing was counted."""
+        """Shares of the tokens, (bins,) float64; all 0 if there are no tokens."""
         return self.counts / max(self.counts.sum(), 1)
 
     @property
     def edges(self) -> np.ndarray:
-        """(bins + 1,)"""
+        """Edges of the bins, (bins + 1,) float64."""
         return np.linspace(0, 1, len(self.counts) + 1)
 
     def between(self, low: float, high: float) -> float:
-        """Share of the tokens in the bins between two values of p."""
-        centres = (self.edges[1:] + self.edges[:-1]) / 2
-        return float(self.shares[(centres > low) & (centres < high)].sum())
+        """Return the share of the tokens in the bins between two values of p."""
+        centers = (self.edges[1:] + self.edges[:-1]) / 2
+        return float(self.shares[(centers > low) & (centers < high)].sum())
 
 
 def histograms(log: Log) -> list[Histogram]:
-    """Those of the first and of the newest evaluation that have one; of a single evaluation, one."""
-    found = [
+    """Return the histograms of the first and the last evaluation, or the only one."""
+    logged = [
         Histogram(record.get("step", 0), np.array(record[HISTOGRAM], dtype=np.int64))
         for record in log
         if record.get(HISTOGRAM)
     ]
-    return [found[0], found[-1]] if len(found) > 1 else found
+    return [logged[0], logged[-1]] if len(logged) > 1 else logged
 
 
-def file_names(log: Log) -> list[str]:
-    """Data files that evaluations have metrics of, in the order of the log."""
-    ending = f"/{PER_FILE[0]}"
-    keys = (key for record in log for key in record if key.startswith(EVAL) and key.endswith(ending))
-    return list(dict.fromkeys(key[len(EVAL) : -len(ending)] for key in keys))
+def first_and_last_histogram(log: Log) -> tuple[Histogram | None, Histogram] | None:
+    """Return the histograms of p of the first (None if it is the only one) and of the last evaluation."""
+    logged = histograms(log)
+    if not logged:
+        return None
+    return (logged[0] if len(logged) > 1 else None), logged[-1]
 
 
-def not_finite(log: Log) -> dict[str, list[int]]:
-    """By key, the steps at which it was logged as NaN or infinite."""
+def file_series(log: Log) -> dict[str, dict[Metric, Series]]:
+    """Return the metrics of each data file, which evaluations log as `eval_<file>/<metric>`."""
+    files: dict[str, dict[Metric, Series]] = {}
+    for key in dict.fromkeys(key for record in log for key in record if key.startswith(EVAL)):
+        name, _, metric = key.removeprefix(EVAL).rpartition("/")
+        if name and metric in metrics.BY_NAME:
+            files.setdefault(name, {})[metrics.BY_NAME[metric]] = series(log, key)
+    return files
+
+
+def nonfinite_steps(log: Log) -> dict[str, list[int]]:
+    """Return, by key, the steps at which NaN or infinity was logged."""
     keys = dict.fromkeys(key for record in log for key in record)
-    found = {key: series(log, key) for key in keys}
-    return {key: one.steps[~one.finite].tolist() for key, one in found.items() if not one.finite.all()}
+    logged = {key: series(log, key) for key in keys}
+    return {
+        key: values.steps[~values.finite].tolist()
+        for key, values in logged.items()
+        if not values.finite.all()
+    }
 
 
 def best_of(values: Sequence[float | None], metric: Metric) -> list[bool]:
-    """Which of the values of several runs are the best; none if fewer than two can be compared."""
-    known = [value for value in values if value is not None and np.isfinite(value)]
-    if metric.better is None or len(known) < 2:
+    """Return which of the values of several runs are the best; none if fewer than two are finite."""
+    finite = [value for value in values if value is not None and np.isfinite(value)]
+    if metric.better is None or len(finite) < 2:
         return [False] * len(values)
-    best = min(known) if metric.better == LOWER else max(known)
+    best = min(finite) if metric.better == LOWER else max(finite)
     return [value == best for value in values]

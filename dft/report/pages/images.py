@@ -1,4 +1,4 @@
-"""Figures as they leave this program: SVG within a page, PNG as a file."""
+"""Figures as SVG for HTML pages and as PNG files."""
 
 import io
 import re
@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from dft.files import write_bytes_atomically
 from dft.report.pages.figures import styled
 
-DOTS = 110
-"""Per inch of a PNG."""
-# What a page does not need: the header, where matplotlib comes from, a style that would meet the whole page,
-# and the font of its own that the page's replaces.
-NEEDLESS = re.compile(
+DPI = 110
+"""Resolution of a PNG."""
+# The parts of matplotlib's SVG that a page does not need: the header, the metadata, a style that would apply
+# to the whole page, and the font, which the page sets.
+REMOVED = re.compile(
     r"\A.*?(?=<svg)|<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->"
     r"| xmlns(?::xlink)?=\"[^\"]*\"| version=\"1.1\""
     r"|(?<=[\";] )font-family: [^;\"]*;? ?|(?<=\")font-family: [^;\"]*;? ?",
@@ -27,47 +27,50 @@ NEEDLESS = re.compile(
 SHORTHAND = re.compile(r"font: ([\d.]+px) [^;\"]*")
 SIZE = re.compile(r" (?:width|height)=\"[\d.]+pt\"")
 REFERENCE = re.compile(r"(?:url\(|href=\")#([^)\"]+)")
-DECIMALS = re.compile(r"(?<=[\s\"(,-])\d+\.\d{3,}(?=[\s\",)])")  # of coordinates; text stands between > and <
+DECIMALS = re.compile(r"(?<=[\s\"(,-])\d+\.\d{3,}(?=[\s\",)])")  # only coordinates: text is between > and <
 ID = re.compile(r" id=\"([^\"]+)\"")
 
 
 def inline_svg(figure: Figure, name: str, title: str) -> Markup:
-    """A figure to stand within HTML, as wide as its place there.
+    """Return a figure as SVG to embed in HTML, where it takes the width of its container.
 
     Args:
-        name: unique in the page; all ids begin with it.
-        title: what those hear who do not see it.
+        figure: the figure.
+        name: prefix of all ids, unique in the page.
+        title: description for screen readers.
     """
     stream = io.StringIO()
     with styled(), _without_warnings():
         figure.savefig(stream, format="svg")
-    text = SHORTHAND.sub(r"font-size: \1", NEEDLESS.sub("", stream.getvalue()))
-    opening, rest = text.split(">", 1)
+    text = SHORTHAND.sub(r"font-size: \1", REMOVED.sub("", stream.getvalue()))
+    opening, body = text.split(">", 1)
     opening = SIZE.sub("", opening)
-    # Only ids that something refers to are kept, counted in the order of their use.
-    used = {old: f"{name}-{place}" for place, old in enumerate(dict.fromkeys(REFERENCE.findall(rest)))}
-    rest = ID.sub(lambda found: f' id="{used[found[1]]}"' if found[1] in used else "", rest)
-    rest = REFERENCE.sub(lambda found: found[0].replace(found[1], used[found[1]]), rest)
-    rest = DECIMALS.sub(lambda found: f"{float(found[0]):.2f}", rest)
-    rest = re.sub(r"\n\s*", "\n", rest).strip()
-    return Markup(f'{opening} role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>{rest}')
+    # Keep only the ids that are referred to, numbered in the order of their use.
+    used = {old: f"{name}-{number}" for number, old in enumerate(dict.fromkeys(REFERENCE.findall(body)))}
+    body = ID.sub(lambda match: f' id="{used[match[1]]}"' if match[1] in used else "", body)
+    body = REFERENCE.sub(lambda match: match[0].replace(match[1], used[match[1]]), body)
+    body = DECIMALS.sub(lambda match: f"{float(match[0]):.2f}", body)
+    body = re.sub(r"\n\s*", "\n", body).strip()
+    return Markup(f'{opening} role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>{body}')
 
 
 def write_png(figure: Figure, path: Path, notes: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Writes a picture so that whoever opens it finds all of it, or what was there before.
+    """Write a figure as a PNG file, atomically.
 
     Args:
-        notes: text to keep within the file, by keyword.
+        figure: the figure.
+        path: the file.
+        notes: text chunks to store in the file, by keyword.
     """
     stream = io.BytesIO()
     with styled(), _without_warnings():
-        figure.savefig(stream, format="png", dpi=DOTS, metadata={"Software": None, **notes})
+        figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None, **notes})
     write_bytes_atomically(path, [stream.getvalue()])
 
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Names of runs may be in letters that the font lacks; boxes in a picture are no matter for a log."""
+    """Suppress warnings about missing glyphs, since names of runs may use scripts that the font lacks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

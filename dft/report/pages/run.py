@@ -1,4 +1,4 @@
-"""The page of one run: `report.html`, one file with nothing to load, and `report.png` for a glance."""
+"""The page of one run, `report.html`, which is self-contained, and its main figures, `report.png`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,20 +14,28 @@ from dft.metrics import CURVES, FURTHER_CURVES, MACHINE, OVERVIEW, Metric
 from dft.report.pages import sections
 from dft.report.pages.figures import EVALUATION, TRAIN, Line, curve_figure, histogram_figure, overview_figure
 from dft.report.pages.formatting import allow_breaks, format_number, mark_flags, replace_unprintable
-from dft.report.pages.history import EVAL, Log, histograms, not_finite, series
+from dft.report.pages.history import (
+    EVAL,
+    Log,
+    file_series,
+    first_and_last_histogram,
+    histograms,
+    nonfinite_steps,
+    series,
+)
 from dft.report.pages.images import inline_svg, write_png
-from dft.report.pages.tokens import SHADES, conversations
+from dft.report.pages.tokens import SHADES, conversation_views
 
 PAGE = "report.html"
 TEMPLATES = Path(__file__).parent
 
 
 def write_report_page(report: dict[str, Any], folder: Path) -> None:
-    """Writes `report.html` and `report.png` of a run into its folder, each as a whole.
+    """Write `report.html` and `report.png` into the folder of a run, each atomically.
 
     Args:
         report: the content of `report.json`.
-        folder: the output directory of the run; what lies there is named in the page.
+        folder: the output directory of the run; the page lists the files in it.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -36,14 +44,14 @@ def write_report_page(report: dict[str, Any], folder: Path) -> None:
 
 
 def write_page(html: str, picture: Figure, file: Path) -> None:
-    """Writes a page, and its picture beside it."""
+    """Write a page, and its picture under the same name with the extension .png."""
     write_atomically(file, [html])
     write_png(picture, file.with_suffix(".png"))
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure with its words."""
+    """A figure with its heading and caption."""
 
     name: str
     svg: Markup
@@ -51,34 +59,34 @@ class Panel:
 
 
 def run_page(report: dict[str, Any], folder: Path) -> str:
-    """The HTML of one run."""
+    """Return the HTML of the page of one run."""
     log = report["log"]
     return render(
         "run_report.html.jinja",
         report=report,
-        facts=sections.facts(report, folder),
+        summary=sections.summary_rows(report, folder),
         notes=sections.notes(report),
-        evaluated=sections.first_last_best(log, EVAL),
-        trained=sections.first_last_best(log, ""),
-        curves=panels(log, CURVES),
-        further=panels(log, FURTHER_CURVES),
+        evaluated=sections.spans(log, EVAL),
+        trained=sections.spans(log, ""),
+        curves=curve_panels(log, CURVES),
+        further=curve_panels(log, FURTHER_CURVES),
         histogram=histogram_panel(log),
         distribution=sections.distribution(histograms(log)),
-        conversations=conversations(report["tokens"]),
+        conversations=conversation_views(report["tokens"]),
         shades=range(SHADES),
-        files=sections.files_table(log),
+        file_series=file_series(log),
         data=sections.data_rows(report["data"], folder),
-        throughput=sections.throughput(log),
-        machine=panels(log, MACHINE),
+        machine=sections.machine_rows(log),
+        machine_curves=curve_panels(log, MACHINE),
         given=sections.argument_rows(report["given"]),
         arguments=sections.argument_rows(report["arguments"]),
         environment=sections.argument_rows(report["environment"]),
-        files_there=sections.files_there(folder),
+        existing_files=sections.existing_files(folder),
     )
 
 
 def render(template: str, **values: Any) -> str:
-    """A template beside this file, filled in. Whatever is no `Markup` is escaped."""
+    """Render a template of this folder. Values other than `Markup` are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -91,58 +99,65 @@ def render(template: str, **values: Any) -> str:
 
 
 def lines_of_metric(log: Log, metric: Metric) -> list[Line]:
-    """What training and evaluation logged of a metric; nothing where neither did."""
-    both = (Line("training", series(log, metric.name), TRAIN),)
-    both += (Line("evaluation", series(log, EVAL + metric.name), EVALUATION),)
-    return [line for line in both if len(line.series)]
+    """Return the curves of a metric in training and in evaluation, as far as it was logged."""
+    lines = (
+        Line("training", series(log, metric.name), TRAIN),
+        Line("evaluation", series(log, EVAL + metric.name), EVALUATION),
+    )
+    return [line for line in lines if len(line.series)]
 
 
-def panels(log: Log, metrics: Sequence[Metric]) -> list[Panel]:
-    """Those of the metrics that were logged."""
-    found = {metric: lines_of_metric(log, metric) for metric in metrics}
-    return [curve_panel(metric, lines, metric.name) for metric, lines in found.items() if lines]
+def curve_panels(log: Log, metrics: Sequence[Metric]) -> list[Panel]:
+    """Return a panel for each of the metrics that was logged."""
+    logged = ((metric, lines_of_metric(log, metric)) for metric in metrics)
+    return [curve_panel(metric, lines, metric.name) for metric, lines in logged if lines]
 
 
 def curve_panel(metric: Metric, lines: Sequence[Line], name: str) -> Panel:
-    """The curves of a metric. `name` is unique in the page."""
-    told = "; ".join(
+    """Return the panel of one metric.
+
+    Args:
+        metric: the metric.
+        lines: its curves.
+        name: an identifier that is unique in the page.
+    """
+    description = "; ".join(
         f"{line.label} from {format_number(line.series.first)} to {format_number(line.series.last)} "
         f"({len(line.series)} records)"
         for line in lines
     )
     return Panel(
-        metric.name, inline_svg(curve_figure(metric, lines), name, f"{name}: {told}"), metric.meaning
+        metric.name, inline_svg(curve_figure(metric, lines), name, f"{name}: {description}"), metric.meaning
     )
 
 
 def histogram_panel(log: Log) -> Panel | None:
-    """Of p, at the first evaluation and the newest; None where no evaluation has it."""
-    shown = histograms(log)
-    if not shown:
+    """Return the histograms of p of the first and the last evaluation; None if no evaluation has one."""
+    pair = first_and_last_histogram(log)
+    if pair is None:
         return None
-    before, after = (shown[0] if len(shown) > 1 else None), shown[-1]
-    told = ", ".join(
+    before, after = pair
+    shares = ", ".join(
         f"{100 * after.between(low, high):.1f} % of p {low:g} to {high:g}" for low, high in sections.RANGES
     )
     svg = inline_svg(
-        histogram_figure(before, after), "p-histogram", f"Tokens by p, step {after.step}: {told}"
+        histogram_figure(before, after), "p-histogram", f"Tokens by p, step {after.step}: {shares}"
     )
-    return Panel("p", svg, sections.histogram_words(before, after))
+    return Panel("p", svg, sections.histogram_caption(before, after))
 
 
 def run_picture(report: dict[str, Any]) -> Figure:
-    """The most important panels of a run in one picture."""
+    """Return the main figures of a run as one picture."""
     log, steps = report["log"], report["steps"]
     parts = [report["name"], sections.method(report)]
     if steps:
         parts.append(f"step {steps['done']:,} of {steps['total']:,}")
     parts.append(report["status"])
-    if broken := not_finite(log):
-        parts.append(f"not finite: {', '.join(broken)}")
-    shown = histograms(log)
-    found = {metric: lines_of_metric(log, metric) for metric in OVERVIEW}
+    if keys := nonfinite_steps(log):
+        parts.append(f"NaN or infinite: {', '.join(keys)}")
+    logged = ((metric, lines_of_metric(log, metric)) for metric in OVERVIEW)
     return overview_figure(
         replace_unprintable("   ·   ".join(part for part in parts if part)),
-        {metric.name: (metric, lines) for metric, lines in found.items() if lines},
-        (shown[0] if len(shown) > 1 else None, shown[-1]) if shown else None,
+        {metric.name: (metric, lines) for metric, lines in logged if lines},
+        first_and_last_histogram(log),
     )

@@ -1,4 +1,4 @@
-"""What the parts of a run's page say, as rows and sentences."""
+"""The rows and sentences of the sections of a run's page."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,45 +11,45 @@ import numpy as np
 from dft.console import clock
 from dft.metrics import ACC, MACHINE, NLL, QUALITY, Metric
 from dft.report.pages.formatting import format_argument, format_number
-from dft.report.pages.history import EVAL, PER_FILE, Histogram, Log, Series, file_names, not_finite, series
+from dft.report.pages.history import EVAL, Histogram, Log, Series, nonfinite_steps, series
 from dft.report.terminal.data import data_summary
 
 RANGES = ((0.0, 0.1), (0.1, 0.9), (0.9, 1.0))
-"""Of p, in the table below its histogram."""
+"""The ranges of p in the table below its histogram."""
 NEAR_ONE = 0.5
-"""Alpha from which a rise of nll beside that of acc is put down to the method."""
-STEPS_TOLD = 8
-"""Steps that a sentence lists."""
+"""From this alpha on, a rise of nll together with acc is explained as an effect of DFT."""
+MAX_LISTED_STEPS = 8
+"""Number of steps that a sentence lists."""
 FILES = {
     "model.safetensors": "the model; AutoModelForCausalLM.from_pretrained loads this folder",
     "model.safetensors.index.json": "the model; AutoModelForCausalLM.from_pretrained loads this folder",
-    "adapter_model.safetensors": "the adapter",
-    "report.json": "what this page is made of",
-    "trainer_state.json": "every logged value, the best step",
+    "adapter_model.safetensors": "the adapters",
+    "report.json": "the data of this page",
+    "trainer_state.json": "all logged values and the best step",
     "run_args.yaml": "the flags; train_dft.py --config run_args.yaml --output_dir NEW repeats the run",
-    "data_report.json": "what was read, kept, cut and dropped",
-    "rejected.jsonl": "lines that could not be used, and why",
-    "preflight.json": "what the untouched model thinks of the data",
+    "data_report.json": "how many conversations were read, used, truncated and dropped",
+    "rejected.jsonl": "lines that could not be used, with the reasons",
+    "preflight.json": "scores of the model on the data before training",
 }
-"""That a run may leave behind."""
+"""Files that a run may write, with their descriptions."""
 
 Row = tuple[str, str]
 
 
 def method(report: Mapping[str, Any]) -> str:
-    """`DFT, alpha 0.7`; empty where it is not known."""
+    """Return the method with its alpha, such as `DFT, alpha 0.7`; empty if it is not recorded."""
     if report["method"] is None:
         return ""
     return report["method"] + ("" if report["alpha"] is None else f", alpha {report['alpha']:g}")
 
 
-def facts(report: Mapping[str, Any], folder: Path) -> list[Row]:
-    """What was run; what is not known is left out."""
+def summary_rows(report: Mapping[str, Any], folder: Path) -> list[Row]:
+    """Return the method, model, steps, folder and time of a run, as far as they are recorded."""
     model, steps = report["model"], report["steps"]
     rows = []
-    if told := method(report):
-        weight = f": a token weighs {report['weight']}" if report["weight"] else ""
-        rows.append(("method", told + weight))
+    if name := method(report):
+        weight = f"; token weight: {report['weight']}" if report["weight"] else ""
+        rows.append(("method", name + weight))
     if model:
         parts = [model.get("name", "")]
         if "parameters" in model:
@@ -61,144 +61,150 @@ def facts(report: Mapping[str, Any], folder: Path) -> list[Row]:
         rows.append(("steps", f"{steps['done']:,} of {steps['total']:,} ({share:.0f} %)"))
     rows.append(("folder", str(folder.absolute())))
     if report["updated"]:
-        rows.append(("as of", report["updated"].replace("T", " ")))
+        rows.append(("updated", report["updated"].replace("T", " ")))
     return rows
 
 
-def files_there(folder: Path) -> list[Row]:
-    """What of a run's files lies in its folder, and what it is."""
+def existing_files(folder: Path) -> list[Row]:
+    """Return the files of a run that are in its folder, with their descriptions."""
     rows = [(name, meaning) for name, meaning in FILES.items() if (folder / name).is_file()]
     checkpoints = sorted(
-        (place.name for place in folder.glob("checkpoint-*") if place.is_dir()),
+        (path.name for path in folder.glob("checkpoint-*") if path.is_dir()),
         key=lambda name: (len(name), name),
     )
     if checkpoints:
         rows.append(
-            (", ".join(checkpoints), "checkpoints; --resume_from_checkpoint True goes on from the last")
+            (", ".join(checkpoints), "checkpoints; --resume_from_checkpoint auto resumes from the last one")
         )
     return rows
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
-    """What a reader should know before the numbers."""
+    """Return the remarks at the top of the page: missing, non-finite and unexpected values."""
     log = report["log"]
-    said = []
+    remarks = []
     if not log:
-        said.append("Nothing is logged yet.")
-    for key, steps in not_finite(log).items():
-        told = ", ".join(f"{step:,}" for step in steps[:STEPS_TOLD])
-        more = f" and {len(steps) - STEPS_TOLD:,} more" if len(steps) > STEPS_TOLD else ""
-        said.append(f"{key} is not finite at step {told}{more} (a cross in its figure).")
+        remarks.append("No metrics have been logged yet.")
+    for key, steps in nonfinite_steps(log).items():
+        listed = ", ".join(f"{step:,}" for step in steps[:MAX_LISTED_STEPS])
+        more = f" and {len(steps) - MAX_LISTED_STEPS:,} more" if len(steps) > MAX_LISTED_STEPS else ""
+        remarks.append(f"{key} is NaN or infinite at step {listed}{more} (a cross in its figure).")
     if log and not any(key.startswith(EVAL) for record in log for key in record):
-        said.append(
-            "No evaluation is logged. With --eval_data_files FILE or --validation_split_percentage 2 and "
-            "--eval_strategy steps --eval_steps N a run has them; --eval_on_start True adds the untouched "
-            "model."
+        remarks.append(
+            "This run has no evaluation. To evaluate, pass --eval_data_files FILE or "
+            "--validation_split_percentage 2 with --eval_strategy steps --eval_steps N; "
+            "--eval_on_start True also evaluates the model before training."
         )
-    if (report["alpha"] or 0) >= NEAR_ONE and (trade := _nll_for_acc(log)):
-        said.append(trade)
-    return said
+    if (report["alpha"] or 0) >= NEAR_ONE and (remark := _rising_nll(log)):
+        remarks.append(remark)
+    return remarks
 
 
-def _nll_for_acc(log: Log) -> str | None:
+def _rising_nll(log: Log) -> str | None:
+    """Return an explanation if nll and acc both rose on held-out data."""
     nll, acc = series(log, EVAL + NLL.name), series(log, EVAL + ACC.name)
     if min(len(nll), len(acc)) < 2 or not (nll.last > nll.first and acc.last > acc.first):
         return None
     return (
         f"On held-out data nll rose from {format_number(nll.first)} to {format_number(nll.last)} while acc "
         f"rose from {format_number(acc.first)} to {format_number(acc.last)}. With alpha near 1 this is "
-        "expected and not a fault: DFT stops training the tokens that the model considers very unlikely."
+        "expected: DFT gives up tokens that the model considers very unlikely."
     )
 
 
 @dataclass(frozen=True)
 class Span:
-    """A metric over a run. `best` is the best value and its step; None where there is no better."""
+    """A metric over a run.
+
+    Attributes:
+        metric: the metric.
+        series: its logged values.
+        best: the best value and its step; None if the metric has no best.
+    """
 
     metric: Metric
-    shown: Series
+    series: Series
     best: tuple[float, int] | None
 
 
-def first_last_best(log: Log, prefix: str) -> list[Span]:
-    """The metrics that training ("") or evaluation ("eval_") logged."""
-    spans = []
-    for metric in QUALITY:
-        if len(found := series(log, prefix + metric.name)):
-            spans.append(Span(metric, found, found.best(metric)))
-    return spans
+def spans(log: Log, prefix: str) -> list[Span]:
+    """Return the logged metrics of the model.
+
+    Args:
+        log: the log of the run.
+        prefix: "" for those of training, "eval_" for those of evaluation.
+    """
+    logged = ((metric, series(log, prefix + metric.name)) for metric in QUALITY)
+    return [Span(metric, values, values.best(metric)) for metric, values in logged if len(values)]
 
 
-def histogram_words(before: Histogram | None, after: Histogram) -> str:
-    """How to read the histogram, and what its "before" is."""
-    read = (
-        "How to read it: DFT polarizes, so tokens gather near p = 1 and some are given up near p = 0, while "
-        "SFT lifts them all, the hopeless ones most (Figure 2 of the paper). The scale is logarithmic."
+def histogram_caption(before: Histogram | None, after: Histogram) -> str:
+    """Return how to read the histogram of p.
+
+    Args:
+        before: the histogram of the first evaluation; None if there is only one evaluation.
+        after: the histogram of the last evaluation.
+    """
+    text = (
+        "DFT polarizes: most tokens move to p near 1, and some are given up near p = 0. SFT raises all "
+        "tokens, the unlikely ones most (Figure 2 of the paper). The vertical axis is logarithmic."
     )
     if before is None:
-        return f"{read} There is one evaluation with a histogram so far, at step {after.step:,}."
+        return f"{text} Only one evaluation has a histogram so far, at step {after.step:,}."
     if before.step:
         return (
-            f"{read} Here “before” is step {before.step:,}, not the untouched model: --eval_on_start True "
-            "evaluates that, too."
+            f"{text} Here “before” is step {before.step:,}; --eval_on_start True also evaluates the model "
+            "before training."
         )
-    return read
+    return text
 
 
-def distribution(shown: Sequence[Histogram]) -> list[dict[str, Any]]:
-    """Of each histogram, its step, its tokens and the share of them in each of `RANGES`, as text."""
+def distribution(histograms: Sequence[Histogram]) -> list[dict[str, Any]]:
+    """Return the step, the number of tokens and the formatted shares in `RANGES` of each histogram."""
     return [
         {
-            "step": one.step,
-            "tokens": int(one.counts.sum()),
-            "shares": [f"{100 * one.between(low, high):.1f}\u00a0%" for low, high in RANGES],
+            "step": histogram.step,
+            "tokens": int(histogram.counts.sum()),
+            "shares": [f"{100 * histogram.between(low, high):.1f}\u00a0%" for low, high in RANGES],
         }
-        for one in shown
-    ]
-
-
-def files_table(log: Log) -> list[dict[str, Any]]:
-    """Of each data file that evaluations tell apart, the first and last value of its metrics."""
-    return [
-        {
-            "file": name,
-            **{metric: series(log, f"{EVAL}{name}/{metric}") for metric in PER_FILE},
-        }
-        for name in file_names(log)
+        for histogram in histograms
     ]
 
 
 def data_rows(data: Mapping[str, Any], folder: Path) -> list[Row]:
-    """`data_summary` in two columns; nothing where the data is not known."""
+    """Return the lines of `data_summary` as two columns; nothing if the data is not recorded."""
     lines = data_summary(dict(data), str(folder)) if data else []
     return [(line[:12].strip(), line[12:]) for line in lines]
 
 
-def throughput(log: Log) -> list[Row]:
-    """Speed, memory and time."""
-    rows = []
-    for metric in MACHINE:
-        values = series(log, metric.name)
-        if not values.finite.any():
-            continue
-        known = values.values[values.finite]
-        if metric.unit == "GiB":
-            rows.append(("peak memory", f"{known.max():.2f} GiB"))
-        elif metric.unit == "tokens/s":
-            rows.append(("tokens per second", f"{format_number(float(np.median(known)))} (median)"))
-        else:
-            rows.append((metric.name.replace("_", " "), f"{100 * np.median(known):.1f} % (median)"))
-    if len(taught := series(log, "supervised_tokens")):
-        rows.append(("supervised tokens", f"{taught.values.sum():,.0f} trained on"))
+def machine_rows(log: Log) -> list[Row]:
+    """Return throughput, memory, number of tokens and durations."""
+    rows = [
+        _machine_row(metric, values.values[values.finite])
+        for metric in MACHINE
+        if (values := series(log, metric.name)).finite.any()
+    ]
+    if len(supervised := series(log, "supervised_tokens")):
+        rows.append(("supervised tokens", f"{supervised.values.sum():,.0f} in training"))
     for key, name in (("train_runtime", "run time"), ("eval_runtime", "last evaluation")):
         seconds = series(log, key).last
         if seconds is not None and math.isfinite(seconds):
             rows.append((name, clock(seconds)))
     left = series(log, "seconds_left").last
     if left and math.isfinite(left) and not len(series(log, "train_runtime")):
-        rows.append(("left", clock(left)))
+        rows.append(("time left", clock(left)))
     return rows
 
 
+def _machine_row(metric: Metric, values: np.ndarray) -> Row:
+    """Return the maximum of a metric in GiB, the median of any other; a metric without a unit is a share."""
+    name = metric.name.replace("_gib", "").replace("_", " ")
+    if metric.unit == "GiB":
+        return name, f"{values.max():.2f} GiB"
+    median = float(np.median(values))
+    return name, f"{format_number(median) if metric.unit else f'{100 * median:.1f} %'} (median)"
+
+
 def argument_rows(values: Mapping[str, Any]) -> list[Row]:
+    """Return names and formatted values of flags."""
     return [(name, format_argument(value)) for name, value in values.items()]

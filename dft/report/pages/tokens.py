@@ -1,4 +1,4 @@
-"""Conversations token by token, each target with the probability that the model gave to it."""
+"""Conversations shown token by token, each supervised token with the probability that the model gives it."""
 
 import math
 from collections.abc import Iterator
@@ -9,14 +9,19 @@ from typing import Any
 import numpy as np
 
 SHADES = 10
-"""Of p, equal parts of [0, 1]."""
-BELONGS = "belongs to the next letter"
+"""Number of background colors, for equal parts of [0, 1]."""
+PART_TITLE = "part of the next character"
 
 
 @dataclass(frozen=True)
 class TextPiece:
-    """A stretch of a token. `kind`: "text", or what would be invisible: "space", "tab", "control";
-    "part" stands for a token without text of its own."""
+    """Part of the text of a token.
+
+    Attributes:
+        kind: "text"; "space", "tab" or "control" for characters that would be invisible; "part" for a token
+            without text of its own, because it is a part of a character.
+        text: what is shown.
+    """
 
     kind: str
     text: str
@@ -24,12 +29,12 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class Token:
-    """A target, or a stretch of unsupervised tokens.
+    """A supervised token, a token that ends a turn, or a stretch of other tokens.
 
     Attributes:
-        lines: what it reads; all but the last end with a newline.
-        p: probability of it; None where it is not supervised.
-        before: the same, at the first evaluation; None where that is not known.
+        lines: its text in lines and pieces; all lines but the last end with a newline.
+        p: its probability; None if it is not supervised.
+        before: its probability in the first evaluation; None if that is not recorded.
         end: whether it ends a turn.
     """
 
@@ -40,25 +45,32 @@ class Token:
 
     @property
     def percent(self) -> str:
-        """p in whole percent, rounded down: 100 is certainty."""
+        """The probability in percent, rounded down, so that 100 means certainty; "?" for NaN."""
         return "?" if self.p is None or math.isnan(self.p) else str(int(100 * self.p))
 
     @property
     def shade(self) -> int:
-        """From 0 to SHADES - 1."""
+        """Index of the background color, from 0 to SHADES - 1."""
         return 0 if self.p is None or math.isnan(self.p) else min(int(SHADES * self.p), SHADES - 1)
 
     @property
     def title(self) -> str:
-        told = f"p {self.p:.4g}"
+        """Text of the tooltip."""
+        text = f"p {self.p:.4g}"
         if self.before is not None:
-            told += f", before {self.before:.4g}"
-        return told + (", ends the turn" if self.end else "")
+            text += f", before {self.before:.4g}"
+        return text + (", ends the turn" if self.end else "")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A conversation under the model of one step."""
+    """The tokens of a conversation with their probabilities at one step.
+
+    Attributes:
+        step: optimizer step of the evaluation.
+        tokens: all tokens.
+        mean: mean probability of the supervised tokens; None without any.
+    """
 
     step: int
     tokens: list[Token]
@@ -67,58 +79,64 @@ class Reading:
 
 @dataclass(frozen=True)
 class ConversationView:
-    """One conversation of the evaluation.
+    """A conversation of the evaluation data.
 
     Attributes:
-        place: its file and line.
-        shortened: whether tokens in front were left out.
-        readings: at the first evaluation and at the newest; one where there is no other.
+        origin: its file and line.
+        shortened: whether its first tokens are left out.
+        readings: of the first and of the last evaluation, or of the only one.
     """
 
-    place: str
+    origin: str
     shortened: bool
     readings: list[Reading]
 
 
-def conversations(views: list[dict[str, Any]]) -> list[ConversationView]:
-    """The conversations of the newest evaluation, each beside itself at the first; of `report["tokens"]`."""
+def conversation_views(views: list[dict[str, Any]]) -> list[ConversationView]:
+    """Return the conversations of the last evaluation, each with its reading in the first evaluation.
+
+    Args:
+        views: the scored conversations of the first and the last evaluation: `tokens` of a report.
+    """
     if not views:
         return []
-    first, newest = views[0], views[-1]
-    earlier = {} if first is newest else {_key(one): one for one in first["conversations"]}
-    made = []
-    for number, one in enumerate(newest["conversations"], 1):
-        old = earlier.get(_key(one))
-        readings = [] if old is None else [_reading(first["step"], old)]
-        readings.append(_reading(newest["step"], one, old))
-        place = f"{one['file']}:{one['line']}" if one["file"] else f"conversation {number}"
-        made.append(ConversationView(place, one.get("shortened", False), readings))
-    return made
+    first, last = views[0], views[-1]
+    earlier = {} if first is last else {_key(scored): scored for scored in first["conversations"]}
+    shown = []
+    for number, scored in enumerate(last["conversations"], 1):
+        before = earlier.get(_key(scored))
+        readings = [] if before is None else [_reading(first["step"], before)]
+        readings.append(_reading(last["step"], scored, before))
+        origin = f"{scored['file']}:{scored['line']}" if scored["file"] else f"conversation {number}"
+        shown.append(ConversationView(origin, scored.get("shortened", False), readings))
+    return shown
 
 
-def _key(one: dict[str, Any]) -> tuple[Any, ...]:
-    return (one["file"], one["line"], *(text for text, _, _ in one["tokens"]))
+def _key(scored: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what identifies a conversation in two evaluations: its origin and texts."""
+    return (scored["file"], scored["line"], *(text for text, _, _ in scored["tokens"]))
 
 
-def _reading(step: int, one: dict[str, Any], old: dict[str, Any] | None = None) -> Reading:
-    known = [p for _, p, _ in one["tokens"] if p is not None]
-    return Reading(step, list(_tokens(one, old)), float(np.mean(known)) if known else None)
+def _reading(step: int, scored: dict[str, Any], before: dict[str, Any] | None = None) -> Reading:
+    supervised = [p for _, p, _ in scored["tokens"] if p is not None]
+    mean = float(np.mean(supervised)) if supervised else None
+    return Reading(step, list(_tokens(scored, before)), mean)
 
 
-def _tokens(one: dict[str, Any], old: dict[str, Any] | None) -> Iterator[Token]:
-    """Targets one by one; what lies between them as one stretch, apart from tokens that end a turn."""
-    ps = [None] * len(one["tokens"]) if old is None else [p for _, p, _ in old["tokens"]]
-    pairs = zip(one["tokens"], ps, strict=True)
-    for plain, group in groupby(pairs, key=lambda pair: pair[0][1] is None and not pair[0][2]):
-        if plain:
+def _tokens(scored: dict[str, Any], before: dict[str, Any] | None) -> Iterator[Token]:
+    """Yield supervised and end-of-turn tokens one by one, and the tokens between them as one stretch."""
+    earlier = [None] * len(scored["tokens"]) if before is None else [p for _, p, _ in before["tokens"]]
+    pairs = zip(scored["tokens"], earlier, strict=True)
+    for is_plain, group in groupby(pairs, key=lambda pair: pair[0][1] is None and not pair[0][2]):
+        if is_plain:
             yield Token(lines_of("".join(text for (text, _, _), _ in group)))
             continue
-        for (text, p, end), before in group:
-            yield Token(lines_of(text) if text else [[TextPiece("part", BELONGS)]], p, before, end)
+        for (text, p, end), p_before in group:
+            yield Token(lines_of(text) if text else [[TextPiece("part", PART_TITLE)]], p, p_before, end)
 
 
 def lines_of(text: str) -> list[list[TextPiece]]:
-    """Text in lines and pieces: white space and control characters apart, so that they can be shown."""
+    """Split text into lines and pieces, with white space and control characters as pieces of their own."""
     lines: list[list[TextPiece]] = [[]]
     for kind, letters in groupby(text, key=_kind):
         if kind == "text":
@@ -134,5 +152,5 @@ def lines_of(text: str) -> list[list[TextPiece]]:
 
 
 def _kind(letter: str) -> str:
-    known = {"\n": "newline", " ": "space", "\t": "tab"}.get(letter)
-    return known or ("text" if letter.isprintable() else "control")
+    kind = {"\n": "newline", " ": "space", "\t": "tab"}.get(letter)
+    return kind or ("text" if letter.isprintable() else "control")

@@ -1,4 +1,4 @@
-"""The page of a run tells what its report holds, loads nothing, and is made of whatever there is."""
+"""The page of a run shows its report, is self-contained, and is written for incomplete reports too."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ from dft.metrics import CURVES, FURTHER_CURVES, QUALITY
 from dft.report.pages.formatting import format_number
 from dft.report.pages.run import run_page, run_picture, write_report_page
 from dft.report.pages.sections import notes
-from dft.report.pages.tokens import conversations, lines_of
+from dft.report.pages.tokens import conversation_views, lines_of
 from dft.report.terminal.data import data_summary
 from tests.launching import ROOT
 from tests.report.reports import DATA, Page, conversation, eval_record, run_report, train_record
@@ -30,40 +30,40 @@ def page(html) -> Page:
     return Page(html)
 
 
-def test_nothing_is_loaded_or_run(html, page):
+def test_the_page_is_self_contained_and_runs_no_script(html, page):
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "link", "img", "iframe", "object", "embed", "base"}
     assert not page.values("src") and not page.values("onclick")
-    assert all(one.startswith("#") for one in page.values("href") + page.values("xlink:href"))
+    assert all(link.startswith("#") for link in page.values("href") + page.values("xlink:href"))
     assert "http:" not in html and "https:" not in html and "@import" not in html
     assert all(inner.startswith("#") for inner in re.findall(r"url\(([^)]*)\)", html))
     assert page.values("content")[1] == "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def test_no_two_elements_share_an_id(page):
+def test_ids_are_unique(page):
     assert len(page.values("id")) == len(set(page.values("id"))) > 10
 
 
-def test_the_summary_says_what_was_run(page):
+def test_the_summary_describes_the_run(page):
     assert page.text.count("first <run>") == 2, "the title and the heading, escaped in the file"
-    assert page.row("method") == ["DFT, alpha 1: a token weighs alpha * p + (1 - alpha)"]
+    assert page.row("method") == ["DFT, alpha 1; token weight: alpha * p + (1 - alpha)"]
     assert page.row("model") == ["m/tiny, 1.5 M parameters, float32 weights, sdpa attention"]
     assert page.row("steps") == ["2 of 2 (100 %)"]
     assert page.row("folder") == [str(FOLDER)]
-    assert page.row("as of") == ["2026-01-02 03:04:05"]
+    assert page.row("updated") == ["2026-01-02 03:04:05"]
 
 
-def test_the_numbers_are_those_of_the_log(page):
+def test_the_tables_show_logged_values(page):
     assert page.row("nll") == ["1.2500", "1.5000", "1.2500 at 0"]
     assert page.row("acc") == ["0.6000", "0.7500", "0.7500 at 2"]
-    assert page.row("loss") == ["0.3500", "0.3500", "–"], "no value of the loss is the best"
+    assert page.row("loss") == ["0.3500", "0.3500", "–"], "the loss has no best value"
     assert page.row("entropy") == ["0.9000", "0.9000", "–"]
     assert page.row("nll", 1) == ["2.0000", "1.0000"] and page.row("loss", 1) == ["0.2500", "0.1250"]
     assert "first, step\xa00" in page.text and "last, step\xa02" in page.text
     assert "nll rose from 1.2500 to 1.5000 while acc rose from 0.6000 to 0.7500" in page.text
 
 
-def test_every_logged_metric_has_a_figure_and_its_meaning(page):
+def test_each_logged_metric_has_a_figure_and_its_meaning(page):
     labels = page.values("aria-label")
     logged = ("loss", "nll", "avg_p_correct", "acc", "grad_norm", "learning_rate", "entropy")
     assert all(sum(label.startswith(f"{name}: ") for label in labels) == 1 for name in logged)
@@ -76,21 +76,21 @@ def test_every_logged_metric_has_a_figure_and_its_meaning(page):
     assert {metric.name for metric in QUALITY} <= {metric.name for metric in (*CURVES, *FURTHER_CURVES)}
 
 
-def test_the_histogram_has_a_table_of_before_and_after(page):
+def test_the_histogram_has_a_table_of_shares_before_and_after(page):
     assert page.row("before, step 0 (31 tokens)") == ["38.7\u00a0%", "51.6\u00a0%", "9.7\u00a0%"]
     assert page.row("after, step 2 (42 tokens)") == ["9.5\u00a0%", "40.5\u00a0%", "50.0\u00a0%"]
-    assert "How to read it: DFT polarizes" in page.text and "--eval_on_start" not in page.text
+    assert "DFT polarizes: most tokens" in page.text and "--eval_on_start" not in page.text
 
 
-def test_a_first_evaluation_after_step_0_is_not_taken_for_the_untouched_model():
+def test_a_first_evaluation_after_step_0_is_labeled_as_such():
     log = [eval_record(5, [1] * 20), eval_record(9, [2] * 20)]
-    told = Page(run_page(run_report(log=log), FOLDER)).text
-    assert "“before” is step 5, not the untouched model: --eval_on_start True evaluates that, too." in told
-    told = Page(run_page(run_report(log=log[:1]), FOLDER)).text
-    assert "There is one evaluation with a histogram so far, at step 5." in told
+    text = Page(run_page(run_report(log=log), FOLDER)).text
+    assert "“before” is step 5; --eval_on_start True also evaluates the model before training." in text
+    text = Page(run_page(run_report(log=log[:1]), FOLDER)).text
+    assert "Only one evaluation has a histogram so far, at step 5." in text
 
 
-def test_targets_are_shown_with_their_p_before_and_after(page):
+def test_tokens_are_shown_with_p_before_and_after(page):
     assert page.targets == [
         ["p 0.125", "</script>", "12", "p1"],
         ["p 0.5, ends the turn", "<|im_end|>", "50", "p5 end"],
@@ -102,9 +102,11 @@ def test_targets_are_shown_with_their_p_before_and_after(page):
     assert page.text.count("<|im_start|>user↵q") == 2
 
 
-def test_white_space_and_what_is_no_letter_are_visible():
-    one = conversation(("a b\n\n\tc", 0.5), ("", 0.25), ("\x00\u202e\r", 0.0), ("&amp;<", 1.0), prompt=" \n")
-    view = {"step": 3, "conversations": [{**one, "shortened": True}]}
+def test_white_space_and_control_characters_are_visible():
+    scored = conversation(
+        ("a b\n\n\tc", 0.5), ("", 0.25), ("\x00\u202e\r", 0.0), ("&amp;<", 1.0), prompt=" \n"
+    )
+    view = {"step": 3, "conversations": [{**scored, "shortened": True}]}
     html = run_page(run_report(log=[], tokens=[view]), FOLDER)
     page = Page(html)
     assert [text for _, text, _, _ in page.targets] == [
@@ -112,29 +114,29 @@ def test_white_space_and_what_is_no_letter_are_visible():
     ]  # fmt: skip
     assert [percent for _, _, percent, _ in page.targets] == ["50", "", "", "25", "0", "100"]
     assert html.count('<i class="sp"> </i>') == 2
-    assert "Only its last tokens." in page.text and "\x00" not in html
+    assert "Only the last tokens are shown." in page.text and "\x00" not in html
 
 
-def test_lines_are_cut_at_newlines_only():
+def test_lines_end_at_newlines_only():
     kinds = [[(piece.kind, piece.text) for piece in line] for line in lines_of("\nx y\n")]
     assert kinds == [[], [("text", "x"), ("space", " "), ("text", "y")], []]
     assert lines_of("a\u2028b")[0][1].text == "\\u2028"
 
 
-def test_a_conversation_is_beside_itself_alone():
-    one, other = conversation(("a", 0.1)), {**conversation(("a", 0.2)), "line": 4}
+def test_a_conversation_is_compared_with_itself_only():
+    scored, other = conversation(("a", 0.1)), {**conversation(("a", 0.2)), "line": 4}
     changed = conversation(("b", 0.3))
     for newest in (other, changed):
-        views = [{"step": 0, "conversations": [one]}, {"step": 1, "conversations": [newest]}]
-        (shown,) = conversations(views)
+        views = [{"step": 0, "conversations": [scored]}, {"step": 1, "conversations": [newest]}]
+        (shown,) = conversation_views(views)
         assert [reading.step for reading in shown.readings] == [1]
         assert shown.readings[0].tokens[1].before is None
-    nowhere = {**one, "file": "", "line": -1}
-    (shown,) = conversations([{"step": 0, "conversations": [nowhere]}])
-    assert shown.place == "conversation 1"
+    nowhere = {**scored, "file": "", "line": -1}
+    (shown,) = conversation_views([{"step": 0, "conversations": [nowhere]}])
+    assert shown.origin == "conversation 1"
 
 
-def test_files_are_told_apart():
+def test_metrics_per_file_have_a_table():
     log = [
         {**eval_record(step), "eval_x/a.jsonl/nll": nll, "eval_x/a.jsonl/avg_p_correct": p}
         for step, nll, p in ((0, 2.0, 0.25), (5, 1.5, 0.375))
@@ -145,51 +147,54 @@ def test_files_are_told_apart():
     assert page.row("b.jsonl") == ["0.5000", "0.5000", "–", "–"]
 
 
-def test_the_data_report_is_that_of_the_terminal(page):
+def test_the_data_section_has_the_lines_of_the_terminal(page):
     for line in data_summary(DATA, str(FOLDER)):
         assert [line[:12].strip(), line[12:]] in page.rows
 
 
-def test_arguments_stand_in_the_page_once_as_given_and_once_among_all(page):
+def test_given_arguments_and_all_arguments_are_listed(page):
     assert page.row("data_files") == page.row("data_files", 1) == ['["a<b>.jsonl"]']
     assert page.row("seed") == ["42"] and page.row("optim_args") == ["null"]
     assert "All 6 arguments" in page.text
     assert page.row("git_commit") == ["null"] and page.row("ranks") == ["2"]
 
 
-def test_speed_and_time(page):
+def test_throughput_memory_and_durations(page):
     assert page.row("tokens per second") == ["1500 (median)"]
     assert page.row("peak memory") == ["1.50 GiB"] and page.row("run time") == ["0:01:15"]
-    assert page.row("supervised tokens") == ["80 trained on"]
+    assert page.row("supervised tokens") == ["80 in training"]
 
 
-NOTHING = {"log": [], "tokens": [], "data": {}, "environment": {}, "arguments": {}, "given": {}, "model": {}}
+NOTHING = {
+    "log": [], "tokens": [], "data": {}, "environment": {}, "arguments": {}, "given": {}, "model": {},
+    "method": None, "alpha": None, "updated": None, "steps": {},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({**NOTHING, "method": None, "alpha": None, "updated": None, "steps": {}}, "Nothing is logged yet."),
+        (NOTHING, "No metrics have been logged yet."),
         ({"log": [], "status": "running", "steps": {"done": 0, "total": 0}}, "0 of 0 (0 %)"),
-        ({"log": [train_record(1)], "tokens": []}, "No evaluation is logged. With --eval_data_files FILE"),
+        ({"log": [train_record(1)], "tokens": []}, "To evaluate, pass --eval_data_files FILE or"),
         ({"log": [eval_record(4)]}, "No evaluation has a histogram of p."),
         ({"log": [eval_record(4, [0] * 20)]}, "evaluation, step 4 (0 tokens)"),
         ({"log": [{"step": 9, "train_runtime": 3661.0}]}, "1:01:01"),
-        ({"log": [{"step": 1, "nll": NAN}]}, "nll is not finite at step 1 (a cross in its figure)."),
+        ({"log": [{"step": 1, "nll": NAN}]}, "nll is NaN or infinite at step 1 (a cross in its figure)."),
         ({"log": [{"step": step, "nll": INF} for step in range(1, 12)]}, "6, 7, 8 and 3 more"),
-        ({"log": [eval_record(0, nll=NAN), eval_record(1, nll=NAN)]}, "eval_nll is not finite at step 0, 1"),
-        ({"log": [], "tokens": [{"step": 3, "conversations": []}]}, "None were kept"),
+        ({"log": [eval_record(n, nll=NAN) for n in (0, 1)]}, "eval_nll is NaN or infinite at step 0, 1"),
+        ({"log": [], "tokens": [{"step": 3, "conversations": []}]}, "None yet: evaluations record them."),
         ({"log": [], "tokens": [{"step": 3, "conversations": [conversation(("a", NAN))]}]}, "mean p NaN"),
-        ({"log": [], "alpha": 0.0, "method": "SFT", "weight": "1"}, "SFT, alpha 0: a token weighs 1"),
+        ({"log": [], "alpha": 0.0, "method": "SFT", "weight": "1"}, "SFT, alpha 0; token weight: 1"),
         ({"log": [], "name": "\udcff{{ 7 * 7 }}"}, "{{ 7 * 7 }}: run report"),
         ({"log": [], "status": "stopped: nll is not finite"}, "stopped: nll is not finite"),
     ],
 )  # fmt: skip
-def test_a_page_is_made_of_whatever_there_is(changes, expected):
+def test_pages_of_incomplete_reports(changes, expected):
     assert expected in Page(run_page(run_report(**changes), FOLDER)).text
 
 
-def test_what_is_not_finite_is_shown_as_such():
+def test_nonfinite_values_are_shown():
     log = [{"step": 1, "nll": NAN}, {"step": 2, "nll": INF}]
     assert Page(run_page(run_report(log=log), FOLDER)).row("nll") == ["NaN", "inf"]
     assert [format_number(value) for value in (None, 3, 12345.6, 0.0, 2e-6)] == [
@@ -201,13 +206,13 @@ def test_what_is_not_finite_is_shown_as_such():
     ]
 
 
-@pytest.mark.parametrize(("alpha", "nll", "told"), [(1.0, 1.5, 1), (0.0, 1.5, 0), (1.0, 1.0, 0)])
-def test_a_rise_of_nll_is_explained_where_the_method_explains_it(alpha, nll, told):
+@pytest.mark.parametrize(("alpha", "nll", "count"), [(1.0, 1.5, 1), (0.0, 1.5, 0), (1.0, 1.0, 0)])
+def test_a_rise_of_nll_and_acc_is_explained_for_alpha_near_1(alpha, nll, count):
     log = [eval_record(0), eval_record(1, nll=nll, acc=0.75)]
-    assert len([note for note in notes(run_report(alpha=alpha, log=log)) if "rose from" in note]) == told
+    assert len([note for note in notes(run_report(alpha=alpha, log=log)) if "rose from" in note]) == count
 
 
-def test_page_and_picture_are_written_alike_each_time_and_nothing_else(tmp_path):
+def test_page_and_picture_are_deterministic_and_the_only_files(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         write_report_page(json.loads(json.dumps(run_report())), tmp_path / name)
@@ -218,13 +223,13 @@ def test_page_and_picture_are_written_alike_each_time_and_nothing_else(tmp_path)
     assert (tmp_path / "a/report.png").read_bytes() == (tmp_path / "b/report.png").read_bytes()
 
 
-def test_files_of_the_folder_are_named(tmp_path):
+def test_existing_files_are_listed(tmp_path):
     for name in ("trainer_state.json", "model.safetensors", "other.txt"):
         (tmp_path / name).touch()
     for step in (900, 1000):
         (tmp_path / f"checkpoint-{step}").mkdir()
     page = Page(run_page(run_report(log=[]), tmp_path))
-    assert page.row("trainer_state.json") == ["every logged value, the best step"]
+    assert page.row("trainer_state.json") == ["all logged values and the best step"]
     assert page.row("checkpoint-900, checkpoint-1000") and "other.txt" not in page.text
 
 
@@ -235,31 +240,33 @@ def test_the_picture_has_the_panels_and_the_histogram():
     curves = ["loss", "nll", "avg_p_correct", "acc", "grad_norm", "learning_rate", "entropy"]
     assert shown == [*curves, "share of tokens by p"]
     assert figure.get_suptitle() == (
-        "first <run>   ·   DFT, alpha 1   ·   step 2 of 2   ·   finished   ·   not finite: nll"
+        "first <run>   ·   DFT, alpha 1   ·   step 2 of 2   ·   finished   ·   NaN or infinite: nll"
     )
 
 
 def test_training_starts_without_matplotlib():
-    found, pending = set(), ["train_dft", "dft"]
+    visited, pending = set(), ["train_dft", "dft"]
     while pending:
         name = pending.pop()
         path = ROOT / name.replace(".", "/")
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        if name in found or not file.is_file():
+        if name in visited or not file.is_file():
             continue
-        found.add(name)
+        visited.add(name)
         imported = names_imported(file)
-        assert not [one for one in imported if one.startswith("matplotlib")], f"{name} imports matplotlib"
+        assert not [module for module in imported if module.startswith("matplotlib")], (
+            f"{name} imports matplotlib"
+        )
         pending += imported
-    assert {"dft.report.run_record", "dft.training.trainer"} <= found
+    assert {"dft.report.run_record", "dft.training.trainer"} <= visited
 
 
 def names_imported(file: Path) -> list[str]:
-    """What a module imports as it is itself imported; of `from a import b` both a and a.b."""
+    """Return the modules that a file imports at its top level; for `from a import b` both a and a.b."""
     names = []
     for statement in ast.parse(file.read_text()).body:
         if isinstance(statement, ast.Import):
-            names += [one.name for one in statement.names]
+            names += [alias.name for alias in statement.names]
         elif isinstance(statement, ast.ImportFrom):
-            names += [statement.module, *(f"{statement.module}.{one.name}" for one in statement.names)]
+            names += [statement.module, *(f"{statement.module}.{alias.name}" for alias in statement.names)]
     return names
