@@ -98,9 +98,9 @@ class EncodedChunk:
 
 
 class _EncodedConversation(NamedTuple):
-    """A conversation with at least one sequence left after truncation; see `EncodedChunk`."""
+    """A conversation of which at least one sequence is left after truncation; see `EncodedChunk`."""
 
-    index: int
+    record_index: int
     line: int
     examples: list[Example]
     token_digest: bytes
@@ -219,7 +219,7 @@ def _concatenate(
         labels,
         lengths,
         np.add.reduceat(labels != IGNORE_INDEX, starts, dtype=np.int64) if examples else lengths,
-        per_sequence([item.index for item in conversations], np.int64),
+        per_sequence([item.record_index for item in conversations], np.int64),
         per_sequence([item.line for item in conversations], np.int64),
         per_sequence([item.token_digest for item in conversations], DIGEST_DTYPE),
         per_sequence([item.label_digest for item in conversations], DIGEST_DTYPE),

@@ -34,7 +34,7 @@ def build_report(
     total = sum((part for group in counts.values() for part in group), ConversationCounts())
     endings = dict(total.endings.most_common())
     turns = np.repeat([*total.turns.keys()] or [0], [*total.turns.values()] or [1])
-    report = {
+    report: dict[str, Any] = {
         "conversations_read": total.read,
         "rejected": total.rejected.total(),
         "rejected_by_reason": dict(total.rejected.most_common()),

@@ -1,6 +1,6 @@
 """Encoding of data files into one Arrow file of sequences, in parallel."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +72,7 @@ def encode_sources(
 
 def _encoded_chunks(
     sources: list[DataFile], encoder: ChatEncoder, options: EncodeOptions, workers: int, texts: RejectedTexts
-) -> Iterator[tuple[int, EncodedChunk]]:
+) -> Generator[tuple[int, EncodedChunk], None, None]:
     """Yield the file number and the encoded chunk of all chunks in order, with a progress bar over bytes.
 
     Raises:

@@ -118,9 +118,10 @@ class SequenceWriter:
 
     def result(self) -> EncodedSequences:
         """Return all sequences written."""
-        dtypes = {"token_digests": DIGEST_DTYPE, "label_digests": DIGEST_DTYPE, "sources": np.int32}
+        digest = np.dtype(DIGEST_DTYPE)
+        dtypes = {"token_digests": digest, "label_digests": digest, "sources": np.dtype(np.int32)}
         columns = {
-            name: np.concatenate([np.zeros(0, dtype=dtypes.get(name, np.int64)), *parts])
+            name: np.concatenate([np.zeros(0, dtype=dtypes.get(name, np.dtype(np.int64))), *parts])
             for name, parts in self.columns.items()
         }
         return EncodedSequences(path=self.path, rows=np.arange(len(columns["lengths"])), **columns)

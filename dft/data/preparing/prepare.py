@@ -142,7 +142,8 @@ def prepare(
     names = {group: [source.name for source in members] for group, members in sources.items()}
     report = add_file_names(json.loads((target / REPORT).read_text(encoding="utf-8")), names)
     report["prepared_path"] = str(target)
-    datasets = {split: _load_split(target, split, names) for split in ("train", "eval") if split in report}
+    splits: list[str] = [split for split in ("train", "eval") if split in report]
+    datasets = {split: _load_split(target, split, names) for split in splits}
     return PreparedData(datasets, report, target, names)
 
 

@@ -6,7 +6,7 @@ import queue
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ def map_in_processes(
     function: Callable[..., Result],
     shared: tuple[Any, ...],
     workers: int,
-) -> Iterator[tuple[Label, Result]]:
+) -> Generator[tuple[Label, Result], None, None]:
     """Yield `(label, function(*shared, task))` for each `(label, task)`, in order.
 
     When the iterator is exhausted or closed, or an exception such as KeyboardInterrupt passes through it, the

@@ -122,7 +122,7 @@ class ConversationRenderer:
             if not text[match.end() : end].strip():
                 return match.end(), match.group()
         # Only the content is tagged, but the model generates the stop token too.
-        match = self.special_pattern.match(text, end)
-        if match and match.group() in self.stops:
-            return match.end(), match.group()
+        following = self.special_pattern.match(text, end)
+        if following and following.group() in self.stops:
+            return following.end(), following.group()
         return end, None

@@ -91,10 +91,10 @@ class TurnBounds:
                 if match.group() in self.stops:
                     return match.end(), match.group()
         content_end = self._content_end(chat, index, transcript, start, has_special)
-        tail = list(self.special_pattern.finditer(transcript, content_end))
-        match = next((item for item in tail if item.group() in self.stops), tail[0] if tail else None)
-        if match is not None:
-            return match.end(), match.group()
+        specials = list(self.special_pattern.finditer(transcript, content_end))
+        stops = [match for match in specials if match.group() in self.stops]
+        if candidates := stops or specials:
+            return candidates[0].end(), candidates[0].group()
         return max(content_end, len(transcript.rstrip())), None
 
     def _content_end(

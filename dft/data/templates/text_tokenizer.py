@@ -147,13 +147,13 @@ class TextTokenizer:
         behind = first_token_from(encoding, position, len(piece.text))
         if behind == 0:
             return position == 0
-        if encoding.token_to_chars(behind - 1)[1] > position:
+        if _characters_of(encoding, behind - 1)[1] > position:
             return False
         first = behind - 1
         while first >= 0 and behind - first < COMPARED_TOKENS and ids[first] not in self.added_ids:
             first -= 1
         if first >= 0 and ids[first] in self.added_ids:
-            header = piece.text[encoding.token_to_chars(first)[0] : position]
+            header = piece.text[_characters_of(encoding, first)[0] : position]
             return ids[first:behind] == self._cached_ids(header)
         return ids[:behind] == self.token_ids(piece.text[:position])
 
@@ -176,5 +176,12 @@ def first_token_from(encoding: Encoding, position: int, length: int) -> int:
     for character in range(position, length):
         token = encoding.char_to_token(character)
         if token is not None:  # characters that a normalizer drops belong to no token
-            return token if encoding.token_to_chars(token)[0] >= position else token + 1
+            return token if _characters_of(encoding, token)[0] >= position else token + 1
     return len(encoding)
+
+
+def _characters_of(encoding: Encoding, token: int) -> tuple[int, int]:
+    """Return the [start, end) character range of a token."""
+    characters = encoding.token_to_chars(token)
+    assert characters is not None, "only tokens that a post-processor adds have no characters"
+    return characters
