@@ -2,11 +2,12 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from dft.arguments.parser import default_flags
+from dft.arguments.parser import Parser, default_flags
 from dft.data.conversations.conversation import parse_conversation
 from dft.metrics import CONSOLE, metrics_named
 from dft.training.measuring import console
@@ -152,6 +153,23 @@ def flags() -> set[str]:
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_exists(name, flags):
     assert not set(FLAG.findall(text_of(name))) - flags
+
+
+def training_commands() -> list[list[str]]:
+    """Return the flags of every complete call of train_dft.py or scripts/train.sh in the pages."""
+    blocks = [block for name in PAGES for block in re.findall(r"```bash\n(.*?)```", text_of(name), re.DOTALL)]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "$" not in line]
+    calls = [re.search(r"train(?:_dft\.py|\.sh) (.*)", line) for line in lines]
+    words = [shlex.split(call[1], comments=True) for call in calls if call]
+    return [[word for word in flags if word not in ("...", "&", "--help")] for flags in words]
+
+
+def test_every_training_command_can_be_parsed():
+    commands = training_commands()
+    assert len(commands) > 15
+    for words in commands:
+        _, unknown = Parser().parse_known_args(["--model_name_or_path", "M", "--data_files", "F", *words])
+        assert not unknown, words
 
 
 @pytest.mark.parametrize("name", PAGES)
