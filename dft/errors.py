@@ -1,4 +1,4 @@
-"""The one exception a user should ever see, and how it reaches the terminal."""
+"""User errors and how they are reported."""
 
 import os
 import signal
@@ -9,91 +9,92 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 RANK_ZERO_DELAY = 30
-"""Seconds that other ranks leave rank 0 to report the same mistake before they report it themselves."""
+"""Seconds that other ranks wait for rank 0 to report an error before they report it themselves."""
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-"""Exit code of a program that Ctrl-C ended, as shells count it."""
+"""Exit code of a program that Ctrl-C ended, as shells define it."""
 EXIT_USER_ERROR = 2
-"""Exit code after a `UserError`: the same command would end in the same way."""
+"""Exit code after a `UserError`: the same command would fail in the same way again."""
 
-
-_tells: bool | None = None
+_is_reporter: bool | None = None
+"""Whether this rank reports its error; None if the ranks have not agreed on a reporter."""
 
 
 class UserError(ValueError):
-    """Something the user gave cannot work. The message names the value, the reason and the remedy.
+    """Error in what the user provided. The message names the value, the reason and the remedy.
 
     Attributes:
-        code: with which the program ends.
+        code: exit code of the program.
     """
 
     code = EXIT_USER_ERROR
 
 
 def report_user_errors() -> None:
-    """Make an uncaught `UserError` print as one message instead of a traceback, and exit with its code, 2.
+    """Print uncaught `UserError`s as one message without a traceback, and exit with code 2.
 
-    Most mistakes (flags, files, models) meet every rank of a node, so the first one speaks for all. The
-    others wait for the launcher to end them, which it does as soon as one rank fails: a rank that left at
-    once would get rank 0 killed before its message is out. If nobody ends them, the fault was theirs alone,
-    and they say so.
+    Most errors (flags, files, models) occur on every rank of a machine, so only its first rank prints them.
+    The others wait until the launcher ends them, which it does as soon as one rank fails. If they ended at
+    once, the launcher would end rank 0 before its message is printed. If they are not ended in time, the
+    error is theirs alone and they print it.
 
-    Ctrl-C is one line as well, and exit code 130.
+    Ctrl-C prints one line and exits with code 130.
     """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one does not wait for what ends in order
-            _say_interrupted()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the program at once
+            _print_interrupted()
             raise SystemExit(EXIT_INTERRUPTED)
         if not issubclass(kind, UserError):
             _print_traceback(kind, error, trace)
             return
         local_rank = _local_rank()
         prefix = f"[rank {os.environ.get('RANK', local_rank)}] " if local_rank else ""
-        if _tells is False or (local_rank and _tells is None):
+        if _is_reporter is False or (local_rank and _is_reporter is None):
             time.sleep(RANK_ZERO_DELAY)
-        if _tells is not False:
-            # Not to sys.stderr: torch's hook in front of this one holds that back, and drops it at an exit.
+        if _is_reporter is not False:
+            # Not sys.stderr: torch's hook, which is called before this one, buffers it and drops the buffer.
             print(f"{prefix}error: {error}", file=sys.__stderr__, flush=True)
         raise SystemExit(error.code)
 
     sys.excepthook = hook
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup or a notebook
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup or in a notebook
         signal.signal(signal.SIGINT, _interrupt)
 
 
-def set_error_reporter(told_by_me: bool) -> None:
-    """Settles who reports an error, where the ranks have agreed on that, instead of by number and time."""
-    global _tells
-    _tells = told_by_me
+def set_error_reporter(is_reporter: bool) -> None:
+    """Set whether this rank reports its error, once the ranks have agreed on one that does."""
+    global _is_reporter
+    _is_reporter = is_reporter
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's own, each line under its rank where there are several."""
+    """Print a traceback; with several ranks, each line starts with the rank."""
     lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
     tag = rank_tag()
     print("\n".join(tag + line for line in lines), file=sys.stderr, flush=True)
 
 
 def rank_tag() -> str:
-    """What a line of this process begins with, so that a log of several ranks can be read."""
+    """Return the prefix of this rank's lines in the log; empty for a run of one rank."""
     return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Ends the program in order, which a second Ctrl-C must not disturb half-way but cut short."""
+    """Handle the first Ctrl-C: end the program in order."""
     signal.signal(signal.SIGINT, _interrupt_again)
     raise KeyboardInterrupt
 
 
 def _interrupt_again(_number: int, _frame: FrameType | None) -> NoReturn:
-    _say_interrupted()
+    """Handle the second Ctrl-C: end the program at once."""
+    _print_interrupted()
     os._exit(EXIT_INTERRUPTED)
 
 
-def _say_interrupted() -> None:
+def _print_interrupted() -> None:
     if _local_rank() == 0:
-        os.write(2, b"interrupted\n")  # print may not be entered again by a signal handler
+        os.write(2, b"interrupted\n")  # print must not be called in a signal handler
 
 
 def _local_rank() -> int:
@@ -101,5 +102,12 @@ def _local_rank() -> int:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError if a value is not one of the choices.
+
+    Args:
+        name: name of the argument, for the message.
+        value: its value.
+        choices: allowed values.
+    """
     if value not in choices:
         raise ValueError(f"{name} {value!r}: must be one of {', '.join(choices)}")

@@ -1,23 +1,24 @@
-"""What data and loss must agree on without knowing each other."""
+"""Labels of tokens that are not supervised, and positions of those that are."""
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""The label of a token that is not supervised, as in torch.nn.CrossEntropyLoss."""
+"""Label of a token that is not supervised, as in torch.nn.CrossEntropyLoss."""
 
 
 def loss_positions(labels: Tensor, shifted: bool = False) -> Tensor:
-    """Where the next token is supervised: what a model says there is what the loss is about.
+    """Return the positions whose next token is supervised: their logits enter the loss.
 
     Args:
-        labels: (batch, seq), the label at t is predicted at t - 1; at t if they are shifted.
+        labels: (batch, seq). The label at t is predicted at t - 1; if shifted, it is predicted at t.
+        shifted: whether the labels are shifted.
 
     Returns:
-        (tokens,) int64, ascending, b * seq + t. On another device than the CPU this waits for it.
+        (tokens,) int64, ascending, b * seq + t. On devices other than the CPU this waits for the device.
     """
-    following = labels
+    targets = labels
     if not shifted:
-        following = torch.full_like(labels, IGNORE_INDEX)
-        following[:, :-1] = labels[:, 1:]
-    return (following.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        targets = torch.full_like(labels, IGNORE_INDEX)
+        targets[:, :-1] = labels[:, 1:]
+    return (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""A user's mistake ends every rank with code 2 and is told once; anything else keeps its traceback."""
+"""User errors end every rank with code 2 and are printed once; other errors keep their traceback."""
 
 import os
 import signal
@@ -30,19 +30,19 @@ def start(error: str, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_users_mistake_is_its_message_alone():
+def test_user_error_prints_its_message_only():
     process = start('UserError("--flag 3: no")', LOCAL_RANK="0")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and errors.endswith("error: --flag 3: no\n") and "Traceback" not in errors
 
 
-def test_other_ranks_leave_the_first_word_to_rank_0_and_are_heard_if_it_has_none():
+def test_other_ranks_print_the_error_if_rank_0_has_none():
     process = start('UserError("--flag 3: no")', LOCAL_RANK="1", RANK="5")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2 and errors.endswith("[rank 5] error: --flag 3: no\n")
 
 
-def test_a_rank_that_is_ended_while_it_waits_says_nothing():
+def test_rank_that_is_ended_while_it_waits_prints_nothing():
     process = start('UserError("--flag 3: no")', LOCAL_RANK="1")
     assert "raising\n" in iter(process.stdout.readline, "")
     time.sleep(0.3)
@@ -52,7 +52,7 @@ def test_a_rank_that_is_ended_while_it_waits_says_nothing():
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_bug_keeps_its_traceback_on_every_rank(rank):
+def test_other_errors_keep_their_traceback_on_every_rank(rank):
     process = start('KeyError("internal")', LOCAL_RANK=rank, RANK=rank, WORLD_SIZE="2")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1

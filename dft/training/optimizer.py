@@ -11,17 +11,21 @@ from dft.errors import UserError
 from dft.training.trainer import DFTTrainer
 
 NEED_A_MODEL = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
-"""Optimizers that cannot be tried on a parameter alone, like all with --optim_target_modules."""
+"""Optimizers that need a whole model and cannot be tried on one parameter."""
 
 
 def check_optimizer(training: TrainingArguments) -> None:
-    """Makes the optimizer and the schedule once, for a parameter of their own, to hear what they refuse."""
+    """Raise `UserError` if the optimizer or the learning-rate schedule does not accept its arguments.
+
+    Both are created once for a parameter made here. Optimizers that need a model, and
+    --optim_target_modules, cannot be checked that way.
+    """
     if training.optim in NEED_A_MODEL or training.optim_target_modules:
         return
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     try:
-        made, options = DFTTrainer.get_optimizer_cls_and_kwargs(training)
-        optimizer = made([parameter], **options)
+        optimizer_class, options = DFTTrainer.get_optimizer_cls_and_kwargs(training)
+        optimizer = optimizer_class([parameter], **options)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"--optim {training.optim.value}: {' '.join(str(error).split())}") from None
     try:

@@ -117,9 +117,9 @@ def test_what_lies_beside_the_adapters_goes_with_the_model(trained, tmp_path):
             {"num_hidden_layers": 1},
             "it has no place for 14 of 28 tensors, as base_model.model.model.layers.1",
         ),
-        ({"num_hidden_layers": 4}, "its num_hidden_layers is 4 in place of 2"),
+        ({"num_hidden_layers": 4}, "its num_hidden_layers is 4 instead of 2"),
         ({"hidden_size": 64}, "size mismatch"),
-        ({"vocab_size": 364}, "its vocab_size is 364 in place of 271"),
+        ({"vocab_size": 364}, "its vocab_size is 364 instead of 271"),
     ],
     ids=["fewer layers", "more layers", "narrower", "larger vocabulary"],
 )

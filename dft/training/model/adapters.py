@@ -1,4 +1,4 @@
-"""LoRA: adapters that are trained in place of all weights (Hu et al., arXiv 2106.09685), by peft."""
+"""LoRA adapters, trained instead of all weights (Hu et al., arXiv 2106.09685)."""
 
 import json
 import sys
@@ -15,40 +15,40 @@ from dft.files import write_atomically
 from dft.training.parameters import shapes_digest
 
 BASE_RECORD = "base_model.json"
-"""Beside adapters: what tells the model they were trained on from one that they fit by chance."""
+"""File saved with adapters, by which the model that they were trained on can be recognized."""
 
 
 def resolve_quantization(
     lora: LoraArguments, training: transformers.TrainingArguments
 ) -> BitsAndBytesConfig | None:
-    """How the weights that are not trained are held; None as they are."""
+    """Return the quantization of the frozen weights; None to keep them as they are."""
     if not lora.load_in_4bit:
         return None
-    computed_in = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=computed_in[training.mixed_precision],
+        bnb_4bit_compute_dtype=dtypes[training.mixed_precision],
     )
 
 
 def add_adapters(
     model: PreTrainedModel, lora: LoraArguments, training: transformers.TrainingArguments, name: str
 ) -> nn.Module:
-    """The model with adapters, which alone are trained; the same ones on every rank.
+    """Return the model with adapters, equal on all ranks; only they are trained.
 
     Args:
-        name: of the model, as the adapters will remember it.
+        model: model to adapt.
+        lora: LoRA flags.
+        training: arguments of the run.
+        name: name of the model that the adapters record.
 
     Raises:
-        UserError: no module has a name that was asked for.
+        UserError: the model has no module with one of the requested names.
     """
-    from peft import (
-        LoraConfig,
-        get_peft_model,
-        prepare_model_for_kbit_training,
-    )  # optional, and slow to import
+    # Optional, and slow to import.
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if lora.load_in_4bit:
         model = prepare_model_for_kbit_training(model, training.gradient_checkpointing)
@@ -60,7 +60,7 @@ def add_adapters(
         lora_dropout=lora.lora_dropout or 0.0,
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
     )
-    set_seed(training.seed)  # loading may have drawn other numbers on other ranks
+    set_seed(training.seed)  # ranks may have consumed different random numbers while loading
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
@@ -68,14 +68,14 @@ def add_adapters(
             f"--lora_target_modules {' '.join(targets)}: {' '.join(str(error).split())}"
         ) from None
     folder = Path(name).expanduser()
-    if folder.is_dir():  # from wherever it is loaded
+    if folder.is_dir():  # absolute, so that the adapters can be loaded from any folder
         adapted.peft_config["default"].base_model_name_or_path = str(folder.resolve())
-    training.label_names = ["labels"]  # which Trainer cannot see through the adapters
+    training.label_names = ["labels"]  # Trainer cannot derive it from a model with adapters
     return adapted
 
 
 def pack_linear(model: PreTrainedModel) -> None:
-    """Gives a model on the meta device the shapes that its linear layers have when held in 4 bits."""
+    """Give the linear layers of a model on the meta device the shapes of packed 4-bit weights."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
@@ -84,7 +84,8 @@ def pack_linear(model: PreTrainedModel) -> None:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    if "peft" not in sys.modules:  # whose models there cannot be
+    """Return whether a model has adapters, without importing peft."""
+    if "peft" not in sys.modules:  # so no model can be one of peft's
         return False
     from peft import PeftModel
 
@@ -92,27 +93,33 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def write_base_record(folder: Path, model: nn.Module, shapes: str) -> None:
-    """Notes beside adapters what model they were trained on.
+    """Write the record of the base model next to saved adapters.
 
     Args:
-        shapes: `shapes_digest` of the model with its adapters, before it was sharded.
+        folder: folder of the adapters.
+        model: model with adapters.
+        shapes: its `shapes_digest`, taken before it was sharded.
     """
     if vars(model.config).get("quantization_config") is not None:
-        shapes = ""  # those of packed weights, which no model has that they would be merged into
-    record = {"sizes": sizes_of(model), "shapes": shapes}
+        shapes = ""  # packed weights have other shapes than the model that adapters are merged into
+    record = {"sizes": model_sizes(model), "shapes": shapes}
     write_atomically(folder / BASE_RECORD, [json.dumps(record, indent=1), "\n"])
 
 
-def sizes_of(model: nn.Module) -> dict[str, int]:
-    """What is the same in whatever way the weights are held."""
+def model_sizes(model: nn.Module) -> dict[str, int]:
+    """Return the sizes of a model that do not depend on quantization."""
     config = model.config.get_text_config()
     return {"vocab_size": config.vocab_size, "num_hidden_layers": config.num_hidden_layers}
 
 
 def base_model_mismatch(folder: Path, model: nn.Module) -> str | None:
-    """What tells a model with its adapters from the one they were trained on.
+    """Return how a model differs from the one that adapters were trained on; None if it does not.
 
-    None where nothing does, or nothing is known: adapters of another program have no record.
+    Adapters of other programs have no record, so nothing is known of their model.
+
+    Args:
+        folder: folder of the adapters.
+        model: model with the adapters loaded.
 
     Raises:
         UserError: the record cannot be read.
@@ -125,12 +132,12 @@ def base_model_mismatch(folder: Path, model: nn.Module) -> str | None:
         sizes, shapes = dict(record["sizes"]), record["shapes"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); it is damaged: take the adapters of "
+            f"{path}: cannot be read ({type(error).__name__}: {error}); it is damaged; use the adapters of "
             "another checkpoint"
         ) from None
-    for name, size in sizes_of(model).items():
+    for name, size in model_sizes(model).items():
         if sizes.get(name) != size:
-            return f"its {name} is {size} in place of {sizes.get(name)}"
+            return f"its {name} is {size} instead of {sizes.get(name)}"
     if shapes and shapes_digest(model) != shapes:
         return "its weights have other names or shapes"
     return None

@@ -1,4 +1,4 @@
-"""The frozen base model that an anchored objective holds the trained one against."""
+"""Frozen base model that objectives with a KL term compare the trained model with."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,16 +11,16 @@ from dft.loss.options import BaseHead
 
 
 class FrozenBaseModel:
-    """A whole copy on each rank, whatever becomes of the model in training.
+    """Untrained copy of the model, whole on each rank however the trained model is sharded.
 
     Args:
-        model: of the same architecture and vocabulary as the one that is trained. Its parameters are frozen.
-        device: where it is put.
+        model: model with the architecture and vocabulary of the trained one. Its parameters are frozen.
+        device: device to move it to.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model = model.requires_grad_(False).eval().to(device)
-        # With a cache, transformers would take several conversations in a row for one.
+        # With a cache, transformers would treat the conversations of a packed row as one.
         self.model.config.get_text_config().use_cache = False
 
     def head_input(self, inputs: Mapping[str, Any]) -> BaseHead:

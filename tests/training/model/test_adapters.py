@@ -1,4 +1,4 @@
-"""Training adapters: fused where the head is plain or trained whole, logits where it has an adapter."""
+"""Training with adapters: the fused loss unless the head itself has an adapter."""
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ ADAPTERS = {
 }
 
 
-def trained(tmp_path, adapter, fused_head: str):
+def train(tmp_path, adapter, fused_head: str):
+    """Return (trainer, trained weights, (loss, grad_norm) of each step, nll after training)."""
     torch.manual_seed(3)
     model = get_peft_model(tiny(), adapter)
     arguments = transformers.TrainingArguments(
@@ -33,35 +34,36 @@ def trained(tmp_path, adapter, fused_head: str):
         model, arguments, alpha=0.6, fused_head=fused_head, train_dataset=rows, eval_dataset=rows
     )
     run.train()
-    weights = {name: one.detach() for name, one in model.named_parameters() if one.requires_grad}
+    weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
     records = [record for record in run.state.log_history if "grad_norm" in record]
-    return run, weights, [(one["loss"], one["grad_norm"]) for one in records], run.evaluate()["eval_nll"]
+    metrics = [(record["loss"], record["grad_norm"]) for record in records]
+    return run, weights, metrics, run.evaluate()["eval_nll"]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_takes_the_steps_it_would_from_whole_logits(tmp_path, capsys, name):
+def test_fused_loss_with_adapters_equals_the_loss_from_logits(tmp_path, capsys, name):
     adapter, fused = ADAPTERS[name]
-    _, wanted, expected, evaluated = trained(tmp_path, adapter, "off")
+    _, expected_weights, expected_records, expected_nll = train(tmp_path, adapter, "off")
     capsys.readouterr()
-    run, weights, records, found = trained(tmp_path, adapter, "auto")
+    run, weights, records, nll = train(tmp_path, adapter, "auto")
     assert isinstance(run._head, FusedHead) == fused
-    told = "the loss is computed from whole logits: its output embedding is a peft."
-    assert (told in capsys.readouterr().out) != fused
+    note = "the loss is computed from whole logits: its output embedding is a peft."
+    assert (note in capsys.readouterr().out) != fused
     assert len(records) == 4
-    for one, other in zip(records, expected, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
-    assert found == pytest.approx(evaluated, rel=1e-5)
-    for key, weight in wanted.items():
-        torch.testing.assert_close(weights[key], weight, rtol=1e-3, atol=1e-5)
+    for record, expected in zip(records, expected_records, strict=True):
+        assert record == pytest.approx(expected, rel=1e-4)
+    assert nll == pytest.approx(expected_nll, rel=1e-5)
+    for name, weight in expected_weights.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-5)
 
 
-def test_a_head_with_an_adapter_is_refused_if_fusing_is_insisted_on(tmp_path):
+def test_fused_head_on_is_an_error_if_the_head_has_an_adapter(tmp_path):
     with pytest.raises(
         UserError, match="--fused_head on: its output embedding is a peft.* use --fused_head auto"
     ):
-        trained(tmp_path, ADAPTERS["head with an adapter"][0], "on")
+        train(tmp_path, ADAPTERS["head with an adapter"][0], "on")
 
 
-def test_a_frozen_head_costs_no_product_for_its_gradient(tmp_path, monkeypatch):
+def test_frozen_head_computes_no_weight_gradient(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "accumulated", lambda *a, **k: pytest.fail("gradient of a frozen weight"))
-    trained(tmp_path, ADAPTERS["attention"][0], "on")
+    train(tmp_path, ADAPTERS["attention"][0], "on")
