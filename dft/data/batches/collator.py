@@ -208,5 +208,6 @@ def _restarting_positions(lengths: Sequence[int]) -> Tensor:
 
 
 def _int64(values: Any) -> Tensor:
-    # Copied, because arrays of a memory-mapped file are read-only and tensors cannot be.
+    """Return a copy of some values as an int64 tensor."""
+    # Copied because arrays of a memory-mapped file are read-only and tensors cannot be.
     return torch.from_numpy(np.array(values, dtype=np.int64))

@@ -154,6 +154,7 @@ def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, chunk: RecordChun
 
 
 def _parse(record: Record, options: EncodeOptions) -> Conversation | BadLine:
+    """Return the conversation of a record, or the error that makes it unusable."""
     if record.flaw is not None:
         return BadLine(record.flaw.reason, record.flaw.kind)
     text = record.text.rstrip(b"\r")  # otherwise JSON errors would point at the end of the line
@@ -165,6 +166,7 @@ def _parse(record: Record, options: EncodeOptions) -> Conversation | BadLine:
 
 
 def _reject(index: int, record: Record, error: BadLine, options: EncodeOptions) -> RejectedRecord:
+    """Return a record as rejected, with its text if that is to be saved."""
     keep = options.keep_rejected and (record.flaw is None or record.flaw.skippable)
     return RejectedRecord(index, record.line, error.kind, str(error), record.text if keep else None)
 
@@ -204,6 +206,7 @@ def _conversation_digests(examples: list[Example]) -> tuple[bytes, bytes]:
 def _concatenate(
     conversations: list[_EncodedConversation], rejected: list[RejectedRecord], counts: ConversationCounts
 ) -> EncodedChunk:
+    """Concatenate the sequences of all conversations of a chunk."""
     examples = [example for conversation in conversations for example in conversation.examples]
     repeats = [len(conversation.examples) for conversation in conversations]
     empty = [np.zeros(0, dtype=np.int32)]

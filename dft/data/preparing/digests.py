@@ -97,6 +97,7 @@ def sampled_digest(path: Path) -> str:
 
 
 def _entry_path(folder: Path, path: Path) -> Path:
+    """Return the path of the cached digest of a file."""
     return folder / f"{blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()}.json"
 
 

@@ -77,6 +77,7 @@ class PreparedData:
             write_atomically(folder / REPORT, [json.dumps(self.report, indent=2, ensure_ascii=False)])
 
     def _rejected_lines(self) -> Iterator[str]:
+        """Yield the lines of rejected.jsonl, with file names in place of file numbers."""
         for group, names in self.names.items():
             path = self.path / f"{group}.{REJECTED}"
             for line in path.open(encoding="utf-8") if path.exists() else ():
@@ -166,6 +167,7 @@ def _cache_errors(cache_dir: Path, sources: dict[str, list[DataFile]]) -> Iterat
 
 
 def _load_split(folder: Path, split: str, names: dict[str, list[str]]) -> Sequences:
+    """Return the dataset of a split in a folder of prepared data."""
     group = file_group(split, names)
     offsets = folder / f"{split}.offsets.npy"
     return Sequences(
@@ -210,6 +212,7 @@ def _prepare_once(target: Path, preparation: _Preparation) -> None:
 
 
 def _fill_and_seal(folder: Path, preparation: _Preparation) -> None:
+    """Fill a folder, check that the data files did not change meanwhile, and seal it."""
     try:
         _fill(folder, preparation)
         if digests_of(preparation.sources, folder.parent) != preparation.contents:

@@ -68,6 +68,7 @@ class CompiledTemplate:
     def _run(
         self, render: Callable[[], tuple[str, list[tuple[int, int]]]]
     ) -> tuple[str, list[tuple[int, int]]]:
+        """Run a rendering within the limits and convert errors of the template to `BadLine`."""
         if self.limited:
             start_cpu_timer()
         try:
@@ -96,6 +97,7 @@ def has_generation_tags(source: str) -> bool:
 
 
 def _bad_line(error: Exception) -> BadLine:
+    """Convert an error that a template raised on a conversation."""
     if isinstance(error, jinja2.TemplateError):
         return BadLine(f"{REFUSED}: {' '.join(str(error).split())}", REFUSED)
     reason = " ".join(f"{type(error).__name__}: {error}".split())

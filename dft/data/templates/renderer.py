@@ -21,7 +21,7 @@ from dft.data.templates.template import AdaptedChat, ChatTemplate
 
 
 class ConversationRenderer:
-    """Renderer that also finds the spans that are supervised.
+    """Renderer for one chat template that also finds the supervised spans.
 
     Args:
         template: the chat template.

@@ -16,7 +16,7 @@ from dft.data.templates.template import AdaptedChat, ChatTemplate
 
 
 class TurnBounds:
-    """Finder of the start and the end of the supervised span of an assistant turn.
+    """Start and end of the supervised spans of assistant turns under one chat template.
 
     Args:
         template: the chat template.
@@ -30,8 +30,6 @@ class TurnBounds:
         self.template = template
         self.stops = stops
         self.special_pattern = special_pattern
-
-    # ---- start ----
 
     def start(self, chat: AdaptedChat, index: int, transcript: str) -> int:
         """Return the position where the prompt at inference ends and the turn begins.
@@ -73,8 +71,6 @@ class TurnBounds:
         header = self.template.generation_prompt(chat.conversation.variables)
         position = before.find(header) if header else -1
         return len(before) if position < 0 else position + len(header)
-
-    # ---- end ----
 
     def end(self, chat: AdaptedChat, index: int, transcript: str, start: int) -> tuple[int, str | None]:
         """Return the end of the turn that begins at `start`, and the stop token it ends with, if any.
@@ -118,8 +114,6 @@ class TurnBounds:
                 "special tokens inside a turn",
             )
         return start
-
-    # ---- templates without end-of-turn tokens ----
 
     def stop_after(
         self, chat: AdaptedChat, index: int, sequence: Rendering, end: int

@@ -69,8 +69,6 @@ class ChatTemplate:
         self.defaults = self.context()
         self._generation_prompts: dict[str, str] = {}
 
-    # ---- rendering ----
-
     def context(
         self, variables: Mapping[str, Any] | None = None, tools: list[dict[str, Any]] | None = None
     ) -> dict[str, Any]:
@@ -110,8 +108,6 @@ class ChatTemplate:
         except BadLine:
             return False
 
-    # ---- adapting messages ----
-
     def adapt(self, message: Message) -> Message:
         """Return a message in the form that this template renders.
 
@@ -136,8 +132,6 @@ class ChatTemplate:
     def turn(self, role: str, content: str) -> Message:
         """Return an adapted message of plain text."""
         return self.adapt({"role": role, "content": content})
-
-    # ---- probes ----
 
     @cached_property
     def roles_in_parts(self) -> frozenset[str]:

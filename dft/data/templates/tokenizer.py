@@ -169,6 +169,7 @@ def _use_chatml(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _load(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, with errors that name the flag, the file and the reason."""
     flag = f"--model_name_or_path {name_or_path}"
     path = Path(name_or_path).expanduser()
     if not name_or_path:

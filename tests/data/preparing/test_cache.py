@@ -449,7 +449,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by default i
 
 def stuck(*_):
     Path(os.environ["PIDS"], str(os.getpid())).touch()
-    time.sleep(60)
+    time.sleep(600)
 
 encode.SMALL, encode.encode_chunk = 0, stuck
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
@@ -505,7 +505,7 @@ def test_killed_worker_raises_an_error_with_a_remedy(prepared, tmp_path, monkeyp
     assert not multiprocessing.active_children()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"condition not met within {seconds} seconds"

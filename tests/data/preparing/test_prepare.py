@@ -37,9 +37,6 @@ def check_counts(data: PreparedData, split: str) -> None:
     assert report["length_percentiles"]["0"] == min(map(len, ids))
 
 
-# ---- contents ----
-
-
 def test_prepared_file_opens_with_datasets_and_holds_the_origin_of_sequences(prepared, encoder):
     data = prepared(numbered(3), numbered(2, start=10))
     loaded = Dataset.from_file(f"{data.report['prepared_path']}/train.arrow")
@@ -196,9 +193,6 @@ def test_conversation_that_loses_some_of_its_sequences_counts_once(tokenizer_jso
     ]
 
 
-# ---- splitting and selecting ----
-
-
 def test_validation_split_is_seeded_disjoint_and_complete(prepared, encoder):
     rows = numbered(50)
     first = prepared(rows, validation_split_percentage=10, seed=1)
@@ -278,9 +272,6 @@ def test_sample_limits_draw_sequences_by_seed_and_change_the_report(prepared, en
     assert data.report["train"]["conversations"] == 7
     assert questions(prepared(rows, eval_rows, max_train_samples=7, seed=3), "train", encoder) != chosen
     assert len(prepared(rows, eval_rows, max_train_samples=1000).datasets["train"]) == 30
-
-
-# ---- errors ----
 
 
 def test_files_without_supervised_tokens_within_the_limit_raise(prepared):

@@ -28,9 +28,6 @@ def mixed(
     return prepare(files, [], encoder, prepare_options, cache_dir=folder / "cache", workers=1)
 
 
-# ---- weights ----
-
-
 def test_weights_repeat_files_and_draw_a_seeded_share(encoder, tmp_path):
     groups = [numbered(10), numbered(10, 100), numbered(10, 200)]
     data = mixed(encoder, tmp_path, groups, (1, 0.5, 2.3))
@@ -71,9 +68,6 @@ def test_weights_that_leave_nothing_raise(encoder, tmp_path):
         mixed(encoder, tmp_path, [numbered(10)], (0.01,))
 
 
-# ---- duplicates ----
-
-
 def test_dedup_keeps_the_first_of_equal_conversations(encoder, tmp_path):
     untrained = conversation("question 1", "answer 1")
     untrained["messages"] = [*untrained["messages"][:1], {**untrained["messages"][1], "train": True}]
@@ -99,9 +93,6 @@ def test_dedup_counts_eval_conversations_too(prepared):
     assert data.report["eval"]["conversations"] == 2
 
 
-# ---- packing ----
-
-
 def test_packed_rows_hold_every_conversation_once_and_untruncated(prepared):
     rows = [conversation(f"question {n}", "word " * (n % 7)) for n in range(1, 60) if n % 7]
     packed = prepared(rows, max_length=64, packing=True, validation_split_percentage=20)
@@ -122,9 +113,6 @@ def test_packed_rows_hold_every_conversation_once_and_untruncated(prepared):
     assert report["rows"] == len(packed.datasets["train"])
     assert report["packing_density"] == report["tokens"] / (64 * report["rows"])
     assert report["tokens"] == single.report["train"]["tokens"]
-
-
-# ---- unusable lines ----
 
 
 def test_skipped_lines_are_saved_verbatim_with_their_reason(encoder, tmp_path):

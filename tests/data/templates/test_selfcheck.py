@@ -94,9 +94,6 @@ def test_tokens_that_absorb_white_space_pass(tokenizer_json):
     check_all(encoder, [random_conversation(generator) for _ in range(60)])
 
 
-# ---- wrong sequences ----
-
-
 @pytest.fixture
 def correct(tokenizer_json):
     """Return an encoder with the rendering and the example of one correct conversation."""
