@@ -15,7 +15,7 @@ SORTED_STEPS = 50
 
 
 class EpochSampler(Sampler[int]):
-    """Sampler that yields every example once per epoch, then blanks that complete the last batch of each rank.
+    """Sampler of every example once per epoch, followed by blanks that complete the last batch of each rank.
 
     Other distributed samplers fill the last batch with examples from the beginning, which then count twice in
     the gradient and the metrics, depending on the number of ranks. The order depends only on the seed and the
