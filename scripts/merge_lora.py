@@ -1,10 +1,11 @@
-"""Make one model of adapters and the model they were trained on.
+"""Merge LoRA adapters into the model they were trained on.
 
     python scripts/merge_lora.py runs/lora merged
     python scripts/merge_lora.py runs/lora merged --dtype bfloat16 --base MODEL
 
-The merged model gets the tokenizer and the generation settings that lie beside the adapters, and is verified:
-it is loaded again and has to give the logits of the two. Only then it takes its name.
+The merged model gets the tokenizer and the generation settings that are saved with the adapters. It is
+verified before the output folder takes its final name: the saved model is loaded again, and its logits have to
+be those of the base model with its adapters.
 """
 
 import argparse
@@ -53,154 +54,202 @@ from dft.training.model.adapters import base_model_mismatch
 
 CPU = torch.device("cpu")
 UNREADABLE = (*UNLOADABLE, RuntimeError, SafetensorError)
-"""What is raised for files that do not hold what they should."""
+"""Exceptions raised while a damaged model, tokenizer or configuration is loaded."""
 
 
 def merge(adapters: Path, output: Path, base: str | None, dtype: str, trust_remote_code: bool) -> None:
-    """Raises `UserError` for a folder without adapters, one that exists already, a base that is not the one
-    they were trained on, or a merge that failed."""
+    """Merge adapters into their base model, and write the result with its tokenizer.
+
+    Args:
+        adapters: output directory or checkpoint of a run with `--lora_r`.
+        output: the new folder.
+        base: the base model. Default: the one that the adapters name.
+        dtype: of the base model while it is merged, and of the result; "auto" for that of its files.
+        trust_remote_code: whether to run code that comes with the model.
+
+    Raises:
+        UserError: a folder without adapters, an output that exists, a base model other than the one the
+            adapters were trained on, or a merged model that fails its verification.
+    """
     require("peft", "merge_lora.py", PEFT)
-    with writing_place(output) as staging:
-        tensors = stored_adapters(adapters)
-        with reading(adapters, f"is {ADAPTER_CONFIG_NAME} damaged? Take another checkpoint"):
-            remembered = base_of(adapters)
-        name = base or remembered
+    with staging_folder(output) as staging:
+        tensors = load_adapter_tensors(adapters)
+        with convert_load_errors(adapters, f"is {ADAPTER_CONFIG_NAME} damaged? Use another checkpoint"):
+            recorded_base = base_model_name(adapters)
+        name = base or recorded_base
         if name is None:
-            raise UserError(f"{adapters}: {ADAPTER_CONFIG_NAME} names no model; name it by --base")
-        with reading(adapters, "the tokenizer and the generation settings of the run belong beside them"):
+            raise UserError(f"{adapters}: {ADAPTER_CONFIG_NAME} names no base model; name it by --base")
+        with convert_load_errors(
+            adapters, "the tokenizer and the generation settings of the run must be in this folder"
+        ):
             tokenizer = AutoTokenizer.from_pretrained(adapters, trust_remote_code=trust_remote_code)
             generation = None
             if (adapters / GENERATION_CONFIG_NAME).is_file():
                 generation = GenerationConfig.from_pretrained(adapters)
-        with reading(name, "name the model that the adapters were trained on by --base"):
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        if loading["missing_keys"]:  # which were drawn at random
-            lost = min(loading["missing_keys"])
-            raise UserError(f"{name}: has no {lost} in its files; name a whole model by --base")
-        adapted = with_adapters(model, name, adapters, tensors)
+        model = load_base_model(name, dtype, trust_remote_code)
+        adapted = attach_adapters(model, name, adapters, tensors)
         logits = probe(adapted, adapted.config.get_text_config().vocab_size, CPU)
-        untie(adapted.get_base_model())
+        untie_embeddings(adapted.get_base_model())
         try:
             merged = adapted.merge_and_unload(safe_merge=True)
         except ValueError as error:  # values that are not finite
             raise UserError(
-                f"{adapters}: cannot be merged into {name} as {model.dtype}: {said(error)}; --dtype float32 "
-                "holds larger values"
+                f"{adapters}: cannot be merged into {name} as {model.dtype}: {one_line(error)}; --dtype "
+                "float32 holds larger values"
             ) from None
         if generation is not None:
             merged.generation_config = generation
-        write(merged, tokenizer, staging, output, logits, trust_remote_code)
+        write_verified(merged, tokenizer, staging, output, logits, trust_remote_code)
         staging.rename(output)
         flush_to_disk(output.parent)
 
 
-# ---- what is given ----
-
-
 @contextmanager
-def reading(what: Path | str, remedy: str) -> Iterator[None]:
-    """Makes one error of whatever the files of a model are found to hold."""
+def convert_load_errors(source: Path | str, remedy: str) -> Iterator[None]:
+    """Convert exceptions raised while files of a model are loaded into a `UserError`."""
     try:
         yield
     except UserError:
         raise
     except UNREADABLE as error:
-        raise UserError(f"{what}: {said(error)}; {remedy}") from None
+        raise UserError(f"{source}: {one_line(error)}; {remedy}") from None
 
 
-def said(error: Exception) -> str:
-    """What a library says, in one line that is not as long as a model has modules."""
+def one_line(error: Exception) -> str:
+    """Return the type and message of an exception as one line of limited length."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:MOST_SAID]
 
 
-def base_of(adapters: Path) -> str | None:
-    """The model that adapters remember."""
+def base_model_name(adapters: Path) -> str | None:
+    """Return the name of the base model that is stored with adapters.
+
+    Raises:
+        UserError: adapters of another kind than LoRA.
+    """
     from peft import LoraConfig, PeftConfig  # optional
 
     config = PeftConfig.from_pretrained(adapters)
     if not isinstance(config, LoraConfig):
-        raise UserError(f"{adapters}: holds {config.peft_type.value} adapters; those of --lora_r are merged")
+        raise UserError(
+            f"{adapters}: holds {config.peft_type.value} adapters; only LoRA adapters can be merged"
+        )
     return config.base_model_name_or_path
 
 
-def stored_adapters(folder: Path) -> dict[str, Tensor]:
-    """What the file of the adapters holds, by name."""
+def load_adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """Load the tensors of saved adapters, by name.
+
+    Raises:
+        UserError: no adapters, or damaged ones.
+    """
     if not (folder / ADAPTER_CONFIG_NAME).is_file():
         raise UserError(f"{folder}: holds no adapters ({ADAPTER_CONFIG_NAME})")
     try:
         files = weight_files(folder, "adapter_model")
-        tensors = {name: one for file in files for name, one in tensors_of(file)}
+        tensors = {name: tensor for file in files for name, tensor in tensors_of(file)}
         if not tensors:
             raise Damaged("it has no weights (adapter_model.safetensors)")
         for name, tensor in tensors.items():
             check_tensor(name, tensor, frozenset({tensor.dtype}))
-    except Damaged as found:
-        raise UserError(f"{folder}: {found}; take the adapters of another checkpoint") from None
+    except Damaged as error:
+        raise UserError(f"{folder}: {error}; use the adapters of another checkpoint") from None
     return tensors
 
 
-def with_adapters(model: PreTrainedModel, name: str, folder: Path, tensors: dict[str, Tensor]) -> nn.Module:
-    """The model with all of its adapters.
+def load_base_model(name: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    """Load the base model.
 
-    peft itself leaves out adapters that a model has no module for, and makes new ones where some are missing.
+    Raises:
+        UserError: it cannot be loaded, or its files lack weights.
+    """
+    with convert_load_errors(name, "name the model that the adapters were trained on by --base"):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    if loading["missing_keys"]:  # transformers has initialized these at random
+        raise UserError(
+            f"{name}: has no {min(loading['missing_keys'])} in its files; name a complete model by --base"
+        )
+    return model
+
+
+def attach_adapters(model: PreTrainedModel, name: str, folder: Path, tensors: dict[str, Tensor]) -> nn.Module:
+    """Return the model with all of its adapters.
+
+    peft ignores saved adapters for which the model has no module, and initializes missing ones. Both are
+    refused here.
+
+    Args:
+        model: the base model.
+        name: its name.
+        folder: the folder of the adapters.
+        tensors: their tensors.
+
+    Raises:
+        UserError: the adapters were trained on another model.
     """
     from peft import PeftModel, get_peft_model_state_dict  # optional
 
-    def refusal(found: str) -> UserError:
+    def mismatch(reason: str) -> UserError:
         return UserError(
-            f"{name}: is not the model that the adapters in {folder} were trained on: {found}; name that one "
-            "by --base"
+            f"{name}: is not the model that the adapters in {folder} were trained on: {reason}; name that "
+            "model by --base"
         )
 
-    if model._hf_peft_config_loaded:  # peft would put these in the place of those
-        raise refusal("it holds adapters itself")
+    if model._hf_peft_config_loaded:  # peft would replace its adapters
+        raise mismatch("it has adapters itself")
     try:
         adapted = PeftModel.from_pretrained(model, folder)
-    except (*UNLOADABLE, RuntimeError) as error:  # a module that is not there, or has another shape
-        raise refusal(said(error)) from None
-    adapted.peft_config["default"].base_model_name_or_path = name  # of which peft asks the vocabulary
-    taken = get_peft_model_state_dict(adapted)
-    surplus, missing = sorted(tensors.keys() - taken.keys()), sorted(taken.keys() - tensors.keys())
+    except (*UNLOADABLE, RuntimeError) as error:  # a module that is missing or has another shape
+        raise mismatch(one_line(error)) from None
+    adapted.peft_config["default"].base_model_name_or_path = name  # peft reads the vocabulary size from there
+    expected = get_peft_model_state_dict(adapted)
+    surplus, missing = sorted(tensors.keys() - expected.keys()), sorted(expected.keys() - tensors.keys())
     if surplus:
-        raise refusal(f"it has no place for {len(surplus)} of {len(tensors)} tensors, as {surplus[0]}")
+        raise mismatch(f"it has no module for {len(surplus)} of {len(tensors)} tensors, such as {surplus[0]}")
     if missing:
-        raise refusal(f"{len(missing)} of the {len(taken)} tensors it takes are not there, as {missing[0]}")
-    found = base_model_mismatch(folder, adapted)
-    if found is not None:
-        raise refusal(found)
+        raise mismatch(
+            f"{len(missing)} of the {len(expected)} tensors for its modules are missing, such as {missing[0]}"
+        )
+    reason = base_model_mismatch(folder, adapted)
+    if reason is not None:
+        raise mismatch(reason)
     return adapted
 
 
-def untie(model: PreTrainedModel) -> None:
-    """Gives input and output embedding weights of their own if they share them and one has an adapter, which
-    would be merged into both. peft notes it in the settings of the model."""
+def untie_embeddings(model: PreTrainedModel) -> None:
+    """Give input and output embeddings separate weights if they are tied and one of them has an adapter.
+
+    Otherwise the adapter would be merged into both. peft records the change in the model's configuration.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer  # optional
 
-    both = (model.get_input_embeddings(), model.get_output_embeddings())
-    source, head = (one.get_base_layer() if isinstance(one, BaseTunerLayer) else one for one in both)
-    adapted = any(isinstance(one, BaseTunerLayer) for one in both)
-    if adapted and head is not None and head.weight is source.weight:
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    source, head = (
+        module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in modules
+    )
+    has_adapter = any(isinstance(module, BaseTunerLayer) for module in modules)
+    if has_adapter and head is not None and head.weight is source.weight:
         head.weight = nn.Parameter(source.weight.detach().clone())
 
 
-# ---- what is written ----
-
-
 @contextmanager
-def writing_place(output: Path) -> Iterator[Path]:
-    """An empty folder beside the one that is asked for, which is gone afterwards unless it was renamed."""
+def staging_folder(output: Path) -> Iterator[Path]:
+    """Create an empty folder next to the output, and remove it afterwards unless it was renamed.
+
+    Raises:
+        UserError: the output exists and is not an empty folder, or cannot be written to.
+    """
     staging = unfinished(output)
     with convert_write_errors(output, "output"):
-        # Nothing can be renamed to the name of a file system.
+        # A folder cannot be renamed to the mount point of a file system.
         if output.exists() and (not output.is_dir() or output.is_mount() or any(output.iterdir())):
-            raise UserError(f"{output}: is there already; name a new folder")
-        if staging.exists():  # of a merge that was killed
+            raise UserError(f"{output}: exists already; name a new folder")
+        if staging.exists():  # left by a merge that was killed
             shutil.rmtree(staging)
         staging.mkdir(parents=True)
     try:
@@ -209,7 +258,7 @@ def writing_place(output: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write(
+def write_verified(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
@@ -217,11 +266,18 @@ def write(
     logits: Tensor,
     trust_remote_code: bool,
 ) -> None:
-    """Writes a model, and looks whether it is there.
+    """Write a model with its tokenizer, load it again, and compare its logits.
 
     Args:
-        output: the name that the folder will have.
-        logits: (tokens, vocab), of the probe under the model and its adapters.
+        model: the merged model.
+        tokenizer: its tokenizer.
+        folder: where to write.
+        output: the final name of the folder, for messages.
+        logits: (tokens, vocab), of the base model with its adapters, as `probe` returns them.
+        trust_remote_code: whether to run code that comes with the model.
+
+    Raises:
+        UserError: the folder cannot be written to, or the saved model differs.
     """
     try:
         model.save_pretrained(folder)
@@ -235,12 +291,12 @@ def write(
         raise UserError(f"output {output}: cannot be written: {reason}; name a folder elsewhere") from None
     try:
         check_files(folder, Expected(dtypes_of(model), tokenizer, None))
-        again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        check_logits(probe(again, logits.shape[-1], CPU), logits, APART[model.dtype.itemsize == 2])
+        reloaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        check_logits(probe(reloaded, logits.shape[-1], CPU), logits, APART[model.dtype.itemsize == 2])
         check_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), tokenizer)
-    except Damaged as found:
+    except Damaged as error:
         raise UserError(
-            f"{output}: not written, for the merged model is not what it should be: {found}"
+            f"{output}: not written, because the merged model failed its check: {error}"
         ) from None
 
 
@@ -248,14 +304,19 @@ def main() -> None:
     report_user_errors()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("adapters", type=Path, help="output directory or checkpoint of a run with --lora_r")
-    parser.add_argument("output", type=Path, help="folder for the merged model")
-    parser.add_argument("--base", help="the model, if it is not where the adapters say")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: as the model is")
+    parser.add_argument("output", type=Path, help="folder for the merged model: a new or an empty one")
+    parser.add_argument("--base", help="the base model (default: the one that the adapters name)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="dtype of the result (auto: as the base model)",
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    given = parser.parse_args()
+    options = parser.parse_args()
     quiet_libraries()
-    merge(given.adapters, given.output.resolve(), given.base, given.dtype, given.trust_remote_code)
-    print(f"merged: {given.output} (AutoModelForCausalLM.from_pretrained loads it)")
+    merge(options.adapters, options.output.resolve(), options.base, options.dtype, options.trust_remote_code)
+    print(f"merged: {options.output} (AutoModelForCausalLM.from_pretrained loads it)")
 
 
 if __name__ == "__main__":

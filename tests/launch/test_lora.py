@@ -124,7 +124,7 @@ def test_merged_adapters_give_the_logits_of_the_adapted_model(example, whole, tm
     stops = GenerationConfig.from_pretrained(merged).eos_token_id
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in (stops if isinstance(stops, list) else [stops])
     again = merge(folder, merged)
-    assert again.returncode == EXIT_USER_ERROR and "is there already; name a new folder" in again.stderr
+    assert again.returncode == EXIT_USER_ERROR and "exists already; name a new folder" in again.stderr
     wrong = merge(example.model, tmp_path / "other")
     assert wrong.returncode == EXIT_USER_ERROR and "holds no adapters (adapter_config.json)" in wrong.stderr
 

@@ -1,4 +1,4 @@
-"""Adapters and a model made one: only with the model they were trained on, and whole or not at all."""
+"""Merging adapters: only into the model they were trained on, and written completely or not at all."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ FILE = "adapter_model.safetensors"
 
 
 def model_like(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **settings: object) -> Path:
-    """Another model of the family, of random weights, with the tokenizer of the first."""
+    """Save a model of the same family with other settings and random weights, and the same tokenizer."""
     config = AutoModelForCausalLM.from_pretrained(base).config
     if "num_hidden_layers" in settings:
         config.layer_types = ["full_attention"] * settings["num_hidden_layers"]
@@ -36,7 +36,7 @@ def model_like(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **s
 
 
 def adapt(base: Path, folder: Path, *targets: str) -> Path:
-    """Adapters that do something, as a run saves them."""
+    """Save adapters with random weights, as a run saves them."""
     arguments = TrainingArguments(str(folder), use_cpu=True, report_to="none")
     lora = LoraArguments(lora_r=2, lora_target_modules=list(targets) or None)
     model = add_adapters(AutoModelForCausalLM.from_pretrained(base), lora, arguments, str(base))
@@ -59,7 +59,7 @@ def trained(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def adapters(trained, tmp_path) -> Path:
-    """A copy to be spoiled."""
+    """A copy of the trained adapters, to be damaged."""
     return Path(shutil.copytree(trained, tmp_path / "lora"))
 
 
@@ -68,7 +68,7 @@ def merge(adapters: Path, output: Path, base: Path | None = None, dtype: str = "
 
 
 def refused(adapters: Path, output: Path, base: Path | None = None) -> str:
-    """The one error, after which everything beside the output is as it was."""
+    """Return the error of a merge, after which the folder of the output is unchanged."""
     before = sorted(output.parent.iterdir())
     with pytest.raises(UserError) as error:
         merge(adapters, output, base)
@@ -76,38 +76,33 @@ def refused(adapters: Path, output: Path, base: Path | None = None) -> str:
     return str(error.value)
 
 
-# ---- what comes of it ----
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("targets", [(), ("q_proj", "lm_head"), ("q_proj", "embed_tokens")], ids=str)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # peft warns of adapters on tied embeddings
-def test_the_merged_model_is_that_of_the_two(tiny, tmp_path, targets, tied, dtype):
+def test_the_merged_model_gives_the_logits_of_base_and_adapters(tiny, tmp_path, targets, tied, dtype):
     base = model_like(tiny, tmp_path / "base", dtype, tie_word_embeddings=tied)
     adapters = adapt(base, tmp_path / "lora", *targets)
     merge(adapters, tmp_path / "merged")
-    two, one = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("lora", "merged"))
-    wanted, found = (probe(model, two.config.vocab_size, CPU) for model in (two, one))
-    assert one.dtype == dtype and not [name for name in one.state_dict() if "lora" in name]
-    assert (found - wanted).norm() / wanted.norm() < (0.05 if dtype == torch.bfloat16 else 1e-5)
-    untouched = probe(AutoModelForCausalLM.from_pretrained(base), two.config.vocab_size, CPU)
-    assert (untouched - wanted).norm() / wanted.norm() > 0.2
-    assert one.config.tie_word_embeddings == (tied and not targets)
+    adapted, merged = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("lora", "merged"))
+    vocab = adapted.config.vocab_size
+    expected, logits = (probe(model, vocab, CPU) for model in (adapted, merged))
+    assert merged.dtype == dtype and not [name for name in merged.state_dict() if "lora" in name]
+    assert (logits - expected).norm() / expected.norm() < (0.05 if dtype == torch.bfloat16 else 1e-5)
+    before = probe(AutoModelForCausalLM.from_pretrained(base), vocab, CPU)
+    assert (before - expected).norm() / expected.norm() > 0.2
+    assert merged.config.tie_word_embeddings == (tied and not targets)
 
 
-def test_what_lies_beside_the_adapters_goes_with_the_model(trained, tmp_path):
+def test_the_merged_model_has_tokenizer_and_generation_settings_of_the_adapters(trained, tmp_path):
     merge(trained, tmp_path / "merged", dtype="bfloat16")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.chat_template.endswith("{# of the run #}")
     settings = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config
     assert (settings.eos_token_id, settings.max_new_tokens) == ([1, 2], 7)
-    assert {one.dtype for one in load_file(tmp_path / "merged/model.safetensors").values()} == {
+    assert {tensor.dtype for tensor in load_file(tmp_path / "merged/model.safetensors").values()} == {
         torch.bfloat16
     }
-
-
-# ---- the model they were trained on ----
 
 
 @pytest.mark.parametrize(
@@ -115,7 +110,7 @@ def test_what_lies_beside_the_adapters_goes_with_the_model(trained, tmp_path):
     [
         (
             {"num_hidden_layers": 1},
-            "it has no place for 14 of 28 tensors, as base_model.model.model.layers.1",
+            "it has no module for 14 of 28 tensors, such as base_model.model.model.layers.1",
         ),
         ({"num_hidden_layers": 4}, "its num_hidden_layers is 4 instead of 2"),
         ({"hidden_size": 64}, "size mismatch"),
@@ -123,32 +118,34 @@ def test_what_lies_beside_the_adapters_goes_with_the_model(trained, tmp_path):
     ],
     ids=["fewer layers", "more layers", "narrower", "larger vocabulary"],
 )
-def test_another_model_is_refused(tiny, trained, tmp_path, settings, message):
+def test_a_different_base_model_is_refused(tiny, trained, tmp_path, settings, message):
     base = model_like(tiny, tmp_path / "base", **settings)
-    said = refused(trained, tmp_path / "merged", base)
-    assert said.startswith(f"{base}: is not the model that the adapters in {trained} were trained on: ")
-    assert message in said and said.endswith("; name that one by --base")
+    error = refused(trained, tmp_path / "merged", base)
+    assert error.startswith(f"{base}: is not the model that the adapters in {trained} were trained on: ")
+    assert message in error and error.endswith("; name that model by --base")
 
 
-def test_a_model_that_differs_where_there_are_no_adapters_is_refused(tiny, tmp_path):
+def test_a_base_model_that_differs_in_modules_without_adapters_is_refused(tiny, tmp_path):
     adapters = adapt(tiny, tmp_path / "lora", "q_proj")
     base = model_like(tiny, tmp_path / "base", intermediate_size=64)
     assert "its weights have other names or shapes" in refused(adapters, tmp_path / "merged", base)
 
 
-def test_adapters_are_no_model_to_merge_into(trained, tmp_path):
-    assert "it holds adapters itself; name that one" in refused(trained, tmp_path / "merged", trained)
+def test_adapters_are_refused_as_a_base_model(trained, tmp_path):
+    assert "it has adapters itself; name that model" in refused(trained, tmp_path / "merged", trained)
     with pytest.raises(UserError, match=r"lora: holds adapters; make one model of both, .*merge_lora\.py "):
         refuse_adapters(str(trained))
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-def test_a_model_of_more_layers_of_the_same_name_is_refused_without_a_record(tiny, tmp_path):
+def test_a_base_model_with_more_layers_is_refused_without_a_record(tiny, tmp_path):
     adapters = adapt(tiny, tmp_path / "lora", "q_proj")  # in every layer, however many there are
     (adapters / BASE_RECORD).unlink()
     base = model_like(tiny, tmp_path / "base", num_hidden_layers=4)
-    said = "4 of the 8 tensors it takes are not there, as base_model.model.model.layers.2.self_attn.q_proj."
-    assert said in refused(adapters, tmp_path / "merged", base)
+    message = (
+        "4 of the 8 tensors for its modules are missing, such as base_model.model.model.layers.2.self_attn."
+    )
+    assert message in refused(adapters, tmp_path / "merged", base)
 
 
 def test_adapters_without_a_record_are_merged(adapters, tmp_path):
@@ -157,7 +154,7 @@ def test_adapters_without_a_record_are_merged(adapters, tmp_path):
     assert (tmp_path / "merged/config.json").is_file()
 
 
-def test_a_model_in_4_bits_leaves_no_shapes(tiny, tmp_path):
+def test_the_record_of_a_4_bit_model_has_no_shapes(tiny, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny)
     model.config.quantization_config = {"load_in_4bit": True}
     write_base_record(tmp_path, model, "of packed weights")
@@ -166,14 +163,11 @@ def test_a_model_in_4_bits_leaves_no_shapes(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", None])
-def test_a_model_that_is_gone_is_to_be_named(tiny, adapters, tmp_path, name):
+def test_a_missing_base_model_can_be_named(tiny, adapters, tmp_path, name):
     settings = json.loads((adapters / "adapter_config.json").read_text())
     (adapters / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": name}))
     assert "by --base" in refused(adapters, tmp_path / "merged")
     merge(adapters, tmp_path / "merged", tiny)
-
-
-# ---- what cannot be read ----
 
 
 def truncate(path: Path) -> None:
@@ -186,43 +180,43 @@ def not_finite(path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-SETTINGS, BESIDE = "is adapter_config.json damaged?", "the tokenizer and the generation settings of the run"
+ADAPTER_CONFIG, TOKENIZER = "is adapter_config.json damaged?", "the tokenizer and the generation settings of"
 DAMAGE = {
     "broken settings": (
         "adapter_config.json",
-        lambda f: f.write_text("{"),
-        SETTINGS,
+        lambda file: file.write_text("{"),
+        ADAPTER_CONFIG,
     ),
-    "no kind": ("adapter_config.json", lambda f: f.write_text("{}"), SETTINGS),
-    "list": ("adapter_config.json", lambda f: f.write_text("[]"), SETTINGS),
+    "no kind": ("adapter_config.json", lambda file: file.write_text("{}"), ADAPTER_CONFIG),
+    "list": ("adapter_config.json", lambda file: file.write_text("[]"), ADAPTER_CONFIG),
     "truncated": (FILE, truncate, f"{FILE} cannot be read"),
     "no weights": (FILE, Path.unlink, f"it has no weights ({FILE})"),
     "not finite": (FILE, not_finite, "holds values that are not finite"),
-    "broken record": (BASE_RECORD, lambda f: f.write_text("[1]"), f"{BASE_RECORD}: cannot be read"),
-    "broken tokenizer": ("tokenizer.json", lambda f: f.write_text("{"), BESIDE),
+    "broken record": (BASE_RECORD, lambda file: file.write_text("[1]"), f"{BASE_RECORD}: cannot be read"),
+    "broken tokenizer": ("tokenizer.json", lambda file: file.write_text("{"), TOKENIZER),
     "broken stops": (
         "generation_config.json",
-        lambda f: f.write_text("{"),
-        BESIDE,
+        lambda file: file.write_text("{"),
+        TOKENIZER,
     ),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_adapters_are_one_error(adapters, tmp_path, kind):
-    name, spoil, message = DAMAGE[kind]
-    spoil(adapters / name)
-    said = refused(adapters, tmp_path / "merged")
-    assert message in said and str(adapters) in said
+def test_damaged_adapters_are_an_error(adapters, tmp_path, kind):
+    name, damage, message = DAMAGE[kind]
+    damage(adapters / name)
+    error = refused(adapters, tmp_path / "merged")
+    assert message in error and str(adapters) in error
 
 
-def test_a_truncated_model_is_one_error(tiny, trained, tmp_path):
+def test_a_truncated_base_model_is_an_error(tiny, trained, tmp_path):
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     truncate(base / "model.safetensors")
     assert refused(trained, tmp_path / "merged", base).startswith(f"{base}: SafetensorError: ")
 
 
-def test_a_model_without_all_of_its_weights_is_refused(tiny, trained, tmp_path):
+def test_a_base_model_with_missing_weights_is_refused(tiny, trained, tmp_path):
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     weights = load_file(base / "model.safetensors")
     del weights["model.norm.weight"]
@@ -233,24 +227,21 @@ def test_a_model_without_all_of_its_weights_is_refused(tiny, trained, tmp_path):
 def test_adapters_of_another_kind_are_refused(adapters, tmp_path):
     settings = {"peft_type": "IA3", "base_model_name_or_path": "model"}
     (adapters / "adapter_config.json").write_text(json.dumps(settings))
-    assert "holds IA3 adapters; those of --lora_r are merged" in refused(adapters, tmp_path / "merged")
+    assert "holds IA3 adapters; only LoRA adapters can be merged" in refused(adapters, tmp_path / "merged")
 
 
-# ---- whole or not at all ----
-
-
-def test_a_place_that_is_taken_is_refused(trained, tmp_path):
+def test_an_existing_output_is_refused(trained, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").write_text("mine")
     for name in ("file", "full"):
-        assert refused(trained, tmp_path / name).endswith(f"{name}: is there already; name a new folder")
+        assert refused(trained, tmp_path / name).endswith(f"{name}: exists already; name a new folder")
     with pytest.raises(UserError, match="is not a folder; remove it or name another"):
         merge(trained, tmp_path / "file/merged")
     assert (tmp_path / "file").read_text() == (tmp_path / "full/mine").read_text() == "mine"
 
 
-def test_an_empty_folder_and_what_a_killed_merge_left_are_no_hindrance(trained, tmp_path):
+def test_an_empty_output_and_leftovers_of_a_killed_merge_are_replaced(trained, tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "incomplete-merged").mkdir()
     (tmp_path / "incomplete-merged/model.safetensors").write_text("half")
@@ -259,12 +250,12 @@ def test_an_empty_folder_and_what_a_killed_merge_left_are_no_hindrance(trained, 
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
-def test_a_model_that_fails_its_check_is_not_left(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge_lora, "untie", lambda model: model.lm_head.weight.data.mul_(-1))
-    assert "not written, for the merged model is not what it" in refused(trained, tmp_path / "merged")
+def test_a_merged_model_that_fails_its_check_is_removed(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_lora, "untie_embeddings", lambda model: model.lm_head.weight.data.mul_(-1))
+    assert "not written; the merged model failed its check" in refused(trained, tmp_path / "merged")
 
 
-def test_an_interrupted_merge_leaves_nothing(trained, tmp_path, monkeypatch):
+def test_an_interrupted_merge_leaves_no_files(trained, tmp_path, monkeypatch):
     def interrupt(*_: object) -> None:
         assert (tmp_path / "incomplete-merged/model.safetensors").is_file()
         raise KeyboardInterrupt
@@ -275,10 +266,10 @@ def test_an_interrupted_merge_leaves_nothing(trained, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_one_error(trained, tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error(trained, tmp_path, monkeypatch):
     def full(_: Path) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(merge_lora, "flush_to_disk", full)
-    said = refused(trained, tmp_path / "merged")
-    assert "cannot be written: no space left on the device" in said and "name a folder elsewhere" in said
+    error = refused(trained, tmp_path / "merged")
+    assert "cannot be written: no space left on the device" in error and "name a folder elsewhere" in error
