@@ -3,9 +3,9 @@
     python scripts/merge_lora.py runs/lora merged
     python scripts/merge_lora.py runs/lora merged --dtype bfloat16 --base MODEL
 
-The merged model gets the tokenizer and the generation settings that are saved with the adapters. It is
-verified before the output folder takes its final name: the saved model is loaded again, and its logits have to
-be those of the base model with its adapters.
+The merged model gets the tokenizer and the generation settings that are saved with the adapters. Before the
+output folder takes its final name, the saved model is loaded again: its logits have to be those of the base
+model with its adapters.
 """
 
 import argparse
@@ -295,9 +295,7 @@ def write_verified(
         check_logits(probe(reloaded, logits.shape[-1], CPU), logits, APART[model.dtype.itemsize == 2])
         check_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), tokenizer)
     except Damaged as error:
-        raise UserError(
-            f"{output}: not written, because the merged model failed its check: {error}"
-        ) from None
+        raise UserError(f"{output}: not written; the merged model failed its check: {error}") from None
 
 
 def main() -> None:
