@@ -1,4 +1,4 @@
-"""What is said when memory runs out, and which batch is tried next."""
+"""Messages when memory runs out, and the smaller batch that is tried next."""
 
 import errno
 import json
@@ -29,9 +29,9 @@ CUDA_WORDS = (
 
 
 def model(**sizes: int) -> Qwen3ForCausalLM:
-    kept = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
+    defaults = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    return Qwen3ForCausalLM(Qwen3Config(**{**kept, **heads, **sizes}))
+    return Qwen3ForCausalLM(Qwen3Config(**{**defaults, **heads, **sizes}))
 
 
 def arguments(tmp_path, batch: int = 8, accumulation: int = 1, **more: object) -> TrainingArguments:
@@ -41,7 +41,7 @@ def arguments(tmp_path, batch: int = 8, accumulation: int = 1, **more: object) -
     )  # fmt: skip
 
 
-def test_what_is_raised_where_memory_runs_out():
+def test_errors_of_memory_are_recognized():
     assert ran_out(torch.OutOfMemoryError(CUDA_WORDS)) and ran_out(MemoryError())
     assert ran_out(RuntimeError(CPU_WORDS)) and ran_out(OSError(errno.ENOMEM, "no memory to fork"))
     assert not ran_out(OSError(errno.ENOSPC, "no space"))
@@ -50,90 +50,92 @@ def test_what_is_raised_where_memory_runs_out():
     assert asked_for(torch.OutOfMemoryError(CUDA_WORDS)) == "asked for 2.50 GiB"
 
 
-def test_a_real_allocation_that_fails_is_one():
+def test_failed_allocation_is_recognized():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert ran_out(caught.value)
 
 
-def said(model, args, last: MicroBatch, fused: bool = True) -> str:
+def advise(model, args, last: MicroBatch, fused: bool = True) -> str:
     return advice(model, args, last, fused, RuntimeError(CPU_WORDS), step=3)
 
 
-def test_the_message_has_the_parts_and_the_remedies_in_order(tmp_path):
-    told = said(model(), arguments(tmp_path), MicroBatch(8, 8 * 512))
-    assert told.startswith("out of memory in step 3, training 8 x 512 tokens (asked for 32 MiB). By size, on")
+def test_message_lists_parts_and_remedies_in_order_of_effect(tmp_path):
+    message = advise(model(), arguments(tmp_path), MicroBatch(8, 8 * 512))
+    assert message.startswith(
+        "out of memory in step 3, training 8 x 512 tokens (asked for 32 MiB). By size, on"
+    )
     for part in ("weights", "gradients", "optimizer", "activations", "loss"):
-        assert f"{part} " in told
-    checkpointing, batch = told.index("--enable_gradient_checkpointing"), told.index("--per_device_train")
-    assert checkpointing < batch and "--gradient_accumulation_steps 2, the same result" in told
-    saved = [float(part.split()[1]) for part in told.split("(saves")[1:]]
+        assert f"{part} " in message
+    checkpointing, batch = (
+        message.index("--enable_gradient_checkpointing"),
+        message.index("--per_device_train"),
+    )
+    assert checkpointing < batch and "--gradient_accumulation_steps 2, the same result" in message
+    saved = [float(part.split()[1]) for part in message.split("(saves")[1:]]
     assert saved == sorted(saved, reverse=True) and len(saved) == 2
-    assert "--fused_head" not in told and "zero3" not in told
+    assert "--fused_head" not in message and "zero3" not in message
 
 
-def test_logits_that_are_held_come_first_where_they_are_most(tmp_path):
-    told = said(model(vocab_size=100_000), arguments(tmp_path), MicroBatch(8, 8 * 512), fused=False)
-    assert "1. --fused_head auto" in told and "logits" in told
+def test_logits_come_first_if_they_are_largest(tmp_path):
+    message = advise(model(vocab_size=100_000), arguments(tmp_path), MicroBatch(8, 8 * 512), fused=False)
+    assert "1. --fused_head auto" in message and "logits" in message
 
 
-def test_what_has_been_done_is_not_advised(tmp_path):
+def test_flags_already_set_are_not_advised(tmp_path):
     args = arguments(tmp_path, batch=1, gradient_checkpointing=True)
-    told = said(model(num_hidden_layers=8), args, MicroBatch(1, 4096))
-    assert "gradient_checkpointing" not in told and "per_device" not in told
-    assert "1. --max_length 2048 (saves" in told
+    message = advise(model(num_hidden_layers=8), args, MicroBatch(1, 4096))
+    assert "gradient_checkpointing" not in message and "per_device" not in message
+    assert "1. --max_length 2048 (saves" in message
 
 
-def test_an_evaluation_is_told_of_its_own_batch(tmp_path):
-    told = said(model(vocab_size=100_000), arguments(tmp_path), MicroBatch(8, 4096, is_training=False))
-    assert "evaluating 8 x 512" in told and "1. --per_device_eval_batch_size 4" in told
-    assert "activations" not in told and "train_batch" not in told
+def test_evaluation_is_advised_a_smaller_evaluation_batch(tmp_path):
+    message = advise(model(vocab_size=100_000), arguments(tmp_path), MicroBatch(8, 4096, is_training=False))
+    assert "evaluating 8 x 512" in message and "1. --per_device_eval_batch_size 4" in message
+    assert "activations" not in message and "train_batch" not in message
 
 
-def test_several_ranks_are_told_to_share(tmp_path, monkeypatch):
+def test_several_ranks_are_advised_to_shard(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    told = said(model(vocab_size=100_000), args, MicroBatch(1, 16))
-    assert "1. --deepspeed ds_config/zero3.json" in told
+    message = advise(model(vocab_size=100_000), args, MicroBatch(1, 16))
+    assert "1. --deepspeed ds_config/zero3.json" in message
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
-def test_activations_are_about_what_autograd_keeps(tmp_path, checkpointed):
-    args, made = arguments(tmp_path, gradient_checkpointing=checkpointed), model(num_hidden_layers=8)
+def test_activation_estimate_is_close_to_what_autograd_keeps(tmp_path, checkpointed):
+    args, network = arguments(tmp_path, gradient_checkpointing=checkpointed), model(num_hidden_layers=8)
     if checkpointed:
-        made.gradient_checkpointing_enable()
-    kept: dict[int, int] = {}
+        network.gradient_checkpointing_enable()
+    saved_bytes: dict[int, int] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def record_saved(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, torch.nn.Parameter):
             storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved_bytes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    weights = {one.untyped_storage().data_ptr() for one in made.parameters()}
-    made.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = made.model(torch.zeros(4, 256, dtype=torch.long), use_cache=False)
+    weights = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
+    network.train()
+    with torch.autograd.graph.saved_tensors_hooks(record_saved, lambda tensor: tensor):
+        output = network.model(torch.zeros(4, 256, dtype=torch.long), use_cache=False)
     assert output.last_hidden_state.requires_grad
-    measured = sum(size for place, size in kept.items() if place not in weights) / 2**30
-    estimate = estimate_activations(made, args, 4, 1024)
-    if checkpointed:  # one layer is computed again within the backward pass, when nothing else is measured
+    measured = sum(size for address, size in saved_bytes.items() if address not in weights) / 2**30
+    estimate = estimate_activations(network, args, 4, 1024)
+    if checkpointed:  # the layer that is recomputed in the backward pass is not measured here
         estimate -= estimate_activations(model(num_hidden_layers=1), arguments(tmp_path), 4, 1024)
     assert estimate == pytest.approx(measured, rel=0.3)
-
-
-# ---- a smaller batch ----
 
 
 @pytest.mark.parametrize(
     ("batch", "accumulation", "smaller"),
     [(8, 1, (4, 2)), (4, 2, (2, 4)), (3, 1, (1, 3)), (6, 1, (3, 2)), (2, 5, (1, 10)), (1, 8, None)],
 )
-def test_a_smaller_batch_keeps_the_rows_of_a_step(tmp_path, batch, accumulation, smaller):
+def test_smaller_batch_keeps_the_rows_of_an_optimizer_step(tmp_path, batch, accumulation, smaller):
     assert smaller_batch(arguments(tmp_path, batch, accumulation)) == smaller
 
 
-def test_what_was_found_holds_for_the_same_request(tmp_path, monkeypatch):
+def test_smaller_batch_is_found_again_for_the_same_request(tmp_path, monkeypatch):
     asked = (8, 2)
     assert found_batch(str(tmp_path), asked) is None
     assert note_smaller(arguments(tmp_path, 8, 2), asked) == (4, 4)
@@ -155,20 +157,20 @@ def test_what_was_found_holds_for_the_same_request(tmp_path, monkeypatch):
         '{"asked": [8, 2, 1], "found": [0, 0]}',
     ],
 )
-def test_a_broken_note_is_told(tmp_path, content):
+def test_broken_batch_file_is_an_error(tmp_path, content):
     (tmp_path / FOUND).write_text(content)
     with pytest.raises(UserError, match=f"{FOUND} .*remove it"):
         found_batch(str(tmp_path), (8, 2))
 
 
-def test_without_a_smaller_batch_nothing_is_noted(tmp_path):
+def test_nothing_is_written_without_a_smaller_batch(tmp_path):
     assert note_smaller(arguments(tmp_path, 1, 8), (1, 8)) is None and not (tmp_path / FOUND).exists()
     assert (
         OutOfMemory("m", smaller=False).code == EXIT_USER_ERROR and OutOfMemory("m", smaller=True).code == 76
     )
 
 
-def test_before_there_is_a_trainer():
+def test_out_of_memory_before_training_is_one_error():
     with (
         pytest.raises(UserError, match=r"out of memory: the weights \(asked for 2.50 GiB\); shard"),
         telling_what_did_not_fit("the weights", "shard"),
@@ -178,6 +180,6 @@ def test_before_there_is_a_trainer():
         raise RuntimeError("something else")
 
 
-def test_the_file_is_json_that_a_person_can_read(tmp_path):
+def test_batch_file_is_readable_json(tmp_path):
     note_smaller(arguments(tmp_path, 8, 2), (8, 2))
     assert json.loads((tmp_path / FOUND).read_text()) == {"asked": [8, 2, 1], "found": [4, 4]}
