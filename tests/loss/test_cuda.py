@@ -1,4 +1,4 @@
-"""The fused head on a GPU: against float64, against the plain path, and that the host waits for nothing."""
+"""The fused head on a GPU against float64 and the plain path, without synchronizing host and device."""
 
 import pytest
 import torch
@@ -13,12 +13,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 WIDTH, VOCAB = 64, 1000
 DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
-"""How far gradients may be off, as a share of their norm."""
+"""Maximum error of gradients, relative to their norm."""
+OBJECTIVES = [case.objective for case in CASES]
 
 
 @pytest.fixture(autouse=True)
 def exact_products():
-    """No TF32, which would be compared with float64 here."""
+    """Disable TF32, because results are compared with float64."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
@@ -26,7 +27,7 @@ def exact_products():
 
 
 def case(dtype, batch=4, seq=33, vocab=VOCAB, share=0.6, spread=3.0, seed=0):
-    """hidden (batch, seq, width), weight (vocab, width), bias (vocab,) and labels on the GPU."""
+    """Return hidden (batch, seq, width), weight (vocab, width), bias (vocab,) and labels on the GPU."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(batch, seq, WIDTH, generator=generator)
     weight = spread * torch.randn(vocab, WIDTH, generator=generator) / WIDTH**0.5
@@ -34,16 +35,16 @@ def case(dtype, batch=4, seq=33, vocab=VOCAB, share=0.6, spread=3.0, seed=0):
     labels = torch.randint(vocab, (batch, seq), generator=generator)
     labels[:, 1::3] = (hidden @ weight.t() + bias).argmax(-1)[:, :-1:3]
     labels[torch.rand(batch, seq, generator=generator) >= share] = -100
-    made = [one.to("cuda", dtype).requires_grad_() for one in (hidden, weight, bias)]
-    return *made, labels.cuda()
+    inputs = [tensor.to("cuda", dtype).requires_grad_() for tensor in (hidden, weight, bias)]
+    return *inputs, labels.cuda()
 
 
 def gradients(loss, *tensors):
     loss.backward()
-    found = [one.grad for one in tensors]
-    for one in tensors:
-        one.grad = None
-    return found
+    grads = [tensor.grad for tensor in tensors]
+    for tensor in tensors:
+        tensor.grad = None
+    return grads
 
 
 def on_logits(hidden, weight, labels, *, bias=None, logit_scale=1.0, logit_softcap=None, **options):
@@ -54,61 +55,65 @@ def on_logits(hidden, weight, labels, *, bias=None, logit_scale=1.0, logit_softc
     return dft_loss(logits, labels, **options)
 
 
-def off(found, expected) -> float:
-    return ((found.double().cpu() - expected.cpu()).norm() / expected.norm().cpu()).item()
+def relative_error(actual, expected) -> float:
+    return ((actual.double().cpu() - expected.cpu()).norm() / expected.norm().cpu()).item()
 
 
 @pytest.mark.parametrize("tile_rows", [7, 10_000])
 @pytest.mark.parametrize("shape", [(1.0, None), (0.25, None), (2.0, 5.0)])
 @pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_loss_gradients_and_statistics_are_those_of_float64(monkeypatch, dtype, alpha, shape, tile_rows):
+def test_loss_gradients_and_statistics_match_float64(monkeypatch, dtype, alpha, shape, tile_rows):
     monkeypatch.setitem(tiles.TILE_BYTES, "cuda", 4 * VOCAB * tile_rows)
-    monkeypatch.setattr(tiles, "GROUP_BYTES", 2 * VOCAB * 20)  # two tiles, or all of them
+    monkeypatch.setattr(tiles, "GROUP_BYTES", 2 * VOCAB * 20)  # groups of two tiles
     if tile_rows > 100:
         monkeypatch.setattr(tiles, "GROUP_BYTES", 2**31)
     hidden, weight, bias, labels = case(dtype)
     how = {"alpha": alpha, "num_items": 50, "logit_scale": shape[0], "logit_softcap": shape[1]}
     loss, stats = linear_dft_loss(hidden, weight, labels, bias=bias, **how)
-    exact = [one.detach().double().cpu().requires_grad_() for one in (hidden, weight, bias)]
+    exact = [tensor.detach().double().cpu().requires_grad_() for tensor in (hidden, weight, bias)]
     expected, expected_stats = on_logits(exact[0], exact[1], labels.cpu(), bias=exact[2], **how)
     torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-4, atol=1e-5)
     for name in ("nll", "p_correct", "weight", "entropy"):
-        found, wanted = vars_of(stats, name), vars_of(expected_stats, name)
-        torch.testing.assert_close(found.double().cpu(), wanted, rtol=1e-3, atol=1e-4)
+        actual, exact_value = stats._asdict()[name], expected_stats._asdict()[name]
+        torch.testing.assert_close(actual.double().cpu(), exact_value, rtol=1e-3, atol=1e-4)
     assert torch.equal(stats.target.cpu(), expected_stats.target)
-    assert (stats.correct.cpu() == expected_stats.correct).double().mean() > 0.97  # but for ties
-    for found, wanted in zip(gradients(loss, hidden, weight, bias), gradients(expected, *exact), strict=True):
-        assert found.dtype == dtype and off(found, wanted) < DTYPES[dtype]
-
-
-def vars_of(stats, name):
-    return stats._asdict()[name]
+    assert (stats.correct.cpu() == expected_stats.correct).double().mean() > 0.97  # the rest are ties
+    pairs = zip(gradients(loss, hidden, weight, bias), gradients(expected, *exact), strict=True)
+    for actual, reference in pairs:
+        assert actual.dtype == dtype and relative_error(actual, reference) < DTYPES[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_error_is_no_larger_than_that_of_the_plain_path(dtype):
-    hidden, weight, _, labels = case(dtype, vocab=5000, spread=20.0)  # logits at which bfloat16 is coarse
-    exact = [one.detach().double().cpu().requires_grad_() for one in (hidden, weight)]
+    hidden, weight, _, labels = case(
+        dtype, vocab=5000, spread=20.0
+    )  # large logits, which bfloat16 rounds coarsely
+    exact = [tensor.detach().double().cpu().requires_grad_() for tensor in (hidden, weight)]
     expected, stats = on_logits(*exact, labels.cpu())
-    wanted = gradients(expected, *exact)
+    exact_gradients = gradients(expected, *exact)
     loss, ours = linear_dft_loss(hidden, weight, labels)
-    found = gradients(loss, hidden, weight)
+    fused_gradients = gradients(loss, hidden, weight)
     plain_loss, plain = on_logits(hidden, weight, labels)
-    plain_found = gradients(plain_loss, hidden, weight)
-    assert off(ours.p_correct, stats.p_correct) <= off(plain.p_correct, stats.p_correct) + 1e-6
-    for one, other, want in zip(found, plain_found, wanted, strict=True):
-        assert off(one, want) <= off(other, want) + 1e-3
+    plain_gradients = gradients(plain_loss, hidden, weight)
+    assert (
+        relative_error(ours.p_correct, stats.p_correct)
+        <= relative_error(plain.p_correct, stats.p_correct) + 1e-6
+    )
+    for actual, rounded, reference in zip(fused_gradients, plain_gradients, exact_gradients, strict=True):
+        limit = relative_error(rounded, reference) + 1e-3
+        assert relative_error(actual, reference) <= limit
 
 
-def test_autocast_takes_its_own_precision():
+def test_products_are_in_the_dtype_of_autocast():
     hidden, weight, _, labels = case(torch.float32)
     with torch.autocast("cuda", torch.bfloat16):
         loss, _ = linear_dft_loss(hidden, weight, labels)
-    exact = [one.detach().double().cpu().requires_grad_() for one in (hidden, weight)]
+    exact = [tensor.detach().double().cpu().requires_grad_() for tensor in (hidden, weight)]
     expected, _ = on_logits(*exact, labels.cpu())
-    for found, wanted in zip(gradients(loss, hidden, weight), gradients(expected, *exact), strict=True):
-        assert found.dtype == torch.float32 and off(found, wanted) < DTYPES[torch.bfloat16]
+    pairs = zip(gradients(loss, hidden, weight), gradients(expected, *exact), strict=True)
+    for actual, reference in pairs:
+        assert actual.dtype == torch.float32 and relative_error(actual, reference) < DTYPES[torch.bfloat16]
 
 
 @pytest.mark.parametrize(("batch", "seq", "vocab"), [(1, 2, 2), (1, 2, 131_073), (3, 5, 4097), (2, 9, 1)])
@@ -116,20 +121,21 @@ def test_autocast_takes_its_own_precision():
 def test_odd_shapes(dtype, batch, seq, vocab):
     hidden, weight, _, labels = case(dtype, batch, seq, vocab, share=1.1)
     loss, _ = linear_dft_loss(hidden, weight, labels)
-    exact = [one.detach().double().cpu().requires_grad_() for one in (hidden, weight)]
+    exact = [tensor.detach().double().cpu().requires_grad_() for tensor in (hidden, weight)]
     expected, _ = on_logits(*exact, labels.cpu())
     torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-3, atol=1e-4)
-    for found, wanted in zip(gradients(loss, hidden, weight), gradients(expected, *exact), strict=True):
-        if wanted.norm() > 1e-6:
-            assert off(found, wanted) < 2 * DTYPES[dtype]
+    pairs = zip(gradients(loss, hidden, weight), gradients(expected, *exact), strict=True)
+    for actual, reference in pairs:
+        if reference.norm() > 1e-6:
+            assert relative_error(actual, reference) < 2 * DTYPES[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_to_learn_and_nothing_to_derive(dtype):
+def test_no_supervised_tokens_no_grad_and_frozen_weights(dtype):
     hidden, weight, _, labels = case(dtype)
     loss, stats = linear_dft_loss(hidden, weight, torch.full_like(labels, -100))
     assert loss.item() == 0 and stats.nll.numel() == 0
-    assert not any(one.any() for one in gradients(loss, hidden, weight))
+    assert not any(gradient.any() for gradient in gradients(loss, hidden, weight))
     with torch.no_grad():
         scored, _ = linear_dft_loss(hidden, weight, labels)
     frozen, _ = linear_dft_loss(hidden, weight.detach(), labels)
@@ -141,24 +147,26 @@ def test_nothing_to_learn_and_nothing_to_derive(dtype):
 def test_extreme_logits_stay_finite():
     hidden, weight, _, labels = case(torch.float32, spread=1e4)
     loss, stats = linear_dft_loss(hidden, weight, labels)
-    found = gradients(loss, hidden, weight)
-    assert all(one.isfinite().all() for one in (stats.nll, stats.entropy, *found))
+    tensors = (stats.nll, stats.entropy, *gradients(loss, hidden, weight))
+    assert all(tensor.isfinite().all() for tensor in tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_gives_the_same_bits_again(dtype):
+def test_results_are_bitwise_reproducible(dtype):
     hidden, weight, _, labels = case(dtype)
     runs = []
     for _ in range(2):
         loss, stats = linear_dft_loss(hidden, weight, labels)
         runs.append([loss.detach(), *stats, *gradients(loss, hidden, weight)])
-    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
-def test_the_host_waits_for_nothing():
+def test_the_host_does_not_synchronize_with_the_device():
     hidden, weight, _, labels = case(torch.bfloat16)
     positions, count = loss_positions(labels), torch.tensor(50, device="cuda")
-    linear_dft_loss(hidden, weight, labels, positions=positions, num_items=count)[0].backward()  # compiles
+    linear_dft_loss(hidden, weight, labels, positions=positions, num_items=count)[
+        0
+    ].backward()  # compiles the kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -169,7 +177,7 @@ def test_the_host_waits_for_nothing():
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_trained_model_is_the_same_with_and_without_the_fused_head(tmp_path, bf16):
+def test_training_gives_the_same_losses_with_and_without_the_fused_head(tmp_path, bf16):
     from transformers import Qwen3Config, Qwen3ForCausalLM, TrainingArguments
 
     losses = {}
@@ -193,49 +201,53 @@ def test_a_trained_model_is_the_same_with_and_without_the_fused_head(tmp_path, b
     assert losses["on"] == pytest.approx(losses["off"], rel=1e-2 if bf16 else 1e-4)
 
 
-@pytest.mark.parametrize("one", CASES, ids=lambda one: one.objective.title)
+@pytest.mark.parametrize(
+    "objective", [case.objective for case in CASES], ids=lambda objective: objective.title
+)
 @pytest.mark.parametrize("floored", [False, True])
 @pytest.mark.parametrize("shape", [(1.0, None), (2.0, 5.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_objective(monkeypatch, dtype, shape, floored, one):
+def test_every_objective_matches_float64(monkeypatch, dtype, shape, floored, objective):
     monkeypatch.setitem(tiles.TILE_BYTES, "cuda", 4 * VOCAB * 7)
     monkeypatch.setattr(tiles, "GROUP_BYTES", 2 * VOCAB * 20)
     hidden, weight, bias, labels = case(dtype)
-    anchored = one.objective.kl_weight > 0
-    other_hidden, other_weight, other_bias, _ = (one.detach() for one in case(dtype, seed=1))
-    how = {"objective": one.objective, "num_items": 50}
+    anchored = objective.kl_weight > 0
+    other_hidden, other_weight, other_bias, _ = (tensor.detach() for tensor in case(dtype, seed=1))
+    how = {"objective": objective, "num_items": 50}
     floors = 0.4 * (labels % 3 == 0).float() if floored else None
     loss, stats = linear_dft_loss(
         hidden, weight, labels, bias=bias, logit_scale=shape[0], logit_softcap=shape[1], min_weight=floors,
         base=BaseHead(other_hidden, other_weight, other_bias) if anchored else None, **how,
     )  # fmt: skip
-    exact = [one.detach().double().cpu().requires_grad_() for one in (hidden, weight, bias)]
-    base = [one.double().cpu() for one in (other_hidden, other_weight, other_bias)]
-    shaped = [shape[0] * (one[0] @ one[1].t() + one[2]) for one in (exact, base)]
+    exact = [tensor.detach().double().cpu().requires_grad_() for tensor in (hidden, weight, bias)]
+    base = [tensor.double().cpu() for tensor in (other_hidden, other_weight, other_bias)]
+    shaped = [shape[0] * (inputs[0] @ inputs[1].t() + inputs[2]) for inputs in (exact, base)]
     if shape[1] is not None:
-        shaped = [shape[1] * torch.tanh(one / shape[1]) for one in shaped]
+        shaped = [shape[1] * torch.tanh(logits / shape[1]) for logits in shaped]
     expected, expected_stats = dft_loss(
         shaped[0], labels.cpu(), base_logits=shaped[1] if anchored else None,
         min_weight=None if floors is None else floors.cpu(), **how,
     )  # fmt: skip
-    if one.objective.name != "threshold":  # a p beside the threshold may come to lie on its other side
+    if objective.name != "threshold":  # rounding may move a p across the threshold
         torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(stats.weight.double().cpu(), expected_stats.weight, rtol=2e-3, atol=2e-4)
     torch.testing.assert_close(stats.kl.double().cpu(), expected_stats.kl, rtol=1e-3, atol=1e-3)
-    for found, wanted in zip(gradients(loss, hidden, weight, bias), gradients(expected, *exact), strict=True):
-        assert found.dtype == dtype and found.isfinite().all()
-        if wanted.norm() > 1e-3:  # less is lost in float16; and no p may reach a threshold
-            assert off(found, wanted) < 2 * DTYPES[dtype]
+    pairs = zip(gradients(loss, hidden, weight, bias), gradients(expected, *exact), strict=True)
+    for actual, reference in pairs:
+        assert actual.dtype == dtype and actual.isfinite().all()
+        # Smaller ones underflow in float16, and it may be that no p reaches the threshold.
+        if reference.norm() > 1e-3:
+            assert relative_error(actual, reference) < 2 * DTYPES[dtype]
 
 
 @pytest.mark.parametrize("name", ["power", "eaft", "chord"])
-def test_the_host_waits_for_no_objective(name):
+def test_no_objective_synchronizes_with_the_device(name):
     hidden, weight, _, labels = case(torch.bfloat16)
     how = {
         "positions": loss_positions(labels), "num_items": torch.tensor(50, device="cuda"),
         "objective": make_objective(name), "min_weight": torch.zeros(labels.shape, device="cuda"),
     }  # fmt: skip
-    linear_dft_loss(hidden, weight, labels, **how)[0].backward()  # compiles
+    linear_dft_loss(hidden, weight, labels, **how)[0].backward()  # compiles the kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,4 @@
-"""The definition of the loss, against formulas written out by hand in float64."""
+"""The definition of the loss against formulas computed token by token in float64."""
 
 import math
 
@@ -23,7 +23,7 @@ def random_batch(seed: int = 0, batch: int = 3, seq: int = 7) -> tuple[torch.Ten
 def by_hand(
     logits: torch.Tensor, labels: torch.Tensor, alpha: float, num_items: float | None
 ) -> dict[str, float]:
-    """Token by token in Python floats, sharing nothing with the implementation."""
+    """Compute the loss token by token with Python floats, independently of the implementation."""
     total, nlls, hits = 0.0, [], 0
     for row, targets in zip(logits.tolist(), labels.tolist(), strict=True):
         for position in range(1, len(targets)):
@@ -42,7 +42,7 @@ def by_hand(
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("num_items", [None, 40])
-def test_equals_the_formula_written_out(alpha, num_items):
+def test_loss_and_statistics_match_the_formula(alpha, num_items):
     logits, labels = random_batch()
     expected = by_hand(logits, labels, alpha, num_items)
     loss, stats = dft_loss(logits, labels, alpha=alpha, num_items=num_items)
@@ -62,7 +62,7 @@ def test_float32_is_close_to_float64():
     assert rounded.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
-def test_bf16_logits_are_computed_in_float32():
+def test_bfloat16_logits_are_computed_in_float32():
     logits, labels = random_batch(batch=8, seq=64)
     halves = logits.bfloat16()
     loss, stats = dft_loss(halves, labels, alpha=0.7)
@@ -71,7 +71,7 @@ def test_bf16_logits_are_computed_in_float32():
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-6)
 
 
-def test_alpha_zero_is_the_models_own_cross_entropy():
+def test_alpha_zero_matches_the_cross_entropy_of_transformers():
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -89,7 +89,7 @@ def test_alpha_zero_is_the_models_own_cross_entropy():
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_alpha_one_descends_minus_mean_p():
+def test_alpha_one_has_the_gradient_of_minus_mean_p():
     logits, labels = random_batch()
     logits.requires_grad_()
     (grad,) = torch.autograd.grad(dft_loss(logits, labels)[0], logits)
@@ -100,8 +100,8 @@ def test_alpha_one_descends_minus_mean_p():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-def test_gradcheck_of_the_potential(alpha):
-    """The loss with its detached weight has no finite differences; this potential has the same gradient."""
+def test_gradient_passes_gradcheck_against_the_potential(alpha):
+    """Finite differences would include the detached weight, so they are taken of the potential instead."""
     logits, labels = random_batch(batch=2, seq=4)
 
     def potential(scores: torch.Tensor) -> torch.Tensor:
@@ -124,11 +124,11 @@ def test_gradcheck_of_the_potential(alpha):
     assert torch.autograd.gradcheck(WithDftGradient.apply, (logits.requires_grad_(),))
 
 
-def test_the_weight_carries_no_gradient():
+def test_no_gradient_flows_through_the_weight():
     logits, labels = random_batch()
     logits.requires_grad_()
     loss, stats = dft_loss(logits, labels)
-    assert not any(one.requires_grad for one in stats)
+    assert not any(statistic.requires_grad for statistic in stats)
     (grad,) = torch.autograd.grad(loss, logits)
     keep = labels[:, 1:] != -100
     rows, targets = logits.detach()[:, :-1][keep], labels[:, 1:][keep]
@@ -138,7 +138,7 @@ def test_the_weight_carries_no_gradient():
     assert grad[:, :-1][~keep].abs().sum() == 0 and grad[:, -1].abs().sum() == 0
 
 
-def test_a_batch_without_supervised_tokens_is_a_zero_on_the_graph():
+def test_a_batch_without_supervised_tokens_has_a_zero_loss_attached_to_the_graph():
     logits, labels = random_batch()
     logits.requires_grad_()
     loss, stats = dft_loss(logits, torch.full_like(labels, -100))
@@ -147,7 +147,7 @@ def test_a_batch_without_supervised_tokens_is_a_zero_on_the_graph():
     assert logits.grad.abs().sum() == 0
 
 
-def test_one_token_per_row_has_nothing_to_predict():
+def test_rows_of_one_token_have_a_zero_loss():
     logits = torch.randn(2, 1, VOCAB, requires_grad=True)
     loss, stats = dft_loss(logits, torch.zeros(2, 1, dtype=torch.int64))
     assert loss.item() == 0 and loss.requires_grad and len(stats.nll) == 0
@@ -161,7 +161,7 @@ def test_the_first_token_is_never_a_target():
 
 
 @pytest.mark.parametrize("num_items", [60, torch.tensor(60)])
-def test_micro_batches_add_up_to_the_step(num_items):
+def test_losses_of_micro_batches_sum_to_the_loss_of_the_step(num_items):
     logits, labels = random_batch(batch=6)
     whole, _ = dft_loss(logits, labels, num_items=60)
     parts = [dft_loss(logits[i : i + 2], labels[i : i + 2], num_items=num_items)[0] for i in (0, 2, 4)]
@@ -178,7 +178,7 @@ def test_extreme_logits_stay_finite():
     assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
 
 
-def test_a_base_model_gets_no_gradient_and_makes_none_where_p_is_nothing():
+def test_kl_is_finite_at_zero_probabilities_and_sends_no_gradient_to_the_base_model():
     logits = torch.tensor([[[0.0, -2000.0, 1.0], [0.0, 0.0, 0.0]]], requires_grad=True)
     base = torch.tensor([[[0.0, -math.inf, 1.0], [0.0, 0.0, 0.0]]], requires_grad=True)
     loss, stats = dft_loss(logits, torch.tensor([[0, 2]]), objective=make_objective("asft"), base_logits=base)
@@ -187,12 +187,12 @@ def test_a_base_model_gets_no_gradient_and_makes_none_where_p_is_nothing():
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, math.nan])
-def test_alpha_outside_its_range_is_refused(alpha):
+def test_alpha_out_of_range_raises(alpha):
     with pytest.raises(ValueError, match="alpha must lie in"):
         dft_loss(*random_batch(), alpha=alpha)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_mismatched_shapes_raise():
     logits, labels = random_batch()
     with pytest.raises(ValueError, match=r"\(3, 7, 11\) and \(3, 6\)"):
         dft_loss(logits, labels[:, 1:])

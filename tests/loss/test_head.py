@@ -1,4 +1,4 @@
-"""The fused head inside real model classes: loss and gradients are those of the model's own logits."""
+"""The fused head in real model classes: loss and gradients match those from the model's own logits."""
 
 import re
 
@@ -51,13 +51,13 @@ FAMILIES = {
 
 def make(model_type: str, settings: dict, dtype=torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    given = settings if model_type == "gpt2" else {**SMALL, **settings}
-    config = transformers.AutoConfig.for_model(model_type, **given)
+    config_settings = settings if model_type == "gpt2" else {**SMALL, **settings}
+    config = transformers.AutoConfig.for_model(model_type, **config_settings)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Inputs of three rows, the last one with padding, and labels."""
+    """Return inputs of three rows, the last with padding, and labels."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (3, 12), generator=generator)
     mask = torch.ones_like(ids)
@@ -69,38 +69,42 @@ def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss.backward()
-    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
-def inspected(model: nn.Module, dtype=torch.float32) -> FusedHead | str:
+def inspect(model: nn.Module, dtype=torch.float32) -> FusedHead | str:
     ids = torch.arange(3, 19).view(2, 8)
     return inspect_head(model, model, {"input_ids": ids}, dtype)
 
 
 def compare(model: nn.Module, head: FusedHead, close: float = 1e-5) -> None:
     inputs, labels = batch()
-    how = {"objective": Dft(0.7), "num_items": 29}
+    options = LossOptions(Dft(0.7), num_items=29)
     own = model(**inputs)
-    expected, expected_stats = dft_loss(own.logits, labels, **how)
-    wanted = gradients(model, expected)
-    loss, stats, outputs = head.score(model, inputs, labels, LossOptions(**how))
+    expected, expected_stats = dft_loss(own.logits, labels, objective=Dft(0.7), num_items=29)
+    expected_gradients = gradients(model, expected)
+    loss, stats, outputs = head.score(model, inputs, labels, options)
     assert outputs.logits.shape == (3, 12, 1) and not outputs.logits.any()
-    found = gradients(model, loss)
+    fused_gradients = gradients(model, loss)
     assert loss.item() == pytest.approx(expected.item(), rel=close)
     torch.testing.assert_close(stats.nll, expected_stats.nll.to(stats.nll.dtype), rtol=close, atol=close)
     assert torch.equal(stats.correct, expected_stats.correct)
-    assert found.keys() == wanted.keys()
-    for name, one in wanted.items():
-        assert (found[name] - one).norm() <= close * one.norm() + 1e-9, name
+    assert fused_gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        assert (fused_gradients[name] - gradient).norm() <= close * gradient.norm() + 1e-9, name
     assert "forward" not in vars(head.module)
-    assert torch.equal(model(**inputs).logits, own.logits), "the model is as it was"
+    assert torch.equal(model(**inputs).logits, own.logits), "the model has changed"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_loss_and_gradients_are_those_of_the_models_own_logits(name):
+def test_loss_and_gradients_match_those_from_the_models_own_logits(name):
     model_type, settings, (scale, softcap) = FAMILIES[name]
     model = make(model_type, settings)
-    head = inspected(model)
+    head = inspect(model)
     assert isinstance(head, FusedHead), head
     assert head.transform.scale == pytest.approx(scale, rel=1e-7)
     assert head.transform.softcap == (softcap and pytest.approx(softcap, rel=1e-7))
@@ -108,14 +112,14 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(name):
 
 
 @pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-10), (torch.bfloat16, None)])
-def test_other_precisions(dtype, close):
+def test_other_dtypes(dtype, close):
     model = make("qwen3", {}, dtype)
-    head = inspected(model, dtype)
+    head = inspect(model, dtype)
     assert isinstance(head, FusedHead)
     if close:
         compare(model, head, close)
         return
-    # Logits in bfloat16 are what is coarse here: the fused loss is nearer to that of a wide model.
+    # bfloat16 logits are rounded coarsely: the fused loss is closer to that of float64 logits.
     inputs, labels = batch()
     _, stats, _ = head.score(model, inputs, labels, LossOptions())
     _, rounded = dft_loss(model(**inputs).logits, labels)
@@ -129,14 +133,14 @@ def test_gradient_checkpointing_and_frozen_weights():
     model = make("qwen3", {})
     model.gradient_checkpointing_enable()
     model.train()
-    head = inspected(model.eval())
+    head = inspect(model.eval())
     compare(model.train(), head)
     model.lm_head.weight.requires_grad_(False)
     compare(model, head)
 
 
-class Odd(transformers.Qwen3ForCausalLM):
-    """A model that does to its logits what no setting tells of."""
+class ModelWithTransform(transformers.Qwen3ForCausalLM):
+    """A model that transforms its logits in a way that no setting of its configuration shows."""
 
     def __init__(self, config, change):
         super().__init__(config)
@@ -148,9 +152,9 @@ class Odd(transformers.Qwen3ForCausalLM):
         return output
 
 
-def odd(change) -> Odd:
+def transformed(change) -> ModelWithTransform:
     torch.manual_seed(0)
-    return Odd(transformers.Qwen3Config(**SMALL), change).eval()
+    return ModelWithTransform(transformers.Qwen3Config(**SMALL), change).eval()
 
 
 UNKNOWN = "it transforms its logits in another way than by a scale and a soft cap"
@@ -169,30 +173,30 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_is_not_known_to_be_the_same_is_not_fused(name):
+def test_heads_with_unknown_transforms_are_not_fused(name):
     change, reason = CHANGES[name]
-    told = inspected(odd(change))
-    assert isinstance(told, str)
-    assert re.match(reason, told), told
+    message = inspect(transformed(change))
+    assert isinstance(message, str)
+    assert re.match(reason, message), message
 
 
-def test_a_scale_and_a_cap_are_seen_wherever_they_come_from():
-    head = inspected(odd(lambda z: 7 * torch.tanh(z * 0.3 / 7)))
+def test_scale_and_soft_cap_are_detected_without_the_configuration():
+    head = inspect(transformed(lambda z: 7 * torch.tanh(z * 0.3 / 7)))
     assert head.transform.scale == pytest.approx(0.3, rel=1e-6)
     assert head.transform.softcap == pytest.approx(7)
-    model = odd(lambda z: 7 * torch.tanh(z * 0.3 / 7))
-    compare(model, inspected(model))
+    model = transformed(lambda z: 7 * torch.tanh(z * 0.3 / 7))
+    compare(model, inspect(model))
 
 
 @pytest.mark.parametrize("kind", ["bias", "scale"])
-def test_a_parameter_behind_the_head_is_not_taken_for_a_constant(kind):
-    """A bias of zeros, and a scale of one, change nothing when the model is looked at."""
-    behind = nn.Parameter(torch.zeros(VOCAB) if kind == "bias" else torch.ones(()))
-    model = odd(lambda z: z + behind if kind == "bias" else z * behind)
-    assert inspected(model) == "it has trainable parameters after its output embedding"
+def test_a_trainable_parameter_after_the_head_prevents_fusing(kind):
+    """A bias of zeros and a scale of one do not change the logits during the inspection."""
+    parameter = nn.Parameter(torch.zeros(VOCAB) if kind == "bias" else torch.ones(()))
+    model = transformed(lambda z: z + parameter if kind == "bias" else z * parameter)
+    assert inspect(model) == "it has trainable parameters after its output embedding"
     assert torch.is_grad_enabled()
-    behind.requires_grad_(False)
-    frozen = inspected(model)
+    parameter.requires_grad_(False)
+    frozen = inspect(model)
     if kind == "bias":
         assert frozen == "its logits do not have the shape of the output of its output embedding"
     else:
@@ -211,28 +215,28 @@ class Slow(nn.Linear):
         return super().forward(hidden)
 
 
-def test_heads_that_are_not_plain_are_not_fused():
+def test_heads_that_are_not_a_plain_linear_layer_are_not_fused():
     torch.manual_seed(0)
-    assert "but its output embedding returned" in inspected(Twice(transformers.Qwen3Config(**SMALL)).eval())
+    assert "but its output embedding returned" in inspect(Twice(transformers.Qwen3Config(**SMALL)).eval())
     model = make("qwen3", {})
     model.lm_head = Slow(16, VOCAB)
-    assert inspected(model).endswith("test_head.Slow that does more than a single plain nn.Linear")
+    assert inspect(model).endswith("test_head.Slow that does more than a single plain nn.Linear")
     model = make("qwen3", {})
-    model.lm_head = nn.Sequential(model.lm_head, nn.Identity())  # hands the output on: not a head of its own
-    compare(model, inspected(model))
+    model.lm_head = nn.Sequential(model.lm_head, nn.Identity())  # returns its output unchanged
+    compare(model, inspect(model))
     model.lm_head = nn.Sequential(model.lm_head[0], nn.Dropout(0.0), nn.Hardtanh(-1e9, 1e9))
-    assert inspected(model).endswith("Sequential that does more than a single plain nn.Linear")
+    assert inspect(model).endswith("Sequential that does more than a single plain nn.Linear")
     model = make("qwen3", {})
     model.lm_head.forward = lambda hidden: nn.functional.linear(hidden, model.lm_head.weight)
-    assert inspected(model) == "the forward of its output embedding has been replaced"
+    assert inspect(model) == "the forward of its output embedding has been replaced"
     model.get_output_embeddings = lambda: None
-    assert inspected(model) == "Qwen3ForCausalLM has no output embedding"
-    assert inspected(nn.Linear(2, 2)) == "Linear has no output embedding"
+    assert inspect(model) == "Qwen3ForCausalLM has no output embedding"
+    assert inspect(nn.Linear(2, 2)) == "Linear has no output embedding"
 
 
-def test_an_error_in_the_model_leaves_it_as_it_was():
+def test_an_error_in_the_loss_restores_the_model():
     model = make("qwen3", {})
-    head = inspected(model)
+    head = inspect(model)
     inputs, labels = batch()
     with pytest.raises(ValueError, match="hidden must be"):
         head.score(model, inputs, labels[:, :-1], LossOptions())
@@ -240,27 +244,27 @@ def test_an_error_in_the_model_leaves_it_as_it_was():
     compare(model, head)
 
 
-def test_large_logits_are_rounded_more_and_fused_all_the_same():
-    """In bfloat16 the own logits of this model are the coarse ones: steps of 1 at 200."""
+def test_large_logits_are_fused_despite_their_rounding_error():
+    """The bfloat16 logits of this model are rounded to steps of 1 at 200, unlike those of the fused loss."""
     model = make("phi", {"num_key_value_heads": 2}, torch.bfloat16)
     with torch.no_grad():
         model.lm_head.bias -= 200
         model.lm_head.weight *= 4
-    assert isinstance(inspected(model, torch.bfloat16), FusedHead)
+    assert isinstance(inspect(model, torch.bfloat16), FusedHead)
 
 
-def test_a_head_that_is_no_longer_called_is_told():
+def test_a_head_that_is_no_longer_called_raises():
     model = make("qwen3", {})
-    head = inspected(model)
+    head = inspect(model)
     model.lm_head = nn.Linear(16, VOCAB, bias=False)
     inputs, labels = batch()
     with pytest.raises(RuntimeError, match=r"Linear \(61, 16\), the output embedding when training began"):
         head.score(model, inputs, labels, LossOptions())
 
 
-def test_an_error_behind_the_head_holds_nothing():
+def test_an_error_after_the_head_releases_the_loss_and_restores_the_model():
     model = make("qwen3", {})
-    head = inspected(model)
+    head = inspect(model)
     inputs, labels = batch()
 
     def failing(**kwargs):

@@ -1,4 +1,4 @@
-"""The Triton kernel, interpreted on the CPU, against plain torch in float64; and that GPUs can compile it."""
+"""The Triton kernels, interpreted on the CPU, against plain torch in float64; compilation for GPUs."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import torch
 from dft.loss.objectives import Dft
 from dft.loss.rows import RowOptions, score_rows_torch
 
-pytest.importorskip("triton")  # which has no build for this platform
+pytest.importorskip("triton")  # no build for some platforms
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda.py runs the kernel itself"),
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def kernels():
-    from dft.loss import kernels  # interpreted, by what tests/conftest.py sets
+    from dft.loss import kernels  # tests/conftest.py sets TRITON_INTERPRET
 
     return kernels
 
@@ -38,8 +38,8 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("vocab", [1, 2, 37, 128, 300])
-def test_statistics_and_gradient_are_those_of_float64(kernels, monkeypatch, vocab, shape):
-    monkeypatch.setattr(kernels, "BLOCK", 128)  # several blocks, and a last one that is not full
+def test_statistics_and_gradient_match_float64(kernels, monkeypatch, vocab, shape):
+    monkeypatch.setattr(kernels, "BLOCK", 128)  # several blocks, the last one partial
     generator = torch.Generator().manual_seed(vocab)
     tile = 8 * torch.randn(6, vocab, generator=generator)
     targets = torch.randint(vocab, (6,), generator=generator)
@@ -48,25 +48,25 @@ def test_statistics_and_gradient_are_those_of_float64(kernels, monkeypatch, voca
     expected, expected_gradient = score_rows_torch(tile.double(), targets, row_scale.double(), shape)
     stats, none = kernels.score_rows(tile.clone(), targets, None, shape)
     assert none is None
-    for name, one, other in zip(stats._fields, stats, expected, strict=True):
-        assert one.dtype == {"correct": torch.bool, "target": torch.int64}.get(name, torch.float32)
-        torch.testing.assert_close(one.to(other.dtype), other, rtol=1e-5, atol=2e-5)
+    for name, value, exact in zip(stats._fields, stats, expected, strict=True):
+        assert value.dtype == {"correct": torch.bool, "target": torch.int64}.get(name, torch.float32)
+        torch.testing.assert_close(value.to(exact.dtype), exact, rtol=1e-5, atol=2e-5)
     for dtype, close in {torch.float32: 2e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}.items():
-        given = tile.clone()
-        into = None if dtype == torch.float32 else torch.empty_like(given, dtype=dtype)
-        again, gradient = kernels.score_rows(given, targets, row_scale, shape, into)
-        assert all(torch.equal(one, other) for one, other in zip(again, stats, strict=True))
-        assert gradient.dtype == dtype and (gradient is given) == (dtype == torch.float32)
+        logits = tile.clone()
+        out = None if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
+        again, gradient = kernels.score_rows(logits, targets, row_scale, shape, out)
+        assert all(torch.equal(value, other) for value, other in zip(again, stats, strict=True))
+        assert gradient.dtype == dtype and (gradient is logits) == (dtype == torch.float32)
         torch.testing.assert_close(gradient.double(), expected_gradient, rtol=close, atol=close)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_extreme_logits_and_what_is_not_finite(kernels, monkeypatch):
+def test_extreme_and_non_finite_logits(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 16)
     tile = torch.zeros(5, 40)
     tile[0, 3], tile[1, 3] = 1e4, -1e4
-    tile[:, 20:] = -torch.inf  # padding: a whole block of it, too
-    tile[2, :16] = -torch.inf  # the first block has nothing at all
+    tile[:, 20:] = -torch.inf  # padding, including a whole block
+    tile[2, :16] = -torch.inf  # the whole first block is -inf
     tile[3, 5], tile[4, 5] = torch.nan, torch.inf
     targets = torch.tensor([3, 4, 17, 1, 1])
     stats, gradient = kernels.score_rows(tile.clone(), targets, torch.tensor(1.0), RowOptions(Dft(0.5)))
@@ -74,25 +74,25 @@ def test_extreme_logits_and_what_is_not_finite(kernels, monkeypatch):
     expected, expected_gradient = score_rows_torch(
         exact, targets[:3], torch.tensor(1.0).double(), RowOptions(Dft(0.5))
     )
-    for one, other in zip(stats, expected, strict=True):
-        torch.testing.assert_close(one[:3].to(other.dtype), other, rtol=1e-5, atol=1e-5)
+    for value, exact_value in zip(stats, expected, strict=True):
+        torch.testing.assert_close(value[:3].to(exact_value.dtype), exact_value, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient[:3].double(), expected_gradient, rtol=1e-5, atol=1e-6)
     assert stats.nll[3:].isnan().all() and gradient[3:].isnan().any(1).all()
 
 
-def test_among_equal_logits_the_first_is_the_choice(kernels, monkeypatch):
+def test_the_argmax_of_equal_logits_is_the_first(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 16)
     tile = torch.zeros(2, 50)
     targets = torch.tensor([0, 33])
-    for one in (
+    for stats in (
         kernels.score_rows(tile.clone(), targets, None, RowOptions())[0],
         score_rows_torch(tile.clone(), targets, None, RowOptions())[0],
     ):
-        assert one.correct.tolist() == [True, False]
+        assert stats.correct.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("offset", [30.0, 1e4])
-def test_rows_lose_nothing_to_the_size_of_their_logits(kernels, monkeypatch, offset):
+def test_large_logits_lose_no_precision(kernels, monkeypatch, offset):
     monkeypatch.setattr(kernels, "BLOCK", 64)
     generator = torch.Generator().manual_seed(0)
     tile = torch.randn(6, 200, generator=generator).mul(2**9).round().div(2**9) + offset
@@ -100,25 +100,25 @@ def test_rows_lose_nothing_to_the_size_of_their_logits(kernels, monkeypatch, off
     row_scale = torch.tensor(1.0)
     expected, expected_gradient = score_rows_torch(tile.double(), targets, row_scale.double(), RowOptions())
     stats, gradient = kernels.score_rows(tile.clone(), targets, row_scale, RowOptions())
-    for one, other in zip(stats, expected, strict=True):
-        torch.testing.assert_close(one.to(other.dtype), other, rtol=2e-6, atol=2e-6)
+    for value, exact in zip(stats, expected, strict=True):
+        torch.testing.assert_close(value.to(exact.dtype), exact, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("target", [-100, 50])
-def test_a_target_that_is_no_token_shows(kernels, target):
+def test_a_target_outside_the_vocabulary_gives_nan(kernels, target):
     stats, _ = kernels.score_rows(torch.zeros(1, 50), torch.tensor([target]), None, RowOptions())
     assert stats.nll.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_are_scaled_in_place(kernels, monkeypatch, dtype):
+def test_scaling_is_in_place(kernels, monkeypatch, dtype):
     monkeypatch.setattr(kernels, "BLOCK", 8)
-    given = torch.arange(21, dtype=dtype).view(3, 7)
-    expected = given * 3
-    assert kernels.scale_(given, torch.tensor(1.0)) is given and torch.equal(3 * given, expected)
-    kernels.scale_(given, torch.tensor(3.0))
-    assert torch.equal(given, expected)
+    numbers = torch.arange(21, dtype=dtype).view(3, 7)
+    expected = numbers * 3
+    assert kernels.scale_(numbers, torch.tensor(1.0)) is numbers and torch.equal(3 * numbers, expected)
+    kernels.scale_(numbers, torch.tensor(3.0))
+    assert torch.equal(numbers, expected)
 
 
 COMPILE = """
@@ -136,9 +136,9 @@ cases = [
     (
         _rows,
         {**kinds, "gradient": kind},
-        {"SOFTCAP": softcap, "GRADIENT": wanted, "KEEP": not wanted, "BLOCK": 4096},
+        {"SOFTCAP": softcap, "GRADIENT": gradient, "KEEP": not gradient, "BLOCK": 4096},
     )
-    for kind, softcap, wanted in [
+    for kind, softcap, gradient in [
         ("*fp32", False, True), ("*bf16", False, True), ("*fp16", True, True), ("*fp32", True, False)
     ]
 ]
@@ -151,17 +151,17 @@ for capability in (80, 90):
     for kernel, kinds, constants in cases:
         signature = {name: kinds[name] for name in kernel.arg_names}
         source = triton.compiler.ASTSource(kernel, signature, constants)
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        print(f".target sm_{capability}" in made.asm["ptx"], len(made.asm["cubin"]) > 1000)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        print(f".target sm_{capability}" in compiled.asm["ptx"], len(compiled.asm["cubin"]) > 1000)
 """
 
 
-def test_it_compiles_for_gpus(tmp_path):
-    """In a process of its own: here Triton is set to interpret."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def test_the_kernels_compile_for_gpus(tmp_path):
+    """Compile in a new process, because Triton interprets kernels in this one."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
-        env={**kept, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,

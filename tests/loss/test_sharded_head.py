@@ -1,4 +1,4 @@
-"""The fused head in a model sharded by FSDP2 over two processes, against the whole model in one."""
+"""The fused head in a model sharded by FSDP2 over two processes, against the unsharded model."""
 
 import time
 
@@ -54,16 +54,16 @@ def worker(rank: int, port: int, tied: bool, halves: bool, checkpointed: bool, r
     assert isinstance(head, FusedHead), head
     ids, labels = batch()
     mine = slice(rank, None, RANKS)
-    for _ in range(2):  # the second time nothing of the first is left
+    for _ in range(2):  # the second step must not depend on the first
         model.zero_grad()
         options = LossOptions(Dft(0.7), num_items=TOKENS)
         loss, _, _ = head.score(model, {"input_ids": ids[mine]}, labels[mine], options)
         (loss * RANKS).backward()  # FSDP averages over the ranks
     total = loss.detach().clone()
     dist.all_reduce(total)
-    found = {name: one.grad.full_tensor() for name, one in model.named_parameters()}
+    gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
     if rank == 0:
-        results.put((total.item(), {name: one.numpy() for name, one in found.items()}))
+        results.put((total.item(), {name: gradient.numpy() for name, gradient in gradients.items()}))
     exit_rank()
 
 
@@ -72,7 +72,7 @@ def worker(rank: int, port: int, tied: bool, halves: bool, checkpointed: bool, r
     [(False, False, False), (True, False, True), (False, True, False)],
     ids=["untied", "tied, checkpointed", "bfloat16"],
 )
-def test_fsdp2_gives_the_gradients_of_the_whole_model(tied, halves, checkpointed):
+def test_fsdp2_gives_the_gradients_of_the_unsharded_model(tied, halves, checkpointed):
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
     arguments = (free_port(), tied, halves, checkpointed, results)
@@ -80,7 +80,7 @@ def test_fsdp2_gives_the_gradients_of_the_whole_model(tied, halves, checkpointed
     deadline = time.monotonic() + 120
     while results.empty() and not processes.join(timeout=1):
         assert time.monotonic() < deadline, [process.kill() for process in processes.processes]
-    total, found = results.get()  # before they are joined: a full pipe would hold them
+    total, gradients = results.get()  # before joining, or processes could block on a full pipe
     while not processes.join(timeout=1):
         assert time.monotonic() < deadline, [process.kill() for process in processes.processes]
     model, (ids, labels) = make(tied), batch()
@@ -88,7 +88,8 @@ def test_fsdp2_gives_the_gradients_of_the_whole_model(tied, halves, checkpointed
     expected.backward()
     close = 3e-2 if halves else 1e-5
     assert total == pytest.approx(expected.item(), rel=close)
-    wanted = dict(model.named_parameters())
-    assert found.keys() == wanted.keys()
-    for name, one in wanted.items():
-        assert (torch.from_numpy(found[name]) - one.grad).norm() < close * one.grad.norm(), name
+    parameters = dict(model.named_parameters())
+    assert gradients.keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        difference = torch.from_numpy(gradients[name]) - parameter.grad
+        assert difference.norm() < close * parameter.grad.norm(), name
