@@ -1,15 +1,15 @@
-"""Make a small ChatML dataset and a tiny Qwen3 model with its own tokenizer, seeded and without a download.
+"""Generate a small ChatML dataset and a tiny Qwen3 model with its own tokenizer, without a download.
 
     python scripts/make_example.py runs/example [--conversations 2000] [--seed 0]
-    python scripts/make_example.py runs/mine --corpus my.jsonl --vocab_size 4096    # a model for data at hand
+    python scripts/make_example.py runs/mine --corpus my.jsonl --vocab_size 4096   # a model for your own data
 
-    runs/example/data/train.jsonl, eval.jsonl    no conversation is in both
-    runs/example/model/                          random weights, as from_pretrained loads them
+    runs/example/data/train.jsonl, eval.jsonl    the data; no conversation is in both files
+    runs/example/model/                          the model, with random weights, for from_pretrained
 
-Short questions whose answers follow from the question: sums, successors, copying, reversing and spelling
-words. Some conversations have a system turn, several questions, or a call to a tool. The model is small
-enough to learn them on two CPU cores in about a minute, and what it learns carries over to conversations it
-has not seen.
+The questions are short and contain all that is needed to answer them: sums, successors, copying, reversing
+and spelling words. Some conversations have a system turn, several questions, or a tool call. The model learns
+the tasks on two CPU cores in about a minute, and generalizes to held-out conversations. The same seed gives
+the same files.
 """
 
 import argparse
@@ -104,7 +104,10 @@ def tool_conversation(rng: random.Random) -> list[Message]:
 
 
 def conversation(rng: random.Random) -> list[Message]:
-    """One conversation: 10 % call a tool, 40 % of the others have several questions, 30 % a system turn."""
+    """Return a random conversation.
+
+    10 % have a tool call. Of the others, 40 % have several questions and 30 % a system turn.
+    """
     if rng.random() < 0.1:
         return tool_conversation(rng)
     messages = []
@@ -117,7 +120,7 @@ def conversation(rng: random.Random) -> list[Message]:
 
 
 def write_conversations(folder: Path, count: int = 2000, seed: int = 0) -> tuple[Path, Path]:
-    """Writes `count` different conversations, a tenth of them for evaluation.
+    """Write `count` distinct conversations, a tenth of them for evaluation.
 
     Returns:
         The paths of train.jsonl and eval.jsonl.
@@ -128,28 +131,29 @@ def write_conversations(folder: Path, count: int = 2000, seed: int = 0) -> tuple
     if count < 2:
         raise ValueError(f"count must be at least 2, one to train on and one to evaluate on, got {count}")
     rng = random.Random(seed)
-    lines: dict[str, None] = {}  # a set would forget the order, and with it the seed
+    lines: dict[str, None] = {}  # a set would not keep the order, which depends on the seed
     while len(lines) < count:
         lines[json.dumps({"messages": conversation(rng)})] = None
-    for_eval = max(1, count // 10)
+    eval_count = max(1, count // 10)
     folder.mkdir(parents=True, exist_ok=True)
     train, evaluation = folder / "train.jsonl", folder / "eval.jsonl"
     ordered = [f"{line}\n" for line in lines]
-    evaluation.write_text("".join(ordered[:for_eval]))
-    train.write_text("".join(ordered[for_eval:]))
+    evaluation.write_text("".join(ordered[:eval_count]))
+    train.write_text("".join(ordered[eval_count:]))
     return train, evaluation
 
 
 def read_conversations(path: Path) -> list[list[Message]]:
-    # Not splitlines(): JSON may hold the other line separators of Unicode as they are.
+    """Return the messages of each line of a .jsonl file."""
+    # splitlines() would also split at line separators of Unicode, which JSON strings may contain.
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line)["messages"] for line in lines if line.strip()]
 
 
 def train_tokenizer(conversations: Iterable[list[Message]], vocab_size: int = 800) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a ChatML template, learned from what the conversations say."""
+    """Train a byte-level BPE tokenizer with a ChatML template on the text of conversations."""
     tokenizer = Tokenizer(models.BPE())
-    # A digit is a token of its own, so that sums are about digits and not about whatever BPE merged.
+    # Each digit is a token of its own, so that sums are computed digit by digit.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -173,7 +177,7 @@ def train_tokenizer(conversations: Iterable[list[Message]], vocab_size: int = 80
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3ForCausalLM:
-    """A Qwen3 of about half a million random weights, with tied embeddings."""
+    """Return a Qwen3 model with about half a million random weights and tied embeddings."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -183,7 +187,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3ForCau
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=512,
-        initializer_range=0.08,  # about 1 / sqrt(hidden_size); with 0.02 it learns far slower
+        initializer_range=0.08,  # about 1 / sqrt(hidden_size); with 0.02 training is much slower
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -199,12 +203,21 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3ForCau
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make a small ChatML dataset and a tiny model to train on.")
+    parser = argparse.ArgumentParser(description="Generate a small ChatML dataset and a tiny model to train.")
     parser.add_argument("folder", type=Path, help="where data/ and model/ are written")
-    parser.add_argument("--conversations", type=int, default=2000, help="a tenth of them is for evaluation")
+    parser.add_argument(
+        "--conversations",
+        type=int,
+        default=2000,
+        help="number of conversations, a tenth of them for evaluation",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--corpus", type=Path, help="ChatML .jsonl for the tokenizer; no data is made")
-    parser.add_argument("--vocab_size", type=int, default=800, help="of the tokenizer, at most")
+    parser.add_argument(
+        "--corpus", type=Path, help="ChatML .jsonl file to train the tokenizer on, instead of generated data"
+    )
+    parser.add_argument(
+        "--vocab_size", type=int, default=800, help="maximum vocabulary size of the tokenizer"
+    )
     arguments = parser.parse_args()
     folder = arguments.folder
     quiet_libraries()
@@ -218,7 +231,8 @@ def main() -> None:
     tokenizer.save_pretrained(folder / "model")
     for file in files:
         print(f"{file}: {len(read_conversations(file))} conversations")
-    print(f"{folder / 'model'}: Qwen3, {model.num_parameters():,} weights, {len(tokenizer)} tokens")
+    size = f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer)} tokens"
+    print(f"{folder / 'model'}: Qwen3, {size}")
 
 
 if __name__ == "__main__":

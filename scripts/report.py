@@ -1,11 +1,11 @@
-"""The page of a run, made anew, or one page that lays several runs over one another.
+"""Write the page of a run, or a page that compares several runs.
 
     python scripts/report.py runs/first                        # runs/first/report.html and report.png
     python scripts/report.py runs/sft runs/dft runs/half       # report_comparison.html and .png
     python scripts/report.py runs/sft runs/dft --output sft_and_dft.html
 
-A run is an --output_dir or the report.json in it. Of an older or interrupted run without one, the log in
-trainer_state.json or in that of the newest checkpoint is shown.
+A run is given by its --output_dir or by the report.json in it. For an older or interrupted run without
+report.json, the page shows the log in trainer_state.json of the run or of its newest checkpoint.
 """
 
 import argparse
@@ -33,16 +33,18 @@ def main() -> None:
         "--output",
         metavar="FILE.html",
         type=Path,
-        help=f"where to write the page, with a .png beside it (default: {PAGE} in the folder of a single "
-        f"run, {COMPARISON} here for several)",
+        help=f"where to write the page, with its figures as .png (default: {PAGE} in the folder of a single "
+        f"run, {COMPARISON} in the current folder for several)",
     )
     arguments = parser.parse_args()
     if arguments.output is not None and arguments.output.suffix != ".html":
-        raise UserError(f"--output {arguments.output}: must end in .html; the picture beside it ends in .png")
+        raise UserError(
+            f"--output {arguments.output}: must end in .html; the figures get the same name with .png"
+        )
     reports = [load_report(run) for run in arguments.runs]
     for run, report in zip(arguments.runs, reports, strict=True):
         if not report["log"]:
-            print(f"{run}: has logged nothing yet, so its curves are empty", file=sys.stderr)
+            print(f"{run}: has not logged any metrics yet, so its page has no curves", file=sys.stderr)
     folders = [folder_of(run) for run in arguments.runs]
     if len(reports) == 1:
         file = arguments.output or folders[0] / PAGE

@@ -1,4 +1,4 @@
-"""First and last metrics of a run, its answer to one held-out question, and where everything is.
+"""Print the first and last metrics of a run, its answer to a held-out question, and the files it wrote.
 
     python scripts/summarize_run.py runs/example/output [--question runs/example/data/eval.jsonl] [--log FILE]
 
@@ -17,37 +17,38 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dft.errors import report_user_errors
+from dft.metrics import CURVES, QUALITY
 from dft.ranks import quiet_libraries
 from dft.report.saved_report import load_report
 
-METRICS = ("loss", "nll", "avg_p_correct", "acc")
+METRICS = tuple(metric.name for metric in CURVES if metric in QUALITY)
 FILES = {
-    "trainer_state.json": "every logged value",
-    "data_report.json": "what was read, kept and dropped",
-    "report.html": "the run as a page: curves, p before and after, conversations token by token",
-    "run_args.yaml": "the flags, to repeat the run with --config",
+    "trainer_state.json": "all logged values",
+    "data_report.json": "how many conversations were read, used, truncated and dropped",
+    "report.html": "report of the run: curves, histogram of p, conversations token by token",
+    "run_args.yaml": "the flags; --config run_args.yaml repeats the run",
 }
 
 
 def first_and_last(history: list[dict[str, Any]], key: str) -> tuple[float, float] | None:
-    """The first and last logged value of a metric, None if it was never logged."""
+    """Return the first and the last logged value of a metric; None if it was never logged."""
     values = [record[key] for record in history if key in record]
     return (values[0], values[-1]) if values else None
 
 
 def table(history: list[dict[str, Any]]) -> str:
-    """One line per metric: its first and last value on training and on held-out data."""
+    """Return a table of the first and the last value of each metric in training and in evaluation."""
     rows = [f"{'':<14}{'train first':>12}{'last':>9}{'eval first':>13}{'last':>9}"]
     for metric in METRICS:
         pairs = [first_and_last(history, key) for key in (metric, f"eval_{metric}")]
         cells = [("-", "-") if pair is None else (f"{pair[0]:.4f}", f"{pair[1]:.4f}") for pair in pairs]
-        (a, b), (c, d) = cells
-        rows.append(f"{metric:<14}{a:>12}{b:>9}{c:>13}{d:>9}")
+        (first, last), (eval_first, eval_last) = cells
+        rows.append(f"{metric:<14}{first:>12}{last:>9}{eval_first:>13}{eval_last:>9}")
     return "\n".join(rows)
 
 
 def answer(folder: Path, prompt: list[dict[str, str]]) -> str:
-    """What the saved model answers, chosen greedily."""
+    """Return the answer that the saved model generates with greedy decoding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     inputs = tokenizer.apply_chat_template(
@@ -59,7 +60,7 @@ def answer(folder: Path, prompt: list[dict[str, str]]) -> str:
 
 
 def held_out_question(file: Path) -> tuple[list[dict[str, str]], str]:
-    """The first conversation of a file up to its first assistant turn, and that turn."""
+    """Return the turns before the first assistant turn of a file, and the content of that turn."""
     with file.open(encoding="utf-8") as lines:
         messages = json.loads(next(lines))["messages"]
     turn = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
@@ -71,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Summarize a finished training run.")
     parser.add_argument("folder", type=Path, help="the --output_dir of the run")
     parser.add_argument("--question", type=Path, help="ask the model the first question of this .jsonl file")
-    parser.add_argument("--log", type=Path, help="the log file to name")
+    parser.add_argument("--log", type=Path, help="a log file to list with the other files")
     arguments = parser.parse_args()
     folder = arguments.folder
     quiet_libraries()
@@ -82,12 +83,12 @@ def main() -> None:
         print(f"question   {prompt[-1]['content']}")
         print(f"expected   {expected}")
         print(f"answered   {answer(folder, prompt)}\n")
-    print(f"{folder}\n  the model, as AutoModelForCausalLM.from_pretrained loads it")
+    print(f"{folder}\n  the model; AutoModelForCausalLM.from_pretrained loads this folder")
     for name, meaning in FILES.items():
         if (folder / name).is_file():
             print(f"{folder / name}\n  {meaning}")
     if arguments.log:
-        print(f"{arguments.log}\n  the log")
+        print(f"{arguments.log}\n  the log file")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Differences are relative, and over the steps that both runs have."""
+"""Relative differences between runs over their common steps."""
 
 import json
 
 import pytest
 
 from dft.errors import UserError
-from scripts.compare_runs import METRICS, greatest_differences
+from scripts.compare_runs import METRICS, largest_differences
 
 
 def save(folder, values: dict[int, float]):
@@ -16,12 +16,12 @@ def save(folder, values: dict[int, float]):
     return folder
 
 
-def test_the_greatest_relative_difference_is_found(tmp_path):
+def test_the_largest_relative_difference_is_returned(tmp_path):
     reference = save(tmp_path / "a", {1: 2.0, 2: 4.0, 3: 1.0})
     other = save(tmp_path / "b", {1: 2.1, 2: 4.1, 9: 50.0})
-    assert greatest_differences(reference, other) == pytest.approx(dict.fromkeys(METRICS, 0.05))
+    assert largest_differences(reference, other) == pytest.approx(dict.fromkeys(METRICS, 0.05))
 
 
 def test_runs_without_a_common_step_are_refused(tmp_path):
-    with pytest.raises(UserError, match="has logged no step that .* has logged too"):
-        greatest_differences(save(tmp_path / "a", {1: 2.0}), save(tmp_path / "b", {2: 2.0}))
+    with pytest.raises(UserError, match="b: has no logged step in common with .*a$"):
+        largest_differences(save(tmp_path / "a", {1: 2.0}), save(tmp_path / "b", {2: 2.0}))

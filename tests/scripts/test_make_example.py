@@ -1,4 +1,4 @@
-"""The example is the same for the same seed, its halves share nothing, and its tokenizer renders ChatML."""
+"""The example depends on the seed only, its files are disjoint, and its tokenizer renders ChatML."""
 
 import json
 
@@ -12,7 +12,7 @@ from dft.data.templates.encoder import ChatEncoder
 from scripts.make_example import read_conversations, tiny_model, train_tokenizer, write_conversations
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path):
+def test_equal_seeds_give_equal_files(tmp_path):
     first = write_conversations(tmp_path / "a", count=60, seed=3)
     again = write_conversations(tmp_path / "b", count=60, seed=3)
     other = write_conversations(tmp_path / "c", count=60, seed=4)
@@ -24,17 +24,17 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
 
 
-def test_nothing_is_in_both_halves_and_every_kind_of_turn_occurs(tmp_path):
+def test_the_files_are_disjoint_and_have_all_roles(tmp_path):
     train, evaluation = write_conversations(tmp_path, count=400)
     lines = [path.read_text().splitlines() for path in (train, evaluation)]
-    assert [len(one) for one in lines] == [360, 40] and not set(lines[0]) & set(lines[1])
+    assert [len(group) for group in lines] == [360, 40] and not set(lines[0]) & set(lines[1])
     conversations = read_conversations(train)
     roles = {turn["role"] for messages in conversations for turn in messages}
     assert roles == {"system", "user", "assistant", "tool"}
     assert any(sum(turn["role"] == "assistant" for turn in messages) > 2 for messages in conversations)
     for batch in read_batches(*resolve_sources([str(train)], "--data_files")):
         for record in batch.records:
-            parse_conversation(record.text)  # valid by the rules that training applies
+            parse_conversation(record.text)  # raises for rows that training would reject
 
 
 def test_fewer_than_two_conversations_are_refused(tmp_path):
@@ -42,7 +42,7 @@ def test_fewer_than_two_conversations_are_refused(tmp_path):
         write_conversations(tmp_path, count=1)
 
 
-def test_lines_may_hold_unicode_separators(tmp_path):
+def test_contents_may_hold_unicode_line_separators(tmp_path):
     path = tmp_path / "a.jsonl"
     content = "one\u2028two\x85three"
     path.write_text(
@@ -51,11 +51,11 @@ def test_lines_may_hold_unicode_separators(tmp_path):
     assert read_conversations(path) == [[{"role": "user", "content": content}]]
 
 
-def test_what_is_saved_loads_and_teaches_the_answer_alone(tmp_path):
+def test_the_saved_model_loads_and_only_answers_are_supervised(tmp_path):
     train, _ = write_conversations(tmp_path / "data", count=60)
-    made = train_tokenizer(read_conversations(train))
-    tiny_model(made).save_pretrained(tmp_path / "model")
-    made.save_pretrained(tmp_path / "model")
+    trained = train_tokenizer(read_conversations(train))
+    tiny_model(trained).save_pretrained(tmp_path / "model")
+    trained.save_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.config.model_type == "qwen3" and model.config.vocab_size == len(tokenizer)

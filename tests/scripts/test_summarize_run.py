@@ -1,4 +1,4 @@
-"""The summary shows first and last values, of what was logged."""
+"""The summary shows the first and the last values of the logged metrics."""
 
 from scripts.summarize_run import first_and_last, table
 
@@ -17,7 +17,7 @@ def test_first_and_last_skip_records_without_the_metric():
     assert first_and_last(HISTORY, "acc") is None
 
 
-def test_the_table_has_train_and_eval_side_by_side():
+def test_the_table_shows_training_and_evaluation_side_by_side():
     rows = {line.split()[0]: line.split()[1:] for line in table(HISTORY).splitlines()[1:]}
     assert rows["loss"] == ["0.5000", "0.7500", "-", "-"]
     assert rows["nll"] == ["3.0000", "2.0000", "4.0000", "1.5000"]
