@@ -46,7 +46,7 @@ class PaddedCollator:
             ValueError: an example holds several sequences, which an attention mask cannot keep apart.
         """
         for example in examples:
-            if len(sequence_lengths(example)) > 1:
+            if len(_sequence_lengths(example)) > 1:
                 raise ValueError(
                     f"an example holds {len(example['seq_lengths'])} sequences, which padding would join; "
                     "use PackedCollator or FlatCollator"
@@ -84,7 +84,7 @@ class PackedCollator:
         width = ids.shape[1]
         positions = []
         for example in examples:
-            lengths = sequence_lengths(example)
+            lengths = _sequence_lengths(example)
             # Padding restarts at every token: long padding must not look like a long sequence, for which
             # some rotary positions (longrope) change the frequencies of the whole batch.
             positions.append(_restarting_positions([*lengths, *[1] * (width - sum(lengths))]))
@@ -118,7 +118,7 @@ class FlatCollator:
             max_length_k: int, the tokens of the longest sequence. And the entries listed in the module
             docstring.
         """
-        lengths = [length for example in examples for length in sequence_lengths(example)]
+        lengths = [length for example in examples for length in _sequence_lengths(example)]
         position_ids = _restarting_positions(lengths)
         labels = torch.cat([_int64(example["labels"]) for example in examples])
         labels[position_ids == 0] = IGNORE_INDEX
@@ -135,7 +135,7 @@ class FlatCollator:
         return _add_bookkeeping(batch, examples, None)
 
 
-def sequence_lengths(example: Mapping[str, Any]) -> list[int]:
+def _sequence_lengths(example: Mapping[str, Any]) -> list[int]:
     """Return the number of tokens of each sequence of an example, in order.
 
     Raises:
@@ -163,7 +163,7 @@ def _add_bookkeeping(
     run_lengths: list[int] = []
     sequences = 0
     for example in examples:
-        lengths = sequence_lengths(example)
+        lengths = _sequence_lengths(example)
         padding = 0 if width is None else width - sum(lengths)
         numbers += [*range(sequences, sequences + len(lengths)), -1]
         run_lengths += [*lengths, padding]
@@ -180,7 +180,7 @@ def _add_bookkeeping(
 
 def _origins(example: Mapping[str, Any]) -> Tensor:
     """Return the (file, line) numbers of each sequence of an example, (sequences, 2) int64."""
-    count = len(sequence_lengths(example))
+    count = len(_sequence_lengths(example))
     if "origins" not in example:
         return torch.full((count, 2), -1)
     origins = np.array(example["origins"])
