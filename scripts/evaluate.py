@@ -3,13 +3,12 @@
     python scripts/evaluate.py --model runs/sft runs/dft --data test.jsonl --output runs/evaluation
     python scripts/evaluate.py --model base=MODEL runs/dft --data test.jsonl --samples 1 --temperature 0
 
-The data are conversations as in training: all but the last turn is the prompt, rendered as in training, and
-the last turn of the assistant, or `answer`, the reference. Answers are graded by their boxed expression
-(math-verify), by what follows `####`, or as text. Several models come out side by side.
+The data are conversations as in training. The prompt is everything before the last assistant turn, rendered
+as in training; the reference is that turn, or `answer`. Answers are graded by their boxed expression
+(math-verify), by what follows `####`, or as text. Several models are compared side by side.
 
 The output folder gets results.json, table.md, report.html and every sample with its grade. The same command
-goes on where an earlier one was interrupted; further models and files may be added. docs/evaluation.md tells
-how the intervals are made.
+resumes an interrupted evaluation, and further models and files can be added. See docs/evaluation.md.
 """
 
 import argparse
@@ -31,99 +30,145 @@ from dft.arguments.data import DataArguments, template_variables
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.tokenizer import load_tokenizer, read_template, stop_token_ids
 from dft.errors import UserError, report_user_errors
-from dft.evaluation.folder import Model, claim, digest, named_models, whole_lines
+from dft.evaluation.folder import (
+    EvaluatedModel,
+    Manifest,
+    file_digest,
+    parse_models,
+    read_records,
+    update_manifest,
+)
 from dft.evaluation.grading import GRADERS
-from dft.evaluation.problems import Problem, read_problems, turn_endings
-from dft.evaluation.results import RESULTS, TABLE, collected, percent, summary, table
-from dft.evaluation.run import VLLM_PROBLEMS, check_references, regrade, sample
+from dft.evaluation.problems import Problem, find_turn_endings, read_problems
+from dft.evaluation.results import RESULTS, TABLE, collect_results, format_percent, format_table, summarize
+from dft.evaluation.run import VLLM_PROBLEMS, describe_grading, regrade, sample_problems
 from dft.evaluation.sampling import (
     BACKENDS,
     Sampler,
-    Settings,
+    SamplingSettings,
     TransformersSampler,
     VllmSampler,
-    choose_backend,
-    ending_ids,
     load_for_sampling,
+    resolve_backend,
+    resolve_stop_ids,
 )
 from dft.files import convert_write_errors, write_atomically
 from dft.ranks import quiet_libraries
 from dft.report.pages.evaluation import PAGE, evaluation_page
 from dft.training.memory.out_of_memory import telling_what_did_not_fit
 
-SMALLER = (
+OUT_OF_MEMORY_REMEDY = (
     "give a smaller --batch_size (and another --output where there are samples already, which depend on it) "
     "or --dtype bfloat16"
 )
-"""What helps where memory runs out."""
+Problems = dict[Path, list[Problem]]
+"""The problems of each data file."""
 
 
 def main() -> None:
     report_user_errors()
-    given = parsed()
-    settings = Settings(
-        given.samples, given.temperature, given.top_p, given.max_new_tokens, given.batch_size, given.seed
-    )
+    options = parse_options()
+    settings = SamplingSettings(
+        options.samples, options.temperature, options.top_p, options.max_new_tokens, options.batch_size,
+        options.seed,
+    )  # fmt: skip
     check_settings(settings)
     quiet_libraries()
-    backend = choose_backend(given.backend)
-    models = named_models(given.model)
+    backend = resolve_backend(options.backend)
+    models = parse_models(options.model)
     check_adapters(models, backend)
-    wanted = DataArguments(
-        data_files=[], chat_template=given.chat_template, chat_template_kwargs=given.chat_template_kwargs
+    variables = template_variables(
+        DataArguments(
+            data_files=[],
+            chat_template=options.chat_template,
+            chat_template_kwargs=options.chat_template_kwargs,
+        )
     )
-    identity = {
-        **asdict(settings), "backend": backend, "dtype": given.dtype,
-        "chat_template": None if given.chat_template is None else told_template(given.chat_template),
-        "chat_template_kwargs": template_variables(wanted),
+    template = None if options.chat_template is None else describe_template(options.chat_template)
+    recorded = {
+        **asdict(settings), "backend": backend, "dtype": options.dtype, "chat_template": template,
+        "chat_template_kwargs": variables,
     }  # fmt: skip
-    problems = {file: read_problems(file) for file in given.data}
-    for file, some in problems.items():
-        print(f"problems    {file.stem}: {check_references(some, given.grader)}", flush=True)
-    together = VLLM_PROBLEMS if backend == "vllm" else max(1, settings.batch_size // settings.samples)
-    with convert_write_errors(given.output, "--output"):
-        given.output.mkdir(parents=True, exist_ok=True)
-        note = claim(given.output, identity, models, problems)
-        regrade(given.output, note, given.grader)
-        every = list(chain.from_iterable(problems.values()))
+    problems = {file: read_problems(file) for file in options.data}
+    for file, rows in problems.items():
+        print(f"problems    {file.stem}: {describe_grading(rows, options.grader)}", flush=True)
+    with convert_write_errors(options.output, "--output"):
+        options.output.mkdir(parents=True, exist_ok=True)
+        manifest = update_manifest(options.output, recorded, models, problems)
+        regrade(options.output, manifest, options.grader)
         for model in models:
-            make = Loaded(model, backend, settings, given, template_variables(wanted), every)
-            for file, some in problems.items():
-                kept, label = given.output / model.name / f"{file.stem}.jsonl", f"{model.name}, {file.stem}"
-                with telling_what_did_not_fit(f"{label}: the model and its answers do not fit", SMALLER):
-                    sample(kept, some, make, settings, given.grader, together, label)
-                print(told(label, summary(file.stem, whole_lines(kept))), flush=True)
-            make.forget()
-        results, examples = collected(given.output, note, given.grader)
-        write_atomically(given.output / RESULTS, [json.dumps(results, indent=1), "\n"])
-        write_atomically(given.output / TABLE, [table(results)])
-        write_atomically(given.output / PAGE, [evaluation_page(results, examples)])
-    print(f"\n{table(results)}\nresults     {given.output / RESULTS}, {TABLE}, {PAGE}")
+            evaluate_model(model, problems, backend, settings, options, variables)
+        write_results(options.output, manifest, options.grader)
 
 
-def parsed() -> argparse.Namespace:
+def evaluate_model(
+    model: EvaluatedModel,
+    problems: Problems,
+    backend: str,
+    settings: SamplingSettings,
+    options: argparse.Namespace,
+    variables: Mapping[str, Any],
+) -> None:
+    """Sample and grade the answers of one model to all problems, and print its accuracies."""
+    group_size = VLLM_PROBLEMS if backend == "vllm" else max(1, settings.batch_size // settings.samples)
+    every = list(chain.from_iterable(problems.values()))
+    sampler = LazySampler(partial(load_sampler, model, backend, settings, options, variables, every))
+    for file, rows in problems.items():
+        saved, label = options.output / model.name / f"{file.stem}.jsonl", f"{model.name}, {file.stem}"
+        with telling_what_did_not_fit(f"{label}: the model and its answers do not fit", OUT_OF_MEMORY_REMEDY):
+            sample_problems(saved, rows, sampler, settings, options.grader, group_size, label)
+        print(describe_result(label, summarize(file.stem, read_records(saved))), flush=True)
+    sampler.free()
+
+
+def write_results(output: Path, manifest: Manifest, grader: str) -> None:
+    """Write the results of all models and data files of the output folder, and print their table."""
+    results, examples = collect_results(output, manifest, grader)
+    table = format_table(results)
+    write_atomically(output / RESULTS, [json.dumps(results, indent=1), "\n"])
+    write_atomically(output / TABLE, [table])
+    write_atomically(output / PAGE, [evaluation_page(results, examples)])
+    print(f"\n{table}\nresults     {output / RESULTS}, {TABLE}, {PAGE}")
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", nargs="+", required=True, metavar="[NAME=]DIR", help="saved ones, or of the hub"
+        "--model", nargs="+", required=True, metavar="[NAME=]DIR", help="folders or hub names of models"
     )
-    parser.add_argument("--data", nargs="+", required=True, type=Path, metavar="FILE.jsonl", help="problems")
-    parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR")
+    parser.add_argument(
+        "--data", nargs="+", required=True, type=Path, metavar="FILE.jsonl", help="files of problems"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("evaluation"), metavar="DIR", help="folder of results and samples"
+    )
     parser.add_argument("--samples", type=int, default=16, help="answers to each problem")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token each time")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest of this share")
-    parser.add_argument("--max_new_tokens", type=int, default=2048)
-    parser.add_argument("--batch_size", type=int, default=32, help="sequences generated at once")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--grader", choices=GRADERS, default="auto", help="auto: as references are")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="auto: vllm where it is there")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    parser.add_argument("--chat_template", metavar="FILE", help="Jinja, in place of those of the models")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 for greedy decoding")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="draw from the most likely tokens of this total probability"
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=2048, help="maximum length of an answer")
+    parser.add_argument("--batch_size", type=int, default=32, help="sequences to generate at once")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    parser.add_argument(
+        "--grader", choices=GRADERS, default="auto", help="auto: the one that suits each reference"
+    )
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="auto: vllm if installed and there is a GPU"
+    )
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="dtype of weights"
+    )
+    parser.add_argument(
+        "--chat_template", metavar="FILE", help="Jinja template that replaces those of the models"
+    )
     parser.add_argument("--chat_template_kwargs", help="JSON object of variables for the chat template")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with a model")
     return parser.parse_args()
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(settings: SamplingSettings) -> None:
+    """Raise `UserError` if a setting is out of range, or two of them conflict."""
     for name in ("samples", "max_new_tokens", "batch_size"):
         if (value := vars(settings)[name]) < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
@@ -141,71 +186,78 @@ def check_settings(settings: Settings) -> None:
         )
 
 
-def check_adapters(models: Sequence[Model], backend: str) -> None:
+def check_adapters(models: Sequence[EvaluatedModel], backend: str) -> None:
+    """Raise `UserError` if vLLM is to load a folder of LoRA adapters."""
     for model in models:
         if backend == "vllm" and (Path(model.path) / ADAPTER_CONFIG_NAME).is_file():
             raise UserError(
-                f"--model {model.path}: holds adapters, which vLLM does not take here; merge them with their "
-                f"model (python scripts/merge_lora.py {model.path} merged), or give --backend transformers"
+                f"--model {model.path}: holds adapters, which the vllm backend does not support; merge them "
+                f"with their model (python scripts/merge_lora.py {model.path} merged), or give --backend "
+                "transformers"
             )
 
 
-def told_template(file: str) -> str:
-    """A chat template as what it holds, whatever its folder is. Raises `UserError` where it is none."""
+def describe_template(file: str) -> str:
+    """Return name and digest of a chat template. Raises `UserError` if it is not a valid one."""
     read_template(file)
-    return f"{Path(file).name} ({digest(Path(file))})"
+    return f"{Path(file).name} ({file_digest(Path(file))})"
 
 
-class Loaded:
-    """A model that is loaded when it is first wanted, and forgotten before the next one is."""
+class LazySampler:
+    """Loads a sampler at the first call, and frees it before the next model is loaded."""
 
-    def __init__(self, *how: Any) -> None:
-        self.make = partial(load, *how)
-        self.made: tuple[Sampler, ChatEncoder] | None = None
+    def __init__(self, load: partial[tuple[Sampler, ChatEncoder]]) -> None:
+        self.load = load
+        self.loaded: tuple[Sampler, ChatEncoder] | None = None
 
     def __call__(self) -> tuple[Sampler, ChatEncoder]:
-        if self.made is None:
-            self.made = self.make()
-        return self.made
+        if self.loaded is None:
+            self.loaded = self.load()
+        return self.loaded
 
-    def forget(self) -> None:
-        self.made = None
+    def free(self) -> None:
+        self.loaded = None
         gc.collect()
 
 
-def load(
-    model: Model,
+def load_sampler(
+    model: EvaluatedModel,
     backend: str,
-    settings: Settings,
-    given: argparse.Namespace,
+    settings: SamplingSettings,
+    options: argparse.Namespace,
     variables: Mapping[str, Any],
     problems: Sequence[Problem],
 ) -> tuple[Sampler, ChatEncoder]:
-    trusted = given.trust_remote_code
+    """Load a model and its tokenizer, and print notes about them.
+
+    Returns:
+        The sampler, and the encoder of its prompts.
+    """
+    trust = options.trust_remote_code
     try:
         tokenizer, notes = load_tokenizer(
-            model.path, chat_template=given.chat_template, trust_remote_code=trusted
+            model.path, chat_template=options.chat_template, trust_remote_code=trust
         )
-        named = stop_token_ids(model.path, trusted)
-    except UserError as error:  # which names the flag of training
+        generation_stops = stop_token_ids(model.path, trust)
+    except UserError as error:  # its message names the flag of train_dft.py
         raise UserError(str(error).replace("--model_name_or_path", "--model")) from None
-    encoder = ChatEncoder(tokenizer, named, variables)
-    stops, new = ending_ids(tokenizer, named, turn_endings(problems, encoder))
-    if new:
-        notes.append(f"answers also end at {' '.join(new)}, which ends turns in the chat template alone")
+    encoder = ChatEncoder(tokenizer, generation_stops, variables)
+    stops, added = resolve_stop_ids(tokenizer, generation_stops, find_turn_endings(problems, encoder))
+    if added:
+        notes.append(f"answers also end at {' '.join(added)}, which ends turns in the chat template alone")
     for note in notes:
         print(f"note        {model.name}: {note.removesuffix(', and saved with the model')}", flush=True)
     if backend == "vllm":
-        return VllmSampler(model.path, stops, settings, given.dtype, trusted), encoder
-    loaded = load_for_sampling(model.path, given.dtype, trusted)
-    return TransformersSampler(loaded, tokenizer, stops, settings), encoder
+        return VllmSampler(model.path, stops, settings, options.dtype, trust), encoder
+    weights = load_for_sampling(model.path, options.dtype, trust)
+    return TransformersSampler(weights, tokenizer, stops, settings), encoder
 
 
-def told(label: str, made: dict[str, Any]) -> str:
+def describe_result(label: str, result: dict[str, Any]) -> str:
     return (
-        f"{label}: avg@{made['samples']} {percent(made['avg'])}, "
-        f"pass@{made['samples']} {percent(made['pass'])}; {100 * made['stopped']:.0f} % of them ended, "
-        f"{made['mean_tokens']:.0f} tokens on average"
+        f"{label}: avg@{result['samples']} {format_percent(result['avg'])}, "
+        f"pass@{result['samples']} {format_percent(result['pass'])}; {100 * result['stopped']:.0f} % of the "
+        f"answers ended, {result['mean_tokens']:.0f} tokens on average"
     )
 
 

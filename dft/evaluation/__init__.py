@@ -1,1 +1,1 @@
-"""Evaluation by generation: problems in, graded samples and accuracies out. Knows no trainer."""
+"""Evaluation by generation: sample answers to problems, grade them and compute accuracies."""

@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what it is of, and the samples that are kept in it."""
+"""The output folder of an evaluation: its settings, and the saved samples."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,113 +14,137 @@ from dft.evaluation.problems import Problem
 from dft.files import write_atomically
 
 SETTINGS = "settings.json"
-OF_MODEL = (
+MODEL_FILES = (
     "*.safetensors", "*config.json", "*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
     "additional_chat_templates/*.jinja", "chat_template.json", "*.py",
 )  # fmt: skip
-"""Files of a model that its answers depend on; a folder may hold others, as of its training."""
+"""Files of a model that its answers depend on. Its folder may hold others, such as the state of training."""
 
-Record = dict[str, Any]
-"""Of a problem: its line, question, reference, whether that is nothing but an answer, the grader, and the
-samples, each with text, right, tokens, stopped."""
-OF_RECORD = {"line", "question", "reference", "has_answer", "grader", "samples"}
-Note = dict[str, dict[str, Any]]
-"""What `settings.json` says of a folder: settings; models by name, each with its path and fingerprint; data
-by name, each with its path, digest and number of problems."""
+SampleRecord = dict[str, Any]
+"""A line of a file of samples: a problem with its graded samples; see `RECORD_KEYS`.
+
+`line` and `question` name the problem. `reference` is what its answers are graded against, and `has_answer`
+whether that is nothing but the answer. `samples` is a list of objects with `text`, `right`, `tokens` and
+`stopped`.
+"""
+RECORD_KEYS = {"line", "question", "reference", "has_answer", "grader", "samples"}
+Manifest = dict[str, dict[str, Any]]
+"""The content of `settings.json`: "settings"; by name, the path and fingerprint of each of the "models", and
+the path, digest and number of problems of each file of "data"."""
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model to evaluate: its name in tables and the folder or hub name it is loaded from."""
+class EvaluatedModel:
+    """A model to evaluate.
+
+    Attributes:
+        name: its name in tables and in the output folder.
+        path: the folder or hub name to load it from.
+    """
 
     name: str
     path: str
 
 
-def named_models(words: Sequence[str]) -> list[Model]:
-    """`NAME=DIR`, or `DIR`, which is named after its last part. A folder that is there is never a NAME=DIR.
+def parse_models(words: Sequence[str]) -> list[EvaluatedModel]:
+    """Parse the values of --model: `NAME=DIR`, or `DIR`, which is named after its last part.
+
+    A value that is an existing folder is always a `DIR`, because its name may hold `=`.
 
     Raises:
-        UserError: two have one name.
+        UserError: a value is malformed, or two models have the same name.
     """
-    models: list[Model] = []
+    models: list[EvaluatedModel] = []
     for word in words:
         folder = Path(word).expanduser()
         name, equals, path = word.partition("=")
-        if folder.is_dir():  # its name may hold `=`
+        if folder.is_dir():
             name, path = folder.resolve().name, word
         elif not equals:
             path = word
         name = name.replace("/", "--")
         if not name or name in (".", "..") or not path:
             raise UserError(f"--model {word}: expected DIR or NAME=DIR")
-        if name in (one.name for one in models):
+        if name in (model.name for model in models):
             raise UserError(f"--model {word}: another model is named {name} too; give NAME={path}")
-        models.append(Model(name, str(Path(path).expanduser()) if path.startswith("~") else path))
+        models.append(EvaluatedModel(name, str(Path(path).expanduser()) if path.startswith("~") else path))
     return models
 
 
-def claim(
+def update_manifest(
     folder: Path,
     settings: dict[str, Any],
-    models: Sequence[Model],
+    models: Sequence[EvaluatedModel],
     problems: Mapping[Path, Sequence[Problem]],
-) -> Note:
-    """Notes in the output folder what it is of, together with what it held before.
+) -> Manifest:
+    """Check that the samples in the output folder belong to this evaluation, and record its settings there.
 
-    What was noted before and has no samples counts for nothing: a command that failed can be corrected.
+    Models and data files without samples in the folder are not checked, so that a command that failed can be
+    corrected.
+
+    Args:
+        settings: everything that the samples depend on besides models and data.
+        problems: the problems of each data file.
+
+    Returns:
+        The new manifest, which includes models and data files of earlier calls.
 
     Raises:
-        UserError: it holds samples of other settings, of another model of that name, or of another file.
+        UserError: two data files have the same name, or the folder holds samples that were made with other
+            settings, another model of the same name or another data file of the same name.
     """
     stems = [file.stem for file in problems]
     for file in problems:
         if stems.count(file.stem) > 1:
             raise UserError(f"--data {file}: another file is named {file.stem} too; rename one of them")
-    now: Note = {
+    manifest: Manifest = {
         "settings": settings,
-        "models": {one.name: [one.path, fingerprint(one.path)] for one in models},
-        "data": {file.stem: [str(file), digest(file), len(some)] for file, some in problems.items()},
+        "models": {model.name: [model.path, model_fingerprint(model.path)] for model in models},
+        "data": {file.stem: [str(file), file_digest(file), len(rows)] for file, rows in problems.items()},
     }
-    before = noted(folder)
+    before = read_manifest(folder)
     if before["models"]:
         for key, value in settings.items():
             if before["settings"].get(key, value) != value:
                 raise UserError(
-                    f"--output {folder}: holds samples with {key} {before['settings'][key]}, and this is "
-                    f"{value}, which draws others; name another folder, or remove it"
+                    f"--output {folder}: holds samples with {key} {before['settings'][key]}, and this call "
+                    f"has {value}, which gives other samples; name another folder, or remove this one"
                 )
-    for kind, flag in (("models", "model"), ("data", "data")):
-        for name, (_, mark, *_) in now[kind].items():
-            known = before[kind].get(name)
-            if known and known[1] != mark:
+    for section, noun in (("models", "model"), ("data", "data file")):
+        for name, (_, digest, *_) in manifest[section].items():
+            earlier = before[section].get(name)
+            if earlier and earlier[1] != digest:
                 raise UserError(
-                    f"--output {folder}: holds samples of another {flag} named {name} (what {known[0]} was "
-                    "then); name another folder, or remove it"
+                    f"--output {folder}: holds samples of another {noun} named {name} ({earlier[0]} has "
+                    "changed or is another one); name another folder, or remove this one"
                 )
-        now[kind] = {**before[kind], **now[kind]}
-    write_atomically(folder / SETTINGS, [json.dumps(now, indent=1), "\n"])
-    return now
+        manifest[section] = {**before[section], **manifest[section]}
+    write_atomically(folder / SETTINGS, [json.dumps(manifest, indent=1), "\n"])
+    return manifest
 
 
-def noted(folder: Path) -> Note:
-    """What the folder was of, without the models and files that have no samples there."""
-    note = folder / SETTINGS
-    sampled = [file for file in folder.glob("*/*.jsonl") if file.stat().st_size]
-    if not note.is_file() or not sampled:
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a folder, without the models and data files that have no samples there.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / SETTINGS
+    sample_files = [path for path in folder.glob("*/*.jsonl") if path.stat().st_size]
+    if not file.is_file() or not sample_files:
         return {"settings": {}, "models": {}, "data": {}}
-    models, files = {file.parent.name for file in sampled}, {file.stem for file in sampled}
+    names, stems = {path.parent.name for path in sample_files}, {path.stem for path in sample_files}
     try:
-        before = json.loads(note.read_text())
+        manifest = json.loads(file.read_text())
         return {
-            "settings": {**before["settings"]},
+            "settings": {**manifest["settings"]},
             "models": {
-                name: [path, mark] for name, (path, mark) in before["models"].items() if name in models
+                name: [path, digest] for name, (path, digest) in manifest["models"].items() if name in names
             },
             "data": {
-                name: [path, mark, count]
-                for name, (path, mark, count) in before["data"].items()
-                if name in files
+                name: [path, digest, count]
+                for name, (path, digest, count) in manifest["data"].items()
+                if name in stems
             },
         }
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -130,51 +154,53 @@ def noted(folder: Path) -> Note:
         ) from None
 
 
-def whole_lines(file: Path) -> list[Record]:
-    """The records up to the first line that a kill has torn, or that is no record."""
+def read_records(file: Path) -> list[SampleRecord]:
+    """Return the records of a file, up to the first line that is truncated or not a record."""
     if not file.is_file():
         return []
-    found = []
+    records = []
     for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
         try:
             record = json.loads(line)
         except ValueError:
             break
-        if not (isinstance(record, dict) and record.keys() >= OF_RECORD):
+        if not (isinstance(record, dict) and record.keys() >= RECORD_KEYS):
             break
-        found.append(record)
-    return found
+        records.append(record)
+    return records
 
 
-def digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """Return a digest of the content of a file. Raises `UserError` if it cannot be read."""
     try:
         return xxhash.xxh3_64_hexdigest(file.read_bytes())
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def fingerprint(path: str) -> str:
-    """What changes with a model in a folder, and with the one its adapters are for. Else the name.
+def model_fingerprint(path: str) -> str:
+    """Return a digest that changes when a model in a folder changes, or the base model of its adapters.
 
-    Of weights the names, sizes and times; of the other files what they hold.
+    It covers names, sizes and times of weight files, and the content of the other files. The fingerprint of a
+    model that is not a folder is its name.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return path
-    told: list[Any] = []
-    for file in sorted({file for pattern in OF_MODEL for file in folder.glob(pattern)}):
-        weights = file.suffix == ".safetensors"
+    parts: list[Any] = []
+    for file in sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)}):
+        is_weights = file.suffix == ".safetensors"
         state = file.stat()
-        told.append((file.name, (state.st_size, state.st_mtime_ns) if weights else digest(file)))
-    if (base := base_of(folder)) is not None:
-        told.append(fingerprint(base))
-    return xxhash.xxh3_64_hexdigest(repr(told).encode())
+        parts.append((file.name, (state.st_size, state.st_mtime_ns) if is_weights else file_digest(file)))
+    if (base := base_model_of(folder)) is not None:
+        parts.append(model_fingerprint(base))
+    return xxhash.xxh3_64_hexdigest(repr(parts).encode())
 
 
-def base_of(folder: Path) -> str | None:
-    """The model that the adapters in a folder are for; None where it holds none."""
+def base_model_of(folder: Path) -> str | None:
+    """Return the base model of the adapters in a folder, or None if it holds no adapters."""
     try:
-        found = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())["base_model_name_or_path"]
+        base = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # or what is no JSON, of which loading says so
-    return found if isinstance(found, str) and Path(found).resolve() != folder.resolve() else None
+        return None  # a damaged file is reported when the model is loaded
+    return base if isinstance(base, str) and Path(base).resolve() != folder.resolve() else None

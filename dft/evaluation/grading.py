@@ -1,68 +1,80 @@
-"""Whether a generated answer is right. What is equal in mathematics is for math-verify to say."""
+"""Grade generated answers. math-verify decides which expressions are mathematically equal."""
 
 import logging
 import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 from typing import Any
 
 from math_verify import parse, verify
+from math_verify.errors import TimeoutException
 
 from dft.errors import UserError
 
 GRADERS = ("auto", "boxed", "hash", "exact")
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{|\\boxed\s+(?P<bare>[-+.\d\\][^\s$]*)")
-"""`\boxed 5`, as in some of MATH's solutions, has no braces."""
+r"""A box, with or without braces: some solutions of MATH have `\boxed 5`."""
 HASH = re.compile(r"####[ \t]*(\S[^\n]*)")
 PLAIN = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d+)?"
 NUMBER = re.compile(PLAIN, re.ASCII)
-"""With commas between groups of three digits or none: `3,5,7` and `1,2` are lists."""
+"""A number without commas or with commas between groups of three digits. `3,5,7` and `1,2` are lists."""
 OTHER_VALUE = (
     r"(?:hundred|thousand|[mb]illion|dozen|tens|quarter|hal[fv]|third|squared|cubed|and|or|to|times|pi|[a-z])(?![a-z])"
     r"|(?:hundred|thousand|[mb]illion|dozen|quarter|third)s\b|halves"
 )
-"""Words behind a number that make it another one; a single letter may be a variable."""
+"""Words after a number that change its value. A single letter may be a variable."""
 WITH_UNIT = re.compile(rf"[*$]*({PLAIN})\.?\**(?:\s+(?!{OTHER_VALUE})[a-z*][^\d=+/^]*)?", re.ASCII | re.I)
-"""A number in bold, in dollars, or in front of words without another number: `72 clips`."""
-SECONDS = 3
-"""For math-verify to read an answer, and to compare two."""
+"""A number that may be bold, in dollars, or followed by words without another number: `72 clips`."""
+MAX_SECONDS = 3
+"""CPU time that math-verify may take to parse an answer, and to compare two, in seconds."""
+CHECK_INTERVAL = 0.05
+"""Seconds between two checks of the CPU time."""
 
-# It warns of each answer that takes too long, and prints all of it.
+# It would warn about every answer that takes too long, and print the whole answer.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def grade(reference: str, generated: str, grader: str = "auto", has_answer: bool = False) -> bool:
-    r"""Whether an answer is right.
-
-    boxed: the last \boxed{} of the text is equal to that of the reference, in mathematics (math-verify).
-    hash: what follows the last `####`, as in GSM8K; numbers are compared as numbers, also where words stand
-    behind them. exact: the texts are equal but for white space around them. auto: as the reference has it;
-    where it is nothing but an answer, `####` if the text has that and no box, else boxed.
+    r"""Return whether a generated answer is right.
 
     Args:
+        reference: the reference text.
+        generated: the generated text.
+        grader: "boxed": the last \boxed{} of the text equals that of the reference, mathematically
+            (math-verify). "hash": what follows the last `####` is equal, as in GSM8K; numbers are compared as
+            numbers, and may be followed by words. "exact": the texts are equal apart from white space around
+            them. "auto": the one that suits the reference; if the reference is nothing but the answer, "hash"
+            if the text has `####` and no box, else "boxed".
         has_answer: whether the reference is nothing but the answer.
 
     Raises:
-        UserError: the reference has not what the grader looks for.
+        UserError: the reference lacks what the grader looks for.
     """
     if grader == "auto":
-        grader = suited(reference, has_answer)
+        grader = resolve_grader(reference, has_answer)
     if grader == "answer":
         grader = "hash" if last_boxed(generated) is None and last_hash(generated) is not None else "boxed"
-    wanted = wanted_answer(reference, grader, has_answer)
+    expected = reference_answer(reference, grader, has_answer)
     if grader == "exact":
-        return wanted == generated.strip()
-    found = last_boxed(generated) if grader == "boxed" else last_hash(generated)
-    if found is None:
+        return expected == generated.strip()
+    answer = last_boxed(generated) if grader == "boxed" else last_hash(generated)
+    if answer is None:
         return False
-    if same_number(wanted, found) or same_expression(wanted, found):
+    if same_number(expected, answer) or same_expression(expected, answer):
         return True
-    number = WITH_UNIT.fullmatch(found) if grader == "hash" else None
-    return number is not None and same_number(wanted, number[1])
+    number = WITH_UNIT.fullmatch(answer) if grader == "hash" else None
+    return number is not None and same_number(expected, number[1])
 
 
-def suited(reference: str, has_answer: bool) -> str:
-    """The grader that `auto` stands for; `answer` is what the generated text has of a box and `####`."""
+def resolve_grader(reference: str, has_answer: bool) -> str:
+    """Return the grader that `auto` means for a reference.
+
+    "answer" means that the generated text decides, by whether it has a box or `####`.
+    """
     if last_boxed(reference) is not None:
         return "boxed"
     if last_hash(reference) is not None:
@@ -70,33 +82,34 @@ def suited(reference: str, has_answer: bool) -> str:
     return "answer" if has_answer else "exact"
 
 
-def wanted_answer(reference: str, grader: str, has_answer: bool) -> str:
-    """What of the reference an answer is held against.
+def reference_answer(reference: str, grader: str, has_answer: bool) -> str:
+    """Return the part of the reference that answers are compared with.
 
     Raises:
-        UserError: it has not what the grader looks for.
+        UserError: the reference lacks what the grader looks for.
     """
     if grader not in ("boxed", "hash"):
         return reference.strip()
-    wanted = last_boxed(reference) if grader == "boxed" else last_hash(reference)
-    if wanted is None and not has_answer:
+    answer = last_boxed(reference) if grader == "boxed" else last_hash(reference)
+    if answer is None and not has_answer:
         mark = r"\boxed{}" if grader == "boxed" else "####"
+        text = reference if len(reference) <= 60 else f"{reference[:57]}..."
         raise UserError(
-            f"--grader {grader}: the reference {shortened(reference)!r} has no {mark}; give another "
-            "--grader, or an 'answer' in each row"
+            f"--grader {grader}: the reference {text!r} has no {mark}; give another --grader, or an "
+            "'answer' in each row"
         )
-    return reference.strip() if wanted is None else wanted
+    return reference.strip() if answer is None else answer
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed{} or \fbox{} holds, braces within it included; None where none is closed."""
+    r"""Return the content of the last closed \boxed{} or \fbox{}, which may hold braces itself, or None."""
     for match in reversed(list(BOXED.finditer(text))):
         if match["bare"]:
             return match["bare"]
         depth = 1
         for index in range(match.end(), len(text)):
             if text[index - 1] == "\\":
-                continue  # an escaped brace is a character
+                continue  # an escaped brace is an ordinary character
             depth += {"{": 1, "}": -1}.get(text[index], 0)
             if not depth:
                 return text[match.end() : index].strip()
@@ -104,18 +117,19 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_hash(text: str) -> str | None:
-    """What stands behind the last `####` of its line."""
-    found = HASH.findall(text)
-    return found[-1].strip() if found else None
+    """Return what follows the last `####` on its line, or None."""
+    answers = HASH.findall(text)
+    return answers[-1].strip() if answers else None
 
 
-def same_number(one: str, other: str) -> bool:
-    """Whether both are plain numbers, and the same one: `1,000` is `1000.0`, and `$5` is `5`."""
-    numbers = [plain_number(text) for text in (one, other)]
-    return None not in numbers and numbers[0] == numbers[1]
+def same_number(text: str, other: str) -> bool:
+    """Return whether both texts are the same plain number: `1,000` is `1000.0`, and `$5` is `5`."""
+    number = parse_number(text)
+    return number is not None and number == parse_number(other)
 
 
-def plain_number(text: str) -> Decimal | None:
+def parse_number(text: str) -> Decimal | None:
+    """Return the value of a plain number, or None if the text is something else."""
     bare = text.strip().removesuffix(".").strip().lstrip("$")
     if NUMBER.fullmatch(bare) is None:
         return None
@@ -125,19 +139,47 @@ def plain_number(text: str) -> Decimal | None:
         return None
 
 
-def same_expression(wanted: str, found: str) -> bool:
-    """Whether math-verify holds both for equal; what it cannot read is equal to nothing but the same text."""
-    if wanted == found:
+def same_expression(expected: str, answer: str) -> bool:
+    """Return whether math-verify considers two expressions equal. What it cannot parse equals only itself."""
+    if expected == answer:
         return True
-    gold, answer = expression(wanted), expression(found)
-    return bool(gold and answer) and verify(list(gold), list(answer), timeout_seconds=SECONDS)
+    target, candidate = parse_expression(expected), parse_expression(answer)
+    if not (target and candidate):
+        return False
+    with limit_cpu_time(MAX_SECONDS):
+        return verify(list(target), list(candidate), timeout_seconds=None)
+    return False
 
 
 @lru_cache(4096)
-def expression(text: str) -> tuple[Any, ...]:
-    """An answer as math-verify reads it."""
-    return tuple(parse(f"\\boxed{{{text}}}", parsing_timeout=SECONDS))
+def parse_expression(text: str) -> tuple[Any, ...]:
+    """Return an answer as math-verify parses it; nothing if it cannot, or takes too long."""
+    with limit_cpu_time(MAX_SECONDS):
+        return tuple(parse(f"\\boxed{{{text}}}", parsing_timeout=None))
+    return ()
 
 
-def shortened(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
+@contextmanager
+def limit_cpu_time(seconds: float) -> Iterator[None]:
+    """Leave the context early if this thread computes longer than `seconds` in it. For the main thread only.
+
+    The limits of math-verify itself count elapsed time, so grades would depend on how busy the machine is.
+    """
+    end = time.thread_time() + seconds
+
+    def check(*_: Any) -> None:
+        if time.thread_time() > end:
+            raise TimeoutException  # math-verify catches it and returns an empty result
+
+    before = signal.signal(signal.SIGALRM, check)
+    signal.setitimer(signal.ITIMER_REAL, CHECK_INTERVAL, CHECK_INTERVAL)
+    try:
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except TimeoutException:  # raised outside of math-verify, or just before the timer was stopped
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,4 +1,4 @@
-"""Files of problems: conversations as in training, whose last answer is the reference."""
+"""Read files of problems: conversations as in training, whose last turn or `answer` is the reference."""
 
 import json
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from dft.errors import UserError
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt and what it is graded against.
+    """A prompt and the reference that its answers are graded against.
 
     Attributes:
-        conversation: with the reference as its last turn, which is no part of the prompt.
-        reference: the answer the row gives, else the text of the last turn.
-        has_answer: whether the row gives an answer, so that `reference` is nothing but that.
-        file, line: where it stands; lines count from 1.
+        conversation: the prompt and, as its last turn, the reference.
+        reference: the `answer` of the row if it has one, else the text of the last turn.
+        has_answer: whether the row has an `answer`, so that `reference` is nothing but the answer.
+        file, line: place of the row. Lines are counted from 1.
     """
 
     conversation: Conversation
@@ -32,12 +32,16 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """The last turn of the user, or what else precedes the answer."""
-        asked = self.conversation.messages[:-1]
-        return next((one for one in reversed(asked) if one["role"] == "user"), asked[-1])["content"]
+        """The last user turn of the prompt, or its last turn if there is no user turn."""
+        prompt = self.conversation.messages[:-1]
+        return next((turn for turn in reversed(prompt) if turn["role"] == "user"), prompt[-1])["content"]
 
     def prompt_ids(self, encoder: ChatEncoder) -> list[int]:
-        """The tokens a model is given: those that precede the last turn in training."""
+        """Return the token ids of the prompt: those that precede the last turn in training.
+
+        Raises:
+            UserError: the chat template raises an error for this conversation.
+        """
         chat = AdaptedChat(encoder.template, self.conversation)
         try:
             text = chat.render(len(chat.messages) - 1, prompt=True)
@@ -46,21 +50,21 @@ class Problem:
         return encoder.text_tokenizer.token_ids(text)
 
 
-def turn_endings(problems: Sequence[Problem], encoder: ChatEncoder) -> list[str]:
-    """The tokens that end the answers in the chat template, as training finds them."""
-    encoded = encoder.encode([one.conversation.last_turn_only() for one in problems])
+def find_turn_endings(problems: Sequence[Problem], encoder: ChatEncoder) -> list[str]:
+    """Return the tokens that end the reference turns in the chat template, found as in training."""
+    encoded = encoder.encode([problem.conversation.last_turn_only() for problem in problems])
     examples = [example for group in encoded if not isinstance(group, BadLine) for example in group]
     return sorted({token for example in examples for token in example.endings if token})
 
 
 def read_problems(file: Path) -> list[Problem]:
-    """The problems of a JSON Lines file.
+    """Read the problems of a JSON Lines file.
 
-    A row is a conversation as training reads it. One that ends with a turn of the assistant has its reference
-    there; `answer` (a string or a number) is the reference where it is given, also beside such a turn.
+    A row is a conversation in any form that training accepts. Its reference is `answer` (a string or a
+    number) if it has one, else its last turn, which must be the assistant's.
 
     Raises:
-        UserError: no such file, no problems in it, or a row that is none, as `file:line: reason`.
+        UserError: the file cannot be read or has no problems, or a row is invalid (`file:line: reason`).
     """
     try:
         lines = file.read_bytes().splitlines()
@@ -71,7 +75,7 @@ def read_problems(file: Path) -> list[Problem]:
         if not line.strip():
             continue
         try:
-            problems.append(problem_of(line, file, number))
+            problems.append(parse_problem(line, file, number))
         except BadLine as error:
             raise UserError(f"{file}:{number}: {error}; correct the line or leave it out") from None
     if not problems:
@@ -79,13 +83,17 @@ def read_problems(file: Path) -> list[Problem]:
     return problems
 
 
-def problem_of(line: bytes, file: Path, number: int) -> Problem:
-    """Raises `BadLine`."""
+def parse_problem(line: bytes, file: Path, number: int) -> Problem:
+    """Parse one row of a file of problems.
+
+    Raises:
+        BadLine: it is not a valid conversation, or it has no prompt or no reference.
+    """
     answer = None
     try:
         row = json.loads(line)
     except ValueError:
-        row = None  # parse_conversation says what is wrong
+        row = None  # parse_conversation reports the reason
     if isinstance(row, dict) and row.get("answer") is not None:
         answer = row["answer"]
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):

@@ -1,4 +1,4 @@
-"""Models times files: samples are kept line by line, and an interrupted evaluation goes on."""
+"""Sample and grade the answers of one model to one data file, resuming an interrupted evaluation."""
 
 import json
 from collections import Counter
@@ -11,113 +11,126 @@ from tqdm import tqdm
 
 from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
-from dft.evaluation.folder import Note, Record, whole_lines
-from dft.evaluation.grading import grade, suited, wanted_answer
+from dft.evaluation.folder import Manifest, SampleRecord, read_records
+from dft.evaluation.grading import grade, reference_answer, resolve_grader
 from dft.evaluation.problems import Problem
-from dft.evaluation.sampling import Sampler, Settings
+from dft.evaluation.sampling import Answer, Sampler, SamplingSettings
 from dft.files import write_atomically
 
 VLLM_PROBLEMS = 64
-"""Given to vLLM at once, which makes its own batches of them."""
-WORDS = {
+"""Number of problems to pass to vLLM at once. It forms its own batches of them."""
+GRADERS_IN_WORDS = {
     "boxed": r"by \boxed{}", "hash": "by ####", "exact": "as exact text",
     "answer": r"by #### or \boxed{}, whichever is there",
 }  # fmt: skip
-"""How a grader grades."""
 
 
-def check_references(problems: Sequence[Problem], grader: str) -> str:
-    """How the references of a file are graded, in words.
+def describe_grading(problems: Sequence[Problem], grader: str) -> str:
+    """Return how many references are graded by which grader, in words.
 
     Raises:
-        UserError: one has not what the grader looks for.
+        UserError: a reference lacks what the grader looks for.
     """
-    found: Counter[str] = Counter()
-    for one in problems:
-        used = suited(one.reference, one.has_answer) if grader == "auto" else grader
+    counts: Counter[str] = Counter()
+    for problem in problems:
+        name = resolve_grader(problem.reference, problem.has_answer) if grader == "auto" else grader
         try:
-            wanted_answer(one.reference, used, one.has_answer)
+            reference_answer(problem.reference, name, problem.has_answer)
         except UserError as error:
-            raise UserError(f"--data {one.file}:{one.line}: {error}") from None
-        found[used] += 1
-    return ", ".join(f"{count:,} {WORDS[used]}" for used, count in sorted(found.items()))
+            raise UserError(f"--data {problem.file}:{problem.line}: {error}") from None
+        counts[name] += 1
+    return ", ".join(f"{count:,} {GRADERS_IN_WORDS[name]}" for name, count in sorted(counts.items()))
 
 
-def graded(record: Record, grader: str) -> Record:
-    """A record with grades, which are of its texts alone."""
+def grade_record(record: SampleRecord, grader: str) -> SampleRecord:
+    """Return a record with its samples graded. Grades depend on the texts alone."""
     reference, has_answer = record["reference"], record["has_answer"]
     samples = [
-        {**one, "right": grade(reference, one["text"], grader, has_answer)} for one in record["samples"]
+        {**sample, "right": grade(reference, sample["text"], grader, has_answer)}
+        for sample in record["samples"]
     ]
     return {**record, "grader": grader, "samples": samples}
 
 
-def regrade(folder: Path, note: Note, grader: str) -> None:
-    """Grades what is kept in a folder anew where another grader has. Nothing is sampled.
+def regrade(folder: Path, manifest: Manifest, grader: str) -> None:
+    """Grade the saved samples of a folder again if they were graded by another grader.
 
     Raises:
-        UserError: a reference has not what the grader looks for.
+        UserError: a reference lacks what the grader looks for.
     """
-    for model, data in product(note["models"], note["data"]):
+    for model, data in product(manifest["models"], manifest["data"]):
         file = folder / model / f"{data}.jsonl"
-        records = whole_lines(file)
-        if all(one["grader"] == grader for one in records):
+        records = read_records(file)
+        if all(record["grader"] == grader for record in records):
             continue
-        made = []
+        graded = []
         for record in tqdm(records, desc=f"grading {model}, {data}", disable=None, unit="problem"):
             try:
-                made.append(graded(record, grader))
+                graded.append(grade_record(record, grader))
             except UserError as error:
-                raise UserError(f"{file}:{len(made) + 1}: {error}") from None
-        write_atomically(file, (json.dumps(one) + "\n" for one in made))
+                raise UserError(f"{file}:{len(graded) + 1}: {error}") from None
+        write_atomically(file, (json.dumps(record) + "\n" for record in graded))
 
 
-def sample(
+def sample_problems(
     file: Path,
     problems: Sequence[Problem],
     make_sampler: Callable[[], tuple[Sampler, ChatEncoder]],
-    settings: Settings,
+    settings: SamplingSettings,
     grader: str,
-    together: int,
+    group_size: int,
     label: str,
 ) -> None:
-    """Makes the records of one model on one file that are not there yet.
+    """Sample and grade the answers of one model to one data file, except those that are saved already.
 
-    Problems are sampled some at a time, with a seed of the first of them, so that an evaluation that was
-    interrupted ends with what it would have had. What is left of an unfinished group is made anew.
+    Problems are sampled in groups, each with its own seed, so that an evaluation that is interrupted and
+    resumed has the same results as one that is not. An incomplete group is sampled again from its start.
 
     Args:
-        file: where they are kept, a line for each problem.
-        make_sampler: called if anything is left to do.
-        together: problems at a time.
+        file: the file of samples, a line for each problem.
+        problems: the problems of the data file.
+        make_sampler: returns the sampler and the encoder. Called only if there is anything left to sample.
+        settings: how answers are drawn.
+        grader: name of the grader.
+        group_size: number of problems to sample at once.
+        label: label of the progress bar.
     """
-    kept = [
-        record
-        for record, _ in takewhile(
-            lambda pair: pair[0]["line"] == pair[1].line and len(pair[0]["samples"]) == settings.samples,
-            zip(whole_lines(file), problems, strict=False),
-        )
-    ]
-    if len(kept) == len(problems):
+    saved = _matching_records(file, problems, settings)
+    if len(saved) == len(problems):
         return
-    kept = kept[: len(kept) - len(kept) % together]
+    saved = saved[: len(saved) - len(saved) % group_size]
     sampler, encoder = make_sampler()
-    prompts = [one.prompt_ids(encoder) for one in problems]
-    write_atomically(file, (json.dumps(one) + "\n" for one in kept))
-    bar = tqdm(total=len(problems), initial=len(kept), desc=label, disable=None, unit="problem")
+    prompts = [problem.prompt_ids(encoder) for problem in problems]
+    write_atomically(file, (json.dumps(record) + "\n" for record in saved))
+    bar = tqdm(total=len(problems), initial=len(saved), desc=label, disable=None, unit="problem")
     with open(file, "a", encoding="utf-8") as stream, bar:
-        for start in range(len(kept), len(problems), together):
-            some = problems[start : start + together]
+        for start in range(len(saved), len(problems), group_size):
+            group = problems[start : start + group_size]
             seed = settings.seed * 1_000_003 + start * settings.samples
-            answers = sampler.sample(prompts[start : start + together], seed)
-            for problem, drawn in zip(some, answers, strict=True):
-                record = {
-                    "line": problem.line,
-                    "question": problem.question,
-                    "reference": problem.reference,
-                    "has_answer": problem.has_answer,
-                    "samples": [asdict(one) for one in drawn],
-                }
-                stream.write(json.dumps(graded(record, grader)) + "\n")
+            answers = sampler.sample(prompts[start : start + group_size], seed)
+            for problem, samples in zip(group, answers, strict=True):
+                record = grade_record(_new_record(problem, samples), grader)
+                stream.write(json.dumps(record) + "\n")
             stream.flush()
-            bar.update(len(some))
+            bar.update(len(group))
+
+
+def _matching_records(
+    file: Path, problems: Sequence[Problem], settings: SamplingSettings
+) -> list[SampleRecord]:
+    """Return the saved records that belong to the first problems, up to the first one that does not match."""
+    pairs = takewhile(
+        lambda pair: pair[0]["line"] == pair[1].line and len(pair[0]["samples"]) == settings.samples,
+        zip(read_records(file), problems, strict=False),
+    )
+    return [record for record, _ in pairs]
+
+
+def _new_record(problem: Problem, samples: Sequence[Answer]) -> SampleRecord:
+    return {
+        "line": problem.line,
+        "question": problem.question,
+        "reference": problem.reference,
+        "has_answer": problem.has_answer,
+        "samples": [asdict(sample) for sample in samples],
+    }

@@ -1,4 +1,4 @@
-"""Answers of a model: by transformers, in batches padded on the left, or by vLLM where it is installed."""
+"""Sample answers of a model with transformers, in left-padded batches, or with vLLM if it is installed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,16 @@ BACKENDS = ("auto", "transformers", "vllm")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How answers are drawn. Temperature 0 takes the likeliest token each time.
+class SamplingSettings:
+    """How answers are drawn.
 
     Attributes:
-        samples: of each problem.
-        batch_size: sequences that transformers generates at once.
+        samples: number of answers to each problem.
+        temperature: 0 for greedy decoding.
+        top_p: share of probability to draw from, the most likely tokens first.
+        max_new_tokens: length at which an answer is cut off.
+        batch_size: number of sequences that transformers generates at once.
+        seed: seed of all draws.
     """
 
     samples: int = 16
@@ -34,7 +38,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text, without the token that ended it; `stopped` is whether one did."""
+    """A generated answer.
+
+    Attributes:
+        text: its text, without the stop token.
+        tokens: its length in tokens, without the stop token.
+        stopped: whether a stop token ended it.
+    """
 
     text: str
     tokens: int
@@ -42,83 +52,94 @@ class Answer:
 
 
 class Sampler(Protocol):
-    """What answers prompts."""
+    """Draws answers to prompts."""
 
     def sample(self, prompts: Sequence[list[int]], seed: int) -> list[list[Answer]]:
-        """`samples` answers to each prompt; the same for the same prompts and seed."""
+        """Return the answers to each prompt (token ids); the same ones for the same prompts and seed."""
         ...
 
 
-def choose_backend(wanted: str) -> str:
-    """Raises `UserError` where vLLM is asked for and not installed."""
+def resolve_backend(backend: str) -> str:
+    """Return "transformers" or "vllm". "auto" is vllm if it is installed and there is a GPU.
+
+    Raises:
+        UserError: vllm is requested and not installed.
+    """
     installed = find_spec("vllm") is not None
-    if wanted == "vllm" and not installed:
+    if backend == "vllm" and not installed:
         raise UserError("--backend vllm: vllm is not installed; pip install vllm, or --backend transformers")
-    return (
-        ("vllm" if installed and torch.cuda.is_available() else "transformers")
-        if wanted == "auto"
-        else wanted
-    )
+    if backend != "auto":
+        return backend
+    return "vllm" if installed and torch.cuda.is_available() else "transformers"
 
 
-def ending_ids(
-    tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], endings: Sequence[str]
+def resolve_stop_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_stops: Sequence[int], turn_endings: Sequence[str]
 ) -> tuple[list[int], list[str]]:
-    """Tokens that end an answer: of the model's generation_config, the tokenizer, and the chat template.
+    """Return the ids of all tokens that end an answer.
 
-    A base model often names `<|endoftext|>` alone and would go on past the `<|im_end|>` of its template, into
-    a next turn of its own making. Training adds that stop, so all models get it.
+    These are the stop tokens of the model's generation_config, of the tokenizer and of the chat template. A
+    base model often has only `<|endoftext|>` in the first two. It would continue past the `<|im_end|>` of its
+    chat template into another turn. Training adds that stop token, so it is added for all models.
 
     Args:
-        stops: of the generation_config.
-        endings: what ends turns in the chat template.
+        tokenizer: tokenizer of the model.
+        generation_stops: stop token ids of the generation_config.
+        turn_endings: tokens that end turns in the chat template.
 
     Returns:
-        (their ids, those that the chat template alone has).
+        The ids, and the tokens among them that only the chat template has.
 
     Raises:
         UserError: there are none.
     """
-    named = {*stops, tokenizer.eos_token_id} - {None}
-    new = [token for token in endings if tokenizer.convert_tokens_to_ids(token) not in named]
-    found = {*named, *tokenizer.convert_tokens_to_ids(new)}
-    if not found:
+    ids = {*generation_stops, tokenizer.eos_token_id} - {None}
+    added = [token for token in turn_endings if tokenizer.convert_tokens_to_ids(token) not in ids]
+    ids |= set(tokenizer.convert_tokens_to_ids(added))
+    if not ids:
         raise UserError(
             "neither the model's generation_config nor its tokenizer or chat template has a token that ends "
             "an answer; give a --chat_template that has one"
         )
-    return sorted(found), new
+    return sorted(ids), added
 
 
 class TransformersSampler:
-    """Samples with `generate`, until a token of `stops`, on the GPU if there is one."""
+    """Samples with `generate` until a stop token.
+
+    Args:
+        model: the model, on the device to generate on.
+        tokenizer: decodes the answers.
+        stops: ids of the stop tokens.
+        settings: how answers are drawn. The model's own generation_config is ignored.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         stops: Sequence[int],
-        settings: Settings,
+        settings: SamplingSettings,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.stops = list(stops)
         self.settings = settings
-        greedy = settings.temperature == 0
-        drawn = {} if greedy else {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+        is_greedy = settings.temperature == 0
+        options = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
         self.pad = self.stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.config = GenerationConfig(
-            do_sample=not greedy,
+            do_sample=not is_greedy,
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=self.stops,
             pad_token_id=self.pad,
-            **drawn,
+            **({} if is_greedy else options),
         )
-        # What the model's own says of sampling would be mixed in.
+        # `generate` would take every option that `self.config` leaves open from the model's own config.
         self.model.generation_config = self.config
 
     def sample(self, prompts: Sequence[list[int]], seed: int) -> list[list[Answer]]:
-        self._check(prompts)
+        self._check_vocabulary(prompts)
         rows = [ids for ids in prompts for _ in range(self.settings.samples)]
         answers: list[Answer] = []
         for start in range(0, len(rows), self.settings.batch_size):
@@ -126,8 +147,8 @@ class TransformersSampler:
         size = self.settings.samples
         return [answers[start : start + size] for start in range(0, len(answers), size)]
 
-    def _check(self, prompts: Sequence[list[int]]) -> None:
-        """Raises `UserError` for tokens that were added to the tokenizer and not to the model."""
+    def _check_vocabulary(self, prompts: Sequence[list[int]]) -> None:
+        """Raise `UserError` if a prompt has a token that the model has no embedding for."""
         highest, rows = max(map(max, prompts)), self.model.get_input_embeddings().num_embeddings
         if highest >= rows:
             token = self.tokenizer.convert_ids_to_tokens(highest)
@@ -139,35 +160,36 @@ class TransformersSampler:
     def _generate(self, rows: list[list[int]], seed: int) -> list[Answer]:
         torch.manual_seed(seed)
         width = max(map(len, rows))
-        ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=ids.device)
+        device = self.model.device
+        ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         with torch.inference_mode():
-            made = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self.config)
-        return [self._answer(row) for row in made[:, width:].tolist()]
+            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self.config)
+        return [self._answer(row) for row in output[:, width:].tolist()]
 
     def _answer(self, ids: list[int]) -> Answer:
         end = next((index for index, token in enumerate(ids) if token in self.stops), None)
-        kept = ids if end is None else ids[:end]
-        return Answer(self.tokenizer.decode(kept, skip_special_tokens=True), len(kept), end is not None)
+        ids = ids[:end]
+        return Answer(self.tokenizer.decode(ids, skip_special_tokens=True), len(ids), end is not None)
 
 
 class VllmSampler:
-    """Samples with vLLM, from the same token ids, until the same ones."""
+    """Samples with vLLM, from the same token ids and until the same stop tokens as `TransformersSampler`."""
 
     def __init__(
         self,
         name: str,
         stops: Sequence[int],
-        settings: Settings,
+        settings: SamplingSettings,
         dtype: str,
-        trusted: bool,
+        trust_remote_code: bool,
     ) -> None:
-        from vllm import LLM, SamplingParams  # optional, and large
+        from vllm import LLM, SamplingParams  # an optional dependency
 
         self.settings = settings
         self._parameters = SamplingParams
         self.stops = list(stops)
-        self._model = LLM(model=name, dtype=dtype, seed=settings.seed, trust_remote_code=trusted)
+        self._model = LLM(model=name, dtype=dtype, seed=settings.seed, trust_remote_code=trust_remote_code)
 
     def sample(self, prompts: Sequence[list[int]], seed: int) -> list[list[Answer]]:
         settings = self.settings
@@ -183,21 +205,19 @@ class VllmSampler:
             )
             for number in range(len(prompts))
         ]
-        given = [{"prompt_token_ids": ids} for ids in prompts]
-        done = self._model.generate(given, parameters, use_tqdm=False)
-        return [
-            [
-                Answer(
-                    one.text, len(one.token_ids) - (one.finish_reason == "stop"), one.finish_reason == "stop"
-                )
-                for one in request.outputs
-            ]
-            for request in done
-        ]
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        requests = self._model.generate(inputs, parameters, use_tqdm=False)
+        answers = []
+        for request in requests:
+            answers.append([])
+            for output in request.outputs:
+                stopped = output.finish_reason == "stop"
+                answers[-1].append(Answer(output.text, len(output.token_ids) - stopped, stopped))
+        return answers
 
 
-def load_for_sampling(name: str, dtype: str, trusted: bool) -> PreTrainedModel:
-    """A model, on the GPU if there is one; adapters that a run of --lora_r saved come with their model.
+def load_for_sampling(name: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a model, with its adapters if the folder holds LoRA adapters, onto the GPU if there is one.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded.
@@ -206,7 +226,7 @@ def load_for_sampling(name: str, dtype: str, trusted: bool) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
-            trust_remote_code=trusted,
+            trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
     except (*UNLOADABLE, RuntimeError, SafetensorError) as error:

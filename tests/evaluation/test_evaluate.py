@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from dft.data.conversations.conversation import parse_conversation
 from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
-from dft.evaluation.folder import Model, fingerprint, named_models
+from dft.evaluation.folder import EvaluatedModel, model_fingerprint, parse_models
 from dft.evaluation.problems import read_problems
-from dft.evaluation.sampling import Settings, TransformersSampler, VllmSampler, choose_backend
+from dft.evaluation.sampling import SamplingSettings, TransformersSampler, VllmSampler, resolve_backend
 from dft.report.pages.evaluation import evaluation_page
 from scripts import evaluate
 from scripts.make_example import tiny_model
@@ -85,7 +85,7 @@ def test_a_killed_evaluation_ends_as_it_would_have(monkeypatch, tiny, tmp_path, 
         run(monkeypatch, *short(tiny, problems, folder))
         assert (folder / "one/test.jsonl").read_bytes() == whole
         assert (folder / "results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
-    monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("there is nothing left to do"))
+    monkeypatch.setattr(evaluate, "load_sampler", lambda *_: pytest.fail("there is nothing left to do"))
     run(monkeypatch, *short(tiny, problems, tmp_path / "whole"))
 
 
@@ -135,7 +135,7 @@ def test_a_batch_gives_what_single_prompts_give(tiny):
     """Left padding changes nothing: greedy answers of a batch are those of each prompt alone."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12], [13]]
-    settings = Settings(samples=1, temperature=0, max_new_tokens=8)
+    settings = SamplingSettings(samples=1, temperature=0, max_new_tokens=8)
     sampler = TransformersSampler(model, tokenizer, [tokenizer.eos_token_id], settings)
     together = sampler.sample(prompts, seed=0)
     assert together == [sampler.sample([one], seed=5)[0] for one in prompts]
@@ -152,7 +152,7 @@ def test_tokens_are_drawn_from_the_distribution_itself(tiny):
     with torch.no_grad():
         model.lm_head.weight *= 3  # a distribution with some shape
         p = torch.softmax(model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].double(), -1)
-    settings = Settings(samples=2000, temperature=1.0, max_new_tokens=1, batch_size=2000)
+    settings = SamplingSettings(samples=2000, temperature=1.0, max_new_tokens=1, batch_size=2000)
     made = TransformersSampler(model, tokenizer, [tokenizer.eos_token_id], settings)
     seen: list[int] = []
     monkey = made._answer
@@ -198,7 +198,7 @@ class StandIn(types.ModuleType):
 def test_vllm_is_asked_for_the_same(monkeypatch, tiny):
     stand_in = StandIn()
     monkeypatch.setitem(sys.modules, "vllm", stand_in)
-    settings = Settings(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=5, seed=2)
+    settings = SamplingSettings(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=5, seed=2)
     made = VllmSampler(str(tiny), [9, 4], settings, "float16", False).sample([[5, 6], [7]], seed=40)
     assert [[one.text for one in some] for some in made] == [["#### 0", "#### 1", "#### 2"]] * 2
     assert [(one.tokens, one.stopped) for one in made[0]] == [(2, True), (3, False), (2, True)]
@@ -211,8 +211,8 @@ def test_vllm_is_asked_for_the_same(monkeypatch, tiny):
 
 def test_vllm_that_is_not_there_is_told():
     with pytest.raises(UserError, match="vllm is not installed; pip install vllm"):
-        choose_backend("vllm")
-    assert choose_backend("auto") == "transformers"
+        resolve_backend("vllm")
+    assert resolve_backend("auto") == "transformers"
 
 
 BAD_LINES = {
@@ -301,7 +301,7 @@ def test_another_grader_grades_what_is_kept(monkeypatch, tiny, tmp_path, capsys)
     before = lines(output / "one/test.jsonl")
     before[0]["samples"][0]["text"] = "2"
     (output / "one/test.jsonl").write_text("".join(json.dumps(one) + "\n" for one in before))
-    monkeypatch.setattr(evaluate, "load", lambda *_: pytest.fail("nothing has to be sampled"))
+    monkeypatch.setattr(evaluate, "load_sampler", lambda *_: pytest.fail("nothing has to be sampled"))
     with pytest.raises(UserError, match="test.jsonl:2: --grader boxed"):
         run(monkeypatch, *words, "--grader", "boxed")
     assert not before[0]["samples"][0]["right"]
@@ -337,29 +337,32 @@ def test_a_model_is_its_tokenizer_and_template_too(tiny, tmp_path, name):
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
     (folder / "report.json").write_text("{}")
-    before = fingerprint(str(folder))
+    before = model_fingerprint(str(folder))
     (folder / "report.json").write_text("[]")
-    assert fingerprint(str(folder)) == before
+    assert model_fingerprint(str(folder)) == before
     adapters = tmp_path / "adapters"
     adapters.mkdir()
     (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
-    of_adapters = fingerprint(str(adapters))
+    of_adapters = model_fingerprint(str(adapters))
     with open(folder / name, "a") as stream:
         stream.write(" ")
-    assert fingerprint(str(folder)) != before and fingerprint(str(adapters)) != of_adapters
+    assert model_fingerprint(str(folder)) != before and model_fingerprint(str(adapters)) != of_adapters
 
 
 def test_a_folder_with_an_equals_sign_is_taken_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=5e-5").mkdir()
-    assert named_models(["lr=5e-5", "b=lr=5e-5"]) == [Model("lr=5e-5", "lr=5e-5"), Model("b", "lr=5e-5")]
+    assert parse_models(["lr=5e-5", "b=lr=5e-5"]) == [
+        EvaluatedModel("lr=5e-5", "lr=5e-5"),
+        EvaluatedModel("b", "lr=5e-5"),
+    ]
 
 
 def test_adapters_are_not_for_vllm(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=f"merge_lora.py {tmp_path} merged"):
-        evaluate.check_adapters([Model("one", str(tmp_path))], "vllm")
-    evaluate.check_adapters([Model("one", str(tmp_path))], "transformers")
+        evaluate.check_adapters([EvaluatedModel("one", str(tmp_path))], "vllm")
+    evaluate.check_adapters([EvaluatedModel("one", str(tmp_path))], "transformers")
 
 
 def test_a_model_without_a_template(monkeypatch, tiny, tmp_path, problems, capsys):
@@ -406,7 +409,7 @@ def test_memory_that_runs_out(monkeypatch, tiny, tmp_path, problems):
         run(monkeypatch, *short(tiny, problems, tmp_path / "out"))
     monkeypatch.undo()
     run(monkeypatch, *short(tiny, problems, tmp_path / "out", "--batch_size", 3))
-    with pytest.raises(UserError, match="holds samples with batch_size 3, and this is 6, which draws others"):
+    with pytest.raises(UserError, match="holds samples with batch_size 3, and this call has 6"):
         run(monkeypatch, *short(tiny, problems, tmp_path / "out"))
 
 
@@ -415,13 +418,13 @@ def test_samples_of_something_else_are_not_gone_on_from(monkeypatch, tiny, tmp_p
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
     run(monkeypatch, *short(model, problems, output))
-    with pytest.raises(UserError, match="holds samples with temperature 1.0, and this is 0.5"):
+    with pytest.raises(UserError, match="holds samples with temperature 1.0, and this call has 0.5"):
         run(monkeypatch, *short(model, problems, output, "--temperature", 0.5))
     retrained = AutoModelForCausalLM.from_pretrained(model)
     retrained.save_pretrained(model)
     with pytest.raises(UserError, match="holds samples of another model named one"):
         run(monkeypatch, *short(model, problems, output))
-    with pytest.raises(UserError, match="holds samples of another data named test"):
+    with pytest.raises(UserError, match="holds samples of another data file named test"):
         run(monkeypatch, *short(tiny, write(tmp_path, [GOOD]), output, "--model", f"two={tiny}"))
     (output / "settings.json").write_text("{")
     with pytest.raises(UserError, match="settings.json is damaged"):
@@ -441,7 +444,7 @@ def test_the_page_shows_what_was_asked_of_which_model():
         {"name": "base", "path": "/models/one", "files": [numbers]},
         {"name": name, "path": "/models/two", "files": [{**numbers, "difference": share(0.25)}]},
     ]
-    settings = {**vars(Settings()), "backend": "transformers", "dtype": "bfloat16", "grader": "auto"}
+    settings = {**vars(SamplingSettings()), "backend": "transformers", "dtype": "bfloat16", "grader": "auto"}
     settings |= {"chat_template": None, "chat_template_kwargs": {"enable_thinking": False}}
     sample = {"text": "4", "right": False, "tokens": 1, "stopped": True}
     record = {"line": 1, "question": "What is 2 < 3?", "reference": "yes", "samples": [sample]}

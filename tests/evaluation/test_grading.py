@@ -1,9 +1,12 @@
 """What counts as right."""
 
+import signal
+import time
+
 import pytest
 
 from dft.errors import UserError
-from dft.evaluation.grading import grade, last_boxed, last_hash, same_number
+from dft.evaluation.grading import grade, last_boxed, last_hash, limit_cpu_time, same_number
 
 BOXED = [
     (r"so \boxed{42}", r"I think \boxed{42}.", True),
@@ -25,7 +28,6 @@ BOXED = [
     (r"\boxed{7}", r"\boxed{7", False),  # cut off
     (r"\boxed{7}", r"\boxed{}", False),
     (r"\boxed{7}", r"\boxed{\notalatex{{{}", False),
-    (r"\boxed{3}", r"\boxed{9^{9^{9^{9^9}}}}", False),
 ]
 HASH = [
     ("2 + 3 = 5\n#### 5", "it is\n#### 5", True),
@@ -91,10 +93,24 @@ def test_a_reference_without_what_the_grader_looks_for_is_an_error():
         grade("x" * 100, "#### 4", "hash")
 
 
-def test_an_answer_that_takes_too_long_is_not_printed(caplog, monkeypatch):
-    monkeypatch.setattr("dft.evaluation.grading.SECONDS", 1)
+def test_an_answer_that_takes_too_long_is_wrong_and_not_printed(caplog, monkeypatch):
+    monkeypatch.setattr("dft.evaluation.grading.MAX_SECONDS", 0.5)
+    assert not grade(r"\boxed{3}", r"\boxed{9^{9^{9^{9^9}}}}", "boxed")
+    assert not grade(r"\boxed{3}", r"\boxed{9^{9^{9^{9^9}}}}")
     assert not grade("3", r"\boxed{8^{9^{9^{9^9}}}}", has_answer=True)
     assert not caplog.records
+
+
+def test_the_time_limit_counts_the_cpu_time_of_the_thread_alone(monkeypatch):
+    monkeypatch.setattr("dft.evaluation.grading.CHECK_INTERVAL", 0.01)
+    with limit_cpu_time(0.2):
+        time.sleep(0.4)  # as on a machine that is busy with something else
+        finished = True
+    assert finished
+    with limit_cpu_time(0.05):
+        while True:
+            pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_braces_are_matched():
