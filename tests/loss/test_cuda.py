@@ -86,9 +86,8 @@ def test_loss_gradients_and_statistics_match_float64(monkeypatch, dtype, alpha, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_error_is_no_larger_than_that_of_the_plain_path(dtype):
-    hidden, weight, _, labels = case(
-        dtype, vocab=5000, spread=20.0
-    )  # large logits, which bfloat16 rounds coarsely
+    # Large logits, which bfloat16 rounds coarsely.
+    hidden, weight, _, labels = case(dtype, vocab=5000, spread=20.0)
     exact = [tensor.detach().double().cpu().requires_grad_() for tensor in (hidden, weight)]
     expected, stats = on_logits(*exact, labels.cpu())
     exact_gradients = gradients(expected, *exact)
@@ -96,10 +95,8 @@ def test_the_error_is_no_larger_than_that_of_the_plain_path(dtype):
     fused_gradients = gradients(loss, hidden, weight)
     plain_loss, plain = on_logits(hidden, weight, labels)
     plain_gradients = gradients(plain_loss, hidden, weight)
-    assert (
-        relative_error(ours.p_correct, stats.p_correct)
-        <= relative_error(plain.p_correct, stats.p_correct) + 1e-6
-    )
+    rounding = relative_error(plain.p_correct, stats.p_correct)
+    assert relative_error(ours.p_correct, stats.p_correct) <= rounding + 1e-6
     for actual, rounded, reference in zip(fused_gradients, plain_gradients, exact_gradients, strict=True):
         limit = relative_error(rounded, reference) + 1e-3
         assert relative_error(actual, reference) <= limit
@@ -201,9 +198,7 @@ def test_training_gives_the_same_losses_with_and_without_the_fused_head(tmp_path
     assert losses["on"] == pytest.approx(losses["off"], rel=1e-2 if bf16 else 1e-4)
 
 
-@pytest.mark.parametrize(
-    "objective", [case.objective for case in CASES], ids=lambda objective: objective.title
-)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.title)
 @pytest.mark.parametrize("floored", [False, True])
 @pytest.mark.parametrize("shape", [(1.0, None), (2.0, 5.0)])
 @pytest.mark.parametrize("dtype", DTYPES)

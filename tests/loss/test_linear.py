@@ -1,4 +1,4 @@
-"""The fused head against the definition on whole logits, in float64 and in the precision of the model."""
+"""`linear_dft_loss` against `dft_loss` on logits, in float64 and in the dtype of the model."""
 
 import itertools
 import weakref
@@ -18,31 +18,31 @@ DTYPES = {
     torch.bfloat16: 2e-2,
     torch.float16: 2e-3,
 }
-"""How far gradients may be off, as a share of their norm."""
+"""Maximum error of gradients, relative to their norm."""
 
 
 def case(dtype=torch.float64, batch=3, seq=9, vocab=VOCAB, width=WIDTH, share=0.6, seed=0, spread=1.0):
-    """hidden (batch, seq, width), weight (vocab, width), bias (vocab,), which require gradients; labels."""
+    """Return hidden (batch, seq, width), weight (vocab, width), bias (vocab,) and labels (batch, seq)."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(batch, seq, width, generator=generator)
     weight = spread * torch.randn(vocab, width, generator=generator)
     bias = torch.randn(vocab, generator=generator)
     labels = torch.randint(vocab, (batch, seq), generator=generator)
-    labels[:, 1::3] = (hidden @ weight.t() + bias).argmax(-1)[:, :-1:3]  # some that are right
+    labels[:, 1::3] = (hidden @ weight.t() + bias).argmax(-1)[:, :-1:3]  # some argmax tokens
     labels[torch.rand(batch, seq, generator=generator) >= share] = -100
-    return *(one.to(dtype).requires_grad_() for one in (hidden, weight, bias)), labels
+    return *(tensor.to(dtype).requires_grad_() for tensor in (hidden, weight, bias)), labels
 
 
 def gradients(loss: Tensor, *tensors: Tensor) -> list[Tensor]:
     loss.backward()
-    found = [one.grad for one in tensors]
-    for one in tensors:
-        one.grad = None
-    return found
+    grads = [tensor.grad for tensor in tensors]
+    for tensor in tensors:
+        tensor.grad = None
+    return grads
 
 
 def on_logits(hidden, weight, labels, *, bias=None, logit_scale=1.0, logit_softcap=None, **options):
-    """The definition, on all logits."""
+    """Compute the loss by its definition, from all logits."""
     logits = hidden @ weight.t()
     logits = logit_scale * (logits if bias is None else logits + bias)
     if logit_softcap is not None:
@@ -51,17 +51,17 @@ def on_logits(hidden, weight, labels, *, bias=None, logit_scale=1.0, logit_softc
 
 
 def wide(*tensors: Tensor) -> list[Tensor]:
-    return [one.detach().double().requires_grad_() for one in tensors]
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
 
 
-def off(found: Tensor, expected: Tensor) -> float:
-    """The distance as a share of the norm."""
-    return ((found.double() - expected).norm() / expected.norm()).item()
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to the norm of the expected tensor."""
+    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Three rows fit a tile, so that every case has several and a last one that is not full."""
+    """Let a tile hold three rows, so that every case has several tiles, the last one partial."""
     monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 4 * VOCAB * 3)
     monkeypatch.setattr(products, "BLOCK_BYTES", 4 * WIDTH * 5)
     monkeypatch.setattr(rows, "CACHED_BYTES", 4 * VOCAB * 2)
@@ -71,7 +71,7 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("shape", [(1.0, None), (0.25, None), (1.0, 3.0), (2.0, 5.0)])
 @pytest.mark.parametrize("num_items", [None, 40, torch.tensor(40)])
-def test_loss_gradients_and_statistics_are_those_of_the_definition(dtype, alpha, shape, num_items):
+def test_loss_gradients_and_statistics_match_the_definition(dtype, alpha, shape, num_items):
     hidden, weight, bias, labels = case(dtype)
     how = {"alpha": alpha, "num_items": num_items, "logit_scale": shape[0], "logit_softcap": shape[1]}
     loss, stats = linear_dft_loss(hidden, weight, labels, bias=bias, **how)
@@ -80,29 +80,29 @@ def test_loss_gradients_and_statistics_are_those_of_the_definition(dtype, alpha,
     close = 1e-12 if dtype == torch.float64 else 2e-6
     assert loss.item() == pytest.approx(expected.item(), rel=close)
     assert loss.dtype == stats.nll.dtype == torch.promote_types(dtype, torch.float32)
-    for name, one, other in zip(stats._fields, stats, expected_stats, strict=True):
-        assert not one.requires_grad
+    for name, value, reference in zip(stats._fields, stats, expected_stats, strict=True):
+        assert not value.requires_grad
         if name in ("correct", "target"):
-            assert torch.equal(one, other) and (name == "target" or 0 < one.sum() < len(one))
+            assert torch.equal(value, reference) and (name == "target" or 0 < value.sum() < len(value))
         else:
-            torch.testing.assert_close(one.double(), other, rtol=5 * close, atol=5 * close)
-    found, wanted = gradients(loss, hidden, weight, bias), gradients(expected, *exact)
-    for one, other, given in zip(found, wanted, (hidden, weight, bias), strict=True):
-        assert one.dtype == given.dtype and one.shape == given.shape
-        assert off(one, other) < DTYPES[dtype]
+            torch.testing.assert_close(value.double(), reference, rtol=5 * close, atol=5 * close)
+    grads, references = gradients(loss, hidden, weight, bias), gradients(expected, *exact)
+    for grad, reference, tensor in zip(grads, references, (hidden, weight, bias), strict=True):
+        assert grad.dtype == tensor.dtype and grad.shape == tensor.shape
+        assert relative_error(grad, reference) < DTYPES[dtype]
     unsupervised = torch.ones(labels.numel(), dtype=torch.bool)
     unsupervised[loss_positions(labels)] = False
-    assert not found[0].flatten(0, 1)[unsupervised].any()
+    assert not grads[0].flatten(0, 1)[unsupervised].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_error_is_no_larger_than_that_of_logits_in_the_same_precision(dtype):
-    """Logits of a trained model: up to 30, where bfloat16 has steps of 0.125."""
+def test_the_error_is_no_larger_than_that_of_logits_in_the_same_dtype(dtype):
+    """Logits reach 30, as those of a trained model, where bfloat16 has steps of 0.125."""
     for seed in range(5):
         hidden, weight, _, labels = case(dtype, batch=4, seq=33, vocab=301, width=64, spread=1.2, seed=seed)
         exact = wide(hidden, weight)
         expected, expected_stats = on_logits(*exact, labels)
-        wanted = gradients(expected, *exact)
+        references = gradients(expected, *exact)
         plain, plain_stats = dft_loss(torch.nn.functional.linear(hidden, weight), labels)
         plain_gradients = gradients(plain, hidden, weight)
         fused, stats = linear_dft_loss(hidden, weight, labels)
@@ -116,15 +116,19 @@ def test_the_error_is_no_larger_than_that_of_logits_in_the_same_precision(dtype)
         if dtype != torch.float32:
             assert errors[0] < errors[1] / 50, "logits are not float32"
         assert abs(fused - expected) <= abs(plain - expected) + tolerance
-        for one, other, target in zip(fused_gradients, plain_gradients, wanted, strict=True):
-            assert off(one, target) <= off(other, target) + tolerance
+        for fused_grad, plain_grad, reference in zip(
+            fused_gradients, plain_gradients, references, strict=True
+        ):
+            limit = relative_error(plain_grad, reference) + tolerance
+            assert relative_error(fused_grad, reference) <= limit
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
-def test_only_what_requires_a_gradient_gets_one(needs, monkeypatch):
+def test_only_inputs_that_require_a_gradient_get_one(needs, monkeypatch):
     hidden, weight, bias, labels = case()
     tensors = [
-        one.detach().requires_grad_(wanted) for one, wanted in zip((hidden, weight, bias), needs, strict=True)
+        tensor.detach().requires_grad_(need)
+        for tensor, need in zip((hidden, weight, bias), needs, strict=True)
     ]
     products = []
     mm, addmm = torch.mm, Tensor.addmm_
@@ -139,11 +143,11 @@ def test_only_what_requires_a_gradient_gets_one(needs, monkeypatch):
     assert loss.requires_grad == any(needs)
     if any(needs):
         loss.backward()
-    wanted = gradients(expected, hidden, weight, bias)
-    for one, other, need in zip(tensors, wanted, needs, strict=True):
-        assert (one.grad is not None) == need
+    references = gradients(expected, hidden, weight, bias)
+    for tensor, reference, need in zip(tensors, references, needs, strict=True):
+        assert (tensor.grad is not None) == need
         if need:
-            torch.testing.assert_close(one.grad, other)
+            torch.testing.assert_close(tensor.grad, reference)
 
 
 def test_without_gradients_there_is_one_product_per_tile(monkeypatch):
@@ -152,12 +156,12 @@ def test_without_gradients_there_is_one_product_per_tile(monkeypatch):
     products = []
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, **k: products.append(1) or mm(*a, **k))
-    monkeypatch.setattr(Tensor, "addmm_", lambda *a, **k: pytest.fail("a gradient"))
+    monkeypatch.setattr(Tensor, "addmm_", lambda *a, **k: pytest.fail("a gradient was computed"))
     with torch.no_grad():
         loss, stats = linear_dft_loss(hidden, weight, labels, bias=bias)
     assert len(products) == len(tiles.tiles(len(stats.nll), VOCAB, 8, "cpu"))
     assert not loss.requires_grad and torch.equal(loss, expected)
-    assert all(torch.equal(one, other) for one, other in zip(stats, expected_stats, strict=True))
+    assert all(torch.equal(value, expected) for value, expected in zip(stats, expected_stats, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -171,49 +175,50 @@ def test_odd_shapes(batch, seq, vocab, width, share):
     expected, _ = on_logits(exact[0], exact[1], labels, bias=exact[2], alpha=0.5)
     torch.testing.assert_close(loss, expected)
     assert len(stats.nll) == (labels[:, 1:] != -100).sum() > 0
-    for one, other in zip(gradients(loss, hidden, weight, bias), gradients(expected, *exact), strict=True):
-        torch.testing.assert_close(one, other)
+    pairs = zip(gradients(loss, hidden, weight, bias), gradients(expected, *exact), strict=True)
+    for grad, reference in pairs:
+        torch.testing.assert_close(grad, reference)
 
 
 @pytest.mark.parametrize("seq", [1, 5])
-def test_without_a_supervised_token_loss_and_gradients_are_zeros_in_the_graph(seq):
+def test_without_supervised_tokens_loss_and_gradients_are_zeros_attached_to_the_graph(seq):
     hidden, weight, bias, labels = case(seq=seq)
-    labels[:, 1:] = -100  # a first token has nothing in front of it that could predict it
+    labels[:, 1:] = -100  # no position predicts the first token
     for num_items in (None, 0, 12, torch.tensor(0)):
         loss, stats = linear_dft_loss(hidden, weight, labels, bias=bias, num_items=num_items)
-        assert loss.item() == 0 and all(len(one) == 0 for one in stats)
-        for one in gradients(loss, hidden, weight, bias):
-            assert one is not None and not one.any()
+        assert loss.item() == 0 and all(len(value) == 0 for value in stats)
+        for grad in gradients(loss, hidden, weight, bias):
+            assert grad is not None and not grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0, 1e4, -1e4])
 @pytest.mark.parametrize("size", [0, 1e4, -1e4])
 def test_extreme_logits(dtype, size, offset):
-    """One column dominates every row or none does, all are far from 0, two are padding, never chosen."""
+    """One column dominates every row or none does, all logits are far from 0, and two columns are -inf."""
     hidden, weight, bias, labels = case(torch.float64)
     labels[labels >= VOCAB - 2] = 0
     with torch.no_grad():
         bias += offset
         bias[3] += size
         bias[-2:] = -torch.inf
-    hidden, weight, bias = (one.detach().to(dtype).requires_grad_() for one in (hidden, weight, bias))
+    hidden, weight, bias = (tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight, bias))
     loss, stats = linear_dft_loss(hidden, weight, labels, bias=bias, alpha=0.5)
-    found = gradients(loss, hidden, weight, bias)
+    grads = gradients(loss, hidden, weight, bias)
     exact = wide(hidden, weight, bias)
     expected, expected_stats = on_logits(exact[0], exact[1], labels, bias=exact[2], alpha=0.5)
-    # What a logit of ten thousand is rounded by, in float32 or wider, before anything is done to it.
+    # The rounding error of a logit of 10,000 itself, in float32 or wider.
     rounding = torch.finfo(stats.nll.dtype).eps * (1e4 if size or offset else 30) * 2
     assert (stats.nll - expected_stats.nll).abs().max() <= rounding
     assert (stats.entropy - expected_stats.entropy).abs().max() <= rounding * 30
     close = max(DTYPES[dtype], 4 * rounding)
-    for one, other in zip(found, gradients(expected, *exact), strict=True):
-        assert one.isfinite().all() and off(one, other) <= close
+    for grad, reference in zip(grads, gradients(expected, *exact), strict=True):
+        assert grad.isfinite().all() and relative_error(grad, reference) <= close
 
 
 @pytest.mark.parametrize("offset", [1.0, 30.0, 300.0, 1e4])
-def test_rows_lose_nothing_to_the_size_of_their_logits(offset):
-    """Exact numbers far from 0: the error is that of cross-entropy, which subtracts the greatest first."""
+def test_large_logits_lose_no_precision(offset):
+    """Logits are exact and far from 0; the error is that of cross-entropy, which subtracts the largest."""
     generator = torch.Generator().manual_seed(0)
     tile = torch.randn(64, 200, generator=generator).mul(2**9).round().div(2**9) + offset
     targets = tile.argmax(1)
@@ -225,26 +230,26 @@ def test_rows_lose_nothing_to_the_size_of_their_logits(offset):
     torch.testing.assert_close(stats.entropy.double(), expected.entropy, rtol=2e-6, atol=2e-6)
 
 
-def test_one_tile_at_a_time_is_held(monkeypatch):
-    """As on a GPU, where every tile is made anew."""
-    held, most = [], 0
+def test_only_one_tile_is_held_at_a_time(monkeypatch):
+    """Each tile is a new tensor, as on a GPU."""
+    references, most = [], 0
 
-    def product(some, weight, space):
+    def product(rows, weight, buffer):
         nonlocal most
-        made = some @ weight.t()
-        held.append(weakref.ref(made))
-        most = max(most, sum(one() is not None for one in held))
-        return made
+        tile = rows @ weight.t()
+        references.append(weakref.ref(tile))
+        most = max(most, sum(reference() is not None for reference in references))
+        return tile
 
     monkeypatch.setattr(tiles, "wide_product", product)
     hidden, weight, _, labels = case(torch.float32)
     linear_dft_loss(hidden, weight, labels)
     with torch.no_grad():
         linear_dft_loss(hidden, weight, labels)
-    assert len(held) > 4 and most == 1
+    assert len(references) > 4 and most == 1
 
 
-def test_what_is_not_finite_shows():
+def test_nan_hidden_states_give_a_nan_loss():
     hidden, weight, _, labels = case(torch.float32)
     with torch.no_grad():
         hidden[0, 3] = torch.nan
@@ -253,22 +258,22 @@ def test_what_is_not_finite_shows():
     assert loss.isnan() and stats.nll.isnan().sum() == 1
 
 
-def test_results_are_the_same_every_time_and_whatever_the_tiles(monkeypatch):
+def test_results_are_reproducible_and_independent_of_the_tile_size(monkeypatch):
     hidden, weight, bias, labels = case(torch.float32)
     runs = []
     for count in (3, 3, 1, 7, 1000):
         monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 4 * VOCAB * count)
         loss, stats = linear_dft_loss(hidden, weight, labels, bias=bias)
         runs.append([loss.detach(), *stats, *gradients(loss, hidden, weight, bias)])
-    assert all(torch.equal(one, other) for one, other in zip(runs[0], runs[1], strict=True))
-    for other in runs[2:]:
-        for one, two in zip(runs[0], other, strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(first, second) for first, second in zip(runs[0], runs[1], strict=True))
+    for run in runs[2:]:
+        for first, other in zip(runs[0], run, strict=True):
+            torch.testing.assert_close(first, other, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("vocab", [1000, 32_000, 152_000, 1_000_000, 10**9])
 @pytest.mark.parametrize("tokens", [0, 1, 100, 4097])
-def test_a_tile_stays_under_its_budget(monkeypatch, vocab, tokens):
+def test_tiles_fit_their_size_limit(monkeypatch, vocab, tokens):
     monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 64 * 2**20)
     spans = tiles.tiles(tokens, vocab, 4, "cpu")
     assert [row for start, end in spans for row in range(start, end)] == list(range(tokens))
@@ -276,34 +281,34 @@ def test_a_tile_stays_under_its_budget(monkeypatch, vocab, tokens):
         assert end - start == 1 or (end - start) * vocab * 4 <= 64 * 2**20
 
 
-def test_given_positions_are_used_and_nothing_is_counted(monkeypatch):
+def test_positions_that_are_passed_are_not_computed_again(monkeypatch):
     hidden, weight, _, labels = case()
     positions = loss_positions(labels)
     assert positions.tolist() == [
         row * 9 + column for row in range(3) for column in range(8) if labels[row, column + 1] != -100
     ]
     expected, _ = linear_dft_loss(hidden, weight, labels)
-    monkeypatch.setattr(linear, "loss_positions", lambda labels: pytest.fail("counted"))
+    monkeypatch.setattr(linear, "loss_positions", lambda *_: pytest.fail("positions were computed"))
     loss, _ = linear_dft_loss(hidden, weight, labels, positions=positions)
     assert torch.equal(loss, expected)
 
 
-def test_the_backward_only_scales_and_not_by_one(monkeypatch):
+def test_the_backward_only_scales_and_skips_a_factor_of_one(monkeypatch):
     hidden, weight, bias, labels = case(torch.float32)
     once = gradients(linear_dft_loss(hidden, weight, labels, bias=bias)[0], hidden, weight, bias)
     loss, _ = linear_dft_loss(hidden, weight, labels, bias=bias)
-    monkeypatch.setattr(torch, "mm", lambda *a, **k: pytest.fail("a product in the backward"))
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: pytest.fail("the backward computed a product"))
     threefold = gradients(3 * loss, hidden, weight, bias)
-    for one, other in zip(once, threefold, strict=True):
-        torch.testing.assert_close(3 * one, other)
-    given = torch.ones(4)
-    assert products.scaled(given, torch.tensor(1.0), torch.float32) is given
-    assert products.scaled(given, torch.tensor(2.0), torch.float32) is given and given[0] == 2
-    half = products.scaled(given, torch.tensor(0.5), torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and half[0] == 1 and given[0] == 2
+    for grad, tripled in zip(once, threefold, strict=True):
+        torch.testing.assert_close(3 * grad, tripled)
+    grad = torch.ones(4)
+    assert products.scaled(grad, torch.tensor(1.0), torch.float32) is grad
+    assert products.scaled(grad, torch.tensor(2.0), torch.float32) is grad and grad[0] == 2
+    half = products.scaled(grad, torch.tensor(0.5), torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half[0] == 1 and grad[0] == 2
 
 
-def test_a_second_derivative_and_a_second_backward_are_refused():
+def test_a_second_derivative_and_a_second_backward_raise():
     hidden, weight, _, labels = case()
     loss, _ = linear_dft_loss(hidden, weight, labels)
     with pytest.raises(RuntimeError, match="first derivative only"):
@@ -314,15 +319,15 @@ def test_a_second_derivative_and_a_second_backward_are_refused():
         loss.backward()
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_mismatched_shapes_raise():
     hidden, weight, bias, labels = case()
-    for wrong in (
+    for inputs in (
         (hidden[0], weight, labels),
         (hidden, weight[:, 1:], labels),
         (hidden, weight, labels[:, 1:]),
     ):
         with pytest.raises(ValueError, match=r"hidden must be \(batch, seq, hidden\)"):
-            linear_dft_loss(*wrong)
+            linear_dft_loss(*inputs)
     with pytest.raises(ValueError, match=r"bias must be \(vocab,\), got \(36,\) with 37 tokens"):
         linear_dft_loss(hidden, weight, labels, bias=bias[1:])
     with pytest.raises(ValueError, match="alpha"):
@@ -330,21 +335,21 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_with_wide_weights_loses_nothing_on_a_cpu(dtype):
+def test_autocast_does_not_round_float32_weights_on_a_cpu(dtype):
     hidden, weight, bias, labels = case(torch.float32)
     expected = linear_dft_loss(hidden, weight, labels, bias=bias)[0]
     with torch.autocast("cpu", dtype=dtype):
         loss = linear_dft_loss(hidden, weight, labels, bias=bias)[0]
         narrow = linear_dft_loss(hidden.to(dtype), weight, labels, bias=bias)[0]
     assert torch.equal(loss, expected) and loss.dtype == torch.float32
-    found, wanted = gradients(loss, hidden, weight), gradients(expected, hidden, weight)
-    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    pairs = zip(gradients(loss, hidden, weight), gradients(expected, hidden, weight), strict=True)
+    assert all(torch.equal(grad, reference) for grad, reference in pairs)
     assert narrow.item() == pytest.approx(loss.item(), rel=2e-2)
 
 
 @pytest.mark.parametrize("num_items, scale", [(1e6, 1.0), (1.0, 40.0), (0.125, 1.0)])
 def test_float16_gradients_neither_vanish_nor_overflow(monkeypatch, num_items, scale):
-    """As on a GPU, where the gradient on the logits is written in float16: it ends at 6e-8 and at 65,504."""
+    """The gradient on the logits is rounded to float16, whose range is 6e-8 to 65,504, as on a GPU."""
 
     def narrow(tile, targets, row_scale, options, *_):
         stats, gradient = rows.score_rows_torch(tile, targets, row_scale, options)
@@ -357,13 +362,12 @@ def test_float16_gradients_neither_vanish_nor_overflow(monkeypatch, num_items, s
     loss, _ = linear_dft_loss(hidden, weight, labels, **how)
     exact = wide(hidden, weight)
     expected, _ = on_logits(*exact, labels, **how)
-    by = 2.0**12 if num_items > 1 else 2.0**-6  # as a scaler of gradients would
-    found, wanted = gradients(by * loss, hidden, weight), gradients(by * expected, *exact)
-    for one, other in zip(found, wanted, strict=True):
-        assert off(one, other) < 0.02
+    factor = 2.0**12 if num_items > 1 else 2.0**-6  # the scale of a gradient scaler
+    pairs = zip(gradients(factor * loss, hidden, weight), gradients(factor * expected, *exact), strict=True)
+    assert all(relative_error(grad, reference) < 0.02 for grad, reference in pairs)
 
 
-def test_a_number_of_items_is_a_scalar_of_any_precision():
+def test_num_items_is_a_scalar_of_any_dtype():
     hidden, weight, _, labels = case(torch.float32)
     loss, _ = linear_dft_loss(hidden, weight, labels, num_items=torch.tensor(7.0, dtype=torch.float64))
     assert loss.dtype == torch.float32

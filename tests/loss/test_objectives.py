@@ -1,4 +1,4 @@
-"""Every objective against its formula in float64, on every path: logits, the fused head, the GPU's kernel."""
+"""Every objective against its formula in float64: from logits, with the fused head, with the GPU kernels."""
 
 import math
 from dataclasses import dataclass
@@ -22,8 +22,12 @@ PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 2e-5), (torch.bfloat16, 3e
 
 @dataclass(frozen=True)
 class Case:
-    """An objective, its weight and its potential as a person would write them down, of one token's
-    distribution and p; no potential where the weight is no function of p."""
+    """An objective with the formulas of its weight and potential for one token.
+
+    Attributes:
+        weight: function of (distribution, p) for the token's distribution and probability.
+        potential: function of p; None if the weight is not a function of p.
+    """
 
     objective: Objective
     weight: object
@@ -32,36 +36,38 @@ class Case:
 
 def top_entropy(distribution: Tensor) -> float:
     top = sorted(distribution.tolist(), reverse=True)[:20]
-    top = [one / sum(top) for one in top]
-    return -sum(one * math.log(one) for one in top) / math.log(20)
+    top = [p / sum(top) for p in top]
+    return -sum(p * math.log(p) for p in top) / math.log(20)
 
 
-def case(name: str, weight, potential=None, **parameters) -> Case:
+def make_case(name: str, weight, potential=None, **parameters) -> Case:
     return Case(make_objective(name, parameters), weight, potential)
 
 
 CASES = [
-    case("dft", lambda q, p: p, lambda p: 1 - p),
-    case("dft", lambda q, p: 0.3 * p + 0.7, lambda p: 0.3 * (1 - p) - 0.7 * math.log(p), alpha=0.3),
-    case("sft", lambda q, p: 1, lambda p: -math.log(p)),
-    case("power", lambda q, p: p**0.5, lambda p: (1 - p**0.5) / 0.5),
-    case("power", lambda q, p: p**3, lambda p: (1 - p**3) / 3, k=3.0),
-    case("threshold", lambda q, p: float(p >= 0.1), lambda p: -math.log(max(p, 0.1))),
-    case("threshold", lambda q, p: 1, lambda p: -math.log(p), q=0.0),
-    case("eaft", lambda q, p: top_entropy(q)),
-    case("asft", lambda q, p: p, lambda p: 1 - p),
-    case("asft", lambda q, p: 0.5 * (p + 1), lambda p: (1 - p - math.log(p)) / 2, alpha=0.5, kl_weight=2.0),
-    case("chord", lambda q, p: p * (1 - p), lambda p: (1 - p) ** 2 / 2),
+    make_case("dft", lambda q, p: p, lambda p: 1 - p),
+    make_case("dft", lambda q, p: 0.3 * p + 0.7, lambda p: 0.3 * (1 - p) - 0.7 * math.log(p), alpha=0.3),
+    make_case("sft", lambda q, p: 1, lambda p: -math.log(p)),
+    make_case("power", lambda q, p: p**0.5, lambda p: (1 - p**0.5) / 0.5),
+    make_case("power", lambda q, p: p**3, lambda p: (1 - p**3) / 3, k=3.0),
+    make_case("threshold", lambda q, p: float(p >= 0.1), lambda p: -math.log(max(p, 0.1))),
+    make_case("threshold", lambda q, p: 1, lambda p: -math.log(p), q=0.0),
+    make_case("eaft", lambda q, p: top_entropy(q)),
+    make_case("asft", lambda q, p: p, lambda p: 1 - p),
+    make_case(
+        "asft", lambda q, p: 0.5 * (p + 1), lambda p: (1 - p - math.log(p)) / 2, alpha=0.5, kl_weight=2.0
+    ),
+    make_case("chord", lambda q, p: p * (1 - p), lambda p: (1 - p) ** 2 / 2),
 ]  # fmt: skip
-every = pytest.mark.parametrize("one", CASES, ids=lambda one: one.objective.title)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.objective.title)
 
 
-def test_every_objective_is_in_the_table():
-    assert {one.objective.name for one in CASES} == set(OBJECTIVES)
+def test_every_objective_has_a_case():
+    assert {case.objective.name for case in CASES} == set(OBJECTIVES)
 
 
 def batch(dtype=torch.float64, seed=0):
-    """hidden, weight, bias that require gradients; those of a base model; labels; floors."""
+    """Return (hidden, weight, bias), the same of a base model, labels, and lower bounds on weights."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(3, 9, WIDTH, generator=generator)
     weight = 0.7 * torch.randn(VOCAB, WIDTH, generator=generator)
@@ -75,60 +81,62 @@ def batch(dtype=torch.float64, seed=0):
         torch.randn(VOCAB, generator=generator).to(dtype),
     )
     floors = 0.4 * (labels % 5 == 0).float()
-    trained = [one.to(dtype).requires_grad_() for one in (hidden, weight, bias)]
+    trained = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight, bias)]
     return trained, base, labels, floors
 
 
-def as_written(one: Case, logits: Tensor, base: Tensor, labels: Tensor, floors: Tensor | None, total: float):
-    """(loss, gradient on the logits), token by token from the formulas: w (softmax - onehot), and what
-    autograd makes of the divergence."""
+def by_formula(case: Case, logits: Tensor, base: Tensor, labels: Tensor, floors: Tensor | None, total: float):
+    """Compute (loss, gradient on the logits) token by token from the formulas.
+
+    The gradient is w (softmax - onehot), plus that of the KL divergence by autograd.
+    """
     logits = logits.detach().requires_grad_()
     gradient, loss = torch.zeros_like(logits), 0.0
     for row, column in zip(*torch.nonzero(labels[:, 1:] != -100, as_tuple=True), strict=True):
         target = labels[row, column + 1]
         distribution = torch.softmax(logits[row, column], -1)
         p = distribution[target].item()
-        weight = one.weight(distribution, p)
+        weight = case.weight(distribution, p)
         if floors is not None:
             weight = max(weight, floors[row, column + 1].item())
         loss -= weight * math.log(p)
         gradient[row, column] += weight * distribution.detach()
         gradient[row, column, target] -= weight
-        if one.objective.kl_weight:
+        if case.objective.kl_weight:
             other = torch.softmax(base[row, column], -1)
             kl = (distribution * (distribution.log() - other.log())).sum()
-            loss += one.objective.kl_weight * kl.item()
-            gradient += one.objective.kl_weight * torch.autograd.grad(kl, logits)[0]
+            loss += case.objective.kl_weight * kl.item()
+            gradient += case.objective.kl_weight * torch.autograd.grad(kl, logits)[0]
     return loss / total, gradient / total
 
 
-@every
+@every_case
 @pytest.mark.parametrize("floored", [False, True])
-def test_loss_and_gradient_on_logits_are_the_formulas(one, floored):
+def test_loss_and_gradient_match_the_formulas(case, floored):
     (hidden, weight, bias), base, labels, floors = batch()
     logits = (hidden @ weight.t() + bias).detach().requires_grad_()
     base_logits = base.hidden @ base.weight.t() + base.bias
     floors = floors if floored else None
     loss, stats = dft_loss(
-        logits, labels, objective=one.objective, num_items=40, min_weight=floors,
-        base_logits=base_logits if one.objective.kl_weight else None,
+        logits, labels, objective=case.objective, num_items=40, min_weight=floors,
+        base_logits=base_logits if case.objective.kl_weight else None,
     )  # fmt: skip
     loss.backward()
-    expected, gradient = as_written(one, logits, base_logits, labels, floors, 40)
+    expected, gradient = by_formula(case, logits, base_logits, labels, floors, 40)
     assert loss.item() == pytest.approx(expected, rel=1e-10)
     torch.testing.assert_close(logits.grad, gradient, rtol=1e-9, atol=1e-12)
-    assert (stats.kl.sum() > 0) == (one.objective.kl_weight > 0)
+    assert (stats.kl.sum() > 0) == (case.objective.kl_weight > 0)
 
 
-@every
+@every_case
 @pytest.mark.parametrize("dtype, close", PRECISIONS)
 @pytest.mark.parametrize("shape", [(1.0, None), (2.0, 5.0)])
-def test_the_fused_head_gives_what_the_logits_give(monkeypatch, one, dtype, close, shape):
+def test_the_fused_head_matches_the_logits(monkeypatch, case, dtype, close, shape):
     monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 4 * VOCAB * 4)  # several tiles
     monkeypatch.setattr(rows, "CACHED_BYTES", 4 * VOCAB * 3)
     trained, base, labels, floors = batch(dtype)
-    anchored = one.objective.kl_weight > 0
-    how = {"objective": one.objective, "min_weight": floors, "num_items": torch.tensor(40)}
+    anchored = case.objective.kl_weight > 0
+    how = {"objective": case.objective, "min_weight": floors, "num_items": torch.tensor(40)}
     loss, stats = linear_dft_loss(
         trained[0], trained[1], labels, bias=trained[2], logit_scale=shape[0], logit_softcap=shape[1],
         base=base if anchored else None, **how,
@@ -139,76 +147,76 @@ def test_the_fused_head_gives_what_the_logits_give(monkeypatch, one, dtype, clos
         logits = shape[0] * (hidden @ weight.t() + bias)
         return logits if shape[1] is None else shape[1] * torch.tanh(logits / shape[1])
 
-    exact = [one.detach().double().requires_grad_() for one in trained]
-    base_logits = shaped(*(one.double() for one in base)) if anchored else None
-    expected, wanted = dft_loss(shaped(*exact), labels, base_logits=base_logits, **how)
+    exact = [tensor.detach().double().requires_grad_() for tensor in trained]
+    base_logits = shaped(*(tensor.double() for tensor in base)) if anchored else None
+    expected, expected_stats = dft_loss(shaped(*exact), labels, base_logits=base_logits, **how)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=close)
-    for name, found in stats._asdict().items():
-        torch.testing.assert_close(found.double(), getattr(wanted, name).double(), rtol=close, atol=close)
-    for found, other in zip(trained, exact, strict=True):
-        assert (found.grad.double() - other.grad).norm() < close * other.grad.norm()
+    for value, reference in zip(stats, expected_stats, strict=True):
+        torch.testing.assert_close(value.double(), reference.double(), rtol=close, atol=close)
+    for tensor, reference in zip(trained, exact, strict=True):
+        assert (tensor.grad.double() - reference.grad).norm() < close * reference.grad.norm()
 
 
-@every
+@every_case
 @pytest.mark.parametrize("shape", [(1.0, None), (-0.5, None), (2.0, 5.0)])
 @pytest.mark.parametrize("floored", [False, True])
-def test_the_kernel_gives_what_plain_torch_gives(monkeypatch, one, shape, floored):
+def test_the_kernel_matches_plain_torch(monkeypatch, case, shape, floored):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("test_cuda.py runs the kernel itself")
-    if one.objective.kl_weight:
-        pytest.skip("a base model is held against in plain torch, on a GPU too")
-    from dft.loss import kernels  # interpreted, by what tests/conftest.py sets
+    if case.objective.kl_weight:
+        pytest.skip("objectives with a base model are computed in plain torch, also on a GPU")
+    from dft.loss import kernels  # tests/conftest.py sets TRITON_INTERPRET
 
     monkeypatch.setattr(kernels, "BLOCK", 32)
     generator = torch.Generator().manual_seed(1)
     tile = 3 * torch.randn(7, VOCAB, generator=generator)
     targets = torch.randint(VOCAB, (7,), generator=generator)
     floors = 0.4 * (targets % 2 == 0).float() if floored else None
-    row_scale, options = torch.tensor(0.37), RowOptions(one.objective, *shape)
+    row_scale, options = torch.tensor(0.37), RowOptions(case.objective, *shape)
     exact_floors = None if floors is None else floors.double()
     expected, gradient = score_rows_torch(tile.double(), targets, row_scale.double(), options, exact_floors)
-    for into in (None, torch.empty(7, VOCAB)):
-        stats, found = kernels.score_rows(tile.clone(), targets, row_scale, options, into, floors)
-        torch.testing.assert_close(found.double(), gradient, rtol=1e-5, atol=2e-6)
-        for name, value in stats._asdict().items():
-            torch.testing.assert_close(value.double(), getattr(expected, name).double(), rtol=1e-5, atol=2e-5)
+    for out in (None, torch.empty(7, VOCAB)):
+        stats, actual = kernels.score_rows(tile.clone(), targets, row_scale, options, out, floors)
+        torch.testing.assert_close(actual.double(), gradient, rtol=1e-5, atol=2e-6)
+        for value, reference in zip(stats, expected, strict=True):
+            torch.testing.assert_close(value.double(), reference.double(), rtol=1e-5, atol=2e-5)
     alone, none = kernels.score_rows(tile.clone(), targets, None, options, None, floors)
     assert none is None and torch.equal(alone.weight, stats.weight)
 
 
-@every
-def test_training_descends_the_potential(one):
-    """Its slope, by nll, is the weight; and at p = 1 there is nothing left to descend."""
+@every_case
+def test_the_weight_is_the_derivative_of_the_potential(case):
+    """The derivative is with respect to nll; the potential is 0 at p = 1."""
     nll = torch.linspace(0.01, 6, 57, dtype=torch.float64).requires_grad_()
-    found = one.objective.potential(nll)
-    if one.potential is None:
-        assert found is None
+    potential = case.objective.potential(nll)
+    if case.potential is None:
+        assert potential is None
         return
-    expected = [one.potential(math.exp(-value)) for value in nll.tolist()]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
-    (slope,) = torch.autograd.grad(found.sum(), nll)
-    weights = [one.weight(None, math.exp(-value)) for value in nll.tolist()]
+    expected = [case.potential(math.exp(-value)) for value in nll.tolist()]
+    torch.testing.assert_close(potential, torch.tensor(expected, dtype=torch.float64))
+    (slope,) = torch.autograd.grad(potential.sum(), nll)
+    weights = [case.weight(None, math.exp(-value)) for value in nll.tolist()]
     torch.testing.assert_close(slope, torch.tensor(weights, dtype=torch.float64))
-    assert one.objective.potential(torch.zeros(1)).item() == 0
-    floored = floored_potential(one.objective, nll.detach(), 0.0)
-    assert (floored - found).abs().max() < 3e-3  # without a floor it is the same
+    assert case.objective.potential(torch.zeros(1)).item() == 0
+    floored = floored_potential(case.objective, nll.detach(), 0.0)
+    assert (floored - potential).abs().max() < 3e-3  # a floor of 0 changes nothing
 
 
 @pytest.mark.parametrize("floor", [0.1, 0.6, 1.0])
-def test_a_floor_is_in_the_potential(floor):
-    """Of DFT: 1 - p as far as p is above the floor, and from there on floor * nll."""
+def test_the_floored_potential_matches_its_formula(floor):
+    """For DFT it is 1 - p while p is above the floor, then linear in nll with the floor as its slope."""
     nll = torch.tensor([0.0, 0.05, 0.4, 2.5, 9.0, 31.9, 45.0, math.nan], dtype=torch.float64)
-    found = floored_potential(make_objective("dft"), nll, floor)
+    potential = floored_potential(make_objective("dft"), nll, floor)
     start = -math.log(floor)
-    for value, one in zip(nll.tolist()[:-1], found.tolist(), strict=False):
+    for value, actual in zip(nll.tolist()[:-1], potential.tolist(), strict=False):
         expected = 1 - math.exp(-value) if value < start else (1 - floor) + floor * (value - start)
-        assert one == pytest.approx(expected, abs=1e-4)
-    assert found[-1].isnan()
+        assert actual == pytest.approx(expected, abs=1e-4)
+    assert potential[-1].isnan()
 
 
-def test_names_and_parameters_that_do_not_exist_are_told():
+def test_unknown_objectives_and_parameters_raise():
     with pytest.raises(ValueError, match="unknown objective 'dtf'; choose from dft, sft, power"):
         make_objective("dtf")
     with pytest.raises(ValueError, match="the objective power has no parameter 'q'; its parameters are k"):
@@ -222,7 +230,7 @@ def test_names_and_parameters_that_do_not_exist_are_told():
     assert make_objective("dft", {"alpha": 0}).title == "SFT"
 
 
-def test_what_does_not_belong_together_is_refused():
+def test_incompatible_arguments_raise():
     (hidden, weight, _), base, labels, floors = batch()
     with pytest.raises(ValueError, match=r"alpha 0.5 and the objective Sft\(\) both set the token weight"):
         linear_dft_loss(hidden, weight, labels, alpha=0.5, objective=make_objective("sft"))
@@ -241,26 +249,26 @@ def test_what_does_not_belong_together_is_refused():
             loss()
 
 
-def test_tokens_that_both_models_exclude_are_no_divergence():
-    """Rows that pad a vocabulary have logits of -inf in some models."""
+def test_tokens_that_both_models_exclude_do_not_change_the_kl():
+    """In some models the logits of vocabulary padding are -inf."""
     logits = torch.tensor([[[1.0, 2.0, -torch.inf], [0.5, 0.1, -torch.inf]]], dtype=torch.float64)
     labels = torch.tensor([[0, 1]])
     logits.requires_grad_()
     base = logits.detach() + torch.tensor([0.5, 0.0, 0.0], dtype=torch.float64)
     objective = make_objective("asft", {"kl_weight": 1.0})
     loss, stats = dft_loss(logits, labels, objective=objective, base_logits=base)
-    p, q = (torch.softmax(one[0, 0, :2], -1) for one in (logits.detach(), base))
+    p, q = (torch.softmax(scores[0, 0, :2], -1) for scores in (logits.detach(), base))
     assert stats.kl.item() == pytest.approx((p * (p / q).log()).sum().item())
     loss.backward()
     assert logits.grad.isfinite().all()
     tile, log_base = logits.detach()[0, :1].clone(), torch.log_softmax(base, -1)[0, :1].clone()
-    one = torch.tensor(1.0, dtype=torch.float64)
-    stats, gradient = score_rows_torch(tile, labels[0, 1:], one, RowOptions(objective), None, log_base)
+    row_scale = torch.tensor(1.0, dtype=torch.float64)
+    stats, gradient = score_rows_torch(tile, labels[0, 1:], row_scale, RowOptions(objective), None, log_base)
     torch.testing.assert_close(gradient, logits.grad[0, :1])
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_model_held_against_itself_is_dft(fused):
+def test_a_model_that_equals_its_base_model_has_the_dft_loss(fused):
     tiny_model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
             "qwen3",
@@ -274,31 +282,31 @@ def test_a_model_held_against_itself_is_dft(fused):
         )  # fmt: skip
     )
     ids = torch.arange(16).view(2, 8) + 3
-    how = {"input_ids": ids}
-    head = inspect_head(tiny_model.eval(), tiny_model, how, torch.float32)
+    inputs = {"input_ids": ids}
+    head = inspect_head(tiny_model.eval(), tiny_model, inputs, torch.float32)
     objective = make_objective("asft", {"kl_weight": 3.0})
     if fused:
-        base = run_base_model(tiny_model, how)
-        loss, stats, _ = head.score(tiny_model, how, ids, LossOptions(objective, base=base))
-        expected, _, _ = head.score(tiny_model, how, ids, LossOptions())
+        base = run_base_model(tiny_model, inputs)
+        loss, stats, _ = head.score(tiny_model, inputs, ids, LossOptions(objective, base=base))
+        expected, _, _ = head.score(tiny_model, inputs, ids, LossOptions())
     else:
-        logits = tiny_model(**how).logits
+        logits = tiny_model(**inputs).logits
         loss, stats = dft_loss(logits, ids, objective=objective, base_logits=logits.detach())
         expected, _ = dft_loss(logits, ids)
     assert stats.kl.abs().max() < 1e-6 and loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert "forward" not in vars(tiny_model.get_output_embeddings())
 
 
-def test_alpha_rises_over_its_share_of_the_steps():
+def test_alpha_rises_over_the_share_of_the_schedule():
     objective = make_objective("dft", {"alpha": 0.8})
-    found = {
+    alphas = {
         kind: [alpha_of(scheduled(objective, AlphaSchedule(kind, 0.5), step, 8)) for step in range(8)]
         for kind in ("constant", "linear", "cosine")
     }
-    assert found["constant"] == [0.8] * 8
-    assert found["linear"] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.8])
+    assert alphas["constant"] == [0.8] * 8
+    assert alphas["linear"] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.8])
     rise = [0.8 * (1 - math.cos(math.pi * part / 4)) / 2 for part in range(4)]
-    assert found["cosine"] == pytest.approx([*rise, 0.8, 0.8, 0.8, 0.8])
+    assert alphas["cosine"] == pytest.approx([*rise, 0.8, 0.8, 0.8, 0.8])
     with pytest.raises(ValueError, match="must be one of constant, linear, cosine"):
         AlphaSchedule("exponential")
     with pytest.raises(ValueError, match="must be above 0 and at most 1, got 0"):
