@@ -22,7 +22,9 @@ def collect_results(
     Returns:
         The content of `results.json`, and the first records of each model and data file as examples.
     """
-    models, first, examples = [], {}, {}
+    models = []
+    first: dict[str, list[list[bool]]] = {}
+    examples: dict[tuple[str, str], list[SampleRecord]] = {}
     for name, (path, _) in manifest["models"].items():
         files = []
         for data, (_, _, count) in manifest["data"].items():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -207,13 +207,11 @@ class VllmSampler:
         ]
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         requests = self._model.generate(inputs, parameters, use_tqdm=False)
-        answers = []
-        for request in requests:
-            answers.append([])
-            for output in request.outputs:
-                stopped = output.finish_reason == "stop"
-                answers[-1].append(Answer(output.text, len(output.token_ids) - stopped, stopped))
-        return answers
+        return [[self._answer(output) for output in request.outputs] for request in requests]
+
+    def _answer(self, output: Any) -> Answer:
+        stopped = output.finish_reason == "stop"
+        return Answer(output.text, len(output.token_ids) - stopped, stopped)
 
 
 def load_for_sampling(name: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Accuracies with their intervals. The unit is the problem: samples of one are not independent."""
+"""Accuracies with confidence intervals. The unit is the problem: samples of a problem are not independent."""
 
 import math
 from collections.abc import Sequence
@@ -6,54 +6,57 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 Z = 1.959963984540054
-"""Of the normal distribution, 95 % within."""
+"""Quantile of the normal distribution: 95 % of it lies between -Z and Z."""
 ROUNDING = 1e-9
-"""By which differences of shares that are the same may differ as floats, and more."""
+"""Differences between equal shares may differ by up to this much because of rounding."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of [0, 1] and its 95 % confidence interval."""
+    """A share, or a difference of shares, with its 95 % confidence interval."""
 
     value: float
     low: float
     high: float
 
 
-def avg_at_n(right: Sequence[Sequence[bool]]) -> Share:
-    """Mean accuracy of a sample.
+def avg_at_n(grades: Sequence[Sequence[bool]]) -> Share:
+    """Return the mean accuracy of a sample, with its interval.
 
-    Wilson's interval (1927) for as many independent samples as have the variance that is found between
-    problems: p (1 - p) / n_eff = variance of the problems' means / problems, with t for z since that variance
-    is an estimate. There are never more of them than samples. It stays within [0, 1], and is nearly the plain
-    one of Wilson for one sample per problem.
+    The interval is Wilson's (1927) for the number of independent samples that would have the observed
+    variance between problems: p (1 - p) / n_eff = variance of the problems' means / number of problems, with
+    Student's t in place of z because that variance is an estimate. n_eff is at most the number of samples.
+    The interval stays within [0, 1], and is nearly Wilson's own for one sample per problem.
 
-    Where all samples are right, or none is, nothing is known of how problems differ: they count as one sample
-    each.
+    If all samples are right, or none is, the variance between problems is unknown, and each problem counts as
+    one sample.
 
     Args:
-        right: for each problem, whether each of its samples is right.
+        grades: for each problem whether each of its samples is right.
     """
-    means = [sum(samples) / len(samples) for samples in right]
+    means = [sum(samples) / len(samples) for samples in grades]
     count, mean = len(means), sum(means) / len(means)
     if count == 1 or mean in (0, 1):
         return wilson(mean, count)
-    total = sum(map(len, right))
+    total = sum(map(len, grades))
     spread = t_quantile(count - 1) ** 2 * variance_of_mean(means)
     return wilson(mean, min(total, Z * Z * mean * (1 - mean) / spread) if spread > 0 else total)
 
 
 def variance_of_mean(values: Sequence[float]) -> float:
-    """Of at least two values: their variance / their number."""
+    """Return the variance of the mean of at least two values: their variance / their number."""
     mean = sum(values) / len(values)
-    return sum((one - mean) ** 2 for one in values) / (len(values) - 1) / len(values)
+    return sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)
 
 
 @lru_cache
 def t_quantile(freedom: int) -> float:
-    """The t that holds 95 % of Student's distribution between -t and t.
+    """Return the t for which 95 % of Student's distribution lies between -t and t.
 
-    By bisection of the finite sums for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    Bisects the finite sums for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+
+    Args:
+        freedom: degrees of freedom, at least 1.
     """
     low, high = Z, 13.0
     while high - low > 1e-12:
@@ -63,7 +66,7 @@ def t_quantile(freedom: int) -> float:
 
 
 def t_within(t: float, freedom: int) -> float:
-    """The probability of lying between -t and t, with this many degrees of freedom."""
+    """Return the probability that Student's distribution assigns to the interval from -t to t."""
     angle = math.atan(t / math.sqrt(freedom))
     odd = freedom % 2
     term = total = math.cos(angle) if odd else 1.0
@@ -75,32 +78,34 @@ def t_within(t: float, freedom: int) -> float:
     return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0.0))
 
 
-def pass_at_n(right: Sequence[Sequence[bool]]) -> Share:
-    """Share of problems of which at least one sample is right, with Wilson's interval."""
-    solved = [any(samples) for samples in right]
+def pass_at_n(grades: Sequence[Sequence[bool]]) -> Share:
+    """Return the share of problems with at least one right sample, with Wilson's interval."""
+    solved = [any(samples) for samples in grades]
     return wilson(sum(solved) / len(solved), len(solved))
 
 
 def wilson(share: float, count: float) -> Share:
-    """Wilson's score interval of a share among so many independent ones (E. B. Wilson, 1927)."""
-    centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    """Return Wilson's score interval of a share of `count` independent samples (E. B. Wilson, 1927)."""
+    center = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
     half = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
-    return Share(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
+    return Share(share, max(0.0, min(share, center - half)), min(1.0, max(share, center + half)))
 
 
-def difference(right: Sequence[Sequence[bool]], other: Sequence[Sequence[bool]]) -> Share:
-    """How much more of the samples are right than of another model's, on the same problems.
+def difference(grades: Sequence[Sequence[bool]], baseline: Sequence[Sequence[bool]]) -> Share:
+    """Return how much higher the accuracy is than that of another model on the same problems.
 
-    The interval is that of the mean of paired differences by Student's distribution, cut off at -1 and 1.
-    Where all of them are the same, which tells nothing of their variance, it is Newcombe's hybrid score
-    interval (1998, method 10) of the two shares.
+    The interval is that of the mean of paired differences by Student's distribution, limited to [-1, 1]. If
+    all differences are equal, their variance is unknown, and the interval is Newcombe's hybrid score interval
+    of the two shares (1998, method 10).
     """
-    gaps = [sum(one) / len(one) - sum(two) / len(two) for one, two in zip(right, other, strict=True)]
+    gaps = [
+        sum(own) / len(own) - sum(other) / len(other) for own, other in zip(grades, baseline, strict=True)
+    ]
     mean = sum(gaps) / len(gaps)
     if max(gaps) - min(gaps) > ROUNDING:
         below = above = t_quantile(len(gaps) - 1) * math.sqrt(variance_of_mean(gaps))
     else:
-        one, two = avg_at_n(right), avg_at_n(other)
-        below = math.hypot(one.value - one.low, two.high - two.value)
-        above = math.hypot(one.high - one.value, two.value - two.low)
+        own_share, other_share = avg_at_n(grades), avg_at_n(baseline)
+        below = math.hypot(own_share.value - own_share.low, other_share.high - other_share.value)
+        above = math.hypot(own_share.high - own_share.value, other_share.value - other_share.low)
     return Share(mean, max(-1.0, mean - below), min(1.0, mean + above))

@@ -11,13 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from multiprocessing.pool import ExceptionWithTraceback
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from dft.data.sandbox.limits import TIMEOUT_SIGNAL
 
-Label, Task, Result = TypeVar("Label"), TypeVar("Task"), TypeVar("Result")
+Label = TypeVar("Label")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 TASKS_AHEAD = 4
 """Tasks per worker that are read ahead: enough to keep all workers busy, few enough to fit in memory."""
 TASKS_SENT = 3
@@ -126,13 +128,14 @@ class _Pool:
     def _exchange(self, timeout: float | None) -> None:
         """Send tasks, receive the results that are ready (waiting up to `timeout`), and send tasks again."""
         self._send_tasks()
-        for connection in wait(list(self.workers), timeout):
+        ready = cast(list[Connection], wait(list(self.workers), timeout))
+        for connection in ready:
             worker = self.workers[connection]
             try:
-                number, error, value = connection.recv()
+                number, result = connection.recv()
             except (EOFError, OSError):
                 raise _lost(worker) from None
-            self.results[number] = error, value
+            self.results[number] = result
             worker.tasks.popleft()
         self._send_tasks()
 
@@ -200,9 +203,9 @@ def _serve(connection: Connection, function: Callable[..., Any], shared: tuple[A
             number, future = futures.get()
             error = future.exception()
             if error is None:
-                connection.send((number, None, future.result()))
+                connection.send((number, (None, future.result())))
             else:  # pickling alone would drop the traceback
-                connection.send((number, ExceptionWithTraceback(error, error.__traceback__), None))
+                connection.send((number, (ExceptionWithTraceback(error, error.__traceback__), None)))
             del future  # its result may be large
 
 
