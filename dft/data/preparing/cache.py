@@ -46,23 +46,28 @@ def check_private(folder: Path, cache_dir: Path) -> None:
         UserError: the folder is or contains a symbolic link, has other owners, or is writable by others.
     """
     try:
-        entries = [path.lstat() for path in (folder, *folder.iterdir())]
+        status = folder.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        if not folder.is_symlink():
-            return
-        entries = []
+        return
+    if not stat.S_ISDIR(status.st_mode) and not stat.S_ISLNK(status.st_mode):
+        return  # a file, which is no prepared data and will be replaced
+    entries = [status]
+    with suppress(FileNotFoundError, NotADirectoryError):  # a link to no folder, or the folder was removed
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):  # another process has removed or replaced the file
+                entries.append(path.lstat())
     with tempfile.TemporaryFile(dir=cache_dir) as new_file:
         owner = os.fstat(new_file.fileno()).st_uid
     where = f"--data_cache_dir {cache_dir}: {folder.name} in it"
     remedy = "remove it or choose a folder of your own"
-    if folder.is_symlink() or any(stat.S_ISLNK(entry.st_mode) for entry in entries):
+    if any(stat.S_ISLNK(entry.st_mode) for entry in entries):
         raise UserError(f"{where} is or contains a symbolic link and is not used; {remedy}")
     other_owners = {entry.st_uid for entry in entries} - {owner}
     if other_owners:
         raise UserError(
             f"{where} belongs to another user (uid {min(other_owners)}) and is not used; {remedy}"
         )
-    if entries[0].st_mode & WRITABLE_BY_OTHERS:
+    if status.st_mode & WRITABLE_BY_OTHERS:
         raise UserError(f"{where} can be written by other users and is not used; {remedy}")
 
 

@@ -24,7 +24,7 @@ from dft.data.preparing import cache as cache_module
 from dft.data.preparing import digests as digests_module
 from dft.data.preparing import encode as encode_module
 from dft.data.preparing import prepare as prepare_module
-from dft.data.preparing.cache import ABANDONED, REPORT, STAGING
+from dft.data.preparing.cache import ABANDONED, REPORT, STAGING, check_private
 from dft.data.preparing.cache_key import cache_key, source_files
 from dft.data.preparing.digests import sampled_digest
 from dft.data.preparing.options import PrepareOptions
@@ -328,6 +328,17 @@ def test_lock_path_that_is_a_folder_raises(encoder, tmp_path):
     Path(f"{key}.lock").mkdir()
     with pytest.raises(UserError, match=rf"{key.name}.lock is a folder where a file belongs; remove it"):
         prepare([file], [], encoder, PrepareOptions(64), cache_dir=cache, workers=1)
+
+
+def test_file_that_vanishes_while_a_folder_is_checked_does_not_end_the_check(tmp_path, monkeypatch):
+    folder, real = tmp_path / "digests", Path.iterdir
+    folder.mkdir()
+    folder.chmod(0o777)
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter([*real(path), path / "vanished"]))
+    with pytest.raises(UserError, match="can be written by other users"):
+        check_private(folder, tmp_path)
+    folder.chmod(0o700)
+    check_private(folder, tmp_path)
 
 
 def full_after(budget: int) -> Callable[..., object]:
