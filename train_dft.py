@@ -47,7 +47,8 @@ from dft.training.checkpoints.folder import clear_away, newest_checkpoint
 from dft.training.checkpoints.hub import UNREACHED
 from dft.training.checkpoints.resume_point import check_output
 from dft.training.measuring.console import tag_warnings
-from dft.training.measuring.trackers import RunRecordCallback, finish_trackers, prepare_trackers
+from dft.training.measuring.tracker_setup import finish_trackers, prepare_trackers
+from dft.training.measuring.trackers import RunRecordCallback
 from dft.training.memory.out_of_memory import SHARD, OutOfMemory, telling_what_did_not_fit
 from dft.training.model.attention import resolve_attention
 from dft.training.model.generation import add_stop_tokens

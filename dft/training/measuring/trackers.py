@@ -1,11 +1,8 @@
-"""Set up experiment trackers, and send them run records and histograms."""
+"""Callbacks that send run records and histograms to experiment trackers."""
 
-import importlib.util
 import json
 import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,20 +12,13 @@ from transformers.integrations import SwanLabCallback, TensorBoardCallback, Wand
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import CallbackHandler
 
-from dft.errors import UserError
 from dft.metrics import HISTOGRAM
-from dft.ranks import is_main_process
+from dft.training.measuring.tracker_setup import name_swanlab_project
 
 MAX_ITEMS = 50
 """Maximum number of list items that are sent to trackers; the files of the run have all of them."""
 MAX_CHARACTERS = 2000
 """Maximum length of texts that are sent to trackers."""
-MODES = {
-    "wandb": ("online", "offline", "disabled", "dryrun", "shared"),
-    "swanlab": ("online", "cloud", "offline", "local", "disabled"),
-}
-SWANLAB_NAME = re.compile(r"[0-9a-zA-Z_+.-]{1,100}")
-"""Names that SwanLab accepts for a project."""
 
 
 class SwanLabRunCallback(SwanLabCallback):
@@ -196,155 +186,3 @@ def flatten_record(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 def as_markdown(value: Any) -> str:
     """Return a value as a Markdown block of JSON."""
     return f"```json\n{json.dumps(value, indent=2, ensure_ascii=False)}\n```"
-
-
-def prepare_trackers(report_to: list[str], logging_dir: str | None = None) -> list[str]:
-    """Set the environment variables that trackers read when they start.
-
-    Args:
-        report_to: names of the trackers.
-        logging_dir: folder they write to; None leaves it to each of them.
-
-    Returns:
-        One line for each tracker that was set offline.
-
-    Raises:
-        UserError: a folder, a mode or a project name cannot be used, or a package is not installed.
-    """
-    if not report_to:
-        return []
-    set_log_directory(logging_dir)
-    # wandb would print tables of all metrics at the end, which the log of the run has already.
-    os.environ.setdefault("WANDB_QUIET", "true")
-    check_modes(report_to)
-    notes = set_offline_without_login(report_to)
-    if "swanlab" in report_to and is_main_process():
-        check_swanlab_dashboard()
-    return notes
-
-
-def check_modes(report_to: list[str]) -> None:
-    """Raise `UserError` for a mode that a tracker does not have."""
-    for tracker, modes in MODES.items():
-        variable = f"{tracker.upper()}_MODE"
-        mode = os.environ.get(variable)
-        if tracker in report_to and mode and mode not in modes:
-            raise UserError(f"{variable} {mode!r}: not a mode of {tracker}; use {', '.join(modes)}")
-
-
-def finish_trackers(report_to: list[str], error: str | None = None) -> None:
-    """End the runs of wandb and SwanLab, so that their records are complete.
-
-    At the end of the process, wandb would write color escape sequences into log files.
-
-    Args:
-        report_to: names of the trackers.
-        error: message of the error that ended training; marks the runs as failed.
-    """
-    if not is_main_process():
-        return
-    if "wandb" in report_to:
-        import wandb  # already imported by its callback
-
-        wandb.finish(exit_code=1 if error else 0)
-    if "swanlab" in report_to:
-        import swanlab
-
-        if swanlab.has_run():
-            swanlab.finish(state="crashed" if error else "success", error=error)
-
-
-def set_offline_without_login(report_to: list[str]) -> list[str]:
-    """Set trackers without a login and without a mode offline; they would ask for a key and wait.
-
-    Args:
-        report_to: names of the trackers.
-
-    Returns:
-        One line for each tracker that was set offline.
-
-    Raises:
-        UserError: SwanLab does not accept the project name.
-    """
-    if "swanlab" in report_to:
-        name_swanlab_project()
-    notes = []
-    for tracker, variable, has_login in (
-        ("swanlab", "SWANLAB_MODE", swanlab_has_login),
-        ("wandb", "WANDB_MODE", wandb_has_login),
-    ):
-        if tracker in report_to and not os.environ.get(variable) and not has_login():
-            os.environ[variable] = "offline"
-            notes.append(
-                f"{tracker}: no login and no {variable}, so it runs offline; upload later with `{tracker} "
-                f"sync`, or log in with `{tracker} login`"
-            )
-    return notes
-
-
-def set_log_directory(folder: str | None) -> None:
-    """Set the folder that trackers write to; they read it from the environment at the first metric."""
-    if folder is None:
-        return
-    path = Path(folder).expanduser().absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)  # wandb looks for a git repository around it
-    except OSError as error:
-        raise UserError(
-            f"--logging_dir {folder}: cannot be created ({error.strerror}); name another folder"
-        ) from None
-    for name in ("TENSORBOARD_LOGGING_DIR", "SWANLAB_LOG_DIR", "WANDB_DIR"):
-        os.environ[name] = str(path)
-
-
-def name_swanlab_project() -> None:
-    """Set the project name where swanlab 0.10 reads it.
-
-    transformers documents the variable SWANLAB_PROJECT, which swanlab 0.10 requires to be a JSON object. The
-    default project name is that of the current folder, and swanlab fails if a project cannot be named so.
-
-    Raises:
-        UserError: SwanLab does not accept the project name.
-    """
-    import swanlab  # slow to import, and needed only by runs that report to it
-
-    project = os.environ.pop("SWANLAB_PROJECT", None)
-    if project:
-        if not SWANLAB_NAME.fullmatch(project):
-            raise UserError(
-                f"SWANLAB_PROJECT {project!r}: a SwanLab project name has at most 100 letters, digits, "
-                "'-', '_', '+' and '.'"
-            )
-        os.environ["SWANLAB_PROJECT_NAME"] = project
-    elif not SWANLAB_NAME.fullmatch(Path.cwd().name) and swanlab.Settings().project.name is None:
-        name = re.sub(r"[^\w+.-]+", "-", Path.cwd().name, flags=re.ASCII)[:100]
-        os.environ["SWANLAB_PROJECT_NAME"] = name or "dft"
-
-
-def check_swanlab_dashboard() -> None:
-    """Raise `UserError` if SwanLab's local mode is chosen and its dashboard is not installed."""
-    import swanlab  # slow to import
-
-    if swanlab.Settings().mode == "local" and importlib.util.find_spec("swanboard") is None:
-        raise UserError(
-            "--report_to swanlab in local mode: its dashboard is not installed; pip install "
-            "'swanlab[dashboard]', or set SWANLAB_MODE=offline"
-        )
-
-
-def swanlab_has_login() -> bool:
-    """Return whether SwanLab has a key, or a mode in which it needs none."""
-    import swanlab  # slow to import
-
-    settings = swanlab.Settings()
-    return settings.api_key is not None or settings.mode != "online"
-
-
-def wandb_has_login() -> bool:
-    """Return whether wandb has a key or a token."""
-    # Slow to import. wandb.setup() would know more, but fixes the mode for the whole process.
-    from wandb.sdk.lib import wbauth
-
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    has_key = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-    return bool(has_key) or wbauth.read_netrc_auth(host=host) is not None

@@ -13,13 +13,12 @@ from transformers import TrainerState
 from transformers.integrations import TensorBoardCallback
 
 from dft.errors import UserError
+from dft.training.measuring.tracker_setup import prepare_trackers, set_offline_without_login
 from dft.training.measuring.trackers import (
     HistogramCallback,
     RunRecordCallback,
     SwanLabRunCallback,
     flatten_record,
-    prepare_trackers,
-    set_offline_without_login,
     truncate_record,
 )
 
