@@ -133,7 +133,7 @@ def test_two_machines_train_save_and_resume(example, forks, tmp_path, shared):
         (place / "model.safetensors").unlink(missing_ok=True)
     printed = run_nodes(example, folders, output, code=0 if shared else 1, **zero)
     if not shared:
-        assert any("only a part of it is on this machine; DeepSpeed goes on from" in one for one in printed)
+        assert any("only a part of it is on this machine; DeepSpeed resumes from" in one for one in printed)
         assert not any("Traceback" in one.split("torch/distributed/elastic")[0] for one in printed)
         return
     assert "train step 4/4" in printed[0] and "train step 3/4" not in printed[0]

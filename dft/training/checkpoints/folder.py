@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,14 +187,17 @@ def newest_checkpoint(output_dir: Path, resumable: bool = True) -> tuple[Checkpo
     return None, passed_over
 
 
-def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Removes the oldest checkpoints beyond `limit`, but never the newest or the best."""
-    if not limit:
-        return
+def rotate(
+    output_dir: Path, limit: int | None, best: str | None, in_use: Collection[Path] = frozenset()
+) -> None:
+    """Remove the oldest checkpoints beyond `limit`, but never the newest, the best or one in use."""
     folders = checkpoint_folders(output_dir)
+    if not limit or not folders:
+        return
     protected = {folders[0], *(path for path in folders if best is not None and path == Path(best))}
     surplus = len(folders) - max(limit, len(protected))
-    for folder in [path for path in reversed(folders) if path not in protected][: max(0, surplus)]:
+    candidates = [path for path in reversed(folders) if path not in protected and path not in in_use]
+    for folder in candidates[: max(0, surplus)]:
         remove(folder)
 
 
@@ -213,6 +216,3 @@ def clear_away(training: transformers.TrainingArguments) -> None:
             say(f"--overwrite_output_dir True: removed {folder}")
     for folder in unfinished_folders(output_dir):
         shutil.rmtree(folder)
-
-
-# ---- where to go on from ----

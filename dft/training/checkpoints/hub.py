@@ -1,87 +1,161 @@
-"""transformers' Trainer, publishing on the hub what it saves, and nothing else that lies beside it."""
+"""Upload saved models and checkpoints to the Hugging Face hub in the background."""
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import transformers
-from transformers.trainer import hf_api
+from accelerate import Accelerator
+from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy
 
 from dft.console import say
 from dft.errors import UserError
+from dft.ranks import first_failure
+from dft.training.parallel.stopping import Stopped
+from dft.training.parallel.waiting import wait_until
 
-NOT_OF_THE_MODEL = [
+RESUME_ONLY_FILES = [
     "optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", "latest", "zero_to_fp32.py",
     "trainer_state.json", "run_state.json", "manifest.json",
 ]  # fmt: skip
-"""In a checkpoint, files that only a run reads that goes on from it."""
-UNREACHED = (OSError, httpx.HTTPError)
-"""What is raised where the hub cannot be reached or says no."""
+"""Patterns of the files of a checkpoint that are needed to resume from it, and not to load the model."""
+HUB_ERRORS = (OSError, httpx.HTTPError)
+"""Exceptions raised when the hub cannot be reached or rejects a request."""
 
 
-class PublishingTrainer(transformers.Trainer):
-    """Which files are pushed under --push_to_hub True.
+@dataclass(frozen=True)
+class Upload:
+    """One commit that is being uploaded.
 
-    Trainer pushes all of the output directory: a pickle of its arguments, in which the token of the hub is
-    written, and whatever else is there, as reports with conversations of the evaluation, logs and rejected
-    lines. Here it is the files of the model, its tokenizer and its card.
+    Attributes:
+        folder: the folder that is read meanwhile.
+        is_checkpoint: whether it is a checkpoint; a failure to upload one does not stop the run.
     """
 
-    _written: list[str]
-    """Names of the files of the final model, as `save_model` of a subclass wrote them."""
+    folder: Path
+    is_checkpoint: bool
+    future: Future[Any]
 
-    def push_to_hub(
-        self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any
+
+class HubPublisher:
+    """Upload the files of a model, its tokenizer and its card, and nothing else from the output directory.
+
+    Uploads run one after the other in a thread of rank 0 while training continues. All ranks hold a
+    publisher, because they wait for the uploads together; those of other ranks have nothing to upload.
+
+    Args:
+        api: client of the hub.
+        repo_id: repository to upload to; None until it has been created.
+        token: access token; None uses the one of the login.
+        revision: branch to commit to.
+        strategy: what to upload during training.
+        always_push: upload a checkpoint even if the previous upload is still running; the default skips it.
+    """
+
+    def __init__(
+        self,
+        api: HfApi,
+        repo_id: str | None,
+        token: str | None = None,
+        revision: str | None = None,
+        strategy: HubStrategy = HubStrategy.EVERY_SAVE,
+        always_push: bool = False,
     ) -> None:
-        """Saves the model and publishes it; waits for that. A collective.
+        self.repo_id = repo_id
+        self._api = api
+        self._target = {"token": token, "revision": revision}
+        self._strategy = strategy
+        self._always_push = always_push
+        self._uploads: list[Upload] = []
+        self._failure: str | None = None
 
-        Raises:
-            UserError: the hub cannot be reached, or says no. The model is saved then.
+    def push_checkpoint(self, folder: Path, step: int) -> None:
+        """Start to upload a checkpoint as the hub strategy demands it. Call it on rank 0."""
+        self._collect()
+        if self._strategy == HubStrategy.END:
+            return
+        if self.is_uploading() and not self._always_push:
+            say(
+                f"note        {folder} is not pushed: the previous push is still running (--hub_always_push "
+                "True pushes every checkpoint)"
+            )
+            return
+        message = f"Training in progress, step {step}"
+        self._start(folder, message, True, ignore_patterns=RESUME_ONLY_FILES)
+        if self._strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            place = "last-checkpoint" if self._strategy == HubStrategy.CHECKPOINT else folder.name
+            self._start(folder, f"{message}, checkpoint", True, path_in_repo=place)
+
+    def push_model(self, folder: Path, files: list[str], message: str) -> None:
+        """Start to upload a saved model. Call it on rank 0.
+
+        Args:
+            files: paths of the model's files, relative to `folder`, which may hold other files as well.
         """
-        if self.hub_model_id is None:
-            self.init_hf_repo()
-        self.args.push_to_hub, wanted = False, self.args.push_to_hub
-        self.save_model()
-        self.args.push_to_hub = wanted
-        self._publish_model(commit_message or "End of training")
+        self._start(folder, message, False, allow_patterns=files)
 
-    def _publish_model(self, message: str) -> None:
-        if not self.is_world_process_zero():
-            return
-        folder = self.args.output_dir
-        try:
-            self._upload(folder, message, allow_patterns=self._written)
-        except UNREACHED as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"--push_to_hub True: {self.hub_model_id} cannot be pushed: {reason}; the model is saved in "
-                f"{folder}, from where `hf upload` sends it"
-            ) from None
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """A hub that cannot be reached is no reason to stop training."""
-        strategy = self.args.hub_strategy
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
-            return
-        message = f"Training in progress, step {self.state.global_step}"
-        try:
-            self._upload(checkpoint_folder, message, ignore_patterns=NOT_OF_THE_MODEL)
-            if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-                last = strategy == HubStrategy.CHECKPOINT
-                place = "last-checkpoint" if last else Path(checkpoint_folder).name
-                self._upload(checkpoint_folder, f"{message}, checkpoint", path_in_repo=place)
-        except UNREACHED as error:
-            say(f"warning     {checkpoint_folder} was not pushed: {' '.join(str(error).split())}")
-
-    def _upload(self, folder: str, message: str, **what: Any) -> None:
-        """Waits for it: a checkpoint may be removed when the next one is written."""
-        args = self.args
-        hf_api().upload_folder(
-            repo_id=self.hub_model_id,
+    def _start(self, folder: Path, message: str, is_checkpoint: bool, **selection: Any) -> None:
+        future = self._api.upload_folder(
+            repo_id=self.repo_id,
             folder_path=folder,
             commit_message=message,
-            token=args.hub_token,
-            revision=args.hub_revision,
-            **what,
+            run_as_future=True,
+            **self._target,
+            **selection,
         )
+        self._uploads.append(Upload(folder, is_checkpoint, future))
+
+    def is_uploading(self, folder: Path | None = None) -> bool:
+        """Return whether an upload is running or waiting, of `folder` if given."""
+        return any(
+            not upload.future.done() for upload in self._uploads if folder is None or upload.folder == folder
+        )
+
+    def folders_in_use(self) -> set[Path]:
+        """Return the folders that must not be removed yet, because they are being uploaded."""
+        return {upload.folder for upload in self._uploads if not upload.future.done()}
+
+    def finish(self, accelerator: Accelerator, beat: Callable[[], None]) -> None:
+        """Wait for all uploads. All ranks must call it; `beat` reports their progress meanwhile.
+
+        Raises:
+            UserError: on all ranks, if a model could not be uploaded. For a checkpoint, print a warning.
+        """
+        if self.is_uploading():
+            say(f"note        waiting for uploads to {self.repo_id}")
+        wait_until(lambda: not self.is_uploading(), accelerator, beat)
+        self._collect()
+        failure, self._failure = first_failure(self._failure), None
+        if failure is not None:
+            raise UserError(failure)
+
+    @contextmanager
+    def finished_on_exit(self, accelerator: Accelerator, beat: Callable[[], None]) -> Iterator[None]:
+        """Wait for all uploads when the context ends or the run stops, but not after an error."""
+        try:
+            yield
+        except Stopped:
+            self.finish(accelerator, beat)
+            raise
+        self.finish(accelerator, beat)
+
+    def _collect(self) -> None:
+        """Take the finished uploads off the list and report those that failed."""
+        finished = [upload for upload in self._uploads if upload.future.done()]
+        self._uploads = [upload for upload in self._uploads if upload not in finished]
+        for upload in finished:
+            try:
+                upload.future.result()
+            except HUB_ERRORS as error:
+                reason = " ".join(str(error).split())
+                if upload.is_checkpoint:
+                    say(f"warning     {upload.folder} was not pushed: {reason}")
+                else:
+                    self._failure = (
+                        f"--push_to_hub True: {self.repo_id} cannot be pushed: {reason}; the model is saved "
+                        f"in {upload.folder}, from where `hf upload` sends it"
+                    )

@@ -1,40 +1,47 @@
-"""A DeepSpeed checkpoint of some number of ranks, for another number of them."""
+"""Convert a DeepSpeed checkpoint for another number of ranks."""
 
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from transformers.trainer import SCHEDULER_NAME
 
 from dft.errors import UserError
+from dft.ranks import first_failure
+from dft.training.checkpoints.disk import sees_the_same
 from dft.training.checkpoints.folder import UNFINISHED
+from dft.training.parallel.waiting import wait_until
+
+CONVERTER = ("-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state")
+"""The program that makes the universal form, as arguments of the Python interpreter."""
 
 
 @contextmanager
-def resharded(checkpoint: Path, output_dir: Path, accelerator: Accelerator) -> Iterator[Path]:
-    """DeepSpeed's universal form of a checkpoint, as long as it is needed; it takes as much disk again.
+def resharded(
+    checkpoint: Path, output_dir: Path, accelerator: Accelerator, beat: Callable[[], None]
+) -> Iterator[Path]:
+    """Yield a folder with the universal form of a checkpoint, and remove it afterwards.
 
-    The converter is a program of DeepSpeed's, run on one process of each machine. Within the context the
-    engine of this run is set up to load that form.
+    DeepSpeed's converter runs in one process per disk; the folder takes as much space as the checkpoint.
+    Within the context, the engine of this run is configured to load that form. All ranks must enter it.
+
+    Args:
+        beat: called while the conversion runs, see `Heartbeat.beat`.
 
     Raises:
-        UserError: the converter fails, for want of disk or memory for example.
+        UserError: the conversion failed, for lack of disk space or memory for example.
     """
     (state,) = checkpoint.glob("global_step*")
     folder = output_dir / f"{UNFINISHED}universal-{checkpoint.name}"
     config = accelerator.state.deepspeed_plugin.deepspeed_config
-    with accelerator.local_main_process_first():
-        if not (folder / "latest_universal").exists():  # on a shared disk the first machine has made it
-            convert(state, folder / state.name)
-            scheduler = checkpoint / SCHEDULER_NAME
-            if scheduler.exists():  # the schedule is transformers', not one of DeepSpeed's file
-                shutil.copy(scheduler, folder)
+    shares_disk = sees_the_same(output_dir, accelerator)
+    converts = accelerator.is_main_process or (accelerator.is_local_main_process and not shares_disk)
+    convert(state, folder, converts, accelerator, beat)
     config["checkpoint"] = {"load_universal": True}
     try:
         yield folder
@@ -42,37 +49,44 @@ def resharded(checkpoint: Path, output_dir: Path, accelerator: Accelerator) -> I
         del config["checkpoint"]
         accelerator.wait_for_everyone()
         if accelerator.is_local_main_process:
-            shutil.rmtree(folder, ignore_errors=True)  # the other machine may have been quicker
+            shutil.rmtree(folder, ignore_errors=True)  # another machine may have been quicker
 
 
-def mend_zero3(optimizer: Any, folder: Path) -> None:
-    """Puts right what DeepSpeed 0.19 loads wrongly under ZeRO-3, without which it would not go on as it was.
-
-    All groups of parameters get the options of the first one, so weight decay also where there was none; and
-    all share one tensor that counts their steps, which then grows by one for each of them.
+def convert(
+    state: Path, folder: Path, converts: bool, accelerator: Accelerator, beat: Callable[[], None]
+) -> None:
+    """Run DeepSpeed's converter on some ranks while all of them wait for it together.
 
     Args:
-        optimizer: DeepSpeed's, around that of torch.
-        folder: the universal form that was loaded.
+        state: DeepSpeed's folder in the checkpoint.
+        folder: where to write the universal form.
+        converts: whether this rank runs the converter.
+        beat: called while it runs.
+
+    Raises:
+        UserError: on all ranks, if the converter failed on any.
     """
-    (state,) = folder.glob("global_step*/zero/optimizer_state.pt")
-    # DeepSpeed's own classes are in it, and it was made of a checkpoint that is trusted.
-    saved = torch.load(state, map_location="cpu", weights_only=False)["optimizer_state_dict"]["param_groups"]
-    inner: torch.optim.Optimizer = optimizer.optimizer
-    for group, options in zip(inner.param_groups, saved, strict=True):
-        group.update({name: value for name, value in options.items() if name != "params"})
-    for kept in inner.state.values():
-        if isinstance(kept["step"], torch.Tensor):
-            kept["step"] = kept["step"].clone()
-
-
-def convert(source: Path, target: Path) -> None:
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(source), "--output_folder", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        shutil.rmtree(target.parent, ignore_errors=True)
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    failure = None
+    with tempfile.TemporaryFile() as errors:
+        process = None
+        if converts:
+            shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
+            process = subprocess.Popen(
+                [sys.executable, *CONVERTER, "--input_folder", state, "--output_folder", folder / state.name],
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+        wait_until(lambda: process is None or process.poll() is not None, accelerator, beat)
+        if process is not None and process.returncode:
+            shutil.rmtree(folder, ignore_errors=True)
+            errors.seek(0)
+            lines = errors.read().decode(errors="replace").strip().splitlines()
+            failure = lines[-1] if lines else f"exit code {process.returncode}"
+        elif process is not None and (scheduler := state.parent / SCHEDULER_NAME).exists():
+            shutil.copy(scheduler, folder)  # of transformers, so the converter does not know it
+    failure = first_failure(failure)
+    if failure is not None:
         raise UserError(
-            f"--resume_from_checkpoint {source.parent}: cannot be converted for other ranks: {last}"
+            f"--resume_from_checkpoint {state.parent}: cannot be converted for another number of ranks: "
+            f"{failure}"
         )

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.utils import is_compiled_module
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -24,6 +26,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dft.console import say
 from dft.data.templates.tokenizer import UNLOADABLE
+from dft.errors import UserError
+from dft.ranks import first_failure
 from dft.training.parameters import GIB
 
 PROBE_TOKENS = 16
@@ -216,3 +220,78 @@ def check_logits(found: Tensor, expected: Tensor, most: float) -> None:
             f"loaded again it gives other logits than the model in memory: {apart:.2g} of their norm apart, "
             f"where rounding explains {most:g}"
         )
+
+
+# ---- the check of a run ----
+
+
+class SaveVerifier:
+    """Check every model that a run saves against the one in memory.
+
+    Args:
+        policy: "True" reloads final models and reads the files of checkpoints, "all" reloads both, "False"
+            checks nothing.
+        args: the training arguments.
+        tokenizer: saved along with the model; None without.
+        trust_remote_code: whether the saved model may run code of its own when it is reloaded.
+        accelerator: of the run.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        args: transformers.TrainingArguments,
+        tokenizer: PreTrainedTokenizerBase | None,
+        trust_remote_code: bool,
+        accelerator: Accelerator,
+    ) -> None:
+        self._policy = policy
+        self._args = args
+        self._tokenizer = tokenizer
+        self._trust_remote_code = trust_remote_code
+        self._accelerator = accelerator
+
+    def check(
+        self, staging: Path, folder: Path, model: nn.Module, forward: nn.Module, is_checkpoint: bool
+    ) -> None:
+        """Check the model that was just written to `staging`. All ranks must call it.
+
+        Args:
+            staging: where it was written; it is removed only if the check succeeds.
+            folder: where it will be.
+            model: the trained model.
+            forward: the same, wrapped for training.
+            is_checkpoint: whether it is part of a checkpoint, rather than a final model.
+
+        Raises:
+            UserError: what was saved is not what was trained.
+        """
+        self._accelerator.wait_for_everyone()
+        if self._policy == "False":
+            return
+        logits = None
+        if self._policy == "all" or not is_checkpoint:
+            vocab = model.config.get_text_config().vocab_size
+            forward = forward._orig_mod if is_compiled_module(forward) else forward
+            logits = probe(forward, vocab, self._args.device)
+        # The other ranks hold no weights to save, also under --save_on_each_node True.
+        fault = self._fault(staging, model, logits) if self._accelerator.is_main_process else None
+        fault = first_failure(fault)
+        if fault is not None:
+            raise UserError(
+                f"--verify_save {self._policy}: the model that was just saved is not the one that was "
+                f"trained: {fault}; it is in {staging}, and what {folder} held before is as it was. Please report "
+                "this; --verify_save False saves without checking"
+            )
+
+    def _fault(self, staging: Path, model: nn.Module, logits: Tensor | None) -> str | None:
+        """Return what is wrong with a saved model; reload it if `logits` are given to compare with."""
+        quantization = vars(model.config).get("quantization_config")
+        expected = Expected(dtypes_of(model), self._tokenizer, logits, quantization)
+        try:
+            check_files(staging, expected)
+            if logits is not None:
+                check_loaded(staging, expected, self._args, self._trust_remote_code)
+        except Damaged as fault:
+            return str(fault)
+        return None

@@ -1,38 +1,46 @@
-"""A loss or gradient that is not finite: which step, which rank, which conversations."""
+"""Detect a loss or gradient that is not finite, and name the step, rank and conversations it comes from."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor, nn
+
+from dft.console import say
+from dft.errors import UserError, check_choice
+from dft.training.checkpoints.folder import newest_checkpoint
+from dft.training.patches import set_step_skipped
 
 POLICIES = ("stop", "skip")
 MAX_CONSECUTIVE_SKIPS = 20
-"""Steps that are left out one after the other before a run that skips them is stopped: nothing is learned."""
-NAMED = 20
-"""Conversations of a rank that a message names."""
+"""Consecutive steps that `--on_nonfinite skip` skips before it stops the run, in which nothing is learned."""
+MAX_NAMED = 20
+"""Conversations per rank that a message names."""
 
 
-def passing_on_nonfinite(loss: Tensor) -> Tensor:
-    """The loss, whose gradient is not finite where it is not finite itself.
+def pass_on_nonfinite(loss: Tensor) -> Tensor:
+    """Return the loss with a gradient that is not finite if the loss itself is not.
 
-    A weight of 0 hides an infinite nll from the gradient. The norm of the gradient is what all ranks see
-    alike without another collective, so it must tell. Of a finite loss nothing changes.
+    A weight of 0 hides an infinite nll from the gradient. All ranks see the same gradient norm without
+    another collective, so the norm must show it. Nothing changes for a finite loss.
     """
     return loss * (1 + 0 * loss.detach())
 
 
 @dataclass
 class NonfiniteReport:
-    """What one rank knows of a step whose gradient is not finite.
+    """What one rank knows about a step whose gradient is not finite.
 
     Attributes:
         rank: its number.
-        loss_is_finite: in all its micro-batches.
-        conversations: those with a token whose nll is not finite; without one, all of its micro-batches.
+        loss_is_finite: whether the losses of all its micro-batches are.
+        conversations: those with a token whose nll is not finite; if there are none, all of its micro-batches.
     """
 
     rank: int
@@ -40,8 +48,8 @@ class NonfiniteReport:
     conversations: list[str]
 
     def __str__(self) -> str:
-        named = ", ".join(self.conversations[:NAMED]) or "conversations of unknown origin"
-        if (more := len(self.conversations) - NAMED) > 0:
+        named = ", ".join(self.conversations[:MAX_NAMED]) or "conversations of unknown origin"
+        if (more := len(self.conversations) - MAX_NAMED) > 0:
             named += f" and {more} more"
         what = "gradient, though not the loss," if self.loss_is_finite else "loss"
         return f"the {what} of {named} on rank {self.rank}"
@@ -49,49 +57,164 @@ class NonfiniteReport:
 
 @dataclass
 class StepWatch:
-    """The micro-batches of an optimizer step, until its gradient is known to be finite."""
+    """The micro-batches of an optimizer step, kept until its gradient is known to be finite."""
 
     losses: list[Tensor] = field(default_factory=list)
     batches: list[tuple[Tensor, Mapping[str, Any]]] = field(default_factory=list)
     before: tuple[Tensor, ...] = ()
 
     def add(self, loss: Tensor, nll: Tensor, inputs: Mapping[str, Any], *totals: Tensor) -> None:
-        """Notes one micro-batch, without waiting for the device.
+        """Add one micro-batch, without waiting for the device.
 
         Args:
+            loss: scalar.
             nll: (tokens,) of its supervised tokens.
-            inputs: as the collator made it.
-            totals: what it is about to be added to.
+            inputs: the batch, as the collator made it.
+            totals: running sums to which the micro-batch is about to be added.
         """
         if not self.losses:
             self.before = tuple(total.clone() for total in totals)
-        known = ("loss_positions", "sequence_ids", "origins")
+        names = ("loss_positions", "sequence_ids", "origins")
         self.losses.append(loss.detach())
-        self.batches.append((nll, {name: inputs[name] for name in known if name in inputs}))
+        self.batches.append((nll, {name: inputs[name] for name in names if name in inputs}))
 
     def clear(self) -> None:
+        """Forget the step."""
         self.losses.clear()
         self.batches.clear()
         self.before = ()
 
-    def take_back(self, *totals: Tensor) -> None:
-        """Sets totals back to what they were before the step."""
+    def roll_back(self, *totals: Tensor) -> None:
+        """Set the running sums back to their values before the step."""
         for total, before in zip(totals, self.before, strict=True):
             total.copy_(before)
 
     def report(self, rank: int, files: Sequence[str]) -> NonfiniteReport:
-        """Whom to name. Waits for the device."""
-        finite = all(bool(loss.isfinite()) for loss in self.losses)
+        """Return what this rank knows about the step. Waits for the device."""
+        is_finite = all(bool(loss.isfinite()) for loss in self.losses)
         named = self._named(files, whole=False) or self._named(files, whole=True)
-        return NonfiniteReport(rank, finite, named)
+        return NonfiniteReport(rank, is_finite, named)
 
     def _named(self, files: Sequence[str], whole: bool) -> list[str]:
         names = [name for batch in self.batches for name in _origins(*batch, files, whole)]
         return list(dict.fromkeys(names))  # a conversation may have several sequences
 
 
+class NonfiniteGuard:
+    """Keep a loss or gradient that is not finite from reaching the weights.
+
+    Args:
+        policy: "stop" the run, or "skip" the step.
+        accelerator: of the run.
+        output_dir: where the checkpoints are that a message refers to.
+        fp16: whether the run computes in float16 with a loss scale.
+    """
+
+    def __init__(self, policy: str, accelerator: Accelerator, output_dir: Path, fp16: bool) -> None:
+        check_choice("on_nonfinite", policy, POLICIES)
+        self._policy = policy
+        self._accelerator = accelerator
+        self._output_dir = output_dir
+        self._fp16 = fp16
+        self._step = StepWatch()
+        self._skipped = 0
+
+    def reset(self) -> None:
+        """Forget the current step, before a run."""
+        self._step.clear()
+
+    def watch(self, loss: Tensor, nll: Tensor, inputs: Mapping[str, Any], *totals: Tensor) -> Tensor:
+        """Note a micro-batch, see `StepWatch.add`. Return the loss to compute gradients of."""
+        self._step.add(loss, nll, inputs, *totals)
+        return pass_on_nonfinite(loss)
+
+    def check(
+        self,
+        norm: Tensor | float,
+        step: int,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        files: Sequence[str],
+        *totals: Tensor,
+    ) -> None:
+        """Check the gradient norm of a step before its update. All ranks must call it.
+
+        DeepSpeed has made the update by then, or skipped it: ZeRO does so by itself if the norm is not
+        finite, and settings with which it would not are refused (`dft.arguments.conflicts`). Waits for the
+        device, once per step.
+
+        Args:
+            norm: of the gradient, the same on all ranks.
+            step: number of the step that is being computed.
+            model: its gradients are dropped if the step is skipped.
+            optimizer: accelerate's.
+            files: names of the files that the conversations come from.
+            totals: the running sums given to `watch`; a skipped step is taken out of them.
+
+        Raises:
+            UserError: the norm is not finite, and the run is to stop.
+        """
+        if self._must_skip_itself:
+            set_step_skipped(optimizer, False)
+        if math.isfinite(norm.item() if isinstance(norm, Tensor) else norm):
+            self._skipped = 0
+        else:
+            self._refuse(step, model, optimizer, files, totals)
+        self._step.clear()
+
+    def roll_back(self, *totals: Tensor) -> None:
+        """Take the micro-batches of an unfinished step out of the running sums."""
+        if self._step.losses:
+            self._step.roll_back(*totals)
+            self._step.clear()
+
+    def _refuse(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        files: Sequence[str],
+        totals: tuple[Tensor, ...],
+    ) -> None:
+        reports = gather_object([self._step.report(self._accelerator.process_index, files)])
+        if self._can_lower_loss_scale and all(report.loss_is_finite for report in reports):
+            return  # the loss scale is lowered and the step skipped, as always in float16
+        self._skipped += 1
+        if self._policy == "stop" or self._skipped > MAX_CONSECUTIVE_SKIPS:
+            checkpoint, _ = newest_checkpoint(self._output_dir, resumable=False)
+            path = None if checkpoint is None else str(checkpoint.path)
+            raise UserError(stop_message(step, reports, path, self._skipped - 1))
+        say(f"warning     {skip_message(step, reports)}")
+        if self._must_skip_itself:
+            model.zero_grad()  # to None: parameters without a gradient are not updated
+            set_step_skipped(optimizer, True)  # so that the schedule loses no learning rate
+        self._step.roll_back(*totals)
+
+    @property
+    def _loss_scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scale, if there is one: on a CPU accelerate computes in float16 without."""
+        scaler = self._accelerator.scaler
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    @property
+    def _uses_deepspeed(self) -> bool:
+        return self._accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
+    def _must_skip_itself(self) -> bool:
+        """Whether neither DeepSpeed nor a loss scaler skips the step."""
+        return not self._uses_deepspeed and self._loss_scaler is None
+
+    @property
+    def _can_lower_loss_scale(self) -> bool:
+        """Whether a loss scale that can still be lowered may be the cause."""
+        if self._uses_deepspeed:
+            return self._fp16  # its loss scaler gives up by itself
+        return self._loss_scaler is not None and self._loss_scaler.get_scale() > 1
+
+
 def _origins(nll: Tensor, batch: Mapping[str, Tensor], files: Sequence[str], whole: bool) -> list[str]:
-    """`file:line` of the conversations with a token that is not finite, or of the whole batch."""
+    """Return `file:line` of the conversations with a token that is not finite, or of the whole batch."""
     if len(batch) < 3:
         return []  # of another collator
     origins = batch["origins"]
@@ -102,33 +225,26 @@ def _origins(nll: Tensor, batch: Mapping[str, Tensor], files: Sequence[str], who
 
 
 def origin_name(file: int, line: int, files: Sequence[str]) -> str:
+    """Return `file:line` of a conversation."""
     return f"{files[file]}:{line}" if file < len(files) else f"file {file}:{line}"
 
 
-def gather_reports(report: NonfiniteReport) -> list[NonfiniteReport]:
-    """A collective."""
-    return gather_object([report])
-
-
-def is_finite(norm: Tensor | float) -> bool:
-    return math.isfinite(norm.item() if isinstance(norm, torch.Tensor) else norm)
-
-
 def stop_message(step: int, reports: list[NonfiniteReport], checkpoint: str | None, skipped: int) -> str:
-    """For the one error with which all ranks end. `skipped`: the steps before it that were left out."""
+    """Return the error with which all ranks end. `skipped`: the steps before it that were skipped."""
     after = f", and neither were the {skipped} steps before it" if skipped else ""
-    kept = f"the newest checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-    or_skip = "" if skipped else ", or leave such steps out with --on_nonfinite skip"
+    saved = f"the newest checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+    or_skip = "" if skipped else ", or skip such steps with --on_nonfinite skip"
     return (
-        f"step {step}: {_described(reports)}{after}. The weights were not updated; {kept}. Look at these "
+        f"step {step}: {_describe(reports)}{after}. The weights were not updated; {saved}. Look at these "
         f"conversations, lower --learning_rate{or_skip}"
     )
 
 
 def skip_message(step: int, reports: list[NonfiniteReport]) -> str:
-    return f"step {step} is left out: {_described(reports)}"
+    """Return the warning about a skipped step."""
+    return f"step {step} is skipped: {_describe(reports)}"
 
 
-def _described(reports: list[NonfiniteReport]) -> str:
-    guilty = [report for report in reports if not report.loss_is_finite] or reports
-    return f"{'; '.join(map(str, guilty))} is not finite"
+def _describe(reports: list[NonfiniteReport]) -> str:
+    relevant = [report for report in reports if not report.loss_is_finite] or reports
+    return f"{'; '.join(map(str, relevant))} is not finite"

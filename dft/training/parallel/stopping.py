@@ -1,27 +1,31 @@
-"""Being asked to stop: by Ctrl-C, by SIGTERM, by the notice a cluster gives before it takes the machine."""
+"""Stop a run with a checkpoint when a signal asks for it: Ctrl-C, SIGTERM, or a cluster's notice."""
 
 import os
 import signal
 from types import FrameType
 
+import torch
+from accelerate import Accelerator
+
 from dft.errors import EXIT_INTERRUPTED
 from dft.ranks import is_main_process
 
 STOPPED = 75
-"""Exit code of a run that stopped because it was asked to, with nothing lost: the same command goes on.
-
-EX_TEMPFAIL of sysexits.h, "the user is invited to retry". Under several ranks every one ends with it.
+"""Exit code of every rank of a run that stopped because it was asked to. Nothing is lost: the same command
+resumes it. (EX_TEMPFAIL of sysexits.h, "the user is invited to retry".)
 """
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""SIGUSR1 is what SLURM's --signal and others send some time before the end. SIGINT joins when training
+"""SIGUSR1 is what SLURM's --signal and others send some time before the end. SIGINT is added when training
 begins; until then Ctrl-C ends the program at once (`dft.errors`)."""
+BATCHES_PER_CHECK = 10
+"""Batches of an evaluation between two checks of the stop signal, each of which waits for the device."""
 
 
 class Stopped(Exception):
-    """Training ended before its time because it was asked to, and everything is saved.
+    """Raised when training stopped early because it was asked to, after everything was saved.
 
     Attributes:
-        checkpoint: the folder to go on from; None where nothing has been trained yet.
+        checkpoint: the folder to resume from; None if no step was completed.
     """
 
     def __init__(self, signal_name: str, step: int, checkpoint: str | None) -> None:
@@ -29,11 +33,15 @@ class Stopped(Exception):
         self.checkpoint = checkpoint
 
 
+class StoppedEvaluation(Exception):
+    """Raised on all ranks at once when an evaluation is cut short because the run was asked to stop."""
+
+
 class StopRequest:
-    """Whether this process was asked to stop. The trainer looks at it when a step is done.
+    """Listen for the signals that ask this process to stop.
 
     Attributes:
-        number: of the signal; 0 without one.
+        number: the signal that was received; 0 if none.
     """
 
     def __init__(self) -> None:
@@ -42,19 +50,19 @@ class StopRequest:
         self._is_training = False
 
     def listen(self) -> None:
-        """Until training begins there is nothing to save, so a signal ends the program at once."""
+        """Listen for signals. Before training there is nothing to save, so a signal ends the program."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 
     def begin_training(self) -> None:
-        """From now on the step that is being made is finished and saved first."""
+        """From now on, a signal lets the current step finish and be saved."""
         self._is_training = True
         self.listen()
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as for a job that a shell put aside
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored by background jobs of a shell
             signal.signal(signal.SIGINT, self._note)
 
     def end_training(self) -> None:
-        """From now on a signal ends the program as if it had not been listened for."""
+        """From now on, a signal has its default effect."""
         self._is_training = False
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
@@ -62,7 +70,7 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker that was forked, and is not asked to save anything
+        if os.getpid() != self._process:  # a forked worker, which has nothing to save
             if number == signal.SIGINT:
                 return  # Ctrl-C reaches all processes of a terminal; the parent ends its workers itself
             signal.signal(number, signal.SIG_DFL)
@@ -70,17 +78,62 @@ class StopRequest:
             return
         name = signal.Signals(number).name
         if not self._is_training:
-            _tell(f"stopped by {name} before training began; the same command starts again")
+            _print_line(f"stopped by {name} before training began; the same command starts again")
             raise SystemExit(STOPPED)
         if number == signal.SIGINT and self.number == signal.SIGINT:
-            _tell("interrupted again: ends at once, without a checkpoint of this step")
+            _print_line("interrupted again: ends at once, without a checkpoint of this step")
             os._exit(EXIT_INTERRUPTED)
         if not self.number:
             again = " (Ctrl-C again ends it at once)" if number == signal.SIGINT else ""
-            _tell(f"{name}: finishing this step, then saving a checkpoint and ending{again}")
+            _print_line(f"{name}: finishing this step, then saving a checkpoint and ending{again}")
             self.number = number
 
 
-def _tell(line: str) -> None:
+class StopControl:
+    """Agree with all ranks whether to stop, so that they stop after the same step.
+
+    Args:
+        request: the signals of this rank; None if no signal stops the run.
+        accelerator: of the run.
+    """
+
+    def __init__(self, request: StopRequest | None, accelerator: Accelerator) -> None:
+        self._request = request
+        self._accelerator = accelerator
+        self._signal_name = ""
+        self._evaluated_batches = 0
+
+    def begin_training(self) -> None:
+        """From now on, a signal stops the run with a checkpoint."""
+        if self._request is not None:
+            self._request.begin_training()
+
+    def is_requested(self) -> bool:
+        """Return whether any rank was asked to stop. All ranks must call it."""
+        if self._request is None:
+            return False
+        number = self._request.number
+        if self._accelerator.num_processes > 1:
+            numbers = torch.tensor([number], device=self._accelerator.device)
+            number = int(self._accelerator.gather(numbers).max().item())
+        self._signal_name = signal.Signals(number).name if number else ""
+        return bool(number)
+
+    def check_evaluation(self) -> None:
+        """Check now and then, once per batch of an evaluation. All ranks must call it.
+
+        Raises:
+            StoppedEvaluation: a rank was asked to stop.
+        """
+        self._evaluated_batches += 1
+        if self._evaluated_batches % BATCHES_PER_CHECK == 0 and self.is_requested():
+            raise StoppedEvaluation
+
+    def stopped(self, step: int, checkpoint: str | None) -> Stopped:
+        """Return the exception that ends the run after `step`, saved in `checkpoint`."""
+        return Stopped(self._signal_name, step, checkpoint)
+
+
+def _print_line(line: str) -> None:
     if is_main_process():
-        os.write(2, f"{line}\n".encode())  # print may not be entered again by a signal handler
+        os.write(2, f"{line}\n".encode())  # print is not reentrant in a signal handler

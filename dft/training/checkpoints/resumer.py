@@ -1,0 +1,120 @@
+"""Find, check and load the checkpoint that a run resumes from."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from dft.errors import UserError
+from dft.training.checkpoints.folder import (
+    NO_PICKLE,
+    Checkpoint,
+    newest_checkpoint,
+    open_checkpoint,
+    reading,
+)
+from dft.training.checkpoints.resharding import resharded
+from dft.training.checkpoints.resume_point import check_owner, check_same_model, named_checkpoint
+from dft.training.checkpoints.run_state import RunState
+from dft.training.patches import fix_zero3_universal_load
+
+
+class Resumer:
+    """Resume a run from a checkpoint.
+
+    Args:
+        accelerator: of the run.
+        output_dir: folder with the run's checkpoints.
+        trust_checkpoint: whether to load a checkpoint that other users may have written.
+        beat: reports progress to the rank watchdog, see `Heartbeat.beat`.
+
+    Attributes:
+        checkpoint: folder of the checkpoint whose events are still pending; None if there is none.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        trust_checkpoint: bool = False,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.checkpoint: Path | None = None
+        self._accelerator = accelerator
+        self._output_dir = output_dir
+        self._trust_checkpoint = trust_checkpoint
+        self._beat = beat
+
+    def resolve(self, resume_from: str | bool | None, model_digest: str) -> str | None:
+        """Return the folder to resume from, after checking that it may be and can be loaded.
+
+        Args:
+            resume_from: a folder; True for the newest complete checkpoint of the output directory; None or
+                False to start anew.
+            model_digest: digest of the names and shapes of the model's weights.
+
+        Raises:
+            UserError: there is no such checkpoint, others may have written it, or it is one of another model.
+        """
+        self.checkpoint = None
+        if not resume_from:
+            return None
+        checkpoint = self._newest() if resume_from is True else named_checkpoint(Path(resume_from))
+        check_owner(checkpoint.path, self._trust_checkpoint)
+        check_same_model(checkpoint, model_digest)
+        self.checkpoint = checkpoint.path
+        return str(checkpoint.path)
+
+    def _newest(self) -> Checkpoint:
+        checkpoint, _ = newest_checkpoint(self._output_dir)
+        if checkpoint is None:
+            raise UserError(f"there is no complete checkpoint in {self._output_dir}")
+        return checkpoint
+
+    @contextmanager
+    def loading(self, folder: str | None, engine: Callable[[], Any]) -> Iterator[str | None]:
+        """Yield the folder to load optimizer and scheduler from, resharded if the number of ranks changed.
+
+        Args:
+            folder: the checkpoint to resume from; None to start anew.
+            engine: returns DeepSpeed's engine once it has been made within the context.
+
+        Raises:
+            UserError: a file of the checkpoint cannot be read, or not all of it is on this machine.
+        """
+        if folder is None:
+            yield None
+            return
+        with reading(Path(folder), NO_PICKLE):
+            if self._accelerator.distributed_type != DistributedType.DEEPSPEED:
+                yield folder
+                return
+            checkpoint = open_checkpoint(Path(folder))
+            check_whole(checkpoint)
+            if checkpoint.facts["ranks"] == self._accelerator.num_processes:
+                yield folder
+                return
+            with resharded(checkpoint.path, self._output_dir, self._accelerator, self._beat) as universal:
+                yield str(universal)
+                if engine().zero_optimization_partition_weights():
+                    fix_zero3_universal_load(engine().optimizer, universal)
+
+    def take_state(self) -> tuple[RunState, Checkpoint]:
+        """Return the state of the run in the checkpoint, whose pending events are handled by the caller."""
+        assert self.checkpoint is not None
+        folder, self.checkpoint = self.checkpoint, None
+        with reading(folder):
+            return RunState.read(folder), open_checkpoint(folder)
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Raise `UserError` for a DeepSpeed checkpoint of which this machine sees a part only."""
+    if not (checkpoint.path / "latest").is_file():  # written by rank 0
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint.path}: only a part of it is on this machine; DeepSpeed "
+            "resumes from a checkpoint that all machines see as a whole, so let --output_dir be on a disk "
+            "that they share"
+        )

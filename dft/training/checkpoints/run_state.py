@@ -1,0 +1,250 @@
+"""The state of a run that a checkpoint holds in addition to what transformers saves."""
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import xxhash
+from torch.utils.data import IterableDataset
+from transformers import TrainerControl, TrainerState
+
+from dft.files import write_atomically
+from dft.ranks import describe_parallelism, rows_per_step
+from dft.training.batching import sequence_lengths
+
+RUN_STATE = "run_state.json"
+"""The file of a checkpoint that holds a `RunState`."""
+
+
+@dataclass
+class PendingEvents:
+    """What was still to be done after the step of a checkpoint. A resumed run does it first.
+
+    Attributes:
+        evaluate: an evaluation was due, and postponed because the run was asked to stop.
+        save: a regular checkpoint was due, and postponed for the same reason.
+        end_epoch: the events at the end of an epoch were due, which follow those of its last step.
+    """
+
+    evaluate: bool = False
+    save: bool = False
+    end_epoch: bool = False
+
+
+@dataclass
+class LastStep:
+    """What a log line at the end of an epoch reports about the last optimizer step.
+
+    Attributes:
+        grad_norm: its gradient norm.
+        learning_rate: its learning rate.
+        logged: the step of the last log line.
+    """
+
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    logged: int = 0
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything in `run_state.json`.
+
+    Attributes:
+        pending: the events that were still due.
+        last: the last optimizer step.
+        losses: the sum of the loss since the last log line, one value per rank.
+        total_loss: the sum of the loss over all steps up to the last log line.
+        meter: the sums of the training metrics, one row per rank (`TokenMeter.rows`).
+    """
+
+    pending: PendingEvents
+    last: LastStep
+    losses: list[float]
+    total_loss: float
+    meter: list[list[float]]
+
+    def write(self, folder: Path) -> None:
+        """Write the state into the folder of a checkpoint."""
+        state = asdict(self)
+        state["left"] = state.pop("pending")  # the name in checkpoints of earlier versions
+        write_atomically(folder / RUN_STATE, [json.dumps(state)])
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunState":
+        """Read the state of a checkpoint."""
+        state = json.loads((folder / RUN_STATE).read_text())
+        return cls(
+            PendingEvents(**state["left"]),
+            LastStep(**state["last"]),
+            state["losses"],
+            state["total_loss"],
+            state["meter"],
+        )
+
+    def loss_of_rank(self, rank: int, ranks: int) -> float:
+        """Return the part of the loss sum that one of `ranks` ranks continues with.
+
+        The ranks of the resumed run share the sums of those that saved it; their mean stays the same.
+        """
+        return sum(self.losses[rank::ranks]) * ranks / len(self.losses)
+
+
+@dataclass
+class RandomState:
+    """The state of the random number generators of this process."""
+
+    python: tuple[Any, ...]
+    numpy: Mapping[str, Any] | tuple[Any, ...]
+    torch: torch.Tensor
+    cuda: torch.Tensor | None
+
+    @classmethod
+    def capture(cls) -> "RandomState":
+        """Return the current state. Does not wait for the device."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return cls(random.getstate(), np.random.get_state(), torch.random.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Set the generators to this state."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.random.set_rng_state(self.torch)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+
+
+@dataclass
+class StepProgress:
+    """How far the events after an optimizer step (log, evaluate, save, end of epoch) have got.
+
+    Attributes:
+        last: the last optimizer step.
+        due: the events of that step that have not been completed.
+        is_stopping: whether the run stops with the next checkpoint.
+        saved_step: the step of the last checkpoint that can be resumed from.
+        random_state: that of the moment when the last step was completed; None until then, and with several
+            ranks, which never save after an error.
+    """
+
+    last: LastStep = field(default_factory=LastStep)
+    due: PendingEvents = field(default_factory=PendingEvents)
+    is_stopping: bool = False
+    saved_step: int | None = None
+    random_state: RandomState | None = None
+
+    def begin_events(self, control: TrainerControl, step: int, ends_epoch: bool, is_stopping: bool) -> None:
+        """Note which events are due, before the first of them.
+
+        If the run was asked to stop, replace evaluation and regular save, which may take longer than there
+        is time, by one save; both are pending in its checkpoint.
+
+        Args:
+            control: says which events are due, and is changed when the run stops.
+            step: number of the optimizer step.
+            ends_epoch: whether the events at the end of an epoch follow.
+            is_stopping: whether the run was asked to stop.
+        """
+        if control.should_log:
+            self.last.logged = step
+        self.due = PendingEvents(control.should_evaluate, control.should_save, ends_epoch)
+        self.is_stopping = is_stopping
+        if is_stopping:
+            control.should_evaluate, control.should_save = False, True
+
+    def pending(self) -> PendingEvents:
+        """Return the pending events that a checkpoint written now must record."""
+        return self.due if self.is_stopping else PendingEvents(end_epoch=self.due.end_epoch)
+
+
+def ends_epoch(state: TrainerState) -> bool:
+    """Return whether the step that was just completed is the last of an epoch or of the run."""
+    return float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
+
+
+class RunFacts:
+    """What the manifest of a checkpoint records about its run, to check that another run can resume it.
+
+    Args:
+        args: the training arguments.
+        dataset: the training data; None without.
+        model_digest: digest of the names and shapes of the model's weights.
+        method: description of what is learned, the same as long as that stays the same.
+    """
+
+    def __init__(
+        self, args: transformers.TrainingArguments, dataset: Any, model_digest: str, method: str = ""
+    ) -> None:
+        self.args = args
+        self.dataset = dataset
+        self.model_digest = model_digest
+        self.method = method
+
+    @cached_property
+    def order(self) -> dict[str, Any]:
+        """What the order of the training data depends on; of the data their number and lengths.
+
+        Computed when it is first needed, since it may read the whole dataset.
+        """
+        has_length = self.dataset is not None and not isinstance(self.dataset, IterableDataset)
+        lengths = np.ascontiguousarray(sequence_lengths(self.dataset) if has_length else [], dtype=np.int64)
+        return {
+            "rows": len(lengths),
+            "lengths": xxhash.xxh3_64_hexdigest(lengths.tobytes()),
+            "seed": self.args.seed,
+            "data_seed": self.args.data_seed,
+            "train_sampling_strategy": self.args.train_sampling_strategy,
+            "dataloader_drop_last": self.args.dataloader_drop_last,
+        }
+
+    def manifest(self, step: int, resumable: bool) -> dict[str, Any]:
+        """Return the facts for the manifest of a checkpoint, see `dft.training.checkpoints.folder.FACTS`."""
+        return {
+            "step": step,
+            "resumable": resumable,
+            "ranks": self.args.world_size,
+            "rows_per_step": rows_per_step(self.args),
+            "parallelism": describe_parallelism(self.args),
+            "order": self.order,
+            "model": self.model_digest,
+            "method": self.method,
+        }
+
+    def differences(self, facts: Mapping[str, Any]) -> list[str]:
+        """Return a line for each respect in which this run cannot continue a checkpoint exactly.
+
+        Args:
+            facts: those of the checkpoint's manifest.
+        """
+        lines = []
+        if facts["ranks"] != self.args.world_size:
+            lines.append(
+                f"note        saved by {facts['ranks']} ranks, and this run has {self.args.world_size}: "
+                "data, optimizer, schedule and metrics continue where they were; random numbers (dropout) do not, "
+                "and sums over ranks are rounded differently"
+            )
+        method = facts.get("method", self.method)  # missing in checkpoints of earlier versions
+        if method != self.method:
+            lines.append(
+                f"warning     the checkpoint was trained by {method}, and this run continues by {self.method}"
+            )
+        before, now = facts["order"], self.order
+        if (before["rows"], before["lengths"]) != (now["rows"], now["lengths"]):
+            lines.append(
+                f"warning     the training data differ from those of the checkpoint ({before['rows']:,} rows "
+                f"then, {now['rows']:,} now): training continues at the same place in another order"
+            )
+        for name in ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"):
+            if before[name] != now[name]:
+                lines.append(
+                    f"warning     --{name} was {before[name]} and is {now[name]}: from here on the data come "
+                    "in another order"
+                )
+        return lines

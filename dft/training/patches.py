@@ -1,0 +1,123 @@
+"""Changes to the private state of other libraries, each with the version it was written for.
+
+`PATCHES` lists all of them, also those of `dft.ranks`, which are needed before training arguments can be parsed.
+tests/training/test_contract.py checks that each library still has what its patch changes.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+
+
+@dataclass(frozen=True)
+class LibraryPatch:
+    """A change to private state of a library.
+
+    Attributes:
+        where: dotted name of the function that makes the change.
+        package: the library.
+        version: major and minor version that it was written for.
+        changes: what it changes.
+        reason: why there is no public way.
+    """
+
+    where: str
+    package: str
+    version: str
+    changes: str
+    reason: str
+
+
+PATCHES = (
+    LibraryPatch(
+        where="dft.training.patches.fix_zero3_universal_load",
+        package="deepspeed",
+        version="0.19",
+        changes="param_groups and step counters of the optimizer inside DeepSpeedZeroOptimizer_Stage3",
+        reason="loading a universal checkpoint under ZeRO-3 gives all groups the options of the first one and "
+        "lets all parameters share one step counter; there is no option to load them correctly",
+    ),
+    LibraryPatch(
+        where="dft.training.patches.set_step_skipped",
+        package="accelerate",
+        version="1.15",
+        changes="AcceleratedOptimizer._is_overflow",
+        reason="Trainer keeps the learning rate of a skipped step only if accelerate reports the step as "
+        "skipped, and accelerate sets that flag with a loss scale alone",
+    ),
+    LibraryPatch(
+        where="dft.training.patches.hidden_argument_mismatch",
+        package="transformers",
+        version="5.23",
+        changes="a filter on the logger transformers.trainer_utils",
+        reason="Trainer warns that it takes logging_steps, eval_steps and save_steps from the checkpoint; "
+        "DFTTrainer takes them from the arguments, and the warning cannot be switched off",
+    ),
+    LibraryPatch(
+        where="dft.ranks.enable_cpu_sharding",
+        package="accelerate",
+        version="1.15",
+        changes="PartialState.distributed_type",
+        reason="accelerate offers FSDP to ranks it calls multi-GPU alone, and would train whole copies on CPU "
+        "ranks without a warning",
+    ),
+    LibraryPatch(
+        where="dft.ranks.init_cpu_deepspeed",
+        package="deepspeed",
+        version="0.19",
+        changes="deepspeed.ops.__compatible_ops__['deepspeed_shm_comm']",
+        reason="DeepSpeed compiles this inference operator when ranks on CPU join, which takes half a minute "
+        "or fails without a compiler; no option prevents it",
+    ),
+)
+"""All patches of this package."""
+
+ARGUMENT_MISMATCH = "Warning: The following arguments do not match the ones in the `trainer_state.json`"
+"""How the hidden warning of transformers begins."""
+
+
+def fix_zero3_universal_load(optimizer: Any, folder: Path) -> None:
+    """Restore what DeepSpeed 0.19 loads wrongly from a universal checkpoint under ZeRO-3.
+
+    All parameter groups get the options of the first one, so weight decay also where there was none; and all
+    parameters share one tensor that counts their steps, which then grows by one for each of them.
+
+    Args:
+        optimizer: DeepSpeed's optimizer around that of torch.
+        folder: the universal checkpoint that was loaded.
+    """
+    (state,) = folder.glob("global_step*/zero/optimizer_state.pt")
+    # It holds classes of DeepSpeed, and was made from a checkpoint whose owner has been checked.
+    saved = torch.load(state, map_location="cpu", weights_only=False)["optimizer_state_dict"]["param_groups"]
+    inner: torch.optim.Optimizer = optimizer.optimizer
+    for group, options in zip(inner.param_groups, saved, strict=True):
+        group.update({name: value for name, value in options.items() if name != "params"})
+    for parameter_state in inner.state.values():
+        if isinstance(parameter_state["step"], torch.Tensor):
+            parameter_state["step"] = parameter_state["step"].clone()
+
+
+def set_step_skipped(optimizer: AcceleratedOptimizer, skipped: bool) -> None:
+    """Set whether accelerate reports the last optimizer step as skipped (`optimizer_step_was_skipped`)."""
+    optimizer._is_overflow = skipped
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(ARGUMENT_MISMATCH)
+
+
+@contextmanager
+def hidden_argument_mismatch() -> Iterator[None]:
+    """Hide Trainer's warning that a checkpoint was written with other logging, evaluation or save steps."""
+    logger = logging.getLogger("transformers.trainer_utils")
+    logger.addFilter(_is_shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_shown)
