@@ -44,7 +44,7 @@ from dft.report.terminal.start_and_end import (
 )
 from dft.training.checkpoints.disk_space import check_space
 from dft.training.checkpoints.folder import clear_away, newest_checkpoint
-from dft.training.checkpoints.hub import UNREACHED
+from dft.training.checkpoints.hub import HUB_ERRORS
 from dft.training.checkpoints.resume_point import check_output
 from dft.training.measuring.console import tag_warnings
 from dft.training.measuring.tracker_setup import finish_trackers, prepare_trackers
@@ -227,7 +227,7 @@ def make_trainer(
         )
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from None
-    except UNREACHED as error:
+    except HUB_ERRORS as error:
         if not arguments.training.push_to_hub:
             raise
         reason = " ".join(str(error).split())

@@ -16,14 +16,19 @@ import resource
 import signal
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
-import dft.training.checkpoints.saving as saving
 from dft import DFTTrainer
+from dft.training.checkpoints import writer
+from dft.training.checkpoints.folder import NAME, UNFINISHED
+from dft.training.checkpoints.verify import SaveVerifier
 
 _is_dead = False
 
@@ -67,7 +72,12 @@ def write_nan(file: Path) -> None:
 
 
 class DyingTrainer(DFTTrainer):
-    _micro = 0
+    """A trainer that dies at the chosen moment."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._micro = 0
+        self.add_callback(DieAtStepEnd(self))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)
@@ -75,13 +85,12 @@ class DyingTrainer(DFTTrainer):
         die_at(f"micro {self.state.global_step}.{self._micro}")
         return loss
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def end_step(self) -> None:
         self._micro = 0
         die_at(f"step {self.state.global_step}")
-        super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        metrics = super()._evaluate(*args, **kwargs)
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        metrics = super().evaluate(*args, **kwargs)
         die_at(f"evaluated {self.state.global_step}")
         return metrics
 
@@ -90,33 +99,55 @@ class DyingTrainer(DFTTrainer):
         return super().prediction_step(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        self._saved("model" if _internal_call else "final")
+        with self._dying_verification():
+            super().save_model(output_dir, _internal_call)
+        self._saved("final")
+
+    def _write_model(self, folder: Path) -> None:
+        super()._write_model(folder)
+        if NAME.fullmatch(folder.name.removeprefix(UNFINISHED)):
+            self._saved("model")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         self._saved("optimizer")
 
-    def _save_run_state(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_run_state(*args, **kwargs)
+    def _write_training_state(self, folder: Path) -> None:
+        super()._write_training_state(folder)
         self._saved("state")
 
-    def _publish(self, *args: Any, **kwargs: Any) -> None:
-        publish = saving.publish
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        publish = writer.publish
 
         def dying(folder: Any) -> None:
             self._saved("sealed")
             publish(folder)
 
-        saving.publish = dying
-        super()._publish(*args, **kwargs)
-        saving.publish = publish
+        with patch.object(writer, "publish", dying), self._dying_verification():
+            super()._save_checkpoint(*args, **kwargs)
 
-    def _verify(self, *args: Any, **kwargs: Any) -> None:
-        if self.is_world_process_zero():
-            die_at(f"verifying {self.state.global_step}")
-        super()._verify(*args, **kwargs)
+    @contextmanager
+    def _dying_verification(self) -> Iterator[None]:
+        check = SaveVerifier.check
+
+        def dying(*args: Any, **kwargs: Any) -> None:
+            if self.is_world_process_zero():
+                die_at(f"verifying {self.state.global_step}")
+            check(*args, **kwargs)
+
+        with patch.object(SaveVerifier, "check", dying):
+            yield
 
     def _saved(self, part: str) -> None:
         time.sleep(float(os.environ.get("SAVE_SLOWLY", "0")))  # seconds, so that kills at random come within
         die_at(f"saving {self.state.global_step} {part}")
+
+
+class DieAtStepEnd(TrainerCallback):
+    """Calls a trainer at the end of each step, before the trainer's own callback."""
+
+    def __init__(self, trainer: DyingTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.end_step()

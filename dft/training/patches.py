@@ -1,6 +1,6 @@
 """Changes to the private state of other libraries, each with the version it was written for.
 
-`PATCHES` lists all of them, also those of `dft.ranks`, which are needed before training arguments can be parsed.
+`PATCHES` lists all of them, also those of `dft.ranks`, which are needed before arguments can be parsed.
 tests/training/test_contract.py checks that each library still has what its patch changes.
 """
 
@@ -40,8 +40,8 @@ PATCHES = (
         package="deepspeed",
         version="0.19",
         changes="param_groups and step counters of the optimizer inside DeepSpeedZeroOptimizer_Stage3",
-        reason="loading a universal checkpoint under ZeRO-3 gives all groups the options of the first one and "
-        "lets all parameters share one step counter; there is no option to load them correctly",
+        reason="loading a universal checkpoint under ZeRO-3 gives all groups the options of the first one "
+        "and lets all parameters share one step counter; there is no option to load them correctly",
     ),
     LibraryPatch(
         where="dft.training.patches.set_step_skipped",
@@ -64,8 +64,8 @@ PATCHES = (
         package="accelerate",
         version="1.15",
         changes="PartialState.distributed_type",
-        reason="accelerate offers FSDP to ranks it calls multi-GPU alone, and would train whole copies on CPU "
-        "ranks without a warning",
+        reason="accelerate offers FSDP to ranks it calls multi-GPU alone, and would train whole copies on "
+        "CPU ranks without a warning",
     ),
     LibraryPatch(
         where="dft.ranks.init_cpu_deepspeed",

@@ -71,13 +71,13 @@ def train(folder: Path, dataset: Any, logging_steps: int | None) -> float:
 def without_metrics() -> Iterator[None]:
     """Disable the trainer's metrics and its detection of non-finite values."""
     from dft.training.measuring.meter import TokenMeter
-    from dft.training.measuring.nonfinite import StepWatch
+    from dft.training.measuring.nonfinite import NonfiniteGuard, StepWatch
 
     with (
         patch.object(TokenMeter, "update", lambda *_args, **_kwargs: None),
         patch.object(StepWatch, "add", lambda *_args, **_kwargs: None),
-        patch("dft.training.measuring.measured.is_finite", lambda _norm: True),
-        patch("dft.training.measuring.measured.passing_on_nonfinite", lambda loss: loss),
+        patch.object(NonfiniteGuard, "check", lambda *_args, **_kwargs: None),
+        patch("dft.training.measuring.nonfinite.pass_on_nonfinite", lambda loss: loss),
     ):
         yield
 

@@ -171,7 +171,7 @@ def test_two_ranks_skip_the_same_step_and_continue(example, poisoned, launcher):
     finished = launch([*words, *flags], folder=example.folder, launcher=launcher, script=poisoned[2])
     assert finished.code == 0, finished.output
     (line,) = [line for line in finished.output.splitlines() if line.startswith("warning     step")]
-    assert "step 5 is left out" in line and f"{poisoned[1]}:20" in line
+    assert "step 5 is skipped" in line and f"{poisoned[1]}:20" in line
     records = train_records(output)
     assert [math.isfinite(record["grad_norm"]) for record in records] == [True] * 4 + [False, True]
     assert all(math.isfinite(record["nll"]) for record in records if "nll" in record)

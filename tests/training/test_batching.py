@@ -430,7 +430,7 @@ def test_isolation_check_keeps_random_states_and_model_mode(tmp_path):
     run = trainer(tmp_path, build_model("qwen3"), pack(conversations(4), [2, 2]))
     run.model.train()
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    run._inspect_model()
+    run._run.loss.inspect_model(run.model, run.model)
     assert torch.equal(torch.get_rng_state(), before)
     assert np.random.get_state()[1].tolist() == numpy_before
     assert run.model.training and all(parameter.grad is None for parameter in run.model.parameters())

@@ -16,7 +16,7 @@ from dft.loss.head import FusedHead
 from dft.loss.linear import linear_dft_loss
 from dft.loss.objectives import Dft
 from dft.training.measuring.meter import TokenMeter
-from dft.training.measuring.nonfinite import StepWatch, passing_on_nonfinite
+from dft.training.measuring.nonfinite import StepWatch, pass_on_nonfinite
 from dft.training.measuring.scoring import origins_of_tokens
 from tests.training.test_trainer import VOCAB, conversations, tiny
 
@@ -80,7 +80,7 @@ def test_pure_bfloat16_trains_as_well(tmp_path):
 def test_no_logits_are_ever_computed(tmp_path):
     run = trainer(tmp_path, eval_accumulation_steps=1)
     run.model.eval()
-    run._inspected_head(run.model)
+    run._run.loss.inspect_head(run.model)
     shapes = []
     run.model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
     run.train()
@@ -160,7 +160,7 @@ def test_a_micro_batch_does_not_wait_for_the_device(tmp_path, monkeypatch):
         )
         watch.add(loss, stats.nll, batch, meter.sums)
         meter.update(stats, batch, loss.detach(), origins_of_tokens(batch)[:, 0])
-        passing_on_nonfinite(loss).backward()
+        pass_on_nonfinite(loss).backward()
     assert meter.sums[0, 0] == len(batch["loss_positions"]) > 0
     with pytest.raises(AssertionError, match="nonzero"), NoSync():
         linear_dft_loss(hidden, weight, batch["labels"], num_items=count)
@@ -169,11 +169,12 @@ def test_a_micro_batch_does_not_wait_for_the_device(tmp_path, monkeypatch):
 def test_the_head_is_looked_at_for_each_run(tmp_path):
     run = trainer(tmp_path)
     run.evaluate()
-    first = run._head
+    first = run._run.loss.head
     assert isinstance(first, FusedHead)
     run.model.resize_token_embeddings(VOCAB + 7)
     run.train()
-    assert run._head is not first and run._head.module is run.model.lm_head
+    head = run._run.loss.head
+    assert head is not first and head.module is run.model.lm_head
     assert run.model.lm_head.weight.shape[0] == VOCAB + 7
 
 
@@ -183,7 +184,7 @@ def test_an_adapter_that_comes_between_two_runs_is_trained(tmp_path):
     run.model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     before = run.model.lm_head.lora_B["default"].weight.detach().clone()
     run.train()
-    assert isinstance(run._head, str)
+    assert isinstance(run._run.loss.head, str)
     assert not torch.equal(run.model.lm_head.lora_B["default"].weight, before)
 
 
@@ -231,7 +232,7 @@ def test_looking_at_the_model_draws_no_random_numbers_and_leaves_its_mode(tmp_pa
     run = trainer(tmp_path, model=model)
     run.model.train()
     before = torch.get_rng_state()
-    run._inspect_model()
+    run._run.loss.inspect_model(run.model, run.model)
     assert torch.equal(torch.get_rng_state(), before) and run.model.training
     run.model(input_ids=torch.arange(8)[None])
     assert not torch.equal(torch.get_rng_state(), before), "dropout is on in training"

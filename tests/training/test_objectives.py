@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from dft import DFTTrainer, make_objective
 from dft.loss.schedule import AlphaSchedule
+from dft.training.checkpoints.run_state import RunFacts
 from tests.loss.test_objectives import CASES
 from tests.training.measuring.test_meter import END, with_end_token
 from tests.training.test_trainer import tiny
@@ -78,22 +79,25 @@ def test_metrics_are_those_of_the_objective(tmp_path, one, fused, floor):
         )
 
 
-def test_another_method_is_told_on_going_on(tmp_path):
+def test_resuming_by_another_method_prints_a_warning(tmp_path):
     rows = with_end_token(9)
-    run = trainer(tmp_path, rows, alpha=0.5, end_of_turn_weight=0.25)
-    before = run._method()
+    recorder = trainer(tmp_path, rows, alpha=0.5, end_of_turn_weight=0.25)._run.recorder
+    before = recorder.method()
     assert before == "DFT, alpha 0.5; end-of-turn tokens weigh at least 0.25"
-    facts = {"ranks": 1, "order": run._order(), "method": before}
-    assert not list(run._unlike(facts))
-    other = trainer(tmp_path, rows, alpha=0.5, alpha_schedule=AlphaSchedule("linear", 0.25))
-    (line,) = other._unlike(facts)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    facts = RunFacts(args, rows, method=before)
+    manifest = facts.manifest(step=1, resumable=True)
+    assert facts.differences(manifest) == []
+    rising = trainer(tmp_path, rows, alpha=0.5, alpha_schedule=AlphaSchedule("linear", 0.25))._run.recorder
+    other = RunFacts(args, rows, method=rising.method())
+    (line,) = other.differences(manifest)
     assert (
-        f"learned by {before}, and goes on by DFT, alpha 0.5 after a linear rise over 25 % of the steps"
-        in line
+        f"was trained by {before}, and this run continues by DFT, alpha 0.5 after a linear rise over 25 % of "
+        "the steps" in line
     )
     assert line.endswith(" steps)")
-    del facts["method"]  # as of an earlier version
-    assert not list(other._unlike(facts))
+    del manifest["method"]  # as in a checkpoint of an earlier version
+    assert other.differences(manifest) == []
 
 
 def test_a_base_model_is_frozen_and_stays_where_it_was(tmp_path):

@@ -1,8 +1,7 @@
 """Upload saved models and checkpoints to the Hugging Face hub in the background."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from transformers.trainer_utils import HubStrategy
 from dft.console import say
 from dft.errors import UserError
 from dft.ranks import first_failure
-from dft.training.parallel.stopping import Stopped
 from dft.training.parallel.waiting import wait_until
 
 RESUME_ONLY_FILES = [
@@ -49,23 +47,24 @@ class HubPublisher:
 
     Args:
         api: client of the hub.
-        repo_id: repository to upload to; None until it has been created.
         token: access token; None uses the one of the login.
         revision: branch to commit to.
         strategy: what to upload during training.
         always_push: upload a checkpoint even if the previous upload is still running; the default skips it.
+
+    Attributes:
+        repo_id: repository to upload to; None until it has been created.
     """
 
     def __init__(
         self,
         api: HfApi,
-        repo_id: str | None,
         token: str | None = None,
         revision: str | None = None,
         strategy: HubStrategy = HubStrategy.EVERY_SAVE,
         always_push: bool = False,
     ) -> None:
-        self.repo_id = repo_id
+        self.repo_id: str | None = None
         self._api = api
         self._target = {"token": token, "revision": revision}
         self._strategy = strategy
@@ -132,16 +131,6 @@ class HubPublisher:
         failure, self._failure = first_failure(self._failure), None
         if failure is not None:
             raise UserError(failure)
-
-    @contextmanager
-    def finished_on_exit(self, accelerator: Accelerator, beat: Callable[[], None]) -> Iterator[None]:
-        """Wait for all uploads when the context ends or the run stops, but not after an error."""
-        try:
-            yield
-        except Stopped:
-            self.finish(accelerator, beat)
-            raise
-        self.finish(accelerator, beat)
 
     def _collect(self) -> None:
         """Take the finished uploads off the list and report those that failed."""

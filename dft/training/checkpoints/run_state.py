@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ import transformers
 import xxhash
 from torch.utils.data import IterableDataset
 from transformers import TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from dft.files import write_atomically
 from dft.ranks import describe_parallelism, rows_per_step
@@ -126,8 +127,10 @@ class StepProgress:
     """How far the events after an optimizer step (log, evaluate, save, end of epoch) have got.
 
     Attributes:
-        last: the last optimizer step.
-        due: the events of that step that have not been completed.
+        last: the last completed optimizer step.
+        grad_norm: the gradient norm of the current step.
+        learning_rate: its learning rate.
+        due: the events of the last step that have not been completed.
         is_stopping: whether the run stops with the next checkpoint.
         saved_step: the step of the last checkpoint that can be resumed from.
         random_state: that of the moment when the last step was completed; None until then, and with several
@@ -135,10 +138,16 @@ class StepProgress:
     """
 
     last: LastStep = field(default_factory=LastStep)
+    grad_norm: float | None = None
+    learning_rate: float | None = None
     due: PendingEvents = field(default_factory=PendingEvents)
     is_stopping: bool = False
     saved_step: int | None = None
     random_state: RandomState | None = None
+
+    def complete_step(self) -> None:
+        """Note the values of the step that was just completed."""
+        self.last.grad_norm, self.last.learning_rate = self.grad_norm, self.learning_rate
 
     def begin_events(self, control: TrainerControl, step: int, ends_epoch: bool, is_stopping: bool) -> None:
         """Note which events are due, before the first of them.
@@ -180,7 +189,7 @@ class RunFacts:
     """
 
     def __init__(
-        self, args: transformers.TrainingArguments, dataset: Any, model_digest: str, method: str = ""
+        self, args: transformers.TrainingArguments, dataset: Any, model_digest: str = "", method: str = ""
     ) -> None:
         self.args = args
         self.dataset = dataset
@@ -227,8 +236,8 @@ class RunFacts:
         if facts["ranks"] != self.args.world_size:
             lines.append(
                 f"note        saved by {facts['ranks']} ranks, and this run has {self.args.world_size}: "
-                "data, optimizer, schedule and metrics continue where they were; random numbers (dropout) do not, "
-                "and sums over ranks are rounded differently"
+                "data, optimizer, schedule and metrics continue where they were; random numbers (dropout) do "
+                "not, and sums over ranks are rounded differently"
             )
         method = facts.get("method", self.method)  # missing in checkpoints of earlier versions
         if method != self.method:
@@ -248,3 +257,14 @@ class RunFacts:
                     "in another order"
                 )
         return lines
+
+
+def export_callbacks(state: TrainerState, callbacks: Iterable[Any]) -> None:
+    """Add the state of callbacks that have one to the trainer's state, as Trainer does when it saves."""
+    for callback in callbacks:
+        if isinstance(callback, ExportableState):
+            name, exported = type(callback).__name__, callback.state()
+            if isinstance(state.stateful_callbacks[name], list):
+                state.stateful_callbacks[name].append(exported)
+            else:
+                state.stateful_callbacks[name] = exported

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 
 from dft.console import say
-from dft.errors import UserError, check_choice
+from dft.errors import UserError
 from dft.training.checkpoints.folder import newest_checkpoint
 from dft.training.patches import set_step_skipped
 
@@ -40,7 +40,7 @@ class NonfiniteReport:
     Attributes:
         rank: its number.
         loss_is_finite: whether the losses of all its micro-batches are.
-        conversations: those with a token whose nll is not finite; if there are none, all of its micro-batches.
+        conversations: those with a token whose nll is not finite; if there are none, all of its batches.
     """
 
     rank: int
@@ -111,7 +111,6 @@ class NonfiniteGuard:
     """
 
     def __init__(self, policy: str, accelerator: Accelerator, output_dir: Path, fp16: bool) -> None:
-        check_choice("on_nonfinite", policy, POLICIES)
         self._policy = policy
         self._accelerator = accelerator
         self._output_dir = output_dir

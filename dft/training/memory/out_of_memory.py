@@ -3,16 +3,18 @@
 import errno
 import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import transformers
 from torch import nn
 
-from dft.arguments.batch_search import smaller_batch
+from dft.arguments.batch_search import note_smaller, smaller_batch
 from dft.arguments.deepspeed_file import zero_of
+from dft.console import say
 from dft.errors import EXIT_USER_ERROR, UserError
 from dft.ranks import world_size
 from dft.training.memory.estimate import (
@@ -26,7 +28,7 @@ from dft.training.parameters import GIB
 
 SMALLER = 76
 """Exit code of a run that noted a smaller batch under --auto_find_batch_size: the same command goes on."""
-RAISED = (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError)
+MEMORY_ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError)
 """What is raised where memory runs out; mostly for other reasons, so `ran_out` has to be asked."""
 WORDS = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "Cannot allocate memory")
 """In those RuntimeErrors that say so."""
@@ -78,7 +80,7 @@ def telling_what_did_not_fit(what: str, remedy: str) -> Iterator[None]:
     """Raises `UserError` where memory runs out before there is a trainer."""
     try:
         yield
-    except RAISED as error:
+    except MEMORY_ERRORS as error:
         if not ran_out(error):
             raise
         raise UserError(f"out of memory: {what} ({asked_for(error)}); {remedy}") from None
@@ -93,11 +95,65 @@ def asked_for(error: BaseException) -> str:
     return f"asked for {format_gib(float(amount) / GIB) if unit == 'bytes' else found[1]}"
 
 
-def free_what_is_left() -> None:
+def free_unused_memory() -> None:
     """Gives back what no tensor uses any more. To be called when the exception is gone: it keeps frames."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def note_smaller_batch(
+    args: transformers.TrainingArguments, requested: tuple[int, int] | None, last: MicroBatch
+) -> str | None:
+    """Record a smaller batch for the next attempt, and return the sentence that says so.
+
+    Args:
+        requested: (rows per device, accumulation steps) that the user requested; None to record nothing.
+        last: the micro-batch that did not fit. One of an evaluation does not become smaller.
+
+    Returns:
+        None if no smaller batch was recorded.
+    """
+    if requested is None or not last.is_training:
+        return None
+    smaller = note_smaller(args, requested)
+    if smaller is None:
+        return None
+    return (
+        f". --auto_find_batch_size: {smaller[0]} rows per device and {smaller[1]} accumulated are next, with "
+        "the same command"
+    )
+
+
+def end_out_of_memory(
+    message: str,
+    args: transformers.TrainingArguments,
+    requested: tuple[int, int] | None,
+    last: MicroBatch,
+    save: Callable[[], None],
+) -> NoReturn:
+    """End a run whose memory ran out. Call it when the exception is gone, and with it the frames it holds.
+
+    Args:
+        message: what took the memory, see `advice`.
+        requested: (rows per device, accumulation steps) that the user requested, to record a smaller batch
+            for the next attempt; None to record nothing.
+        last: the micro-batch that did not fit.
+        save: saves the last completed step. Only called with one rank: others may still be within the step.
+
+    Raises:
+        OutOfMemory: always.
+    """
+    free_unused_memory()
+    note = note_smaller_batch(args, requested, last)
+    if args.world_size == 1:
+        try:
+            save()
+        except MEMORY_ERRORS as error:
+            if not ran_out(error):
+                raise
+            say("warning     there is too little memory to save the last completed step as well")
+    raise OutOfMemory(message + (note or ""), note is not None)
 
 
 # ---- the message ----

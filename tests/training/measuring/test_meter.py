@@ -168,8 +168,10 @@ def test_histogram_counts_p_of_zero_and_one_in_the_outer_bins(tmp_path):
     trainer = make_trainer(tmp_path, Rows(with_end_token(2)))
     logits = torch.tensor([[[60.0, 0.0], [60.0, 0.0], [0.0, 0.0]]])
     _, stats = dft_loss(logits, torch.tensor([[-100, 0, 1]]))
-    trainer._eval_meter.update(stats, {"input_ids": torch.zeros(1, 3), "labels": torch.zeros(1, 3)})
-    histogram = trainer._eval_meter.reduce(trainer.accelerator).histogram
+    trainer._run.recorder.evaluation.update(
+        stats, {"input_ids": torch.zeros(1, 3), "labels": torch.zeros(1, 3)}
+    )
+    histogram = trainer._run.recorder.evaluation.reduce(trainer.accelerator).histogram
     assert histogram[0] == 1 and histogram[-1] == 1 and sum(histogram) == 2
 
 

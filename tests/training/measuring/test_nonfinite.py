@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from dft import DFTTrainer
 from dft.errors import UserError
-from dft.training.measuring.nonfinite import StepWatch, passing_on_nonfinite
+from dft.training.measuring.nonfinite import StepWatch, pass_on_nonfinite
 from tests.training.test_trainer import conversations, tiny
 
 POISON = 20
@@ -44,14 +44,14 @@ def poisonous(seed: int = 0):
     return model
 
 
-def run(tmp_path, model, rows, on_nonfinite, **flags) -> DFTTrainer:
+def run(tmp_path, model, rows, on_nonfinite, fused_head="auto", **flags) -> DFTTrainer:
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "out"), use_cpu=True, save_strategy="no", lr_scheduler_type="constant",
         disable_tqdm=True, train_sampling_strategy="sequential",
         per_device_train_batch_size=1, gradient_accumulation_steps=2,
         **{"logging_steps": 1, "learning_rate": 1e-2, "max_steps": STEPS, **flags},
     )  # fmt: skip
-    return DFTTrainer(model, arguments, train_dataset=rows, on_nonfinite=on_nonfinite)
+    return DFTTrainer(model, arguments, train_dataset=rows, on_nonfinite=on_nonfinite, fused_head=fused_head)
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -62,8 +62,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, fused):
     """The seventh conversation is in step 4, and is one of two micro-batches."""
     model = poisonous()
-    trainer = run(tmp_path, model, Rows(12, 6), "stop")
-    trainer.fused_head = fused
+    trainer = run(tmp_path, model, Rows(12, 6), "stop", fused)
     with pytest.raises(UserError) as caught:
         trainer.train()
     message = str(caught.value)
@@ -138,10 +137,10 @@ def test_a_gradient_alone_is_caught_as_well(tmp_path):
 def test_an_infinite_nll_of_weight_0_is_not_hidden(tmp_path):
     """p = 0 makes w * nll not a number and w * (softmax - onehot) a finite 0."""
     loss = torch.tensor(math.nan, requires_grad=True)
-    passing_on_nonfinite(loss).backward()
+    pass_on_nonfinite(loss).backward()
     assert not loss.grad.isfinite()
     loss = torch.tensor(0.3, requires_grad=True)
-    passing_on_nonfinite(loss).backward()
+    pass_on_nonfinite(loss).backward()
     assert loss.grad.item() == 1
 
 
@@ -172,7 +171,7 @@ def test_a_run_after_one_that_was_stopped_counts_its_own_tokens_alone(tmp_path):
 
 
 def test_a_run_that_skips_everything_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr("dft.training.measuring.measured.MAX_CONSECUTIVE_SKIPS", 3)
+    monkeypatch.setattr("dft.training.measuring.nonfinite.MAX_CONSECUTIVE_SKIPS", 3)
     rows = Rows(12, 0)
     rows.rows = [rows.rows[0]] * 12
     trainer = run(tmp_path, poisonous(), rows, "skip")

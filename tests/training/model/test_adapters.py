@@ -46,7 +46,7 @@ def test_fused_loss_with_adapters_equals_the_loss_from_logits(tmp_path, capsys, 
     _, expected_weights, expected_records, expected_nll = train(tmp_path, adapter, "off")
     capsys.readouterr()
     run, weights, records, nll = train(tmp_path, adapter, "auto")
-    assert isinstance(run._head, FusedHead) == fused
+    assert isinstance(run._run.loss.head, FusedHead) == fused
     note = "the loss is computed from whole logits: its output embedding is a peft."
     assert (note in capsys.readouterr().out) != fused
     assert len(records) == 4

@@ -1,0 +1,167 @@
+"""Save checkpoints and models: write, check, publish, upload and rotate them in the right order."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import transformers
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from dft.training.checkpoints.hub import HubPublisher
+from dft.training.checkpoints.run_state import RunFacts, StepProgress, export_callbacks
+from dft.training.checkpoints.verify import SaveVerifier
+from dft.training.checkpoints.writer import (
+    CheckpointWriter,
+    complete_model_folder,
+    model_files,
+    note_best_checkpoint,
+    write_card,
+)
+from dft.training.parallel.stopping import Stopped
+from dft.training.parallel.waiting import wait_until
+from dft.training.run_options import RunOptions
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What is saved of a run at one moment.
+
+    Attributes:
+        model: the model.
+        forward: the same, wrapped for training.
+        state: the trainer's state.
+        callbacks: whose state is saved.
+        write_model: writes the model and its tokenizer to a folder, on all ranks.
+        write_training_state: writes everything else that resuming needs to a folder, on all ranks.
+    """
+
+    model: nn.Module
+    forward: nn.Module
+    state: TrainerState
+    callbacks: Iterable[Any]
+    write_model: Callable[[Path], None]
+    write_training_state: Callable[[Path], None]
+
+
+class RunSaver:
+    """Save the checkpoints and the final model of a run. All ranks must call every method.
+
+    Args:
+        args: the training arguments.
+        options: settings of the run.
+        accelerator: of the run.
+        tokenizer: saved along with the model; None without.
+        publisher: uploads what is saved, if the arguments ask for it.
+    """
+
+    def __init__(
+        self,
+        args: transformers.TrainingArguments,
+        options: RunOptions,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase | None,
+        publisher: HubPublisher,
+    ) -> None:
+        self._args = args
+        self._options = options
+        self._accelerator = accelerator
+        self._publisher = publisher
+        self._writer = CheckpointWriter(accelerator, args.should_save)
+        self._verifier = SaveVerifier(
+            options.verify_save, args, tokenizer, options.trust_remote_code, accelerator
+        )
+
+    def save_checkpoint(self, folder: Path, run: SavedRun, facts: RunFacts, progress: StepProgress) -> None:
+        """Save a checkpoint, upload it in the background, and remove older ones.
+
+        Raises:
+            UserError: it could not be saved, or is not what was trained. Earlier ones are as they were.
+        """
+        self._options.heartbeat.beat()
+        args, state = self._args, run.state
+        is_full = progress.is_stopping or not args.save_only_model
+        if args.push_to_hub:  # the folder is replaced if this step was saved before
+            self._wait(lambda: not self._publisher.is_uploading(folder))
+        with self._writer.stage(folder, facts.manifest(state.global_step, is_full)) as staging:
+            run.write_model(staging)
+            self._verify(staging, folder, run, is_checkpoint=True)
+            note_best_checkpoint(state, folder)
+            if is_full:
+                run.write_training_state(staging)
+            if args.should_save:
+                export_callbacks(state, run.callbacks)
+                state.save_to_json(str(staging / TRAINER_STATE_NAME))
+        progress.saved_step = state.global_step if is_full else progress.saved_step
+        if args.push_to_hub and self._accelerator.is_main_process:
+            self._publisher.push_checkpoint(folder, state.global_step)
+        self.rotate(folder.parent, state)
+
+    def rotate(self, run: Path, state: TrainerState) -> None:
+        """Remove the oldest checkpoints beyond `--save_total_limit` that are not being uploaded."""
+        limit, best = self._args.save_total_limit, state.best_model_checkpoint
+        self._writer.rotate(run, limit, best, self._publisher.folders_in_use())
+
+    def save_model(self, folder: Path, run: SavedRun) -> list[str]:
+        """Save the final model. An earlier one is replaced when the new one is complete.
+
+        Returns:
+            The paths of its files, relative to the folder; nothing on ranks that do not write.
+
+        Raises:
+            UserError: it could not be saved, or is not what was trained. An earlier model is as it was.
+        """
+        with self._writer.stage_model(folder) as staging:
+            run.write_model(staging)
+            self._verify(staging, folder, run, is_checkpoint=False)
+            files = model_files(staging) if self._args.should_save else []
+        return [name for name in files if (folder / name).is_file()]  # not a card that was not replaced
+
+    def complete_model(self, folder: Path, run: SavedRun, model_digest: str) -> None:
+        """Add to a written model what Trainer leaves out: its base record, generation settings and card."""
+        if not self._args.should_save:
+            return
+        complete_model_folder(folder, run.model, model_digest)
+        if self._options.card is not None:
+            text = partial(self._options.card, run.state)
+            write_card(folder, Path(self._args.output_dir), text)
+
+    def push_model(self, folder: Path, files: list[str], message: str) -> None:
+        """Upload the final model and wait until all uploads are done.
+
+        Raises:
+            UserError: on all ranks, if the hub cannot be reached or rejects the model. It is saved then.
+        """
+        if self._accelerator.is_main_process:
+            self._publisher.push_model(folder, files, message)
+        self.finish_uploads()
+
+    def finish_uploads(self) -> None:
+        """Wait for all uploads, see `HubPublisher.finish`."""
+        self._publisher.finish(self._accelerator, self._options.heartbeat.beat)
+
+    @contextmanager
+    def finishing_uploads(self, state: Callable[[], TrainerState]) -> Iterator[None]:
+        """Wait for all uploads when the context ends or the run stops, but not after an error."""
+        stopped = None
+        try:
+            yield
+        except Stopped as error:
+            stopped = error
+        if self._args.push_to_hub:
+            self.finish_uploads()
+            self.rotate(Path(self._args.output_dir), state())  # which spared what was being uploaded
+        if stopped is not None:
+            raise stopped
+
+    def _verify(self, staging: Path, folder: Path, run: SavedRun, is_checkpoint: bool) -> None:
+        self._options.heartbeat.beat()
+        self._verifier.check(staging, folder, run.model, run.forward, is_checkpoint)
+
+    def _wait(self, is_done: Callable[[], bool]) -> None:
+        wait_until(is_done, self._accelerator, self._options.heartbeat.beat)

@@ -1,0 +1,239 @@
+"""The components that `DFTTrainer` hands its work to. None of them knows transformers.Trainer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import transformers
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from transformers.integrations import SwanLabCallback
+from transformers.trainer import hf_api
+from transformers.trainer_callback import CallbackHandler
+
+from dft.arguments.loss_settings import router_coefficient
+from dft.loss.head import FusedHead
+from dft.loss.objectives import Objective
+from dft.loss.schedule import AlphaSchedule
+from dft.ranks import sequence_parallel_size
+from dft.training.batching import Collator, dataset_files, resolve_end_of_turn_ids
+from dft.training.checkpoints.hub import HubPublisher
+from dft.training.checkpoints.resumer import Resumer
+from dft.training.checkpoints.run_state import RunFacts, RunState, StepProgress
+from dft.training.checkpoints.saver import RunSaver
+from dft.training.measuring.console import ConsoleCallback
+from dft.training.measuring.nonfinite import NonfiniteGuard
+from dft.training.measuring.recorder import MetricsRecorder
+from dft.training.measuring.trackers import HistogramCallback, SwanLabRunCallback
+from dft.training.memory.out_of_memory import advice, end_out_of_memory, ran_out
+from dft.training.model.base_model import FrozenBaseModel
+from dft.training.parallel.sequence_parallel import SequenceParallel
+from dft.training.parallel.stopping import StopControl
+from dft.training.parameters import compute_dtype, shapes_digest
+from dft.training.run_options import RunOptions
+from dft.training.step_loss import ScoredBatch, StepLoss
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The settings of the loss that a trainer is made with, see `DFTTrainer`.
+
+    Attributes:
+        config: the configuration of the model.
+    """
+
+    objective: Objective
+    alpha_schedule: AlphaSchedule
+    end_of_turn_weight: float
+    end_of_turn_ids: Sequence[int] | None
+    base_model: nn.Module | None
+    fused_head: str
+    config: PretrainedConfig
+
+    @property
+    def model_config(self) -> PretrainedConfig:
+        """The configuration of the language model."""
+        return self.config.get_text_config()
+
+    @cached_property
+    def router_coefficient(self) -> float | None:
+        """Factor of the auxiliary loss of a mixture of experts that computes one."""
+        return router_coefficient(self.model_config)
+
+
+class Components:
+    """Everything that a trainer hands work to.
+
+    Args:
+        model: the model, not wrapped.
+        args: the training arguments.
+        options: settings of the run.
+        accelerator: of the run.
+        loss: settings of the loss.
+        collator: returns what makes the batches, which a user may replace.
+        dataset: returns the training data, which a user may replace.
+        tokenizer: saved along with the model; None without.
+        log_per_file: whether evaluations report metrics of each data file.
+        on_nonfinite: "stop" or "skip".
+
+    Attributes:
+        recorder: metrics and speed.
+        loss: computes the loss of a micro-batch.
+        stop: agrees with the other ranks whether to stop.
+        guard: keeps a loss or gradient that is not finite from the weights.
+        resumer: finds, checks and loads the checkpoint to resume from.
+        publisher: uploads saved models to the hub.
+        saver: saves checkpoints and models.
+        facts: what manifests record about the current run.
+        progress: how far the events after an optimizer step have got.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: transformers.TrainingArguments,
+        options: RunOptions,
+        accelerator: Accelerator,
+        loss: LossSettings,
+        collator: Callable[[], Any],
+        dataset: Callable[[], Any],
+        tokenizer: PreTrainedTokenizerBase | None,
+        log_per_file: bool,
+        on_nonfinite: str,
+    ) -> None:
+        self._args, self._options, self._accelerator, self._dataset = args, options, accelerator, dataset
+        end_of_turn_ids = resolve_end_of_turn_ids(tokenizer, loss.end_of_turn_ids)
+        if loss.end_of_turn_weight and not end_of_turn_ids:
+            raise ValueError("end_of_turn_weight needs end_of_turn_ids, or a tokenizer with an end token")
+        self.recorder = MetricsRecorder(
+            accelerator,
+            loss.objective,
+            loss.alpha_schedule,
+            end_of_turn_ids,
+            loss.end_of_turn_weight,
+            log_per_file=log_per_file,
+            has_origins=lambda: isinstance(collator(), Collator),
+        )
+        sharing = sequence_parallel_size(args)
+        self.loss = StepLoss(
+            model,
+            args.device,
+            compute_dtype(args, model),
+            collator,
+            fused_head=loss.fused_head,
+            unwrap=accelerator.unwrap_model,
+            ranks=accelerator.num_processes,
+            sequences=SequenceParallel(model, sharing, args.train_batch_size) if sharing > 1 else None,
+            router_coefficient=loss.router_coefficient,
+            base_model=None if loss.base_model is None else FrozenBaseModel(loss.base_model, args.device),
+            end_of_turn_weight=loss.end_of_turn_weight,
+            end_of_turn_ids=end_of_turn_ids,
+        )
+        self.stop = StopControl(options.stop, accelerator)
+        self.guard = NonfiniteGuard(on_nonfinite, accelerator, Path(args.output_dir), args.fp16)
+        self.resumer = Resumer(
+            accelerator, Path(args.output_dir), options.trust_checkpoint, options.heartbeat.beat
+        )
+        self.publisher = HubPublisher(
+            hf_api(), args.hub_token, args.hub_revision, args.hub_strategy, args.hub_always_push
+        )
+        self.saver = RunSaver(args, options, accelerator, tokenizer, self.publisher)
+        self.facts = RunFacts(args, dataset())
+        self.progress = StepProgress()
+
+    def begin_run(self, resume_from: str | bool | None, model: nn.Module) -> str | None:
+        """Forget an earlier run of the same trainer. Return the folder of the checkpoint to resume from.
+
+        Args:
+            resume_from: see `Resumer.resolve`.
+            model: the model, before FSDP flattens its weights.
+        """
+        digest = shapes_digest(model)
+        folder = self.resumer.resolve(resume_from, digest)
+        self.facts = RunFacts(self._args, self._dataset(), digest)
+        self.progress = StepProgress()
+        self.guard.reset()
+        self.recorder.training.reset()  # an earlier run may have ended within a window
+        self.stop.begin_training()
+        return folder
+
+    def record_training(self, batch: ScoredBatch, loss_sum: Tensor) -> Tensor:
+        """Add a micro-batch to the metrics of its window. Return the loss to compute gradients of.
+
+        Args:
+            batch: the micro-batch, after its forward pass.
+            loss_sum: the running sum to which its loss will be added.
+        """
+        sums = self.recorder.training.sums
+        loss = self.guard.watch(batch.loss, batch.stats.nll, batch.inputs, sums, loss_sum)
+        aux_loss = batch.outputs.get("aux_loss")
+        self.recorder.training.update(batch.stats, batch.inputs, aux_loss, objective=batch.objective)
+        return loss
+
+    def check_gradient(
+        self,
+        norm: Tensor | float,
+        step: int,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        loss_sum: Tensor,
+    ) -> None:
+        """Check the gradient norm of a step before its update, see `NonfiniteGuard.check`."""
+        files = dataset_files(self._dataset())
+        self.guard.check(norm, step, model, optimizer, files, self.recorder.training.sums, loss_sum)
+        self.progress.grad_norm = norm.item() if isinstance(norm, Tensor) else norm
+
+    def roll_back_step(self, model: nn.Module, step: int, loss_sum: Tensor) -> bool:
+        """Forget an unfinished step, so that the completed one before it can be saved.
+
+        Returns:
+            Whether there is a completed step that has not been saved.
+        """
+        progress = self.progress
+        if progress.random_state is None or progress.saved_step == step:
+            return False
+        model.zero_grad()
+        self.guard.roll_back(self.recorder.training.sums, loss_sum)
+        progress.random_state.restore()  # the unfinished step has drawn random numbers
+        progress.is_stopping = True
+        return True
+
+    def write_state(self, folder: Path, losses: list[float], total_loss: float) -> None:
+        """Write the state of the run into a checkpoint. All ranks must call it.
+
+        Args:
+            losses: the sum of the loss since the last log line, one value per rank.
+            total_loss: the sum of the loss over all steps up to the last log line.
+        """
+        meter = self.recorder.training.rows(self._accelerator)
+        if self._accelerator.is_main_process:
+            pending, last = self.progress.pending(), self.progress.last
+            RunState(pending, last, losses, total_loss, meter).write(folder)
+
+    def describe_memory_error(self, error: Exception, model: nn.Module, step: int) -> str:
+        """Return what took the memory, and what to change; raise any other error again."""
+        if not ran_out(error):
+            raise error
+        is_fused = isinstance(self.loss.head, FusedHead)
+        return advice(model, self._args, self.loss.last_batch, is_fused, error, step)
+
+    def end_out_of_memory(self, message: str, save: Callable[[], None]) -> NoReturn:
+        """End the run, see `dft.training.memory.out_of_memory.end_out_of_memory`."""
+        end_out_of_memory(message, self._args, self._options.requested_batch, self.loss.last_batch, save)
+
+
+def replace_callbacks(
+    handler: CallbackHandler, args: transformers.TrainingArguments, options: RunOptions
+) -> None:
+    """Replace callbacks of transformers by those of this package."""
+    handler.remove_callback(PrinterCallback)
+    handler.remove_callback(ProgressCallback)
+    handler.add_callback(ConsoleCallback(not args.disable_tqdm, options.console_metrics))
+    if "swanlab" in args.report_to:
+        handler.remove_callback(SwanLabCallback)
+        handler.add_callback(SwanLabRunCallback)
+    handler.add_callback(HistogramCallback(handler))

@@ -1,0 +1,27 @@
+"""Decide whether an evaluation can have the best checkpoint."""
+
+import math
+from collections.abc import Mapping
+
+import transformers
+from transformers.trainer_utils import SaveStrategy
+
+from dft.console import say
+
+
+def can_be_best(metrics: Mapping[str, float], args: transformers.TrainingArguments, is_saving: bool) -> bool:
+    """Return whether an evaluation may be compared with the best one so far.
+
+    Args:
+        metrics: of the evaluation.
+        is_saving: whether a checkpoint is about to be saved. An evaluation between two saves leaves no
+            checkpoint, so it cannot have the best one.
+    """
+    if args.save_strategy != SaveStrategy.BEST and not is_saving:
+        return False
+    name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+    if name not in metrics:
+        say(f"warning     no {name} in this evaluation, so it cannot have the best checkpoint")
+        return False
+    # With an nll that is not finite, acc may be finite all the same, and mean nothing.
+    return math.isfinite(metrics.get("eval_nll", 0.0))

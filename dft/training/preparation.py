@@ -1,0 +1,78 @@
+"""Check and complete the arguments of a trainer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from torch import nn
+
+from dft.arguments.loss_settings import check_arguments, check_cache, layer_kernels
+from dft.errors import check_choice
+from dft.loss.objectives import Objective
+from dft.ranks import sequence_parallel_size
+from dft.training.batching import choose_collator, is_packed, longest_row, padding_id
+from dft.training.measuring.nonfinite import POLICIES
+from dft.training.parallel.sequence_parallel import check_sequence_parallel, resolve_parallel_collator
+from dft.training.step_loss import FUSED_HEAD
+
+
+def prepare_arguments(
+    args: transformers.TrainingArguments, options: Mapping[str, Any], fused_head: str, on_nonfinite: str
+) -> None:
+    """Check the arguments of a trainer, and set those that have one correct value only.
+
+    Args:
+        args: the training arguments.
+        options: the other arguments of `transformers.Trainer`.
+        fused_head: see `DFTTrainer`.
+        on_nonfinite: see `DFTTrainer`.
+
+    Raises:
+        ValueError: arguments that would change the meaning of the loss.
+    """
+    check_arguments(args)
+    if options.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func would replace the DFT loss; use transformers.Trainer instead")
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size: the search of transformers.Trainer continues with weights that are "
+            "trained already and makes optimizer steps smaller; give RunOptions(requested_batch=...) instead"
+        )
+    check_choice("fused_head", fused_head, FUSED_HEAD)
+    check_choice("on_nonfinite", on_nonfinite, POLICIES)
+    if args.accelerator_config.dispatch_batches is None:
+        # By default accelerate deals out the batches of a stream itself, and cuts all their tensors alike.
+        args.accelerator_config.dispatch_batches = False
+    if args.use_liger_kernel:
+        args.liger_kernel_config = layer_kernels(args.liger_kernel_config)
+
+
+def resolve_collator(
+    model: nn.Module,
+    args: transformers.TrainingArguments,
+    collator: Any,
+    objective: Objective,
+    datasets: Mapping[str, Any],
+) -> Any:
+    """Return the given collator, or the one that suits the model and the data.
+
+    Args:
+        model: as it will be trained.
+        args: the training arguments.
+        collator: the given one; None to choose.
+        objective: of the training.
+        datasets: holds `train_dataset` and `eval_dataset`, if they are given.
+
+    Raises:
+        ValueError: no collator suits them, or the given one does not.
+    """
+    train_dataset = datasets.get("train_dataset")
+    if sequence_parallel_size(args) > 1:
+        check_sequence_parallel(train_dataset, objective)
+        collator = resolve_parallel_collator(padding_id(model), collator)
+    elif collator is None:
+        collections = (train_dataset, datasets.get("eval_dataset"))
+        longest = longest_row(*collections) if (packed := is_packed(*collections)) else None
+        collator = choose_collator(model, padding_id(model), packed, longest)
+    check_cache(args, collator)
+    return collator

@@ -1,0 +1,146 @@
+"""The callback that follows a run: it resumes it, notes which events are due, and stops it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from dft.console import say
+from dft.training.checkpoints.folder import reading
+from dft.training.checkpoints.run_state import (
+    LastStep,
+    PendingEvents,
+    RandomState,
+    RunState,
+    StepProgress,
+    ends_epoch,
+)
+from dft.training.components import Components
+
+
+@dataclass(frozen=True)
+class RunFunctions:
+    """What the callback needs a trainer to do.
+
+    Attributes:
+        learning_rate: returns the learning rate of the update that was just made.
+        restore_totals: continues the sums of the loss from a checkpoint.
+        load_random_state: sets the random number generators to their state in a checkpoint.
+        run_events: logs, evaluates and saves as the control demands, reporting the values of the last step.
+        end_epoch: calls the callbacks for the end of an epoch.
+    """
+
+    learning_rate: Callable[[], float]
+    restore_totals: Callable[[RunState], None]
+    load_random_state: Callable[[str], None]
+    run_events: Callable[[LastStep], None]
+    end_epoch: Callable[[], None]
+
+
+class RunEvents(TrainerCallback):
+    """Follow a run. It must be the last callback, since others may change which events are due.
+
+    Args:
+        run: the components of the run.
+        trainer: what the trainer does.
+    """
+
+    def __init__(self, run: Components, trainer: RunFunctions) -> None:
+        self._skips_evaluation = False
+        self._run = run
+        self._trainer = trainer
+
+    @property
+    def _progress(self) -> StepProgress:
+        return self._run.progress
+
+    def take_skip(self) -> bool:
+        """Return once whether the next evaluation is that of `eval_on_start` in a resumed run.
+
+        The run had it when it began.
+        """
+        skips, self._skips_evaluation = self._skips_evaluation, False
+        return skips
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set up the metrics, and finish what was pending in the checkpoint that the run resumes from."""
+        state.compute_steps(args, state.max_steps)  # Trainer keeps the intervals of the checkpoint
+        state.train_batch_size = args.train_batch_size
+        self._run.recorder.start(state.global_step, state.max_steps)
+        self._run.facts.method = self._run.recorder.method()
+        if self._run.resumer.checkpoint is not None:
+            self._catch_up(args, state, control)
+        self._skips_evaluation = args.eval_on_start and state.global_step > 0
+
+    def _catch_up(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        saved, checkpoint = self._run.resumer.take_state()
+        self._trainer.restore_totals(saved)
+        self._progress.last = saved.last
+        self._run.recorder.load_training(saved.meter)
+        for line in self._run.facts.differences(checkpoint.facts):
+            say(line)
+        with reading(checkpoint.path):
+            self._trainer.load_random_state(str(checkpoint.path))  # saves among the pending events keep it
+        self._capture_random_state(args)
+        pending = saved.pending
+        control.should_log = False
+        control.should_evaluate, control.should_save = pending.evaluate, pending.save
+        if pending.evaluate or pending.save:
+            self._begin_events(args, state, control, pending.end_epoch)
+            self._trainer.run_events(saved.last)
+        if pending.end_epoch:
+            control.should_log = control.should_evaluate = control.should_save = False
+            self._trainer.end_epoch()
+            self._trainer.run_events(saved.last)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._progress.due = PendingEvents()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._progress.learning_rate = self._trainer.learning_rate()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note which events are due after an optimizer step. All ranks must call it."""
+        self._progress.complete_step()
+        self._begin_events(args, state, control, ends_epoch(state))
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note which events are due at the end of an epoch. All ranks must call it."""
+        self._begin_events(args, state, control, False)
+
+    def _begin_events(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, end_epoch: bool
+    ) -> None:
+        asked = self._run.stop.is_requested()
+        self._progress.begin_events(control, state.global_step, end_epoch, asked)
+        self._capture_random_state(args)
+
+    def _capture_random_state(self, args: TrainingArguments) -> None:
+        if args.world_size == 1:  # several ranks never save after an error
+            self._progress.random_state = RandomState.capture()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the run if it was asked to stop and this checkpoint holds all of it.
+
+        Raises:
+            Stopped: on all ranks.
+        """
+        step, progress = state.global_step, self._progress
+        if progress.is_stopping or (progress.saved_step == step and self._run.stop.is_requested()):
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            raise self._run.stop.stopped(step, str(folder))
