@@ -42,6 +42,7 @@ from dft.report.terminal.start_and_end import (
     stopped_lines,
     write_resolved_arguments,
 )
+from dft.training.batching import describe_batching
 from dft.training.checkpoints.disk_space import check_space
 from dft.training.checkpoints.folder import clear_away, newest_checkpoint
 from dft.training.checkpoints.hub import HUB_ERRORS
@@ -129,7 +130,10 @@ def main() -> None:
         trainer.add_callback(report)
     clear_away(arguments.training)
     write_resolved_arguments(arguments, model)
-    for line in (*start_lines(arguments, model, data.report, trainer.batching), *new_notes(arguments)):
+    for line in (
+        *start_lines(arguments, model, data.report, describe_batching(trainer.data_collator)),
+        *new_notes(arguments),
+    ):
         say(line)
     try:
         train(arguments, trainer, report)

@@ -1,6 +1,6 @@
 """The components that `DFTTrainer` hands its work to. None of them knows transformers.Trainer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import transformers
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from transformers.integrations import SwanLabCallback
@@ -35,7 +36,7 @@ from dft.training.parallel.sequence_parallel import SequenceParallel
 from dft.training.parallel.stopping import StopControl
 from dft.training.parameters import compute_dtype, shapes_digest
 from dft.training.run_options import RunOptions
-from dft.training.step_loss import ScoredBatch, StepLoss
+from dft.training.step_loss import StepLoss
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,9 @@ class Components:
         on_nonfinite: str,
     ) -> None:
         self._args, self._options, self._accelerator, self._dataset = args, options, accelerator, dataset
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # accelerate would replace its own value by DeepSpeed's, with a warning.
+            accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
         end_of_turn_ids = resolve_end_of_turn_ids(tokenizer, loss.end_of_turn_ids)
         if loss.end_of_turn_weight and not end_of_turn_ids:
             raise ValueError("end_of_turn_weight needs end_of_turn_ids, or a tokenizer with an end token")
@@ -161,18 +165,46 @@ class Components:
         self.stop.begin_training()
         return folder
 
-    def record_training(self, batch: ScoredBatch, loss_sum: Tensor) -> Tensor:
-        """Add a micro-batch to the metrics of its window. Return the loss to compute gradients of.
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        num_items: Tensor | float | None,
+        step: int | None,
+        loss_sum: Tensor,
+        with_logits: bool,
+    ) -> tuple[Tensor, Any]:
+        """Return this rank's share of a micro-batch in the loss of its step, and the model's outputs.
+
+        In training, also add the micro-batch to the metrics of its logging window.
 
         Args:
-            batch: the micro-batch, after its forward pass.
-            loss_sum: the running sum to which its loss will be added.
+            model: as it is trained.
+            inputs: the micro-batch.
+            num_items: supervised tokens of the whole step on all ranks.
+            step: completed optimizer steps; None outside of training.
+            loss_sum: the running sum to which the loss will be added.
+            with_logits: whether the outputs must contain the logits.
         """
-        sums = self.recorder.training.sums
+        if num_items is None and step is not None:
+            raise ValueError(
+                "the supervised tokens of the step were not counted; do the batches hold 'labels'?"
+            )
+        is_step = step is not None and model.training
+        objective = self.recorder.objective_at(step) if is_step else self.recorder.objective
+        batch = self.loss.train(model, inputs, objective, num_items, with_logits)
+        if step is None:
+            return batch.loss, batch.outputs
+        sums, aux_loss = self.recorder.training.sums, batch.outputs.get("aux_loss")
         loss = self.guard.watch(batch.loss, batch.stats.nll, batch.inputs, sums, loss_sum)
-        aux_loss = batch.outputs.get("aux_loss")
-        self.recorder.training.update(batch.stats, batch.inputs, aux_loss, objective=batch.objective)
-        return loss
+        self.recorder.training.update(batch.stats, batch.inputs, aux_loss, objective=objective)
+        return loss, batch.outputs
+
+    def evaluate(self, model: nn.Module, inputs: Mapping[str, Any], with_logits: bool) -> Any:
+        """Add a batch to the metrics of the evaluation, and return the model's outputs."""
+        _, stats, outputs = self.loss.score(model, inputs, self.recorder.objective, with_logits=with_logits)
+        self.recorder.add_evaluation(stats, inputs)
+        return outputs
 
     def check_gradient(
         self,

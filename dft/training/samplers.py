@@ -9,27 +9,44 @@ from dft.training.batching import sequence_lengths
 from dft.training.parallel.sequence_parallel import RepeatedBatchSampler
 
 
-def train_order(dataset: WithBlank, args: transformers.TrainingArguments) -> EpochSampler:
-    """Return the sampler of the training data, whose order depends only on the seed and the epoch."""
-    strategy = args.train_sampling_strategy
-    seed = args.seed if args.data_seed is None else args.data_seed
-    multiple = args.train_batch_size * data_parallel_size(args)
-    return EpochSampler(
-        len(dataset),
-        multiple,
-        seed=None if strategy == "sequential" else seed,
-        drop_last=args.dataloader_drop_last,
-        lengths=sequence_lengths(dataset.dataset) if strategy == "group_by_length" else None,
-        group=multiple * args.gradient_accumulation_steps,
-    )
+class DataOrder:
+    """The order of training and evaluation data, which depends only on the seed and the epoch.
 
+    Args:
+        args: the training arguments.
+    """
 
-def shared_order(order: EpochSampler, args: transformers.TrainingArguments) -> Sampler[int]:
-    """Return the sampler that gives all ranks that share sequences the same batches."""
-    ranks = sequence_parallel_size(args)
-    return order if ranks == 1 else RepeatedBatchSampler(order, args.train_batch_size, ranks)
+    def __init__(self, args: transformers.TrainingArguments) -> None:
+        self._args = args
+        self._train: EpochSampler | None = None
 
+    def train_sampler(self, dataset: WithBlank) -> Sampler[int]:
+        """Return the sampler of the training data."""
+        args = self._args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        multiple = args.train_batch_size * data_parallel_size(args)
+        by_length = args.train_sampling_strategy == "group_by_length"
+        self._train = EpochSampler(
+            len(dataset),
+            multiple,
+            seed=None if args.train_sampling_strategy == "sequential" else seed,
+            drop_last=args.dataloader_drop_last,
+            lengths=sequence_lengths(dataset.dataset) if by_length else None,
+            group=multiple * args.gradient_accumulation_steps,
+        )
+        sharing = sequence_parallel_size(args)
+        return (
+            self._train if sharing == 1 else RepeatedBatchSampler(self._train, args.train_batch_size, sharing)
+        )
 
-def eval_order(dataset: WithBlank, args: transformers.TrainingArguments) -> EpochSampler:
-    """Return the sampler of evaluation data, which keeps their order."""
-    return EpochSampler(len(dataset), args.eval_batch_size * args.world_size)
+    def eval_sampler(self, dataset: WithBlank) -> Sampler[int]:
+        """Return the sampler of evaluation data, which keeps their order."""
+        return EpochSampler(len(dataset), self._args.eval_batch_size * self._args.world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the training data.
+
+        accelerate does not pass it on to a sampler behind the batches that a resumed run skips.
+        """
+        if self._train is not None:
+            self._train.set_epoch(epoch)

@@ -34,14 +34,12 @@ class ScoredBatch:
         stats: of its supervised tokens.
         outputs: of the model.
         inputs: the part of the batch that this rank computes.
-        objective: of the step.
     """
 
     loss: Tensor
     stats: TokenStats
     outputs: Any
     inputs: Mapping[str, Any]
-    objective: Objective
 
 
 class StepLoss:
@@ -125,7 +123,7 @@ class StepLoss:
         if is_shared:
             inputs = self._sequences.local_slice(inputs)
         loss, stats, outputs = self.score(forward, inputs, objective, num_items, is_shared, with_logits)
-        return ScoredBatch(loss, stats, outputs, inputs, objective)
+        return ScoredBatch(loss, stats, outputs, inputs)
 
     def score(
         self,

@@ -7,35 +7,34 @@ installed transformers.
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Sampler
-from transformers import PreTrainedModel
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
-from dft.data.batches.sampler import EpochSampler, WithBlank
+from dft.data.batches.sampler import WithBlank
 from dft.loss.objectives import Objective, resolve_objective
 from dft.loss.schedule import CONSTANT, AlphaSchedule, check_schedule
-from dft.training.batching import describe_batching, padding_id
+from dft.training.batching import padding_id
 from dft.training.checkpoints.folder import reading
+from dft.training.checkpoints.resumer import drop_tied_keys
 from dft.training.checkpoints.run_state import LastStep, PendingEvents, RunState
 from dft.training.checkpoints.saver import SavedRun
 from dft.training.checkpoints.writer import saved_use_cache
 from dft.training.components import Components, LossSettings, replace_callbacks
 from dft.training.measuring.best import can_be_best
-from dft.training.measuring.scoring import ScoredSequence, TokenTable
+from dft.training.measuring.scoring import TokenTable
 from dft.training.memory.out_of_memory import MEMORY_ERRORS
 from dft.training.parallel.stopping import StoppedEvaluation
 from dft.training.patches import hidden_argument_mismatch
 from dft.training.preparation import prepare_arguments, resolve_collator
 from dft.training.run_events import RunEvents, RunFunctions
 from dft.training.run_options import RunOptions
-from dft.training.samplers import eval_order, shared_order, train_order
+from dft.training.samplers import DataOrder
 
 COLUMNS = ("labels", "seq_lengths", "origins")
 """Columns of a dataset that the collator and the loss read, whatever the model's forward accepts."""
@@ -72,8 +71,7 @@ class DFTTrainer(transformers.Trainer):
 
     Raises:
         ValueError: arguments that contradict each other or would change the meaning of the loss, or packed
-            data for a model that does not keep packed conversations apart. Training raises it for a loss or
-            gradient that is not finite.
+            data for a model that does not keep packed conversations apart. `train` may raise it as well.
     """
 
     def __init__(
@@ -98,18 +96,17 @@ class DFTTrainer(transformers.Trainer):
         check_schedule(objective, alpha_schedule, end_of_turn_weight)
         prepare_arguments(args, kwargs, fused_head, on_nonfinite)
         data_collator = resolve_collator(model, args, data_collator, objective, kwargs)
-        floor = (end_of_turn_weight, end_of_turn_ids)
-        loss = LossSettings(objective, alpha_schedule, *floor, base_model, fused_head, model.config)
+        turns = end_of_turn_weight, end_of_turn_ids
+        loss = LossSettings(objective, alpha_schedule, *turns, base_model, fused_head, model.config)
         self.options = options or RunOptions()
         self._saved_use_cache = loss.model_config.use_cache
         super().__init__(model, args, data_collator=data_collator, **kwargs)
         loss.model_config.use_cache = args.use_cache  # Trainer sets the outer configuration only
-        if self.is_deepspeed_enabled:  # accelerate would take DeepSpeed's value over its own, with a warning
-            self.accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
         data = (lambda: self.data_collator, lambda: self.train_dataset, self.processing_class)
         run = Components(model, args, self.options, self.accelerator, loss, *data, log_per_file, on_nonfinite)
-        self._run, self._run.publisher.repo_id = run, self.hub_model_id
-        self._train_order: EpochSampler | None = None
+        self._run, run.publisher.repo_id = run, self.hub_model_id
+        self.end_of_turn_ids, self.exclude_time = run.recorder.end_of_turn_ids, run.recorder.exclude_time
+        self.examples, self._order = run.recorder.examples, DataOrder(args)
         self._tr_loss = torch.zeros((), device=args.device)  # Trainer makes it anew in each run
         # compute_loss divides by the tokens of the step itself and hands nothing to the model's own loss, so
         # Trainer must count them whatever the model's forward accepts, and must not divide once more.
@@ -119,25 +116,6 @@ class DFTTrainer(transformers.Trainer):
         functions = (self._restore_totals, self._load_rng_state, self._run_events, self._end_epoch)
         self._events = RunEvents(run, RunFunctions(self._get_learning_rate, *functions))
 
-    @property
-    def batching(self) -> str:
-        """How batches are made: padded on the right, packed rows, padding-free, or by the given collator."""
-        return describe_batching(self.data_collator)
-
-    @property
-    def end_of_turn_ids(self) -> list[int]:
-        """Tokens that end a turn."""
-        return self._run.recorder.end_of_turn_ids
-
-    @property
-    def examples(self) -> list[ScoredSequence]:
-        """Some sequences of the last evaluation, token by token, on rank 0."""
-        return self._run.recorder.examples
-
-    def exclude_time(self, seconds: float) -> None:
-        """Exclude `seconds` that just passed from the throughput (evaluation, saving)."""
-        self._run.recorder.exclude_time(seconds)
-
     # ---- one run ----
 
     def train(
@@ -145,10 +123,7 @@ class DFTTrainer(transformers.Trainer):
     ) -> TrainOutput:
         """Train the model. `resume_from_checkpoint=True` resumes from the newest complete checkpoint.
 
-        Raises:
-            UserError: there is no such checkpoint, it is damaged, of another model, or not to be trusted.
-            Stopped: a signal asked the run to stop, and everything is saved.
-            OutOfMemory: memory ran out; the message says what took it.
+        Raises `UserError` for a checkpoint that cannot be used, `OutOfMemory`, and `Stopped` by a signal.
         """
         folder = self._run.begin_run(resume_from_checkpoint, self.model)
         self.remove_callback(RunEvents)
@@ -171,8 +146,7 @@ class DFTTrainer(transformers.Trainer):
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> Any:
         # Private: no callback runs between making the model's optimizer and loading a checkpoint into it.
-        is_half = self.args.bf16 or self.args.fp16 or self.model.dtype.itemsize == 2
-        self._run.recorder.inspect_model(self.model, is_half)
+        self._run.recorder.inspect_model(self.model, self.args)
         with self._run.resumer.loading(resume_from_checkpoint, lambda: self.deepspeed) as folder:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, folder)
         self._run.loss.inspect_model(self.model, self.model_wrapped)
@@ -190,9 +164,7 @@ class DFTTrainer(transformers.Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Private: the warning about weights that are tied to others, and saved with those, has no switch.
-        if isinstance(self.model, PreTrainedModel):
-            tied = self.model.all_tied_weights_keys
-            load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        drop_tied_keys(self.model, load_result.missing_keys)
         super()._issue_warnings_after_load(load_result)
 
     def _restore_totals(self, saved: RunState) -> None:
@@ -211,8 +183,7 @@ class DFTTrainer(transformers.Trainer):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
-        if self._train_order is not None:  # accelerate does not reach it behind batches that are skipped
-            self._train_order.set_epoch(epoch)
+        self._order.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, **kwargs)
 
     # ---- one step ----
@@ -222,15 +193,9 @@ class DFTTrainer(transformers.Trainer):
     ) -> DataLoader:
         # Private: the public methods that return dataloaders take no sampler.
         if not isinstance(dataset, IterableDataset):
-            dataset = WithBlank(dataset, padding_id(self.model))
-            sampler_fn = (
-                self._make_train_order if kwargs.get("is_training") else partial(eval_order, args=self.args)
-            )
+            dataset, training = WithBlank(dataset, padding_id(self.model)), kwargs.get("is_training")
+            sampler_fn = self._order.train_sampler if training else self._order.eval_sampler
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
-
-    def _make_train_order(self, dataset: WithBlank) -> Sampler[int]:
-        self._train_order = train_order(dataset, self.args)
-        return shared_order(self._train_order, self.args)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return the batches of a step. The events after the step before it are over."""
@@ -243,23 +208,14 @@ class DFTTrainer(transformers.Trainer):
         return super().training_step(*args, **kwargs)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Mapping[str, Tensor | int],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | float | None = None,
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
         """Return this rank's share of a micro-batch in the DFT loss of its optimizer step."""
-        if num_items_in_batch is None and self.is_in_train:
-            raise ValueError(
-                "the supervised tokens of the step were not counted; do the batches hold 'labels'?"
-            )
-        objective = self._run.recorder.objective
-        if self.is_in_train and model.training:
-            objective = self._run.recorder.objective_at(self.state.global_step)
-        batch = self._run.loss.train(model, inputs, objective, num_items_in_batch, return_outputs)
-        loss = self._run.record_training(batch, self._tr_loss) if self.is_in_train else batch.loss
-        return (loss, batch.outputs) if return_outputs else loss
+        step = self.state.global_step if self.is_in_train else None
+        loss, outputs = self._run.compute_loss(
+            model, inputs, num_items_in_batch, step, self._tr_loss, with_logits=return_outputs
+        )
+        return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         # Private: the callback before the optimizer's update does not get the norm.
@@ -270,23 +226,16 @@ class DFTTrainer(transformers.Trainer):
     # ---- metrics ----
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Add a batch to the evaluation. Return logits only to a caller with metrics of its own."""
         self.options.heartbeat.beat()
         if self.is_in_train:
             self._run.stop.check_evaluation()
-        inputs, objective = self._prepare_inputs(inputs), self._run.recorder.objective
+        inputs, has_logits = self._prepare_inputs(inputs), not prediction_loss_only
         with torch.no_grad(), self.compute_loss_context_manager():
-            _, stats, outputs = self._run.loss.score(
-                model, inputs, objective, with_logits=not prediction_loss_only
-            )
-        self._run.recorder.add_evaluation(stats, inputs)
-        return (None, None, None) if prediction_loss_only else (None, outputs.logits, inputs["labels"])
+            outputs = self._run.evaluate(model, inputs, has_logits)
+        return (None, outputs.logits, inputs["labels"]) if has_logits else (None, None, None)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return the metrics that are numbers; callbacks and the history get the histogram as well."""
@@ -358,9 +307,8 @@ class DFTTrainer(transformers.Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # Private: no callback runs between an evaluation and the choice of the best checkpoint.
-        if not can_be_best(metrics, self.args, self.control.should_save):
-            return False
-        return super()._determine_best_metric(metrics, trial)
+        is_candidate = can_be_best(metrics, self.args, self.control.should_save)
+        return is_candidate and super()._determine_best_metric(metrics, trial)
 
     # ---- saving ----
 
@@ -371,21 +319,16 @@ class DFTTrainer(transformers.Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, check it, and push it if the arguments ask for it."""
-        folder = Path(output_dir or self.args.output_dir)
-        files = self._run.saver.save_model(folder, self._saved_run())
-        if self.args.push_to_hub and not _internal_call:
-            self._run.saver.push_model(folder, files, "Model save")
+        message = "Model save" if self.args.push_to_hub and not _internal_call else None
+        self._run.saver.save_model(Path(output_dir or self.args.output_dir), self._saved_run(), message)
 
-    def push_to_hub(
-        self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs: Any
-    ) -> None:
+    def push_to_hub(self, commit_message: str | None = "End of training", *args: Any, **kwargs: Any) -> None:
         """Save the model, push it to the hub, and wait for that. All ranks must call it."""
         if self.hub_model_id is None:
             self.init_hf_repo()
             self._run.publisher.repo_id = self.hub_model_id
-        folder = Path(self.args.output_dir)
-        files = self._run.saver.save_model(folder, self._saved_run())
-        self._run.saver.push_model(folder, files, commit_message or "End of training")
+        folder, message = Path(self.args.output_dir), commit_message or "End of training"
+        self._run.saver.save_model(folder, self._saved_run(), message)
 
     def _write_model(self, folder: Path) -> None:
         with saved_use_cache(self.model, self._saved_use_cache):

@@ -41,5 +41,5 @@ def test_the_card_of_adapters_names_their_base_model(example, forks, tmp_path):
 def test_a_readme_that_the_user_wrote_is_kept(example, forks, tmp_path):
     (tmp_path / "README.md").write_text("# My notes\n")
     (code,), printed = forks.run(example.words(tmp_path, max_steps=1, eval_data_files=None))
-    assert code == 0 and "is not of this program and stays as it is" in printed
+    assert code == 0 and "was not written by this program" in printed
     assert (tmp_path / "README.md").read_text() == "# My notes\n"

@@ -93,7 +93,7 @@ def pushed(example, hub: Hub, output, **flags):
 
 def test_only_the_model_and_its_card_are_pushed(example, hub, tmp_path):
     output = tmp_path / "run"
-    finished = pushed(example, hub, output, hub_strategy="checkpoint")
+    finished = pushed(example, hub, output, hub_strategy="checkpoint", hub_always_push=True)
     assert finished.code == 0, finished.output
     assert hub.created == ["run"]
     model = {
@@ -120,7 +120,7 @@ def test_only_the_model_and_its_card_are_pushed(example, hub, tmp_path):
 
 def test_a_rejected_push_keeps_the_local_files(example, hub, tmp_path):
     hub.fails = 403
-    finished = pushed(example, hub, tmp_path / "run")
+    finished = pushed(example, hub, tmp_path / "run", hub_always_push=True)
     assert finished.code == 2 and "Traceback" not in finished.output, finished.output
     assert finished.output.count("warning     ") == 2 and "checkpoint-1 was not pushed: " in finished.output
     assert finished.output.count("error: --push_to_hub True: someone/run cannot be pushed: ") == 1

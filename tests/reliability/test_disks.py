@@ -39,7 +39,7 @@ def words(example, output: Path, ranks: int = 1, **flags) -> list[str]:
 FAULTS = {
     "FULL": "checkpoint-4 cannot be saved: no space left on the device",
     "READ_ONLY": "checkpoint-4 cannot be saved: Read-only file system",
-    "GONE": "it is gone, so step 4 cannot be saved",
+    "GONE": "it no longer exists, so checkpoint-4 cannot be saved",
 }
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import nn
+from transformers import PreTrainedModel
 
 from dft.errors import UserError
 from dft.training.checkpoints.folder import (
@@ -108,6 +110,12 @@ class Resumer:
         folder, self.checkpoint = self.checkpoint, None
         with reading(folder):
             return RunState.read(folder), open_checkpoint(folder)
+
+
+def drop_tied_keys(model: nn.Module, missing: list[str]) -> None:
+    """Remove the weights that are tied to others, and saved with those, from a list of missing ones."""
+    if isinstance(model, PreTrainedModel):
+        missing[:] = [name for name in missing if name not in model.all_tied_weights_keys]
 
 
 def check_whole(checkpoint: Checkpoint) -> None:

@@ -19,6 +19,7 @@ from dft.training.checkpoints.verify import SaveVerifier
 from dft.training.checkpoints.writer import (
     CheckpointWriter,
     complete_model_folder,
+    keep_foreign_card,
     model_files,
     note_best_checkpoint,
     write_card,
@@ -107,20 +108,30 @@ class RunSaver:
         limit, best = self._args.save_total_limit, state.best_model_checkpoint
         self._writer.rotate(run, limit, best, self._publisher.folders_in_use())
 
-    def save_model(self, folder: Path, run: SavedRun) -> list[str]:
+    def save_model(self, folder: Path, run: SavedRun, message: str | None = None) -> None:
         """Save the final model. An earlier one is replaced when the new one is complete.
 
-        Returns:
-            The paths of its files, relative to the folder; nothing on ranks that do not write.
+        Args:
+            folder: where to save it.
+            run: what to save.
+            message: of the commit that pushes it to the hub; None does not push it.
 
         Raises:
-            UserError: it could not be saved, or is not what was trained. An earlier model is as it was.
+            UserError: it could not be saved, or is not what was trained; an earlier model is as it was. Or
+                the hub cannot be reached or rejects it; it is saved then. On all ranks.
         """
+        files: list[str] = []
         with self._writer.stage_model(folder) as staging:
             run.write_model(staging)
             self._verify(staging, folder, run, is_checkpoint=False)
-            files = model_files(staging) if self._args.should_save else []
-        return [name for name in files if (folder / name).is_file()]  # not a card that was not replaced
+            if self._args.should_save:
+                keep_foreign_card(staging, folder)
+                files = model_files(staging)
+        if message is None:
+            return
+        if self._accelerator.is_main_process:
+            self._publisher.push_model(folder, files, message)
+        self.finish_uploads()
 
     def complete_model(self, folder: Path, run: SavedRun, model_digest: str) -> None:
         """Add to a written model what Trainer leaves out: its base record, generation settings and card."""
@@ -130,16 +141,6 @@ class RunSaver:
         if self._options.card is not None:
             text = partial(self._options.card, run.state)
             write_card(folder, Path(self._args.output_dir), text)
-
-    def push_model(self, folder: Path, files: list[str], message: str) -> None:
-        """Upload the final model and wait until all uploads are done.
-
-        Raises:
-            UserError: on all ranks, if the hub cannot be reached or rejects the model. It is saved then.
-        """
-        if self._accelerator.is_main_process:
-            self._publisher.push_model(folder, files, message)
-        self.finish_uploads()
 
     def finish_uploads(self) -> None:
         """Wait for all uploads, see `HubPublisher.finish`."""

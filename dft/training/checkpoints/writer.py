@@ -83,7 +83,6 @@ class CheckpointWriter:
             self._clear(staging)
             yield staging
             if self._is_writer:
-                keep_foreign_card(staging, folder)
                 move_files(staging, folder)
             self._accelerator.wait_for_everyone()
 

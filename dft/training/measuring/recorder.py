@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
@@ -89,13 +90,10 @@ class MetricsRecorder:
         title = method_title(self.objective, self.schedule, self.end_of_turn_weight)
         return title if self.schedule.kind == CONSTANT.kind else f"{title} ({self.max_steps} steps)"
 
-    def inspect_model(self, model: nn.Module, is_half: bool) -> None:
-        """Determine how many operations a token costs, before FSDP flattens the model's weights.
-
-        Args:
-            is_half: whether the model computes in half precision.
-        """
+    def inspect_model(self, model: nn.Module, args: transformers.TrainingArguments) -> None:
+        """Determine how many operations a token costs, before FSDP flattens the model's weights."""
         self._flops = model_flops(model)
+        is_half = args.bf16 or args.fp16 or model.dtype.itemsize == 2
         self._peak_flops = peak_flops(self._accelerator.device) if is_half else None
 
     def start(self, step: int, max_steps: int) -> None:
@@ -167,7 +165,7 @@ class MetricsRecorder:
         """Start the metrics of an evaluation."""
         self._files = dataset_files(dataloader.dataset) if self.log_per_file else []
         self.evaluation = self._new_meter(len(self._files))
-        self.examples = []
+        self.examples.clear()
 
     def add_evaluation(self, stats: TokenStats, inputs: Mapping[str, Any]) -> None:
         """Add a batch to the metrics of the evaluation, and keep some of its sequences and tokens."""
