@@ -1,18 +1,19 @@
-"""SFT against DFT on tasks small enough for a laptop: sums and differences worked out step by step.
+"""Compare SFT and DFT on small tasks: sums and differences that are worked out step by step.
 
     python scripts/study/study.py runs/study              # 22 minutes on two cores
-    python scripts/study/study.py runs/quick --quick      # a minute, to see that it works; no figures
+    python scripts/study/study.py runs/quick --quick      # one minute, to test the script
 
-A base model learns sums of two to five numbers, well enough to be often right. From there it is fine-tuned by
-SFT, DFT and alpha between them: on sums of three; on the same with a wrong step in three of ten; and on
-differences, of which it has never seen one. It is asked the same lengths, and five numbers where fine-tuning
-has shown three (out of distribution), and after differences sums once more. Answers are drawn at temperature
-1 and graded by what follows `####`; problems that a model was trained on do not count. The learning rate of
-each method is, for either task, the best of a few on problems of its own, before the comparison. Seeds draw
-other data and another order each.
+A base model is trained on sums of two to five numbers until it is often right. From there it is fine-tuned
+with SFT, with DFT, and with an alpha between them, on three data sets: sums of three numbers; the same with a
+wrong step in three of ten; and differences, which are new to it. Each model is then tested on problems of
+three numbers, on longer problems of five numbers and, after differences, on sums again.
 
-Writes study.json, table.md, accuracy.png and histograms.png. What is there already is not made again, so a
-folder holds one study: another size is refused.
+Answers are sampled at temperature 1 and graded by what follows `####`. Problems that a model was trained on
+are left out. The learning rate of each method and task is selected beforehand, on separate problems.
+Each seed has its own data in its own order.
+
+The script writes study.json, table.md, accuracy.png and histograms.png. It reuses the results that are in the
+folder already, so a folder holds one study; a study of another size is refused.
 """
 
 import argparse
@@ -32,22 +33,34 @@ from dft.errors import UserError, report_user_errors
 from dft.ranks import quiet_libraries
 from dft.report.pages.images import write_png
 from scripts.study.study_results import ALPHAS, DIGEST, accuracy_figure, digest_of, histogram_figure, tables
-from scripts.study.study_runs import command, prepare
-from scripts.study.study_task import DATA, TASKS, Size, plain, questions, tuning_file, write_data, write_model
+from scripts.study.study_runs import prepare, run_script
+from scripts.study.study_task import (
+    DATA,
+    TASKS,
+    Size,
+    file_name,
+    questions,
+    tuning_file,
+    write_data,
+    write_model,
+)
 
 FULL = Size(
     pretraining=24_000,
-    tuning={"sums": 1_600, "differences": 8_000},  # a new task takes more to learn
+    tuning={"sums": 1_600, "differences": 8_000},  # a new task needs more data
     asked=200,
     samples=8,
     seeds=5,
     rates={"sums": (3e-5, 1e-4, 3e-4, 1e-3), "differences": (1e-3, 3e-3, 1e-2)},
 )
 QUICK = Size(160, dict.fromkeys(TASKS, 64), 4, 2, 2, dict.fromkeys(TASKS, (1e-3,)))
+SELECTION_DATA = {"sums": "right sums", "differences": "differences"}
+"""The data set on which the learning rate of each task is selected."""
+SELECTION_SEED = -1
 
 
 class Run(NamedTuple):
-    """A fine-tuning."""
+    """A fine-tuning run. Its fields are keys of study.json."""
 
     method: str
     data: str
@@ -56,16 +69,43 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{plain(self.data)}-{self.seed}-{self.rate:g}".replace(" ", "_")
+        """Name of its folder."""
+        return f"{self.method}-{file_name(self.data)}-{self.seed}-{self.rate:g}".replace(" ", "_")
 
 
-# ---- training and asking, as a user would ----
+class Score(NamedTuple):
+    """The result of a model on one file of problems.
+
+    Attributes:
+        right: avg@n over the problems that count, in percent.
+        left_out: number of problems that do not count, because the model was trained on them.
+    """
+
+    right: float
+    left_out: int
+
+
+class Model(NamedTuple):
+    """A trained model.
+
+    Attributes:
+        path: its folder.
+        trained_on: the files that it and its base model were trained on.
+    """
+
+    path: Path
+    trained_on: tuple[Path, ...]
 
 
 def train(model: Path, data: Path, output: Path, alpha: float, rate: float, seed: int, *more: object) -> None:
+    """Train a model with train_dft.py, unless the output has a finished run.
+
+    Args:
+        more: further flags and their values.
+    """
     if (output / "trainer_state.json").is_file():
         return
-    command(
+    run_script(
         ROOT / "train_dft.py", "--model_name_or_path", model, "--data_files", data, "--output_dir", output,
         "--dft_alpha", alpha, "--learning_rate", rate, "--seed", seed, "--lr_scheduler_type", "cosine",
         "--warmup_ratio", 0.1, "--per_device_train_batch_size", 32, "--max_length", 128, "--use_cpu", True,
@@ -76,155 +116,182 @@ def train(model: Path, data: Path, output: Path, alpha: float, rate: float, seed
     )  # fmt: skip
 
 
-class Asked(NamedTuple):
-    """Answers of a model to one file of problems.
-
-    Attributes:
-        right: avg@n over the problems that count, in percent.
-        left_out: problems that do not, since the model was trained on them.
-    """
-
-    right: float
-    left_out: int
-
-
-class Model(NamedTuple):
-    """Where a model is, and the files that it and its base were trained on."""
-
-    path: Path
-    trained_on: tuple[Path, ...]
-
-
-def ask(
+def evaluate(
     models: Mapping[str, Model], files: Sequence[Path], output: Path, size: Size
-) -> dict[str, dict[str, Asked]]:
-    """What each model answers to each file, by the names of both."""
+) -> dict[str, dict[str, Score]]:
+    """Test models with scripts/evaluate.py.
+
+    Returns:
+        The score of each model on each file, by the name of the model and the stem of the file.
+    """
     if not models:
         return {}
-    command(
-        ROOT / "scripts/evaluate.py", "--model", *(f"{name}={one.path}" for name, one in models.items()),
+    run_script(
+        ROOT / "scripts/evaluate.py", "--model", *(f"{name}={model.path}" for name, model in models.items()),
         "--data", *files, "--output", output, "--samples", size.samples, "--temperature", 1.0,
         "--max_new_tokens", 64, "--batch_size", 400, "--grader", "hash",
     )  # fmt: skip
     return {
-        name: {file.stem: unseen(output / name / file.name, file, one.trained_on) for file in files}
-        for name, one in models.items()
+        name: {file.stem: score_unseen(output / name / file.name, file, model.trained_on) for file in files}
+        for name, model in models.items()
     }
 
 
-def unseen(answers: Path, problems: Path, trained_on: Sequence[Path]) -> Asked:
-    """Grades of the problems that are in none of these files.
+def score_unseen(answers: Path, problems: Path, trained_on: Sequence[Path]) -> Score:
+    """Score the answers to the problems that are in none of the training files.
+
+    Args:
+        answers: graded answers, as scripts/evaluate.py writes them.
+        problems: the file of the problems.
+        trained_on: the training files.
 
     Raises:
-        UserError: there are none.
+        UserError: all problems are in the training files.
     """
     seen = {question for file in trained_on for question in questions(file)}
     asked = questions(problems)
     shares = [
-        fmean(one["right"] for one in record["samples"])
+        fmean(sample["right"] for sample in record["samples"])
         for record in map(json.loads, answers.read_text().splitlines())
         if asked[record["line"] - 1] not in seen
     ]
     if not shares:
-        raise UserError(f"{problems}: all of its problems were trained on; ask others")
-    return Asked(100 * fmean(shares), len(asked) - len(shares))
+        raise UserError(f"{problems}: the models were trained on all of its problems; use others")
+    return Score(100 * fmean(shares), len(asked) - len(shares))
 
 
-def halves(
+def evaluate_in_parallel(
     pool: ThreadPoolExecutor, models: dict[str, Model], files: Sequence[Path], output: Path, size: Size
-) -> dict[str, dict[str, Asked]]:
-    """`ask`, in two processes."""
+) -> dict[str, dict[str, Score]]:
+    """`evaluate` in two processes, each with half of the models."""
     names = list(models)
     parts = [{name: models[name] for name in names[part::2]} for part in range(2)]
     tasks = [
-        pool.submit(ask, one, files, Path(f"{output}-{number}"), size) for number, one in enumerate(parts)
+        pool.submit(evaluate, part, files, Path(f"{output}-{number}"), size)
+        for number, part in enumerate(parts)
     ]
-    return {name: values for task in tasks for name, values in task.result().items()}
+    return {name: scores for task in tasks for name, scores in task.result().items()}
 
 
-def claim(folder: Path, size: Size) -> None:
-    """Notes of which size the study in a folder is.
+def claim_folder(folder: Path, size: Size) -> None:
+    """Record the size of the study in its folder, so that its models are not reused for another size.
 
     Raises:
-        UserError: it is of another, and its models would be taken for those of this one.
+        UserError: the folder holds anything else than a study of this size.
     """
-    note, wanted = folder / "size.json", json.dumps(size._asdict())
-    if folder.is_dir() and any(folder.iterdir()) and not (note.is_file() and note.read_text() == wanted):
+    record, content = folder / "size.json", json.dumps(size._asdict())
+    if folder.is_dir() and any(folder.iterdir()) and not (record.is_file() and record.read_text() == content):
         raise UserError(f"{folder}: holds something else than a study of this size; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(wanted)
+    record.write_text(content)
 
 
-def study(folder: Path, size: Size) -> dict[str, Any]:
-    """Everything, from the data to the numbers."""
-    claim(folder, size)
-    data, runs = folder / "data", folder / "runs"
-    pretraining = data / "pretraining.jsonl"
-    write_data(data, size)
-    if not (folder / "untrained/config.json").is_file():
-        write_model(folder / "untrained", pretraining)
-    print("the base model", flush=True)
-    base = folder / "base"
-    train(folder / "untrained", pretraining, base, 0.0, 3e-3, 0)
+class Study:
+    """The steps of a study in one folder.
 
-    def model(run: Run) -> Model:
-        return Model(runs / run.name, (pretraining, data / tuning_file(run.data, run.seed)))
+    Args:
+        folder: where everything is written.
+        size: how much data, how many seeds, and which learning rates.
+        pool: runs two processes at a time.
+    """
 
-    def tune(run: Run) -> None:
-        held_out = data / f"{DATA[run.data].task}-three.jsonl"
-        looked_at = ("--eval_data_files", held_out, "--eval_strategy", "epoch", "--eval_on_start", True)
-        file = data / tuning_file(run.data, run.seed)
-        train(base, file, runs / run.name, ALPHAS[run.method], run.rate, run.seed + 1, *looked_at)
+    def __init__(self, folder: Path, size: Size, pool: ThreadPoolExecutor) -> None:
+        self.folder, self.size, self.pool = folder, size, pool
+        self.data, self.runs = folder / "data", folder / "runs"
+        self.base = Model(folder / "base", (self.data / "pretraining.jsonl",))
 
-    with ThreadPoolExecutor(2) as pool:
-        print("the learning rate of each method", flush=True)
+    def train_base(self) -> None:
+        """Write the data, and train the base model."""
+        pretraining = self.base.trained_on[0]
+        write_data(self.data, self.size)
+        if not (self.folder / "untrained/config.json").is_file():
+            write_model(self.folder / "untrained", pretraining)
+        train(self.folder / "untrained", pretraining, self.base.path, 0.0, 3e-3, 0)
+
+    def model_of(self, run: Run) -> Model:
+        """Return the model of a fine-tuning run."""
+        files = (*self.base.trained_on, self.data / tuning_file(run.data, run.seed))
+        return Model(self.runs / run.name, files)
+
+    def fine_tune(self, runs: Sequence[Run]) -> dict[str, Model]:
+        """Fine-tune the base model, and return the models by the names of the runs."""
+        list(self.pool.map(self._fine_tune, runs))
+        return {run.name: self.model_of(run) for run in runs}
+
+    def _fine_tune(self, run: Run) -> None:
+        held_out = self.data / f"{DATA[run.data].task}-three.jsonl"
+        evaluation = ("--eval_data_files", held_out, "--eval_strategy", "epoch", "--eval_on_start", True)
+        data = self.data / tuning_file(run.data, run.seed)
+        output, alpha = self.runs / run.name, ALPHAS[run.method]
+        train(self.base.path, data, output, alpha, run.rate, run.seed + 1, *evaluation)
+
+    def select_rates(self) -> dict[Run, float]:
+        """Return the accuracy of each method with each learning rate, on the validation problems."""
         accuracies: dict[Run, float] = {}
-        for task, kind in (("sums", "right sums"), ("differences", "differences")):
-            tried = [Run(method, kind, -1, rate) for method, rate in product(ALPHAS, size.rates[task])]
-            list(pool.map(tune, tried))
-            models = {run.name: model(run) for run in tried}
-            name = f"{task}-validation"
-            found = halves(pool, models, [data / f"{name}.jsonl"], folder / f"asked-{name}", size)
-            accuracies |= {run: found[run.name][name].right for run in tried}
-        best = best_rates(accuracies)
-        print("the comparison", flush=True)
-        compared = [
-            Run(method, kind, seed, best[method, one.task])
-            for method, (kind, one), seed in product(ALPHAS, DATA.items(), range(size.seeds))
-        ]
-        list(pool.map(tune, compared))
-        asked: dict[str, dict[str, Asked]] = {"base": {}}
+        for task, data in SELECTION_DATA.items():
+            rates = self.size.rates[task]
+            runs = [Run(method, data, SELECTION_SEED, rate) for method, rate in product(ALPHAS, rates)]
+            models, name = self.fine_tune(runs), f"{task}-validation"
+            files, output = [self.data / f"{name}.jsonl"], self.folder / f"asked-{name}"
+            scores = evaluate_in_parallel(self.pool, models, files, output, self.size)
+            accuracies |= {run: scores[run.name][name].right for run in runs}
+        return accuracies
+
+    def test(self, runs: Sequence[Run]) -> dict[str, dict[str, Score]]:
+        """Fine-tune, and return the scores of the base model ("base") and of each run by its name."""
+        self.fine_tune(runs)
+        scores: dict[str, dict[str, Score]] = {"base": {}}
         for task in TASKS:
-            kinds = [kind for kind, one in DATA.items() if one.task == task]
-            files = dict.fromkeys(file for kind in kinds for file in DATA[kind].asked)
-            models = {"base": Model(base, (pretraining,))}
-            models |= {run.name: model(run) for run in compared if run.data in kinds}
-            paths = [data / f"{file}.jsonl" for file in files]
-            found = halves(pool, models, paths, folder / f"asked-{task}", size)
-            asked["base"] |= found.pop("base")
-            asked |= found
+            names = [name for name, data in DATA.items() if data.task == task]
+            files = dict.fromkeys(file for name in names for file in DATA[name].asked)
+            models = {"base": self.base}
+            models |= {run.name: self.model_of(run) for run in runs if run.data in names}
+            paths = [self.data / f"{file}.jsonl" for file in files]
+            output = self.folder / f"asked-{task}"
+            of_task = evaluate_in_parallel(self.pool, models, paths, output, self.size)
+            scores["base"] |= of_task.pop("base")
+            scores |= of_task
+        return scores
+
+
+def run_study(folder: Path, size: Size) -> dict[str, Any]:
+    """Run all steps of a study, and return the content of study.json."""
+    claim_folder(folder, size)
+    with ThreadPoolExecutor(2) as pool:
+        study = Study(folder, size, pool)
+        print("training the base model", flush=True)
+        study.train_base()
+        print("selecting the learning rate of each method", flush=True)
+        accuracies = study.select_rates()
+        best = best_rates(accuracies)
+        print("comparing the methods", flush=True)
+        runs = [
+            Run(method, name, seed, best[method, data.task])
+            for method, (name, data), seed in product(ALPHAS, DATA.items(), range(size.seeds))
+        ]
+        scores = study.test(runs)
     return {
         "size": size._asdict(),
         "rates": [{**run._asdict(), "accuracy": value} for run, value in accuracies.items()],
-        "base": {file: one.right for file, one in asked["base"].items()},
+        "base": {file: score.right for file, score in scores["base"].items()},
         "left_out": {
-            file: max(found[file].left_out for found in asked.values() if file in found)
-            for file in asked["base"]
+            file: max(of_model[file].left_out for of_model in scores.values() if file in of_model)
+            for file in scores["base"]
         },
-        "before": {run.data: histograms(runs / run.name)[0] for run in compared},
+        "before": {run.data: histograms(study.runs / run.name)[0] for run in runs},
         "runs": [
             {
                 **run._asdict(),
-                "right": {file: one.right for file, one in asked[run.name].items()},
-                "histogram": histograms(runs / run.name)[-1],
+                "right": {file: score.right for file, score in scores[run.name].items()},
+                "histogram": histograms(study.runs / run.name)[-1],
             }
-            for run in compared
+            for run in runs
         ],
     }
 
 
 def best_rates(accuracies: Mapping[Run, float]) -> dict[tuple[str, str], float]:
-    """The learning rate with which a method was right most often, by method and task."""
+    """Return the learning rate with the highest accuracy, by method and task."""
     best: dict[tuple[str, str], Run] = {}
     for run, value in accuracies.items():
         key = run.method, DATA[run.data].task
@@ -234,9 +301,9 @@ def best_rates(accuracies: Mapping[Run, float]) -> dict[tuple[str, str], float]:
 
 
 def histograms(run: Path) -> list[list[int]]:
-    """Tokens of the held-out sums by p, before and after fine-tuning."""
+    """Return the histograms of p on held-out problems, before and after fine-tuning."""
     log = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    return [one["eval_p_histogram"] for one in log if "eval_p_histogram" in one]
+    return [record["eval_p_histogram"] for record in log if "eval_p_histogram" in record]
 
 
 def main() -> None:
@@ -244,17 +311,18 @@ def main() -> None:
     prepare()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where everything is written")
-    parser.add_argument("--quick", action="store_true", help="next to no data, to see that it works")
-    given = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="almost no data, to test the script")
+    options = parser.parse_args()
     quiet_libraries()
-    found = study(given.folder, QUICK if given.quick else FULL)
-    (given.folder / "study.json").write_text(json.dumps(found) + "\n")
-    (given.folder / "table.md").write_text(tables(found))
-    write_png(accuracy_figure(found), given.folder / "accuracy.png", {DIGEST: digest_of(found)})
-    write_png(histogram_figure(found), given.folder / "histograms.png", {DIGEST: digest_of(found)})
-    print(tables(found))
-    if given.quick:
-        print("--quick: these figures mean nothing but that every step ran")
+    results = run_study(options.folder, QUICK if options.quick else FULL)
+    (options.folder / "study.json").write_text(json.dumps(results) + "\n")
+    (options.folder / "table.md").write_text(tables(results))
+    digest = {DIGEST: digest_of(results)}
+    write_png(accuracy_figure(results), options.folder / "accuracy.png", digest)
+    write_png(histogram_figure(results), options.folder / "histograms.png", digest)
+    print(tables(results))
+    if options.quick:
+        print("--quick: these figures only show that every step ran")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What came of scripts/study/study.py, as tables and pictures."""
+"""The tables and pictures of the study."""
 
 import hashlib
 import json
@@ -17,133 +17,181 @@ from scripts.study.study_task import COLUMNS, DATA, TASKS
 
 ALPHAS = {"SFT": 0.0, "alpha 0.5": 0.5, "DFT": 1.0}
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Of Student's distribution, by seeds: 95 % within."""
+"""Quantiles of Student's distribution for 95 % intervals, by the number of seeds."""
 BINS = 20
 DIGEST = "Figures"
-"""Keyword of the digest within a picture, by which a test finds one that is older than the figures."""
+"""PNG keyword of the digest of the results, by which a test detects pictures older than study.json."""
 
 
 class Mean(NamedTuple):
-    """Over seeds; half the 95 % interval by Student's distribution."""
+    """A mean over seeds.
+
+    Attributes:
+        value: the mean.
+        half: half of its 95 % interval by Student's distribution; NaN for a single seed.
+    """
 
     value: float
     half: float
 
 
 def mean(values: Sequence[float]) -> Mean:
+    """Return the mean of one value per seed."""
     spread = stdev(values) / math.sqrt(len(values)) * T_95[len(values)] if len(values) > 1 else math.nan
     return Mean(fmean(values), spread)
 
 
-def accuracy(found: Mapping[str, Any], method: str, data: str, asked: str) -> Mean:
-    return mean([one["right"][asked] for one in runs_of(found, method, data)])
+def accuracy(results: Mapping[str, Any], method: str, data: str, asked: str) -> Mean:
+    """Return the accuracy of a method on a file of problems, in percent.
+
+    Args:
+        results: the content of study.json.
+        method: key of `ALPHAS`.
+        data: key of `DATA`, the data set to fine-tune on.
+        asked: the file of problems.
+    """
+    return mean([run["right"][asked] for run in runs_of(results, method, data)])
 
 
-def to_sft(found: Mapping[str, Any], method: str, data: str, asked: str) -> Mean:
-    """The difference to SFT, seed by seed: a seed has the same data for all methods."""
+def difference_to_sft(results: Mapping[str, Any], method: str, data: str, asked: str) -> Mean:
+    """Return the mean difference to SFT with the same seed, which means with the same data."""
     right = {
-        name: {one["seed"]: one["right"][asked] for one in runs_of(found, name, data)}
+        name: {run["seed"]: run["right"][asked] for run in runs_of(results, name, data)}
         for name in (method, "SFT")
     }
     return mean([value - right["SFT"][seed] for seed, value in right[method].items()])
 
 
-def digest_of(found: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+def digest_of(results: Mapping[str, Any]) -> str:
+    """Return the digest that the pictures of these results store."""
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
 
 
-def runs_of(found: Mapping[str, Any], method: str, data: str) -> list[Mapping[str, Any]]:
-    return [one for one in found["runs"] if (one["method"], one["data"]) == (method, data)]
+def runs_of(results: Mapping[str, Any], method: str, data: str) -> list[Mapping[str, Any]]:
+    """Return the runs of all seeds with one method and data set."""
+    return [run for run in results["runs"] if (run["method"], run["data"]) == (method, data)]
 
 
 def title(asked: str) -> str:
-    """`sums-three` as people say it."""
+    """Return the name of a file of problems as a title: `sums-three` is "sums of three"."""
     task, count = asked.split("-")
     return f"{task} of {count}"
 
 
-def tables(found: Mapping[str, Any]) -> str:
-    """The numbers as Markdown."""
-    heads = [f"{data}: {title(asked)}" for data, asked in COLUMNS]
-    lines = [f"| fine-tuned on: asked | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    base = [f"{found['base'][asked]:.1f}" for _, asked in COLUMNS]
+def tables(results: Mapping[str, Any]) -> str:
+    """Return all tables as Markdown."""
+    parts = (accuracy_table, difference_table, distribution_table, rate_table)
+    return "\n".join(line for part in parts for line in part(results))
+
+
+def header(first: str, columns: Sequence[str]) -> list[str]:
+    """Return the first two lines of a Markdown table."""
+    return [f"| {first} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+
+
+def problem_columns() -> list[str]:
+    """Return the headings of the columns, one for each data set and file of problems."""
+    return [f"{data}: {title(asked)}" for data, asked in COLUMNS]
+
+
+def accuracy_table(results: Mapping[str, Any]) -> list[str]:
+    """Return the table of accuracies."""
+    lines = header("fine-tuned on: asked", problem_columns())
+    base = [f"{results['base'][asked]:.1f}" for _, asked in COLUMNS]
     lines.append(f"| base | {' | '.join(base)} |")
     for method in ALPHAS:
-        cells = [accuracy(found, method, data, asked) for data, asked in COLUMNS]
-        lines.append(f"| {method} | {' | '.join(f'{one.value:.1f} ± {one.half:.1f}' for one in cells)} |")
-    seeds, asked = found["size"]["seeds"], found["size"]["asked"]
-    least = asked - max(found["left_out"].values())
-    lines += [
+        means = [accuracy(results, method, data, asked) for data, asked in COLUMNS]
+        lines.append(f"| {method} | {' | '.join(f'{cell.value:.1f} ± {cell.half:.1f}' for cell in means)} |")
+    seeds, asked = results["size"]["seeds"], results["size"]["asked"]
+    least = asked - max(results["left_out"].values())
+    return [
+        *lines,
         "",
         f"Percent right, mean of {seeds} seeds ± half of its 95 % interval. Of the {asked} problems those "
         f"that a model was not trained on, at least {least}.",
         "",
     ]
-    lines += [f"| to SFT | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+
+
+def difference_table(results: Mapping[str, Any]) -> list[str]:
+    """Return the table of differences to SFT."""
+    lines = header("to SFT", problem_columns())
     for method in [name for name in ALPHAS if name != "SFT"]:
-        cells = [to_sft(found, method, data, asked) for data, asked in COLUMNS]
-        lines.append(f"| {method} | {' | '.join(f'{one.value:+.1f} ± {one.half:.1f}' for one in cells)} |")
-    lines += [
+        means = [difference_to_sft(results, method, data, asked) for data, asked in COLUMNS]
+        lines.append(f"| {method} | {' | '.join(f'{cell.value:+.1f} ± {cell.half:.1f}' for cell in means)} |")
+    return [
+        *lines,
         "",
         "Points above SFT on the same data, mean of the seeds' differences ± half of its 95 % interval.",
         "",
     ]
+
+
+def distribution_table(results: Mapping[str, Any]) -> list[str]:
+    """Return the table of the shares of tokens by p, with the learning rates."""
     heads = "| fine-tuned on | | p < 0.05 | 0.05 to 0.95 | p >= 0.95 | learning rate |"
-    lines += [heads, "|---|---|---|---|---|---|"]
+    lines = [heads, "|---|---|---|---|---|---|"]
     for data in DATA:
-        for name, some in {"base": [found["before"][data]], **histograms_of(found, data)}.items():
-            total = [sum(column) for column in zip(*some, strict=True)]
-            shares = [100 * one / sum(total) for one in (total[0], sum(total[1:-1]), total[-1])]
-            rate = f"{runs_of(found, name, data)[0]['rate']:g}" if name in ALPHAS else ""
-            cells = " | ".join(f"{one:.2f} %" for one in shares)
+        for name, counts in histogram_sums(results, data).items():
+            groups = (counts[0], sum(counts[1:-1]), counts[-1])
+            cells = " | ".join(f"{100 * group / sum(counts):.2f} %" for group in groups)
+            rate = f"{runs_of(results, name, data)[0]['rate']:g}" if name in ALPHAS else ""
             lines.append(f"| {data} | {name} | {cells} | {rate} |")
-    lines += [
+    return [
+        *lines,
         "",
         "Share of the supervised tokens of held-out problems of three, by the p of the right token.",
         "",
     ]
-    lines += ["| learning rate: task | " + " | ".join(ALPHAS) + " |", "|---" * (len(ALPHAS) + 1) + "|"]
-    rates = found["size"]["rates"]
-    for task, rate in ((one, rate) for one in TASKS for rate in rates[one]):
-        cells = [
-            one["accuracy"]
-            for one in found["rates"]
-            if one["rate"] == rate and DATA[one["data"]].task == task
-        ]
-        lines.append(f"| {rate:g}: {task} | {' | '.join(f'{one:.1f}' for one in cells)} |")
-    return "\n".join([*lines, "", "Percent right on problems of three for choosing, one seed.", ""])
 
 
-def histograms_of(found: Mapping[str, Any], data: str) -> dict[str, list[list[int]]]:
-    """Of all seeds, by method."""
-    return {method: [one["histogram"] for one in runs_of(found, method, data)] for method in ALPHAS}
+def rate_table(results: Mapping[str, Any]) -> list[str]:
+    """Return the table of the accuracies by which the learning rates were selected."""
+    lines = header("learning rate: task", list(ALPHAS))
+    for task in TASKS:
+        for rate in results["size"]["rates"][task]:
+            cells = [
+                f"{trial['accuracy']:.1f}"
+                for trial in results["rates"]
+                if trial["rate"] == rate and DATA[trial["data"]].task == task
+            ]
+            lines.append(f"| {rate:g}: {task} | {' | '.join(cells)} |")
+    return [*lines, "", "Percent right on problems of three for choosing, one seed.", ""]
+
+
+def histogram_sums(results: Mapping[str, Any], data: str) -> dict[str, list[int]]:
+    """Return the histograms of p before fine-tuning ("base") and of each method, summed over seeds."""
+    sums = {"base": results["before"][data]}
+    for method in ALPHAS:
+        of_seeds = [run["histogram"] for run in runs_of(results, method, data)]
+        sums[method] = [sum(counts) for counts in zip(*of_seeds, strict=True)]
+    return sums
 
 
 COLORS = {"SFT": "#d55e00", "alpha 0.5": "#009e73", "DFT": "#0072b2", "base": "#8a8a8a"}
 
 
-def accuracy_figure(found: Mapping[str, Any]) -> Figure:
-    """Bars of the means over seeds with their intervals, each seed a dot, and the base model a line."""
+def accuracy_figure(results: Mapping[str, Any]) -> Figure:
+    """Draw the means over seeds as bars with intervals, the seeds as dots, and the base model as lines."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
-    widths = [len(one.asked) for one in DATA.values()]
-    for axes, (data, one) in zip(
-        figure.subplots(1, len(DATA), sharey=True, width_ratios=widths), DATA.items(), strict=True
-    ):
-        for number, method in enumerate(ALPHAS):
-            cells = [accuracy(found, method, data, asked) for asked in one.asked]
-            places = [place + 0.26 * (number - 1) for place in range(len(one.asked))]
-            heights, halves_ = [cell.value for cell in cells], [cell.half for cell in cells]
-            axes.bar(places, heights, 0.24, color=COLORS[method], label=method)
-            axes.errorbar(places, heights, halves_, fmt="none", ecolor="#1c1c1c", capsize=3)
-            for place, asked in zip(places, one.asked, strict=True):
-                dots = [run["right"][asked] for run in runs_of(found, method, data)]
-                axes.plot([place] * len(dots), dots, ".", color="#1c1c1c", markersize=3)
-        for place, asked in enumerate(one.asked):
-            label = "base" if place == 0 else None
-            ends = (place - 0.42, place + 0.42)
-            axes.hlines(found["base"][asked], *ends, color=COLORS["base"], linestyle="--", label=label)
-        axes.set_xticks(range(len(one.asked)), [title(asked) for asked in one.asked], fontsize=8)
-        axes.set_title(f"fine-tuned on: {data}", fontsize=10)
+    widths = [len(data.asked) for data in DATA.values()]
+    panels = figure.subplots(1, len(DATA), sharey=True, width_ratios=widths)
+    for axes, (name, data) in zip(panels, DATA.items(), strict=True):
+        for index, method in enumerate(ALPHAS):
+            means = [accuracy(results, method, name, asked) for asked in data.asked]
+            positions = [position + 0.26 * (index - 1) for position in range(len(data.asked))]
+            heights, halves = [mean.value for mean in means], [mean.half for mean in means]
+            axes.bar(positions, heights, 0.24, color=COLORS[method], label=method)
+            axes.errorbar(positions, heights, halves, fmt="none", ecolor="#1c1c1c", capsize=3)
+            for position, asked in zip(positions, data.asked, strict=True):
+                dots = [run["right"][asked] for run in runs_of(results, method, name)]
+                axes.plot([position] * len(dots), dots, ".", color="#1c1c1c", markersize=3)
+        for position, asked in enumerate(data.asked):
+            label = "base" if position == 0 else None
+            ends = (position - 0.42, position + 0.42)
+            axes.hlines(results["base"][asked], *ends, color=COLORS["base"], linestyle="--", label=label)
+        axes.set_xticks(range(len(data.asked)), [title(asked) for asked in data.asked], fontsize=8)
+        axes.set_title(f"fine-tuned on: {name}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("answers right, %")
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -151,14 +199,13 @@ def accuracy_figure(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def histogram_figure(found: Mapping[str, Any]) -> Figure:
-    """Of p before and after, as in Figure 2 of the paper."""
+def histogram_figure(results: Mapping[str, Any]) -> Figure:
+    """Draw the histograms of p before and after fine-tuning, as in Figure 2 of the paper."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     edges = [index / BINS for index in range(BINS + 1)]
     for axes, data in zip(figure.subplots(1, len(DATA), sharey=True), DATA, strict=True):
-        for name, some in {"base": [found["before"][data]], **histograms_of(found, data)}.items():
-            total = [sum(column) for column in zip(*some, strict=True)]
-            shares = [one / sum(total) for one in total]
+        for name, counts in histogram_sums(results, data).items():
+            shares = [count / sum(counts) for count in counts]
             axes.stairs(shares, edges, color=COLORS[name], label=name, linewidth=1.6)
         axes.set_yscale("log")
         axes.set_title(f"fine-tuned on: {data}", fontsize=10)

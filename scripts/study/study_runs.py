@@ -1,6 +1,7 @@
-"""Programs of scripts/study/study.py: each a process, forked from one that has imported everything.
+"""Running scripts in processes that are forked from one that has imported the libraries.
 
-Starting Python and importing take several seconds, a fine-tuning ten, and there are seventy.
+The study fine-tunes about seventy models, each in ten seconds; importing the libraries would add several
+seconds to each.
 """
 
 import multiprocessing
@@ -16,39 +17,46 @@ SETTINGS = {
     "DS_ACCELERATOR": "cpu",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""Environment of the programs."""
+"""Environment variables of the scripts."""
 FORKS = multiprocessing.get_context("forkserver")
-AHEAD = ["train_dft", "evaluate", "scripts.study.study_results", "scripts.study.study_task"]
+PRELOADED = ["train_dft", "evaluate", "scripts.study.study_results", "scripts.study.study_task"]
 
 
 def prepare() -> None:
-    """To be called before the first program; sets the environment of this process, too."""
-    mine = [str(ROOT), str(ROOT / "scripts")]  # for what is imported ahead
-    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", *mine)]
-    os.environ.update(SETTINGS, PYTHONPATH=os.pathsep.join(mine + given))
-    FORKS.set_forkserver_preload(AHEAD)
+    """Set the environment variables, also of this process. Call it before the first `run_script`."""
+    required = [str(ROOT), str(ROOT / "scripts")]  # to import the preloaded modules
+    others = [
+        path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", *required)
+    ]
+    os.environ.update(SETTINGS, PYTHONPATH=os.pathsep.join(required + others))
+    FORKS.set_forkserver_preload(PRELOADED)
 
 
-def command(program: Path, *words: object) -> None:
-    """Runs a program of this repository with these words, and waits for its end.
+def run_script(script: Path, *arguments: object) -> None:
+    """Run a script of this repository, and wait for its end.
+
+    Args:
+        script: its file.
+        arguments: its command line.
 
     Raises:
-        SystemExit: it failed; with the end of what it printed.
+        SystemExit: it failed; the message has the end of its output.
     """
-    said = [str(word) for word in words]
+    words = [str(argument) for argument in arguments]
     with tempfile.NamedTemporaryFile("r", suffix=".log", errors="replace") as log:
-        process = FORKS.Process(target=_main, args=(str(program), said, log.name))
+        process = FORKS.Process(target=_main, args=(str(script), words, log.name))
         process.start()
         process.join()
         if process.exitcode:
+            output = log.read()[-4000:]
             raise SystemExit(
-                f"{program.name} {' '.join(said)}\nended with {process.exitcode}:\n{log.read()[-4000:]}"
+                f"{script.name} {' '.join(words)}\nfailed with exit code {process.exitcode}:\n{output}"
             )
 
 
-def _main(program: str, words: list[str], log: str) -> None:
-    into = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(into, 1)
-    os.dup2(into, 2)
-    sys.argv = [program, *words]
-    runpy.run_path(program, run_name="__main__")
+def _main(script: str, words: list[str], log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = [script, *words]
+    runpy.run_path(script, run_name="__main__")

@@ -1,4 +1,4 @@
-"""The tasks of scripts/study/study.py: sums and differences worked out step by step, some of them wrong."""
+"""The tasks of the study: sums and differences that are worked out step by step, some with a wrong step."""
 
 import json
 import random
@@ -18,7 +18,13 @@ from scripts.make_example import train_tokenizer
 
 
 class Data(NamedTuple):
-    """What is fine-tuned on: a task, the share of chains with a wrong step, and what is asked afterwards."""
+    """A data set to fine-tune on.
+
+    Attributes:
+        task: "sums" or "differences".
+        wrong: share of the answers with a wrong step.
+        asked: the files of problems that the fine-tuned models are tested on.
+    """
 
     task: str
     wrong: float
@@ -33,8 +39,16 @@ DATA = {
 
 
 class Size(NamedTuple):
-    """How much of everything: conversations for the base model and, by task, to fine-tune on; problems that
-    are asked, answers to each, seeds; learning rates by task."""
+    """The size of a study. Its fields are keys of study.json.
+
+    Attributes:
+        pretraining: conversations to train the base model on.
+        tuning: conversations to fine-tune on, by task.
+        asked: problems per file of problems.
+        samples: answers to each problem.
+        seeds: number of seeds.
+        rates: learning rates to select from, by task.
+    """
 
     pretraining: int
     tuning: dict[str, int]
@@ -46,17 +60,25 @@ class Size(NamedTuple):
 
 TASKS = ("sums", "differences")
 SETS = {"three": 3, "five": 5}
-"""Numbers in the problems that are asked."""
-COLUMNS = [(data, asked) for data, one in DATA.items() for asked in one.asked]
+"""How many numbers the problems of a file have."""
+COLUMNS = [(name, asked) for name, data in DATA.items() for asked in data.asked]
+"""Pairs of a data set and a file of problems: the columns of the tables."""
 
 
-def plain(name: str) -> str:
+def file_name(name: str) -> str:
+    """Return the name of a data set without commas and spaces."""
     return name.replace(",", "").replace(" ", "_")
 
 
 def chain(numbers: Sequence[int], sign: str = "+", wrong_step: int | None = None, slip: int = 0) -> str:
-    """A sum or difference worked out from left to right. A wrong step is off by `slip`, and the rest goes on
-    from it."""
+    """Return a sum or difference worked out from left to right.
+
+    Args:
+        numbers: the numbers.
+        sign: "+" or "-".
+        wrong_step: index of a step with a wrong result, from which the next steps continue.
+        slip: what is added to the right result of that step.
+    """
     total, lines = numbers[0], []
     for step, number in enumerate(numbers[1:]):
         result = total + (number if sign == "+" else -number) + (slip if step == wrong_step else 0)
@@ -66,9 +88,15 @@ def chain(numbers: Sequence[int], sign: str = "+", wrong_step: int | None = None
 
 
 def conversation(generator: random.Random, task: str, count: int, wrong: float = 0.0) -> dict[str, Any]:
-    """A problem of so many numbers with two digits, and its chain, wrong with some probability.
+    """Return a random problem and its answer.
 
-    Of a difference the first number is larger, so that what is left stays above zero.
+    The first number of a difference is large enough to keep all results above zero.
+
+    Args:
+        generator: source of randomness.
+        task: "sums" or "differences".
+        count: how many numbers the problem has.
+        wrong: probability of an answer with a wrong step.
     """
     numbers = [generator.randint(10, 99) for _ in range(count)]
     sign = "+"
@@ -86,38 +114,40 @@ def conversation(generator: random.Random, task: str, count: int, wrong: float =
     }
 
 
-def write(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as a .jsonl file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def questions(file: Path) -> list[str]:
-    """What the user asks, line by line."""
+    """Return the question of each line of a file."""
     return [json.loads(line)["messages"][0]["content"] for line in file.read_text().splitlines()]
 
 
 def write_data(folder: Path, size: Size) -> None:
-    """All data of the study, the same each time."""
+    """Write all data of the study; the same files each time."""
     generator = random.Random("pretraining")
     rows = [conversation(generator, "sums", generator.randint(2, 5)) for _ in range(size.pretraining)]
-    write(folder / "pretraining.jsonl", rows)
+    write_rows(folder / "pretraining.jsonl", rows)
     for task in TASKS:
         for name, count in {**SETS, "validation": 3}.items():
             generator = random.Random(f"{task} {name}")
             rows = [conversation(generator, task, count) for _ in range(size.asked)]
-            write(folder / f"{task}-{name}.jsonl", rows)
+            write_rows(folder / f"{task}-{name}.jsonl", rows)
     for (name, data), seed in product(DATA.items(), range(-1, size.seeds)):
         generator = random.Random(f"tuning {name} {seed}")
         rows = [conversation(generator, data.task, 3, data.wrong) for _ in range(size.tuning[data.task])]
-        write(folder / tuning_file(name, seed), rows)
+        write_rows(folder / tuning_file(name, seed), rows)
 
 
 def tuning_file(data: str, seed: int) -> str:
-    return f"tuning-{plain(data)}-{seed}.jsonl"
+    """Return the name of the file to fine-tune on."""
+    return f"tuning-{file_name(data)}-{seed}.jsonl"
 
 
 def write_model(folder: Path, data: Path) -> None:
-    """An untrained model of 0.9 million weights, and a tokenizer of single characters, but for `##`."""
+    """Write a model with 0.9 million random weights, and a tokenizer of single characters and `##`."""
     rows = [json.loads(line)["messages"] for line in data.read_text().splitlines()[:200]]
     tokenizer = train_tokenizer(rows, vocab_size=260)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The study's task is what it says, its figures are made of what was measured, and all of it runs."""
+"""The tasks of the study, its tables and pictures, and a quick run of all steps."""
 
 import json
 import os
@@ -16,41 +16,41 @@ LINE = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
 SMALL = study.QUICK
 
 
-def worked(text: str) -> tuple[list[tuple[int, str, int, int]], int]:
-    """The steps of a chain, and its answer."""
+def parse_chain(text: str) -> tuple[list[tuple[int, str, int, int]], int]:
+    """Return the steps of an answer as (number, sign, number, result), and its final result."""
     *steps, last = text.splitlines()
-    found = [LINE.fullmatch(one).groups() for one in steps]
-    return [(int(a), sign, int(b), int(c)) for a, sign, b, c in found], int(last.removeprefix("#### "))
+    groups = [LINE.fullmatch(step).groups() for step in steps]
+    return [(int(a), sign, int(b), int(c)) for a, sign, b, c in groups], int(last.removeprefix("#### "))
 
 
-def faults(row: dict) -> int:
-    """Steps that are wrong by themselves; that the chain holds together is asserted."""
+def count_wrong_steps(row: dict) -> int:
+    """Return the number of wrong steps, after checking that each step continues from the one before."""
     question, answer = (turn["content"] for turn in row["messages"])
     sign = "-" if "-" in question else "+"
     numbers = list(map(int, question.split(sign)))
-    steps, result = worked(answer)
-    assert [one[2] for one in steps] == numbers[1:] and steps[0][0] == numbers[0] and steps[-1][3] == result
+    steps, result = parse_chain(answer)
+    assert [step[2] for step in steps] == numbers[1:] and steps[0][0] == numbers[0] and steps[-1][3] == result
     assert all(before[3] == after[0] for before, after in zip(steps, steps[1:], strict=False))
-    assert {one[1] for one in steps} == {sign}
-    right = [one + two if sign == "+" else one - two for one, _, two, _ in steps]
-    wrong = sum(one != step[3] for one, step in zip(right, steps, strict=True))
+    assert {step[1] for step in steps} == {sign}
+    right = [first + second if sign == "+" else first - second for first, _, second, _ in steps]
+    wrong = sum(result != step[3] for result, step in zip(right, steps, strict=True))
     total = sum(numbers) if sign == "+" else numbers[0] - sum(numbers[1:])
     assert (result == total) == (wrong == 0)
     return wrong
 
 
-def test_chains_are_right_and_wrong_ones_wrong_in_one_step():
+def test_wrong_answers_have_one_wrong_step():
     generator = random.Random(0)
     for task in study_task.TASKS:
         rows = [study_task.conversation(generator, task, count) for count in (2, 3, 5) for _ in range(200)]
-        assert not any(map(faults, rows))
-    wrong = [faults(study_task.conversation(generator, "sums", 3, wrong=0.3)) for _ in range(2000)]
+        assert not any(map(count_wrong_steps, rows))
+    wrong = [count_wrong_steps(study_task.conversation(generator, "sums", 3, wrong=0.3)) for _ in range(2000)]
     assert set(wrong) == {0, 1} and 0.25 < sum(wrong) / len(wrong) < 0.35
     assert study_task.chain([10, 20, 30], "+", wrong_step=0, slip=1) == "10+20=31\n31+30=61\n#### 61"
     assert study_task.chain([200, 20, 30], "-") == "200-20=180\n180-30=150\n#### 150"
 
 
-def test_data_are_the_same_each_time_and_differ_between_seeds(tmp_path):
+def test_data_is_reproducible_and_differs_between_seeds(tmp_path):
     for folder in ("one", "two"):
         study_task.write_data(tmp_path / folder, SMALL)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
@@ -60,25 +60,25 @@ def test_data_are_the_same_each_time_and_differ_between_seeds(tmp_path):
     tuning = [(tmp_path / "one" / name).read_text() for name in names]
     assert len(set(tuning)) == len(tuning)
     questions = {line.split('"content": "')[1].split('"')[0] for text in tuning for line in text.splitlines()}
-    longest = max(len(re.findall("[+-]", one)) for one in questions)
+    longest = max(len(re.findall("[+-]", question)) for question in questions)
     for task in study_task.TASKS:
         for name, count in study_task.SETS.items():
             for line in (tmp_path / "one" / f"{task}-{name}.jsonl").read_text().splitlines():
                 asked = json.loads(line)["messages"][0]["content"]
-                assert len(re.findall("[+-]", asked)) == count - 1 and not faults(json.loads(line))
-    assert longest < study_task.SETS["five"] - 1, "longer than fine-tuned on"
+                assert len(re.findall("[+-]", asked)) == count - 1 and not count_wrong_steps(json.loads(line))
+    assert longest < study_task.SETS["five"] - 1, "problems of five are longer than those fine-tuned on"
     pretraining = (tmp_path / "one/pretraining.jsonl").read_text()
-    assert re.search(r"\d-\d", pretraining) is None, "the base model has seen no difference"
+    assert re.search(r"\d-\d", pretraining) is None, "differences are new to the base model"
 
 
-def found_with(accuracies: dict[str, list[float]]) -> dict:
+def results_with(accuracies: dict[str, list[float]]) -> dict:
     histogram = [1] + [0] * 18 + [3]
     runs = [
         {
             "method": method, "data": data, "seed": seed, "rate": 1e-4, "histogram": histogram,
-            "right": {asked: value if "three" in asked else value / 2 for asked in one.asked},
+            "right": {asked: value if "three" in asked else value / 2 for asked in of_data.asked},
         }
-        for method, values in accuracies.items() for data, one in study_task.DATA.items()
+        for method, values in accuracies.items() for data, of_data in study_task.DATA.items()
         for seed, value in enumerate(values)
     ]  # fmt: skip
     asked = {asked for _, asked in study_task.COLUMNS}
@@ -96,65 +96,67 @@ def found_with(accuracies: dict[str, list[float]]) -> dict:
 
 def test_tables_and_intervals():
     """Of 60, 62, 64: mean 62, standard error 2 / sqrt(3), times 4.303. DFT less SFT: 10, 8, 9."""
-    found = found_with({"SFT": [60.0, 62.0, 64.0], "alpha 0.5": [1.0, 1.0, 1.0], "DFT": [70.0, 70.0, 73.0]})
-    mean = study_results.accuracy(found, "SFT", "right sums", "sums-three")
+    results = results_with(
+        {"SFT": [60.0, 62.0, 64.0], "alpha 0.5": [1.0, 1.0, 1.0], "DFT": [70.0, 70.0, 73.0]}
+    )
+    mean = study_results.accuracy(results, "SFT", "right sums", "sums-three")
     assert mean.value == 62 and mean.half == pytest.approx(4.303 * 2 / 3**0.5)
-    text = study_results.tables(found)
+    text = study_results.tables(results)
     assert "| SFT | 62.0 ± 5.0 | 31.0 ± 2.5 | 62.0 ± 5.0 | 31.0 ± 2.5 | 62.0 ± 5.0 |" in text
     assert "| differences | base | 10.00 % | 90.00 % | 0.00 % |  |" in text
     assert "| DFT | +9.0 ± 2.5 | +4.5 ± 1.2 | +9.0 ± 2.5 | +4.5 ± 1.2 | +9.0 ± 2.5 |" in text
     assert "Of the 4 problems those that a model was not trained on, at least 3." in text
     assert "| right sums | DFT | 25.00 % | 0.00 % | 75.00 % | 0.0001 |" in text
-    for figure in (study_results.accuracy_figure(found), study_results.histogram_figure(found)):
+    for figure in (study_results.accuracy_figure(results), study_results.histogram_figure(results)):
         assert [axes.get_title() for axes in figure.axes] == [
-            f"fine-tuned on: {one}" for one in study_task.DATA
+            f"fine-tuned on: {name}" for name in study_task.DATA
         ]
 
 
-def test_the_scale_of_the_histograms_is_plain_numbers():
-    """Figures of this program are drawn without mathematics: labels written in it would show as they are."""
-    found = found_with(dict.fromkeys(study_results.ALPHAS, [60.0, 62.0]))
-    axis = study_results.histogram_figure(found).axes[0].yaxis
+def test_histogram_tick_labels_are_plain_numbers():
+    """write_png does not parse math text, so labels in math text would appear literally."""
+    results = results_with(dict.fromkeys(study_results.ALPHAS, [60.0, 62.0]))
+    axis = study_results.histogram_figure(results).axes[0].yaxis
     axis.axes.set_ylim(1e-3, 1)
     texts = [label.get_text() for label in axis.get_ticklabels(which="both") if label.get_text()]
-    assert {"0.1 %", "1 %", "10 %", "100 %"} <= set(texts) and not any("$" in one for one in texts)
+    assert {"0.1 %", "1 %", "10 %", "100 %"} <= set(texts) and not any("$" in text for text in texts)
 
 
-def test_problems_that_were_trained_on_do_not_count(tmp_path):
+def test_problems_in_the_training_data_are_left_out(tmp_path):
     def rows(name: str, *numbers: list[int]):
         file = tmp_path / name
-        turns = [("+".join(map(str, one)), study_task.chain(one)) for one in numbers]
+        turns = [("+".join(map(str, summands)), study_task.chain(summands)) for summands in numbers]
         messages = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in turns]
-        study_task.write(file, [{"messages": one} for one in messages])
+        study_task.write_rows(file, [{"messages": turns} for turns in messages])
         return file
 
     problems = rows("problems.jsonl", [10, 20, 30], [11, 20, 30], [12, 20, 30])
     answers = tmp_path / "answers.jsonl"
     grades = {3: [True, False], 1: [True, True], 2: [False, False]}
-    study_task.write(
+    study_task.write_rows(
         answers,
-        [{"line": n, "samples": [{"right": one} for one in some]} for n, some in grades.items()],
+        [{"line": n, "samples": [{"right": grade} for grade in of_line]} for n, of_line in grades.items()],
     )
     base, tuning = rows("base.jsonl", [10, 20], [30, 20, 10]), rows("tuning.jsonl", [10, 20, 30])
-    assert study.unseen(answers, problems, (base,)) == (50.0, 0)
-    assert study.unseen(answers, problems, (base, tuning)) == (25.0, 1)
-    with pytest.raises(UserError, match=r"problems.jsonl: all of its problems were trained on"):
-        study.unseen(answers, problems, (problems,))
+    assert study.score_unseen(answers, problems, (base,)) == (50.0, 0)
+    assert study.score_unseen(answers, problems, (base, tuning)) == (25.0, 1)
+    with pytest.raises(UserError, match=r"problems.jsonl: the models were trained on all of its problems"):
+        study.score_unseen(answers, problems, (problems,))
 
 
-def test_a_folder_holds_one_study(tmp_path):
-    """Else the full one would go on from the base model of the quick one, and nobody would see it."""
+def test_a_folder_of_another_study_is_refused(tmp_path):
+    """Otherwise a full study would silently reuse the base model of a quick one."""
     folder = tmp_path / "new/study"
-    study.claim(folder, study.QUICK)
-    study.claim(folder, study.QUICK)
+    study.claim_folder(folder, study.QUICK)
+    study.claim_folder(folder, study.QUICK)
     with pytest.raises(UserError, match="something else than a study of this size; name another folder"):
-        study.claim(folder, study.FULL)
+        study.claim_folder(folder, study.FULL)
     (tmp_path / "other/base").mkdir(parents=True)
     with pytest.raises(UserError, match="other: holds something else"):
-        study.claim(tmp_path / "other", study.FULL)
+        study.claim_folder(tmp_path / "other", study.FULL)
 
 
-def test_the_best_rate_is_taken_of_each_method_and_task():
+def test_the_best_rate_is_selected_for_each_method_and_task():
     runs = {
         study.Run("SFT", "right sums", -1, 1e-4): 50.0, study.Run("SFT", "right sums", -1, 1e-3): 51.0,
         study.Run("SFT", "differences", -1, 1e-4): 9.0, study.Run("SFT", "differences", -1, 1e-3): 8.0,
@@ -162,50 +164,50 @@ def test_the_best_rate_is_taken_of_each_method_and_task():
     assert study.best_rates(runs) == {("SFT", "sums"): 1e-3, ("SFT", "differences"): 1e-4}
 
 
-def test_the_documents_hold_what_was_measured():
-    found = json.loads((ROOT / "docs/study.json").read_text())
-    assert found["size"] == json.loads(json.dumps(study.FULL._asdict()))
+def test_documents_and_pictures_match_the_results():
+    results = json.loads((ROOT / "docs/study.json").read_text())
+    assert results["size"] == json.loads(json.dumps(study.FULL._asdict()))
     text = (ROOT / "docs/study.md").read_text()
-    for part in study_results.tables(found).strip().split("\n\n"):
+    for part in study_results.tables(results).strip().split("\n\n"):
         assert part in text
     for name in ("study_accuracy.png", "study_histograms.png"):
         with Image.open(ROOT / "docs/images" / name) as picture:
-            assert picture.text[study_results.DIGEST] == study_results.digest_of(found), name
-    accuracies = study_results.tables(found).split("\n\n")[0]
+            assert picture.text[study_results.DIGEST] == study_results.digest_of(results), name
+    accuracies = study_results.tables(results).split("\n\n")[0]
     figure = re.compile(r"[\d.]+ ± [\d.]+")
     assert figure.findall(accuracies) == figure.findall(text)[: len(figure.findall(accuracies))]
-    # The README has the columns of problems as long as those trained on.
+    # The README has the columns of the problems of three.
     columns = [figure.findall(row)[0:5:2] for row in accuracies.splitlines() if "±" in row]
     for name in ("README.md", "README.zh.md"):
         assert figure.findall((ROOT / name).read_text()) == [cell for row in columns for cell in row]
 
 
 @pytest.fixture
-def programs(monkeypatch):
-    """`study_runs.prepare` sets the environment of this process."""
+def environment(monkeypatch):
+    """Restore the environment variables that `study_runs.prepare` sets."""
     for name in (*study_runs.SETTINGS, "PYTHONPATH"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     study_runs.prepare()
 
 
-def test_a_program_that_fails_ends_the_study_and_says_why(programs, tmp_path):
-    with pytest.raises(SystemExit, match=r"(?s)evaluate.py --model .*ended with 1:.*gone.jsonl"):
-        study_runs.command(
+def test_a_failed_script_ends_the_study_with_its_output(environment, tmp_path):
+    with pytest.raises(SystemExit, match=r"(?s)evaluate.py --model .*failed with exit code 1:.*gone.jsonl"):
+        study_runs.run_script(
             ROOT / "scripts/evaluate.py", "--model", tmp_path, "--data", tmp_path / "gone.jsonl",
             "--output", tmp_path / "asked",
         )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_all_of_it_runs(programs, tmp_path, monkeypatch, capsys):
+def test_a_quick_study_runs(environment, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["study.py", str(tmp_path), "--quick"])
     study.main()
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
-    found = json.loads((tmp_path / "study.json").read_text())
+    results = json.loads((tmp_path / "study.json").read_text())
     weights = [
         (tmp_path / folder / "model.safetensors").read_bytes()
         for folder in ("base", *(f"runs/{method}-right_sums-0-0.001" for method in ("SFT", "DFT")))
     ]
-    assert len(set(weights)) == 3, "fine-tuning moves the base, and alpha is given"
-    assert len(found["runs"]) == len(study_results.ALPHAS) * len(study_task.DATA) * SMALL.seeds
+    assert len(set(weights)) == 3, "fine-tuning changes the base model, and alpha has an effect"
+    assert len(results["runs"]) == len(study_results.ALPHAS) * len(study_task.DATA) * SMALL.seeds
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("accuracy.png", "histograms.png"))
