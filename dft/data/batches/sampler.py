@@ -25,7 +25,7 @@ class EpochSampler(Sampler[int]):
         size: examples in the dataset.
         multiple: examples that all ranks together consume at a time (batch size * ranks).
         seed: seed of the shuffling; None keeps the order of the dataset.
-        drop_last: drop the examples that do not fill a whole multiple instead of adding blanks.
+        drop_last: drop the examples that do not fill a full multiple instead of adding blanks.
         lengths: (size,) tokens of each example, to batch examples of similar length; None to ignore lengths.
         group: examples per optimizer step. Steps of similar lengths are formed, then shuffled.
     """
@@ -73,9 +73,9 @@ class EpochSampler(Sampler[int]):
         span = self.group * SORTED_STEPS
         stretches = [order[start : start + span] for start in range(0, self.size, span)]
         ordered = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in stretches])
-        whole = self.size - self.size % self.group
-        steps = generator.permutation(ordered[:whole].reshape(-1, self.group))
-        return np.concatenate([steps.reshape(-1), ordered[whole:]])
+        full = self.size - self.size % self.group
+        steps = generator.permutation(ordered[:full].reshape(-1, self.group))
+        return np.concatenate([steps.reshape(-1), ordered[full:]])
 
 
 class WithBlank(Dataset):

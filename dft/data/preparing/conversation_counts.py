@@ -17,7 +17,7 @@ class ConversationCounts:
         lost_supervised: supervised tokens lost to the limit, including those of dropped conversations.
         lost_endings: supervised turns whose last token was lost to the limit.
         endings: remaining supervised turns by the stop token they end with, None for no stop token.
-        unknown: unknown tokens, which stand for text outside the vocabulary.
+        unknown: unknown tokens, which represent text outside the vocabulary.
         roles: turns by role.
         turns: conversations by number of turns.
     """

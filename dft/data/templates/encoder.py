@@ -169,9 +169,9 @@ class ChatEncoder:
         ends = []
         for start, end in rendering.spans:
             first = piece_at(pieces, start).token_at(start)
-            behind = piece_at(pieces, end).token_at(end)
-            labels[first:behind] = input_ids[first:behind]
-            ends.append(behind - 1)
+            after = piece_at(pieces, end).token_at(end)
+            labels[first:after] = input_ids[first:after]
+            ends.append(after - 1)
         if rendering.stop_id is not None:
             labels[-1] = input_ids[-1]
             ends[-1] = len(ids) - 1

@@ -32,12 +32,12 @@ def check_conversation(encoder: ChatEncoder, sequences: Sequence[tuple[Rendering
 def check_sequence(encoder: ChatEncoder, rendering: Rendering, example: Example) -> None:
     """Check one sequence.
 
-    - Every span has supervised tokens of its own, which stand for its text. No other token is supervised.
+    - Every span has supervised tokens of its own, which represent its text. No other token is supervised.
     - Every span that ends with a stop token has the id of that token last. Some spans do only if all do.
     - The tokens before each span are those of the text before it alone, as at inference. For a later turn
       they may also be the ids of the earlier turns followed by the tokens of the text after these, which
       differ only if an earlier turn had to be split off (see `ChatEncoder.example`).
-    - All ids together stand for the text.
+    - All ids together represent the text.
 
     Raises:
         UserError: one of these does not hold. The message does not name the file and line.

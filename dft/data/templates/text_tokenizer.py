@@ -61,7 +61,7 @@ class TextTokenizer:
 
     @cached_property
     def unknown_ids(self) -> frozenset[int]:
-        """Ids that stand for text outside the vocabulary and cannot be decoded."""
+        """Ids that represent text outside the vocabulary and cannot be decoded."""
         model = json.loads(self.backend.to_str())["model"]
         token = model.get("unk_token")
         ids = {model.get("unk_id"), self.backend.token_to_id(token) if token else None}
@@ -144,18 +144,18 @@ class TextTokenizer:
         """
         piece = piece_at(pieces, start)
         ids, encoding, position = piece.ids, piece.encoding, piece.local_position(start)
-        behind = first_token_from(encoding, position, len(piece.text))
-        if behind == 0:
+        after = first_token_from(encoding, position, len(piece.text))
+        if after == 0:
             return position == 0
-        if _characters_of(encoding, behind - 1)[1] > position:
+        if _characters_of(encoding, after - 1)[1] > position:
             return False
-        first = behind - 1
-        while first >= 0 and behind - first < COMPARED_TOKENS and ids[first] not in self.added_ids:
+        first = after - 1
+        while first >= 0 and after - first < COMPARED_TOKENS and ids[first] not in self.added_ids:
             first -= 1
         if first >= 0 and ids[first] in self.added_ids:
             header = piece.text[_characters_of(encoding, first)[0] : position]
-            return ids[first:behind] == self._cached_ids(header)
-        return ids[:behind] == self.token_ids(piece.text[:position])
+            return ids[first:after] == self._cached_ids(header)
+        return ids[:after] == self.token_ids(piece.text[:position])
 
 
 def piece_at(pieces: list[TokenizedText], position: int) -> TokenizedText:
