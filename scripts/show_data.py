@@ -1,10 +1,10 @@
-"""What a model would be trained on: the data report, and conversations with their supervised parts marked.
+"""Print the conversations that a model would be trained on, supervised parts marked, and the data report.
 
     python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl
     python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl --count 5 --shuffle True
     python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl --lines 12 40
 
-The flags of train_dft.py that shape the data do the same here; what is prepared is in the cache for it.
+Takes all data flags of train_dft.py. The prepared data are cached, and train_dft.py uses them.
 """
 
 import sys
@@ -35,23 +35,26 @@ from dft.report.terminal.data import data_details, show_sequences
 
 @dataclass
 class ShowArguments:
-    """Whose eyes to look through, and at what."""
+    """The model, and which of the sequences to show."""
 
     _argument_group_name: ClassVar[str] = "show"
 
     model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model and its tokenizer."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with it."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     split: str = field(
-        default="train", metadata={"help": "Which conversations to show.", "choices": ["train", "eval"]}
+        default="train", metadata={"help": "Which split to show.", "choices": ["train", "eval"]}
     )
     count: int = field(default=3, metadata={"help": "How many sequences to show."})
-    shuffle: bool = field(default=False, metadata={"help": "Draw them at random; else the first ones."})
-    lines: list[int] = field(
-        default_factory=list, metadata={"help": "Show the sequences of these lines of the files instead."}
+    shuffle: bool = field(
+        default=False, metadata={"help": "Show random sequences instead of the first ones."}
     )
-    seed: int = field(default=42, metadata={"help": "Of splits, samples and --shuffle."})
+    lines: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Show the sequences of these lines of the data files instead."},
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of splits, samples and --shuffle."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "Write data_report.json (and rejected.jsonl) there."}
+        default=None, metadata={"help": "Folder for data_report.json and rejected.jsonl."}
     )
 
 
@@ -65,7 +68,7 @@ def main() -> None:
         raise UserError(f"--count {show.count}: must be greater than 0")
     check_data_arguments(data)
     if show.output_dir is not None:
-        # Before the preparation, so that a mistake costs no time.
+        # Before the data are prepared, so that a wrong path fails early.
         with convert_write_errors(Path(show.output_dir), "--output_dir"):
             Path(show.output_dir).mkdir(parents=True, exist_ok=True)
     tokenizer, notes = load_tokenizer(
@@ -85,24 +88,24 @@ def main() -> None:
     if show.split not in prepared.datasets:
         raise UserError("--split eval needs --eval_data_files or --validation_split_percentage")
     dataset = prepared.datasets[show.split].unpacked()
-    print(show_sequences(dataset, tokenizer, chosen(dataset, show), color=sys.stdout.isatty()))
+    print(show_sequences(dataset, tokenizer, select_rows(dataset, show), color=sys.stdout.isatty()))
     print()
     for line in (*(f"note        {note}" for note in notes), *data_details(prepared.report, show.output_dir)):
         print(line)
 
 
-def chosen(dataset: Sequences, show: ShowArguments) -> list[int]:
-    """Rows to show.
+def select_rows(dataset: Sequences, show: ShowArguments) -> list[int]:
+    """Return the indices of the sequences to show.
 
     Raises:
-        UserError: none of `--lines` is in the split.
+        UserError: the split has none of the lines of `--lines`.
     """
     if show.lines:
-        wanted = set(show.lines)
-        rows = [row for row in range(len(dataset)) if dataset.origins(row)[0][1] in wanted]
+        lines = set(show.lines)
+        rows = [row for row in range(len(dataset)) if dataset.origins(row)[0][1] in lines]
         if not rows:
-            shown = " ".join(map(str, show.lines))
-            raise UserError(f"--lines {shown}: none of them is among the {show.split} conversations")
+            words = " ".join(map(str, show.lines))
+            raise UserError(f"--lines {words}: none of them is among the {show.split} conversations")
         return rows
     rows = np.arange(len(dataset))
     if show.shuffle:

@@ -1,4 +1,4 @@
-"""What scripts/show_data.py prints of a few conversations."""
+"""The output of scripts/show_data.py for a few conversations."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ def show(folder: Path, model: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
 
 
-def test_conversations_and_the_report_are_shown(tokenizer_folder, tmp_path):
+def test_conversations_and_the_data_report_are_printed(tokenizer_folder, tmp_path):
     turns = [{"role": "user", "content": "q\tx"}, {"role": "assistant", "content": "one\ntwo"}]
     lines = [json.dumps({"messages": turns}), "{", json.dumps({"prompt": "r", "completion": "no"})]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -48,11 +48,11 @@ def test_conversations_and_the_report_are_shown(tokenizer_folder, tmp_path):
     assert json.loads((output / "rejected.jsonl").read_text())["text"] == "{"
 
 
-def test_an_output_folder_that_is_a_file_is_one_error_before_any_work(tokenizer_folder, tmp_path):
+def test_output_folder_that_is_a_file_is_an_error_before_the_data_are_prepared(tokenizer_folder, tmp_path):
     (tmp_path / "a.jsonl").write_text("{")
-    for given in ("a.jsonl", "a.jsonl/below"):
-        refused = show(tmp_path, tokenizer_folder, "--output_dir", given)
+    for path in ("a.jsonl", "a.jsonl/below"):
+        refused = show(tmp_path, tokenizer_folder, "--output_dir", path)
         assert refused.returncode == 2
-        told = f"error: --output_dir {given}: is not a folder; remove it or name another"
-        assert refused.stderr.splitlines()[-1] == told and "Traceback" not in refused.stderr
+        message = f"error: --output_dir {path}: is not a folder; remove it or name another"
+        assert refused.stderr.splitlines()[-1] == message and "Traceback" not in refused.stderr
     assert not (tmp_path / "cache").exists()
