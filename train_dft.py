@@ -17,10 +17,10 @@ from typing import Any, NoReturn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from dft.arguments.batch_search import check_agreed
-from dft.arguments.conflicts import check, check_batches
+from dft.arguments.batch_search import check_same_batch
+from dft.arguments.conflicts import check_arguments, check_batches, find_notes
 from dft.arguments.data import prepare_options, template_date, template_variables
-from dft.arguments.objective import objective_of, schedule_of
+from dft.arguments.objective import resolve_objective, resolve_schedule
 from dft.arguments.parser import Arguments, parse_arguments
 from dft.console import say
 from dft.data.preparing.prepare import PreparedData, prepare
@@ -69,8 +69,9 @@ def main() -> None:
     stop.listen()
     tag_warnings()
     arguments = parse_arguments()
-    check(arguments)
+    check_arguments(arguments)
     check_output(arguments)
+    arguments.notes.extend(find_notes(arguments))
     if not arguments.data.prepare_only:
         check_optimizer(arguments.training)
         resolve_attention(arguments)  # fails before an hour of tokenizing, not after
@@ -113,10 +114,10 @@ def main() -> None:
     note = add_stop_tokens(model, tokenizer, data.report["end_of_turn_tokens"])
     arguments.notes.extend([note] if note else [])
     with telling_what_did_not_fit("the model's weights do not fit", SHARD):
-        base = load_base_model(arguments, tokenizer) if objective_of(arguments.dft).kl_weight else None
+        base = load_base_model(arguments, tokenizer) if resolve_objective(arguments.dft).kl_weight else None
         record: dict[str, Any] = {}  # filled below: it describes the arguments as the trainer resolves them
         trainer = make_trainer(arguments, model, data, tokenizer, base, run_options(arguments, stop, record))
-    check_agreed(arguments.training)
+    check_same_batch(arguments.training)
     if arguments.watch.preflight:
         preflight(arguments, trainer, tokenizer)
         exit_rank()
@@ -189,7 +190,7 @@ def run_options(arguments: Arguments, stop: StopRequest, record: dict[str, Any])
     """Return the options of the run. `record` is that of the model card, see `dft.report.record`."""
     return RunOptions(
         stop=stop,
-        requested_batch=arguments.training.asked_batch,
+        requested_batch=arguments.training.requested_batch,
         card=partial(written_card, record) if is_main_process() else None,
         verify_save=arguments.watch.verify_save,
         trust_remote_code=arguments.model.trust_remote_code,
@@ -216,8 +217,8 @@ def make_trainer(
         return DFTTrainer(
             model,
             arguments.training,
-            objective=objective_of(arguments.dft),
-            alpha_schedule=schedule_of(arguments.dft),
+            objective=resolve_objective(arguments.dft),
+            alpha_schedule=resolve_schedule(arguments.dft),
             end_of_turn_weight=arguments.dft.end_of_turn_weight,
             base_model=base,
             fused_head=arguments.dft.fused_head,
@@ -262,7 +263,7 @@ def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
         wanted.data_files,
         wanted.eval_data_files,
         encoder,
-        prepare_options(wanted, training.seed if training.data_seed is None else training.data_seed),
+        prepare_options(wanted, arguments.data_seed),
         cache_dir=Path(wanted.data_cache_dir).expanduser(),
         workers=wanted.preprocessing_num_workers,
     )

@@ -29,7 +29,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, GENERATION_CONFIG_NAME
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dft.arguments.lora import PEFT, require
+from dft.arguments.lora import PEFT_VERSION, check_installed
 from dft.arguments.model import DTYPES
 from dft.data.templates.tokenizer import UNLOADABLE
 from dft.errors import UserError, report_user_errors
@@ -71,7 +71,7 @@ def merge(adapters: Path, output: Path, base: str | None, dtype: str, trust_remo
         UserError: a folder without adapters, an output that exists, a base model other than the one the
             adapters were trained on, or a merged model that fails its verification.
     """
-    require("peft", "merge_lora.py", PEFT)
+    check_installed("peft", "merge_lora.py", PEFT_VERSION)
     with staging_folder(output) as staging:
         tensors = load_adapter_tensors(adapters)
         with convert_load_errors(adapters, f"is {ADAPTER_CONFIG_NAME} damaged? Use another checkpoint"):

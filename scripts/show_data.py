@@ -24,6 +24,7 @@ from dft.arguments.data import (
     template_date,
     template_variables,
 )
+from dft.bounds import check_bounds
 from dft.data.batches.dataset import Sequences
 from dft.data.preparing.prepare import prepare
 from dft.data.templates.encoder import ChatEncoder
@@ -66,6 +67,7 @@ def main() -> None:
         raise UserError(f"unknown argument {unknown[0]} (show_data.py --help lists every flag)")
     if show.count < 1:
         raise UserError(f"--count {show.count}: must be greater than 0")
+    check_bounds(data)
     check_data_arguments(data)
     if show.output_dir is not None:
         # Before the data are prepared, so that a wrong path fails early.

@@ -1,6 +1,7 @@
-"""DeepSpeed's configuration file, read strictly, and its parts asked whether they accept what it says.
+"""Read and validate DeepSpeed configuration files.
 
-DeepSpeed itself looks at most of it only when the engine is made, after the data and the model.
+DeepSpeed itself validates most of a configuration only when it creates the engine, after the data is prepared
+and the model is loaded.
 """
 
 import inspect
@@ -19,28 +20,36 @@ SECTIONS = (
     "zero_optimization", "bf16", "fp16", "optimizer", "optimizer.params", "scheduler", "scheduler.params",
     "tensor_parallel", "activation_checkpointing", "data_types",
 )  # fmt: skip
-"""Of a DeepSpeed configuration, those that transformers and accelerate look into without asking."""
+"""Sections that transformers and accelerate read without checking their type."""
 
 
 def zero_stage(config: str) -> int:
-    """Of a DeepSpeed configuration, a file or JSON.
+    """Return the ZeRO stage of a DeepSpeed configuration.
+
+    Args:
+        config: the path of a file, or JSON.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the configuration cannot be read.
     """
     return read_deepspeed(config).get("zero_optimization", {}).get("stage", 0)
 
 
 def read_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed configuration: a file, JSON, or what is read already.
+    """Read a DeepSpeed configuration.
+
+    Args:
+        config: the path of a file, JSON, or a configuration that is already parsed.
 
     Raises:
-        UserError: it is no file, no JSON object, or a section of it is none.
+        UserError: there is no such file, it is not a JSON object, or a section of it is not an object.
     """
     if isinstance(config, dict):
         return config
     if not (config.startswith("{") or Path(config).is_file()):
-        raise UserError(f"--deepspeed {config}: no such file; the ones that come along are in ds_config/")
+        raise UserError(
+            f"--deepspeed {config}: no such file; configurations for ZeRO-1, 2 and 3 are in ds_config/"
+        )
     try:
         text = config if config.startswith("{") else Path(config).read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=refuse_repeated_keys)
@@ -59,9 +68,14 @@ def read_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def check_parts(content: dict[str, Any], told: str) -> None:
-    """Raises `UserError`, whose message begins with `told`, for what DeepSpeed would refuse later."""
-    # slow to import, and only needed here
+def check_parts(content: dict[str, Any], flag: str) -> None:
+    """Raise `UserError` for settings that DeepSpeed would reject later.
+
+    Args:
+        content: the configuration.
+        flag: the flag and its value, with which messages begin.
+    """
+    # DeepSpeed is slow to import and is needed only here.
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
     from deepspeed.runtime import config, lr_schedules
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -70,7 +84,7 @@ def check_parts(content: dict[str, Any], told: str) -> None:
     try:
         config._reject_removed_config_keys(content)
     except config.DeepSpeedConfigError as error:
-        raise UserError(f"{told}: {error}") from None
+        raise UserError(f"{flag}: {error}") from None
     sections = {
         "zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config
     }  # fmt: skip
@@ -80,43 +94,46 @@ def check_parts(content: dict[str, Any], told: str) -> None:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join([name, *map(str, first["loc"])])
-            raise UserError(f"{told}: {where}: {first['msg']}, got {first['input']!r}") from None
+            raise UserError(f"{flag}: {where}: {first['msg']}, got {first['input']!r}") from None
     kind, params = _part(content, "optimizer")
     if kind is not None and kind.lower() in (config.ADAM_OPTIMIZER, config.ADAMW_OPTIMIZER):
-        own = {config.TORCH_ADAM_PARAM, config.ADAM_W_MODE}
-        _check_names(told, "optimizer", params, own, FusedAdam, DeepSpeedCPUAdam, torch.optim.AdamW)
+        extra = {config.TORCH_ADAM_PARAM, config.ADAM_W_MODE}
+        _check_names(flag, "optimizer", params, extra, FusedAdam, DeepSpeedCPUAdam, torch.optim.AdamW)
     elif kind is not None and kind.lower() not in config.DEEPSPEED_OPTIMIZERS:
         if kind not in vars(torch.optim):
-            raise UserError(f"{told}: DeepSpeed has no optimizer {kind!r}")
-        _check_names(told, "optimizer", params, set(), vars(torch.optim)[kind])
+            raise UserError(f"{flag}: DeepSpeed has no optimizer {kind!r}")
+        _check_names(flag, "optimizer", params, set(), vars(torch.optim)[kind])
     kind, params = _part(content, "scheduler")
     if kind is not None:
-        known = vars(torch.optim.lr_scheduler) | vars(lr_schedules)
-        if kind not in known:
-            raise UserError(f"{told}: DeepSpeed has no scheduler {kind!r}")
-        _check_names(told, "scheduler", params, set(), known[kind])
+        schedulers = vars(torch.optim.lr_scheduler) | vars(lr_schedules)
+        if kind not in schedulers:
+            raise UserError(f"{flag}: DeepSpeed has no scheduler {kind!r}")
+        _check_names(flag, "scheduler", params, set(), schedulers[kind])
 
 
 def _part(content: dict[str, Any], name: str) -> tuple[str | None, dict[str, Any]]:
-    """Type and parameters of the optimizer or the scheduler."""
+    """Return the type and the parameters of the optimizer or the scheduler."""
     section = content.get(name, {})
     kind = section.get("type")
     return None if kind is None else str(kind), section.get("params", {})
 
 
-def _check_names(told: str, part: str, params: dict[str, Any], own: set[str], *kinds: type) -> None:
-    known = own.union(*(inspect.signature(kind).parameters for kind in kinds))
+def _check_names(flag: str, part: str, params: dict[str, Any], extra: set[str], *kinds: type) -> None:
+    """Raise `UserError` for a parameter that is neither in `extra` nor in a signature of the classes."""
+    names = extra.union(*(inspect.signature(kind).parameters for kind in kinds))
     for name in params:
-        if name not in known:
-            raise UserError(f"{told}: {part}.params has no {name!r}; it has {', '.join(sorted(known))}")
+        if name not in names:
+            raise UserError(
+                f"{flag}: {part}.params has no {name!r}; expected one of {', '.join(sorted(names))}"
+            )
 
 
 def zero_of(training: transformers.TrainingArguments) -> tuple[int, bool, bool]:
-    """Stage of ZeRO (0 without DeepSpeed), whether the optimizer and whether the weights are offloaded."""
+    """Return the ZeRO stage (0: no DeepSpeed), and whether optimizer and weights are offloaded."""
     if not training.deepspeed:
         return 0, False, False
     get = training.hf_deepspeed_config.get_value
-    away = [
-        get(f"zero_optimization.offload_{what}.device", "none") != "none" for what in ("optimizer", "param")
+    offloaded = [
+        get(f"zero_optimization.offload_{part}.device", "none") != "none" for part in ("optimizer", "param")
     ]
-    return get("zero_optimization.stage", 0), *away
+    return get("zero_optimization.stage", 0), *offloaded

@@ -1,4 +1,4 @@
-"""Arguments and settings of a model under which the loss would not be what it says."""
+"""Checks for arguments and model settings that would change the meaning of the loss."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,40 +8,40 @@ from transformers import PretrainedConfig
 
 from dft.data.batches.collator import FlatCollator, PackedCollator
 
-OF_THE_LOSS = ("fused_linear_cross_entropy", "cross_entropy")
-"""Kernels of Liger that replace a model's loss; the second one replaces torch's own function, too."""
-COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
-"""Names that configurations have for what the auxiliary loss of the router is multiplied by."""
+LOSS_KERNELS = ("fused_linear_cross_entropy", "cross_entropy")
+"""Liger kernels that replace the loss of the model; the second also replaces the function of torch."""
+ROUTER_COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+"""Names of the coefficient of the router's auxiliary loss in model configurations."""
 
 
-def check_arguments(args: transformers.TrainingArguments) -> None:
-    """Raises ValueError for arguments under which the loss would not be what it says."""
+def check_loss_settings(args: transformers.TrainingArguments) -> None:
+    """Raise ValueError for arguments that would change the meaning of the loss."""
     if args.label_smoothing_factor:
         raise ValueError(
-            f"--label_smoothing_factor {args.label_smoothing_factor:g}: DFT weights the probability of the "
-            "one right token, which label smoothing has not; leave it at 0"
+            f"--label_smoothing_factor {args.label_smoothing_factor:g}: DFT weights a token by the "
+            "probability of its single target, which label smoothing replaces by a distribution; set it to 0"
         )
     if not args.average_tokens_across_devices:
         raise ValueError(
-            "--average_tokens_across_devices False would divide each rank's loss by its own token count; the "
-            "DFT loss is divided by the tokens of the whole step"
+            "--average_tokens_across_devices False would divide the loss of each rank by its own number of "
+            "tokens; the DFT loss is divided by the tokens of the whole optimizer step; leave it at True"
         )
     batching = args.accelerator_config
     if batching.split_batches or batching.dispatch_batches or not batching.even_batches:
         raise ValueError(
-            "--accelerator_config: split_batches, dispatch_batches and even_batches deal out other batches "
-            "than those whose tokens are counted; leave them at their defaults"
+            "--accelerator_config: split_batches, dispatch_batches and even_batches change which rank gets "
+            "which rows after the tokens are counted; leave them at their defaults"
         )
     parallel = args.parallelism_config
     if parallel is not None and max(parallel.cp_size, parallel.sp_size, parallel.tp_size) > 1:
         raise ValueError(
-            "--parallelism_config: context, sequence and tensor parallelism cut up sequences or weights "
-            "under the loss, which is not supported; leave it out"
+            "--parallelism_config: context, sequence and tensor parallelism of accelerate are not supported; "
+            "leave it out (for long sequences use --sequence_parallel_size)"
         )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process; start one process per GPU (deepspeed "
-            "train_dft.py ... or torchrun), or set CUDA_VISIBLE_DEVICES to one of them"
+            "train_dft.py ... or torchrun), or set CUDA_VISIBLE_DEVICES to one GPU"
         )
     if args.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
         raise ValueError(
@@ -51,45 +51,45 @@ def check_arguments(args: transformers.TrainingArguments) -> None:
 
 
 def check_cache(args: transformers.TrainingArguments, data_collator: Any) -> None:
-    """Raises ValueError where the cache of keys and values would undo the separation of sequences."""
+    """Raise ValueError if the key-value cache would let packed sequences attend to one another."""
     if args.use_cache and isinstance(data_collator, PackedCollator | FlatCollator):
         raise ValueError(
-            "--use_cache True: with a cache, transformers takes several conversations in a row for one; it "
-            "is of no use in training, leave it out"
+            "--use_cache True: with a cache, transformers treats the packed conversations of a row as one; "
+            "leave it out, training does not need a cache"
         )
 
 
 def layer_kernels(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`liger_kernel_config` without the kernels that would bring a loss of their own.
+    """Return `liger_kernel_config` with the kernels that replace the loss switched off.
 
     Raises:
-        ValueError: one of these is asked for.
+        ValueError: one of them is switched on.
     """
-    given = config or {}
-    for name in OF_THE_LOSS:
-        if given.get(name):
+    kernels = config or {}
+    for name in LOSS_KERNELS:
+        if kernels.get(name):
             raise ValueError(
-                f"--liger_kernel_config: {name!r} is a loss of Liger's own, where this trainer computes the "
-                "DFT loss; leave it out, the kernels of the layers are used all the same"
+                f"--liger_kernel_config: {name!r} replaces the loss of the model, but this trainer computes "
+                "the DFT loss; leave it out, the kernels of the layers are used anyway"
             )
-    return {**given, **dict.fromkeys(OF_THE_LOSS, False)}
+    return {**kernels, **dict.fromkeys(LOSS_KERNELS, False)}
 
 
 def router_coefficient(config: PretrainedConfig) -> float | None:
-    """What a mixture of experts multiplies its auxiliary loss by; None where it computes none.
+    """Return the coefficient of the router's auxiliary loss, or None if the model computes no such loss.
 
     Raises:
-        ValueError: it computes one, and the configuration does not say what it counts.
+        ValueError: the model computes an auxiliary loss, but its configuration has no coefficient.
     """
-    given = config.to_dict()
-    if not given.get("output_router_logits"):
+    values = config.to_dict()
+    if not values.get("output_router_logits"):
         return None
-    given |= given.get("ffn_config") or {}  # where DBRX keeps it
-    for name in COEFFICIENTS:
-        if given.get(name) is not None:
-            return given[name]
+    values |= values.get("ffn_config") or {}  # the section of DBRX
+    for name in ROUTER_COEFFICIENTS:
+        if values.get(name) is not None:
+            return values[name]
     raise ValueError(
-        "'output_router_logits' in the model's config.json asks for the auxiliary loss of a mixture of "
-        f"experts, and none of {', '.join(COEFFICIENTS)} says what to multiply it by; add "
-        "'router_aux_loss_coef', or set the former to false"
+        "'output_router_logits' in the model's config.json enables the auxiliary loss of a mixture of "
+        f"experts, but none of {', '.join(ROUTER_COEFFICIENTS)} is set; add 'router_aux_loss_coef', or set "
+        "'output_router_logits' to false"
     )

@@ -8,31 +8,36 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class ModelArguments:
-    """Which model, and how it is held in memory."""
+    """Flags of the model."""
 
     _argument_group_name: ClassVar[str] = "model"
 
-    model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model and its tokenizer."})
+    model_name_or_path: str = field(
+        metadata={"help": "Folder or hub name of the model and its tokenizer."},
+    )
     torch_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Dtype of the weights: float32, bfloat16, float16, or auto (as in the checkpoint). "
-            "Default: under DeepSpeed the dtype it computes in (it keeps float32 master weights), else "
-            "float32.",
+            "help": "Dtype of the weights: float32, bfloat16, float16, or auto (as saved). Default: "
+            "float32, or with --deepspeed the compute dtype, because DeepSpeed keeps float32 master "
+            "weights.",
             "choices": [*DTYPES, "auto"],
         },
     )
     attn_implementation: str = field(
         default="auto",
         metadata={
-            "help": "auto (flash_attention_2 where it can be imported on CUDA, else sdpa), "
-            "flash_attention_2, sdpa, eager, or any name transformers knows."
+            "help": "Attention implementation of transformers: flash_attention_2, sdpa, eager, ..., or auto, "
+            "which uses flash_attention_2 on CUDA if it is installed and sdpa otherwise."
         },
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with the model or its tokenizer."}
+        default=False,
+        metadata={"help": "Run Python code that is part of the model or tokenizer repository."},
     )
     enable_gradient_checkpointing: bool = field(
         default=False,
-        metadata={"help": "Recompute activations in the backward pass: slower, far less memory."},
+        metadata={
+            "help": "Recompute activations in the backward pass, which is slower and needs far less memory."
+        },
     )

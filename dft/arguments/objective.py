@@ -1,101 +1,158 @@
-"""How tokens weigh, from the flags: the objective, the schedule of alpha, the floor under ends of turns."""
+"""Command-line flags of the objective: the weights of tokens and how the loss is computed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from dft.errors import UserError
-from dft.loss.objectives import OBJECTIVES, Objective, make_objective, parameters_of
-from dft.loss.schedule import KINDS, AlphaSchedule
+from dft.loss.objectives import OBJECTIVES, Dft, Objective, Sft, make_objective, parameters_of
+from dft.loss.schedule import CONSTANT, KINDS, AlphaSchedule, check_schedule
+
+WEIGHTS = ", ".join(f"{name}: {objective().formula()}" for name, objective in OBJECTIVES.items())
+PARAMETERS = ", ".join(
+    f"{parameter} of {name}"
+    for name in OBJECTIVES
+    for parameter in parameters_of(name)
+    if parameter != "alpha"
+)
 
 
 @dataclass
 class DFTArguments:
-    """The method."""
+    """Flags of the objective."""
 
     _argument_group_name: ClassVar[str] = "DFT"
 
     dft_alpha: float = field(
-        default=1.0,
+        default=Dft.alpha,
         metadata={
-            "help": "Weight of a token: alpha * p + (1 - alpha). 1 is the paper's DFT, 0 is plain SFT."
+            "help": "Strength of the weighting: the weight of a token is alpha * p + (1 - alpha). 1 is DFT "
+            "as in the paper, 0 is SFT."
         },
     )
     objective: str = field(
-        default="dft",
+        default=Dft.name,
         metadata={
-            "help": "What a token weighs: dft, sft, power (p^k), threshold (1 where p >= q), eaft (entropy), "
-            "asft (dft, held near the base model), chord (p (1 - p)).",
+            "help": f"Weight of a token. {WEIGHTS}.".replace("%", "%%"),
             "choices": list(OBJECTIVES),
         },
     )
     objective_args: str | None = field(
         default=None,
-        metadata={
-            "help": "Parameters of the objective, as k=0.5: k of power, q of threshold, kl_weight of asft."
-        },
+        metadata={"help": f"Parameters of the objective as NAME=NUMBER, separated by commas: {PARAMETERS}."},
     )
     dft_alpha_schedule: str = field(
-        default="constant",
+        default=CONSTANT.kind,
         metadata={
-            "help": "How alpha comes to its value: constant, or rising from 0 (SFT) as linear or cosine.",
+            "help": "Schedule of alpha: constant, or a linear or cosine increase from 0 (SFT) to "
+            "--dft_alpha.",
             "choices": list(KINDS),
         },
     )
     dft_alpha_schedule_share: float = field(
-        default=0.5, metadata={"help": "Share of the steps over which alpha rises."}
+        default=CONSTANT.share,
+        metadata={"help": "Fraction of the optimizer steps over which alpha increases."},
     )
     end_of_turn_weight: float = field(
         default=0.0,
-        metadata={"help": "The least that tokens which end a turn weigh, so that stopping is learned."},
+        metadata={
+            "help": "Minimum weight of end-of-turn tokens, in [0, 1]. Prevents that a model which gives "
+            "them a probability near 0 never learns to stop."
+        },
     )
     fused_head: str = field(
         default="auto",
         metadata={
-            "help": "Compute loss and gradient without ever holding the logits: on, off, or auto, which does "
-            "wherever the result is that of the model's own logits.",
+            "help": "Compute the loss and its gradient without storing the logits: on, off, or auto, which "
+            "does so if the result equals that of the logits of the model.",
             "choices": ["auto", "on", "off"],
         },
     )
-    use_simple_dft: bool = field(
-        default=True, metadata={"help": "False trains by plain SFT: alpha becomes 0."}
-    )
+    use_simple_dft: bool = field(default=True, metadata={"help": "False trains with SFT: alpha is set to 0."})
 
 
-def objective_of(dft: DFTArguments) -> Objective:
-    """The objective of a run.
+@contextmanager
+def convert_value_errors(flag: str) -> Iterator[None]:
+    """Raise a `ValueError` of the loss as a `UserError` that names the flag."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
+def resolve_alpha(dft: DFTArguments) -> float:
+    """Return the alpha of a run: 0 with `--use_simple_dft False`, else `--dft_alpha`."""
+    return dft.dft_alpha if dft.use_simple_dft or dft.objective != Dft.name else 0.0
+
+
+def resolve_objective(dft: DFTArguments) -> Objective:
+    """Return the objective of a run.
 
     Raises:
-        UserError: a parameter that it has not, or that is no number or out of range.
+        UserError: a parameter is unknown, not a number or out of range.
     """
-    parameters = read_parameters(dft)
     if "alpha" in parameters_of(dft.objective):
-        parameters.setdefault("alpha", dft.dft_alpha)
-    try:
-        return make_objective(dft.objective, parameters)
-    except ValueError as error:
-        flags = "--objective_args and --dft_alpha" if "alpha" in parameters else "--objective_args"
-        raise UserError(f"--objective {dft.objective}: {error}; see {flags}") from None
+        with convert_value_errors(f"--dft_alpha {dft.dft_alpha:g}"):
+            alpha = {"alpha": make_objective(Dft.name, {"alpha": dft.dft_alpha}).alpha}
+    else:
+        alpha = {}
+    flag = f"--objective {dft.objective}"
+    if dft.objective_args:
+        flag += f" --objective_args {dft.objective_args}"
+    with convert_value_errors(flag):
+        return make_objective(dft.objective, {**alpha, **_parse_parameters(dft.objective_args or "")})
 
 
-def read_parameters(dft: DFTArguments) -> dict[str, float]:
-    """`k=0.5,q=0.1` as numbers by name."""
-    given = dft.objective_args or ""
+def _parse_parameters(text: str) -> dict[str, float]:
+    """Parse `k=0.5,q=0.1`."""
     parameters: dict[str, float] = {}
-    for part in filter(None, (word.strip() for word in given.split(","))):
-        name, equals, value = (word.strip() for word in part.partition("="))
+    for part in filter(None, (word.strip() for word in text.split(","))):
+        name, _, number = (word.strip() for word in part.partition("="))
         if name in parameters:
-            raise UserError(f"--objective_args {given}: {name} is given twice")
-        try:
-            parameters[name] = float(value)
-        except ValueError:
-            raise UserError(
-                f"--objective_args {given}: expected NAME=NUMBER, separated by commas, got {part!r}"
-            ) from None
+            raise ValueError(f"{name} is given twice")
         if name == "alpha":
-            raise UserError(f"--objective_args {given}: alpha is --dft_alpha {value}")
+            raise ValueError(f"alpha is set with --dft_alpha {number}")
+        try:
+            parameters[name] = float(number)
+        except ValueError:
+            raise ValueError(f"expected NAME=NUMBER, separated by commas, got {part!r}") from None
     return parameters
 
 
-def schedule_of(dft: DFTArguments) -> AlphaSchedule:
-    """The schedule of alpha of a run."""
-    return AlphaSchedule(dft.dft_alpha_schedule, dft.dft_alpha_schedule_share)
+def resolve_schedule(dft: DFTArguments) -> AlphaSchedule:
+    """Return the schedule of alpha of a run. Raise `UserError` if its share is out of range."""
+    with convert_value_errors(f"--dft_alpha_schedule_share {dft.dft_alpha_schedule_share:g}"):
+        return AlphaSchedule(dft.dft_alpha_schedule, dft.dft_alpha_schedule_share)
+
+
+def minimum_weight(objective: Objective) -> float:
+    """Return a lower bound of the weights of an objective."""
+    return objective.affine[1] if objective.affine is not None else 0.0
+
+
+def check_objective(dft: DFTArguments) -> None:
+    """Raise `UserError` for flags of the objective that contradict one another."""
+    if not dft.use_simple_dft and dft.objective not in (Dft.name, Sft.name):
+        raise UserError(
+            f"--use_simple_dft False is SFT, which contradicts --objective {dft.objective}; remove one of "
+            "them"
+        )
+    objective, schedule = resolve_objective(dft), resolve_schedule(dft)
+    without_alpha = f"the objective {dft.objective} has no alpha; remove it, or use --objective {Dft.name}"
+    if not isinstance(objective, Dft) and dft.dft_alpha != Dft.alpha:
+        raise UserError(f"--dft_alpha {dft.dft_alpha:g}: {without_alpha}")
+    if schedule.kind == CONSTANT.kind and schedule.share != CONSTANT.share:
+        raise UserError(
+            f"--dft_alpha_schedule_share {schedule.share:g}: alpha is constant; add --dft_alpha_schedule "
+            "linear or cosine, or remove this flag"
+        )
+    if schedule.kind != CONSTANT.kind and not isinstance(objective, Dft):
+        raise UserError(f"--dft_alpha_schedule {schedule.kind}: {without_alpha}")
+    if schedule.kind != CONSTANT.kind and objective.alpha == 0:
+        raise UserError(
+            f"--dft_alpha_schedule {schedule.kind}: alpha increases from 0 to --dft_alpha, which is 0; set "
+            "--dft_alpha to the final value"
+        )
+    with convert_value_errors(f"--end_of_turn_weight {dft.end_of_turn_weight:g}"):
+        check_schedule(objective, schedule, dft.end_of_turn_weight)

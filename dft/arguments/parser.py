@@ -1,4 +1,4 @@
-"""Command line -> six dataclasses."""
+"""Parse the command line into one dataclass per topic."""
 
 import argparse
 import dataclasses
@@ -14,23 +14,26 @@ from dft.arguments.data import DataArguments
 from dft.arguments.deepspeed_file import zero_stage
 from dft.arguments.lora import LoraArguments
 from dft.arguments.model import ModelArguments
-from dft.arguments.objective import DFTArguments
+from dft.arguments.objective import DFTArguments, resolve_alpha
 from dft.arguments.training import TrainingArguments
 from dft.arguments.watch import WatchArguments
+from dft.bounds import check_bounds
 from dft.errors import UserError
 
-SECRET_FLAGS = [f"--{one}" for name in SECRETS for one in (name, name.replace("_", "-"))]
-OF_THE_DEVICE = {"deepspeed": None, "tf32": None, "fsdp": None, "bf16": False, "fp16": False}
-"""Flags on which no data depends and which a machine without a GPU may refuse, as --prepare_only has them."""
+GROUPS = (ModelArguments, DataArguments, DFTArguments, LoraArguments, WatchArguments, TrainingArguments)
+"""The dataclasses of flags, in the order of --help."""
+SECRET_FLAGS = [f"--{flag}" for name in SECRETS for flag in (name, name.replace("_", "-"))]
+DEVICE_DEFAULTS = {"deepspeed": None, "tf32": None, "fsdp": None, "bf16": False, "fp16": False}
+"""Defaults of the flags that a machine without a GPU may reject and that do not affect the data."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """All of a run's arguments.
+    """All arguments of a run.
 
     Attributes:
-        given: what was asked for, before anything was derived from it.
-        notes: what was derived, chosen or left without effect, one line each.
+        flags: the value of every flag before anything was derived from it.
+        notes: sentences about derived values and flags without effect, for the user.
     """
 
     model: ModelArguments
@@ -39,121 +42,169 @@ class Arguments:
     lora: LoraArguments
     watch: WatchArguments
     training: TrainingArguments
-    given: dict[str, Any]
+    flags: dict[str, Any]
     notes: list[str]
 
+    @property
+    def data_seed(self) -> int:
+        """The seed of everything that concerns the data."""
+        return self.training.seed if self.training.data_seed is None else self.training.data_seed
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults behind explanations, but no `None`, which says nothing."""
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Append the default to the help text of each flag, unless it is None."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(HfArgumentParser):
-    """Flags of the six dataclasses; a mistake is a `UserError` instead of a page of usage."""
+    """Parser of all flags. Errors are raised as `UserError` and do not print the usage."""
 
     def __init__(self) -> None:
-        kinds = (
-            ModelArguments,
-            DataArguments,
-            DFTArguments,
-            LoraArguments,
-            WatchArguments,
-            TrainingArguments,
-        )
-        super().__init__(kinds, allow_abbrev=False, prog="train_dft.py", formatter_class=Help)
+        super().__init__(GROUPS, allow_abbrev=False, prog="train_dft.py", formatter_class=HelpFormatter)
         for action in self._actions:
             if action.option_strings and action.option_strings[0].startswith("--no_"):
-                action.help = argparse.SUPPRESS  # transformers' twin of a flag, under the other's explanation
+                action.help = argparse.SUPPRESS  # transformers adds a negated duplicate of some flags
         self.add_argument(
             "--config",
             metavar="FILE.yaml",
-            help="Read flags from a file; flags on the command line override it.",
+            help="Read flags from a file. Flags on the command line take precedence.",
         )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (train_dft.py --help lists every flag)")
 
     def parse(self, argv: list[str]) -> Arguments:
-        """Raises `UserError` for an unknown flag or a value that cannot be read."""
-        refuse_secrets(argv)
-        words = expand_config(argv)
-        namespace, unknown = self.parse_known_args(words)
+        """Parse a command line.
+
+        Raises:
+            UserError: a flag is unknown, or a value cannot be parsed or is out of range.
+        """
+        check_no_secrets(argv)
+        namespace, unknown = self.parse_known_args(expand_config(argv))
         if unknown:
-            raise UserError(self._unknown(unknown))
-        given = vars(namespace)
-        del given["config"]
-        wanted = dict(given)
-        if given["prepare_only"]:
-            wanted.update(OF_THE_DEVICE)
-        if given["preflight"] and given["deepspeed"] and zero_stage(given["deepspeed"]) != 3:
-            wanted["deepspeed"] = None  # which scores models with ZeRO-3 alone, and others need none to score
+            raise UserError(self._unknown_flag_message(unknown))
+        flags = vars(namespace)
+        del flags["config"]
+        ignored = ignored_flags(flags)
         try:
-            model, data, dft, lora, watch, training = self.parse_dict(wanted, allow_extra_keys=False)
+            groups = self.parse_dict({**flags, **ignored}, allow_extra_keys=False)
         except UserError:
             raise
-        except (ValueError, ImportError, OSError) as error:  # how transformers refuses a value
+        except (ValueError, ImportError, OSError) as error:  # raised by transformers for invalid values
             raise UserError(" ".join(str(error).split())) from None
-        if model.enable_gradient_checkpointing:
-            training.activation_checkpointing = training.gradient_checkpointing = True
-        return Arguments(
-            model, data, dft, lora, watch, training, given, [*given_again(argv), *training.notes]
-        )
+        for group in groups[:-1]:  # TrainingArguments checks its own bounds, before it derives values
+            check_bounds(group)
+        arguments = Arguments(*groups, flags=flags, notes=[])
+        arguments.notes.extend(resolve(arguments, ignored))
+        repeated = repeated_flags_note(argv)
+        arguments.notes[:0] = [repeated] if repeated else []
+        return arguments
 
-    def _unknown(self, unknown: list[str]) -> str:
+    def _unknown_flag_message(self, unknown: list[str]) -> str:
         flag = next((word for word in unknown if word.startswith("--")), unknown[0])
         name = flag.split("=")[0]
-        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        hint = f"; did you mean {near[0]}?" if near else " (train_dft.py --help lists every flag)"
+        similar = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        hint = f"; did you mean {similar[0]}?" if similar else " (train_dft.py --help lists every flag)"
         return f"unknown argument {name}{hint}"
 
 
-def refuse_secrets(argv: list[str]) -> None:
-    """Raises `UserError` for a token on the command line, without repeating it."""
+def ignored_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the default of each flag that a run without training ignores.
+
+    --prepare_only ignores the flags of the device, which a machine without GPUs may reject. --preflight
+    ignores --deepspeed with ZeRO-1 or 2: DeepSpeed evaluates with ZeRO-3 only, and other models fit without
+    it.
+    """
+    ignored: dict[str, Any] = {}
+    if flags["prepare_only"]:
+        ignored.update(DEVICE_DEFAULTS)
+    elif flags["preflight"] and flags["deepspeed"] and zero_stage(flags["deepspeed"]) != 3:
+        ignored["deepspeed"] = None
+    return {name: default for name, default in ignored.items() if flags[name] != default}
+
+
+def resolve(arguments: Arguments, ignored: dict[str, Any]) -> list[str]:
+    """Set the values that follow from several flags, and return a note for each.
+
+    Args:
+        ignored: flags that this kind of run ignores, see `ignored_flags`.
+    """
+    data, dft, training = arguments.data, arguments.dft, arguments.training
+    notes = list(training.notes)
+    kind = "--prepare_only" if data.prepare_only else "--preflight"
+    if ignored:
+        names = ", ".join(f"--{name} {arguments.flags[name]}" for name in ignored)
+        reason = (
+            "it only prepares the data" if data.prepare_only else "only ZeRO-3 is needed to score a model"
+        )
+        notes.append(f"{kind} True ignores {names}: {reason}")
+    if arguments.model.enable_gradient_checkpointing:
+        training.activation_checkpointing = training.gradient_checkpointing = True
+    if data.eval_data_files and data.validation_split_percentage:
+        notes.append(
+            f"--validation_split_percentage {data.validation_split_percentage:g} has no effect: the run "
+            "evaluates on --eval_data_files"
+        )
+        data.validation_split_percentage = 0.0
+    alpha = resolve_alpha(dft)
+    if alpha != dft.dft_alpha:
+        notes.append(f"--use_simple_dft False: alpha is {alpha:g}, plain SFT")
+        dft.dft_alpha = alpha
+    return notes
+
+
+def check_no_secrets(argv: list[str]) -> None:
+    """Raise `UserError` for a token on the command line, without printing it."""
     for word in argv:
-        if word.partition("=")[0] in SECRET_FLAGS:
+        flag = word.partition("=")[0]
+        if flag in SECRET_FLAGS:
             raise UserError(
-                f"{word.partition('=')[0]}: a token on the command line is seen by everyone on this machine, "
-                "and launchers and trackers record it; let it be HF_TOKEN in the environment, or stand in a "
-                "--config file"
+                f"{flag}: every user of this machine can read a token on the command line, and launchers and "
+                "trackers record it; set HF_TOKEN in the environment, or put the token into a --config file"
             )
 
 
-def given_again(argv: list[str]) -> list[str]:
-    """A note of the flags that the command line has twice, as scripts/train.sh gives those it is given."""
-    found: dict[str, list[str]] = {}
+def repeated_flags_note(argv: list[str]) -> str | None:
+    """Return a note about flags that are given twice with different values, as scripts/train.sh does."""
+    values: dict[str, list[str]] = {}
+    name = ""
     for word in argv:
-        name, equals, value = word.partition("=")
         if word.startswith("--"):
-            values = found.setdefault(name, [])
-            values.append(value if equals else "")
-        elif found:
-            values[-1] = f"{values[-1]} {word}".strip()
-    twice = [
-        f"{name} {values[-1]}".strip()
-        for name, values in found.items()
-        if name != "--config" and len(set(values)) > 1
+            name, _, value = word.partition("=")
+            values.setdefault(name, []).append(value)
+        elif name:
+            values[name][-1] = f"{values[name][-1]} {word}".strip()
+    repeated = [
+        f"{name} {texts[-1]}".strip()
+        for name, texts in values.items()
+        if name != "--config" and len(set(texts)) > 1
     ]
-    return [f"given more than once, so the last one counts: {', '.join(twice)}"] if twice else []
+    return f"given more than once, so the last one counts: {', '.join(repeated)}" if repeated else None
 
 
 def default_flags() -> dict[str, Any]:
-    """What every flag is when it is not given."""
+    """Return the default of every flag."""
     required = ["--model_name_or_path", "", "--data_files", ""]
     return vars(Parser().parse_known_args(required)[0])
 
 
 def own_flags() -> set[str]:
-    """Names of the flags that are not transformers' own."""
-    kinds = (ModelArguments, DataArguments, DFTArguments, LoraArguments, WatchArguments)
-    return {one.name for kind in kinds for one in dataclasses.fields(kind)}
+    """Return the names of the flags that transformers does not have."""
+    return {
+        field.name
+        for group in GROUPS
+        if group is not TrainingArguments
+        for field in dataclasses.fields(group)
+    }
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """The arguments of this run, readable one by one; `dft.arguments.conflicts.check` looks at them together.
+    """Parse the command line of this process. `dft.arguments.conflicts.check_arguments` checks for
+    contradictions.
 
     Raises:
-        UserError: an unknown flag or a value that cannot be read.
+        UserError: a flag is unknown, or a value cannot be parsed or is out of range.
     """
     return Parser().parse(sys.argv[1:] if argv is None else argv)

@@ -1,14 +1,15 @@
-"""Command-line flags of `transformers.TrainingArguments`, with other defaults."""
+"""Command-line flags of `transformers.TrainingArguments`, with other defaults and some flags of our own."""
 
 import sys
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import transformers
 
-from dft.arguments.batch_search import FOUND, found_batch
+from dft.arguments.batch_search import BATCH_FILE, load_batch
 from dft.arguments.deepspeed_file import read_deepspeed
+from dft.bounds import Bounds, check_bounds
 from dft.errors import UserError
 from dft.metrics import LOWER, selection
 from dft.ranks import (
@@ -20,77 +21,117 @@ from dft.ranks import (
     mute_deepspeed,
 )
 
+INHERITED_BOUNDS = {
+    "per_device_train_batch_size": Bounds(above=0, maximum=10**6),
+    "per_device_eval_batch_size": Bounds(above=0, maximum=10**6),
+    "gradient_accumulation_steps": Bounds(above=0, maximum=10**6),
+    "num_train_epochs": Bounds(above=0, maximum=10**6),
+    "max_steps": Bounds(minimum=-1, maximum=10**9),
+    "learning_rate": Bounds(minimum=0, maximum=1000),
+    "weight_decay": Bounds(minimum=0),
+    "max_grad_norm": Bounds(minimum=0),
+    "warmup_steps": Bounds(minimum=0),
+    "save_steps": Bounds(minimum=0),
+    "eval_steps": Bounds(minimum=0),
+    "save_total_limit": Bounds(above=0),
+    "dataloader_num_workers": Bounds(minimum=0, maximum=1024),
+    "dataloader_prefetch_factor": Bounds(above=0, maximum=10**6),
+    "seed": Bounds(minimum=0, below=2**32),
+    "data_seed": Bounds(minimum=0, below=2**32),
+}
+"""Valid ranges of the flags that transformers declares."""
+
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """transformers' arguments, with defaults that fit, and names of older releases mapped or explained."""
+    """The arguments of transformers with other defaults, flags of our own, and names of older releases.
+
+    Attributes:
+        notes: sentences about values that were derived or have no effect.
+        requested_batch: batch size per device and accumulation steps of the command line, with
+            `--auto_find_batch_size True`.
+    """
 
     _argument_group_name: ClassVar[str] = "training (transformers.TrainingArguments)"
 
-    # A test for NaN on every micro-batch would wait for the device each time, and hide what went wrong.
+    # Testing every micro-batch for NaN would synchronize with the device each time, and hide the cause.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave non-finite losses out of the logged mean."}
     )
     metric_for_best_model: str | None = field(
         default="eval_acc",
-        metadata={"help": "Decides which checkpoint is the best and is never rotated away."},
+        metadata={"help": "Metric that determines the best checkpoint, which is never rotated away."},
     )
     report_to: list[str] = field(
         default_factory=lambda: ["none"],
-        metadata={"help": "Trackers, several at once: swanlab, wandb, tensorboard, ...; all, or none."},
+        metadata={"help": "Trackers: one or several of swanlab, wandb, tensorboard, ..., all, or none."},
     )
-    warmup_ratio: float | None = field(
+    warmup_ratio: Annotated[float | None, Bounds(minimum=0, below=1)] = field(
         default=None,
-        metadata={"help": "Share of the steps that warm up; the same as --warmup_steps below 1."},
+        metadata={"help": "Fraction of the steps used for warmup; the same as --warmup_steps below 1."},
     )
     logging_dir: str | None = field(
-        default=None, metadata={"help": "Where SwanLab, wandb and TensorBoard write their local files."}
+        default=None, metadata={"help": "Folder for the local files of SwanLab, wandb and TensorBoard."}
     )
-    logging_steps: float = field(
-        default=10, metadata={"help": "Log the metrics every so many steps; below 1, a share of the run."}
+    logging_steps: Annotated[float, Bounds(minimum=0)] = field(
+        default=10,
+        metadata={"help": "Log the metrics every this many steps; below 1, a fraction of the run."},
     )
-    sequence_parallel_size: int = field(
+    sequence_parallel_size: Annotated[int, Bounds(minimum=1)] = field(
         default=1,
         metadata={
-            "help": "Ranks that share each sequence (DeepSpeed Ulysses), for sequences too long for one."
+            "help": "Number of ranks that share each sequence (DeepSpeed Ulysses), for sequences too long "
+            "for one device."
         },
     )
     group_by_length: bool = field(
         default=False,
-        metadata={"help": "Batches of similar length; --train_sampling_strategy group_by_length."},
+        metadata={
+            "help": "Batch sequences of similar length; the same as --train_sampling_strategy "
+            "group_by_length."
+        },
     )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "auto: go on from the newest complete checkpoint of the output directory, or begin where "
-            "there is none. True insists on one. Or the folder of a checkpoint."
+            "help": "Checkpoint to resume from: a folder; auto, the newest complete checkpoint of the "
+            "output folder if there is one; or True, which fails if there is none."
         },
     )
     auto_find_batch_size: bool = field(
         default=False,
-        metadata={"help": "Out of memory, go on with smaller batches, accumulated to as many rows per step."},
+        metadata={
+            "help": "After running out of memory, resume with a smaller batch and more gradient "
+            "accumulation, with the same number of rows per optimizer step."
+        },
     )
     trust_checkpoint: bool = field(
         default=False,
-        metadata={"help": "Go on from a checkpoint that others own or may write to: it can run code."},
+        metadata={
+            "help": "Allow resuming from a checkpoint that other users own or can write to. Loading a "
+            "checkpoint can run code."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Start afresh in an output directory that already holds checkpoints."},
+        metadata={"help": "Start a new run in an output folder that already holds checkpoints."},
     )
     save_safetensors: bool | None = field(
-        default=None, metadata={"help": "No effect: weights are safetensors."}
+        default=None, metadata={"help": "No effect: weights are always saved as safetensors."}
     )
-    reduce_logging: bool | None = field(default=None, metadata={"help": "No effect: only rank 0 logs."})
+    reduce_logging: bool | None = field(
+        default=None, metadata={"help": "No effect: rank 0 logs metrics that are reduced over all ranks."}
+    )
     log_metrics_steps: int | None = field(
-        default=None, metadata={"help": "No effect: all metrics come with every --logging_steps."}
+        default=None, metadata={"help": "No effect: all metrics are logged every --logging_steps."}
     )
 
     def __post_init__(self) -> None:
+        check_bounds(self, INHERITED_BOUNDS)
         self.notes: list[str] = []
-        self.asked_batch: tuple[int, int] | None = None
+        self.requested_batch: tuple[int, int] | None = None
         if self.auto_find_batch_size:
-            self._take_found_batch()
+            self._load_batch()
         if not self.use_cpu and not torch.accelerator.is_available():
             self.use_cpu = True
             self.notes.append("no accelerator found: running on CPU")
@@ -102,38 +143,39 @@ class TrainingArguments(transformers.TrainingArguments):
             metric = self.metric_for_best_model.removeprefix("eval_")
             self.greater_is_better = selection(metric) != LOWER
         if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()  # a bar in a log file is noise
+            self.disable_tqdm = not sys.stderr.isatty()  # no progress bars in log files
         if self.deepspeed:
             read_deepspeed(self.deepspeed)
             if not is_launched():
                 raise UserError(
-                    f"--deepspeed {self.deepspeed}: DeepSpeed learns of its ranks from a launcher, also when "
-                    "there is one only; start with `deepspeed train_dft.py ...` in place of python"
+                    f"--deepspeed {self.deepspeed}: DeepSpeed needs a launcher, even for a single rank; "
+                    "start the run with `deepspeed train_dft.py ...` instead of python"
                 )
             mute_deepspeed()
             if self.use_cpu:
                 init_cpu_deepspeed()
-        # transformers takes the bare flag; True and False are how all other flags are given.
+        # transformers expects the bare flag; accept True and False as for all other flags.
         self.fsdp = {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp)
         super().__post_init__()
         if self.fsdp and self.use_cpu:
             enable_cpu_sharding()
 
-    def _take_found_batch(self) -> None:
-        """A batch and an accumulation that an earlier attempt found to fit, in place of those asked for.
+    def _load_batch(self) -> None:
+        """Use the batch size that an earlier attempt of the same command stored, if there is one.
 
-        Trainer's own search begins anew with weights that are trained already, and makes the steps smaller.
+        The search of transformers' Trainer is switched off: it restarts with weights that are already
+        trained, and changes the number of rows per optimizer step.
         """
         self.auto_find_batch_size = False
         batch, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
-        self.asked_batch = (batch, accumulation)
-        found = found_batch(self.output_dir, self.asked_batch)
-        if found is not None:
-            self.per_device_train_batch_size, self.gradient_accumulation_steps = found
+        self.requested_batch = (batch, accumulation)
+        stored = load_batch(self.output_dir, self.requested_batch)
+        if stored is not None:
+            self.per_device_train_batch_size, self.gradient_accumulation_steps = stored
             self.notes.append(
-                f"--auto_find_batch_size True: {found[0]} rows per device and {found[1]} accumulated, in "
-                f"place of {batch} and {accumulation}, for which there was too little memory (remove "
-                f"{FOUND} from the output directory to try again)"
+                f"--auto_find_batch_size True: using batch size {stored[0]} with {stored[1]} accumulation "
+                f"steps instead of {batch} with {accumulation}, which ran out of memory (remove {BATCH_FILE} "
+                "from the output folder to try again)"
             )
 
     def _map_older_names(self) -> None:
@@ -141,26 +183,24 @@ class TrainingArguments(transformers.TrainingArguments):
             if self.warmup_steps:
                 raise UserError(
                     f"--warmup_ratio {self.warmup_ratio:g} and --warmup_steps {self.warmup_steps:g} both set "
-                    "the warm-up; give one"
+                    "the warmup; remove one of them"
                 )
-            if not 0 <= self.warmup_ratio < 1:
-                raise UserError(f"--warmup_ratio {self.warmup_ratio:g}: must be at least 0 and below 1")
             self.warmup_steps = self.warmup_ratio
         if self.group_by_length:
             if self.train_sampling_strategy not in ("random", "group_by_length"):
                 raise UserError(
                     f"--group_by_length True and --train_sampling_strategy {self.train_sampling_strategy} "
-                    "contradict each other; give one"
+                    "contradict each other; remove one of them"
                 )
             self.train_sampling_strategy = "group_by_length"
-        for name, value, why in (
+        for name, value, reason in (
             ("save_safetensors", self.save_safetensors, "weights are always saved as safetensors"),
-            ("reduce_logging", self.reduce_logging, "only rank 0 logs, with values reduced over all ranks"),
+            ("reduce_logging", self.reduce_logging, "rank 0 logs metrics that are reduced over all ranks"),
             (
                 "log_metrics_steps",
                 self.log_metrics_steps,
-                f"all metrics come with every --logging_steps ({self.logging_steps:g})",
+                f"all metrics are logged every --logging_steps ({self.logging_steps:g})",
             ),
         ):
             if value is not None:
-                self.notes.append(f"--{name} {value} has no effect: {why}")
+                self.notes.append(f"--{name} {value} has no effect: {reason}")

@@ -1,67 +1,76 @@
-"""Command-line flags for reports, checks and runs that only inspect."""
+"""Command-line flags for output, checks, and runs that only inspect."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from dft.bounds import Bounds
 from dft.errors import UserError
 from dft.metrics import CONSOLE, metrics_named
+
+MAX_PLANNED = 10**6
+"""Maximum number of devices, and of GiB per device, to plan for."""
 
 
 @dataclass
 class WatchArguments:
-    """What is said of a run, and what it does when something is wrong."""
+    """Flags of the output of a run, and of runs that end without training."""
 
-    _argument_group_name: ClassVar[str] = "watching"
+    _argument_group_name: ClassVar[str] = "monitoring"
 
     report: bool = field(
         default=True,
-        metadata={"help": "Write report.html and report.png at each evaluation and at the end."},
+        metadata={"help": "Write report.html and report.png after each evaluation and at the end."},
     )
     console_metrics: list[str] = field(
         default_factory=lambda: list(CONSOLE),
         metadata={
-            "help": "Metrics to show on the console after step and epoch; see docs/metrics.md.",
+            "help": "Metrics to print on the console after step and epoch; docs/metrics.md lists them.",
             "metavar": "NAME",
         },
     )
     log_per_file: bool = field(
-        default=False, metadata={"help": "Evaluation gives nll and avg_p_correct of each data file, too."}
+        default=False,
+        metadata={"help": "Also report nll and avg_p_correct of each evaluation file."},
     )
     on_nonfinite: str = field(
         default="stop",
         metadata={
-            "help": "When a loss or gradient is not finite: stop with the step, the rank and the "
-            "conversations, or skip the update.",
+            "help": "What to do if a loss or gradient is not finite: stop the run and name the step, rank "
+            "and conversations, or skip the update.",
             "choices": ["stop", "skip"],
         },
     )
     verify_save: str = field(
         default="True",
         metadata={
-            "help": "Look at a saved model before it takes its place: True reads the files of every "
-            "checkpoint, and loads the final model and compares its logits; all loads every one; or False.",
+            "help": "Verify a saved model before it replaces an earlier one. True: read the files of "
+            "checkpoints, and load the final model and compare its logits. all: load and compare every "
+            "checkpoint. False: verify nothing.",
             "choices": ["True", "False", "all"],
         },
     )
     preflight: bool = field(
         default=False,
         metadata={
-            "help": "Score a sample of the training data with the untouched model, say whether DFT fits, and "
-            "end without training."
+            "help": "Score a sample of the training data with the untouched model, report whether DFT suits "
+            "the data, and exit."
         },
     )
-    preflight_samples: int = field(
-        default=512, metadata={"help": "Sequences of each data file that --preflight scores, at most."}
+    preflight_samples: Annotated[int, Bounds(above=0)] = field(
+        default=512,
+        metadata={"help": "Maximum number of sequences of each data file that --preflight scores."},
     )
     plan: bool = field(
         default=False,
-        metadata={"help": "Say how much memory the run will take, without loading weights, and end."},
+        metadata={"help": "Estimate the memory of the run without loading weights, and exit."},
     )
-    plan_world_size: int | None = field(
-        default=None, metadata={"help": "Devices to plan for. Default: those of this run."}
+    plan_world_size: Annotated[int | None, Bounds(above=0, maximum=MAX_PLANNED)] = field(
+        default=None,
+        metadata={"help": "Number of devices to plan for. Default: those of this run."},
     )
-    plan_device_memory: float | None = field(
-        default=None, metadata={"help": "GiB of each device to plan for. Default: what this machine has."}
+    plan_device_memory: Annotated[float | None, Bounds(above=0, maximum=MAX_PLANNED)] = field(
+        default=None,
+        metadata={"help": "Memory of each device to plan for in GiB. Default: that of this machine."},
     )
 
     def __post_init__(self) -> None:

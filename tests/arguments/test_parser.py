@@ -8,8 +8,8 @@ import yaml
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dft.arguments.config_file import write_run_args
-from dft.arguments.conflicts import check, check_batches
-from dft.arguments.objective import objective_of
+from dft.arguments.conflicts import check_arguments, check_batches, find_notes
+from dft.arguments.objective import resolve_objective
 from dft.arguments.parser import default_flags, own_flags, parse_arguments
 from dft.errors import UserError
 from dft.loss.objectives import Sft
@@ -26,8 +26,9 @@ def words(folder, *more: str) -> list[str]:
 
 def checked(folder, *more: str):
     arguments = parse_arguments(words(folder, *more))
-    check(arguments)
+    check_arguments(arguments)
     check_output(arguments)
+    arguments.notes.extend(find_notes(arguments))
     if not arguments.data.prepare_only:
         check_optimizer(arguments.training)
     return arguments
@@ -64,7 +65,7 @@ def test_whether_greater_is_better_follows_from_the_metric(tmp_path, metric, gre
     ("words", "told"),
     [
         (["--objective", "power", "--objective_args", "k=0.5,k=0.7"], "k is given twice"),
-        (["--dft_alpha_schedule_share", "0.2"], "alpha is constant; give --dft_alpha_schedule"),
+        (["--dft_alpha_schedule_share", "0.2"], "alpha is constant; add --dft_alpha_schedule"),
     ],
 )
 def test_weights_that_contradict_one_another_are_refused(tmp_path, words, told):
@@ -83,21 +84,21 @@ def test_weights_that_contradict_one_another_are_refused(tmp_path, words, told):
 )
 def test_a_floor_that_lifts_nothing_is_told(tmp_path, words, told):
     notes = checked(tmp_path, *words).notes
-    assert any("has no effect: no token weighs less" in note for note in notes) == told
+    assert any("has no effect: every token already has a weight of at" in note for note in notes) == told
 
 
 def test_adapters_are_no_model_to_train(tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/adapter_config.json").write_text("{}")
     for more in ([], ["--lora_r", "4"], ["--plan", "True"]):
-        with pytest.raises(UserError, match="holds adapters; make one model of both"):
+        with pytest.raises(UserError, match="holds adapters, not a model; merge them"):
             checked(tmp_path, "--model_name_or_path", str(tmp_path / "lora"), *more)
     checked(tmp_path, "--model_name_or_path", str(tmp_path / "lora"), "--preflight", "True")
 
 
 def test_plain_sft_may_be_said_twice(tmp_path):
     arguments = checked(tmp_path, "--use_simple_dft", "False", "--objective", "sft")
-    assert objective_of(arguments.dft) == Sft()
+    assert resolve_objective(arguments.dft) == Sft()
 
 
 def test_use_simple_dft_false_is_sft(tmp_path):
@@ -115,7 +116,7 @@ def test_evaluation_files_win_over_a_split_and_say_so(tmp_path):
 def test_saves_that_no_evaluation_meets_are_noted(tmp_path, every, noted):
     flags = ["--eval_data_files", "c", "--eval_strategy", "steps", "--eval_steps", every, "--save_steps", "4"]
     notes = checked(tmp_path, *flags).notes
-    assert any("the best checkpoint is sought only where" in note for note in notes) is noted
+    assert any("the best checkpoint is searched only among steps" in note for note in notes) is noted
 
 
 def test_flags_without_effect_are_noted_only_when_given(tmp_path):
@@ -125,25 +126,25 @@ def test_flags_without_effect_are_noted_only_when_given(tmp_path):
 
 
 WRONG = [
-    ("--dft_alpha 1.5", "--dft_alpha 1.5: must lie in"),
-    ("--dft_alpha nan", "--dft_alpha nan: must lie in"),
+    ("--dft_alpha 1.5", "--dft_alpha 1.5: alpha must lie in [0, 1]"),
+    ("--dft_alpha nan", "--dft_alpha nan: alpha must lie in [0, 1]"),
     ("--dft_alpha much", "invalid float value: 'much'"),
-    ("--max_length 1", "--max_length 1: a target needs"),
-    ("--max_length 0", "--max_length 0: must be greater than 0"),
-    ("--validation_split_percentage 100", "--validation_split_percentage 100: must be at least 0 and"),
+    ("--max_length 1", "--max_length 1: must be at least 2, because a target token needs a token before it"),
+    ("--max_length 0", "--max_length 0: must be at least 2"),
+    ("--validation_split_percentage 100", "--validation_split_percentage 100: must be less than 100"),
     ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: must be greater than 0"),
     ("--gradient_accumulation_steps -2", "--gradient_accumulation_steps -2: must be greater than 0"),
-    ("--num_train_epochs 0", "--num_train_epochs 0.0: must be greater than 0"),
-    ("--learning_rate -1", "--learning_rate -1.0: must be a finite number"),
+    ("--num_train_epochs 0", "--num_train_epochs 0: must be greater than 0"),
+    ("--learning_rate -1", "--learning_rate -1: must be at least 0"),
     ("--learning_rate inf", "--learning_rate inf: must be a finite number"),
-    ("--warmup_ratio 1.5", "--warmup_ratio 1.5: must be at least 0 and below 1"),
-    ("--warmup_ratio 0.1 --warmup_steps 10", "both set the warm-up"),
+    ("--warmup_ratio 1.5", "--warmup_ratio 1.5: must be less than 1"),
+    ("--warmup_ratio 0.1 --warmup_steps 10", "both set the warmup"),
     ("--max_train_samples 0", "--max_train_samples 0: must be greater than 0"),
     ("--truncation middle", "invalid choice: 'middle'"),
     ("--on_bad_data ignore", "invalid choice: 'ignore'"),
-    ("--data_weights 1 2 3", "--data_weights 1 2 3: 3 weights for 2 of --data_files"),
-    ("--data_weights 1 0", "--data_weights 1 0: each must be a number greater than 0"),
-    ("--data_weights 1 nan", "--data_weights 1 nan: each must be a number greater than 0"),
+    ("--data_weights 1 2 3", "--data_weights 1 2 3: 3 weights for 2 entries of --data_files"),
+    ("--data_weights 1 0", "--data_weights 1 0: each value must be greater than 0"),
+    ("--data_weights 1 nan", "--data_weights 1 nan: each value must be a finite number"),
     ("--chat_template_kwargs {", "--chat_template_kwargs {: not valid JSON"),
     ("--chat_template_kwargs [1]", "--chat_template_kwargs [1]: expected a JSON object such as"),
     ('--chat_template_kwargs {"a":1,"a":2}', '{"a":1,"a":2}: not valid JSON (the key \'a\' appears twice'),
@@ -151,28 +152,37 @@ WRONG = [
     ('--chat_template_kwargs {"a":NaN}', "not valid JSON (NaN is not a finite number)"),
     ('--chat_template_kwargs {"a":[-Infinity]}', "not valid JSON (-Infinity is not a finite number)"),
     ('--chat_template_kwargs {"a":1e999}', "not valid JSON (1e999 is not a finite number)"),
-    ('--chat_template_kwargs {"tools":1}', "'tools' is made from each row; remove it"),
+    ('--chat_template_kwargs {"tools":1}', "'tools' is set from each row; remove it"),
     ("--eval_strategy steps", "--eval_strategy steps needs --eval_data_files"),
     ("--eval_on_start True", "--eval_on_start True needs --eval_data_files"),
     ("--save_strategy best", "--save_strategy best needs --eval_data_files"),
     ("--eval_strategy sometimes", "sometimes"),
     ("--torch_dtype float8", "float8"),
-    ("--metric_for_best_model eval_bleu", "--metric_for_best_model eval_bleu: not measured, or no measure"),
-    ("--preflight True --prepare_only True", "--preflight True needs the model, --prepare_only True leaves"),
+    (
+        "--metric_for_best_model eval_bleu",
+        "eval_bleu: unknown, or not a measure of quality",
+    ),
+    (
+        "--preflight True --prepare_only True",
+        "needs the model, which --prepare_only True does not load",
+    ),
     ("--preflight True --resume_from_checkpoint x", "scores --model_name_or_path, not --resume_from"),
     ("--preflight True --preflight_samples 0", "--preflight_samples 0: must be greater than 0"),
     ("--preflight True --deepspeed {", "--deepspeed {: not valid JSON"),
-    ("--metric_for_best_model entropy", "no measure of quality; choose one of eval_loss, eval_nll, "),
+    ("--metric_for_best_model entropy", "not a measure of quality; choose one of eval_loss, eval_nll, "),
     ("--label_smoothing_factor 0.1", "--label_smoothing_factor 0.1: DFT weights"),
     ("--average_tokens_across_devices False", "--average_tokens_across_devices False would divide"),
-    ("--fp16 True --torch_dtype float16", "float16 gradients cannot be scaled back"),
+    ("--fp16 True --torch_dtype float16", "the gradients of float16 weights cannot be unscaled"),
     ("--fp16 True --bf16 True", "At most one of fp16 and bf16"),
     ("--learning_rte 3", "unknown argument --learning_rte; did you mean --learning_rate?"),
     ("--wholly_unknown", "unknown argument --wholly_unknown"),
     ("--config nowhere.yaml", "--config nowhere.yaml: no such file"),
-    ("--hub_token=SECRET", "--hub_token: a token on the command line is seen by everyone"),
-    ("--deepspeed ds_config/zero3.json", "DeepSpeed learns of its ranks from a launcher"),
-    ("--deepspeed nowhere.json", "--deepspeed nowhere.json: no such file; the ones that come along are in"),
+    ("--hub_token=SECRET", "--hub_token: every user of this machine can read a token on the command line"),
+    ("--deepspeed ds_config/zero3.json", "DeepSpeed needs a launcher"),
+    (
+        "--deepspeed nowhere.json",
+        "--deepspeed nowhere.json: no such file; configurations for",
+    ),
     ("--lr_scheduler_kwargs notjson", "--lr_scheduler_kwargs notjson: expected a JSON object"),
     ('--lr_scheduler_kwargs {"foo":1}', "unexpected keyword argument 'foo'"),
     ("--lr_scheduler_type cosine_with_min_lr", "One of min_lr or min_lr_rate should be set"),
@@ -183,16 +193,19 @@ WRONG = [
     ("--dataloader_num_workers 2 --dataloader_prefetch_factor 0", "--dataloader_prefetch_factor 0: must be"),
     ('--accelerator_config {"split_batches":true}', "--accelerator_config: split_batches"),
     ("--output_dir=", "--output_dir '': name the folder"),
-    ("--group_by_length True --train_sampling_strategy sequential", "contradict each other; give one"),
+    (
+        "--group_by_length True --train_sampling_strategy sequential",
+        "contradict each other; remove one",
+    ),
     ("--save_steps 0", "--save_steps 0: must be greater than 0 with --save_strategy steps"),
-    ("--report_to nonsense", "--report_to nonsense: no such tracker; choose from"),
+    ("--report_to nonsense", "--report_to nonsense: unknown tracker; choose from"),
     ("--report_to clearml", "--report_to clearml: its package is not installed"),
     ("--output_dir /proc/nowhere", "--output_dir /proc/nowhere: cannot be written"),
     ("--resume_from_checkpoint True", "--resume_from_checkpoint True: there is no complete checkpoint in"),
     ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere: no such folder"),
     (
         "--lr_scheduler_type reduce_lr_on_plateau --eval_strategy steps --validation_split_percentage 5",
-        'so give --lr_scheduler_kwargs \'{"mode": "max"}\'',
+        'add --lr_scheduler_kwargs \'{"mode": "max"}\'',
     ),
 ]
 
@@ -205,18 +218,18 @@ def test_a_mistake_is_one_message(tmp_path, flags, message):
 
 
 FSDP = [
-    ([], "--fsdp True shards a model over ranks, and this run has none; start it with torchrun"),
-    (["--fsdp_config", '{"version": 1}'], "version 1 of FSDP was not tried"),
+    ([], "--fsdp True shards a model over several ranks, and this run has only one; start it with torchrun"),
+    (["--fsdp_config", '{"version": 1}'], "version 1 of FSDP is not supported"),
     (
         ["--fsdp_config", '{"state_dict_type": "SHARDED_STATE_DICT"}'],
-        "saves no model that from_pretrained",
+        "cannot be loaded with from_pretrained",
     ),
 ]
 
 
 @pytest.mark.parametrize(("flags", "message"), FSDP, ids=["alone", "version", "sharded"])
 def test_what_fsdp_cannot_do_is_refused(tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr("dft.arguments.conflicts.can_shard", lambda: bool(flags))
+    monkeypatch.setattr("dft.arguments.parallelism.can_shard", lambda: bool(flags))
     with pytest.raises(UserError, match=message):
         checked(tmp_path, "--fsdp", "True", *flags)
     assert not checked(tmp_path, "--fsdp", "False").training.fsdp
@@ -255,7 +268,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
     [
         ("a: [", "not valid YAML"),
         ("- a\n- b", "expected a mapping"),
-        ("config: other.yaml", "holds 'config' itself"),
+        ("config: other.yaml", "contains 'config'"),
         ("learning_rte: 3", "did you mean --learning_rate"),
     ],
 )
@@ -271,14 +284,14 @@ def test_dates_in_a_file_are_read_and_enumerations_are_written_as_words(tmp_path
     )
     arguments = parse_arguments([*words(tmp_path), "--config", str(tmp_path / "flags.yaml")])
     assert arguments.training.lr_scheduler_kwargs == {"a": "2020-01-01"}
-    write_run_args(tmp_path, arguments.given, default_flags(), own_flags(), {})
+    write_run_args(tmp_path, arguments.flags, default_flags(), own_flags(), {})
     assert yaml.safe_load((tmp_path / "run_args.yaml").read_text())["debug"] == ["underflow_overflow"]
 
 
 def test_run_args_leave_out_what_belongs_to_one_run(tmp_path):
     flags = ["--resume_from_checkpoint", "True", "--overwrite_output_dir", "True"]
     arguments = parse_arguments([*words(tmp_path), *flags])
-    write_run_args(tmp_path, arguments.given, default_flags(), own_flags(), {})
+    write_run_args(tmp_path, arguments.flags, default_flags(), own_flags(), {})
     content = yaml.safe_load((tmp_path / "run_args.yaml").read_text())
     assert not {"resume_from_checkpoint", "overwrite_output_dir"} & content.keys()
 
@@ -288,7 +301,7 @@ def test_run_args_hold_what_was_given_and_no_secret(tmp_path):
     more = ["--config", str(tmp_path / "token.yaml"), "--lr_scheduler_kwargs", '{"num_cycles": 2}']
     more += ["--learning_rate", "3e-5", "--run_name=-dashed", "--local_rank", "1"]
     arguments = parse_arguments([*words(tmp_path), *more])
-    write_run_args(tmp_path, arguments.given, default_flags(), own_flags(), {"ranks": 2})
+    write_run_args(tmp_path, arguments.flags, default_flags(), own_flags(), {"ranks": 2})
     text = (tmp_path / "run_args.yaml").read_text()
     assert "SECRET" not in text and "local_rank" not in text and "#   ranks: 2" in text
     content = yaml.safe_load(text)
@@ -296,9 +309,9 @@ def test_run_args_hold_what_was_given_and_no_secret(tmp_path):
     assert "weight_decay" not in content and "include_for_metrics" not in content
     replayed = parse_arguments(["--config", str(tmp_path / "run_args.yaml")])
     given = {
-        name: value for name, value in arguments.given.items() if name not in ("hub_token", "local_rank")
+        name: value for name, value in arguments.flags.items() if name not in ("hub_token", "local_rank")
     }
-    assert {name: replayed.given[name] for name in given} == given
+    assert {name: replayed.flags[name] for name in given} == given
     assert replayed.training.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
@@ -331,7 +344,7 @@ def deepspeed_file(folder, **content) -> list[str]:
 def test_a_deepspeed_file_that_contradicts_is_refused(tmp_path, monkeypatch, content, message):
     monkeypatch.setenv("WORLD_SIZE", "1")
     # A refusal needs no process group.
-    monkeypatch.setattr("dft.arguments.parser.init_cpu_deepspeed", lambda: None)
+    monkeypatch.setattr("dft.arguments.training.init_cpu_deepspeed", lambda: None)
     with pytest.raises(UserError, match=message):
         checked(tmp_path, *deepspeed_file(tmp_path, **content))
     unset_hf_deepspeed_config()  # from_pretrained of the tests to come would shard their models
@@ -339,7 +352,7 @@ def test_a_deepspeed_file_that_contradicts_is_refused(tmp_path, monkeypatch, con
 
 def test_an_optimizer_that_deepspeed_has_not_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr("dft.arguments.parser.init_cpu_deepspeed", lambda: None)
+    monkeypatch.setattr("dft.arguments.training.init_cpu_deepspeed", lambda: None)
     content = {"optimizer": {"type": "Foo", "params": {}}, "zero_optimization": {"stage": 2}, **AUTO}
     with pytest.raises(UserError, match="DeepSpeed has no optimizer 'Foo'"):
         checked(tmp_path, *deepspeed_file(tmp_path, **content))

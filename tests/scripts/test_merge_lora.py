@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
-from dft.arguments.lora import LoraArguments, refuse_adapters
+from dft.arguments.lora import LoraArguments, check_not_adapters
 from dft.errors import UserError
 from dft.training.checkpoints.verify import probe
 from dft.training.model.adapters import BASE_RECORD, add_adapters, write_base_record
@@ -133,8 +133,8 @@ def test_a_base_model_that_differs_in_modules_without_adapters_is_refused(tiny, 
 
 def test_adapters_are_refused_as_a_base_model(trained, tmp_path):
     assert "it has adapters itself; name that model" in refused(trained, tmp_path / "merged", trained)
-    with pytest.raises(UserError, match=r"lora: holds adapters; make one model of both, .*merge_lora\.py "):
-        refuse_adapters(str(trained))
+    with pytest.raises(UserError, match=r"lora: holds adapters, not a model; merge them .*merge_lora\.py "):
+        check_not_adapters(str(trained))
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")

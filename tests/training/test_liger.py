@@ -50,7 +50,7 @@ def test_a_loss_of_liger_is_refused(tmp_path, name):
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, use_liger_kernel=True, liger_kernel_config={name: True}
     )
-    with pytest.raises(ValueError, match=f"'{name}' is a loss of Liger's own"):
+    with pytest.raises(ValueError, match=f"'{name}' replaces the loss of the model"):
         DFTTrainer(tiny(), arguments)
 
 

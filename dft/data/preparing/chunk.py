@@ -9,7 +9,7 @@ import numpy as np
 from dft.data.conversations.conversation import Conversation, parse_conversation
 from dft.data.conversations.faults import BadLine
 from dft.data.preparing.conversation_counts import ConversationCounts
-from dft.data.preparing.options import EncodeOptions
+from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.truncation import count_supervised, truncate
 from dft.data.reading.records import BOM, Record
 from dft.data.sandbox.limits import LimitExceeded
@@ -107,7 +107,7 @@ class _EncodedConversation(NamedTuple):
     label_digest: bytes
 
 
-def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, chunk: RecordChunk) -> EncodedChunk:
+def encode_chunk(encoder: ChatEncoder, options: PrepareOptions, chunk: RecordChunk) -> EncodedChunk:
     """Parse, render, tokenize, mask and truncate the conversations of a chunk, and self-check a sample.
 
     Raises:
@@ -153,7 +153,7 @@ def encode_chunk(encoder: ChatEncoder, options: EncodeOptions, chunk: RecordChun
     return result
 
 
-def _parse(record: Record, options: EncodeOptions) -> Conversation | BadLine:
+def _parse(record: Record, options: PrepareOptions) -> Conversation | BadLine:
     """Return the conversation of a record, or the error that makes it unusable."""
     if record.flaw is not None:
         return BadLine(record.flaw.reason, record.flaw.kind)
@@ -162,10 +162,10 @@ def _parse(record: Record, options: EncodeOptions) -> Conversation | BadLine:
         conversation = parse_conversation(text.removeprefix(BOM) if record.line == 1 else text)
     except BadLine as error:
         return error
-    return conversation.last_turn_only() if options.last_turn_only else conversation
+    return conversation.last_turn_only() if options.train_on_last_turn_only else conversation
 
 
-def _reject(index: int, record: Record, error: BadLine, options: EncodeOptions) -> RejectedRecord:
+def _reject(index: int, record: Record, error: BadLine, options: PrepareOptions) -> RejectedRecord:
     """Return a record as rejected, with its text if that is to be saved."""
     keep = options.keep_rejected and (record.flaw is None or record.flaw.skippable)
     return RejectedRecord(index, record.line, error.kind, str(error), record.text if keep else None)
@@ -176,7 +176,7 @@ def _count(
     examples: list[Example],
     remaining: list[Example],
     counts: ConversationCounts,
-    options: EncodeOptions,
+    options: PrepareOptions,
 ) -> None:
     """Count a usable conversation, given its sequences before and after truncation."""
     counts.roles.update(message["role"] for message in conversation.messages)

@@ -12,7 +12,7 @@ from dft.data.conversations.faults import Fault, Faults
 from dft.data.preparing.chunk import EncodedChunk, RecordChunk, encode_chunk
 from dft.data.preparing.conversation_counts import ConversationCounts
 from dft.data.preparing.encoded_sequences import EncodedSequences, SequenceWriter
-from dft.data.preparing.options import EncodeOptions
+from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.rejected_texts import RejectedTexts, rejected_line
 from dft.data.reading.reader import read_batches
 from dft.data.reading.sources import DataFile
@@ -29,7 +29,7 @@ def encode_sources(
     sources: list[DataFile],
     path: Path,
     encoder: ChatEncoder,
-    options: EncodeOptions,
+    options: PrepareOptions,
     workers: int,
     faults: Faults,
     rejects: IO[str] | None = None,
@@ -71,7 +71,7 @@ def encode_sources(
 
 
 def _encoded_chunks(
-    sources: list[DataFile], encoder: ChatEncoder, options: EncodeOptions, workers: int, texts: RejectedTexts
+    sources: list[DataFile], encoder: ChatEncoder, options: PrepareOptions, workers: int, texts: RejectedTexts
 ) -> Generator[tuple[int, EncodedChunk], None, None]:
     """Yield the file number and the encoded chunk of all chunks in order, with a progress bar over bytes.
 
@@ -107,7 +107,7 @@ def _encoded_chunks(
             ) from None
 
 
-def encode_within_limits(encoder: ChatEncoder, options: EncodeOptions, chunk: RecordChunk) -> EncodedChunk:
+def encode_within_limits(encoder: ChatEncoder, options: PrepareOptions, chunk: RecordChunk) -> EncodedChunk:
     """Run `encode_chunk` with the limits of `dft.data.sandbox.limits`, which may end this process."""
     encoder.template.compiled.limited = True
     return encode_chunk(encoder, options, chunk)

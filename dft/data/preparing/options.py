@@ -1,51 +1,91 @@
-"""Options of data preparation."""
+"""Options of the data preparation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from dft.bounds import Bounds
 
 
-@dataclass(frozen=True)
-class EncodeOptions:
-    """Options for encoding a single conversation.
+@dataclass
+class DataOptions:
+    """Options that shape the prepared data. Each field is also a command-line flag.
 
-    Attributes:
-        max_length: maximum number of tokens of a sequence.
-        truncation: what happens to longer sequences: "right" or "left" removes tokens at that end, "drop"
-            skips the sequence, "error" raises.
-        last_turn_only: whether to supervise only the last assistant turn of a conversation.
-        keep_rejected: whether to keep the text of records that cannot be used.
+    Together with the tokenizer, the chat template and the contents of the files they determine every token of
+    the prepared data, so all of them are part of the cache key.
     """
 
-    max_length: int
-    truncation: str = "right"
-    last_turn_only: bool = False
-    keep_rejected: bool = False
+    max_length: Annotated[
+        int, Bounds(minimum=2, maximum=2**31 - 1, reason="because a target token needs a token before it")
+    ] = field(
+        default=2048,
+        metadata={"help": "Maximum length of a sequence in tokens. --truncation handles longer ones."},
+    )
+    truncation: str = field(
+        default="right",
+        metadata={
+            "help": "How to handle sequences longer than --max_length: remove tokens on the right or on "
+            "the left, drop the sequence, or stop with an error.",
+            "choices": ["right", "left", "drop", "error"],
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Pack several whole conversations into each row of --max_length tokens. They do not "
+            "attend to one another."
+        },
+    )
+    train_on_last_turn_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Supervise only the last assistant turn of each conversation instead of all of them."
+        },
+    )
+    data_weights: Annotated[list[float], Bounds(above=0, maximum=10_000)] = field(
+        default_factory=list,
+        metadata={
+            "help": "How many times each entry of --data_files is used per epoch, in the same order: 0.5 "
+            "uses half of its conversations, 2 uses all of them twice. Default: 1 for each."
+        },
+    )
+    dedup: bool = field(
+        default=False, metadata={"help": "Drop conversations whose tokens equal those of an earlier one."}
+    )
+    on_bad_data: str = field(
+        default="error",
+        metadata={
+            "help": "How to handle rows that cannot be used: error refuses to start; skip leaves them out "
+            "and copies them to rejected.jsonl in the output folder.",
+            "choices": ["error", "skip"],
+        },
+    )
+    validation_split_percentage: Annotated[float, Bounds(minimum=0, below=100)] = field(
+        default=0.0,
+        metadata={
+            "help": "Percentage of the conversations to hold out for evaluation, drawn with the data seed."
+        },
+    )
+    max_train_samples: Annotated[int | None, Bounds(above=0)] = field(
+        default=None,
+        metadata={"help": "Train on this many sequences, drawn with the data seed. Default: all."},
+    )
+    max_eval_samples: Annotated[int | None, Bounds(above=0)] = field(
+        default=None,
+        metadata={"help": "Evaluate on this many sequences, drawn with the data seed. Default: all."},
+    )
+
+    @property
+    def keep_rejected(self) -> bool:
+        """Whether to keep the text of rows that cannot be used."""
+        return self.on_bad_data == "skip"
 
 
-@dataclass(frozen=True)
-class PrepareOptions:
-    """Options for preparing a dataset. With the files and the tokenizer they determine the prepared data.
+@dataclass
+class PrepareOptions(DataOptions):
+    """The options of `prepare`.
 
     Attributes:
-        max_length: maximum number of tokens of a sequence, and of a packed row.
-        validation_split_percentage: percentage of the training conversations to hold out for evaluation.
-        max_train_samples, max_eval_samples: maximum number of sequences of each split; None for no limit.
-        seed: seed of splits, samples, weights and packing.
-        truncation: see `EncodeOptions`.
-        train_on_last_turn_only: whether to supervise only the last assistant turn of a conversation.
-        data_weights: for each value of --data_files, its number of passes per epoch; () for 1 each.
-        dedup: whether to drop duplicates of earlier conversations.
-        on_bad_data: "error" to raise on records that cannot be used, "skip" to skip them and save a copy.
-        packing: whether to put several sequences into each row of `max_length` tokens.
+        seed: draws the validation split, samples, the fractions of files and the rows to pack together.
     """
 
-    max_length: int
-    validation_split_percentage: float = 0.0
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
     seed: int = 42
-    truncation: str = "right"
-    train_on_last_turn_only: bool = False
-    data_weights: tuple[float, ...] = ()
-    dedup: bool = False
-    on_bad_data: str = "error"
-    packing: bool = False

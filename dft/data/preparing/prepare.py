@@ -31,7 +31,7 @@ from dft.data.preparing.data_report import add_file_names, build_report, file_gr
 from dft.data.preparing.digests import DIGESTS, content_digests
 from dft.data.preparing.encode import encode_sources
 from dft.data.preparing.encoded_sequences import EncodedSequences
-from dft.data.preparing.options import EncodeOptions, PrepareOptions
+from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.selection import select
 from dft.data.reading.sources import DataFile, resolve_sources
 from dft.data.templates.encoder import ChatEncoder
@@ -233,12 +233,9 @@ def _fill_and_seal(folder: Path, preparation: _Preparation) -> None:
 def _fill(folder: Path, preparation: _Preparation) -> None:
     """Write the sequences, the splits and the report into a folder."""
     sources, options = preparation.sources, preparation.options
-    faults, skip = Faults(), options.on_bad_data == "skip"
+    faults, skip = Faults(), options.keep_rejected
     encoded: dict[str, EncodedSequences] = {}
     counts: dict[str, list[ConversationCounts]] = {}
-    encode_options = EncodeOptions(
-        options.max_length, options.truncation, options.train_on_last_turn_only, keep_rejected=skip
-    )
     for group, members in sources.items():
         path = folder / f"{group}.{REJECTED}"
         with open(path, "w", encoding="utf-8") if skip and members else nullcontext() as rejects:
@@ -246,7 +243,7 @@ def _fill(folder: Path, preparation: _Preparation) -> None:
                 members,
                 folder / f"{group}.arrow",
                 preparation.encoder,
-                encode_options,
+                options,
                 preparation.workers,
                 faults,
                 rejects,

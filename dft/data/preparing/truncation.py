@@ -4,14 +4,14 @@ import numpy as np
 
 from dft.data.conversations.faults import BadLine
 from dft.data.preparing.conversation_counts import ConversationCounts
-from dft.data.preparing.options import EncodeOptions
+from dft.data.preparing.options import PrepareOptions
 from dft.data.templates.encoder import Example
 from dft.labels import IGNORE_INDEX
 
 OVER_LIMIT = "longer than --max_length"
 
 
-def truncate(example: Example, options: EncodeOptions, counts: ConversationCounts) -> Example | None:
+def truncate(example: Example, options: PrepareOptions, counts: ConversationCounts) -> Example | None:
     """Return a sequence cut to `options.max_length` tokens, or None if no supervised token is left.
 
     The lost supervised tokens and turn endings are added to `counts`. The first token of a sequence that is

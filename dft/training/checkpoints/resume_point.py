@@ -26,7 +26,7 @@ from dft.training.checkpoints.folder import (
 
 def check_output(arguments: Arguments) -> None:
     training = arguments.training
-    if arguments.given["output_dir"] is None:
+    if arguments.flags["output_dir"] is None:
         raise UserError("--output_dir is missing: name the folder to write to")
     if not training.output_dir:
         raise UserError("--output_dir '': name the folder to write to")

@@ -14,7 +14,7 @@ import pytest
 
 from dft.data.conversations.conversation import parse_conversation
 from dft.data.preparing.chunk import RecordChunk, encode_chunk
-from dft.data.preparing.options import EncodeOptions, PrepareOptions
+from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.prepare import PreparedData, prepare
 from dft.data.reading.records import Record
 from dft.data.templates.encoder import ChatEncoder
@@ -120,7 +120,7 @@ def test_the_texts_of_many_long_lines_are_never_in_memory_together(encoder, tmp_
 
 def test_a_chunk_is_tokenized_a_few_conversations_at_a_time(encoder, monkeypatch):
     records = [Record(number, line.encode()) for number, line in enumerate(LINES, start=1)]
-    options = EncodeOptions(max_length=64)
+    options = PrepareOptions(max_length=64)
     whole = encode_chunk(encoder, options, RecordChunk("a", 0, records))
     sizes = []
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainingArguments
 
-from dft.arguments.batch_search import FOUND, found_batch, note_smaller, smaller_batch
+from dft.arguments.batch_search import BATCH_FILE, load_batch, smaller_batch, store_smaller_batch
 from dft.errors import EXIT_USER_ERROR, UserError
 from dft.training.memory.estimate import estimate_activations
 from dft.training.memory.out_of_memory import (
@@ -137,14 +137,14 @@ def test_smaller_batch_keeps_the_rows_of_an_optimizer_step(tmp_path, batch, accu
 
 def test_smaller_batch_is_found_again_for_the_same_request(tmp_path, monkeypatch):
     asked = (8, 2)
-    assert found_batch(str(tmp_path), asked) is None
-    assert note_smaller(arguments(tmp_path, 8, 2), asked) == (4, 4)
-    assert found_batch(str(tmp_path), asked) == (4, 4)
-    assert note_smaller(arguments(tmp_path, 4, 4), asked) == (2, 8)  # and again
-    assert found_batch(str(tmp_path), asked) == (2, 8)
-    assert found_batch(str(tmp_path), (8, 4)) is None
+    assert load_batch(str(tmp_path), asked) is None
+    assert store_smaller_batch(arguments(tmp_path, 8, 2), asked) == (4, 4)
+    assert load_batch(str(tmp_path), asked) == (4, 4)
+    assert store_smaller_batch(arguments(tmp_path, 4, 4), asked) == (2, 8)  # and again
+    assert load_batch(str(tmp_path), asked) == (2, 8)
+    assert load_batch(str(tmp_path), (8, 4)) is None
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert found_batch(str(tmp_path), asked) is None
+    assert load_batch(str(tmp_path), asked) is None
 
 
 @pytest.mark.parametrize(
@@ -158,13 +158,16 @@ def test_smaller_batch_is_found_again_for_the_same_request(tmp_path, monkeypatch
     ],
 )
 def test_broken_batch_file_is_an_error(tmp_path, content):
-    (tmp_path / FOUND).write_text(content)
-    with pytest.raises(UserError, match=f"{FOUND} .*remove it"):
-        found_batch(str(tmp_path), (8, 2))
+    (tmp_path / BATCH_FILE).write_text(content)
+    with pytest.raises(UserError, match=f"{BATCH_FILE} .*remove it"):
+        load_batch(str(tmp_path), (8, 2))
 
 
 def test_nothing_is_written_without_a_smaller_batch(tmp_path):
-    assert note_smaller(arguments(tmp_path, 1, 8), (1, 8)) is None and not (tmp_path / FOUND).exists()
+    assert (
+        store_smaller_batch(arguments(tmp_path, 1, 8), (1, 8)) is None
+        and not (tmp_path / BATCH_FILE).exists()
+    )
     assert (
         OutOfMemory("m", smaller=False).code == EXIT_USER_ERROR and OutOfMemory("m", smaller=True).code == 76
     )
@@ -181,5 +184,5 @@ def test_out_of_memory_before_training_is_one_error():
 
 
 def test_batch_file_is_readable_json(tmp_path):
-    note_smaller(arguments(tmp_path, 8, 2), (8, 2))
-    assert json.loads((tmp_path / FOUND).read_text()) == {"asked": [8, 2, 1], "found": [4, 4]}
+    store_smaller_batch(arguments(tmp_path, 8, 2), (8, 2))
+    assert json.loads((tmp_path / BATCH_FILE).read_text()) == {"asked": [8, 2, 1], "found": [4, 4]}

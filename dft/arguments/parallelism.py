@@ -1,0 +1,118 @@
+"""Checks of the flags for DeepSpeed, FSDP and sequence parallelism."""
+
+import transformers
+
+from dft.arguments.deepspeed_file import check_parts
+from dft.errors import UserError
+from dft.ranks import can_shard, sequence_parallel_size
+
+
+def check_fsdp(training: transformers.TrainingArguments, planned_ranks: int | None = None) -> None:
+    """Raise `UserError` for settings of FSDP that are not supported.
+
+    Args:
+        planned_ranks: number of ranks of a plan, which need not exist here.
+    """
+    if not training.fsdp:
+        return
+    if training.deepspeed:
+        raise UserError(
+            f"--fsdp and --deepspeed {training.deepspeed} both shard the model; remove one of them"
+        )
+    if not can_shard() and planned_ranks is None:
+        raise UserError(
+            "--fsdp True shards a model over several ranks, and this run has only one; start it with "
+            "torchrun --nproc_per_node N train_dft.py ..."
+        )
+    config = training.fsdp_config
+    if int(config.get("version", 2)) != 2:
+        raise UserError(
+            f"--fsdp_config: version {config['version']} of FSDP is not supported; leave it out for version "
+            "2, or use --deepspeed ds_config/zero3.json"
+        )
+    kind = config.get("state_dict_type", "FULL_STATE_DICT")
+    if kind != "FULL_STATE_DICT":
+        raise UserError(
+            f"--fsdp_config: models saved with state_dict_type {kind} cannot be loaded with from_pretrained; "
+            "leave it out"
+        )
+
+
+def check_deepspeed(training: transformers.TrainingArguments) -> None:
+    """Raise `UserError` for a DeepSpeed configuration that contradicts the flags or is not supported."""
+    if not training.deepspeed:
+        return
+    config, flag = training.hf_deepspeed_config, f"--deepspeed {training.deepspeed}"
+    check_parts(config.config, flag)
+    if config.mismatches:
+        raise UserError(
+            f'{flag} contradicts the flags: {"; ".join(config.mismatches)}; set these values to "auto" in '
+            "the file"
+        )
+    # DeepSpeed takes over what these flags do, and ignores them if its file lacks the key.
+    required = {
+        "gradient_accumulation_steps": training.gradient_accumulation_steps > 1,
+        "gradient_clipping": training.max_grad_norm > 0,
+        "bf16.enabled": training.bf16,
+        "fp16.enabled": training.fp16,
+    }
+    missing = [key for key, is_used in required.items() if is_used and config.get_value(key) is None]
+    if missing:
+        raise UserError(
+            f"{flag}: has no {', '.join(missing)}, so flags of this run would have no effect; set them to "
+            '"auto", as '
+            "the files in ds_config/ do"
+        )
+    if config.get_value("zero_optimization.stage", 0) == 0:
+        raise UserError(
+            f"{flag}: without ZeRO, DeepSpeed does not report the gradient norm, so a non-finite step would "
+            "reach the "
+            "weights; set 'zero_optimization: {stage: 1}' or higher, or remove --deepspeed to use DDP"
+        )
+    if config.is_false("bf16.check_grad_overflow"):
+        raise UserError(
+            f"{flag}: with 'bf16: {{check_grad_overflow: false}}' a non-finite gradient would reach the "
+            "weights; remove that setting"
+        )
+    if config.get_value("tensor_parallel.autotp_size", 0) > 1:
+        raise UserError(f"{flag}: tensor parallelism is not supported; remove 'tensor_parallel'")
+    if config.is_zero3() and not config.is_true(
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    ):
+        raise UserError(
+            f"{flag}: set 'stage3_gather_16bit_weights_on_model_save: true' in 'zero_optimization'; without "
+            "it no model can be saved that from_pretrained loads"
+        )
+    if training.save_only_model and training.load_best_model_at_end:
+        raise UserError(
+            "--load_best_model_at_end True with --save_only_model True: DeepSpeed cannot load a checkpoint "
+            "without optimizer states; remove one of them (the best checkpoint is kept in the output folder "
+            "either way)"
+        )
+
+
+def check_sequence_parallel(training: transformers.TrainingArguments, packing: bool, ranks: int) -> None:
+    """Raise `UserError` for flags that sequence parallelism does not support.
+
+    Args:
+        packing: whether rows hold several conversations.
+        ranks: number of ranks of the run or the plan.
+    """
+    size = sequence_parallel_size(training)
+    flag = f"--sequence_parallel_size {size}"
+    if size == 1:
+        return
+    if ranks % size:
+        raise UserError(
+            f"{flag}: {ranks} rank(s) cannot be divided into groups of {size}; use a multiple of {size} "
+            "ranks (deepspeed --num_gpus, torchrun --nproc_per_node, --plan_world_size), or another size"
+        )
+    if packing:
+        raise UserError(
+            f"{flag} with --packing True: the conversations of a row would attend to one another; use "
+            "--packing False"
+        )
+    if training.fsdp:
+        raise UserError(f"{flag} with --fsdp is not supported; use --deepspeed ds_config/zero3.json")
+    if training.torch_compile:
+        raise UserError(f"{flag} with --torch_compile True is not supported; remove one of them")

@@ -1,0 +1,71 @@
+"""Valid ranges of numeric flags.
+
+A range stands in the annotation of its field, `max_length: Annotated[int, Bounds(minimum=2)]`, and is checked
+when the command line is parsed.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from dft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The valid range of a flag, or of each value of a flag that takes several.
+
+    Attributes:
+        minimum: the smallest valid value.
+        above: the largest value that is too small.
+        maximum: the largest valid value.
+        below: the smallest value that is too large.
+        reason: a clause that explains the lower bound, printed after it.
+    """
+
+    minimum: float = -math.inf
+    above: float = -math.inf
+    maximum: float = math.inf
+    below: float = math.inf
+    reason: str = ""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise `UserError` if a value of the flag `--name` is out of range. None is always valid."""
+        values = value if isinstance(value, list) else [value]
+        faults = [fault for number in values if number is not None and (fault := self._fault(number))]
+        if faults:
+            shown = " ".join(f"{number:g}" if isinstance(number, float) else str(number) for number in values)
+            subject = "each value must be" if isinstance(value, list) else "must be"
+            raise UserError(f"--{name} {shown}: {subject} {faults[0]}")
+
+    def _fault(self, number: float) -> str | None:
+        """Return the bound that a number violates as text, or None."""
+        if not math.isfinite(number):
+            return "a finite number"
+        reason = f", {self.reason}" if self.reason else ""
+        if number < self.minimum:
+            return f"at least {self.minimum:,}{reason}"
+        if number <= self.above:
+            return f"greater than {self.above:,}{reason}"
+        if number > self.maximum:
+            return f"at most {self.maximum:,}"
+        return f"less than {self.below:,}" if number >= self.below else None
+
+
+def check_bounds(arguments: Any, inherited: dict[str, Bounds] | None = None) -> None:
+    """Raise `UserError` for the first field of a dataclass that is out of range.
+
+    Args:
+        arguments: an instance of a dataclass of flags.
+        inherited: ranges of fields that a base class of another library declares.
+    """
+    hints = get_type_hints(type(arguments), include_extras=True)
+    bounds = {
+        name: item
+        for name, hint in hints.items()
+        if get_origin(hint) is Annotated
+        for item in get_args(hint)
+        if isinstance(item, Bounds)
+    }
+    for name, limits in {**(inherited or {}), **bounds}.items():
+        limits.check(name, vars(arguments)[name])
