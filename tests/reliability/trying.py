@@ -45,7 +45,7 @@ def attempt(words: list[str], port: int, log: Path, pipe: Connection, template_s
     sys.stdout.flush()
     sys.stderr.flush()
     pipe.send((how, message))
-    if dft.errors._tells is not None:  # the ranks have agreed which of them reports
+    if dft.errors._is_reporter is not None:  # the ranks have agreed which of them reports
         os._exit(EXIT_USER_ERROR)
     time.sleep(2 * PATIENCE)  # until it is killed: another rank may still be connecting to this one
 
