@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from dft.arguments.batch_search import check_same_batch
 from dft.arguments.conflicts import check_arguments, check_batches, find_notes
 from dft.arguments.data import prepare_options, template_date, template_variables
-from dft.arguments.objective import resolve_objective, resolve_schedule
+from dft.arguments.objective import build_objective, build_schedule
 from dft.arguments.parser import Arguments, parse_arguments
 from dft.console import say
 from dft.data.preparing.prepare import PreparedData, prepare
@@ -114,7 +114,7 @@ def main() -> None:
     note = add_stop_tokens(model, tokenizer, data.report["end_of_turn_tokens"])
     arguments.notes.extend([note] if note else [])
     with telling_what_did_not_fit("the model's weights do not fit", SHARD):
-        base = load_base_model(arguments, tokenizer) if resolve_objective(arguments.dft).kl_weight else None
+        base = load_base_model(arguments, tokenizer) if build_objective(arguments.dft).kl_weight else None
         record: dict[str, Any] = {}  # filled below: it describes the arguments as the trainer resolves them
         trainer = make_trainer(arguments, model, data, tokenizer, base, run_options(arguments, stop, record))
     check_same_batch(arguments.training)
@@ -217,8 +217,8 @@ def make_trainer(
         return DFTTrainer(
             model,
             arguments.training,
-            objective=resolve_objective(arguments.dft),
-            alpha_schedule=resolve_schedule(arguments.dft),
+            objective=build_objective(arguments.dft),
+            alpha_schedule=build_schedule(arguments.dft),
             end_of_turn_weight=arguments.dft.end_of_turn_weight,
             base_model=base,
             fused_head=arguments.dft.fused_head,

@@ -11,7 +11,7 @@ from dft.arguments.data import check_data_arguments
 from dft.arguments.deepspeed_file import zero_of
 from dft.arguments.lora import check_lora, check_not_adapters
 from dft.arguments.loss_settings import check_loss_settings
-from dft.arguments.objective import check_objective, minimum_weight, resolve_objective
+from dft.arguments.objective import build_objective, check_objective, minimum_weight
 from dft.arguments.parallelism import check_deepspeed, check_fsdp, check_sequence_parallel
 from dft.arguments.parser import Arguments
 from dft.errors import UserError
@@ -92,7 +92,7 @@ def check_plan(arguments: Arguments) -> None:
 
 def check_objective_support(arguments: Arguments) -> None:
     """Raise `UserError` for flags of training that the objective does not support."""
-    training, objective = arguments.training, resolve_objective(arguments.dft)
+    training, objective = arguments.training, build_objective(arguments.dft)
     size = sequence_parallel_size(training)
     if objective.kl_weight > 0 and size > 1:
         raise UserError(
@@ -185,7 +185,7 @@ def find_notes(arguments: Arguments) -> list[str]:
     if arguments.data.prepare_only:
         return []
     notes, dft, training = [], arguments.dft, arguments.training
-    minimum = minimum_weight(resolve_objective(dft))
+    minimum = minimum_weight(build_objective(dft))
     if 0 < dft.end_of_turn_weight <= minimum:
         notes.append(
             f"--end_of_turn_weight {dft.end_of_turn_weight:g} has no effect: every token already has a "

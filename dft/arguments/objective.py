@@ -86,7 +86,7 @@ def resolve_alpha(dft: DFTArguments) -> float:
     return dft.dft_alpha if dft.use_simple_dft or dft.objective != Dft.name else 0.0
 
 
-def resolve_objective(dft: DFTArguments) -> Objective:
+def build_objective(dft: DFTArguments) -> Objective:
     """Return the objective of a run.
 
     Raises:
@@ -120,7 +120,7 @@ def _parse_parameters(text: str) -> dict[str, float]:
     return parameters
 
 
-def resolve_schedule(dft: DFTArguments) -> AlphaSchedule:
+def build_schedule(dft: DFTArguments) -> AlphaSchedule:
     """Return the schedule of alpha of a run. Raise `UserError` if its share is out of range."""
     with convert_value_errors(f"--dft_alpha_schedule_share {dft.dft_alpha_schedule_share:g}"):
         return AlphaSchedule(dft.dft_alpha_schedule, dft.dft_alpha_schedule_share)
@@ -138,7 +138,7 @@ def check_objective(dft: DFTArguments) -> None:
             f"--use_simple_dft False is SFT, which contradicts --objective {dft.objective}; remove one of "
             "them"
         )
-    objective, schedule = resolve_objective(dft), resolve_schedule(dft)
+    objective, schedule = build_objective(dft), build_schedule(dft)
     without_alpha = f"the objective {dft.objective} has no alpha; remove it, or use --objective {Dft.name}"
     if not isinstance(objective, Dft) and dft.dft_alpha != Dft.alpha:
         raise UserError(f"--dft_alpha {dft.dft_alpha:g}: {without_alpha}")

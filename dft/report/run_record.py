@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import get_model_param_count
 
 from dft.arguments.config_file import SECRETS, plain
-from dft.arguments.objective import resolve_objective
+from dft.arguments.objective import build_objective
 from dft.arguments.parser import Arguments, default_flags
 from dft.loss.schedule import alpha_of
 from dft.report.terminal.start_and_end import resolved_settings
@@ -29,7 +29,7 @@ def run_record(arguments: Arguments, model: PreTrainedModel, data: dict[str, Any
         data: `PreparedData.report`.
     """
     training, settings = arguments.training, resolved_settings(arguments, model)
-    objective = resolve_objective(arguments.dft)
+    objective = build_objective(arguments.dft)
     return {
         "name": training.run_name or Path(training.output_dir).name,
         "method": objective.title,

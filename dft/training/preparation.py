@@ -6,7 +6,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from dft.arguments.loss_settings import check_arguments, check_cache, layer_kernels
+from dft.arguments.loss_settings import check_cache, check_loss_settings, layer_kernels
 from dft.errors import check_choice
 from dft.loss.objectives import Objective
 from dft.ranks import sequence_parallel_size
@@ -30,7 +30,7 @@ def prepare_arguments(
     Raises:
         ValueError: arguments that would change the meaning of the loss.
     """
-    check_arguments(args)
+    check_loss_settings(args)
     if options.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func would replace the DFT loss; use transformers.Trainer instead")
     if args.auto_find_batch_size:

@@ -9,7 +9,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dft.arguments.config_file import write_run_args
 from dft.arguments.conflicts import check_arguments, check_batches, find_notes
-from dft.arguments.objective import resolve_objective
+from dft.arguments.objective import build_objective
 from dft.arguments.parser import default_flags, own_flags, parse_arguments
 from dft.errors import UserError
 from dft.loss.objectives import Sft
@@ -98,7 +98,7 @@ def test_adapters_are_no_model_to_train(tmp_path):
 
 def test_plain_sft_may_be_said_twice(tmp_path):
     arguments = checked(tmp_path, "--use_simple_dft", "False", "--objective", "sft")
-    assert resolve_objective(arguments.dft) == Sft()
+    assert build_objective(arguments.dft) == Sft()
 
 
 def test_use_simple_dft_false_is_sft(tmp_path):

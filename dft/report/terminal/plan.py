@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from dft.arguments.objective import resolve_objective
+from dft.arguments.objective import build_objective
 from dft.arguments.parser import Arguments
 from dft.loss.tiles import TILE_BYTES
 from dft.ranks import count_optimizer_steps, data_parallel_size, describe_parallelism, is_launched, world_size
@@ -53,7 +53,7 @@ def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -
     memory = watch.plan_device_memory or device_memory(training.device, world_size() if is_launched() else 1)
     longest = arguments.data.max_length if "packing_density" in train else train["length_percentiles"]["100"]
     fused = arguments.dft.fused_head != "off"
-    has_base_model = resolve_objective(arguments.dft).kl_weight > 0
+    has_base_model = build_objective(arguments.dft).kl_weight > 0
     extra = base_model_gib(model, training, longest, fused) if has_base_model else 0.0
     setting = requested_setting(model, training, ranks, extra)
     share = train["supervised_tokens"] / train["tokens"]

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_pt_utils import get_model_param_count
 
 from dft.arguments.config_file import RUN_ARGS, write_run_args
-from dft.arguments.objective import DFTArguments, resolve_objective, resolve_schedule
+from dft.arguments.objective import DFTArguments, build_objective, build_schedule
 from dft.arguments.parser import Arguments, default_flags, own_flags
 from dft.arguments.training import TrainingArguments
 from dft.loss.schedule import alpha_of, method_title
@@ -53,15 +53,15 @@ def resolved_settings(arguments: Arguments, model: PreTrainedModel) -> dict[str,
         ),
         "attention": model.config._attn_implementation,
         "parallelism": describe_parallelism(training),
-        "alpha": alpha_of(resolve_objective(arguments.dft)),
+        "alpha": alpha_of(build_objective(arguments.dft)),
         "rows_per_step": rows_per_step(training),
     }
 
 
 def method_line(dft: DFTArguments) -> str:
     """Return the objective with its schedule, and the formula of the token weight."""
-    objective = resolve_objective(dft)
-    title = method_title(objective, resolve_schedule(dft), dft.end_of_turn_weight)
+    objective = build_objective(dft)
+    title = method_title(objective, build_schedule(dft), dft.end_of_turn_weight)
     return f"{title}; token weight: {objective.formula()}"
 
 

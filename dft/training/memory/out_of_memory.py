@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from dft.arguments.batch_search import note_smaller, smaller_batch
+from dft.arguments.batch_search import smaller_batch, store_smaller_batch
 from dft.arguments.deepspeed_file import zero_of
 from dft.console import say
 from dft.errors import EXIT_USER_ERROR, UserError
@@ -116,7 +116,7 @@ def note_smaller_batch(
     """
     if requested is None or not last.is_training:
         return None
-    smaller = note_smaller(args, requested)
+    smaller = store_smaller_batch(args, requested)
     if smaller is None:
         return None
     return (
