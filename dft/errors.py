@@ -45,7 +45,7 @@ def report_user_errors() -> None:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the program at once
             _print_interrupted()
             raise SystemExit(EXIT_INTERRUPTED)
-        if not issubclass(kind, UserError):
+        if not isinstance(error, UserError):
             _print_traceback(kind, error, trace)
             return
         local_rank = _local_rank()

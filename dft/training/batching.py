@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import unwrap_peft_model
@@ -32,7 +32,7 @@ TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torc
 
 
 def choose_collator(
-    model: nn.Module, pad_token_id: int, packed: bool, longest_row: int | None = None
+    model: PreTrainedModel, pad_token_id: int, packed: bool, longest_row: int | None = None
 ) -> Collator:
     """Return the collator that suits the attention of a model.
 
@@ -61,7 +61,7 @@ def choose_collator(
     return PaddedCollator(pad_token_id)
 
 
-def packing_obstacle(model: nn.Module, longest_row: int | None = None) -> str | None:
+def packing_obstacle(model: PreTrainedModel, longest_row: int | None = None) -> str | None:
     """Return why a model cannot keep several sequences in a row apart; None if no reason is known.
 
     Args:
@@ -158,7 +158,7 @@ def longest_row(*collections: Any) -> int | None:
     return longest
 
 
-def padding_id(model: nn.Module) -> int:
+def padding_id(model: PreTrainedModel) -> int:
     """Return a token id to pad with: any will do, since padding is neither attended to nor supervised."""
     token_id = model.config.get_text_config().pad_token_id
     return token_id if token_id is not None and token_id >= 0 else 0
@@ -185,7 +185,7 @@ def dataset_files(dataset: Any) -> list[str]:
     return files if isinstance(files, list) else []
 
 
-def token_count(inputs: Mapping[str, Tensor | int]) -> Tensor:
+def token_count(inputs: Mapping[str, Any]) -> Tensor:
     """Return the number of tokens of a batch without padding, a scalar on its device."""
     if "attention_mask" in inputs:
         return inputs["attention_mask"].sum()
@@ -195,7 +195,7 @@ def token_count(inputs: Mapping[str, Tensor | int]) -> Tensor:
     return count if isinstance(count, Tensor) else torch.full((), count, device=ids.device)
 
 
-def attended_pairs(inputs: Mapping[str, Tensor | int]) -> Tensor:
+def attended_pairs(inputs: Mapping[str, Any]) -> Tensor:
     """Return the number of (token, attended token) pairs of a batch, a scalar on its device.
 
     Counts causal attention over whole sequences; windows and chunks, which see less, are not considered.
@@ -223,7 +223,7 @@ def sequence_lengths(dataset: Any) -> np.ndarray:
 @torch.no_grad()
 def check_isolation(
     forward: Callable[..., Any],
-    model: nn.Module,
+    model: PreTrainedModel,
     collator: PackedCollator | FlatCollator,
     device: torch.device,
     dtype: torch.dtype,

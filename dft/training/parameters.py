@@ -4,6 +4,7 @@ import torch
 import transformers
 import xxhash
 from torch import nn
+from transformers import PreTrainedModel
 
 GIB = 2**30
 
@@ -27,7 +28,7 @@ def shapes_digest(model: nn.Module) -> str:
     return xxhash.xxh3_64_hexdigest("".join(lines).encode())
 
 
-def compute_dtype(args: transformers.TrainingArguments, model: nn.Module) -> torch.dtype:
+def compute_dtype(args: transformers.TrainingArguments, model: PreTrainedModel) -> torch.dtype:
     """Return the dtype whose rounding the model's matrix products have. TF32 rounds about like float16."""
     if args.bf16:
         return torch.bfloat16
@@ -36,7 +37,9 @@ def compute_dtype(args: transformers.TrainingArguments, model: nn.Module) -> tor
     return model.dtype
 
 
-def resolve_find_unused_parameters(model: nn.Module, training: transformers.TrainingArguments) -> bool | None:
+def resolve_find_unused_parameters(
+    model: PreTrainedModel, training: transformers.TrainingArguments
+) -> bool | None:
     """Return whether DDP has to look for parameters without a gradient; None leaves it to transformers.
 
     transformers lets DDP search in every model. That costs time in each step, and each rank warns if all

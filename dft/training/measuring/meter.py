@@ -66,7 +66,7 @@ class TokenMeter:
     def update(
         self,
         stats: TokenStats,
-        inputs: Mapping[str, Tensor | int],
+        inputs: Mapping[str, Any],
         aux_loss: Tensor | None = None,
         files: Tensor | None = None,
         objective: Objective | None = None,

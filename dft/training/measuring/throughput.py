@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dft.training.parameters import GIB, element_count, element_dims
 
@@ -49,7 +49,7 @@ class ModelFlops:
         return self.per_token * tokens + self.per_pair * pairs + self.per_supervised * supervised
 
 
-def model_flops(model: nn.Module) -> ModelFlops | None:
+def model_flops(model: PreTrainedModel) -> ModelFlops | None:
     """Return the operations of a model; None for a mixture of experts without a number of active experts."""
     config: PretrainedConfig = model.config.get_text_config()
     embeddings = {id(model.get_input_embeddings().weight)}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from dft.arguments.deepspeed_file import zero_of
 from dft.loss.tiles import GROUP_BYTES, TILE_BYTES
@@ -65,7 +66,7 @@ def format_gib(gib: float) -> str:
 
 
 def estimate_memory(
-    model: nn.Module,
+    model: PreTrainedModel,
     training: transformers.TrainingArguments,
     tokens: int,
     layout: MemoryLayout | None = None,
@@ -109,7 +110,7 @@ def estimate_memory(
 
 
 def _head_bytes(
-    model: nn.Module, training: transformers.TrainingArguments, tokens: int, layout: MemoryLayout
+    model: PreTrainedModel, training: transformers.TrainingArguments, tokens: int, layout: MemoryLayout
 ) -> float:
     """Return the bytes that the fused loss needs for so many supervised tokens."""
     head = model.get_output_embeddings()
@@ -124,7 +125,7 @@ def _head_bytes(
     return tile + 4 * element_count(head.weight)
 
 
-def resolve_layout(model: nn.Module, training: transformers.TrainingArguments) -> MemoryLayout:
+def resolve_layout(model: PreTrainedModel, training: transformers.TrainingArguments) -> MemoryLayout:
     """Return the memory layout of a run."""
     stage, optimizer_offloaded, weights_offloaded = zero_of(training)
     itemsize = model.dtype.itemsize
@@ -149,12 +150,12 @@ def bytes_per_element(parameter: nn.Parameter, itemsize: int) -> float:
     return itemsize if parameter.requires_grad else min(itemsize, parameter.element_size())
 
 
-def has_4bit_weights(model: nn.Module) -> bool:
+def has_4bit_weights(model: PreTrainedModel) -> bool:
     """Return whether weights are packed, two in a byte."""
     return any(parameter.dtype == torch.uint8 for parameter in model.parameters())
 
 
-def autocasts(model: nn.Module, training: transformers.TrainingArguments, layout: MemoryLayout) -> bool:
+def autocasts(model: PreTrainedModel, training: transformers.TrainingArguments, layout: MemoryLayout) -> bool:
     """Return whether float32 weights are cast when they are used. ZeRO and FSDP cast them before."""
     is_mixed = training.mixed_precision != "no" and model.dtype.itemsize == 4
     return is_mixed and not layout.stage and not training.fsdp
@@ -168,13 +169,13 @@ def gradient_itemsize(training: transformers.TrainingArguments, itemsize: int) -
     return {"fp32": 4, "fp16": 2, "bf16": 2}.get(dtype, itemsize)
 
 
-def compute_itemsize(model: nn.Module, training: transformers.TrainingArguments) -> int:
+def compute_itemsize(model: PreTrainedModel, training: transformers.TrainingArguments) -> int:
     """Return the bytes of an element of an activation."""
     return 2 if training.mixed_precision != "no" else model.dtype.itemsize
 
 
 def estimate_activations(
-    model: nn.Module,
+    model: PreTrainedModel,
     training: transformers.TrainingArguments,
     rows: int,
     tokens: int,
@@ -211,7 +212,7 @@ def estimate_activations(
     return itemsize * layers * layer / GIB
 
 
-def estimate_logits(model: nn.Module, training: transformers.TrainingArguments, tokens: int) -> float:
+def estimate_logits(model: PreTrainedModel, training: transformers.TrainingArguments, tokens: int) -> float:
     """Estimate the logits of a micro-batch where the loss is not fused, in GiB.
 
     They exist in the dtype of the model and in float32, and so do their gradients.

@@ -7,7 +7,7 @@ from itertools import product
 import psutil
 import torch
 import transformers
-from torch import nn
+from transformers import PreTrainedModel
 
 from dft.ranks import sequence_parallel_size
 from dft.training.memory.estimate import (
@@ -67,7 +67,7 @@ class Plan:
 
 
 def requested_setting(
-    model: nn.Module, training: transformers.TrainingArguments, ranks: int, extra_gib: float = 0.0
+    model: PreTrainedModel, training: transformers.TrainingArguments, ranks: int, extra_gib: float = 0.0
 ) -> PlanSetting:
     """Return the setting that the flags ask for, on a number of ranks."""
     return PlanSetting(
@@ -80,7 +80,7 @@ def requested_setting(
 
 
 def plan(
-    model: nn.Module,
+    model: PreTrainedModel,
     training: transformers.TrainingArguments,
     setting: PlanSetting,
     longest: int,
@@ -180,7 +180,7 @@ def equivalent_settings(
 
 
 def closest_fitting_plans(
-    model: nn.Module,
+    model: PreTrainedModel,
     training: transformers.TrainingArguments,
     requested: PlanSetting,
     longest: int,

@@ -47,6 +47,7 @@ def add_adapters(
     Raises:
         UserError: the model has no module with one of the requested names.
     """
+    assert lora.lora_r is not None
     # Optional, and slow to import.
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -106,7 +107,7 @@ def write_base_record(folder: Path, model: nn.Module, shapes: str) -> None:
     write_atomically(folder / BASE_RECORD, [json.dumps(record, indent=1), "\n"])
 
 
-def model_sizes(model: nn.Module) -> dict[str, int]:
+def model_sizes(model: PreTrainedModel) -> dict[str, int]:
     """Return the sizes of a model that do not depend on quantization."""
     config = model.config.get_text_config()
     return {"vocab_size": config.vocab_size, "num_hidden_layers": config.num_hidden_layers}

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from dft.loss.head import run_base_model
 from dft.loss.options import BaseHead
@@ -18,7 +19,7 @@ class FrozenBaseModel:
         device: device to move it to.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.model = model.requires_grad_(False).eval().to(device)
         # With a cache, transformers would treat the conversations of a packed row as one.
         self.model.config.get_text_config().use_cache = False

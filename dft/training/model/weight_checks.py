@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -119,7 +118,7 @@ def check_finite(model: PreTrainedModel, name: str, device: torch.device) -> Non
         )
 
 
-def _is_finite(parameter: nn.Parameter) -> bool:
+def _is_finite(parameter: Any) -> bool:
     """Return whether the part of a weight on this rank is finite."""
     values = parameter.detach()
     if is_deepspeed_zero3_enabled():

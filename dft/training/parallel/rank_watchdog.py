@@ -105,7 +105,8 @@ class RankWatchdog:
         self._leaders = machine_leaders(self.ranks)
         self._is_leader = self._leaders[self.me.machine] == self.me
         self._processes = local_processes(self.ranks, self.me.machine)
-        self._store = dist.PrefixStore("rank_watchdog", _get_default_store().clone())
+        store = _get_default_store().clone()  # type: ignore[attr-defined]  # missing in the annotations of torch
+        self._store = dist.PrefixStore("rank_watchdog", store)
         self._beats, self._last_beat = 0, time.monotonic()
         self._heartbeats: dict[str, tuple[int, float]] = {}
         self._closed = threading.Event()

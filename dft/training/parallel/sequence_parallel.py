@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import PreTrainedModel
 
 from dft.data.batches.collator import PaddedCollator
+from dft.data.batches.sampler import EpochSampler
 from dft.errors import UserError
 from dft.labels import IGNORE_INDEX
 from dft.loss.objectives import Objective
@@ -31,7 +33,7 @@ SLICEABLE_KEYS = {"input_ids", "labels", "attention_mask", "loss_positions", "se
 """Entries that a batch may have; `SequenceParallel.local_slice` knows how to slice these only."""
 
 
-def sequence_parallel_obstacle(model: nn.Module, size: int) -> str | None:
+def sequence_parallel_obstacle(model: PreTrainedModel, size: int) -> str | None:
     """Return why `size` ranks cannot share the sequences of a model; None if no reason is known."""
     if (obstacle := packing_obstacle(model)) is not None:
         return obstacle
@@ -81,7 +83,7 @@ class SequenceParallel:
         UserError: the sequences of the model cannot be shared.
     """
 
-    def __init__(self, model: nn.Module, size: int, micro_batch_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, size: int, micro_batch_size: int) -> None:
         obstacle = sequence_parallel_obstacle(model, size)
         if obstacle is not None:
             raise UserError(
@@ -185,7 +187,7 @@ class RepeatedBatchSampler(Sampler[int]):
         ranks: number of ranks that share a batch.
     """
 
-    def __init__(self, sampler: Sampler[int], batch: int, ranks: int) -> None:
+    def __init__(self, sampler: EpochSampler, batch: int, ranks: int) -> None:
         self.sampler = sampler
         self.batch = batch
         self.ranks = ranks
