@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Average accuracy of 16 answers of up to 4,096 tokens at temperature 1 on the five benchmarks, as in the paper (section
-# 4.1): the base model, SFT and DFT.
+# Evaluates the base model, SFT and DFT on the five benchmarks: average accuracy of 16 answers of up to 4,096 tokens,
+# sampled at temperature 1, as in the paper (section 4.1).
 #
-#   scripts/paper/evaluate.sh                         # flags given here go to scripts/evaluate.py
+#   scripts/paper/evaluate.sh                         # flags are passed on to scripts/evaluate.py
 #   SAMPLES=1 scripts/paper/evaluate.sh --batch_size 8
 set -euo pipefail
 

@@ -1,13 +1,14 @@
-r"""Data of the paper's main experiment: NuminaMath-CoT, 100,000 drawn, and five benchmarks of mathematics.
+r"""Prepare the data of the paper's main experiment: 100,000 rows of NuminaMath-CoT and five math benchmarks.
 
     python scripts/paper/prepare.py runs/paper/data                        # from the hub
     python scripts/paper/prepare.py runs/paper/data --train numina.parquet --math500 math500.jsonl ...
 
-Each source is a dataset of the hub (owner/name:split), or a local .jsonl, .json or .parquet file. Rows to
-train on become ChatML conversations of a problem and its solution; benchmarks get a problem and its answer.
+Each source is a dataset of the Hugging Face Hub (owner/name:split) or a local .jsonl, .json or .parquet file.
+Training rows become ChatML conversations of a problem and its solution, benchmark rows a problem and its
+answer.
 
-A system turn is left out: the chat template of Qwen2.5-Math writes one of its own ("Please reason step by
-step, and put your final answer within \boxed{}."). For models whose template has none give it by --system.
+By default there is no system turn, because the chat template of Qwen2.5-Math adds its own ("Please reason
+step by step, and put your final answer within \boxed{}."). Use --system for models whose template adds none.
 """
 
 import argparse
@@ -36,16 +37,20 @@ BENCHMARKS = {
     "aime24": "math-ai/aime24:test",
     "amc23": "math-ai/amc23:test",
 }
-DRAWN = 100_000
-"""Of about 860,000, as in the paper (section 4.1.1)."""
-QUESTIONS = ("problem", "question")
-ANSWERS = ("answer", "final_answer")
-SOLUTIONS = ("solution",)
+SAMPLED_ROWS = 100_000
+"""Number of training rows out of about 860,000, as in the paper (section 4.1.1)."""
+QUESTION_COLUMNS = ("problem", "question")
+ANSWER_COLUMNS = ("answer", "final_answer")
+SOLUTION_COLUMNS = ("solution",)
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def rows_of(source: str) -> Dataset:
-    """Raises `UserError` for a source that cannot be loaded."""
+def load_rows(source: str) -> Dataset:
+    """Load the rows of a local file or of a dataset of the hub.
+
+    Raises:
+        UserError: the source cannot be loaded.
+    """
     file = Path(source).expanduser()
     try:
         if file.suffix in BUILDERS:
@@ -59,68 +64,94 @@ def rows_of(source: str) -> Dataset:
         ) from None
 
 
-def column(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    """The first of some columns that has a value; None where none has."""
+def first_value(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """Return the value of the first of some columns that is not empty; None if all are."""
     return next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
 
 
-def system_turn(system: str | None) -> list[dict[str, str]]:
+def system_turns(system: str | None) -> list[dict[str, str]]:
+    """Return a list with the system turn, empty without one."""
     return [{"role": "system", "content": system}] if system else []
 
 
-def as_turn(turn: Any, where: str) -> dict[str, str]:
-    """A turn with nothing but its role and content; raises `UserError` where it has not both."""
-    given = turn if isinstance(turn, Mapping) else {}
-    if not all(isinstance(given.get(name), str) for name in ("role", "content")):
+def parse_turn(turn: Any, origin: str) -> dict[str, str]:
+    """Return the role and content of a turn, without its other fields.
+
+    Raises:
+        UserError: one of them is missing or not a string.
+    """
+    fields = turn if isinstance(turn, Mapping) else {}
+    if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
         raise UserError(
-            f"{where}: a turn of its messages is {str(turn)[:60]}; expected texts as role and content: name "
-            "them so, or leave messages out and give problem and solution"
+            f"{origin}: a turn of its messages is {str(turn)[:60]}; expected the strings role and content: "
+            "rename the fields, or provide problem and solution instead of messages"
         )
-    return {"role": given["role"], "content": given["content"]}
+    return {"role": fields["role"], "content": fields["content"]}
 
 
-def conversation(row: Mapping[str, Any], where: str, system: str | None) -> dict[str, Any]:
-    """A row of NuminaMath-CoT as a conversation: its `messages`, or `problem` and `solution`."""
+def conversation(row: Mapping[str, Any], origin: str, system: str | None) -> dict[str, Any]:
+    """Return a row of NuminaMath-CoT as a conversation.
+
+    Args:
+        row: with `messages`, or with `problem` and `solution`.
+        origin: source and number of the row, for messages.
+        system: content of a system turn to add.
+
+    Raises:
+        UserError: the row has neither.
+    """
     messages = row.get("messages")
     if messages:
-        turns = [as_turn(turn, where) for turn in (messages if isinstance(messages, list) else [messages])]
+        turns = [
+            parse_turn(turn, origin) for turn in (messages if isinstance(messages, list) else [messages])
+        ]
     else:
-        problem, solution = column(row, QUESTIONS), column(row, SOLUTIONS)
+        problem, solution = first_value(row, QUESTION_COLUMNS), first_value(row, SOLUTION_COLUMNS)
         if problem is None or solution is None:
             raise UserError(
-                f"{where}: it has the columns {', '.join(row)}; expected messages, or "
-                f"{' or '.join(QUESTIONS)} with {SOLUTIONS[0]}"
+                f"{origin}: it has the columns {', '.join(row)}; expected messages, or "
+                f"{' or '.join(QUESTION_COLUMNS)} with {SOLUTION_COLUMNS[0]}"
             )
         turns = [{"role": "user", "content": problem}, {"role": "assistant", "content": solution}]
-    return {"messages": [*system_turn(system), *turns]}
+    return {"messages": [*system_turns(system), *turns]}
 
 
-def problem(row: Mapping[str, Any], where: str, system: str | None) -> dict[str, Any]:
-    """A row of a benchmark with its answer, which may stand in a box of its solution."""
-    question, answer = column(row, QUESTIONS), column(row, ANSWERS)
-    if isinstance(answer, list):  # OlympiadBench: all of its answers, mostly one
+def problem(row: Mapping[str, Any], origin: str, system: str | None) -> dict[str, Any]:
+    """Return a row of a benchmark as a problem with its answer, which may be in a box of the solution.
+
+    Args:
+        row: with a column of `QUESTION_COLUMNS`, and one of `ANSWER_COLUMNS` or `SOLUTION_COLUMNS`.
+        origin: source and number of the row, for messages.
+        system: content of a system turn to add.
+
+    Raises:
+        UserError: the row has no question or no answer.
+    """
+    question, answer = first_value(row, QUESTION_COLUMNS), first_value(row, ANSWER_COLUMNS)
+    if isinstance(answer, list):  # OlympiadBench lists all answers, mostly one
         answer = ", ".join(map(str, answer))
     if answer is None:
-        answer = last_boxed(str(column(row, SOLUTIONS) or ""))
+        answer = last_boxed(str(first_value(row, SOLUTION_COLUMNS) or ""))
     elif (inside := last_boxed(str(answer))) is not None:
         answer = inside
     if question is None or answer is None:
         raise UserError(
-            f"{where}: it has the columns {', '.join(row)}; expected {' or '.join(QUESTIONS)} with "
-            f"{' or '.join(ANSWERS)}, or a {SOLUTIONS[0]} with a boxed answer"
+            f"{origin}: it has the columns {', '.join(row)}; expected {' or '.join(QUESTION_COLUMNS)} with "
+            f"{' or '.join(ANSWER_COLUMNS)}, or a {SOLUTION_COLUMNS[0]} with a boxed answer"
         )
-    turns = [*system_turn(system), {"role": "user", "content": question}]
-    # Dollar signs set mathematics, wherever in the answer it stands; an escaped one is money.
+    turns = [*system_turns(system), {"role": "user", "content": question}]
+    # A dollar sign delimits math anywhere in the answer; an escaped one is a currency.
     return {"messages": turns, "answer": re.sub(r"(?<!\\)\$", "", str(answer)).strip()}
 
 
-def drawn(rows: Dataset, count: int, seed: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """So many rows with their numbers, from 1, without repetition; in the order of the dataset."""
+def sample_rows(rows: Dataset, count: int, seed: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield `count` random rows without repetition, numbered from 1, in the order of the dataset."""
     for index in sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows)))):
         yield index + 1, rows[index]
 
 
-def write(file: Path, rows: Iterator[dict[str, Any]]) -> int:
+def write_rows(file: Path, rows: Iterator[dict[str, Any]]) -> int:
+    """Write rows as a .jsonl file, and return their number."""
     count = 0
     with open(file, "w", encoding="utf-8") as stream:
         for row in rows:
@@ -136,24 +167,26 @@ def main() -> None:
     parser.add_argument("--train", default=TRAIN, metavar="SOURCE")
     for name, source in BENCHMARKS.items():
         parser.add_argument(f"--{name}", default=source, metavar="SOURCE")
-    parser.add_argument("--count", type=int, default=DRAWN, help="conversations to train on")
+    parser.add_argument("--count", type=int, default=SAMPLED_ROWS, help="number of conversations to train on")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--system", help="a system turn for models whose chat template brings none")
-    given = parser.parse_args()
-    if given.count < 1:
-        raise UserError(f"--count {given.count}: must be at least 1")
-    with convert_write_errors(given.folder, "folder"):
-        given.folder.mkdir(parents=True, exist_ok=True)
-        file = given.folder / "train.jsonl"
-        chosen = drawn(rows_of(given.train), given.count, given.seed)
-        made = (conversation(row, f"{given.train}, row {number}", given.system) for number, row in chosen)
-        print(f"{file}: {write(file, made):,} conversations")
+    parser.add_argument("--system", help="content of a system turn, for models whose chat template adds none")
+    options = parser.parse_args()
+    if options.count < 1:
+        raise UserError(f"--count {options.count}: must be at least 1")
+    with convert_write_errors(options.folder, "folder"):
+        options.folder.mkdir(parents=True, exist_ok=True)
+        file = options.folder / "train.jsonl"
+        sampled = sample_rows(load_rows(options.train), options.count, options.seed)
+        conversations = (
+            conversation(row, f"{options.train}, row {number}", options.system) for number, row in sampled
+        )
+        print(f"{file}: {write_rows(file, conversations):,} conversations")
         for name in BENCHMARKS:
-            source = vars(given)[name]
-            file = given.folder / f"{name}.jsonl"
-            rows = enumerate(rows_of(source), 1)
-            count = write(
-                file, (problem(row, f"{source}, row {number}", given.system) for number, row in rows)
+            source = vars(options)[name]
+            file = options.folder / f"{name}.jsonl"
+            rows = enumerate(load_rows(source), 1)
+            count = write_rows(
+                file, (problem(row, f"{source}, row {number}", options.system) for number, row in rows)
             )
             print(f"{file}: {count:,} problems")
 

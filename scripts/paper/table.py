@@ -1,4 +1,4 @@
-"""The paper's table of Qwen2.5-Math-1.5B, and beside each figure what was measured here.
+"""Print the paper's results for Qwen2.5-Math-1.5B next to the accuracies of an evaluation.
 
 python scripts/paper/table.py runs/paper/evaluation/results.json
 """
@@ -23,14 +23,20 @@ PUBLISHED = {
     "sft": (43.76, 13.04, 12.63, 1.87, 18.75),
     "dft": (64.89, 20.94, 27.08, 6.87, 38.13),
 }
-"""avg@16 in percent (arXiv 2508.05629, Table 1, Qwen2.5-Math-1.5B), in the order of `TITLES`."""
+"""Published avg@16 in percent (arXiv 2508.05629, Table 1, Qwen2.5-Math-1.5B), in the order of `TITLES`."""
 MISSING = "–"
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown: published / measured here, in percent; the average only where all five are there."""
-    found = {
-        model["name"]: {one["file"]: 100 * one["avg"]["value"] for one in model["files"]}
+    """Return a Markdown table of published and measured accuracies in percent.
+
+    The measured average is shown only if all five benchmarks were measured.
+
+    Args:
+        results: the content of results.json.
+    """
+    measured = {
+        model["name"]: {score["file"]: 100 * score["avg"]["value"] for score in model["files"]}
         for model in results["models"]
     }
     lines = [
@@ -38,11 +44,11 @@ def table(results: Mapping[str, Any]) -> str:
         "|---" * (len(TITLES) + 2) + "|",
     ]
     for name, published in PUBLISHED.items():
-        here = [found.get(name, {}).get(file) for file in TITLES]
-        whole = None not in here
+        here = [measured.get(name, {}).get(file) for file in TITLES]
+        is_complete = None not in here
         cells = [*zip(published, here, strict=True)]
-        cells.append((sum(published) / len(published), sum(here) / len(here) if whole else None))
-        shown = [f"{one:.2f} / {MISSING if other is None else f'{other:.2f}'}" for one, other in cells]
+        cells.append((sum(published) / len(published), sum(here) / len(here) if is_complete else None))
+        shown = [f"{paper:.2f} / {MISSING if ours is None else f'{ours:.2f}'}" for paper, ours in cells]
         lines.append(f"| {name.upper() if name != 'base' else name} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
@@ -53,14 +59,14 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="results.json of scripts/evaluate.py")
     file = parser.parse_args().results
     try:
-        made = table(json.loads(file.read_text()))
+        text = table(json.loads(file.read_text()))
     except OSError as error:
         raise UserError(
             f"{file}: cannot be read ({error.strerror}); run scripts/paper/evaluate.sh first"
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file}: is no results.json of scripts/evaluate.py") from None
-    print(made, end="")
+        raise UserError(f"{file}: is not a results.json of scripts/evaluate.py") from None
+    print(text, end="")
 
 
 if __name__ == "__main__":

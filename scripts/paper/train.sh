@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Trains SFT and DFT with the paper's settings (arXiv 2508.05629, section 4.1.1): AdamW with betas 0.9 and 0.95,
+# Trains with SFT and with DFT in the paper's settings (arXiv 2508.05629, section 4.1.1): AdamW with betas 0.9 and 0.95,
 # weight decay 0.01, gradients clipped at 1, learning rate 5e-5, 256 conversations per step, 2,048 tokens, cosine
 # with a warm-up of 0.1, one epoch, bfloat16.
 #
-#   scripts/paper/train.sh                                 # both
+#   scripts/paper/train.sh                                 # both methods
 #   METHODS=dft PER_DEVICE=8 scripts/paper/train.sh
 #   scripts/paper/train.sh --max_train_samples 1000        # flags given here override those below
 set -euo pipefail
 
-FOLDER=${FOLDER:-runs/paper} # holds data/train.jsonl of prepare.py; gets sft/ and dft/
+FOLDER=${FOLDER:-runs/paper} # has data/train.jsonl from prepare.py; sft/ and dft/ are written here
 MODEL=${MODEL:-Qwen/Qwen2.5-Math-1.5B}
 METHODS=${METHODS:-sft dft}
-PER_DEVICE=${PER_DEVICE:-4} # conversations at a time on each GPU; what is missing to 256 is accumulated
-BATCH=${BATCH:-256}
+PER_DEVICE=${PER_DEVICE:-4} # conversations per micro-batch on each GPU; gradient accumulation makes up the batch
+BATCH=${BATCH:-256} # conversations per optimizer step
 
 . "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 help_of "${BASH_SOURCE[0]}" "$@"
 cd "$ROOT"
 
-# As scripts/train.sh will count them.
+# The number of processes that scripts/train.sh will start.
 gpus=$(visible_gpus)
 if [[ -n ${GPU_IDS:-} ]]; then
     processes=$(($(tr -dc , <<<"$GPU_IDS" | wc -c) + 1))

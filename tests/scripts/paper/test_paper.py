@@ -1,4 +1,4 @@
-"""The paper's recipe: its settings, its data, and all of it on stand-ins."""
+"""The recipe of the paper: its settings, its data, and a run of all steps on stand-ins."""
 
 import json
 import os
@@ -23,7 +23,7 @@ PAPER = {
 
 @pytest.fixture
 def repository(tmp_path):
-    """The scripts beside a stand-in for scripts/train.sh that notes what it is given."""
+    """A folder with the scripts and a stand-in for scripts/train.sh that prints its arguments."""
     (tmp_path / "scripts/paper").mkdir(parents=True)
     for name in ("environment.sh", "paper/train.sh", "paper/evaluate.sh"):
         (tmp_path / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
@@ -34,7 +34,7 @@ def repository(tmp_path):
     return tmp_path
 
 
-def called(repository, *words, script="train.sh", **environment):
+def run_shell_script(repository, *words, script="train.sh", **environment):
     return subprocess.run(
         ["bash", f"scripts/paper/{script}", *words], cwd=repository, capture_output=True, text=True,
         env={"PATH": os.environ["PATH"], "HOME": str(repository), **environment}, timeout=30,
@@ -44,8 +44,8 @@ def called(repository, *words, script="train.sh", **environment):
 @pytest.mark.parametrize(
     ("gpus", "per_device", "accumulated"), [("8", "4", 8), ("1", "16", 16), ("2", "1", 128)]
 )
-def test_the_settings_are_the_papers(repository, monkeypatch, gpus, per_device, accumulated):
-    done = called(repository, NUM_GPUS=gpus, PER_DEVICE=per_device)
+def test_settings_are_those_of_the_paper(repository, monkeypatch, gpus, per_device, accumulated):
+    done = run_shell_script(repository, NUM_GPUS=gpus, PER_DEVICE=per_device)
     runs = [part.splitlines() for part in done.stdout.split("END\n")[:-1]]
     assert [run[:2] for run in runs] == [
         ["Qwen/Qwen2.5-Math-1.5B", "runs/paper/sft"], ["Qwen/Qwen2.5-Math-1.5B", "runs/paper/dft"]
@@ -53,7 +53,7 @@ def test_the_settings_are_the_papers(repository, monkeypatch, gpus, per_device, 
     for run, alpha in zip(runs, (0.0, 1.0), strict=True):
         flags = run[2:]
         assert "--data_files" in flags and "runs/paper/data/train.jsonl" in flags
-        given = parse_arguments(
+        arguments = parse_arguments(
             [
                 *flags,
                 "--model_name_or_path",
@@ -64,35 +64,37 @@ def test_the_settings_are_the_papers(repository, monkeypatch, gpus, per_device, 
                 "True",
             ]
         )
-        assert given.dft.dft_alpha == alpha and given.data.max_length == 2048
-        assert given.model.torch_dtype == "bfloat16" and given.training.optim == "adamw_torch"
+        assert arguments.dft.dft_alpha == alpha and arguments.data.max_length == 2048
+        assert arguments.model.torch_dtype == "bfloat16" and arguments.training.optim == "adamw_torch"
         for name, value in PAPER.items():
-            assert vars(given.training)[name] == value, name
-        steps = given.training.per_device_train_batch_size * given.training.gradient_accumulation_steps
-        assert steps * int(gpus) == 256 and given.training.gradient_accumulation_steps == accumulated
+            assert vars(arguments.training)[name] == value, name
+        steps = (
+            arguments.training.per_device_train_batch_size * arguments.training.gradient_accumulation_steps
+        )
+        assert steps * int(gpus) == 256 and arguments.training.gradient_accumulation_steps == accumulated
 
 
-def test_answers_are_drawn_as_in_the_paper(repository):
+def test_answers_are_sampled_as_in_the_paper(repository):
     python = repository / "bin/python"
     python.parent.mkdir()
     python.write_text('#!/bin/bash\nprintf "%s\\n" "$@" END\n')
     python.chmod(0o755)
-    done = called(repository, script="evaluate.sh", VIRTUAL_ENV=str(repository))
+    done = run_shell_script(repository, script="evaluate.sh", VIRTUAL_ENV=str(repository))
     assert done.returncode == 0, done.stderr
     words = done.stdout.split("END\n")[0].splitlines()
     assert words[0] == "scripts/evaluate.py" and "base=Qwen/Qwen2.5-Math-1.5B" in words
-    drawn = {"--samples": "16", "--temperature": "1", "--top_p": "1", "--max_new_tokens": "4096"}
-    assert {name: words[words.index(name) + 1] for name in drawn} == drawn
+    flags = {"--samples": "16", "--temperature": "1", "--top_p": "1", "--max_new_tokens": "4096"}
+    assert {name: words[words.index(name) + 1] for name in flags} == flags
     assert [word for word in words if word.endswith(".jsonl")] == [
         f"runs/paper/data/{name}.jsonl" for name in prepare.BENCHMARKS
     ]
 
 
-def test_a_batch_that_does_not_divide_is_refused(repository):
-    done = called(repository, NUM_GPUS="3")
+def test_a_batch_not_divisible_by_the_micro_batches_is_refused(repository):
+    done = run_shell_script(repository, NUM_GPUS="3")
     assert done.returncode == 2 and done.stdout == ""
     assert "3 processes x PER_DEVICE=4 do not divide 256 conversations per step" in done.stderr
-    done = called(repository, NUM_GPUS="8", METHODS="sft ppo")
+    done = run_shell_script(repository, NUM_GPUS="8", METHODS="sft ppo")
     assert done.returncode == 2 and "ppo is neither sft nor dft" in done.stderr
 
 
@@ -132,7 +134,7 @@ def test_benchmark_rows_become_problems(row, answer):
     }
 
 
-def test_unknown_columns_are_told():
+def test_unknown_columns_are_an_error():
     with pytest.raises(UserError, match="x: it has the columns text; expected messages, or problem"):
         prepare.conversation({"text": "a"}, "x", None)
     with pytest.raises(UserError, match="x: it has the columns problem, solution; expected"):
@@ -148,11 +150,13 @@ def test_unknown_columns_are_told():
         "1+1?",
     ],
 )
-def test_a_row_whose_turns_have_no_role_is_named(tmp_path, monkeypatch, turns):
+def test_a_row_with_turns_without_role_or_content_is_an_error(tmp_path, monkeypatch, turns):
     good = [{"role": "user", "content": "1+1?"}]
-    with pytest.raises(UserError, match=r"^x, row 3: a turn of its messages is .*expected texts as role and"):
+    with pytest.raises(
+        UserError, match=r"^x, row 3: a turn of its messages is .*expected the strings role and"
+    ):
         prepare.conversation({"messages": turns}, "x, row 3", None)
-    lines = [json.dumps({"messages": one}) + "\n" for one in (good, [{"role": None, "content": "2"}])]
+    lines = [json.dumps({"messages": turns}) + "\n" for turns in (good, [{"role": None, "content": "2"}])]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     words = ["prepare.py", str(tmp_path / "out"), "--train", str(tmp_path / "a.jsonl")]
     monkeypatch.setattr(sys, "argv", words)
@@ -161,7 +165,7 @@ def test_a_row_whose_turns_have_no_role_is_named(tmp_path, monkeypatch, turns):
         prepare.main()
 
 
-def test_a_folder_that_cannot_be_is_one_error(tmp_path, monkeypatch):
+def test_an_output_folder_that_is_a_file_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(prepare, "report_user_errors", lambda: None)
     for folder in "file", "file/data":
@@ -170,24 +174,24 @@ def test_a_folder_that_cannot_be_is_one_error(tmp_path, monkeypatch):
             prepare.main()
 
 
-def test_sources_are_read_and_drawn_from(tmp_path):
+def test_sources_are_loaded_and_sampled(tmp_path):
     rows = [{"problem": f"{n}?", "solution": str(n)} for n in range(50)]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("a.parquet", "a.jsonl"):
-        found = prepare.rows_of(str(tmp_path / name))
-        assert [found[index] for index in range(50)] == rows
-    some = list(prepare.drawn(Dataset.from_list(rows), 10, seed=1))
-    assert all(row == rows[number - 1] for number, row in some)
-    assert some == list(prepare.drawn(Dataset.from_list(rows), 10, seed=1)) and len(some) == 10
-    assert some != list(prepare.drawn(Dataset.from_list(rows), 10, seed=2))
-    assert len(list(prepare.drawn(Dataset.from_list(rows), 99, seed=1))) == 50
+        loaded = prepare.load_rows(str(tmp_path / name))
+        assert [loaded[index] for index in range(50)] == rows
+    sampled = list(prepare.sample_rows(Dataset.from_list(rows), 10, seed=1))
+    assert all(row == rows[number - 1] for number, row in sampled)
+    assert sampled == list(prepare.sample_rows(Dataset.from_list(rows), 10, seed=1)) and len(sampled) == 10
+    assert sampled != list(prepare.sample_rows(Dataset.from_list(rows), 10, seed=2))
+    assert len(list(prepare.sample_rows(Dataset.from_list(rows), 99, seed=1))) == 50
     with pytest.raises(UserError, match="none.parquet: cannot be loaded"):
-        prepare.rows_of(str(tmp_path / "none.parquet"))
+        prepare.load_rows(str(tmp_path / "none.parquet"))
 
 
-def test_the_table_averages_and_shows_what_is_missing():
-    for name, average in {"base": 15.92, "sft": 18.01, "dft": 31.58}.items():  # as the paper prints them
+def test_the_table_has_averages_and_marks_missing_values():
+    for name, average in {"base": 15.92, "sft": 18.01, "dft": 31.58}.items():  # as printed in the paper
         assert sum(table.PUBLISHED[name]) / 5 == pytest.approx(average, abs=0.006)
     files = [{"file": name, "avg": {"value": 0.1 * number}} for number, name in enumerate(table.TITLES)]
     results = {"models": [{"name": "dft", "files": files}, {"name": "sft", "files": files[:2]}]}
@@ -204,7 +208,7 @@ def test_the_table_averages_and_shows_what_is_missing():
 
 
 @pytest.mark.slow
-def test_all_of_it_on_stand_ins(tmp_path):
+def test_the_whole_recipe_runs_on_stand_ins(tmp_path):
     environment = {
         **os.environ,
         "VIRTUAL_ENV": sys.prefix,
@@ -217,7 +221,7 @@ def test_all_of_it_on_stand_ins(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "evaluation/results.json").read_text())
-    right = {one["name"]: [file["avg"]["value"] for file in one["files"]] for one in results["models"]}
-    assert list(right) == ["base", "sft", "dft"] and all(len(one) == 5 for one in right.values())
+    right = {model["name"]: [file["avg"]["value"] for file in model["files"]] for model in results["models"]}
+    assert list(right) == ["base", "sft", "dft"] and all(len(values) == 5 for values in right.values())
     assert sum(right["sft"]) > sum(right["base"]), "SFT learns to repeat a number in a box"
     assert "| DFT | 64.89 /" in done.stdout
