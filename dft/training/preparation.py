@@ -12,7 +12,7 @@ from dft.loss.objectives import Objective
 from dft.ranks import sequence_parallel_size
 from dft.training.batching import choose_collator, is_packed, longest_row, padding_id
 from dft.training.measuring.nonfinite import POLICIES
-from dft.training.parallel.sequence_parallel import check_sequence_parallel, resolve_parallel_collator
+from dft.training.parallel.sequence_parallel import check_shared_data, resolve_parallel_collator
 from dft.training.step_loss import FUSED_HEAD
 
 
@@ -68,7 +68,7 @@ def resolve_collator(
     """
     train_dataset = datasets.get("train_dataset")
     if sequence_parallel_size(args) > 1:
-        check_sequence_parallel(train_dataset, objective)
+        check_shared_data(train_dataset, objective)
         collator = resolve_parallel_collator(padding_id(model), collator)
     elif collator is None:
         collections = (train_dataset, datasets.get("eval_dataset"))

@@ -149,7 +149,7 @@ class SequenceParallel:
         }
 
 
-def check_sequence_parallel(dataset: Any, objective: Objective) -> None:
+def check_shared_data(dataset: Any, objective: Objective) -> None:
     """Raise ValueError for a dataset or an objective that sequence parallelism would get wrong silently."""
     if dataset is not None and not isinstance(dataset, Sized):
         raise ValueError(

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, Qwen3Config
 from dft.loss.objectives import make_objective
 from dft.training.parallel import sequence_parallel
 from dft.training.parallel.sequence_parallel import (
-    check_sequence_parallel,
+    check_shared_data,
     sequence_parallel_obstacle,
 )
 
@@ -61,8 +61,8 @@ class Stream(IterableDataset):
 
 
 def test_datasets_without_a_length_and_objectives_with_a_base_model_are_refused():
-    check_sequence_parallel([{}], make_objective("dft"))
+    check_shared_data([{}], make_objective("dft"))
     with pytest.raises(ValueError, match="a dataset without a length"):
-        check_sequence_parallel(Stream(), make_objective("dft"))
+        check_shared_data(Stream(), make_objective("dft"))
     with pytest.raises(ValueError, match="objective asft scores whole sequences with the base model"):
-        check_sequence_parallel([{}], make_objective("asft"))
+        check_shared_data([{}], make_objective("asft"))
