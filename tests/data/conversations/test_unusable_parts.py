@@ -161,7 +161,7 @@ NOTHING = "there is no conversation in this file"
 @pytest.mark.parametrize(
     ("name", "raw", "line", "reason", "copied"),
     [
-        ("a.jsonl.gz", gzip.compress(WHOLE) + b"garbage", 6,
+        ("a.jsonl.gz", gzip.compress(WHOLE, mtime=0) + b"garbage", 6,
          "7 bytes behind the end of the gzip stream; cut them off", "garbage"),
         ("a.json", f"{ARRAY},\n]".encode(), 6, "broken JSON array: expected a value, found ']'", ""),
         ("a.json", ARRAY.encode(), 5, "broken JSON array: the closing ']' is missing", ""),
@@ -169,7 +169,7 @@ NOTHING = "there is no conversation in this file"
          "broken JSON: Unterminated string starting at (column 16)", '{"messages": [{"ro'),
         ("a.jsonl", b"\xef\xbb\xbf{\r\n" + WHOLE, 1,
          "broken JSON: Expecting property name enclosed in double quotes (column 2)", "\ufeff{\r"),
-        ("a.jsonl.gz", gzip.compress(b""), 1, NOTHING, ""),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), 1, NOTHING, ""),
         ("a.parquet", empty_table(), 1, NOTHING, ""),
     ],
 )  # fmt: skip
@@ -193,8 +193,8 @@ def test_a_part_without_which_nothing_is_lost_is_told_or_skipped(
 @pytest.mark.parametrize(
     ("name", "raw", "line"),
     [
-        ("a.jsonl.gz", gzip.compress(WHOLE)[:-20], "3"),
-        ("a.jsonl.gz", gzip.compress(WHOLE) + gzip.compress(WHOLE)[:-20], "8"),
+        ("a.jsonl.gz", gzip.compress(WHOLE, mtime=0)[:-20], "3"),
+        ("a.jsonl.gz", gzip.compress(WHOLE, mtime=0) + gzip.compress(WHOLE, mtime=0)[:-20], "8"),
         ("a.json", f"{ARRAY[:100]},\n{ARRAY}".encode(), "1"),
         ("a.json", f"{ARRAY}]\n{ARRAY}]".encode(), "6"),
     ],
