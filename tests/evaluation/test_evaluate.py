@@ -1,4 +1,4 @@
-"""scripts/evaluate.py from end to end, on a tiny model: what it draws, keeps, goes on from and refuses."""
+"""scripts/evaluate.py from end to end with a tiny model: sampling, saved samples, resuming and errors."""
 
 import json
 import re
@@ -53,43 +53,43 @@ def short(tiny, problems, output, *more):
     )  # fmt: skip
 
 
-def test_results_table_page_and_samples(monkeypatch, tiny, tmp_path, problems, capsys):
+def test_results_table_page_and_samples_are_written(monkeypatch, tiny, tmp_path, problems, capsys):
     other = tmp_path / "other"
     shutil.copytree(tiny, other)
     words = short(tiny, problems, tmp_path / "out")
     run(monkeypatch, *words[:2], other, *words[2:])
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert [one["name"] for one in results["models"]] == ["one", "other"]
-    (first,), (second,) = (one["files"] for one in results["models"])
+    assert [model["name"] for model in results["models"]] == ["one", "other"]
+    (first,), (second,) = (model["files"] for model in results["models"])
     assert first["problems"] == 8 and first["samples"] == 3 and 0 < first["mean_tokens"] <= 6
     assert second["difference"]["value"] == 0 and "difference" not in first  # the same model, the same seeds
     records = [json.loads(line) for line in (tmp_path / "out/one/test.jsonl").read_text().splitlines()]
-    assert [one["line"] for one in records] == list(range(1, 9)) and records[-1]["reference"] == "2"
-    assert len({one["text"] for one in records[0]["samples"]}) > 1, "drawn, and not the same each time"
+    assert [record["line"] for record in records] == list(range(1, 9)) and records[-1]["reference"] == "2"
+    assert len({sample["text"] for sample in records[0]["samples"]}) > 1, "samples of a problem differ"
     assert (tmp_path / "out/table.md").read_text() in printed and "avg@3" in printed
     page = (tmp_path / "out/report.html").read_text()
     assert page.startswith("<!doctype html>") and "pass@3" in page and "&lt;script" not in page
 
 
-def test_a_killed_evaluation_ends_as_it_would_have(monkeypatch, tiny, tmp_path, problems):
+def test_resumed_evaluation_has_the_same_results(monkeypatch, tiny, tmp_path, problems):
     run(monkeypatch, *short(tiny, problems, tmp_path / "whole"))
     whole = (tmp_path / "whole/one/test.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
-    left = [whole[:cut] for cut in (0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 1)]
-    left += [b"".join([*lines[:1], b"7\n", *lines[2:]]), b"".join([*lines[:1], *lines[:0:-1]])]
-    for number, content in enumerate(left):
+    contents = [whole[:cut] for cut in (0, 1, len(whole) // 3, len(whole) // 2, len(whole) - 1)]
+    contents += [b"".join([*lines[:1], b"7\n", *lines[2:]]), b"".join([*lines[:1], *lines[:0:-1]])]
+    for number, content in enumerate(contents):
         folder = tmp_path / f"cut-{number}"
         shutil.copytree(tmp_path / "whole", folder)
         (folder / "one/test.jsonl").write_bytes(content)
         run(monkeypatch, *short(tiny, problems, folder))
         assert (folder / "one/test.jsonl").read_bytes() == whole
         assert (folder / "results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
-    monkeypatch.setattr(evaluate, "load_sampler", lambda *_: pytest.fail("there is nothing left to do"))
+    monkeypatch.setattr(evaluate, "load_sampler", lambda *_: pytest.fail("everything is sampled already"))
     run(monkeypatch, *short(tiny, problems, tmp_path / "whole"))
 
 
-def test_the_prompt_is_what_precedes_the_answer_in_training(tiny, tmp_path):
+def test_prompt_has_the_tokens_that_precede_the_answer_in_training(tiny, tmp_path):
     file = write(tmp_path, [GOOD])
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(tiny))
     (problem,) = read_problems(file)
@@ -101,7 +101,7 @@ def test_the_prompt_is_what_precedes_the_answer_in_training(tiny, tmp_path):
 
 @pytest.fixture
 def base(tiny, tmp_path):
-    """A model that names `<|endoftext|>` alone as its end, though its template ends turns with <|im_end|>."""
+    """Return a model that lacks the end-of-turn token of its template, <|im_end|>, as a stop token."""
     folder = tmp_path / "base"
     shutil.copytree(tiny, folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
@@ -114,15 +114,19 @@ def base(tiny, tmp_path):
     return folder
 
 
-def test_a_base_model_stops_where_a_trained_one_does(monkeypatch, tiny, base, tmp_path, problems, capsys):
-    """Else it would go on to a turn of its own making, whose last box would be graded."""
-    made = []
+def test_base_model_also_stops_at_the_end_of_turn_token_of_the_template(
+    monkeypatch, tiny, base, tmp_path, problems, capsys
+):
+    """Otherwise it would continue with another turn, whose last box would be graded."""
+    samplers = []
     monkeypatch.setattr(
-        evaluate, "TransformersSampler", lambda *how: made.append(TransformersSampler(*how)) or made[-1]
+        evaluate,
+        "TransformersSampler",
+        lambda *args: samplers.append(TransformersSampler(*args)) or samplers[-1],
     )
     words = short(tiny, problems, tmp_path / "out")
     run(monkeypatch, *words[:2], f"base={base}", *words[2:])
-    trained, untrained = made
+    trained, untrained = samplers
     tokenizer = AutoTokenizer.from_pretrained(base)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end in trained.stops and untrained.stops == sorted({end, tokenizer.eos_token_id})
@@ -131,85 +135,87 @@ def test_a_base_model_stops_where_a_trained_one_does(monkeypatch, tiny, base, tm
     assert (answer.tokens, answer.stopped) == (2, True)
 
 
-def test_a_batch_gives_what_single_prompts_give(tiny):
-    """Left padding changes nothing: greedy answers of a batch are those of each prompt alone."""
+def test_batched_answers_equal_those_of_single_prompts(tiny):
+    """Left padding does not change greedy answers."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12], [13]]
     settings = SamplingSettings(samples=1, temperature=0, max_new_tokens=8)
     sampler = TransformersSampler(model, tokenizer, [tokenizer.eos_token_id], settings)
     together = sampler.sample(prompts, seed=0)
-    assert together == [sampler.sample([one], seed=5)[0] for one in prompts]
+    assert together == [sampler.sample([prompt], seed=5)[0] for prompt in prompts]
     ids = torch.tensor([prompts[0]])
     for _ in range(together[0][0].tokens):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
     assert tokenizer.decode(ids[0, 6:], skip_special_tokens=True) == together[0][0].text
 
 
-def test_tokens_are_drawn_from_the_distribution_itself(tiny):
-    """Nothing is left of the model's own settings of sampling: frequencies are those of softmax."""
+def test_sampled_tokens_follow_the_softmax_distribution(tiny):
+    """The sampling settings of the model's own generation_config are ignored."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
     model.generation_config.update(do_sample=True, top_k=2, temperature=0.1, repetition_penalty=5.0)
     with torch.no_grad():
         model.lm_head.weight *= 3  # a distribution with some shape
         p = torch.softmax(model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1].double(), -1)
     settings = SamplingSettings(samples=2000, temperature=1.0, max_new_tokens=1, batch_size=2000)
-    made = TransformersSampler(model, tokenizer, [tokenizer.eos_token_id], settings)
+    sampler = TransformersSampler(model, tokenizer, [tokenizer.eos_token_id], settings)
     seen: list[int] = []
-    monkey = made._answer
-    made._answer = lambda ids: seen.append(ids[0]) or monkey(ids)
-    made.sample([[5, 6, 7]], seed=3)
-    found = torch.bincount(torch.tensor(seen), minlength=len(p)).double() / len(seen)
+    answer = sampler._answer
+    sampler._answer = lambda ids: seen.append(ids[0]) or answer(ids)
+    sampler.sample([[5, 6, 7]], seed=3)
+    frequencies = torch.bincount(torch.tensor(seen), minlength=len(p)).double() / len(seen)
     assert (p > 0.002).sum() > 5
-    assert ((found - p).abs() <= 5 * (p * (1 - p) / len(seen)).sqrt() + 2e-3).all()
+    assert ((frequencies - p).abs() <= 5 * (p * (1 - p) / len(seen)).sqrt() + 2e-3).all()
 
 
-class StandIn(types.ModuleType):
-    """What of vLLM is called, with the shape of its answers."""
+class FakeVllm(types.ModuleType):
+    """The parts of vLLM that are called, with outputs of the same shape."""
 
     def __init__(self) -> None:
         super().__init__("vllm")
-        self.asked = []
-        stand_in = self
+        self.requests = []
+        fake = self
 
         class SamplingParams:
-            def __init__(self, **given):
-                vars(self).update(given)
+            def __init__(self, **options):
+                vars(self).update(options)
 
         class LLM:
-            def __init__(self, **given):
-                stand_in.made = given
+            def __init__(self, **options):
+                fake.options = options
 
             def generate(self, prompts, parameters, use_tqdm):
-                stand_in.asked += list(zip(prompts, parameters, strict=True))
+                fake.requests += list(zip(prompts, parameters, strict=True))
                 output = types.SimpleNamespace
                 return [
                     output(
                         outputs=[
                             output(text=f"#### {number}", token_ids=[1, 2, 3], finish_reason=reason)
-                            for number, reason in zip(range(one.n), ("stop", "length", "stop"), strict=True)
+                            for number, reason in zip(
+                                range(parameter.n), ("stop", "length", "stop"), strict=True
+                            )
                         ]
                     )
-                    for one in parameters
+                    for parameter in parameters
                 ]
 
         self.LLM, self.SamplingParams = LLM, SamplingParams
 
 
-def test_vllm_is_asked_for_the_same(monkeypatch, tiny):
-    stand_in = StandIn()
-    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+def test_vllm_gets_the_same_prompts_and_settings(monkeypatch, tiny):
+    fake = FakeVllm()
+    monkeypatch.setitem(sys.modules, "vllm", fake)
     settings = SamplingSettings(samples=3, temperature=0.7, top_p=0.9, max_new_tokens=5, seed=2)
-    made = VllmSampler(str(tiny), [9, 4], settings, "float16", False).sample([[5, 6], [7]], seed=40)
-    assert [[one.text for one in some] for some in made] == [["#### 0", "#### 1", "#### 2"]] * 2
-    assert [(one.tokens, one.stopped) for one in made[0]] == [(2, True), (3, False), (2, True)]
-    (first, how), (_, next_how) = stand_in.asked
+    answers = VllmSampler(str(tiny), [9, 4], settings, "float16", False).sample([[5, 6], [7]], seed=40)
+    assert [[answer.text for answer in group] for group in answers] == [["#### 0", "#### 1", "#### 2"]] * 2
+    assert [(answer.tokens, answer.stopped) for answer in answers[0]] == [(2, True), (3, False), (2, True)]
+    (first, how), (_, next_how) = fake.requests
     assert first == {"prompt_token_ids": [5, 6]} and (how.n, how.temperature, how.top_p) == (3, 0.7, 0.9)
     assert how.top_k == -1 and how.max_tokens == 5 and how.seed != next_how.seed
     assert how.stop_token_ids == [9, 4]
-    assert stand_in.made == {"model": str(tiny), "dtype": "float16", "seed": 2, "trust_remote_code": False}
+    assert fake.options == {"model": str(tiny), "dtype": "float16", "seed": 2, "trust_remote_code": False}
 
 
-def test_vllm_that_is_not_there_is_told():
+def test_vllm_that_is_not_installed_is_an_error():
     with pytest.raises(UserError, match="vllm is not installed; pip install vllm"):
         resolve_backend("vllm")
     assert resolve_backend("auto") == "transformers"
@@ -227,7 +233,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("message", BAD_LINES)
-def test_a_bad_line_is_named(tmp_path, message):
+def test_invalid_row_is_an_error_with_file_and_line(tmp_path, message):
     file = tmp_path / "bad.jsonl"
     file.write_text(f"{json.dumps(GOOD)}\n\n{BAD_LINES[message]}\n")
     with pytest.raises(UserError, match=f"bad.jsonl:3: .*{message}"):
@@ -248,10 +254,10 @@ ANSWERED = [
 
 
 @pytest.mark.parametrize("row", ANSWERED, ids=str)
-def test_an_answer_needs_no_turn_of_the_assistant(tmp_path, row):
+def test_row_with_an_answer_needs_no_assistant_turn(tmp_path, row):
     (problem,) = read_problems(write(tmp_path, [{**row, "answer": 2}]))
     assert (problem.question, problem.reference, problem.has_answer) == ("2?", "2", True)
-    assert [one["role"] for one in problem.conversation.messages] == ["user", "assistant"]
+    assert [turn["role"] for turn in problem.conversation.messages] == ["user", "assistant"]
 
 
 REFUSED = {
@@ -270,7 +276,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_bad_settings_are_refused(monkeypatch, tiny, tmp_path, message):
+def test_invalid_settings_are_errors(monkeypatch, tiny, tmp_path, message):
     file = write(tmp_path, [GOOD])
     with pytest.raises(UserError, match=message):
         run(monkeypatch, *short(tiny, file, tmp_path / "out", *REFUSED[message]))
@@ -280,7 +286,7 @@ def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_command_that_failed_can_be_corrected(monkeypatch, tiny, tmp_path, problems):
+def test_failed_command_can_be_corrected(monkeypatch, tiny, tmp_path, problems):
     output = tmp_path / "out"
     with pytest.raises(UserError, match="--model .*nowhere"):
         run(monkeypatch, *short(tiny, problems, output, "--model", "one=./nowhere", "--top_p", 0.5))
@@ -291,7 +297,7 @@ def test_a_command_that_failed_can_be_corrected(monkeypatch, tiny, tmp_path, pro
     assert len(lines(output / "two/test.jsonl")) == 8
 
 
-def test_another_grader_grades_what_is_kept(monkeypatch, tiny, tmp_path, capsys):
+def test_saved_samples_are_graded_again_by_another_grader(monkeypatch, tiny, tmp_path, capsys):
     problems, output = write(tmp_path, [ASKED, GOOD]), tmp_path / "out"
     words = short(tiny, problems, output)
     run(monkeypatch, *words)
@@ -300,40 +306,42 @@ def test_another_grader_grades_what_is_kept(monkeypatch, tiny, tmp_path, capsys)
     )
     before = lines(output / "one/test.jsonl")
     before[0]["samples"][0]["text"] = "2"
-    (output / "one/test.jsonl").write_text("".join(json.dumps(one) + "\n" for one in before))
-    monkeypatch.setattr(evaluate, "load_sampler", lambda *_: pytest.fail("nothing has to be sampled"))
+    (output / "one/test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in before))
+    monkeypatch.setattr(
+        evaluate, "load_sampler", lambda *_: pytest.fail("nothing is sampled for another grader")
+    )
     with pytest.raises(UserError, match="test.jsonl:2: --grader boxed"):
         run(monkeypatch, *words, "--grader", "boxed")
     assert not before[0]["samples"][0]["right"]
     run(monkeypatch, *words, "--grader", "exact")
     after = lines(output / "one/test.jsonl")
     assert after[0]["samples"][0] == {**before[0]["samples"][0], "right": True}
-    assert [one["grader"] for one in after] == ["exact", "exact"]
+    assert [record["grader"] for record in after] == ["exact", "exact"]
     assert json.loads((output / "results.json").read_text())["settings"]["grader"] == "exact"
 
 
-def test_models_and_files_of_earlier_calls_stay_in_the_results(monkeypatch, tiny, tmp_path, problems):
+def test_results_include_models_and_files_of_earlier_calls(monkeypatch, tiny, tmp_path, problems):
     output, more = tmp_path / "out", write(tmp_path, [GOOD, ASKED], "more.jsonl")
     run(monkeypatch, *short(tiny, problems, output))
     run(monkeypatch, *short(tiny, more, output, "--model", f"two={tiny}"))
     run(monkeypatch, *short(tiny, problems, output, "--model", f"two={tiny}"))
     results = json.loads((output / "results.json").read_text())
-    found = {one["name"]: [file["file"] for file in one["files"]] for one in results["models"]}
-    assert found == {"one": ["test"], "two": ["test", "more"]}
+    files = {model["name"]: [file["file"] for file in model["files"]] for model in results["models"]}
+    assert files == {"one": ["test"], "two": ["test", "more"]}
     first, second = results["models"]
     assert "difference" not in first["files"][0] and second["files"][0]["difference"]["value"] == 0
     assert "| one | test |" in (output / "table.md").read_text()
-    torn = (output / "one/test.jsonl").read_text().splitlines(keepends=True)[:-1]
-    (output / "one/test.jsonl").write_text("".join(torn))
+    truncated = (output / "one/test.jsonl").read_text().splitlines(keepends=True)[:-1]
+    (output / "one/test.jsonl").write_text("".join(truncated))
     run(monkeypatch, *short(tiny, problems, output, "--model", f"two={tiny}"))
     results = json.loads((output / "results.json").read_text())
-    assert [one["name"] for one in results["models"]] == ["two"], "not what is half done"
+    assert [model["name"] for model in results["models"]] == ["two"], "incomplete samples are not included"
 
 
 @pytest.mark.parametrize(
     "name", ["chat_template.jinja", "tokenizer.json", "config.json", "generation_config.json"]
 )
-def test_a_model_is_its_tokenizer_and_template_too(tiny, tmp_path, name):
+def test_fingerprint_covers_tokenizer_template_and_base_model(tiny, tmp_path, name):
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
     (folder / "report.json").write_text("{}")
@@ -349,7 +357,7 @@ def test_a_model_is_its_tokenizer_and_template_too(tiny, tmp_path, name):
     assert model_fingerprint(str(folder)) != before and model_fingerprint(str(adapters)) != of_adapters
 
 
-def test_a_folder_with_an_equals_sign_is_taken_whole(tmp_path, monkeypatch):
+def test_existing_folder_may_have_an_equals_sign_in_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=5e-5").mkdir()
     assert parse_models(["lr=5e-5", "b=lr=5e-5"]) == [
@@ -358,15 +366,17 @@ def test_a_folder_with_an_equals_sign_is_taken_whole(tmp_path, monkeypatch):
     ]
 
 
-def test_adapters_are_not_for_vllm(tmp_path):
+def test_adapters_with_vllm_are_an_error(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=f"merge_lora.py {tmp_path} merged"):
         evaluate.check_adapters([EvaluatedModel("one", str(tmp_path))], "vllm")
     evaluate.check_adapters([EvaluatedModel("one", str(tmp_path))], "transformers")
 
 
-def test_a_model_without_a_template(monkeypatch, tiny, tmp_path, problems, capsys):
-    """ChatML's tokens are added to the tokenizer, and the model has no embeddings of them."""
+def test_model_without_embeddings_of_the_template_tokens_is_an_error(
+    monkeypatch, tiny, tmp_path, problems, capsys
+):
+    """The ChatML tokens are added to the tokenizer, but the model has no embeddings for them."""
     folder, output = tmp_path / "plain", tmp_path / "out"
     words = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"<unk>": 0, "<end>": 1, "a": 2}, "<unk>")), eos_token="<end>"
@@ -389,7 +399,7 @@ def test_a_model_without_a_template(monkeypatch, tiny, tmp_path, problems, capsy
         run(monkeypatch, *short(folder, problems, output, "--chat_template", template))
 
 
-def test_a_truncated_file_of_weights(monkeypatch, tiny, tmp_path, problems):
+def test_truncated_weights_are_an_error(monkeypatch, tiny, tmp_path, problems):
     folder = tmp_path / "cut"
     shutil.copytree(tiny, folder)
     weights = folder / "model.safetensors"
@@ -398,7 +408,7 @@ def test_a_truncated_file_of_weights(monkeypatch, tiny, tmp_path, problems):
         run(monkeypatch, *short(folder, problems, tmp_path / "out"))
 
 
-def test_memory_that_runs_out(monkeypatch, tiny, tmp_path, problems):
+def test_out_of_memory_is_an_error_with_a_remedy(monkeypatch, tiny, tmp_path, problems):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
@@ -413,7 +423,7 @@ def test_memory_that_runs_out(monkeypatch, tiny, tmp_path, problems):
         run(monkeypatch, *short(tiny, problems, tmp_path / "out"))
 
 
-def test_samples_of_something_else_are_not_gone_on_from(monkeypatch, tiny, tmp_path, problems):
+def test_samples_of_other_settings_models_or_data_are_errors(monkeypatch, tiny, tmp_path, problems):
     output = tmp_path / "out"
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
@@ -431,7 +441,7 @@ def test_samples_of_something_else_are_not_gone_on_from(monkeypatch, tiny, tmp_p
         run(monkeypatch, *short(tiny, problems, output))
 
 
-def test_the_page_shows_what_was_asked_of_which_model():
+def test_page_shows_models_settings_and_examples():
     def share(value):
         return {"value": value, "low": value - 0.1, "high": value + 0.1}
 
@@ -453,7 +463,7 @@ def test_the_page_shows_what_was_asked_of_which_model():
     assert "+25.0 % <small>+15.0 to +35.0</small>" in page and "enable_thinking" in page
     (shown,) = re.findall(r"<text[^>]*>([^<]*)<title>run", page)
     assert len(shown) == 60 and shown.startswith("run-") and shown.endswith("-seed-7")
-    assert f"<title>{name}</title>" in page, "as a whole, when pointed at"
+    assert f"<title>{name}</title>" in page, "the tooltip shows the whole name"
 
 
 def test_generated_text_is_escaped_in_the_page(monkeypatch, tiny, tmp_path, problems):

@@ -1,4 +1,4 @@
-"""What counts as right."""
+"""Grades of generated answers."""
 
 import signal
 import time
@@ -68,7 +68,7 @@ def test_boxed_answers_are_compared_as_mathematics(reference, generated, right):
 
 
 @pytest.mark.parametrize(("reference", "generated", "right"), HASH)
-def test_answers_behind_hashes(reference, generated, right):
+def test_answers_after_hashes_are_compared(reference, generated, right):
     assert grade(reference, generated, "hash") is right
     assert grade(reference, generated) is right
 
@@ -78,7 +78,7 @@ def test_texts_are_compared_exactly():
     assert not grade("4", "4.0", "exact")
 
 
-def test_an_answer_by_itself_is_found_in_a_box_or_behind_hashes():
+def test_answer_column_is_compared_with_the_box_or_the_hashes():
     assert grade("42", r"\boxed{42}", has_answer=True) and grade("42", "#### 42", has_answer=True)
     assert not grade("42", "42", has_answer=True)
     assert grade("42", "42", "exact", has_answer=True)
@@ -86,7 +86,7 @@ def test_an_answer_by_itself_is_found_in_a_box_or_behind_hashes():
     assert not grade("42", r"\boxed{41} #### 42", has_answer=True)
 
 
-def test_a_reference_without_what_the_grader_looks_for_is_an_error():
+def test_reference_without_box_or_hashes_is_an_error():
     with pytest.raises(UserError, match=r"--grader boxed: the reference 'four' has no \\boxed\{\}; give"):
         grade("four", r"\boxed{4}", "boxed")
     with pytest.raises(UserError, match="--grader hash: the reference .* has no ####"):
@@ -113,7 +113,7 @@ def test_the_time_limit_counts_the_cpu_time_of_the_thread_alone(monkeypatch):
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
-def test_braces_are_matched():
+def test_last_closed_box_and_last_hashes_are_extracted():
     assert last_boxed(r"a \boxed{f(\{x\}) = {1}} b") == r"f(\{x\}) = {1}"
     assert last_boxed(r"\fbox{1} \boxed {2}") == "2" and last_boxed(r"\boxed{2} \fbox{1}") == "1"
     assert last_boxed(r"\fboxed{1}") is None
@@ -125,15 +125,15 @@ def test_braces_are_matched():
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("number", "other"),
     [("1e3", "1,000"), ("1,234", "1234"), ("27.0", "27"), ("$1,234.", "1234"), ("-.5", "-0.50"), ("+7", "7")],
 )
-def test_numbers_are_numbers(one, other):
-    assert same_number(one, other) and same_number(other, one)
+def test_numbers_are_compared_by_value(number, other):
+    assert same_number(number, other) and same_number(other, number)
 
 
 @pytest.mark.parametrize("text", ["one", "nan", "inf", "e5", "", ".", "$", "1e99999999999999999999", "٣"])
-def test_what_is_no_number(text):
+def test_other_texts_are_not_numbers(text):
     assert not same_number(text, text)
 
 
@@ -144,7 +144,7 @@ def test_what_is_no_number(text):
         ("12,345", "1,2345"),
     ],
 )  # fmt: skip
-def test_commas_and_underscores_are_not_passed_over(reference, generated):
-    """A list is not the number of its digits, nor is one written in another base."""
+def test_commas_and_underscores_are_not_ignored(reference, generated):
+    """A list and a number in another base do not equal the number of the same digits."""
     assert not grade(reference, rf"\boxed{{{generated}}}", has_answer=True)
     assert not grade(f"#### {reference}", f"#### {generated}")

@@ -1,4 +1,4 @@
-"""A row in any of the accepted forms becomes one clean conversation, or is refused with the reason."""
+"""Rows of every form are parsed into conversations, and invalid rows are errors with a reason."""
 
 import json
 
@@ -21,32 +21,29 @@ def parse(**row: object) -> Conversation:
     return parse_conversation(json.dumps(row).encode())
 
 
-def refusal(text: str | bytes) -> str:
+def parse_error(text: str | bytes) -> str:
     with pytest.raises(BadLine) as caught:
         parse_conversation(text if isinstance(text, bytes) else text.encode())
     assert caught.value.kind
     return str(caught.value)
 
 
-def refused(**row: object) -> str:
-    return refusal(json.dumps(row))
+def error_of(**row: object) -> str:
+    return parse_error(json.dumps(row))
 
 
 def turn(**fields: object) -> str:
-    """A row whose second turn is overridden by `fields`."""
+    """Return a row whose second turn has these fields."""
     return json.dumps({"messages": [USER, {**ANSWER, **fields}]})
 
 
 def second(**fields: object) -> dict[str, object]:
-    """The second message of such a row."""
+    """Return the second message of such a row, parsed."""
     return parse_conversation(turn(**fields).encode()).messages[1]
 
 
 def sharegpt(*turns: tuple[str, object]) -> dict[str, object]:
     return {"conversations": [{"from": who, "value": value} for who, value in turns]}
-
-
-# ---- JSON ----
 
 
 @pytest.mark.parametrize(
@@ -73,81 +70,84 @@ def sharegpt(*turns: tuple[str, object]) -> dict[str, object]:
         ("[1]", f"expected a JSON object with {FORMS}, got a list"),
     ],
 )
-def test_text_that_is_no_strict_json_object_is_refused(line, reason):
-    assert refusal(line) == reason
+def test_invalid_json_is_an_error(line, reason):
+    assert parse_error(line) == reason
 
 
-def test_bytes_that_are_not_utf8_are_refused():
-    assert refusal(b'{"m": "\xff"}') == "not valid UTF-8 (invalid start byte at byte 7)"
-    assert refusal(LINE.encode("utf-16")) == "not valid UTF-8 (invalid start byte at byte 0)"
+def test_invalid_utf8_is_an_error():
+    assert parse_error(b'{"m": "\xff"}') == "not valid UTF-8 (invalid start byte at byte 7)"
+    assert parse_error(LINE.encode("utf-16")) == "not valid UTF-8 (invalid start byte at byte 0)"
     raw = LINE.encode().replace(b'"q"', b'"\xed\xa0\x80"')
-    assert refusal(raw) == f"not valid UTF-8 (invalid continuation byte at byte {raw.index(0xED)})"
+    assert parse_error(raw) == f"not valid UTF-8 (invalid continuation byte at byte {raw.index(0xED)})"
 
 
-def test_half_a_surrogate_pair_is_refused_wherever_it_is_used():
-    assert refusal(turn(content="\ud83d")) == f"messages[1]: {HALF}"
-    assert refusal(turn(note={"k": "\udc00"})) == f"messages[1]: {HALF}"
-    assert refused(messages=[USER, ANSWER], tools=[{"name": "\ud83d"}]) == f"'tools': {HALF}"
-    told = refused(messages=[USER, ANSWER], chat_template_kwargs={"a": "\ud83d"})
-    assert told == f"'chat_template_kwargs': {HALF}"
+def test_half_a_surrogate_pair_is_an_error_in_every_used_column():
+    assert parse_error(turn(content="\ud83d")) == f"messages[1]: {HALF}"
+    assert parse_error(turn(note={"k": "\udc00"})) == f"messages[1]: {HALF}"
+    assert error_of(messages=[USER, ANSWER], tools=[{"name": "\ud83d"}]) == f"'tools': {HALF}"
+    message = error_of(messages=[USER, ANSWER], chat_template_kwargs={"a": "\ud83d"})
+    assert message == f"'chat_template_kwargs': {HALF}"
     # In a string within the row, where only the second decoding makes a surrogate of it.
     calls = [{"name": "f", "arguments": json.dumps({"x": "\ud83d"})}]
-    assert refusal(turn(tool_calls=calls)) == f"messages[1]: {HALF}"
+    assert parse_error(turn(tool_calls=calls)) == f"messages[1]: {HALF}"
 
 
-def test_a_pair_of_surrogate_escapes_is_a_character():
+def test_escaped_surrogate_pair_is_one_character():
     assert "\\ud83d" in turn(content="😀")
     assert second(content="😀")["content"] == "😀"
 
 
-# ---- forms ----
-
-
-def test_messages_are_taken_as_they_are_and_assistant_turns_are_trained():
+def test_messages_are_unchanged_and_assistant_turns_are_supervised():
     system, developer = {"role": "system", "content": "s"}, {"role": "developer", "content": "d"}
     tool = {"role": "tool", "content": "", "tool_call_id": "1", "name": "f"}
     messages = [system, developer, USER, {**ANSWER, "note": {"a": None}}, tool, ANSWER]
-    made = parse(messages=messages, other=1)
-    assert made == Conversation(messages, (False, False, False, True, False, True), None, {})
+    conversation = parse(messages=messages, other=1)
+    assert conversation == Conversation(messages, (False, False, False, True, False, True), None, {})
 
 
-def test_sharegpt_turns_become_messages():
+def test_sharegpt_turns_are_converted_to_messages():
     names = ["system", "human", "user", "gpt", "chatgpt", "bing", "bard", "assistant", "model"]
     names += ["tool", "observation", "function_response"]
-    made = parse(**sharegpt(*[(name, name) for name in names]))
+    conversation = parse(**sharegpt(*[(name, name) for name in names]))
     roles = ["system"] + ["user"] * 2 + ["assistant"] * 6 + ["tool"] * 3
-    assert made.messages == [{"role": role, "content": name} for role, name in zip(roles, names, strict=True)]
-    assert made.supervised == tuple(role == "assistant" for role in roles)
+    assert conversation.messages == [
+        {"role": role, "content": name} for role, name in zip(roles, names, strict=True)
+    ]
+    assert conversation.supervised == tuple(role == "assistant" for role in roles)
 
 
-def test_sharegpt_may_hold_roles_and_contents_too():
-    made = parse(conversations=[USER, {"role": "gpt", "content": "a", "weight": 1}])
-    assert made.messages == [USER, ANSWER]
+def test_sharegpt_turns_may_have_role_and_content():
+    conversation = parse(conversations=[USER, {"role": "gpt", "content": "a", "weight": 1}])
+    assert conversation.messages == [USER, ANSWER]
     both = [{"from": "human", "value": "q", "role": "gpt", "content": None}, {"from": "gpt", "value": "a"}]
     assert parse(conversations=both).messages == [USER, ANSWER]
 
 
-def test_a_function_call_of_sharegpt_becomes_tool_calls():
-    one = json.dumps({"name": "f", "arguments": {"x": 1}})
-    for value, count in ((one, 1), (f"[{one}, {one}]", 2), (json.loads(one), 1)):
-        made = parse(**sharegpt(("human", "q"), ("function_call", value), ("observation", "r"), ("gpt", "a")))
-        assert made.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL] * count}
-        assert made.supervised == (False, True, False, True)
+def test_sharegpt_function_call_is_converted_to_tool_calls():
+    call = json.dumps({"name": "f", "arguments": {"x": 1}})
+    for value, count in ((call, 1), (f"[{call}, {call}]", 2), (json.loads(call), 1)):
+        conversation = parse(
+            **sharegpt(("human", "q"), ("function_call", value), ("observation", "r"), ("gpt", "a"))
+        )
+        assert conversation.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL] * count}
+        assert conversation.supervised == (False, True, False, True)
 
 
-def test_prompt_and_completion_of_text_are_one_exchange():
-    made = parse(prompt="q", completion=" a\n")
-    assert made.messages == [USER, {"role": "assistant", "content": " a\n"}]
-    assert made.supervised == (False, True)
+def test_prompt_and_completion_texts_are_one_user_and_one_assistant_turn():
+    conversation = parse(prompt="q", completion=" a\n")
+    assert conversation.messages == [USER, {"role": "assistant", "content": " a\n"}]
+    assert conversation.supervised == (False, True)
 
 
-def test_of_lists_only_the_turns_of_the_completion_are_trained():
-    made = parse(prompt=[USER, ANSWER, USER], completion=[ANSWER, USER, {**ANSWER, "train": False}, ANSWER])
-    assert made.messages == [USER, ANSWER, USER, ANSWER, USER, ANSWER, ANSWER]
-    assert made.supervised == (False, False, False, True, False, False, True)
+def test_only_turns_of_the_completion_list_are_supervised():
+    conversation = parse(
+        prompt=[USER, ANSWER, USER], completion=[ANSWER, USER, {**ANSWER, "train": False}, ANSWER]
+    )
+    assert conversation.messages == [USER, ANSWER, USER, ANSWER, USER, ANSWER, ANSWER]
+    assert conversation.supervised == (False, False, False, True, False, False, True)
 
 
-def test_the_first_form_that_is_not_null_is_taken():
+def test_first_form_whose_columns_are_not_null_is_used():
     nothing = dict.fromkeys(columns())
     other = [USER, {"role": "assistant", "content": "b"}]
     assert parse(**nothing | {"messages": [USER, ANSWER], "conversations": other}).messages[1] == ANSWER
@@ -208,14 +208,11 @@ def test_the_first_form_that_is_not_null_is_taken():
         ),
     ],
 )
-def test_rows_without_a_usable_form_are_refused(row, reason):
-    assert refusal(json.dumps(row)) == reason
+def test_rows_without_a_valid_form_are_errors(row, reason):
+    assert parse_error(json.dumps(row)) == reason
 
 
-# ---- columns beside the conversation ----
-
-
-def test_tools_may_be_a_list_or_its_json():
+def test_tools_may_be_a_list_or_a_json_string():
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"x": None}}}]
     assert parse(messages=[USER, ANSWER], tools=tools).tools == tools
     assert parse(messages=[USER, ANSWER], tools=json.dumps(tools)).tools == tools
@@ -233,39 +230,36 @@ def test_tools_may_be_a_list_or_its_json():
         ("3", "a number"),
     ],
 )
-def test_tools_of_another_type_are_refused(tools, got):
+def test_tools_of_another_type_are_an_error(tools, got):
     expected = "'tools' must be a list of objects or a JSON string of one"
-    assert refused(messages=[USER, ANSWER], tools=tools) == f"{expected}, got {got}"
+    assert error_of(messages=[USER, ANSWER], tools=tools) == f"{expected}, got {got}"
 
 
-def test_tools_in_a_string_are_strict_json_too():
-    told = refused(messages=[USER, ANSWER], tools='[{"a": 1, "a": 2}]')
-    assert told == "'tools': broken JSON: the key 'a' appears twice in one object"
+def test_tools_string_must_be_strict_json():
+    message = error_of(messages=[USER, ANSWER], tools='[{"a": 1, "a": 2}]')
+    assert message == "'tools': broken JSON: the key 'a' appears twice in one object"
 
 
-def test_the_system_column_becomes_the_first_turn_where_there_is_no_other():
-    made = parse(system="s", **sharegpt(("human", "q"), ("gpt", "a")))
-    assert made.messages == [{"role": "system", "content": "s"}, USER, ANSWER]
-    assert made.supervised == (False, False, True)
+def test_system_column_becomes_the_first_turn_unless_there_is_a_system_turn():
+    conversation = parse(system="s", **sharegpt(("human", "q"), ("gpt", "a")))
+    assert conversation.messages == [{"role": "system", "content": "s"}, USER, ANSWER]
+    assert conversation.supervised == (False, False, True)
     for role in ("system", "developer"):
         messages = [{"role": role, "content": "own"}, USER, ANSWER]
         assert parse(system="s", messages=messages).messages == messages
     for nothing in ("", " \n", None):
         assert parse(system=nothing, messages=[USER, ANSWER]).messages == [USER, ANSWER]
-    assert refused(system=["s"], messages=[USER, ANSWER]) == "'system' must be a string, got a list"
+    assert error_of(system=["s"], messages=[USER, ANSWER]) == "'system' must be a string, got a list"
 
 
-def test_variables_for_the_template_are_an_object():
+def test_chat_template_kwargs_must_be_an_object():
     variables = {"enable_thinking": False, "date": None}
     assert parse(messages=[USER, ANSWER], chat_template_kwargs=variables).variables == variables
     assert parse(messages=[USER, ANSWER], chat_template_kwargs=None).variables == {}
-    told = refused(messages=[USER, ANSWER], chat_template_kwargs=[1])
-    assert told == "'chat_template_kwargs' must be an object, got a list"
-    told = refused(messages=[USER, ANSWER], chat_template_kwargs={"messages": []})
-    assert told == "'chat_template_kwargs' must not hold 'messages', which is made from the row"
-
-
-# ---- turns ----
+    message = error_of(messages=[USER, ANSWER], chat_template_kwargs=[1])
+    assert message == "'chat_template_kwargs' must be an object, got a list"
+    message = error_of(messages=[USER, ANSWER], chat_template_kwargs={"messages": []})
+    assert message == "'chat_template_kwargs' must not hold 'messages', which is made from the row"
 
 
 @pytest.mark.parametrize(
@@ -334,24 +328,24 @@ def test_variables_for_the_template_are_an_object():
         ({"role": "user", "train": True}, "'train' is true on a user turn; only assistant turns are trained"),
     ],
 )
-def test_turns_that_cannot_be_used_are_refused(fields, reason):
-    assert refusal(turn(**fields)) == f"messages[1]{'' if reason.startswith('.') else ': '}{reason}"
+def test_invalid_turns_are_errors(fields, reason):
+    assert parse_error(turn(**fields)) == f"messages[1]{'' if reason.startswith('.') else ': '}{reason}"
 
 
-def test_conversations_that_teach_nothing_are_refused():
-    assert refused(messages=[{"role": "user"}]) == "messages[0]: 'content' must be a string, got nothing"
-    assert refused(messages=[USER]) == "no assistant turn, so there is nothing to learn from"
+def test_conversations_without_supervised_turns_are_errors():
+    assert error_of(messages=[{"role": "user"}]) == "messages[0]: 'content' must be a string, got nothing"
+    assert error_of(messages=[USER]) == "no assistant turn, so there is nothing to learn from"
     for fields in ({"train": False}, {"weight": 0}, {"weight": 0.0}, {"train": False, "weight": 0}):
-        told = "no assistant turn is trained: all have train false or weight 0"
-        assert refusal(turn(**fields)) == told
+        message = "no assistant turn is trained: all have train false or weight 0"
+        assert parse_error(turn(**fields)) == message
 
 
-def test_null_keys_and_empty_lists_of_calls_are_dropped():
+def test_null_keys_and_empty_tool_calls_are_dropped():
     empty = {"tool_calls": [], "reasoning_content": None, "name": None, "train": None, "weight": None}
     assert second(**empty) == ANSWER
 
 
-def test_parts_of_text_are_joined():
+def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "a "}, "b", {"type": "text", "text": ""}]
     assert second(content=parts) == {"role": "assistant", "content": "a b"}
     assert second(content=[], tool_calls=[CALL])["content"] == ""
@@ -359,7 +353,7 @@ def test_parts_of_text_are_joined():
     assert parse(messages=[USER, ANSWER, tool]).messages[2] == {"role": "tool", "content": ""}
 
 
-def test_a_turn_that_only_calls_tools_or_reasons_needs_no_content():
+def test_turn_with_tool_calls_or_reasoning_needs_no_content():
     for content in (None, ""):
         assert second(content=content, tool_calls=[CALL]) == {**ANSWER, "content": "", "tool_calls": [CALL]}
         for name in ("reasoning_content", "reasoning", "thinking"):
@@ -381,11 +375,11 @@ def test_a_turn_that_only_calls_tools_or_reasons_needs_no_content():
         ),
     ],
 )
-def test_tool_calls_get_the_one_form_that_templates_expect(call, clean):
+def test_tool_calls_are_normalized_for_templates(call, clean):
     assert second(tool_calls=[call])["tool_calls"] == [clean]
 
 
-def test_train_and_weight_say_which_assistant_turns_are_supervised():
+def test_train_and_weight_select_the_supervised_assistant_turns():
     fields = [
         {"train": False},
         {"train": True},
@@ -394,26 +388,26 @@ def test_train_and_weight_say_which_assistant_turns_are_supervised():
         {"train": True, "weight": 1},
         {},
     ]
-    made = parse(messages=[USER, *({**ANSWER, **one} for one in fields)])
-    assert made.supervised == (False, False, True, False, True, True, True)
-    assert made.messages == [USER, *[ANSWER] * 6]
+    conversation = parse(messages=[USER, *({**ANSWER, **field} for field in fields)])
+    assert conversation.supervised == (False, False, True, False, True, True, True)
+    assert conversation.messages == [USER, *[ANSWER] * 6]
 
 
-def test_on_other_turns_they_are_taken_away_and_mean_nothing():
+def test_train_and_weight_are_removed_from_other_turns():
     for fields in ({"train": False}, {"weight": 1}, {"weight": 0}, {"train": False, "weight": 1}):
-        made = parse(messages=[{**USER, **fields}, ANSWER])
-        assert (made.messages, made.supervised) == ([USER, ANSWER], (False, True))
+        conversation = parse(messages=[{**USER, **fields}, ANSWER])
+        assert (conversation.messages, conversation.supervised) == ([USER, ANSWER], (False, True))
 
 
-def test_only_the_last_supervised_turn_may_be_kept():
-    made = parse(messages=[ANSWER, USER, ANSWER, USER, {**ANSWER, "train": False}, USER])
-    assert made.supervised == (True, False, True, False, False, False)
-    last = made.last_turn_only()
+def test_last_turn_only_supervises_the_last_supervised_turn():
+    conversation = parse(messages=[ANSWER, USER, ANSWER, USER, {**ANSWER, "train": False}, USER])
+    assert conversation.supervised == (True, False, True, False, False, False)
+    last = conversation.last_turn_only()
     assert last.supervised == (False, False, True, False, False, False)
-    assert last.messages == made.messages
+    assert last.messages == conversation.messages
 
 
-def test_the_older_name_of_a_call_is_converted():
+def test_function_call_key_is_converted_to_tool_calls():
     row = {"messages": [USER, {"role": "assistant", "content": None, "function_call": CALL["function"]}]}
     (_, message) = parse(**row).messages
     assert message == {"role": "assistant", "content": "", "tool_calls": [CALL]}

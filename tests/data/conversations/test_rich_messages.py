@@ -1,4 +1,4 @@
-"""Tools, calls, reasoning, parts and untrained turns, under templates that want them in their own ways."""
+"""Tools, tool calls, reasoning, content parts and unsupervised turns with different chat templates."""
 
 from datetime import date
 
@@ -32,14 +32,13 @@ def called(*names: str, content: str = "", **fields: str) -> dict:
     return turn("assistant", content, tool_calls=[call(name, {"x": 1, "é": "ü"}, **fields) for name in names])
 
 
-def check(encoder: ChatEncoder, conversation, *wanted: tuple[str, ...]) -> None:
-    assert sequences(encoder, conversation) == [expected(encoder.tokenizer, *one) for one in wanted]
+def check(encoder: ChatEncoder, conversation, *expected_texts: tuple[str, ...]) -> None:
+    assert sequences(encoder, conversation) == [
+        expected(encoder.tokenizer, *texts) for texts in expected_texts
+    ]
 
 
-# ---- tools and calls ----
-
-
-def test_calls_in_tags_with_results_merged_into_one_user_turn(tokenizer_json):
+def test_tool_calls_in_tags_and_results_merged_into_one_user_turn(tokenizer_json):
     encoder = encoder_for(tokenizer_json, "hermes")
     messages = [
         ASKED, called("f", "g", content="Let me see"), turn("tool", "1"), turn("tool", ""),
@@ -63,7 +62,7 @@ def test_calls_in_tags_with_results_merged_into_one_user_turn(tokenizer_json):
     )
 
 
-def test_a_call_as_json_under_headers_with_the_date(tokenizer_json):
+def test_tool_call_as_json_and_date_in_the_system_turn(tokenizer_json):
     encoder = encoder_for(tokenizer_json, "llama", {"date_string": "26 Jul 2024"})
 
     def header(role: str) -> str:
@@ -84,7 +83,7 @@ def test_a_call_as_json_under_headers_with_the_date(tokenizer_json):
     assert str(twice).endswith("This model only supports single tool-calls at once!")
 
 
-def test_calls_with_ids_and_tools_in_front_of_the_last_question(tokenizer_json):
+def test_tool_calls_with_ids_and_tools_before_the_last_user_turn(tokenizer_json):
     encoder = encoder_for(tokenizer_json, "mistral")
     written = '[TOOL_CALLS][{"name": "f", "arguments": {"x": 1, "é": "ü"}, "id": "abcdefghi"}]</s>'
     messages = [
@@ -107,15 +106,15 @@ def test_calls_with_ids_and_tools_in_front_of_the_last_question(tokenizer_json):
     first, second = sequences(encoder, longer)
     assert first == sequences(encoder, talk(messages, tools=[tool("f")]))[0]
     assert [label for label in second[1] if label != -100] == encoder.text_tokenizer.token_ids("b</s>")
-    refused = error_of(encoder, talk([ASKED, called("f")]))
-    assert str(refused) == "the chat template refuses the conversation: ids have length 9!"
+    error = error_of(encoder, talk([ASKED, called("f")]))
+    assert str(error) == "the chat template refuses the conversation: ids have length 9!"
 
 
 @pytest.mark.parametrize("as_text", [False, True])
-def test_arguments_reach_a_template_as_it_wants_them_however_the_row_has_them(tokenizer_json, as_text):
+def test_arguments_are_passed_in_the_type_that_the_template_expects(tokenizer_json, as_text):
     arguments = '{"x": 1, "é": "ü"}'
-    given = arguments if as_text else {"x": 1, "é": "ü"}
-    row = read([ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": given}]}])
+    value = arguments if as_text else {"x": 1, "é": "ü"}
+    row = read([ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": value}]}])
     written = {
         "string_arguments": ("<s><|user|>q<|assistant|>", f"function f\n```json\n{arguments}\n```</s>", ""),
         "xml_arguments": (
@@ -125,16 +124,16 @@ def test_arguments_reach_a_template_as_it_wants_them_however_the_row_has_them(to
             "\n",
         ),
     }
-    for family, (prompt, answer, rest) in written.items():
-        check(encoder_for(tokenizer_json, family), row, (prompt, Supervised(answer), rest))
+    for family, (prompt, answer, tail) in written.items():
+        check(encoder_for(tokenizer_json, family), row, (prompt, Supervised(answer), tail))
 
 
-def test_calls_and_tools_that_a_template_leaves_out_are_refused(tokenizer_json):
+def test_tool_calls_and_tools_that_the_template_drops_are_errors(tokenizer_json):
     encoder = encoder_for(tokenizer_json, "chatml")
-    refused = error_of(encoder, talk([ASKED, called("f", content="x")]))
-    assert str(refused).startswith("messages[1]: the chat template does not render its tool calls; ")
-    refused = error_of(encoder, talk([ASKED, turn("assistant", "a")], tools=[tool("f")]))
-    assert str(refused).startswith("the chat template does not render 'tools'; ")
+    error = error_of(encoder, talk([ASKED, called("f", content="x")]))
+    assert str(error).startswith("messages[1]: the chat template does not render its tool calls; ")
+    error = error_of(encoder, talk([ASKED, turn("assistant", "a")], tools=[tool("f")]))
+    assert str(error).startswith("the chat template does not render 'tools'; ")
     named = talk([ASKED, called("f", content="I call f with x and é.")])
     assert "does not render its tool calls" in str(error_of(encoder, named))
     messages = [ASKED, called("f", content="x"), turn("user", "r"), turn("assistant", "a")]
@@ -142,10 +141,7 @@ def test_calls_and_tools_that_a_template_leaves_out_are_refused(tokenizer_json):
     assert "does not render its tool calls" in str(error_of(encoder, untrained))
 
 
-# ---- reasoning ----
-
-
-def test_reasoning_of_the_last_turn_is_taught_and_of_earlier_ones_in_sequences_of_their_own(tokenizer_json):
+def test_reasoning_of_each_turn_is_supervised_in_a_sequence_of_its_own(tokenizer_json):
     encoder = encoder_for(tokenizer_json, "thinks")
     messages = [
         ASKED, turn("assistant", "one", reasoning_content="hm"), turn("user", "r"),
@@ -164,7 +160,7 @@ def test_reasoning_of_the_last_turn_is_taught_and_of_earlier_ones_in_sequences_o
     )
 
 
-def test_without_thinking_the_empty_block_belongs_to_the_prompt(tokenizer_json):
+def test_empty_thinking_block_belongs_to_the_prompt(tokenizer_json):
     start, empty = f"{IM_USER}q{IM_END}\n{IM_ASSISTANT}", "<think>\n\n</think>\n\n"
     conversation = talk([ASKED, turn("assistant", "one")])
     off = talk([ASKED, turn("assistant", "one")], variables={"enable_thinking": False})
@@ -178,7 +174,7 @@ def test_without_thinking_the_empty_block_belongs_to_the_prompt(tokenizer_json):
     check(everywhere, on, (start, Supervised(f"{empty}one{IM_END}"), "\n"))
 
 
-def test_reasoning_between_header_and_answer_without_end_tokens(tokenizer_json):
+def test_reasoning_between_header_and_answer_without_end_of_turn_tokens(tokenizer_json):
     encoder = encoder_for(tokenizer_json, "nothink")
     messages = [ASKED, turn("assistant", "one", reasoning_content="hm")]
     start = "[gMASK]<sop><|user|>\nq"
@@ -190,7 +186,7 @@ def test_reasoning_between_header_and_answer_without_end_tokens(tokenizer_json):
 
 
 @pytest.mark.parametrize("name", ["thinking", "reasoning", "reasoning_content"])
-def test_reasoning_in_a_channel_by_any_of_its_names(tokenizer_json, name):
+def test_reasoning_in_a_channel_under_any_of_its_keys(tokenizer_json, name):
     encoder = encoder_for(tokenizer_json, "analysis")
     start = "<|start|>user<|message|>q<|end|><|start|>assistant"
     check(
@@ -206,7 +202,7 @@ def test_reasoning_in_a_channel_by_any_of_its_names(tokenizer_json, name):
     )
 
 
-def test_a_think_tag_that_the_prompt_opens_is_not_taught(tokenizer_json):
+def test_think_tag_of_the_generation_prompt_is_not_supervised(tokenizer_json):
     encoder = encoder_for(tokenizer_json, "opens_and_keeps_thinking")
     messages = [ASKED, turn("assistant", "<think>\nhm</think>one"), turn("user", "r")]
     messages.append(turn("assistant", "<think>\noh</think>two"))
@@ -221,35 +217,35 @@ def test_a_think_tag_that_the_prompt_opens_is_not_taught(tokenizer_json):
     )
 
 
-def test_reasoning_that_a_template_leaves_out_is_refused(tokenizer_json):
+def test_reasoning_that_the_template_drops_is_an_error(tokenizer_json):
     conversation = talk([ASKED, turn("assistant", "one", reasoning_content="hm")])
-    refused = error_of(encoder_for(tokenizer_json, "chatml"), conversation)
-    assert str(refused) == (
+    error = error_of(encoder_for(tokenizer_json, "chatml"), conversation)
+    assert str(error) == (
         "messages[1]: the chat template does not render its reasoning; put it into 'content', or pass a "
         "template that renders it (--chat_template)"
     )
     inside = talk([ASKED, turn("assistant", "<think>\nhm\n</think>one")])
-    refused = error_of(encoder_for(tokenizer_json, "opens_thinking"), inside)
-    assert "removes the reasoning before </think> from 'content'" in str(refused)
+    error = error_of(encoder_for(tokenizer_json, "opens_thinking"), inside)
+    assert "removes the reasoning before </think> from 'content'" in str(error)
 
 
-def test_reasoning_is_missed_though_its_words_occur_elsewhere(tokenizer_json):
+def test_dropped_reasoning_is_detected_even_if_its_words_occur_elsewhere(tokenizer_json):
     answer = turn("assistant", "The answer is 4", reasoning_content="4")
-    refused = error_of(encoder_for(tokenizer_json, "chatml"), talk([ASKED, answer]))
-    assert "does not render its reasoning" in str(refused)
+    error = error_of(encoder_for(tokenizer_json, "chatml"), talk([ASKED, answer]))
+    assert "does not render its reasoning" in str(error)
     inside = turn("assistant", "<think>one</think>one")
-    refused = error_of(encoder_for(tokenizer_json, "opens_thinking"), talk([ASKED, inside]))
-    assert "removes the reasoning before </think>" in str(refused)
+    error = error_of(encoder_for(tokenizer_json, "opens_thinking"), talk([ASKED, inside]))
+    assert "removes the reasoning before </think>" in str(error)
     encoder = encoder_for(tokenizer_json, "thinks")
     ((ids, _),) = sequences(encoder, talk([ASKED, answer]))
     assert "<think>\n4\n</think>\n\nThe answer is 4" in encoder.tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("family", ["llama", "analysis"])
-def test_content_that_a_template_drops_beside_calls_is_refused(tokenizer_json, family):
+def test_content_that_the_template_drops_beside_tool_calls_is_an_error(tokenizer_json, family):
     encoder = encoder_for(tokenizer_json, family)
-    refused = error_of(encoder, talk([ASKED, called("f", content="f")]))
-    assert str(refused).startswith(
+    error = error_of(encoder, talk([ASKED, called("f", content="f")]))
+    assert str(error).startswith(
         "messages[1]: the chat template does not render the 'content' of a turn that also has tool"
     )
     assert sequences(encoder, talk([ASKED, called("f")]))
@@ -258,21 +254,21 @@ def test_content_that_a_template_drops_beside_calls_is_refused(tokenizer_json, f
 
 
 @pytest.mark.parametrize("family", ["thinks", "nothink"])
-def test_reasoning_behind_a_prompt_that_ends_it_is_refused(tokenizer_json, family):
+def test_reasoning_after_a_prompt_that_closes_thinking_is_an_error(tokenizer_json, family):
     encoder = encoder_for(tokenizer_json, family, {"enable_thinking": False})
-    refused = error_of(encoder, talk([ASKED, turn("assistant", "one", reasoning_content="because")]))
-    assert "closes the thinking block in the prompt already" in str(refused)
+    error = error_of(encoder, talk([ASKED, turn("assistant", "one", reasoning_content="because")]))
+    assert "closes the thinking block in the prompt already" in str(error)
     assert sequences(encoder, talk([ASKED, turn("assistant", "one")]))
 
 
-def test_two_answers_in_a_row_need_a_token_that_ends_the_first(tokenizer_json):
+def test_two_assistant_turns_in_a_row_need_an_end_of_turn_token(tokenizer_json):
     twice = talk([ASKED, turn("assistant", "one"), turn("assistant", "two")])
-    refused = error_of(encoder_for(tokenizer_json, "next_header_ends"), twice)
-    assert str(refused).startswith("messages[1] and messages[2] are both assistant turns, ")
+    error = error_of(encoder_for(tokenizer_json, "next_header_ends"), twice)
+    assert str(error).startswith("messages[1] and messages[2] are both assistant turns, ")
     assert sequences(encoder_for(tokenizer_json, "no_end"), twice)  # it ends no turn at all
 
 
-def test_the_date_stands_still_unless_another_is_given(tokenizer_json):
+def test_date_is_fixed_unless_another_one_is_passed(tokenizer_json):
     conversation = talk([ASKED, turn("assistant", "one")])
     for today, shown in ((None, "26 Jul 2024"), (date(2031, 2, 3), "03 Feb 2031")):
         encoder = encoder_for(tokenizer_json, "llama")
@@ -282,10 +278,7 @@ def test_the_date_stands_still_unless_another_is_given(tokenizer_json):
         assert f"Today Date: {shown}" in encoder.tokenizer.decode(ids)
 
 
-# ---- content in parts, turns that are not trained ----
-
-
-def test_a_template_that_wants_parts_gets_parts(tokenizer_json):
+def test_content_is_passed_as_parts_to_templates_that_expect_parts(tokenizer_json):
     row = read([ASKED, {"role": "assistant", "content": ["a", {"type": "text", "text": "b"}]}])
     pieces = (f"{IM_USER}q{IM_END}\n{IM_ASSISTANT}", Supervised(f"ab{IM_END}"), "\n")
     for family in ("parts", "chatml"):
@@ -294,7 +287,7 @@ def test_a_template_that_wants_parts_gets_parts(tokenizer_json):
 
 @pytest.mark.parametrize("family", ["chatml", "tagged", "tagged_wide"])
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}])
-def test_an_untrained_turn_is_context(tokenizer_json, family, mark):
+def test_unsupervised_assistant_turn_is_context(tokenizer_json, family, mark):
     row = read([ASKED, {**turn("assistant", "one"), **mark}, turn("user", "r"), turn("assistant", "two")])
     encoder = encoder_for(tokenizer_json, family)
     check(
@@ -308,7 +301,7 @@ def test_an_untrained_turn_is_context(tokenizer_json, family, mark):
     )
 
 
-def test_untrained_turns_of_rewritten_history_make_no_sequence(tokenizer_json):
+def test_unsupervised_turns_of_rewritten_history_make_no_sequence(tokenizer_json):
     messages = [
         ASKED, turn("assistant", "one", reasoning_content="hm"), turn("user", "r"),
         turn("assistant", "two", reasoning_content="oh"),
@@ -318,19 +311,19 @@ def test_untrained_turns_of_rewritten_history_make_no_sequence(tokenizer_json):
     assert sequences(encoder, talk(messages).last_turn_only()) == sequences(encoder, talk(messages))[1:]
 
 
-# ---- all families ----
-
 PLAIN = [
     turn("user", "What is two?"), turn("assistant", "Two is four"), turn("user", "b"), turn("assistant", "c")
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_text_is_what_transformers_renders(tokenizer_json, family):
+def test_text_equals_the_rendering_of_transformers(tokenizer_json, family):
     encoder = encoder_for(tokenizer_json, family, {"date_string": "1 May"})
     messages = PLAIN
     if encoder.template.roles_in_parts:
-        messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in PLAIN]
+        messages = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]} for message in PLAIN
+        ]
     (text,), _ = render_jinja_template(
         [messages], chat_template=encoder.template.source, date_string="1 May",
         **encoder.template.special_tokens,
@@ -341,7 +334,7 @@ def test_the_text_is_what_transformers_renders(tokenizer_json, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_answer_is_taught_once_and_nothing_of_a_question(tokenizer_json, family):
+def test_every_answer_is_supervised_once_and_no_question_is(tokenizer_json, family):
     encoder = encoder_for(tokenizer_json, family, {"date_string": "1 May"})
     taught = []
     for example in examples_in(encoder, talk(PLAIN)):
@@ -352,20 +345,20 @@ def test_every_answer_is_taught_once_and_nothing_of_a_question(tokenizer_json, f
     assert words.count("Two is four") == 1 and words.count("c") >= 1 and "What" not in words
 
 
-def test_a_conversation_that_unrolls_into_too_much_text_is_refused(tokenizer_json, monkeypatch):
-    """Each turn of a template that forgets reasoning gets a sequence of its own."""
+def test_conversation_that_unrolls_into_too_much_text_is_an_error(tokenizer_json, monkeypatch):
+    """A template that drops earlier reasoning makes a sequence of each turn."""
     monkeypatch.setattr("dft.data.templates.encoder.MAX_RENDERED_CHARACTERS", 1000)
     encoder = encoder_for(tokenizer_json, "forgets_reasoning")
     answer = turn("assistant", f"<think>{'hm ' * 40}</think>one")
     assert len(sequences(encoder, talk([ASKED, answer, ASKED, answer]))) == 2
-    refused = error_of(encoder, talk([ASKED, answer] * 6))
-    assert str(refused).startswith("the chat template turns the conversation into 6 sequences with ")
-    assert refused.kind == "too much text once rendered"
+    error = error_of(encoder, talk([ASKED, answer] * 6))
+    assert str(error).startswith("the chat template turns the conversation into 6 sequences with ")
+    assert error.kind == "too much text once rendered"
 
 
-def test_sequences_are_the_same_in_small_batches_of_text(tokenizer_json, monkeypatch):
+def test_batch_size_of_tokenization_does_not_change_the_sequences(tokenizer_json, monkeypatch):
     encoder = encoder_for(tokenizer_json, "chatml")
-    some = [talk([ASKED, turn("assistant", "one " * count)]) for count in range(1, 9)]
-    expected = [[plain(one) for one in group] for group in encoder.encode(some)]
+    conversations = [talk([ASKED, turn("assistant", "one " * count)]) for count in range(1, 9)]
+    expected = [[plain(example) for example in group] for group in encoder.encode(conversations)]
     monkeypatch.setattr("dft.data.templates.encoder.BATCH_TEXT", 60)
-    assert [[plain(one) for one in group] for group in encoder.encode(some)] == expected
+    assert [[plain(example) for example in group] for group in encoder.encode(conversations)] == expected

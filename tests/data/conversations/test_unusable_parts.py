@@ -1,4 +1,4 @@
-"""Files with a part that cannot be used, through the whole preparation: what is told, copied and lost."""
+"""Preparation of files with unusable parts: what is reported, copied to rejected.jsonl and lost."""
 
 import gzip
 import json
@@ -31,25 +31,22 @@ def run(encoder: ChatEncoder, path: Path, mode: str, workers: int = 1) -> Prepar
     return prepare([str(path)], [], encoder, options, cache_dir=path.parent / "cache", workers=workers)
 
 
-def refusal(encoder: ChatEncoder, path: Path, mode: str = "error", workers: int = 1) -> list[str]:
-    """What is told of each fault of the file, in order, after the name of the file."""
+def faults_of(encoder: ChatEncoder, path: Path, mode: str = "error", workers: int = 1) -> list[str]:
+    """Return the line and reason of each fault of the file, in order."""
     with pytest.raises(UserError) as caught:
         run(encoder, path, mode, workers)
     return [line.removeprefix(f"  {path}:") for line in str(caught.value).splitlines()[1:]]
 
 
 def skipped(data: PreparedData) -> list[tuple[int, str]]:
-    """Line and text of everything in rejected.jsonl."""
+    """Return the line and text of each row of rejected.jsonl."""
     folder = data.path.parent / "out"
     data.write_report(folder)
     return [(row["line"], row["text"]) for row in map(json.loads, (folder / "rejected.jsonl").open())]
 
 
-# ---- lines that are too long ----
-
-
-def peaks_of_preparing(encoder: ChatEncoder, path: Path, mode: str, told: Connection) -> None:
-    """Sends what came of it, and the most memory that this process and one of its workers had besides."""
+def measure_preparation(encoder: ChatEncoder, path: Path, mode: str, connection: Connection) -> None:
+    """Send the error message, and the peak memory added in this process and in one of its workers."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         run(encoder, path, mode, workers=2).write_report(path.parent)
@@ -57,11 +54,11 @@ def peaks_of_preparing(encoder: ChatEncoder, path: Path, mode: str, told: Connec
     except UserError as error:
         result = str(error)
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    told.send((result, [(resource.getrusage(kind).ru_maxrss - before) << 10 for kind in kinds]))
+    connection.send((result, [(resource.getrusage(kind).ru_maxrss - before) << 10 for kind in kinds]))
 
 
 @pytest.mark.parametrize("mode", ["error", "skip"])
-def test_a_line_of_100_mb_is_told_by_file_and_line_or_skipped_in_little_memory(encoder, tmp_path, mode):
+def test_line_of_100_mb_is_reported_or_skipped_with_bounded_memory(encoder, tmp_path, mode):
     row = numbered(1)[0]
     row["messages"][1]["content"] = "The quick brown fox. " * (100 * MB // 21)
     long = json.dumps(row)
@@ -69,7 +66,7 @@ def test_a_line_of_100_mb_is_told_by_file_and_line_or_skipped_in_little_memory(e
     path.write_text("\n".join([LINES[0], long, *LINES[1:]]))
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=peaks_of_preparing, args=(encoder, path, mode, there))
+    process = context.Process(target=measure_preparation, args=(encoder, path, mode, there))
     process.start()
     result, (own, of_a_worker) = here.recv()
     process.join()
@@ -99,12 +96,12 @@ def test_long_lines_are_copied_verbatim_and_in_order(encoder, tmp_path, monkeypa
     data = run(encoder, path, "skip", workers)
     expected = [(number, text) for number, text in enumerate(content, start=1) if text not in LINES]
     assert skipped(data) == expected
-    assert [one.partition(":")[0] for one in refusal(encoder, path, workers=workers)] == [
+    assert [fault.partition(":")[0] for fault in faults_of(encoder, path, workers=workers)] == [
         str(number) for number, _ in expected
     ]
 
 
-def test_the_texts_of_many_long_lines_are_never_in_memory_together(encoder, tmp_path, monkeypatch):
+def test_texts_of_long_lines_are_not_in_memory_together(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr("dft.data.reading.reader.MAX_TEXT_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([LINES[0], *["x" * MB] * 64]))
@@ -118,7 +115,7 @@ def test_the_texts_of_many_long_lines_are_never_in_memory_together(encoder, tmp_
     assert peak < 24 * MB
 
 
-def test_a_chunk_is_tokenized_a_few_conversations_at_a_time(encoder, monkeypatch):
+def test_chunk_is_tokenized_in_batches_of_bounded_text(encoder, monkeypatch):
     records = [Record(number, line.encode()) for number, line in enumerate(LINES, start=1)]
     options = PrepareOptions(max_length=64)
     whole = encode_chunk(encoder, options, RecordChunk("a", 0, records))
@@ -142,9 +139,6 @@ def test_a_chunk_is_tokenized_a_few_conversations_at_a_time(encoder, monkeypatch
     assert sizes == [2, 2, 1]
     assert parts.input_ids.tolist() == whole.input_ids.tolist()
     assert parts.token_digests.tolist() == whole.token_digests.tolist()
-
-
-# ---- parts that can be left out, and parts that cannot ----
 
 
 def empty_table() -> bytes:
@@ -173,13 +167,13 @@ NOTHING = "there is no conversation in this file"
         ("a.parquet", empty_table(), 1, NOTHING, ""),
     ],
 )  # fmt: skip
-def test_a_part_without_which_nothing_is_lost_is_told_or_skipped(
+def test_part_that_loses_nothing_else_is_reported_or_skipped(
     encoder, tmp_path, name, raw, line, reason, copied
 ):
     bad = tmp_path / "bad" / name
     bad.parent.mkdir()
     bad.write_bytes(raw)
-    assert refusal(encoder, bad) == [f"{line}: {reason}"]
+    assert faults_of(encoder, bad) == [f"{line}: {reason}"]
     (tmp_path / "good.jsonl").write_bytes(WHOLE)
     options = PrepareOptions(max_length=64, on_bad_data="skip")
     files = [str(tmp_path / "good.jsonl"), str(bad)]
@@ -199,19 +193,19 @@ def test_a_part_without_which_nothing_is_lost_is_told_or_skipped(
         ("a.json", f"{ARRAY}]\n{ARRAY}]".encode(), "6"),
     ],
 )
-def test_a_file_that_cannot_be_read_to_its_end_is_never_skipped(encoder, tmp_path, name, raw, line):
+def test_file_that_cannot_be_read_to_its_end_is_always_an_error(encoder, tmp_path, name, raw, line):
     path = tmp_path / name
     path.write_bytes(raw)
     for mode in ("error", "skip"):
-        told = refusal(encoder, path, mode)[-1]
-        assert told.startswith(f"{line}: ") and told.endswith("; nothing from here on can be read")
+        reason = faults_of(encoder, path, mode)[-1]
+        assert reason.startswith(f"{line}: ") and reason.endswith("; nothing from here on can be read")
 
 
-def test_a_table_without_a_conversation_in_its_columns_is_never_skipped(encoder, tmp_path):
+def test_table_without_conversation_columns_is_always_an_error(encoder, tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a", "b"]}), path)
     for mode in ("error", "skip"):
-        assert refusal(encoder, path, mode) == [
+        assert faults_of(encoder, path, mode) == [
             "1: no conversation; the columns are text, expected 'messages', 'conversations' or 'prompt' with "
             "'completion'"
         ]

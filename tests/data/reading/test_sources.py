@@ -1,4 +1,4 @@
-"""What a value of --data_files names: a file, a folder, a pattern or a dataset of the hub."""
+"""Values of --data_files: files, folders, patterns and hub datasets."""
 
 import json
 import os
@@ -18,14 +18,14 @@ ENDINGS = ".jsonl or .json (both also with .gz or .zst) or .parquet"
 
 
 def touch(folder: Path, *names: str) -> list[str]:
-    """Files that are not empty."""
+    """Write files that are not empty, and return their paths."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(LINE)
     return [str(folder / name) for name in names]
 
 
-def refusal(value: str) -> str:
+def error_of(value: str) -> str:
     with pytest.raises(UserError) as caught:
         resolve_sources([value], "--data_files")
     prefix = f"--data_files {value}: "
@@ -50,12 +50,12 @@ def names(*values: str) -> list[str]:
         ("A.JSONL.GZ", "jsonl", "gzip"),
     ],
 )
-def test_the_suffix_of_a_file_tells_its_kind(tmp_path, name, kind, compression):
+def test_suffix_determines_kind_and_compression(tmp_path, name, kind, compression):
     (file,) = touch(tmp_path, name)
     assert resolve_sources([file], "--data_files") == [DataFile(file, Path(file), kind, compression, 0)]
 
 
-def test_files_keep_their_order_and_the_same_file_twice_stays_twice(tmp_path, monkeypatch):
+def test_files_keep_their_order_and_may_be_repeated(tmp_path, monkeypatch):
     touch(tmp_path, "b.jsonl", "a.jsonl")
     monkeypatch.chdir(tmp_path)
     sources = resolve_sources(["b.jsonl", "a.jsonl", "./b.jsonl", "b.jsonl"], "--data_files")
@@ -65,7 +65,7 @@ def test_files_keep_their_order_and_the_same_file_twice_stays_twice(tmp_path, mo
     assert resolve_sources([], "--data_files") == []
 
 
-def test_a_folder_stands_for_all_data_files_below_it_but_hidden_ones(tmp_path):
+def test_folder_means_all_data_files_below_it_except_hidden_ones(tmp_path):
     files = touch(tmp_path, "b.jsonl", "a/x.parquet", "a/b/y.json.gz")
     touch(
         tmp_path, "README.md", ".hidden.jsonl", ".cache/z.jsonl", "a/.ipynb_checkpoints/x.jsonl", "c.csv.gz"
@@ -82,13 +82,13 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert names(str(tmp_path / "data")) == [str(tmp_path / "data" / "link" / "a.jsonl")]
 
 
-def test_folders_without_data_are_refused(tmp_path):
-    assert refusal(str(tmp_path)) == f"is a folder without a file that ends in {ENDINGS}"
+def test_folders_without_data_files_are_errors(tmp_path):
+    assert error_of(str(tmp_path)) == f"is a folder without a file that ends in {ENDINGS}"
     touch(tmp_path, "notes.txt")
-    assert refusal(str(tmp_path)) == f"is a folder without a file that ends in {ENDINGS}"
+    assert error_of(str(tmp_path)) == f"is a folder without a file that ends in {ENDINGS}"
 
 
-def test_patterns_give_the_data_files_they_match(tmp_path, monkeypatch):
+def test_pattern_means_the_data_files_that_it_matches(tmp_path, monkeypatch):
     touch(tmp_path, "a1.jsonl", "a2.jsonl", "a3.txt", ".a4.jsonl", "x/y/a5.jsonl", "b.json")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -96,17 +96,17 @@ def test_patterns_give_the_data_files_they_match(tmp_path, monkeypatch):
     assert names("a?.jsonl", "[b].json") == ["a1.jsonl", "a2.jsonl", "b.json"]
     assert names("**/a*.jsonl") == ["a1.jsonl", "a2.jsonl", "x/y/a5.jsonl"]
     assert names("~/b.js*", "~/b.json") == [str(tmp_path / "b.json")] * 2
-    assert refusal("c*.jsonl") == f"no file matches this pattern (looked from {tmp_path})"
-    assert refusal("*.txt") == f"no file that matches this pattern ends in {ENDINGS}"
-    assert refusal("x*") == f"no file matches this pattern (looked from {tmp_path})"
+    assert error_of("c*.jsonl") == f"no file matches this pattern (looked from {tmp_path})"
+    assert error_of("*.txt") == f"no file that matches this pattern ends in {ENDINGS}"
+    assert error_of("x*") == f"no file matches this pattern (looked from {tmp_path})"
 
 
-def test_a_file_whose_name_looks_like_a_pattern_goes_before_the_pattern(tmp_path):
+def test_existing_file_is_not_taken_as_a_pattern(tmp_path):
     file, _ = touch(tmp_path, "a[1].jsonl", "a1.jsonl")
     assert names(file) == [file]
 
 
-def test_files_that_cannot_be_used_are_refused_by_name(tmp_path):
+def test_unusable_files_are_errors_with_their_name(tmp_path):
     (good,) = touch(tmp_path, "good.jsonl")
     (tmp_path / "empty.parquet").touch()
     (csv,) = touch(tmp_path, "data.csv")
@@ -119,10 +119,10 @@ def test_files_that_cannot_be_used_are_refused_by_name(tmp_path):
         "/dev/null": f"is not a regular file; name one that ends in {ENDINGS}",
     }
     for value, reason in cases.items():
-        assert refusal(value) == reason
+        assert error_of(value) == reason
 
 
-def test_an_empty_file_in_a_folder_is_refused_by_its_own_name(tmp_path):
+def test_empty_file_in_a_folder_is_an_error_with_its_own_name(tmp_path):
     (tmp_path / "empty.parquet").touch()
     with pytest.raises(UserError) as caught:
         resolve_sources([str(tmp_path)], "--data_files")
@@ -134,19 +134,16 @@ def test_an_empty_file_in_a_folder_is_refused_by_its_own_name(tmp_path):
     "value",
     ["data/train.jsonl", "data/train.parquet", "./a/b", "../a", "/no/such", "~/nothing", "a/b/c/d", "word"],
 )
-def test_what_cannot_be_a_dataset_is_just_no_such_file(tmp_path, monkeypatch, value):
+def test_value_that_cannot_be_a_dataset_name_is_a_missing_file(tmp_path, monkeypatch, value):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked the hub"))
     folder = Path(os.path.expanduser(value)).absolute().parent
-    assert refusal(value) == f"no such file (looked in {folder})"
-
-
-# ---- the hub ----
+    assert error_of(value) == f"no such file (looked in {folder})"
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> list[tuple]:
-    """Every dataset of the hub is one of 5 rows in 3 files; the list gets what was asked for."""
+    """Replace every hub dataset by one of 5 rows in 3 files. The list receives the arguments of each call."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(LINE.replace('"q"', f'"q{number}"') + "\n" for number in range(5)))
     cache = str(tmp_path / "cache")
@@ -165,7 +162,7 @@ def hub(tmp_path, monkeypatch) -> list[tuple]:
     return asked
 
 
-def test_a_dataset_of_the_hub_is_read_from_its_arrow_file(hub):
+def test_hub_dataset_is_read_from_its_arrow_file(hub):
     (source,) = resolve_sources(["owner/one"], "--data_files")
     assert hub == [("owner/one", None, "train")]
     assert (source.name, source.kind, source.entry, source.rows_before) == ("owner/one:train", "arrow", 0, 0)
@@ -191,7 +188,7 @@ def test_configuration_and_split_are_part_of_the_value(hub):
     ]
 
 
-def test_rows_are_numbered_through_all_files_of_a_split(hub):
+def test_rows_are_numbered_across_the_files_of_a_split(hub):
     sources = resolve_sources(["owner/three:train"], "--data_files")
     assert [(source.name, source.rows_before) for source in sources] == [
         ("owner/three:train", 0), ("owner/three:train", 2), ("owner/three:train", 3),
@@ -202,15 +199,15 @@ def test_rows_are_numbered_through_all_files_of_a_split(hub):
     ]  # fmt: skip
 
 
-def test_what_exists_on_disk_goes_before_the_hub(hub, tmp_path):
+def test_existing_file_is_not_taken_as_a_hub_dataset(hub, tmp_path):
     touch(tmp_path / "owner" / "one", "a.jsonl")
     assert names("owner/one") == ["owner/one/a.jsonl"]
     assert hub == []
 
 
 @pytest.mark.parametrize("split", ["train[:10%]", "train+test", "train[5:]"])
-def test_parts_and_sums_of_splits_are_refused(hub, split):
-    assert refusal(f"owner/one:{split}") == (
+def test_slices_and_sums_of_splits_are_errors(hub, split):
+    assert error_of(f"owner/one:{split}") == (
         f"{split!r} is not the name of a split; slices and sums of splits are not supported, name each split "
         "as a value of its own, like owner/one:train"
     )
@@ -231,24 +228,24 @@ def test_parts_and_sums_of_splits_are_refused(hub, split):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_dataset_that_cannot_be_loaded_is_told_with_the_reason(tmp_path, monkeypatch, error):
+def test_dataset_that_cannot_be_loaded_is_an_error_with_the_reason(tmp_path, monkeypatch, error):
     def load_dataset(*args, **kwargs):
         raise error
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert refusal("data/train") == (
+    assert error_of("data/train") == (
         f"is neither an existing file (looked in {tmp_path}/data) nor a dataset that could be loaded "
         "(why it failed)"
     )
 
 
-def test_an_unknown_dataset_is_refused_offline_by_the_library_itself(tmp_path, monkeypatch):
+def test_unknown_dataset_is_an_error_offline_with_the_real_library(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    told = refusal("owner/no-such-dataset")
+    message = error_of("owner/no-such-dataset")
     start = f"is neither an existing file (looked in {tmp_path}/owner) nor a dataset that could be loaded ("
-    assert told.startswith(start)
-    assert "owner/no-such-dataset" in told.removeprefix(start)
+    assert message.startswith(start)
+    assert "owner/no-such-dataset" in message.removeprefix(start)

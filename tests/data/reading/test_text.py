@@ -1,4 +1,4 @@
-"""Files become records of JSON text: where each begins, what it holds, and what cannot be read."""
+"""Records of text files and tables: their lines, their texts, and what cannot be read."""
 
 import gzip
 import json
@@ -45,11 +45,11 @@ def records(folder: Path, name: str, content: str | bytes) -> list[Record]:
     return [record for batch in batches(folder, name, content) for record in batch.records]
 
 
-def told(folder: Path, name: str, content: str | bytes) -> list[tuple[int, str]]:
-    """Line and text, or line and what is wrong, of every record."""
+def outcomes(folder: Path, name: str, content: str | bytes) -> list[tuple[int, str]]:
+    """Return the line of every record with its text, or with the reason why it cannot be used."""
     return [
-        (one.line, one.flaw.reason if one.flaw else one.text.decode())
-        for one in records(folder, name, content)
+        (record.line, record.flaw.reason if record.flaw else record.text.decode())
+        for record in records(folder, name, content)
     ]
 
 
@@ -57,20 +57,17 @@ def zstd(*frames: bytes) -> bytes:
     return b"".join(pa.compress(frame, "zstd", asbytes=True) for frame in frames)
 
 
-# ---- JSON Lines ----
-
-
-def test_lines_are_verbatim_and_blank_ones_passed_over(tmp_path):
+def test_lines_are_verbatim_and_blank_lines_are_skipped(tmp_path):
     content = f"\ufeff{LINE}\r\n\r\n  \n {LINE} \n\n{LINE}"
     expected = [(1, f"\ufeff{LINE}\r"), (4, f" {LINE} "), (6, LINE)]
-    assert told(tmp_path, "a.jsonl", content) == expected
-    assert told(tmp_path, "a.json", content) == expected
+    assert outcomes(tmp_path, "a.jsonl", content) == expected
+    assert outcomes(tmp_path, "a.json", content) == expected
 
 
-def test_what_is_in_a_line_is_not_looked_at(tmp_path):
+def test_lines_are_not_parsed(tmp_path):
     lines = [b"{", b"\0\0", b'{"m": "\xff"}', b'"text"', b"3", LINE.encode()[:-9]]
-    found = records(tmp_path, "a.jsonl", b"\n".join(lines))
-    assert found == [Record(number, line) for number, line in enumerate(lines, start=1)]
+    all_records = records(tmp_path, "a.jsonl", b"\n".join(lines))
+    assert all_records == [Record(number, line) for number, line in enumerate(lines, start=1)]
 
 
 @pytest.mark.parametrize(
@@ -81,90 +78,88 @@ def test_what_is_in_a_line_is_not_looked_at(tmp_path):
         ("a.json.gz", gzip.compress(b"[]", mtime=0)), ("a.jsonl.zst", zstd(b"\n\n")),
     ],
 )  # fmt: skip
-def test_a_file_without_conversations_is_told(tmp_path, name, content):
-    assert told(tmp_path, name, content) == [(1, NOTHING)]
+def test_file_without_conversations_is_a_flaw(tmp_path, name, content):
+    assert outcomes(tmp_path, name, content) == [(1, NOTHING)]
 
 
-def test_a_file_that_went_away_is_told(tmp_path):
+def test_missing_file_is_a_flaw(tmp_path):
     (batch,) = read_batches(source(tmp_path / "gone.jsonl"))
     flaw = Flaw(f"cannot be read (No such file or directory); {MORE}", "cannot be read", skippable=False)
     assert batch.records == [Record(1, b"", flaw)]
 
 
-# ---- arrays, lines and single objects in one suffix ----
-
-
 def test_a_json_file_may_hold_lines(tmp_path):
     # A line that is whole but wrong inside does not make the file a single object.
     for first in (LINE, "3", "{'a': 1}", '{"a": "}"}'):
-        assert told(tmp_path, "a.json", f"\n{first}\n{{\n{LINE}") == [(2, first), (3, "{"), (4, LINE)]
+        assert outcomes(tmp_path, "a.json", f"\n{first}\n{{\n{LINE}") == [(2, first), (3, "{"), (4, LINE)]
 
 
 def test_a_json_file_may_hold_one_object_over_several_lines(tmp_path):
     pretty = json.dumps({"messages": TURNS}, indent=2)
-    assert told(tmp_path, "a.json", pretty) == [(1, pretty)]
-    assert told(tmp_path, "a.json", f"\ufeff\n \n{pretty}\n") == [(3, pretty)]
-    assert told(tmp_path, "a.json", pretty[:-3]) == [(1, pretty[:-3].rstrip())]
-    assert told(tmp_path, "a.json", f"{pretty}\n{pretty}") == [(1, f"{pretty}\n{pretty}")]
+    assert outcomes(tmp_path, "a.json", pretty) == [(1, pretty)]
+    assert outcomes(tmp_path, "a.json", f"\ufeff\n \n{pretty}\n") == [(3, pretty)]
+    assert outcomes(tmp_path, "a.json", pretty[:-3]) == [(1, pretty[:-3].rstrip())]
+    assert outcomes(tmp_path, "a.json", f"{pretty}\n{pretty}") == [(1, f"{pretty}\n{pretty}")]
 
 
 def test_a_jsonl_file_that_begins_with_a_bracket_is_an_array_or_lines_of_arrays(tmp_path):
-    assert told(tmp_path, "a.jsonl", f"[{LINE}, {LINE}]\n") == [(1, LINE), (1, LINE)]
-    assert told(tmp_path, "a.jsonl", f"[{LINE},\n{LINE}]") == [(1, LINE), (2, LINE)]
-    assert told(tmp_path, "a.jsonl", f"[1]\n{LINE}\n[2]") == [(1, "[1]"), (2, LINE), (3, "[2]")]
-    assert told(tmp_path, "a.jsonl", "[1]") == [(1, "1")]
+    assert outcomes(tmp_path, "a.jsonl", f"[{LINE}, {LINE}]\n") == [(1, LINE), (1, LINE)]
+    assert outcomes(tmp_path, "a.jsonl", f"[{LINE},\n{LINE}]") == [(1, LINE), (2, LINE)]
+    assert outcomes(tmp_path, "a.jsonl", f"[1]\n{LINE}\n[2]") == [(1, "[1]"), (2, LINE), (3, "[2]")]
+    assert outcomes(tmp_path, "a.jsonl", "[1]") == [(1, "1")]
     after = f"broken JSON array: text after the closing ']'; {MORE}"
-    assert told(tmp_path, "a.json", f"[1]\n{LINE}") == [(1, "1"), (2, after)]
+    assert outcomes(tmp_path, "a.json", f"[1]\n{LINE}") == [(1, "1"), (2, after)]
 
 
-def test_the_kind_of_a_file_is_told_across_pieces(tmp_path, monkeypatch):
+def test_format_is_detected_across_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(decompress, "READ_SIZE", 3)
     pretty = json.dumps({"messages": TURNS}, indent=2)
-    assert told(tmp_path, "a.json", f"\n\n\n\n\n{pretty}\n") == [(6, pretty)]
-    assert told(tmp_path, "a.json", f"\n\n{LINE}\n{LINE}") == [(3, LINE), (4, LINE)]
-    assert told(tmp_path, "a.jsonl", f"\n\n[1]\n\n\n\n{LINE}") == [(3, "[1]"), (7, LINE)]
-    assert told(tmp_path, "a.jsonl", "\n\n\n\n[1\n]") == [(5, "1")]
+    assert outcomes(tmp_path, "a.json", f"\n\n\n\n\n{pretty}\n") == [(6, pretty)]
+    assert outcomes(tmp_path, "a.json", f"\n\n{LINE}\n{LINE}") == [(3, LINE), (4, LINE)]
+    assert outcomes(tmp_path, "a.jsonl", f"\n\n[1]\n\n\n\n{LINE}") == [(3, "[1]"), (7, LINE)]
+    assert outcomes(tmp_path, "a.jsonl", "\n\n\n\n[1\n]") == [(5, "1")]
 
 
-def test_a_json_file_of_lines_whose_first_one_is_torn_is_read_as_lines(tmp_path):
-    for torn in (LINE[:-1], LINE[:-9], LINE[:30], '{"messages": ['):
-        assert told(tmp_path, "a.json", f"\ufeff\n{torn}\n3\n{LINE}\n") == [(2, torn), (3, "3"), (4, LINE)]
+def test_json_lines_whose_first_line_is_truncated_are_read_as_lines(tmp_path):
+    for truncated in (LINE[:-1], LINE[:-9], LINE[:30], '{"messages": ['):
+        assert outcomes(tmp_path, "a.json", f"\ufeff\n{truncated}\n3\n{LINE}\n") == [
+            (2, truncated),
+            (3, "3"),
+            (4, LINE),
+        ]
 
 
-def test_an_object_over_several_lines_is_one_even_if_one_of_them_is_an_object(tmp_path):
+def test_object_over_several_lines_is_one_record_even_if_a_line_is_an_object(tmp_path):
     turn = '{"role": "user", "content": "q"}'
     whole = f'{{"messages": [\n{turn},\n{turn}\n]}}'
     broken = whole.replace(",\n", "\n")
     nested = f'{{"data": [\n{LINE},\n{LINE}\n]}}'
     for text in (whole, broken, nested):
-        assert told(tmp_path, "a.json", text) == [(1, text)]
+        assert outcomes(tmp_path, "a.json", text) == [(1, text)]
 
 
-# ---- arrays ----
-
-
-def test_elements_begin_on_their_lines(tmp_path):
+def test_array_elements_have_the_line_on_which_they_begin(tmp_path):
     pretty = json.dumps({"messages": TURNS, "n": 10**18}, indent=1)
     array = f"\ufeff \n[\n{pretty},\n\n{LINE}, {LINE}\n,\r\n\t{{}}\n]\n"
     line = 3 + pretty.count("\n") + 2
     expected = [(3, pretty), (line, LINE), (line, LINE), (line + 2, "{}")]
     for name in ("a.json", "a.jsonl"):
-        assert told(tmp_path, name, array) == expected
+        assert outcomes(tmp_path, name, array) == expected
 
 
-def test_any_value_is_an_element_and_its_inside_is_not_looked_at(tmp_path):
+def test_array_elements_are_not_parsed(tmp_path):
     elements = [
         "1", "null", '"a, b ] }"', "[1, [2, 3]]", "[]", "{}", '{"a": NaN}', "{'a': 1}", '{"a": "\\\\"}',
         r'{"a": "\"]},[{"}', r'{"a\\\"": "\u007b\\\\\\"}', '{"a" 1,,}', "{]", "x y", '"é😀"', "9" * 5000,
         LINE,
     ]  # fmt: skip
     expected = [(number, element) for number, element in enumerate(elements, start=2)]
-    assert told(tmp_path, "a.json", "[\n" + ",\n".join(elements) + "\n]") == expected
-    assert told(tmp_path, "a.json", f"[{','.join(elements)}]") == [(1, text) for _, text in expected]
+    assert outcomes(tmp_path, "a.json", "[\n" + ",\n".join(elements) + "\n]") == expected
+    assert outcomes(tmp_path, "a.json", f"[{','.join(elements)}]") == [(1, text) for _, text in expected]
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 64])
-def test_pieces_may_be_cut_anywhere(tmp_path, monkeypatch, piece):
+def test_pieces_may_be_split_anywhere(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(decompress, "READ_SIZE", piece)
     chance = random.Random(piece)
     alphabet = ['"', "\\", "[", "]", "{", "}", ",", ":", "\n", " ", "a", "é", "😀"]
@@ -181,7 +176,7 @@ def test_pieces_may_be_cut_anywhere(tmp_path, monkeypatch, piece):
             position += 1 + len(gap)
             expected.append((array.count("\n", 0, position) + 1, element))
             position += len(element)
-        assert told(tmp_path, "a.json", array) == expected
+        assert outcomes(tmp_path, "a.json", array) == expected
 
 
 @pytest.mark.parametrize(
@@ -199,17 +194,15 @@ def test_pieces_may_be_cut_anywhere(tmp_path, monkeypatch, piece):
     ],
 )
 @pytest.mark.parametrize("piece", [5, 1 << 18])
-def test_a_broken_array_is_told_at_the_line_where_it_breaks(
-    tmp_path, monkeypatch, array, line, reason, piece
-):
+def test_broken_array_is_reported_at_the_line_of_the_error(tmp_path, monkeypatch, array, line, reason, piece):
     monkeypatch.setattr(decompress, "READ_SIZE", piece)
-    found = told(tmp_path, "a.json", array)
-    assert found[0] == (1, LINE)
-    assert found[-1] == (line, f"broken JSON array: {reason}")
+    result = outcomes(tmp_path, "a.json", array)
+    assert result[0] == (1, LINE)
+    assert result[-1] == (line, f"broken JSON array: {reason}")
 
 
-def test_an_empty_place_in_an_array_is_told_and_reading_goes_on(tmp_path):
-    assert told(tmp_path, "a.json", "[,\n1,\n,2]") == [
+def test_missing_array_element_is_reported_and_the_others_are_read(tmp_path):
+    assert outcomes(tmp_path, "a.json", "[,\n1,\n,2]") == [
         (1, "broken JSON array: expected a value, found ','"),
         (2, "1"),
         (3, "broken JSON array: expected a value, found ','"),
@@ -217,48 +210,45 @@ def test_an_empty_place_in_an_array_is_told_and_reading_goes_on(tmp_path):
     ]
 
 
-def test_nesting_of_any_depth_is_scanned(tmp_path):
+def test_arrays_may_be_nested_to_any_depth(tmp_path):
     deep = "[" * 100_000 + "]" * 100_000
-    assert told(tmp_path, "a.json", f"[{deep}]") == [(1, deep)]
-    assert told(tmp_path, "a.json", "[" * 100_000) == [
+    assert outcomes(tmp_path, "a.json", f"[{deep}]") == [(1, deep)]
+    assert outcomes(tmp_path, "a.json", "[" * 100_000) == [
         (1, f"broken JSON array: the element that begins here does not end; {MORE}")
     ]
 
 
-# ---- batches and memory ----
+def test_batches_have_at_most_256_records_and_count_all_bytes(tmp_path):
+    all_batches = batches(tmp_path, "a.jsonl", f"{LINE}\n" * 5000)
+    assert [len(batch.records) for batch in all_batches] == [256] * 19 + [136]
+    assert sum(batch.consumed for batch in all_batches) == 5000 * (len(LINE) + 1)
+    all_batches = batches(tmp_path, "a.json", f"[{','.join([LINE] * 600)}]")
+    assert [len(batch.records) for batch in all_batches] == [256, 256, 88]
+    assert [record.line for batch in all_batches for record in batch.records] == [1] * 600
 
 
-def test_batches_hold_at_most_256_records_and_account_for_the_file(tmp_path):
-    found = batches(tmp_path, "a.jsonl", f"{LINE}\n" * 5000)
-    assert [len(batch.records) for batch in found] == [256] * 19 + [136]
-    assert sum(batch.consumed for batch in found) == 5000 * (len(LINE) + 1)
-    found = batches(tmp_path, "a.json", f"[{','.join([LINE] * 600)}]")
-    assert [len(batch.records) for batch in found] == [256, 256, 88]
-    assert [record.line for batch in found for record in batch.records] == [1] * 600
-
-
-def test_batches_hold_about_4_mib_of_text(tmp_path):
+def test_batches_have_about_4_mib_of_text(tmp_path):
     sizes = [MiB, MiB, MiB, 2 * MiB, 5 * MiB, 10, 10]
-    found = batches(tmp_path, "a.jsonl", b"\n".join(b"x" * size for size in sizes))
-    lengths = [[len(record.text) for record in batch.records] for batch in found]
+    all_batches = batches(tmp_path, "a.jsonl", b"\n".join(b"x" * size for size in sizes))
+    lengths = [[len(record.text) for record in batch.records] for batch in all_batches]
     assert lengths == [[MiB] * 3, [2 * MiB], [5 * MiB], [10, 10]]
 
 
-def test_records_that_are_too_long_are_told_and_the_others_read(tmp_path, monkeypatch):
+def test_records_that_are_too_long_are_reported_and_the_others_are_read(tmp_path, monkeypatch):
     for module in (text_reader, text_format, json_array):
         monkeypatch.setattr(module, "MAX_RECORD_BYTES", 1000)
     fits, long = f'["{"x" * 996}"]', f'["{"x" * 997}"]'
     for piece in (100, 999):
         monkeypatch.setattr(decompress, "READ_SIZE", piece)
         lines = [(1, fits), (2, TOO_LONG), (3, fits)]
-        assert told(tmp_path, "a.jsonl.gz", gzip.compress(f"{fits}\n{long}\n{fits}".encode())) == lines
-        assert told(tmp_path, "a.jsonl", f"{fits}\n{fits}\n{long}")[2] == (3, TOO_LONG)
-        assert told(tmp_path, "a.json", f"[{fits},\n{long},\n{fits}]") == lines
-    assert told(tmp_path, "a.json", "{\n" + " " * 1000 + "}") == [(1, TOO_LONG)]
+        assert outcomes(tmp_path, "a.jsonl.gz", gzip.compress(f"{fits}\n{long}\n{fits}".encode())) == lines
+        assert outcomes(tmp_path, "a.jsonl", f"{fits}\n{fits}\n{long}")[2] == (3, TOO_LONG)
+        assert outcomes(tmp_path, "a.json", f"[{fits},\n{long},\n{fits}]") == lines
+    assert outcomes(tmp_path, "a.json", "{\n" + " " * 1000 + "}") == [(1, TOO_LONG)]
 
 
 def peak_of(read: Callable[[], None]) -> int:
-    """Bytes that Python and numpy held at most beyond what they held before."""
+    """Return the peak of the bytes that Python and numpy allocate."""
     tracemalloc.start()
     try:
         read()
@@ -283,11 +273,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_a_record_of_100_mb_is_read_whole_and_told_to_be_too_much(tmp_path, name):
+def test_record_of_100_mb_is_read_whole_and_has_too_much_text(tmp_path, name):
     row = b'{"messages": "' + b"x, \\n " * (100_000_000 // 6) + b'"}'
     content = b"[" + row + b",\n" + row + b"]" if name == "a.json" else row + b"\n" + row
-    found = batches(tmp_path, name, content)
-    assert [[(record.line, record.text == row) for record in batch.records] for batch in found] == [
+    all_batches = batches(tmp_path, name, content)
+    assert [[(record.line, record.text == row) for record in batch.records] for batch in all_batches] == [
         [(1, True)], [(2, True)],
     ]  # fmt: skip
     flaw = Flaw(
@@ -295,31 +285,28 @@ def test_a_record_of_100_mb_is_read_whole_and_told_to_be_too_much(tmp_path, name
         "several conversations or take it out",
         "too much text in one conversation",
     )
-    assert [record.flaw for batch in found for record in batch.records] == [flaw, flaw]
+    assert [record.flaw for batch in all_batches for record in batch.records] == [flaw, flaw]
 
 
-def test_the_largest_record_is_not_told_to_be_too_much(tmp_path):
+def test_largest_accepted_record_has_no_flaw(tmp_path):
     largest = b"x" * MAX_TEXT_BYTES
-    found = records(tmp_path, "a.jsonl", largest + b"\n" + largest + b"x")
-    assert found[0] == Record(1, largest)
-    assert found[1].flaw.reason.startswith("the conversation has 16.1 MB of text; at most 16 MB")
-
-
-# ---- compression ----
+    all_records = records(tmp_path, "a.jsonl", largest + b"\n" + largest + b"x")
+    assert all_records[0] == Record(1, largest)
+    assert all_records[1].flaw.reason.startswith("the conversation has 16.1 MB of text; at most 16 MB")
 
 
 def test_compressed_files_may_have_several_members(tmp_path):
     first, second = f"{LINE}\n{LINE[:9]}".encode(), f"{LINE[9:]}\n{LINE}".encode()
     expected = [(1, LINE), (2, LINE), (3, LINE)]
-    assert told(tmp_path, "a.jsonl.gz", gzip.compress(first) + gzip.compress(second)) == expected
-    assert told(tmp_path, "a.jsonl.zst", zstd(first, b"", second)) == expected
+    assert outcomes(tmp_path, "a.jsonl.gz", gzip.compress(first) + gzip.compress(second)) == expected
+    assert outcomes(tmp_path, "a.jsonl.zst", zstd(first, b"", second)) == expected
     array = f"[{LINE},\n{LINE}]".encode()
-    assert told(tmp_path, "a.json.gz", gzip.compress(array)) == expected[:2]
-    assert told(tmp_path, "a.json.zst", zstd(array)) == expected[:2]
+    assert outcomes(tmp_path, "a.json.gz", gzip.compress(array)) == expected[:2]
+    assert outcomes(tmp_path, "a.json.zst", zstd(array)) == expected[:2]
 
 
 def noise(count: int) -> list[str]:
-    """Lines that hardly compress."""
+    """Return lines that hardly compress."""
     chance = random.Random(0)
     return [f'{{"messages": "{chance.randbytes(300).hex()}"}}' for _ in range(count)]
 
@@ -332,22 +319,22 @@ def noise(count: int) -> list[str]:
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_a_stream_that_is_cut_off_gives_the_good_lines_and_where_it_stops(
+def test_truncated_stream_gives_its_whole_lines_and_the_line_of_the_damage(
     tmp_path, name, suffix, compress, reason
 ):
     lines = noise(3000)
     content = "\n".join(lines) if name == "a.jsonl" else "[" + ",\n".join(lines) + "]"
     raw = compress(content.encode())
-    found = told(tmp_path, f"{name}.{suffix}", raw[: len(raw) // 2])
-    *good, (line, fault) = found
+    result = outcomes(tmp_path, f"{name}.{suffix}", raw[: len(raw) // 2])
+    *good, (line, fault) = result
     assert 1300 < len(good) < 1500
     assert good == [(number, text) for number, text in enumerate(lines[: len(good)], start=1)]
     kind = {"gz": "gzip", "zst": "zstd"}[suffix]
     assert (line, fault) == (len(good) + 1, f"the {kind} stream is damaged or cut off ({reason}); {MORE}")
 
 
-def test_streams_that_are_no_streams_are_told(tmp_path):
-    assert told(tmp_path, "a.jsonl.gz", LINE) == [
+def test_invalid_streams_are_flaws(tmp_path):
+    assert outcomes(tmp_path, "a.jsonl.gz", LINE) == [
         (
             1,
             "the gzip stream is damaged or cut off (Error -3 while decompressing data: incorrect header "
@@ -355,29 +342,29 @@ def test_streams_that_are_no_streams_are_told(tmp_path):
         )
     ]
     reason = "ZSTD decompress failed: Unknown frame descriptor"
-    assert told(tmp_path, "a.json.zst", LINE) == [
+    assert outcomes(tmp_path, "a.json.zst", LINE) == [
         (1, f"the zstd stream is damaged or cut off ({reason}); {MORE}")
     ]
     damaged = bytearray(gzip.compress("\n".join(noise(3000)).encode()))
     damaged[-6] ^= 1
-    *good, (line, fault) = told(tmp_path, "a.jsonl.gz", bytes(damaged))
+    *good, (line, fault) = outcomes(tmp_path, "a.jsonl.gz", bytes(damaged))
     assert 2970 < len(good) < 3000 and line == len(good) + 1
     assert "(Error -3 while decompressing data: incorrect data check)" in fault
 
 
-@pytest.mark.parametrize("rest", [b"garbage", b"\0g", b"\x1f", b"\x1fg", LINE.encode(), b"g" * 9000])
-def test_bytes_behind_a_whole_gzip_stream_are_a_record_of_their_own(tmp_path, rest):
+@pytest.mark.parametrize("trailing", [b"garbage", b"\0g", b"\x1f", b"\x1fg", LINE.encode(), b"g" * 9000])
+def test_bytes_after_a_gzip_stream_are_a_record_of_their_own(tmp_path, trailing):
     kind = "bytes behind the end of the gzip stream"
-    left = rest.lstrip(b"\0")
-    flaw = Flaw(f"{len(left):,} {kind}; cut them off", kind)
+    flawed = trailing.lstrip(b"\0")
+    flaw = Flaw(f"{len(flawed):,} {kind}; cut them off", kind)
     for content in (f"{LINE}\n{LINE}\n", f"{LINE}\n{LINE}"):
-        found = records(tmp_path, "a.jsonl.gz", gzip.compress(content.encode()) + rest)
-        assert found == [Record(1, LINE.encode()), Record(2, LINE.encode()), Record(3, left, flaw)]
-    found = records(tmp_path, "a.json.gz", gzip.compress(f"[{LINE},\n{LINE}]\n".encode()) + rest)
-    assert found == [Record(1, LINE.encode()), Record(2, LINE.encode()), Record(3, left, flaw)]
+        all_records = records(tmp_path, "a.jsonl.gz", gzip.compress(content.encode()) + trailing)
+        assert all_records == [Record(1, LINE.encode()), Record(2, LINE.encode()), Record(3, flawed, flaw)]
+    all_records = records(tmp_path, "a.json.gz", gzip.compress(f"[{LINE},\n{LINE}]\n".encode()) + trailing)
+    assert all_records == [Record(1, LINE.encode()), Record(2, LINE.encode()), Record(3, flawed, flaw)]
 
 
-def test_a_second_gzip_member_that_is_cut_off_is_not_taken_for_leftover_bytes(tmp_path):
+def test_truncated_second_gzip_member_is_not_taken_as_trailing_bytes(tmp_path):
     raw = gzip.compress(f"{LINE}\n".encode())
     for cut in (2, 3, 12, len(raw) - 1):
         *good, last = records(tmp_path, "a.jsonl.gz", raw + b"\0" * 600 + raw[:cut])
@@ -386,21 +373,18 @@ def test_a_second_gzip_member_that_is_cut_off_is_not_taken_for_leftover_bytes(tm
 
 
 def frame(window: int, content: bytes) -> bytes:
-    """A zstd frame of one block that is not compressed, which asks for a window of 2**window bytes."""
+    """Return a zstd frame of one uncompressed block that requires a window of 2**window bytes."""
     block = (len(content) << 3 | 1).to_bytes(3, "little") + content
     return bytes([0x28, 0xB5, 0x2F, 0xFD, 0, (window - 10) << 3]) + block
 
 
-def test_a_zstd_window_that_is_too_large_is_told_as_such_with_the_remedy(tmp_path):
-    assert told(tmp_path, "a.jsonl.zst", frame(27, LINE.encode())) == [(1, LINE)]
+def test_zstd_window_that_is_too_large_is_reported_with_a_remedy(tmp_path):
+    assert outcomes(tmp_path, "a.jsonl.zst", frame(27, LINE.encode())) == [(1, LINE)]
     reason = (
         "the zstd stream has a window of more than 128 MiB; compress it again without --long, or with "
         f"--long=27 at most; {MORE}"
     )
-    assert told(tmp_path, "a.jsonl.zst", frame(31, LINE.encode())) == [(1, reason)]
-
-
-# ---- tables ----
+    assert outcomes(tmp_path, "a.jsonl.zst", frame(31, LINE.encode())) == [(1, reason)]
 
 
 def write_table(path: Path, rows: list[dict], schema: pa.Schema | None = None, size: int = 1000) -> Path:
@@ -418,7 +402,7 @@ def read(path: Path, rows_before: int = 0) -> list[Record]:
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_rows_of_tables_become_json_without_nulls_and_unknown_columns(tmp_path, name):
+def test_table_rows_become_json_without_nulls_and_unknown_columns(tmp_path, name):
     call = [{"function": {"name": "f", "arguments": {"x": 1}}}]
     rows = [
         {"id": 1, "messages": [{"role": "user", "content": "é"}, {"role": "assistant", "tool_calls": call}]},
@@ -429,8 +413,8 @@ def test_rows_of_tables_become_json_without_nulls_and_unknown_columns(tmp_path, 
     path = write_table(tmp_path / name, rows, schema)
     del rows[1]["messages"][0]["name"]  # no column of the schema
     expected = [{key: value for key, value in row.items() if key != "id"} for row in rows]
-    found = read(path, rows_before=10)
-    assert found == [
+    all_records = read(path, rows_before=10)
+    assert all_records == [
         Record(11 + index, json.dumps(row, ensure_ascii=False).encode()) for index, row in enumerate(expected)
     ]
 
@@ -439,16 +423,16 @@ def test_rows_of_tables_become_json_without_nulls_and_unknown_columns(tmp_path, 
 def test_tables_are_read_in_batches(tmp_path, name):
     rows = [{"prompt": f"q{row}", "completion": "a"} for row in range(1000)]
     path = write_table(tmp_path / name, rows, size=300)
-    found = list(read_batches(source(path)))
-    assert [len(batch.records) for batch in found] == [256, 256, 256, 232]
-    assert sum(batch.consumed for batch in found) == path.stat().st_size
-    texts = [json.loads(record.text) for batch in found for record in batch.records]
+    all_batches = list(read_batches(source(path)))
+    assert [len(batch.records) for batch in all_batches] == [256, 256, 256, 232]
+    assert sum(batch.consumed for batch in all_batches) == path.stat().st_size
+    texts = [json.loads(record.text) for batch in all_batches for record in batch.records]
     assert texts == rows
-    assert [record.line for batch in found for record in batch.records] == list(range(1, 1001))
+    assert [record.line for batch in all_batches for record in batch.records] == list(range(1, 1001))
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_tables_without_conversations_are_told(tmp_path, name):
+def test_table_without_conversation_columns_is_a_flaw(tmp_path, name):
     path = write_table(tmp_path / name, [{"text": "a", "prompt": "b"}])
     reason = f"no conversation; the columns are text, prompt, expected {FORMS}"
     assert read(path) == [Record(1, b"", Flaw(reason, "no conversation in the columns", skippable=False))]
@@ -457,7 +441,7 @@ def test_tables_without_conversations_are_told(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_values_that_json_has_no_form_for_are_text_or_a_fault_of_their_row(tmp_path, name):
+def test_values_without_a_json_type_are_text_or_a_flaw_of_their_row(tmp_path, name):
     when = datetime(2024, 5, 6)
     good = {"content": b"a", "at": when, "map": [("k", 1)]}
     rows = [{"messages": [good]}, {"messages": [{"content": b"\xff"}]}]
@@ -471,7 +455,7 @@ def test_values_that_json_has_no_form_for_are_text_or_a_fault_of_their_row(tmp_p
     ]
 
 
-def test_a_column_of_text_that_is_not_utf8_is_a_fault_of_its_row(tmp_path):
+def test_text_that_is_not_utf8_is_a_flaw_of_its_row(tmp_path):
     binary = pa.array([b"a", b"\xff", b"c"])
     texts = pa.Array.from_buffers(pa.string(), 3, binary.buffers())
     table = pa.table({"prompt": texts, "completion": texts})
@@ -485,7 +469,7 @@ def test_a_column_of_text_that_is_not_utf8_is_a_fault_of_its_row(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_damaged_tables_are_told(tmp_path, name):
+def test_damaged_tables_are_flaws(tmp_path, name):
     path = write_table(
         tmp_path / name, [{"prompt": text, "completion": "a"} for text in noise(2000)], size=500
     )
@@ -502,17 +486,16 @@ def test_damaged_tables_are_told(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_large_rows_of_tables_are_made_text_of_a_few_at_a_time(tmp_path, name):
+def test_large_table_rows_are_converted_a_few_at_a_time(tmp_path, name):
     path = write_table(tmp_path / name, [{"prompt": f"{row}" * MiB, "completion": "a"} for row in range(99)])
-    found: list[int] = []
+    lengths: list[int] = []
     peak = peak_of(
-        lambda: found.extend(len(one.text) for b in read_batches(source(path)) for one in b.records)
+        lambda: lengths.extend(
+            len(record.text) for batch in read_batches(source(path)) for record in batch.records
+        )
     )
-    assert len(found) == 99 and sum(found) > 99 * MiB
+    assert len(lengths) == 99 and sum(lengths) > 99 * MiB
     assert peak < 40 * MiB
-
-
-# ---- all faults in one error ----
 
 
 def test_twenty_faults_are_listed_and_all_are_counted_by_kind():
@@ -530,7 +513,7 @@ def test_twenty_faults_are_listed_and_all_are_counted_by_kind():
     assert lines[21:] == ["  ... and 3 more. All of them:", "  18 x empty turn", "  5 x broken JSON"]
 
 
-def test_few_faults_are_listed_without_a_count():
+def test_few_faults_are_listed_without_counts():
     faults = Faults()
     faults.add([Fault("a:7", "empty turn", "messages[0]: empty user turn")])
     with pytest.raises(UserError) as caught:
