@@ -9,7 +9,9 @@ from datasets import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dft import DFTTrainer
+from dft.errors import UserError
 from dft.training.batching import sequence_lengths
+from dft.training.memory.out_of_memory import OutOfMemory
 
 VOCAB = 40
 
@@ -243,3 +245,57 @@ def test_lengths_come_from_arrow_and_from_lists_alike():
     assert sequence_lengths(dataset).tolist() == expected
     assert sequence_lengths(dataset.select([3, 1])).tolist() == [expected[3], expected[1]]
     assert sequence_lengths(rows).tolist() == expected
+
+
+def dropout_model() -> Qwen3ForCausalLM:
+    """A model whose training draws random numbers in every micro-batch."""
+    model = tiny()
+    model.config.attention_dropout = 0.3
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    return model
+
+
+class OutOfMemoryOnce(DFTTrainer):
+    """Runs out of memory in the second micro-batch of step 3, when dropout has drawn its random numbers."""
+
+    has_memory = False
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.micro_batches = getattr(self, "micro_batches", 0) + 1
+        if not self.has_memory and self.micro_batches == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+
+def test_a_run_that_ran_out_of_memory_resumes_exactly(tmp_path):
+    def make(folder, kind=DFTTrainer):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / folder), use_cpu=True, learning_rate=1e-2, disable_tqdm=True, seed=5,
+            logging_steps=2, save_strategy="no", max_steps=5, per_device_train_batch_size=2,
+            gradient_accumulation_steps=2, max_grad_norm=0.5,
+        )  # fmt: skip
+        return kind(dropout_model(), arguments, train_dataset=Dataset.from_list(conversations(24)))
+
+    whole = make("whole")
+    whole.train()
+    broken = make("broken", OutOfMemoryOnce)
+    with pytest.raises(OutOfMemory, match="out of memory in step 3"):
+        broken.train()
+    resumed = make("broken")
+    resumed.train(resume_from_checkpoint=True)
+    for expected, weight in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(expected, weight)
+    records = [record for record in whole.state.log_history if "nll" in record]
+    assert [record["nll"] for record in resumed.state.log_history if "nll" in record] == [
+        record["nll"] for record in records
+    ]
+
+
+def test_train_refuses_a_checkpoint_that_others_can_write(tmp_path):
+    rows = conversations(8)
+    trainer(tmp_path, rows, max_steps=1, save_strategy="steps", save_steps=1).train()
+    (tmp_path / "checkpoint-1" / "optimizer.pt").chmod(0o666)
+    with pytest.raises(UserError, match="can be written by others"):
+        trainer(tmp_path, rows, max_steps=2).train(resume_from_checkpoint=True)

@@ -1,0 +1,229 @@
+"""The components of a trainer, each without one."""
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from transformers import TrainerControl, TrainingArguments
+
+from dft.data.batches.sampler import WithBlank
+from dft.errors import UserError
+from dft.training.checkpoints.folder import open_checkpoint, unfinished_folders
+from dft.training.checkpoints.resumer import Resumer, drop_tied_keys
+from dft.training.checkpoints.run_state import (
+    LastStep,
+    PendingEvents,
+    RandomState,
+    RunFacts,
+    RunState,
+    StepProgress,
+)
+from dft.training.checkpoints.writer import CheckpointWriter, saved_use_cache
+from dft.training.measuring.best import can_be_best
+from dft.training.measuring.nonfinite import NonfiniteGuard
+from dft.training.parallel.stopping import StopControl, StoppedEvaluation, StopRequest
+from dft.training.samplers import DataOrder
+from tests.training.test_trainer import conversations, tiny
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def args(tmp_path) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2)
+
+
+def write_checkpoint(folder: Path, accelerator: Accelerator, args: TrainingArguments, digest: str) -> Path:
+    facts = RunFacts(args, conversations(4), digest)
+    with CheckpointWriter(accelerator, is_writer=True).stage(folder, facts.manifest(1, True)) as staging:
+        (staging / "optimizer.pt").write_bytes(b"state")
+    return folder
+
+
+# ---- the state of a run ----
+
+
+def test_the_run_state_is_read_as_it_was_written(tmp_path):
+    state = RunState(PendingEvents(save=True), LastStep(0.5, 1e-4, 3), [1.0, 2.0], 7.0, [[1.0], [2.0]])
+    state.write(tmp_path)
+    assert RunState.read(tmp_path) == state
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_the_mean_of_the_loss_does_not_depend_on_the_ranks_that_resume(ranks):
+    losses = [1.0, 2.0, 3.0, 6.0]
+    state = RunState(PendingEvents(), LastStep(), losses, 0.0, [])
+    shares = [state.loss_of_rank(rank, ranks) for rank in range(ranks)]
+    assert sum(shares) / ranks == pytest.approx(sum(losses) / len(losses))
+
+
+def test_random_state_is_restored_in_all_generators():
+    state = RandomState.capture()
+    first = random.random(), np.random.rand(), torch.rand(1).item()
+    state.restore()
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == first
+
+
+def test_a_stop_replaces_the_events_of_a_step_by_one_save():
+    progress, control = StepProgress(), TrainerControl(should_evaluate=True, should_log=True)
+    progress.begin_events(control, 4, ends_epoch=True, is_stopping=True)
+    assert control.should_save and not control.should_evaluate and progress.last.logged == 4
+    assert progress.pending() == PendingEvents(evaluate=True, save=False, end_epoch=True)
+
+
+def test_a_regular_save_leaves_only_the_end_of_the_epoch_pending():
+    progress, control = StepProgress(), TrainerControl(should_evaluate=True, should_save=True)
+    progress.begin_events(control, 4, ends_epoch=True, is_stopping=False)
+    assert control.should_evaluate and progress.pending() == PendingEvents(end_epoch=True)
+
+
+# ---- checkpoints ----
+
+
+def test_a_checkpoint_that_fails_half_way_leaves_the_earlier_one(tmp_path, accelerator, args):
+    folder = write_checkpoint(tmp_path / "checkpoint-1", accelerator, args, "digest")
+    writer = CheckpointWriter(accelerator, is_writer=True)
+    with (
+        pytest.raises(UserError, match="checkpoint-1 cannot be saved: no space left"),
+        writer.stage(folder, {}) as staging,
+    ):
+        (staging / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    assert open_checkpoint(folder).step == 1 and not unfinished_folders(tmp_path)
+
+
+def test_the_cache_setting_is_restored_after_a_save_that_fails():
+    model = tiny()
+    model.config.use_cache = False
+    with pytest.raises(OSError), saved_use_cache(model, True):
+        assert model.config.use_cache
+        raise OSError
+    assert model.config.use_cache is False
+
+
+def test_resuming_checks_owner_and_model_before_anything_is_loaded(tmp_path, accelerator, args):
+    folder = write_checkpoint(tmp_path / "checkpoint-1", accelerator, args, "digest")
+    assert Resumer(accelerator, tmp_path).resolve(True, "digest") == str(folder)
+    with pytest.raises(UserError, match="a checkpoint of another model"):
+        Resumer(accelerator, tmp_path).resolve(str(folder), "other")
+    (folder / "optimizer.pt").chmod(0o666)
+    resumer = Resumer(accelerator, tmp_path)
+    with pytest.raises(UserError, match=r"optimizer.pt can be written by others.*--trust_checkpoint True"):
+        resumer.resolve(str(folder), "digest")
+    assert resumer.checkpoint is None
+    assert Resumer(accelerator, tmp_path, trust_checkpoint=True).resolve(True, "digest") == str(folder)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path, accelerator):
+    resumer = Resumer(accelerator, tmp_path)
+    assert resumer.resolve(None, "") is None and resumer.resolve(False, "") is None
+    with pytest.raises(UserError, match="there is no complete checkpoint"):
+        resumer.resolve(True, "")
+
+
+def test_tied_weights_are_not_missing():
+    model, missing = tiny(), ["lm_head.weight", "model.norm.weight"]
+    model.all_tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    drop_tied_keys(model, missing)
+    assert missing == ["model.norm.weight"]
+
+
+def test_other_data_and_another_seed_are_reported(tmp_path, args):
+    manifest = RunFacts(args, conversations(4)).manifest(1, True)
+    assert RunFacts(args, conversations(4)).differences(manifest) == []
+    other = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, seed=7)
+    lines = RunFacts(other, conversations(5)).differences(manifest)
+    assert [line.split()[0] for line in lines] == ["warning", "warning"]
+    assert "training data differ" in lines[0] and "--seed was 42 and is 7" in lines[1]
+
+
+# ---- stopping ----
+
+
+def test_an_evaluation_is_stopped_at_the_next_check(accelerator):
+    request = StopRequest()
+    control = StopControl(request, accelerator)
+    assert not control.is_requested()
+    request.number = 15
+    with pytest.raises(StoppedEvaluation):
+        for _ in range(20):
+            control.check_evaluation()
+    assert str(control.stopped(3, "checkpoint-3")) == "stopped by SIGTERM after step 3"
+
+
+def test_a_run_without_signals_is_never_asked_to_stop(accelerator):
+    assert not StopControl(None, accelerator).is_requested()
+
+
+# ---- what is not finite ----
+
+
+def test_a_skipped_step_is_taken_out_of_the_sums_and_updates_nothing(tmp_path, accelerator):
+    weight = torch.nn.Parameter(torch.ones(2))
+    model = torch.nn.ParameterList([weight])
+    optimizer = accelerator.prepare(torch.optim.SGD([weight], lr=1.0))
+    guard, total = NonfiniteGuard("skip", accelerator, tmp_path, fp16=False), torch.tensor([5.0])
+    loss = guard.watch((weight * math.nan).sum(), torch.tensor([math.nan]), {}, total)
+    total += math.nan
+    loss.backward()
+    guard.check(math.nan, 1, model, optimizer, [], total)
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(2)) and total.item() == 5
+    assert optimizer.step_was_skipped
+    guard.watch(weight.sum(), torch.tensor([1.0]), {}, total)
+    guard.check(1.0, 2, model, optimizer, [], total)
+    assert not optimizer.step_was_skipped
+
+
+def test_an_unfinished_step_is_taken_out_of_the_sums(tmp_path, accelerator):
+    guard, total = NonfiniteGuard("stop", accelerator, tmp_path, fp16=False), torch.tensor([5.0])
+    guard.watch(torch.tensor(1.0), torch.tensor([1.0]), {}, total)
+    total += 1
+    guard.roll_back(total)
+    assert total.item() == 5
+    guard.roll_back(total)  # without a step
+    assert total.item() == 5
+
+
+# ---- the rest ----
+
+
+def test_the_order_of_the_training_data_depends_on_the_epoch_alone(args):
+    order, dataset = DataOrder(args), WithBlank(conversations(9), 0)
+    sampler = order.train_sampler(dataset)
+    first = list(sampler)
+    order.set_epoch(1)
+    assert list(sampler) != first and sorted(sampler) == sorted(first)
+    order.set_epoch(0)
+    assert list(sampler) == first
+
+
+@pytest.mark.parametrize(
+    ("metrics", "is_saving", "expected"),
+    [
+        ({"eval_loss": 1.0, "eval_nll": 1.0}, True, True),
+        ({"eval_loss": 1.0, "eval_nll": 1.0}, False, False),
+        ({"eval_loss": 1.0, "eval_nll": math.nan}, True, False),
+        ({"eval_nll": 1.0}, True, False),
+    ],
+)
+def test_only_a_finite_evaluation_with_a_checkpoint_can_be_the_best(args, metrics, is_saving, expected):
+    assert can_be_best(metrics, args, is_saving) == expected
+
+
+def test_the_search_of_trainer_for_a_batch_size_is_an_error(tmp_path):
+    from dft import DFTTrainer
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, auto_find_batch_size=True
+    )
+    with pytest.raises(ValueError, match="auto_find_batch_size: .*requested_batch"):
+        DFTTrainer(tiny(), arguments, train_dataset=conversations(2))
