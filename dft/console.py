@@ -7,10 +7,11 @@ from dft.ranks import is_main_process
 SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
-def say(line: str) -> None:
-    """Print a line once, from rank 0."""
+def say(*lines: str) -> None:
+    """Print lines once, from rank 0."""
     if is_main_process():
-        print(line, flush=True)
+        for line in lines:
+            print(line, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import TrainerState
 
 from dft.metrics import QUALITY
 from dft.report.saved_report import PICTURE
@@ -21,6 +22,11 @@ LISTED_FLAGS = (
     "seed",
 )
 """The flags that the card lists; run_args.yaml has all that were given."""
+
+
+def saved_model_card(record: dict[str, Any], state: TrainerState, has_picture: bool) -> str:
+    """Return the text of the model card of a saved model, given the trainer's state; see `model_card`."""
+    return model_card(record, state.log_history, state.global_step, state.max_steps, has_picture)
 
 
 def model_card(

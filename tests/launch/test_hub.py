@@ -132,5 +132,5 @@ def test_an_unreachable_hub_is_an_error_before_training(example, tmp_path):
     words = example.words(tmp_path / "run", push_to_hub=True, max_steps=1)
     finished = launch(words, folder=example.folder, env={"HF_HUB_OFFLINE": "1"})
     assert finished.code == 2 and "Traceback" not in finished.output, finished.output
-    assert "error: --push_to_hub True: no repository can be made on the hub" in finished.output
+    assert "error: --push_to_hub True: the repository on the hub cannot be created" in finished.output
     assert "train step" not in finished.output

@@ -1,0 +1,31 @@
+"""The run of `--preflight True`: score a sample of the training data, and report whether DFT suits it."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dft.arguments.parser import Arguments
+from dft.console import say
+from dft.ranks import is_main_process
+from dft.report.preflight_advice import preflight_report
+from dft.report.terminal.preflight import preflight_lines
+from dft.training.trainer import DFTTrainer
+
+
+def run_preflight(arguments: Arguments, trainer: DFTTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Score a sample of the training data with the untrained model, then write and print the report.
+
+    Args:
+        arguments: the parsed flags.
+        trainer: the trainer of the run, not yet trained.
+        tokenizer: decodes the tokens that the report names.
+    """
+    from dft.report.pages.preflight import write_preflight  # imports matplotlib, which is slow
+
+    training = arguments.training
+    sample = trainer.train_dataset.sample(arguments.watch.preflight_samples, training.seed)
+    table, name = trainer.score(sample), arguments.model.model_name_or_path
+    report = preflight_report(table, sample.files, trainer.end_of_turn_ids, tokenizer.decode, name)
+    if is_main_process():
+        write_preflight(report, Path(training.output_dir))
+    say(*preflight_lines(report, training.output_dir))

@@ -1,0 +1,198 @@
+"""Steps of a training run from the command line: checks, tokenizer, models, trainer, training, restart."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
+
+from dft.arguments.conflicts import check_arguments, find_notes
+from dft.arguments.data import template_date, template_variables
+from dft.arguments.objective import build_objective, build_schedule
+from dft.arguments.parser import Arguments
+from dft.console import say
+from dft.data.preparing.prepare import PreparedData
+from dft.data.templates.encoder import ChatEncoder
+from dft.data.templates.tokenizer import load_tokenizer, stop_token_ids
+from dft.errors import UserError, report_user_errors
+from dft.training.checkpoints.folder import newest_checkpoint
+from dft.training.checkpoints.hub import HUB_ERRORS
+from dft.training.checkpoints.resume_point import check_output
+from dft.training.measuring.tracker_setup import finish_trackers
+from dft.training.memory.out_of_memory import SHARD, telling_what_did_not_fit
+from dft.training.model.attention import resolve_attention
+from dft.training.model.generation import add_stop_tokens
+from dft.training.model.loading import load_base_model, load_model
+from dft.training.model.positions import check_positions, position_notes
+from dft.training.optimizer import check_optimizer
+from dft.training.parallel.rank_watchdog import watch_ranks
+from dft.training.parallel.stopping import Stopped, StopRequest
+from dft.training.parameters import resolve_find_unused_parameters
+from dft.training.run_options import RunOptions
+from dft.training.trainer import DFTTrainer
+
+
+def check_run(arguments: Arguments) -> None:
+    """Raise `UserError` for everything that can be found out before the data is prepared."""
+    check_arguments(arguments)
+    check_output(arguments)
+    arguments.notes.extend(find_notes(arguments))
+    if not arguments.data.prepare_only:
+        check_optimizer(arguments.training)
+        resolve_attention(arguments)  # raises if the attention is not available
+
+
+def load_encoder(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, ChatEncoder]:
+    """Return the tokenizer, and the encoder that renders and tokenizes conversations with it."""
+    name, flags = arguments.model.model_name_or_path, arguments.data
+    trust_remote_code = arguments.model.trust_remote_code
+    tokenizer, notes = load_tokenizer(
+        name, chat_template=flags.chat_template, trust_remote_code=trust_remote_code
+    )
+    stops = stop_token_ids(name, trust_remote_code)
+    encoder = ChatEncoder(tokenizer, stops, template_variables(flags), template_date(flags))
+    arguments.notes.extend(notes)
+    if encoder.template.writes_date:
+        arguments.notes.append(
+            f"the chat template writes today's date: it is {flags.chat_template_date} for all conversations"
+        )
+    return tokenizer, encoder
+
+
+def load_models(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, data: PreparedData
+) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """Return the model to train, and the frozen base model if the objective compares with one.
+
+    Raises:
+        UserError: a model cannot be loaded, or does not fit into memory.
+    """
+    set_seed(arguments.training.seed)  # the embeddings of new tokens are random
+    with telling_what_did_not_fit("the model's weights do not fit", SHARD):
+        model = load_model(arguments, tokenizer)
+        check_positions(model, data.longest, arguments.data.max_length)
+        arguments.notes.extend(position_notes(model, data.longest))
+        note = add_stop_tokens(model, tokenizer, data.report["end_of_turn_tokens"])
+        arguments.notes.extend([note] if note else [])
+        needs_base = build_objective(arguments.dft).kl_weight > 0
+        return model, load_base_model(arguments, tokenizer) if needs_base else None
+
+
+def run_options(
+    arguments: Arguments, stop: StopRequest, card: Callable[[TrainerState, bool], str] | None
+) -> RunOptions:
+    """Return the options of a run.
+
+    Args:
+        arguments: the parsed flags.
+        stop: signals that ask the run to stop.
+        card: returns the text of the model card; None writes none.
+    """
+    return RunOptions(
+        stop=stop,
+        requested_batch=arguments.training.requested_batch,
+        card=card,
+        verify_save=arguments.watch.verify_save,
+        trust_remote_code=arguments.model.trust_remote_code,
+        trust_checkpoint=arguments.training.trust_checkpoint,
+        console_metrics=tuple(arguments.watch.console_metrics),
+    )
+
+
+def make_trainer(
+    arguments: Arguments,
+    models: tuple[PreTrainedModel, PreTrainedModel | None],
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    options: RunOptions,
+) -> DFTTrainer:
+    """Return the trainer of a run.
+
+    Args:
+        arguments: the parsed flags.
+        models: the model to train, and the base model or None, see `load_models`.
+        data: the prepared data.
+        tokenizer: the tokenizer, which is saved with the model.
+        options: settings of the run.
+
+    Raises:
+        UserError: transformers rejects an argument, the hub cannot be reached, or memory runs out.
+    """
+    training, (model, base_model) = arguments.training, models
+    training.ddp_find_unused_parameters = resolve_find_unused_parameters(model, training)
+    try:
+        with telling_what_did_not_fit("the model's weights do not fit", SHARD):
+            return DFTTrainer(
+                model,
+                training,
+                objective=build_objective(arguments.dft),
+                alpha_schedule=build_schedule(arguments.dft),
+                end_of_turn_weight=arguments.dft.end_of_turn_weight,
+                base_model=base_model,
+                fused_head=arguments.dft.fused_head,
+                end_of_turn_ids=tokenizer.convert_tokens_to_ids(list(data.report["end_of_turn_tokens"])),
+                log_per_file=arguments.watch.log_per_file,
+                on_nonfinite=arguments.watch.on_nonfinite,
+                train_dataset=data.datasets["train"],
+                eval_dataset=data.datasets.get("eval"),
+                processing_class=tokenizer,
+                options=options,
+            )
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    except HUB_ERRORS as error:
+        if not training.push_to_hub:
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--push_to_hub True: the repository on the hub cannot be created: {reason}; log in (hf auth "
+            "login, or HF_TOKEN), or push the model after training"
+        ) from None
+
+
+def train_and_save(arguments: Arguments, trainer: DFTTrainer, close_report: Callable[[str], None]) -> None:
+    """Train and save the model. However that ends, close the report and the trackers.
+
+    Args:
+        arguments: the parsed flags.
+        trainer: the trainer.
+        close_report: writes the last report, given the status of the run as text.
+
+    Raises:
+        Stopped: a signal stopped the run.
+        UserError: the run cannot continue, for example after a non-finite loss or on a full disk.
+        OutOfMemory: memory ran out.
+    """
+    status, failure = "stopped by an error", "an error"
+    try:
+        with watch_ranks(arguments.training.ddp_timeout) as trainer.options.heartbeat.watchdog:
+            trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
+            trainer.save_model()
+            trainer.save_state()
+        is_complete = trainer.state.global_step >= trainer.state.max_steps
+        status, failure = "finished" if is_complete else "finished early", None
+    except Stopped as stopped:
+        status, failure = str(stopped), None
+        raise
+    except UserError as error:
+        status, failure = f"stopped: {error}", str(error)
+        raise
+    finally:
+        trainer.options.stop.end_training()
+        close_report(status)
+        finish_trackers(arguments.training.report_to, failure)
+        report_user_errors()  # wandb replaces sys.excepthook
+
+
+def restart(output_dir: Path, reason: str) -> NoReturn:
+    """Run the same command again in this process. It reads the smaller batch from the output directory."""
+    say(f"warning     {reason}; starting again")
+    has_checkpoint = newest_checkpoint(output_dir)[0] is not None
+    flags = ["--resume_from_checkpoint", "auto", "--overwrite_output_dir", "False"] if has_checkpoint else []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [*sys.orig_argv, *flags])
