@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from dft.arguments.batch_search import check_agreed
+from dft.arguments.batch_search import check_same_batch
 from dft.arguments.conflicts import check_batches
 from dft.arguments.data import prepare_options
 from dft.arguments.parser import Arguments, parse_arguments
@@ -37,10 +37,12 @@ from dft.report.terminal.start_and_end import (
     stopped_lines,
     write_resolved_arguments,
 )
+from dft.training.batching import describe_batching
 from dft.training.checkpoints.disk_space import check_space
 from dft.training.checkpoints.folder import clear_away
 from dft.training.measuring.console import tag_warnings
-from dft.training.measuring.trackers import RunRecordCallback, prepare_trackers
+from dft.training.measuring.tracker_setup import prepare_trackers
+from dft.training.measuring.trackers import RunRecordCallback
 from dft.training.memory.out_of_memory import OutOfMemory
 from dft.training.model.loading import load_meta_model
 from dft.training.parallel.stopping import STOPPED, Stopped, StopRequest
@@ -81,7 +83,7 @@ def main() -> None:
     record: dict[str, Any] = {}  # describes the arguments as the trainer resolves them, so it is filled later
     card = partial(saved_model_card, record) if is_main_process() else None
     trainer = make_trainer(arguments, models, data, tokenizer, run_options(arguments, stop, card))
-    check_agreed(arguments.training)
+    check_same_batch(arguments.training)
     if arguments.watch.preflight:
         run_preflight(arguments, trainer, tokenizer)
         exit_rank()
@@ -92,7 +94,10 @@ def main() -> None:
     report = add_reports(arguments, trainer, tokenizer, record)
     clear_away(arguments.training)
     write_resolved_arguments(arguments, models[0])
-    say(*start_lines(arguments, models[0], data.report, trainer.batching), *new_notes(arguments))
+    say(
+        *start_lines(arguments, models[0], data.report, describe_batching(trainer.data_collator)),
+        *new_notes(arguments),
+    )
     train(arguments, trainer, report)
     is_adapter = arguments.lora.lora_r is not None
     say(*final_lines(trainer.state, arguments.training, arguments.watch.report, is_adapter))
@@ -106,7 +111,7 @@ def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
         flags.data_files,
         flags.eval_data_files,
         encoder,
-        prepare_options(flags, training.seed if training.data_seed is None else training.data_seed),
+        prepare_options(flags, arguments.data_seed),
         cache_dir=Path(flags.data_cache_dir).expanduser(),
         workers=flags.preprocessing_num_workers,
     )

@@ -113,11 +113,12 @@ def forking(folder: Path) -> Iterator[Forks]:
 
 def serve() -> None:
     """Fork runs as requested on stdin, and answer with process ids and exit codes on stdout."""
-    import dft.report.pages.run  # noqa: F401 - imported late by runs
-    import train_dft
+    import dft.report.pages.run
+    import dft.training.run
+    import train_dft  # noqa: F401 - with the former two, all that a run imports
     from tests.dying import DyingTrainer
 
-    train_dft.DFTTrainer = DyingTrainer
+    dft.training.run.DFTTrainer = DyingTrainer
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+import dft.training.run
 import train_dft
 from dft import DFTTrainer
 
@@ -22,5 +23,5 @@ class ProbingTrainer(DFTTrainer):
 
 
 if __name__ == "__main__":
-    train_dft.DFTTrainer = ProbingTrainer
+    dft.training.run.DFTTrainer = ProbingTrainer
     train_dft.main()

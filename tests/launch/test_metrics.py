@@ -88,9 +88,10 @@ import math
 
 import deepspeed
 
+import dft.training.run
 import train_dft
 
-load = train_dft.load_model
+load = dft.training.run.load_model
 
 
 def load_poisoned(arguments, tokenizer):
@@ -102,7 +103,7 @@ def load_poisoned(arguments, tokenizer):
     return model
 
 
-train_dft.load_model = load_poisoned
+dft.training.run.load_model = load_poisoned
 train_dft.main()
 """
 

@@ -14,9 +14,10 @@ MIB = 2**20
 LITTLE = str(12 * MIB)
 """Bytes that a process may allocate after its first step, less than one micro-batch of these runs needs."""
 SCRIPT = """
+import dft.training.run
 import train_dft
 from tests.dying import DyingTrainer
-train_dft.DFTTrainer = DyingTrainer
+dft.training.run.DFTTrainer = DyingTrainer
 train_dft.main()
 """
 
