@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from dft.arguments.batch_search import check_same_batch
 from dft.arguments.conflicts import check_batches
@@ -41,7 +40,6 @@ from dft.training.batching import describe_batching
 from dft.training.checkpoints.disk_space import check_space
 from dft.training.checkpoints.folder import clear_away
 from dft.training.measuring.console import tag_warnings
-from dft.training.measuring.tracker_setup import prepare_trackers
 from dft.training.measuring.trackers import RunRecordCallback
 from dft.training.memory.out_of_memory import OutOfMemory
 from dft.training.model.loading import load_meta_model
@@ -53,6 +51,7 @@ from dft.training.run import (
     make_trainer,
     restart,
     run_options,
+    set_up_output,
     train_and_save,
 )
 from dft.training.trainer import DFTTrainer
@@ -65,9 +64,7 @@ def main() -> None:
     tag_warnings()
     arguments = parse_arguments()
     check_run(arguments)
-    if arguments.training.disable_tqdm:
-        disable_progress_bar()
-    arguments.notes.extend(prepare_trackers(arguments.training.report_to, arguments.training.logging_dir))
+    arguments.notes.extend(set_up_output(arguments.training))
     tokenizer, encoder = load_encoder(arguments)
     say(*new_notes(arguments))
     data = prepare_data(arguments, encoder)
@@ -94,10 +91,8 @@ def main() -> None:
     report = add_reports(arguments, trainer, tokenizer, record)
     clear_away(arguments.training)
     write_resolved_arguments(arguments, models[0])
-    say(
-        *start_lines(arguments, models[0], data.report, describe_batching(trainer.data_collator)),
-        *new_notes(arguments),
-    )
+    batching = describe_batching(trainer.data_collator)
+    say(*start_lines(arguments, models[0], data.report, batching), *new_notes(arguments))
     train(arguments, trainer, report)
     is_adapter = arguments.lora.lora_r is not None
     say(*final_lines(trainer.state, arguments.training, arguments.watch.report, is_adapter))

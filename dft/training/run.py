@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from dft.arguments.conflicts import check_arguments, find_notes
 from dft.arguments.data import template_date, template_variables
 from dft.arguments.objective import build_objective, build_schedule
 from dft.arguments.parser import Arguments
+from dft.arguments.training import TrainingArguments
 from dft.console import say
 from dft.data.preparing.prepare import PreparedData
 from dft.data.templates.encoder import ChatEncoder
@@ -20,7 +22,7 @@ from dft.errors import UserError, report_user_errors
 from dft.training.checkpoints.folder import newest_checkpoint
 from dft.training.checkpoints.hub import HUB_ERRORS
 from dft.training.checkpoints.resume_point import check_output
-from dft.training.measuring.tracker_setup import finish_trackers
+from dft.training.measuring.tracker_setup import finish_trackers, prepare_trackers
 from dft.training.memory.out_of_memory import SHARD, telling_what_did_not_fit
 from dft.training.model.attention import resolve_attention
 from dft.training.model.generation import add_stop_tokens
@@ -42,6 +44,13 @@ def check_run(arguments: Arguments) -> None:
     if not arguments.data.prepare_only:
         check_optimizer(arguments.training)
         resolve_attention(arguments)  # raises if the attention is not available
+
+
+def set_up_output(training: TrainingArguments) -> list[str]:
+    """Disable progress bars if they are not wanted, and set up the trackers. Return notes for the user."""
+    if training.disable_tqdm:
+        disable_progress_bar()
+    return prepare_trackers(training.report_to, training.logging_dir)
 
 
 def load_encoder(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, ChatEncoder]:
@@ -167,7 +176,8 @@ def train_and_save(arguments: Arguments, trainer: DFTTrainer, close_report: Call
         UserError: the run cannot continue, for example after a non-finite loss or on a full disk.
         OutOfMemory: memory ran out.
     """
-    status, failure = "stopped by an error", "an error"
+    status = "stopped by an error"
+    failure: str | None = "an error"
     try:
         with watch_ranks(arguments.training.ddp_timeout) as trainer.options.heartbeat.watchdog:
             trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
@@ -182,7 +192,8 @@ def train_and_save(arguments: Arguments, trainer: DFTTrainer, close_report: Call
         status, failure = f"stopped: {error}", str(error)
         raise
     finally:
-        trainer.options.stop.end_training()
+        if trainer.options.stop is not None:
+            trainer.options.stop.end_training()
         close_report(status)
         finish_trackers(arguments.training.report_to, failure)
         report_user_errors()  # wandb replaces sys.excepthook

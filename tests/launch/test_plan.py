@@ -42,13 +42,13 @@ def test_a_plan_needs_no_weights_and_writes_nothing(example, forks, shapes_alone
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"plan": True, "preflight": True}, "--plan True and --preflight True each end without training"),
-        ({"plan_world_size": 8}, "--plan_world_size 8 says what to plan for; add --plan True"),
-        ({"plan": True, "plan_device_memory": 0}, "--plan_device_memory 0.0: must be greater than 0"),
+        ({"plan": True, "preflight": True}, "--plan True and --preflight True both end without training"),
+        ({"plan_world_size": 8}, "--plan_world_size 8 has no effect without --plan True"),
+        ({"plan": True, "plan_device_memory": 0}, "--plan_device_memory 0: must be greater than 0"),
         ({"plan": True, "plan_world_size": 10**9}, "--plan_world_size 1000000000: must be at most 1,000,000"),
         (
             {"plan": True, "plan_world_size": 3, "sequence_parallel_size": 2},
-            "--sequence_parallel_size 2: 3 process(es) make no whole number of groups of 2",
+            "--sequence_parallel_size 2: 3 rank(s) cannot be divided into groups of 2",
         ),
         (
             {"plan": True, "dataloader_drop_last": True, "per_device_train_batch_size": 10**5},
