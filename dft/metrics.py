@@ -136,10 +136,6 @@ METRICS = (
         spikes=True,
     ),
     Metric(
-        "silenced",
-        "Share of the tokens with p below 0.1, from which DFT with alpha 1 hardly learns.",
-    ),
-    Metric(
         "entropy",
         "Mean entropy of the model's distribution at the supervised tokens. DFT makes the model more "
         "confident, so expect it to fall, faster than under SFT. Lower means more confident, not better.",

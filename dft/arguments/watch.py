@@ -28,9 +28,6 @@ class WatchArguments:
             "metavar": "NAME",
         },
     )
-    report_conversations: Annotated[int, Bounds(minimum=1, maximum=50)] = field(
-        default=4, metadata={"help": "Number of held-out conversations to show in the report."}
-    )
     log_per_file: bool = field(
         default=False,
         metadata={"help": "Also report nll and avg_p_correct of each evaluation file."},

@@ -250,24 +250,8 @@ class Chord(Objective):
         return "p * (1 - p)"
 
 
-@dataclass(frozen=True)
-class Square(Objective):
-    """w = p^2, for a model that is almost always right."""
-
-    name: ClassVar[str] = "square"
-
-    def weight(self, rows: Rows) -> Tensor:
-        return rows.p_correct.square()
-
-    def potential(self, nll: Tensor) -> Tensor:
-        return -torch.expm1(-2 * nll) / 2
-
-    def formula(self) -> str:
-        return "p^2"
-
-
 OBJECTIVES: dict[str, type[Objective]] = {
-    objective.name: objective for objective in (Dft, Sft, Power, Threshold, Eaft, Asft, Chord, Square)
+    objective.name: objective for objective in (Dft, Sft, Power, Threshold, Eaft, Asft, Chord)
 }
 """All objectives by name, in the order in which they are listed to users."""
 

@@ -58,7 +58,6 @@ CASES = [
         "asft", lambda q, p: 0.5 * (p + 1), lambda p: (1 - p - math.log(p)) / 2, alpha=0.5, kl_weight=2.0
     ),
     make_case("chord", lambda q, p: p * (1 - p), lambda p: (1 - p) ** 2 / 2),
-    make_case("square", lambda q, p: p**2, lambda p: (1 - p**2) / 2),
 ]  # fmt: skip
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.objective.title)
 

@@ -18,7 +18,7 @@ from dft.training.measuring.accumulator import Accumulator
 
 SUMS = (
     "supervised", "tokens", "positions", "pairs", "weighted_nll", "nll", "p_correct", "correct", "entropy",
-    "weight", "end_of_turn", "p_end_of_turn", "aux_loss", "not_numbers", "potential", "kl", "silenced",
+    "weight", "end_of_turn", "p_end_of_turn", "aux_loss", "not_numbers", "potential", "kl",
 )  # fmt: skip
 """Names of the sums of a logging window.
 
@@ -103,7 +103,6 @@ class TokenMeter:
             "not_numbers": p_correct.isnan().sum(dtype=dtype),
             "potential": self._potential(objective, nll, ends),
             "kl": stats.kl.sum(dtype=dtype),
-            "silenced": (p_correct < 0.1).sum(dtype=dtype),
         }
         # Not bincount, which waits for the GPU, nor histc: neither is deterministic there.
         above = (p_correct[:, None] >= self._edges).sum(0, dtype=dtype)  # (BINS - 1,)
@@ -219,7 +218,6 @@ def means_of(counts: Mapping[str, float], objective: Objective, has_auxiliary: b
         "objective": counts["potential"] / supervised + anchor,
         "entropy": counts["entropy"] / supervised,
         "effective_tokens": counts["weight"] / supervised,
-        "silenced": counts["silenced"] / supervised,
     }
     if objective.potential(torch.zeros(1)) is None:
         del means["objective"]
