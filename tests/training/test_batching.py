@@ -37,6 +37,7 @@ from dft.errors import UserError
 from dft.training.batching import (
     check_isolation,
     choose_collator,
+    describe_batching,
     exact_row_length,
     is_packed,
     longest_row,
@@ -124,7 +125,8 @@ def loss_and_gradients(tmp_path, model, rows):
     loss = run.compute_loss(model, batch, num_items_in_batch=torch.tensor(count))
     loss.backward()
     assert token_count(batch) == sum(len(row["input_ids"]) for row in rows)
-    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}, run.batching
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return loss.item(), gradients, describe_batching(run.data_collator)
 
 
 def assert_equal_training(actual, expected):
@@ -331,7 +333,7 @@ def test_custom_collator_is_used_as_it_is(tmp_path, flash):
     collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     rows = conversations(8)
     run = trainer(tmp_path, build_model("qwen3", "flash_attention_2"), rows, collator=collator, max_steps=1)
-    assert run.data_collator is collator and run.batching == "by the given collator"
+    assert run.data_collator is collator and describe_batching(run.data_collator) == "by the given collator"
     expected = trainer(tmp_path, build_model("qwen3"), rows, max_steps=1)
     run.train()
     expected.train()
@@ -373,7 +375,7 @@ def test_packed_rows_train_with_workers_and_group_by_length(tmp_path):
     plain = DFTTrainer(build_model("qwen3"), arguments, train_dataset=prepared(tmp_path))
     run.train()
     plain.train()
-    assert run.batching == "packed rows"
+    assert describe_batching(run.data_collator) == "packed rows"
     assert run.state.log_history[0]["nll"] == pytest.approx(plain.state.log_history[0]["nll"], rel=1e-5)
 
 
@@ -451,7 +453,7 @@ def test_llama4_is_packed_only_in_rows_without_scaled_queries(tmp_path):
     with pytest.raises(UserError, match="Llama4ForCausalLM cannot train on packed conversations"):
         trainer(tmp_path, model, packed)
     short = [row for row in packed if len(row["input_ids"]) <= LIMIT]
-    assert trainer(tmp_path, model, short).batching == "packed rows"
+    assert trainer(tmp_path, model, short).data_collator == PackedCollator(0)
 
 
 def test_scaled_queries_of_llama4_would_change_the_loss_of_longer_packed_rows(tmp_path):
