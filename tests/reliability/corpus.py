@@ -57,7 +57,10 @@ DATA = [
     data("data-nul-bytes", "a.jsonl", LINE + b"\0" * 100 + b"\n", "a.jsonl:2: broken JSON"),
     data("data-latin-1", "a.jsonl", LINE.replace(b"1 +", b"\xe9"), "a.jsonl:1: not valid UTF-8"),
     data(
-        "data-gzip-cut", "a.jsonl.gz", lambda: gzip.compress(LINE * 999)[:-20], "stream is damaged or cut off"
+        "data-gzip-cut",
+        "a.jsonl.gz",
+        lambda: gzip.compress(LINE * 999)[:-20],
+        "stream is damaged or truncated",
     ),
     data("data-gzip-that-is-none", "a.jsonl.gz", LINE, "a.jsonl.gz:1: the gzip stream is damaged"),
     data("data-zstd-that-is-none", "a.jsonl.zst", LINE, "a.jsonl.zst:1: the zstd stream is damaged"),
@@ -96,7 +99,7 @@ DATA = [
         "data-image-part",
         "a.jsonl",
         chat(("user", [{"type": "image", "path": "/etc/passwd"}]), ("assistant", "a")),
-        "must be a part of text, got one of type 'image'",
+        "must be a text part, got a part of type 'image'",
     ),
     data(
         "data-messages-string",

@@ -80,7 +80,7 @@ def _add_system(row: Row, turns: list[Turn]) -> list[Turn]:
     """Insert the `system` column as the first turn, unless there is a system or developer turn."""
     system = row.get("system", "")
     if not isinstance(system, str):
-        raise BadLine(f"'system' must be a string, got {json_type_name(system)}", "'system' is no string")
+        raise BadLine(f"'system' must be a string, got {json_type_name(system)}", "'system' is not a string")
     if not system.strip() or any(message["role"] in ("system", "developer") for message, _ in turns):
         return turns
     return [({"role": "system", "content": system}, False), *turns]
@@ -93,7 +93,7 @@ def _read_variables(row: Row) -> dict[str, Any]:
         raise BadLine(f"'chat_template_kwargs' must be an object, got {json_type_name(variables)}", kind)
     for name in RESERVED_VARIABLES:
         if name in variables:
-            raise BadLine(f"'chat_template_kwargs' must not hold {name!r}, which is made from the row", kind)
+            raise BadLine(f"'chat_template_kwargs' must not hold {name!r}, which is set from the row", kind)
     return variables
 
 
@@ -103,7 +103,7 @@ def _read_tools(row: Row) -> list[dict[str, Any]] | None:
         tools = parse_json_string("'tools'", tools) if tools.strip() else []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadLine(
-            f"'tools' must be a list of objects or a JSON string of one, got {json_type_name(tools)}",
+            f"'tools' must be a list of objects or a JSON string of such a list, got {json_type_name(tools)}",
             "wrong 'tools'",
         )
     return tools or None
@@ -117,6 +117,6 @@ def _check_surrogates(conversation: Conversation) -> None:
             json.dumps(part, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise BadLine(
-                f"{where}: holds half a surrogate pair (\\ud800 to \\udfff), which is no character",
+                f"{where}: holds half a surrogate pair (\\ud800 to \\udfff), which is not a character",
                 "half a surrogate pair",
             ) from None

@@ -27,7 +27,7 @@ def _read_turn(where: str, turn: Any) -> Turn:
     if not isinstance(turn, dict):
         raise BadLine(
             f"{where} must be an object with 'from' and 'value', got {json_type_name(turn)}",
-            "a turn that is no object",
+            "a turn that is not an object",
         )
     role_key, text_key = ("role", "content") if "role" in turn and "from" not in turn else ("from", "value")
     if role_key not in turn:

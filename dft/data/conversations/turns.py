@@ -31,7 +31,7 @@ def read_turns(key: str, turns: Any, read: Callable[[str, Any], Turn]) -> list[T
     if not isinstance(turns, list) or not turns:
         raise BadLine(
             f"'{key}' must be a list of at least one turn, got {json_type_name(turns)}",
-            f"'{key}' is no list of turns",
+            f"'{key}' is not a list of turns",
         )
     return [read(f"{key}[{index}]", turn) for index, turn in enumerate(turns)]
 
@@ -73,7 +73,7 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
     if not isinstance(turn, dict):
         raise BadLine(
             f"{where} must be an object with 'role' and 'content', got {json_type_name(turn)}",
-            "a turn that is no object",
+            "a turn that is not an object",
         )
     if "role" not in turn:
         raise BadLine(f"{where}: no 'role'; the keys are {shorten(sorted(turn))}", "no 'role'")
@@ -100,7 +100,7 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
         return message, supervised
     if not isinstance(content, str):
         got = json_type_name(content) if "content" in turn else "nothing"
-        raise BadLine(f"{where}: '{text_key}' must be a string, got {got}", f"'{text_key}' is no string")
+        raise BadLine(f"{where}: '{text_key}' must be a string, got {got}", f"'{text_key}' is not a string")
     if role != "tool" and not may_be_empty and not content.strip():
         raise BadLine(f"{where}: empty {role} turn", "empty turn")
     return message, supervised
@@ -114,7 +114,7 @@ def _check_strings(where: str, message: dict[str, Any]) -> bool:
             if not isinstance(message[key], str):
                 raise BadLine(
                     f"{where}: '{key}' must be a string, got {json_type_name(message[key])}",
-                    f"'{key}' is no string",
+                    f"'{key}' is not a string",
                 )
             has_reasoning = has_reasoning or (key != "name" and bool(message[key].strip()))
     return has_reasoning
@@ -149,11 +149,11 @@ def _join_parts(where: str, text_key: str, parts: list[Any]) -> str:
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
         if not isinstance(text, str):
             has_type = isinstance(part, dict) and "type" in part
-            got = f"one of type {shorten(part['type'])}" if has_type else json_type_name(part)
+            got = f"a part of type {shorten(part['type'])}" if has_type else json_type_name(part)
             if has_type and part["type"] == "text":
-                got = "one without text"
+                got = "a part without text"
             raise BadLine(
-                f"{where}: '{text_key}[{index}]' must be a part of text, got {got}", "a part that is no text"
+                f"{where}: '{text_key}[{index}]' must be a text part, got {got}", "a part that is not text"
             )
         texts.append(text)
     return "".join(texts)
@@ -165,7 +165,7 @@ def _normalize_tool_calls(where: str, message: dict[str, Any]) -> bool:
     if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise BadLine(
             f"{where}: 'tool_calls' must be a list of objects, got {json_type_name(calls)}",
-            "'tool_calls' is no list",
+            "'tool_calls' is not a list",
         )
     if calls:
         message["tool_calls"] = [
@@ -198,7 +198,7 @@ def _normalize_tool_call(where: str, call: dict[str, Any]) -> dict[str, Any]:
         arguments = {}
     if not isinstance(arguments, dict):
         raise BadLine(
-            f"{where}: 'arguments' must be an object or a JSON string of one, got "
+            f"{where}: 'arguments' must be an object or a JSON string of an object, got "
             f"{json_type_name(arguments)}",
             "wrong 'tool_calls'",
         )

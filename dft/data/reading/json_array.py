@@ -10,7 +10,7 @@ QUOTE, COMMA, LINE_END, OPEN, CLOSE = range(1, 6)
 TOKENS = {'"': QUOTE, ",": COMMA, "\n": LINE_END, "[": OPEN, "{": OPEN, "]": CLOSE, "}": CLOSE}
 TOKEN_TABLE = bytes(TOKENS.get(chr(byte), 0) for byte in range(256))
 """Table for `bytes.translate` from a byte to its token, 0 for bytes that are none."""
-UNCLOSED_STRING = "a string goes on over the end of its line"
+UNCLOSED_STRING = "a string continues past the end of its line"
 DEPTH_CHANGE = np.zeros(6, dtype=np.int64)
 DEPTH_CHANGE[OPEN], DEPTH_CHANGE[CLOSE] = 1, -1
 

@@ -65,13 +65,13 @@ def _resolve(value: str, entry: int, flag: str) -> list[DataFile]:
             return [_data_file(path, entry, flag)]
         files = _files_below(path, label)
         if not files:
-            raise UserError(f"{label}: is a folder without a file that ends in {SUFFIXES_IN_WORDS}")
+            raise UserError(f"{label}: is a folder that holds no file ending in {SUFFIXES_IN_WORDS}")
         return [_data_file(file, entry, flag) for file in files]
     hub = _match_hub_name(value)
     if hub and hub["split"] and not SPLIT_NAME.fullmatch(hub["split"]):
         raise UserError(
             f"{label}: {hub['split']!r} is not the name of a split; slices and sums of splits are not "
-            f"supported, name each split as a value of its own, like {hub['name']}:train"
+            f"supported; pass each split as a value of its own, like {hub['name']}:train"
         )
     if glob.has_magic(path):
         return [_data_file(file, entry, flag) for file in _matching_files(path, label)]
@@ -108,7 +108,7 @@ def _data_file(path: str, entry: int, flag: str) -> DataFile:
     try:
         size = os.stat(path).st_size
         if not os.path.isfile(path):
-            raise UserError(f"{label}: is not a regular file; name one that ends in {SUFFIXES_IN_WORDS}")
+            raise UserError(f"{label}: is not a regular file; pass a file that ends in {SUFFIXES_IN_WORDS}")
         open(path, "rb").close()
     except OSError as error:
         raise UserError(f"{label}: cannot be read ({error.strerror})") from None

@@ -64,8 +64,8 @@ class TextReader:
         size = len(self._trailing)
         if size > MAX_RECORD_BYTES:
             return Record(self._end, b"", RECORD_TOO_LONG)
-        kind = f"bytes behind the end of the {self.source.compression} stream"
-        return Record(self._end, self._trailing, Flaw(f"{size:,} {kind}; cut them off", kind))
+        kind = f"bytes after the end of the {self.source.compression} stream"
+        return Record(self._end, self._trailing, Flaw(f"{size:,} {kind}; remove them", kind))
 
     def _read_lines(self, pieces: Iterator[bytes]) -> Iterator[Record]:
         """Yield every line that is not blank."""
@@ -187,5 +187,5 @@ def _damage_flaw(error: OSError | EOFError | zlib.error, compression: str | None
         return unreadable_from_here(
             f"{kind}; compress it again without --long, or with --long=27 at most", kind
         )
-    kind = f"the {compression} stream is damaged or cut off" if compression else "cannot be read"
+    kind = f"the {compression} stream is damaged or truncated" if compression else "cannot be read"
     return unreadable_from_here(f"{kind} ({error})", kind)

@@ -14,7 +14,7 @@ LINE = json.dumps({"messages": [USER, ANSWER]})
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 ROLES = "the roles are system, developer, user, assistant, tool"
 FORMS = "'messages', 'conversations' or 'prompt' with 'completion'"
-HALF = "holds half a surrogate pair (\\ud800 to \\udfff), which is no character"
+HALF = "holds half a surrogate pair (\\ud800 to \\udfff), which is not a character"
 
 
 def parse(**row: object) -> Conversation:
@@ -231,7 +231,7 @@ def test_tools_may_be_a_list_or_a_json_string():
     ],
 )
 def test_tools_of_another_type_are_an_error(tools, got):
-    expected = "'tools' must be a list of objects or a JSON string of one"
+    expected = "'tools' must be a list of objects or a JSON string of such a list"
     assert error_of(messages=[USER, ANSWER], tools=tools) == f"{expected}, got {got}"
 
 
@@ -259,7 +259,7 @@ def test_chat_template_kwargs_must_be_an_object():
     message = error_of(messages=[USER, ANSWER], chat_template_kwargs=[1])
     assert message == "'chat_template_kwargs' must be an object, got a list"
     message = error_of(messages=[USER, ANSWER], chat_template_kwargs={"messages": []})
-    assert message == "'chat_template_kwargs' must not hold 'messages', which is made from the row"
+    assert message == "'chat_template_kwargs' must not hold 'messages', which is set from the row"
 
 
 @pytest.mark.parametrize(
@@ -283,11 +283,11 @@ def test_chat_template_kwargs_must_be_an_object():
         ({"content": "", "reasoning_content": " "}, "empty assistant turn"),
         (
             {"content": [{"type": "image", "url": "x"}]},
-            "'content[0]' must be a part of text, got one of type 'image'",
+            "'content[0]' must be a text part, got a part of type 'image'",
         ),
-        ({"content": ["x", {"type": "text"}]}, "'content[1]' must be a part of text, got one without text"),
-        ({"content": [{"text": "x"}]}, "'content[0]' must be a part of text, got an object"),
-        ({"content": [3]}, "'content[0]' must be a part of text, got a number"),
+        ({"content": ["x", {"type": "text"}]}, "'content[1]' must be a text part, got a part without text"),
+        ({"content": [{"text": "x"}]}, "'content[0]' must be a text part, got an object"),
+        ({"content": [3]}, "'content[0]' must be a text part, got a number"),
         ({"reasoning_content": ["r"]}, "'reasoning_content' must be a string, got a list"),
         ({"thinking": True}, "'thinking' must be a string, got a boolean"),
         ({"name": 3}, "'name' must be a string, got a number"),
@@ -311,11 +311,11 @@ def test_chat_template_kwargs_must_be_an_object():
         ),
         (
             {"tool_calls": [{"name": "f", "arguments": "[1]"}]},
-            ".tool_calls[0]: 'arguments' must be an object or a JSON string of one, got a list",
+            ".tool_calls[0]: 'arguments' must be an object or a JSON string of an object, got a list",
         ),
         (
             {"tool_calls": [{"name": "f", "arguments": [1]}]},
-            ".tool_calls[0]: 'arguments' must be an object or a JSON string of one, got a list",
+            ".tool_calls[0]: 'arguments' must be an object or a JSON string of an object, got a list",
         ),
         ({"train": 1}, "'train' must be true or false, got 1"),
         ({"train": "no"}, "'train' must be true or false, got 'no'"),

@@ -156,7 +156,7 @@ NOTHING = "there is no conversation in this file"
     ("name", "raw", "line", "reason", "copied"),
     [
         ("a.jsonl.gz", gzip.compress(WHOLE, mtime=0) + b"garbage", 6,
-         "7 bytes behind the end of the gzip stream; cut them off", "garbage"),
+         "7 bytes after the end of the gzip stream; remove them", "garbage"),
         ("a.json", f"{ARRAY},\n]".encode(), 6, "broken JSON array: expected a value, found ']'", ""),
         ("a.json", ARRAY.encode(), 5, "broken JSON array: the closing ']' is missing", ""),
         ("a.json", f'{{"messages": [{{"ro\n{WHOLE.decode()}'.encode(), 1,

@@ -83,9 +83,9 @@ def test_links_to_folders_are_followed_once(tmp_path):
 
 
 def test_folders_without_data_files_are_errors(tmp_path):
-    assert error_of(str(tmp_path)) == f"is a folder without a file that ends in {ENDINGS}"
+    assert error_of(str(tmp_path)) == f"is a folder that holds no file ending in {ENDINGS}"
     touch(tmp_path, "notes.txt")
-    assert error_of(str(tmp_path)) == f"is a folder without a file that ends in {ENDINGS}"
+    assert error_of(str(tmp_path)) == f"is a folder that holds no file ending in {ENDINGS}"
 
 
 def test_pattern_means_the_data_files_that_it_matches(tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ def test_unusable_files_are_errors_with_their_name(tmp_path):
         str(tmp_path / "empty.parquet"): "the file is empty; it should hold at least one conversation",
         csv: f"expected a file that ends in {ENDINGS}",
         str(tmp_path / ("x" * 300 + ".jsonl")): "cannot be read (File name too long)",
-        "/dev/null": f"is not a regular file; name one that ends in {ENDINGS}",
+        "/dev/null": f"is not a regular file; pass a file that ends in {ENDINGS}",
     }
     for value, reason in cases.items():
         assert error_of(value) == reason
@@ -208,7 +208,7 @@ def test_existing_file_is_not_taken_as_a_hub_dataset(hub, tmp_path):
 @pytest.mark.parametrize("split", ["train[:10%]", "train+test", "train[5:]"])
 def test_slices_and_sums_of_splits_are_errors(hub, split):
     assert error_of(f"owner/one:{split}") == (
-        f"{split!r} is not the name of a split; slices and sums of splits are not supported, name each split "
+        f"{split!r} is not the name of a split; slices and sums of splits are not supported; pass each split "
         "as a value of its own, like owner/one:train"
     )
     assert hub == []

@@ -189,7 +189,7 @@ def test_pieces_may_be_split_anywhere(tmp_path, monkeypatch, piece):
         (f"[{LINE}]\n\n[]", 3, f"text after the closing ']'; {MORE}"),
         (f"[{LINE},\n\n\n{LINE[:-1]},\n{LINE}\n]", 4, f"the element that begins here does not end; {MORE}"),
         (f"[{LINE},\n\n{LINE}}}\n]", 3, f"unexpected '}}'; {MORE}"),
-        (f'[{LINE},\n{{"a": "b\nc"}}]', 2, f"a string goes on over the end of its line; {MORE}"),
+        (f'[{LINE},\n{{"a": "b\nc"}}]', 2, f"a string continues past the end of its line; {MORE}"),
         (f'[{LINE},\n\n{{"a": "b]', 3, f"the element that begins here does not end; {MORE}"),
     ],
 )
@@ -330,20 +330,20 @@ def test_truncated_stream_gives_its_whole_lines_and_the_line_of_the_damage(
     assert 1300 < len(good) < 1500
     assert good == [(number, text) for number, text in enumerate(lines[: len(good)], start=1)]
     kind = {"gz": "gzip", "zst": "zstd"}[suffix]
-    assert (line, fault) == (len(good) + 1, f"the {kind} stream is damaged or cut off ({reason}); {MORE}")
+    assert (line, fault) == (len(good) + 1, f"the {kind} stream is damaged or truncated ({reason}); {MORE}")
 
 
 def test_invalid_streams_are_flaws(tmp_path):
     assert outcomes(tmp_path, "a.jsonl.gz", LINE) == [
         (
             1,
-            "the gzip stream is damaged or cut off (Error -3 while decompressing data: incorrect header "
+            "the gzip stream is damaged or truncated (Error -3 while decompressing data: incorrect header "
             f"check); {MORE}",
         )
     ]
     reason = "ZSTD decompress failed: Unknown frame descriptor"
     assert outcomes(tmp_path, "a.json.zst", LINE) == [
-        (1, f"the zstd stream is damaged or cut off ({reason}); {MORE}")
+        (1, f"the zstd stream is damaged or truncated ({reason}); {MORE}")
     ]
     damaged = bytearray(gzip.compress("\n".join(noise(3000)).encode()))
     damaged[-6] ^= 1
@@ -354,9 +354,9 @@ def test_invalid_streams_are_flaws(tmp_path):
 
 @pytest.mark.parametrize("trailing", [b"garbage", b"\0g", b"\x1f", b"\x1fg", LINE.encode(), b"g" * 9000])
 def test_bytes_after_a_gzip_stream_are_a_record_of_their_own(tmp_path, trailing):
-    kind = "bytes behind the end of the gzip stream"
+    kind = "bytes after the end of the gzip stream"
     flawed = trailing.lstrip(b"\0")
-    flaw = Flaw(f"{len(flawed):,} {kind}; cut them off", kind)
+    flaw = Flaw(f"{len(flawed):,} {kind}; remove them", kind)
     for content in (f"{LINE}\n{LINE}\n", f"{LINE}\n{LINE}"):
         all_records = records(tmp_path, "a.jsonl.gz", gzip.compress(content.encode()) + trailing)
         assert all_records == [Record(1, LINE.encode()), Record(2, LINE.encode()), Record(3, flawed, flaw)]
