@@ -83,7 +83,7 @@ def test_one_process_restarts_itself_with_a_smaller_batch(example, forks, tmp_pa
     assert "128 rows per device and 2 accumulated are next" in finished.output
     assert "(128 per device x 2 accumulated x 1 rank)" in finished.output
     kept = (tmp_path / "run" / "checkpoint-1").is_dir()
-    assert kept or "too little memory to save the last finished step" in finished.output
+    assert kept or "too little memory to save the last completed step" in finished.output
     (code,), printed = forks.run(words(example, tmp_path / "whole"))
     assert code == 0, printed
     check_same(tmp_path / "run", tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""Writing to disks that may be full, read-only or gone."""
+"""Write to disks that may be full, read-only or gone."""
 
 import errno
 import os
@@ -18,14 +18,14 @@ from dft.files import DISK_FULL, NOT_WRITABLE, flush_to_disk, free_bytes
 from dft.training.checkpoints.folder import UNFINISHED
 
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-"""Names of files that `save_pretrained` writes weights to."""
+"""Pattern of the file names that `save_pretrained` writes weights to."""
 
 
 def sees_the_same(folder: Path, accelerator: Accelerator) -> bool:
-    """Whether a folder is on a disk that this rank shares with rank 0. A collective.
+    """Return whether a folder is on a disk that this rank shares with rank 0. All ranks must call it.
 
-    Asked by the name of a file that nobody has asked for yet: what a network file system remembers of names
-    may be half a minute old.
+    Rank 0 creates a file with a new name, since a network file system may cache for half a minute whether a
+    name exists.
     """
     name = broadcast_object_list([uuid.uuid4().hex])[0]
     mark = folder / f".seen-{name}"
@@ -41,10 +41,14 @@ def sees_the_same(folder: Path, accelerator: Accelerator) -> bool:
 
 @contextmanager
 def writing_a_save(run: Path, staging: Path) -> Iterator[None]:
-    """A save that fails is one error, and leaves no half of itself on a disk that is full.
+    """Turn a failed save into one error, and remove what it has written, so that it fills no disk.
+
+    Args:
+        run: the output directory.
+        staging: the folder that is being written.
 
     Raises:
-        UserError: the disk is full, or cannot be written to any more.
+        UserError: the disk is full, or can no longer be written to.
     """
     try:
         yield
@@ -52,22 +56,22 @@ def writing_a_save(run: Path, staging: Path) -> Iterator[None]:
         reason = disk_fault(error, run)
         if reason is None:
             raise
-        shutil.rmtree(staging, ignore_errors=True)  # where it cannot be removed either, there is no remedy
+        shutil.rmtree(staging, ignore_errors=True)  # if it cannot be removed either, there is no remedy
         raise UserError(
             f"--output_dir {run}: {staging.name.removeprefix(UNFINISHED)} cannot be saved: {reason}; earlier "
-            "checkpoints are as they were, and --resume_from_checkpoint auto goes on from the newest"
+            "checkpoints are as they were, and --resume_from_checkpoint auto resumes from the newest"
         ) from None
 
 
 def disk_fault(error: Exception, folder: Path) -> str | None:
-    """What an error says about the disk that a folder is on; None if it is about something else.
+    """Return what an error says about the disk of a folder; None if it is about something else.
 
-    torch and safetensors report a failed write in words of their own.
+    torch and safetensors report a failed write in their own words.
     """
     code = error.errno if isinstance(error, OSError) else None
     words = str(error)
     if isinstance(error, FileNotFoundError) and not folder.is_dir():
-        return f"{folder} is gone"
+        return f"{folder} no longer exists"
     if code in DISK_FULL or "No space left" in words or "Disk quota exceeded" in words:
         return f"no space left on the device ({free_bytes(folder):,} bytes are free)"
     if code in (*NOT_WRITABLE, errno.EIO, errno.ESTALE, errno.EFBIG):
@@ -78,10 +82,10 @@ def disk_fault(error: Exception, folder: Path) -> str | None:
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Moves all files of a folder into another, each in one step, after all of them are on disk.
+    """Move all files of a folder into another one, each atomically, after all of them are on disk.
 
-    Weights that are there and have no successor go: those of an earlier model, which may be cut into other
-    files, would be loaded in place of the new ones.
+    Weight files in the target that are not replaced are removed: those of an earlier model, which may be
+    split into other files, would be loaded instead of the new ones.
     """
     paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
     for path in paths:

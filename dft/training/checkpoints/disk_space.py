@@ -1,4 +1,4 @@
-"""Whether the disk can hold what a run will save."""
+"""Check that the disk can hold what a run will save."""
 
 from pathlib import Path
 
@@ -16,58 +16,62 @@ from dft.training.parameters import GIB, element_count
 
 
 def check_space(model: nn.Module, training: TrainingArguments, rows: int) -> None:
-    """Raises `UserError` if the output directory's disk cannot hold the checkpoints and the final model.
+    """Raise `UserError` if the output directory's disk cannot hold the checkpoints and the final model.
 
-    It counts weights and the state of AdamW, what each run of that kind saves at least; a quota is not seen.
-    Where only some of the processes write, as on one disk for all, what they write together counts.
+    The estimate is a lower bound: the weights, and the optimizer state of AdamW. It covers what all processes
+    write together to one disk. Quotas are not checked.
 
     Args:
-        rows: of the training data.
+        model: the model to be trained.
+        training: the training arguments.
+        rows: number of rows of the training data.
     """
     model_bytes, checkpoint_bytes = saved_bytes(model, training)
     folder = Path(training.output_dir)
-    there = len(checkpoint_folders(folder))
-    at_once = checkpoints_at_once(training, count_optimizer_steps(training, rows))
-    needed = model_bytes + max(0, at_once - there) * checkpoint_bytes
+    existing = len(checkpoint_folders(folder))
+    at_once = max_checkpoints_at_once(training, count_optimizer_steps(training, rows))
+    needed = model_bytes + max(0, at_once - existing) * checkpoint_bytes
     free = free_bytes(folder)
     if needed <= free:
         return
-    held = f"{at_once} checkpoints of {checkpoint_bytes / GIB:.2f} GiB and " if at_once else ""
+    checkpoints = f"{at_once} checkpoints of {checkpoint_bytes / GIB:.2f} GiB and " if at_once else ""
     remedies = ["name a folder on another disk", "free some space"]
     if at_once > 2:
-        remedies.append("keep fewer with --save_total_limit (one more is there while the newest is written)")
+        remedies.append("keep fewer with --save_total_limit (one more exists while the newest is written)")
     if at_once and not training.save_only_model:
-        remedies.append("leave the optimizer out with --save_only_model True (nothing can be resumed then)")
+        remedies.append("leave the optimizer out with --save_only_model True (which cannot be resumed)")
     raise UserError(
-        f"--output_dir {folder}: {held}a model of {model_bytes / GIB:.2f} GiB will not fit, with "
+        f"--output_dir {folder}: {checkpoints}a model of {model_bytes / GIB:.2f} GiB will not fit, with "
         f"{free / GIB:.2f} GiB free; {', or '.join(remedies)}"
     )
 
 
 def saved_bytes(model: nn.Module, training: TrainingArguments) -> tuple[int, int]:
-    """(model, checkpoint), at least."""
+    """Return the size in bytes of a saved model and of a checkpoint, at least."""
     parameters = list(model.parameters())
-    if has_adapters(model):  # without what they adapt
-        parameters = [one for one in parameters if one.requires_grad]
-    halves = training.deepspeed and (training.bf16 or training.fp16)
-    weights = sum(element_count(one) * (2 if halves else one.dtype.itemsize) for one in parameters)
+    if has_adapters(model):  # the base model is not saved
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    is_half = training.deepspeed and (training.bf16 or training.fp16)
+    weights = sum(
+        element_count(parameter) * (2 if is_half else parameter.dtype.itemsize) for parameter in parameters
+    )
     if training.save_only_model or not training.optim.value.startswith("adamw_torch"):
         return weights, weights
-    trained = sum(element_count(one) for one in parameters if one.requires_grad)
+    trained = sum(element_count(parameter) for parameter in parameters if parameter.requires_grad)
     stage, _, _ = zero_of(training)
-    moments = 12 if stage else 2 * model.dtype.itemsize  # with DeepSpeed's master weights, in float32
-    return weights, weights + trained * moments
+    optimizer_bytes = 12 if stage else 2 * model.dtype.itemsize  # DeepSpeed also keeps float32 weights
+    return weights, weights + trained * optimizer_bytes
 
 
-def checkpoints_at_once(training: TrainingArguments, steps: int) -> int:
-    """How many checkpoints lie there at the most: one more than are kept, while the newest is written."""
-    each = {
+def max_checkpoints_at_once(training: TrainingArguments, steps: int) -> int:
+    """Return how many checkpoints exist at most: one more than are kept, while the newest is written."""
+    by_strategy = {
         SaveStrategy.NO: 0,
         SaveStrategy.BEST: 1,
         SaveStrategy.EPOCH: max(1, int(training.num_train_epochs)) if training.max_steps <= 0 else 1,
     }
-    saves = each.get(training.save_strategy)
+    saves = by_strategy.get(training.save_strategy)
     if saves is None:
-        every = training.save_steps if training.save_steps >= 1 else max(1, training.save_steps * steps)
-        saves = max(1, int(steps // every))
+        interval = training.save_steps if training.save_steps >= 1 else max(1, training.save_steps * steps)
+        saves = max(1, int(steps // interval))
     return min(saves, training.save_total_limit + 1) if training.save_total_limit else saves

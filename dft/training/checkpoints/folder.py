@@ -1,7 +1,7 @@
-"""Checkpoints as folders: which are complete, which one to go on from, which to remove.
+"""Folders of checkpoints: which are complete, which one to resume from, which to remove.
 
-A checkpoint is written under another name, gets a manifest of its files once all of them are on disk, and
-takes its own name last. What has the name of a checkpoint but not all that its manifest lists is never used.
+A checkpoint is written under another name. Once all its files are on disk it gets a manifest that lists them,
+and then its own name. A folder that lacks anything its manifest lists is never used.
 """
 
 import json
@@ -24,32 +24,32 @@ from dft.errors import UserError
 from dft.files import flush_to_disk, write_atomically
 
 MANIFEST = "manifest.json"
-"""In a checkpoint: what it is, and the size in bytes of every other file."""
+"""The file of a checkpoint that describes it, and lists the size in bytes of every other file."""
 UNFINISHED = "incomplete-"
-"""In front of the name of a checkpoint that is being written, replaced or removed."""
+"""Prefix of the name of a checkpoint that is being written, replaced or removed."""
 FACTS = {"step", "resumable", "ranks", "rows_per_step", "parallelism", "order", "model"}
-"""What a manifest says beside the files."""
+"""Keys of a manifest besides the list of files."""
 NO_PICKLE = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
-"""What is raised by nothing but a file that torch cannot load."""
+"""Exceptions that only a file that torch cannot load raises."""
 UNREADABLE = (
     *NO_PICKLE, OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError,
 )  # fmt: skip
-"""What is raised where a file of a checkpoint does not hold what it should."""
+"""Exceptions raised while reading a file of a checkpoint that is damaged."""
 OF_FILES = ("PytorchStreamReader", "loading state_dict", "state dict", "Weights only load failed")
-"""Words in those RuntimeErrors that are about a file."""
-MOST_SAID = 300
-"""Characters of what a library says about a file."""
+"""Words by which to recognize a RuntimeError that is about a file."""
+MAX_REASON = 300
+"""Characters of a library's error message that are shown."""
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete one.
+    """A complete checkpoint.
 
     Attributes:
         path: its folder.
-        facts: what the manifest says beside the files: `step`, `resumable` (it holds more than the model),
-            `ranks`, `rows_per_step`, `parallelism`, `order`, and `model`, the digest of its shapes.
+        facts: what the manifest records besides the files: `step`, `resumable` (it holds more than the
+            model), `ranks`, `rows_per_step`, `parallelism`, `order`, and `model`, the digest of its shapes.
     """
 
     path: Path
@@ -57,19 +57,21 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """The optimizer step after which it was saved."""
         return self.facts["step"]
 
 
 class IncompleteCheckpoint(Exception):
-    """Why a folder is no complete checkpoint."""
+    """Raised with the reason why a folder is not a complete checkpoint."""
 
 
 @contextmanager
 def reading(folder: Path, raised: tuple[type[Exception], ...] = UNREADABLE) -> Iterator[None]:
-    """Raises `UserError` where what is in a checkpoint cannot be read, though all of it is there.
+    """Raise `UserError` if a file of a checkpoint cannot be read although it has the right size.
 
     Args:
-        raised: what says so, in a context that does more than to read.
+        folder: the checkpoint.
+        raised: the exceptions that mean so. Pass fewer in a context that does more than read.
     """
     try:
         yield
@@ -80,8 +82,8 @@ def reading(folder: Path, raised: tuple[type[Exception], ...] = UNREADABLE) -> I
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"--resume_from_checkpoint {folder}: cannot be read ({reason[:MOST_SAID]}); it is damaged: "
-            "remove it, and --resume_from_checkpoint auto goes on from the one before"
+            f"--resume_from_checkpoint {folder}: cannot be read ({reason[:MAX_REASON]}); it is damaged: "
+            "remove it, and --resume_from_checkpoint auto resumes from the one before"
         ) from None
 
 
@@ -89,25 +91,25 @@ def reading(folder: Path, raised: tuple[type[Exception], ...] = UNREADABLE) -> I
 
 
 def unfinished(folder: Path) -> Path:
-    """Where a checkpoint is written before it may have its name."""
+    """Return where a checkpoint is written before it gets its name."""
     return folder.with_name(UNFINISHED + folder.name)
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Waits until all files of a checkpoint are on disk, keeps others from changing them, and lists them."""
+    """Flush all files of a checkpoint to disk, remove write access of other users, and write the manifest."""
     files = {}
     for path in _files(folder):
         _keep_to_owner(path)
         flush_to_disk(path)
         files[str(path.relative_to(folder))] = path.stat().st_size
     write_atomically(folder / MANIFEST, [json.dumps({**facts, "files": files}, indent=1)])
-    for path in [folder / MANIFEST, *(one for one in folder.rglob("*") if one.is_dir()), folder]:
+    for path in [folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
         _keep_to_owner(path)
         flush_to_disk(path)
 
 
 def publish(folder: Path) -> None:
-    """Gives a sealed checkpoint its name. One that has it already is removed afterwards."""
+    """Give a sealed checkpoint its name. Afterwards, remove the checkpoint that had it before."""
     staged, replaced = unfinished(folder), folder.with_name(f"{UNFINISHED}replaced-{folder.name}")
     if folder.exists():
         if replaced.exists():
@@ -120,21 +122,25 @@ def publish(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint; what is left of it if that is cut short has not its name any more."""
+    """Remove a checkpoint. It loses its name first, in case the removal is interrupted."""
     doomed = folder.with_name(f"{UNFINISHED}removed-{folder.name}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Raises `IncompleteCheckpoint` for a folder that lacks anything its manifest lists, or a manifest."""
+    """Return the checkpoint in a folder.
+
+    Raises:
+        IncompleteCheckpoint: the folder lacks a manifest, or anything that its manifest lists.
+    """
     try:
         facts = json.loads((folder / MANIFEST).read_text())
         files = facts.pop("files").items()
         for name, size in files:
-            found = (folder / name).stat().st_size
-            if found != size:
-                raise IncompleteCheckpoint(f"{name} has {found:,} of {size:,} bytes")
+            written = (folder / name).stat().st_size
+            if written != size:
+                raise IncompleteCheckpoint(f"{name} has {written:,} of {size:,} bytes")
         missing = FACTS - facts.keys()
     except FileNotFoundError as error:
         name = Path(error.filename).relative_to(folder)
@@ -160,31 +166,37 @@ def _keep_to_owner(path: Path) -> None:
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """Folders with the name of a checkpoint, the newest first."""
+    """Return the folders with the name of a checkpoint, newest first."""
     if not output_dir.is_dir():
         return []
-    named = [(int(found[1]), path) for path in output_dir.iterdir() if (found := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(named, reverse=True) if path.is_dir()]
+    matches = [(NAME.fullmatch(path.name), path) for path in output_dir.iterdir()]
+    numbered = [(int(match[1]), path) for match, path in matches if match is not None]
+    return [path for _, path in sorted(numbered, reverse=True) if path.is_dir()]
 
 
 def unfinished_folders(output_dir: Path) -> list[Path]:
-    """What interrupted saves and removals left behind."""
+    """Return the folders that interrupted saves and removals left behind."""
     return sorted(path for path in output_dir.glob(f"{UNFINISHED}*checkpoint-*") if path.is_dir())
 
 
 def newest_checkpoint(output_dir: Path, resumable: bool = True) -> tuple[Checkpoint | None, list[str]]:
-    """The newest complete checkpoint, and a line for each newer one: why it was passed over."""
-    passed_over = [f"{path}: was not written to its end" for path in unfinished_folders(output_dir)]
+    """Return the newest complete checkpoint, and for each newer folder why it was skipped.
+
+    Args:
+        output_dir: where to look.
+        resumable: skip checkpoints that hold the model alone.
+    """
+    skipped = [f"{path}: was not written to its end" for path in unfinished_folders(output_dir)]
     for folder in checkpoint_folders(output_dir):
         try:
-            found = open_checkpoint(folder)
+            checkpoint = open_checkpoint(folder)
         except IncompleteCheckpoint as reason:
-            passed_over.append(f"{folder}: not complete, {reason}")
+            skipped.append(f"{folder}: not complete, {reason}")
             continue
-        if found.facts["resumable"] or not resumable:
-            return found, passed_over
-        passed_over.append(f"{folder}: holds the model alone, not the state of the optimizer")
-    return None, passed_over
+        if checkpoint.facts["resumable"] or not resumable:
+            return checkpoint, skipped
+        skipped.append(f"{folder}: holds the model alone, not the state of the optimizer")
+    return None, skipped
 
 
 def rotate(
@@ -202,10 +214,10 @@ def rotate(
 
 
 def clear_away(training: transformers.TrainingArguments) -> None:
-    """Before training: under --overwrite_output_dir the checkpoints of an earlier run, and always what
-    interrupted saves left behind.
+    """Remove what would be mistaken for checkpoints of this run: leftovers of interrupted saves, and under
+    --overwrite_output_dir the checkpoints of an earlier run.
 
-    Left in place, the newest of them would be taken for this run's own by --resume_from_checkpoint auto.
+    --resume_from_checkpoint auto would resume from the newest of them.
     """
     output_dir = Path(training.output_dir)
     if not training.should_save:

@@ -25,6 +25,12 @@ from dft.training.checkpoints.folder import (
 
 
 def check_output(arguments: Arguments) -> None:
+    """Check the output directory, and resolve which checkpoint in it to resume from.
+
+    Raises:
+        UserError: the directory cannot be written to, holds checkpoints of an earlier run that were not
+            mentioned, or the checkpoint cannot be resumed.
+    """
     training = arguments.training
     if arguments.flags["output_dir"] is None:
         raise UserError("--output_dir is missing: name the folder to write to")
@@ -43,30 +49,30 @@ def check_output(arguments: Arguments) -> None:
         raise UserError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
     if arguments.data.prepare_only or arguments.watch.preflight or arguments.watch.plan:
         return
-    wanted = (training.resume_from_checkpoint or "false").lower()
-    if training.overwrite_output_dir and wanted != "false":
+    requested = (training.resume_from_checkpoint or "false").lower()
+    if training.overwrite_output_dir and requested != "false":
         raise UserError(
-            f"--overwrite_output_dir True starts afresh, --resume_from_checkpoint "
-            f"{training.resume_from_checkpoint} goes on; give one"
+            f"--overwrite_output_dir True starts anew, --resume_from_checkpoint "
+            f"{training.resume_from_checkpoint} resumes; give one of them"
         )
     if training.enable_jit_checkpoint:
         raise UserError("--enable_jit_checkpoint True: every run saves when it gets SIGTERM; leave it out")
     resume = resolve_resume(training)
     if resume is not None:
-        arguments.notes.append(f"goes on from step {resume.step:,}, {resume.path}")
-    elif wanted == "auto":
-        arguments.notes.append(f"there is no checkpoint in {folder} to go on from: starts with step 1")
+        arguments.notes.append(f"resumes from step {resume.step:,}, {resume.path}")
+    elif requested == "auto":
+        arguments.notes.append(f"there is no checkpoint in {folder} to resume from: starts with step 1")
     checkpoints = list(folder.glob("checkpoint-*"))
-    if checkpoints and resume is None and wanted != "auto" and not training.overwrite_output_dir:
+    if checkpoints and resume is None and requested != "auto" and not training.overwrite_output_dir:
         raise UserError(
-            f"--output_dir {folder}: holds {len(checkpoints)} checkpoint(s) of an earlier run; go on from "
-            "them with --resume_from_checkpoint auto, choose another folder, or start afresh with "
+            f"--output_dir {folder}: holds {len(checkpoints)} checkpoint(s) of an earlier run; resume "
+            "from them with --resume_from_checkpoint auto, choose another folder, or start anew with "
             "--overwrite_output_dir True"
         )
 
 
 def check_owner(folder: Path, trusted: bool) -> None:
-    """Refuses a checkpoint that somebody else may have written: loading its optimizer can run code.
+    """Check that nobody else can have written a checkpoint: loading its optimizer can run code.
 
     Raises:
         UserError: another user owns it or a file in it, or others may write to it; not if it is `trusted`.
@@ -74,11 +80,11 @@ def check_owner(folder: Path, trusted: bool) -> None:
     if trusted:
         return
     for path in [folder, *folder.rglob("*")]:
-        found = path.lstat()
-        if found.st_uid != os.geteuid():
-            fault = f"belongs to user {found.st_uid}, not to you (user {os.geteuid()})"
-        elif not stat.S_ISLNK(found.st_mode) and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            fault = f"can be written by others (mode {stat.S_IMODE(found.st_mode):o})"
+        status = path.lstat()
+        if status.st_uid != os.geteuid():
+            fault = f"belongs to user {status.st_uid}, not to you (user {os.geteuid()})"
+        elif not stat.S_ISLNK(status.st_mode) and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            fault = f"can be written by others (mode {stat.S_IMODE(status.st_mode):o})"
         else:
             continue
         raise UserError(
@@ -89,68 +95,72 @@ def check_owner(folder: Path, trusted: bool) -> None:
 
 
 def resolve_resume(training: transformers.TrainingArguments) -> Checkpoint | None:
-    """The checkpoint to go on from, which takes the place of what --resume_from_checkpoint said.
+    """Return the checkpoint to resume from, and set --resume_from_checkpoint to its folder.
 
-    auto is the newest complete one in the output directory, or a new start where there is none at all; True
-    is the same, but insists on one.
+    "auto" is the newest complete checkpoint in the output directory, or a new start if there is none; "True"
+    is the same, but it is an error if there is none.
+
+    Raises:
+        UserError: there is no such checkpoint, or this run cannot resume from it.
     """
-    wanted = training.resume_from_checkpoint
-    word = (wanted or "false").lower()
+    requested = training.resume_from_checkpoint
+    word = (requested or "false").lower()
     training.resume_from_checkpoint = None
     if word == "false":
         return None
     if word in ("true", "auto"):
-        found = _newest_of(training, word)
-        if found is None:
+        checkpoint = _newest_of(training, word)
+        if checkpoint is None:
             return None
     else:
-        found = named_checkpoint(Path(wanted))
-    check_owner(found.path, training.trust_checkpoint)
-    check_same_run(found, training)
-    training.resume_from_checkpoint = str(found.path)
-    return found
+        checkpoint = named_checkpoint(Path(requested))
+    check_owner(checkpoint.path, training.trust_checkpoint)
+    check_same_run(checkpoint, training)
+    training.resume_from_checkpoint = str(checkpoint.path)
+    return checkpoint
 
 
 def _newest_of(training: transformers.TrainingArguments, word: str) -> Checkpoint | None:
     output_dir = Path(training.output_dir)
     finish_renaming(output_dir)
-    found, passed_over = newest_checkpoint(output_dir)
-    for line in passed_over:
-        say(f"passed over {line}")
-    if found is not None:
-        return found
+    checkpoint, skipped = newest_checkpoint(output_dir)
+    for line in skipped:
+        say(f"skipped {line}")
+    if checkpoint is not None:
+        return checkpoint
     if word == "true":
         raise UserError(f"--resume_from_checkpoint True: there is no complete checkpoint in {output_dir}")
     if newest_checkpoint(output_dir, resumable=False)[0] is not None:
         raise UserError(
             f"--resume_from_checkpoint auto: the checkpoints in {output_dir} hold the model alone (saved "
-            "with --save_only_model True), so there is nothing to go on from; choose another --output_dir, "
-            "or start afresh with --overwrite_output_dir True and without --resume_from_checkpoint"
+            "with --save_only_model True), so there is nothing to resume from; choose another "
+            "--output_dir, or start anew with --overwrite_output_dir True and without "
+            "--resume_from_checkpoint"
         )
     return None
 
 
 def named_checkpoint(path: Path) -> Checkpoint:
-    """Raises `UserError` for a folder that is no complete checkpoint to go on from."""
+    """Return the checkpoint in a folder. Raise `UserError` if it is not complete or cannot be resumed."""
     if not path.is_dir():
         raise UserError(f"--resume_from_checkpoint {path}: no such folder")
     try:
-        found = open_checkpoint(path)
+        checkpoint = open_checkpoint(path)
     except IncompleteCheckpoint as reason:
         raise UserError(
             f"--resume_from_checkpoint {path}: not a complete checkpoint, {reason}; "
             "--resume_from_checkpoint auto takes the newest complete one of the output directory"
         ) from None
-    if not found.facts["resumable"]:
+    if not checkpoint.facts["resumable"]:
         raise UserError(
             f"--resume_from_checkpoint {path}: holds the model alone (saved with --save_only_model True), "
             f"not the state of the optimizer; start a new run with --model_name_or_path {path}"
         )
-    return found
+    return checkpoint
 
 
 def finish_renaming(output_dir: Path) -> None:
-    """A checkpoint that was sealed, and whose run ended before it got its name, gets it now."""
+    """Give checkpoints their name that were complete when their run ended before it could."""
     for staged in unfinished_folders(output_dir):
         folder = staged.with_name(staged.name.removeprefix(UNFINISHED))
         if NAME.fullmatch(folder.name) is None or folder.exists():
@@ -159,61 +169,69 @@ def finish_renaming(output_dir: Path) -> None:
             open_checkpoint(staged)
             staged.rename(folder)
         except (IncompleteCheckpoint, FileNotFoundError):
-            continue  # half-written, or another rank was quicker
+            continue  # incomplete, or another rank was quicker
 
 
-def check_same_run(found: Checkpoint, training: transformers.TrainingArguments) -> None:
-    """Raises `UserError` where this run cannot go on from a checkpoint."""
-    what, facts = f"--resume_from_checkpoint {found.path}", found.facts
+def check_same_run(checkpoint: Checkpoint, training: transformers.TrainingArguments) -> None:
+    """Raise `UserError` if this run cannot resume from a checkpoint."""
+    flag, facts = f"--resume_from_checkpoint {checkpoint.path}", checkpoint.facts
     now = describe_parallelism(training)
-    apart = ("DeepSpeed", "FSDP")
-    if facts["parallelism"] != now and any(one in facts["parallelism"] + now for one in apart):
+    incompatible = ("DeepSpeed", "FSDP")
+    if facts["parallelism"] != now and any(kind in facts["parallelism"] + now for kind in incompatible):
         raise UserError(
-            f"{what}: saved under {facts['parallelism']}, and this run is {now}; go on as it was, or start a "
-            f"new run with --model_name_or_path {found.path}"
+            f"{flag}: saved under {facts['parallelism']}, and this run is {now}; resume as it was saved, "
+            f"or start a new run with --model_name_or_path {checkpoint.path}"
         )
-    if not (found.path / TRAINER_STATE_NAME).is_file():
+    if not (checkpoint.path / TRAINER_STATE_NAME).is_file():
         raise UserError(
-            f"{what}: has no {TRAINER_STATE_NAME}, which the first machine of its run wrote to a disk of its "
+            f"{flag}: has no {TRAINER_STATE_NAME}, which the first machine of its run wrote to a disk of its "
             "own; let --output_dir be on a disk that all machines share (without DeepSpeed, "
             "--save_on_each_node True does as well)"
         )
-    with reading(found.path):
-        state = transformers.TrainerState.load_from_json(str(found.path / TRAINER_STATE_NAME))
+    with reading(checkpoint.path):
+        state = transformers.TrainerState.load_from_json(str(checkpoint.path / TRAINER_STATE_NAME))
     rows = rows_per_step(training)
     if facts["rows_per_step"] != rows:
         raise UserError(
-            f"{what}: saved with {facts['rows_per_step']} rows per step, and this run has {rows} "
+            f"{flag}: saved with {facts['rows_per_step']} rows per step, and this run has {rows} "
             f"({training.per_device_train_batch_size} per device x {training.gradient_accumulation_steps} "
             f"accumulated x {world_size()} ranks), so neither its steps nor its place in the data would be "
             f"the same; {_same_rows(facts['rows_per_step'], training)}"
         )
     if training.max_steps > 0:
-        asks_for_less = found.step > training.max_steps
+        asks_for_less = checkpoint.step > training.max_steps
     else:
-        asks_for_less = training.num_train_epochs < state.num_train_epochs and found.step >= state.max_steps
+        asks_for_less = (
+            training.num_train_epochs < state.num_train_epochs and checkpoint.step >= state.max_steps
+        )
     if asks_for_less:
         raise UserError(
-            f"{what}: is at step {found.step} already, and --max_steps or --num_train_epochs asks for less"
+            f"{flag}: is at step {checkpoint.step} already, and --max_steps or --num_train_epochs asks for "
+            "less"
         )
 
 
-def check_same_model(found: Checkpoint, model: str) -> None:
-    """Raises `UserError` for a checkpoint of a model with other weights than this run has."""
-    if found.facts["model"] != model:
+def check_same_model(checkpoint: Checkpoint, model: str) -> None:
+    """Raise `UserError` for a checkpoint of a model whose weights have other names or shapes.
+
+    Args:
+        checkpoint: to resume from.
+        model: digest of the names and shapes of this run's weights.
+    """
+    if checkpoint.facts["model"] != model:
         raise UserError(
-            f"--resume_from_checkpoint {found.path}: is a checkpoint of another model than "
+            f"--resume_from_checkpoint {checkpoint.path}: is a checkpoint of another model than "
             "--model_name_or_path: its weights have other names or shapes; give the model that the run began "
             "with"
         )
 
 
-def _same_rows(wanted: int, training: transformers.TrainingArguments) -> str:
-    """Which flags give as many rows per step on the ranks of this run."""
+def _same_rows(rows: int, training: transformers.TrainingArguments) -> str:
+    """Return which flags give `rows` rows per step on the ranks of this run."""
     ranks = data_parallel_size(training)
-    per_rank, rest = divmod(wanted, ranks)
-    if rest or not per_rank:
-        return f"{ranks} ranks cannot share {wanted} rows evenly: take a number of ranks that can"
+    per_rank, remainder = divmod(rows, ranks)
+    if remainder or not per_rank:
+        return f"{ranks} ranks cannot share {rows} rows evenly: take a number of ranks that can"
     batch = training.per_device_train_batch_size
     if per_rank % batch == 0:
         return f"give --gradient_accumulation_steps {per_rank // batch}"
