@@ -74,7 +74,7 @@ class FusedHead:
         if "forward" in vars(self.module):
             raise ModelChanged("the forward of the output embedding has been replaced since training began")
         self._batch = labels, options
-        self.module.forward = self._forward
+        self.module.forward = self._forward  # type: ignore[method-assign]
         try:
             outputs = forward(**inputs)
         finally:
@@ -113,6 +113,8 @@ def score_logits(
     Args and returns are those of `FusedHead.score`, but `options.base` is the base model's logits and the
     outputs contain the logits.
     """
+    if isinstance(options.base, BaseHead):
+        raise ValueError("base must be logits for the loss of logits, got a BaseHead")
     outputs = forward(**inputs)
     loss, stats = dft_loss(
         outputs.logits,
@@ -133,7 +135,7 @@ def run_base_model(model: nn.Module, inputs: Mapping[str, Any]) -> BaseHead:
         model: in evaluation mode, with a head that `inspect_head` accepts.
         inputs: its keyword arguments.
     """
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[operator]  # of transformers' models
     captured: list[Tensor] = []
 
     def capture(hidden: Tensor) -> Tensor:
@@ -165,7 +167,9 @@ def inspect_head(
         dtype: in which the model computes.
     """
     # A library user may pass any nn.Module; only transformers' models have the method.
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not hasattr(model, "get_output_embeddings"):
+        return f"{type(model).__name__} has no output embedding"
+    head = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         return f"{type(model).__name__} has no output embedding"
     ids = inputs["input_ids"]
@@ -264,7 +268,7 @@ def _find_transform(
 
     # Before a wrapper of the model could conclude that a backward pass will follow.
     hook = model.register_forward_hook(disable_grad)
-    head.forward = torch.compiler.disable(insert)
+    head.forward = torch.compiler.disable(insert)  # type: ignore[method-assign]
     try:
         transformed = forward(**inputs).logits
     finally:

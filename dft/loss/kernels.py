@@ -138,7 +138,7 @@ def score_rows(
     if affine is None:
         statistics = Rows(nll, p_correct, entropy, _largest(tile, options))
         weight = apply_floor(options.objective.weight(statistics), min_weight)
-        if gradient is not None:
+        if row_scale is not None and gradient is not None:
             factors = weight * row_scale * options.scale
             _launch_gradients(tile, targets, options, factors, top, total, gradient)
     return TokenStats(nll, p_correct, weight, correct, entropy, targets, torch.zeros_like(nll)), gradient
@@ -157,7 +157,7 @@ def _launch_rows(
     rows, vocab = tile.shape
     with_gradient = gradient is not None and affine is not None
     slope, level = affine or (0.0, 0.0)
-    written = gradient if with_gradient else tile
+    written = tile if gradient is None or affine is None else gradient
     with torch.cuda.device_of(tile):
         _rows[(rows,)](
             tile,

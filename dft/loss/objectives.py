@@ -201,6 +201,7 @@ class Eaft(Objective):
     largest: ClassVar[int] = 20
 
     def weight(self, rows: Rows) -> Tensor:
+        assert rows.top_logits is not None
         log_p = torch.log_softmax(rows.top_logits, -1)
         entropy = torch.special.entr(log_p.exp()).sum(-1)
         return entropy / math.log(self.largest)
@@ -220,7 +221,7 @@ class Asft(Dft):
     """
 
     name: ClassVar[str] = "asft"
-    kl_weight: float = 0.05
+    kl_weight: float = 0.05  # type: ignore[misc]  # a parameter here, a constant of the others
 
     def __post_init__(self) -> None:
         super().__post_init__()

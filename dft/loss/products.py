@@ -80,8 +80,9 @@ def accumulated(total: Tensor | None, gradient: Tensor, rows: Tensor, only: bool
             total[start : start + len(block)] += block
         return total
     if total is None:
-        options = {"out_dtype": torch.float32} if on_gpu else {}
-        return torch.mm(gradient.t(), rows if on_gpu else rows.to(gradient.dtype), **options)
+        if on_gpu:
+            return torch.mm(gradient.t(), rows, out_dtype=torch.float32)
+        return torch.mm(gradient.t(), rows.to(gradient.dtype))
     if on_gpu:
         # Older versions of torch do not support a sum wider than the factors.
         return torch.addmm(total, gradient.t(), rows, out_dtype=torch.float32, out=total)

@@ -105,7 +105,7 @@ def run_tiles(
             out = gradient[start - first : end - first] if gradient is not None else None
             floor = None if extras.min_weight is None else extras.min_weight[start:end]
             log_base = None
-            if extras.base_head is not None:
+            if extras.base_rows is not None and extras.base_head is not None:
                 log_base = log_probabilities(extras.base_rows[start:end], extras.base_head, options)
             stats, written = score_rows(
                 tile, targets[start:end], row_scale if any(needs) else None, options, out, floor, log_base
