@@ -38,6 +38,15 @@ class Bounds:
             subject = "each value must be" if isinstance(value, list) else "must be"
             raise UserError(f"--{name} {shown}: {subject} {faults[0]}")
 
+    def __str__(self) -> str:
+        limits = (
+            ("at least", self.minimum),
+            ("greater than", self.above),
+            ("at most", self.maximum),
+            ("less than", self.below),
+        )
+        return " and ".join(f"{words} {limit:,}" for words, limit in limits if math.isfinite(limit))
+
     def _fault(self, number: float) -> str | None:
         """Return the bound that a number violates as text, or None."""
         if not math.isfinite(number):
@@ -52,6 +61,17 @@ class Bounds:
         return f"less than {self.below:,}" if number >= self.below else None
 
 
+def declared_bounds(kind: type) -> dict[str, Bounds]:
+    """Return the bounds in the annotations of a dataclass, by field name."""
+    return {
+        name: item
+        for name, hint in get_type_hints(kind, include_extras=True).items()
+        if get_origin(hint) is Annotated
+        for item in get_args(hint)
+        if isinstance(item, Bounds)
+    }
+
+
 def check_bounds(arguments: Any, inherited: dict[str, Bounds] | None = None) -> None:
     """Raise `UserError` for the first field of a dataclass that is out of range.
 
@@ -59,13 +79,5 @@ def check_bounds(arguments: Any, inherited: dict[str, Bounds] | None = None) -> 
         arguments: an instance of a dataclass of flags.
         inherited: ranges of fields that a base class of another library declares.
     """
-    hints = get_type_hints(type(arguments), include_extras=True)
-    bounds = {
-        name: item
-        for name, hint in hints.items()
-        if get_origin(hint) is Annotated
-        for item in get_args(hint)
-        if isinstance(item, Bounds)
-    }
-    for name, limits in {**(inherited or {}), **bounds}.items():
+    for name, limits in {**(inherited or {}), **declared_bounds(type(arguments))}.items():
         limits.check(name, vars(arguments)[name])

@@ -28,13 +28,10 @@ def default_cache_dir() -> str:
 
 
 @dataclass
-class DataArguments(DataOptions):
-    """Flags of the data. Those that shape the prepared data are inherited from `DataOptions`."""
-
-    _argument_group_name: ClassVar[str] = "data"
+class DataFiles:
+    """The files with conversations."""
 
     data_files: list[str] = field(
-        kw_only=True,
         metadata={
             "help": "Conversations to train on: .jsonl or .json files (also .gz, .zst), .parquet files, "
             "folders, globs, or hub datasets as owner/name[:split]. Several are merged."
@@ -44,6 +41,14 @@ class DataArguments(DataOptions):
         default_factory=list,
         metadata={"help": "Conversations to evaluate on, instead of a validation split."},
     )
+
+
+@dataclass
+class DataArguments(DataOptions, DataFiles):
+    """Flags of the data. Those that shape the prepared data are inherited from `DataOptions`."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
     chat_template: str | None = field(
         default=None,
         metadata={"help": "Jinja file that replaces the chat template of the tokenizer."},

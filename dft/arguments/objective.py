@@ -17,6 +17,9 @@ PARAMETERS = ", ".join(
     if parameter != "alpha"
 )
 
+FUSED_HEAD = ("auto", "on", "off")
+"""Values of `--fused_head`."""
+
 
 @dataclass
 class DFTArguments:
@@ -57,8 +60,8 @@ class DFTArguments:
     end_of_turn_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Minimum weight of end-of-turn tokens, in [0, 1]. Prevents that a model which gives "
-            "them a probability near 0 never learns to stop."
+            "help": "Minimum weight of end-of-turn tokens, in [0, 1], so that a model that gives them "
+            "a probability near 0 still learns to stop."
         },
     )
     fused_head: str = field(
@@ -66,7 +69,7 @@ class DFTArguments:
         metadata={
             "help": "Compute the loss and its gradient without storing the logits: on, off, or auto, which "
             "does so if the result equals that of the logits of the model.",
-            "choices": ["auto", "on", "off"],
+            "choices": list(FUSED_HEAD),
         },
     )
     use_simple_dft: bool = field(default=True, metadata={"help": "False trains with SFT: alpha is set to 0."})

@@ -10,6 +10,9 @@ from dft.metrics import CONSOLE, metrics_named
 MAX_PLANNED = 10**6
 """Maximum number of devices, and of GiB per device, to plan for."""
 
+NONFINITE_POLICIES = ("stop", "skip")
+"""Values of `--on_nonfinite`."""
+
 
 @dataclass
 class WatchArguments:
@@ -37,7 +40,7 @@ class WatchArguments:
         metadata={
             "help": "What to do if a loss or gradient is not finite: stop the run and name the step, rank "
             "and conversations, or skip the update.",
-            "choices": ["stop", "skip"],
+            "choices": list(NONFINITE_POLICIES),
         },
     )
     verify_save: str = field(

@@ -7,13 +7,13 @@ import transformers
 from torch import nn
 
 from dft.arguments.loss_settings import check_cache, check_loss_settings, layer_kernels
+from dft.arguments.objective import FUSED_HEAD
+from dft.arguments.watch import NONFINITE_POLICIES
 from dft.errors import check_choice
 from dft.loss.objectives import Objective
 from dft.ranks import sequence_parallel_size
 from dft.training.batching import choose_collator, is_packed, longest_row, padding_id
-from dft.training.measuring.nonfinite import POLICIES
 from dft.training.parallel.sequence_parallel import check_shared_data, resolve_parallel_collator
-from dft.training.step_loss import FUSED_HEAD
 
 
 def prepare_arguments(
@@ -39,7 +39,7 @@ def prepare_arguments(
             "trained already and makes optimizer steps smaller; give RunOptions(requested_batch=...) instead"
         )
     check_choice("fused_head", fused_head, FUSED_HEAD)
-    check_choice("on_nonfinite", on_nonfinite, POLICIES)
+    check_choice("on_nonfinite", on_nonfinite, NONFINITE_POLICIES)
     if args.accelerator_config.dispatch_batches is None:
         # By default accelerate deals out the batches of a stream itself, and cuts all their tensors alike.
         args.accelerator_config.dispatch_batches = False

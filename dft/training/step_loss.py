@@ -22,8 +22,6 @@ from dft.training.memory.out_of_memory import MicroBatch
 from dft.training.model.base_model import FrozenBaseModel
 from dft.training.parallel.sequence_parallel import SequenceParallel
 
-FUSED_HEAD = ("auto", "on", "off")
-
 
 @dataclass(frozen=True)
 class ScoredBatch:

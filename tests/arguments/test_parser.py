@@ -125,6 +125,30 @@ def test_flags_without_effect_are_noted_only_when_given(tmp_path):
     assert sum("no effect" in note for note in notes) == 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        (["--preflight", "True"], "--preflight True ignores --deepspeed {file}: "),
+        (
+            ["--prepare_only", "True", "--bf16", "True"],
+            "--prepare_only True ignores --deepspeed {file}, --bf16 True: ",
+        ),
+    ],
+    ids=["preflight", "prepare_only"],
+)
+def test_ignored_flags_are_reported(tmp_path, flags, note):
+    file = tmp_path / "zero1.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, **AUTO}))
+    arguments = checked(tmp_path, "--deepspeed", str(file), *flags)
+    assert not arguments.training.deepspeed and not arguments.training.bf16
+    assert sum(line.startswith(note.format(file=file)) for line in arguments.notes) == 1
+
+
+@pytest.mark.parametrize("kind", ["--preflight", "--prepare_only"])
+def test_runs_that_ignore_no_flag_have_no_note_about_it(tmp_path, kind):
+    assert not any("ignores" in line for line in checked(tmp_path, kind, "True").notes)
+
+
 WRONG = [
     ("--dft_alpha 1.5", "--dft_alpha 1.5: alpha must lie in [0, 1]"),
     ("--dft_alpha nan", "--dft_alpha nan: alpha must lie in [0, 1]"),

@@ -171,6 +171,19 @@ def test_an_invalid_flag_is_one_line(example, flags, message):
     assert len(errors) == 1 and "Traceback" not in finished.output
 
 
+def test_help_prints_nothing_else(tmp_path):
+    finished = launch(["--help"], folder=tmp_path, timeout=90)  # its output includes standard error
+    assert finished.code == 0
+    lines = finished.output.splitlines()
+    assert lines[0].startswith("usage: train_dft.py [-h] --model_name_or_path")
+    flags = {line.split()[0].rstrip(",") for line in lines if line.startswith("  -")}
+    assert {"--data_files", "--objective", "--preflight", "--learning_rate", "--config"} <= flags
+    headings = {line for line in lines if line and not line.startswith(" ")} - {lines[0]}
+    assert headings == {"options:", "model:", "data:", "DFT:", "LoRA:", "monitoring:",
+                        "training (transformers.TrainingArguments):"}  # fmt: skip
+    assert "WARNING" not in finished.output and "INFO" not in finished.output
+
+
 def test_wandb_without_a_login_runs_offline_and_reports_it(example):
     output = example.folder / "wandb-run"
     words = example.words(

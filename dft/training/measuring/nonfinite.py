@@ -17,7 +17,6 @@ from dft.errors import UserError
 from dft.training.checkpoints.folder import newest_checkpoint
 from dft.training.patches import set_step_skipped
 
-POLICIES = ("stop", "skip")
 MAX_CONSECUTIVE_SKIPS = 20
 """Consecutive steps that `--on_nonfinite skip` skips before it stops the run, in which nothing is learned."""
 MAX_NAMED = 20
