@@ -55,7 +55,7 @@ from dft.evaluation.sampling import (
 from dft.files import convert_write_errors, write_atomically
 from dft.ranks import quiet_libraries
 from dft.report.pages.evaluation import PAGE, evaluation_page
-from dft.training.memory.out_of_memory import telling_what_did_not_fit
+from dft.training.memory.out_of_memory import convert_memory_errors
 
 OUT_OF_MEMORY_REMEDY = (
     "give a smaller --batch_size (and another --output where there are samples already, which depend on it) "
@@ -115,7 +115,7 @@ def evaluate_model(
     sampler = LazySampler(partial(load_sampler, model, backend, settings, options, variables, every))
     for file, rows in problems.items():
         saved, label = options.output / model.name / f"{file.stem}.jsonl", f"{model.name}, {file.stem}"
-        with telling_what_did_not_fit(f"{label}: the model and its answers do not fit", OUT_OF_MEMORY_REMEDY):
+        with convert_memory_errors(f"{label}: the model and its answers do not fit", OUT_OF_MEMORY_REMEDY):
             sample_problems(saved, rows, sampler, settings, options.grader, group_size, label)
         print(describe_result(label, summarize(file.stem, read_records(saved))), flush=True)
     sampler.free()

@@ -38,7 +38,7 @@ from dft.ranks import quiet_libraries
 from dft.training.checkpoints.disk import disk_fault
 from dft.training.checkpoints.folder import MOST_SAID, unfinished
 from dft.training.checkpoints.verify import (
-    APART,
+    MAX_DIFFERENCE,
     Damaged,
     Expected,
     check_files,
@@ -292,7 +292,9 @@ def write_verified(
     try:
         check_files(folder, Expected(dtypes_of(model), tokenizer, None))
         reloaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        check_logits(probe(reloaded, logits.shape[-1], CPU), logits, APART[model.dtype.itemsize == 2])
+        check_logits(
+            probe(reloaded, logits.shape[-1], CPU), logits, MAX_DIFFERENCE[model.dtype.itemsize == 2]
+        )
         check_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), tokenizer)
     except Damaged as error:
         raise UserError(f"{output}: not written; the merged model failed its check: {error}") from None

@@ -23,7 +23,7 @@ from dft.training.checkpoints.folder import newest_checkpoint
 from dft.training.checkpoints.hub import HUB_ERRORS
 from dft.training.checkpoints.resume_point import check_output
 from dft.training.measuring.tracker_setup import finish_trackers, prepare_trackers
-from dft.training.memory.out_of_memory import SHARD, telling_what_did_not_fit
+from dft.training.memory.out_of_memory import SHARD, convert_memory_errors
 from dft.training.model.attention import resolve_attention
 from dft.training.model.generation import add_stop_tokens
 from dft.training.model.loading import load_base_model, load_model
@@ -79,7 +79,7 @@ def load_models(
         UserError: a model cannot be loaded, or does not fit into memory.
     """
     set_seed(arguments.training.seed)  # the embeddings of new tokens are random
-    with telling_what_did_not_fit("the model's weights do not fit", SHARD):
+    with convert_memory_errors("the model's weights do not fit", SHARD):
         model = load_model(arguments, tokenizer)
         check_positions(model, data.longest, arguments.data.max_length)
         arguments.notes.extend(position_notes(model, data.longest))
@@ -132,7 +132,7 @@ def make_trainer(
     training, (model, base_model) = arguments.training, models
     training.ddp_find_unused_parameters = resolve_find_unused_parameters(model, training)
     try:
-        with telling_what_did_not_fit("the model's weights do not fit", SHARD):
+        with convert_memory_errors("the model's weights do not fit", SHARD):
             return DFTTrainer(
                 model,
                 training,

@@ -1,8 +1,8 @@
-"""Whether a model that was just written is the one that was trained, and whether it can be loaded.
+"""Check that a model that was just written is the one that was trained, and that it can be loaded.
 
-Saves that look complete and hold nothing (weights of no elements under ZeRO-3, a half of a sharded model, an
-adapter without its base) are found out by whoever wants to use the model, weeks later. Here they are found
-before the save takes the place of an earlier one.
+Some faulty saves look complete: weights without elements under ZeRO-3, half of a sharded model, an adapter
+without its base model. Otherwise they are noticed when somebody uses the model, weeks later. The check finds
+them before the save replaces an earlier one.
 """
 
 import json
@@ -31,28 +31,28 @@ from dft.ranks import first_failure
 from dft.training.parameters import GIB
 
 PROBE_TOKENS = 16
-APART = {True: 0.1, False: 0.01}
-"""By how much logits may differ, of their norm, in half precision and in float32: they are computed by
-another attention and maybe on another device. Those of other weights differ by about 1."""
+MAX_DIFFERENCE = {True: 0.1, False: 0.01}
+"""By how much logits may differ, relative to their norm, in half precision (True) and in float32 (False).
+Another implementation of attention computes them, possibly on another device. With other weights they differ
+by about 1."""
 ROOM = 1.2
-"""Times the size of its weights that a model takes while it is loaded."""
+"""Memory that loading a model takes, relative to the size of its weights."""
 
 
 class Damaged(Exception):
-    """What is wrong with a saved model."""
+    """Raised with what is wrong with a saved model."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a saved model is held against.
+    """What a saved model is compared with.
 
     Attributes:
         dtypes: of the floating-point tensors that were trained.
         tokenizer: None where the trainer has none.
-        logits: (tokens, vocab), float32, of the probe under the model in memory; None to leave the model
-            unloaded.
-        quantization: how weights that are not trained are held (QLoRA): in whole precision they would give
-            other logits.
+        logits: (tokens, vocab), float32, of the probe under the model in memory; None to check the files
+            only.
+        quantization: of the weights that are not trained (QLoRA), without which the logits would differ.
     """
 
     dtypes: frozenset[torch.dtype]
@@ -62,19 +62,22 @@ class Expected:
 
 
 def dtypes_of(model: nn.Module) -> frozenset[torch.dtype]:
-    """Of all that is saved. Not from its state_dict, which under FSDP all ranks have to ask for."""
-    held = list(model.parameters())
+    """Return the floating-point dtypes of everything that is saved of a model.
+
+    The state_dict is not used: under FSDP all ranks would have to ask for it.
+    """
+    tensors = list(model.parameters())
     for module in model.modules():
         saved = module._buffers.keys() - module._non_persistent_buffers_set
-        held += [module._buffers[name] for name in saved if module._buffers[name] is not None]
-    return frozenset(one.dtype for one in held if one.is_floating_point())
+        tensors += [module._buffers[name] for name in saved if module._buffers[name] is not None]
+    return frozenset(tensor.dtype for tensor in tensors if tensor.is_floating_point())
 
 
 # ---- the files ----
 
 
 def check_files(folder: Path, expected: Expected) -> None:
-    """Raises `Damaged` for a missing file, or a tensor of no size, of another dtype, or not finite."""
+    """Raise `Damaged` for a missing file, or a tensor that is empty, of another dtype, or not finite."""
     is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
     config = folder / (ADAPTER_CONFIG_NAME if is_adapter else CONFIG_NAME)
     if not config.is_file():
@@ -91,11 +94,16 @@ def check_files(folder: Path, expected: Expected) -> None:
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """Those that the index names, or the only one."""
+    """Return the weight files that the index names, or the only one.
+
+    Args:
+        folder: of the saved model.
+        stem: of their names.
+    """
     index = folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
         return [file for file in (folder / f"{stem}.safetensors",) if file.is_file()]
-    files = sorted({folder / one for one in json.loads(index.read_text())["weight_map"].values()})
+    files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
     for file in files:
         if not file.is_file():
             raise Damaged(f"it has no {file.name}, which {index.name} names")
@@ -103,6 +111,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
 
 def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and value of each tensor in a file."""
     try:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  it is no mapping
@@ -112,14 +121,15 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_tensor(name: str, tensor: Tensor, dtypes: frozenset[torch.dtype]) -> None:
+    """Raise `Damaged` for a tensor that is empty, of a dtype that was not trained, or not finite."""
     if not tensor.numel():
         raise Damaged(f"{name} has no elements (shape {list(tensor.shape)})")
     if not tensor.is_floating_point():
         return
     if tensor.dtype not in dtypes:
-        trained = ", ".join(sorted(str(one).removeprefix("torch.") for one in dtypes))
+        trained = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise Damaged(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, and was trained as {trained}")
-    if not all(math.isfinite(one) for one in torch.aminmax(tensor)):  # NaN is both; makes no copy
+    if not all(math.isfinite(bound) for bound in torch.aminmax(tensor)):  # both are NaN if any is
         raise Damaged(f"{name} holds values that are not finite (NaN, infinity)")
 
 
@@ -127,7 +137,7 @@ def check_tensor(name: str, tensor: Tensor, dtypes: frozenset[torch.dtype]) -> N
 
 
 def probe(model: nn.Module, vocab: int, device: torch.device) -> Tensor:
-    """Logits (tokens, vocab), float32 on the CPU, of a few tokens; all ranks have to ask for them.
+    """Return the logits of a few tokens, (tokens, vocab), float32 on the CPU. All ranks must call it.
 
     Consumes no random numbers.
     """
@@ -144,9 +154,9 @@ def probe(model: nn.Module, vocab: int, device: torch.device) -> Tensor:
 def check_loaded(
     folder: Path, expected: Expected, args: transformers.TrainingArguments, trust_remote_code: bool
 ) -> None:
-    """Raises `Damaged` where `AutoModelForCausalLM` loads no such model, or one with other logits.
+    """Raise `Damaged` if `AutoModelForCausalLM` cannot load the model, or its logits differ.
 
-    Says so where there is no room to load it beside the one that was trained.
+    Print a note instead if there is not enough memory to load it beside the trained one.
     """
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     device = device_with_room(size * ROOM, args)
@@ -156,7 +166,7 @@ def check_loaded(
             f"memory are needed, and {psutil.virtual_memory().available / GIB:.1f} GiB are free"
         )
         return
-    # In this process, where a model would be loaded as this run's is: cut into shares.
+    # Under ZeRO-3, this process would load a model in shares.
     unset_hf_deepspeed_config()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -182,43 +192,45 @@ def check_loaded(
             set_hf_deepspeed_config(args.hf_deepspeed_config)
     missing = loading["missing_keys"] or loading["mismatched_keys"]
     if missing:
-        raise Damaged(f"{min(missing)} is not in its files as the model wants it")
+        raise Damaged(f"{min(missing)} is not in its files in the shape that the model expects")
     if tokenizer is not None:
         check_tokenizer(tokenizer, expected.tokenizer)
-    halves = args.bf16 or args.fp16 or any(one.itemsize == 2 for one in expected.dtypes)
-    check_logits(logits, expected.logits, APART[halves])
+    is_half = args.bf16 or args.fp16 or any(dtype.itemsize == 2 for dtype in expected.dtypes)
+    check_logits(logits, expected.logits, MAX_DIFFERENCE[is_half])
 
 
 def device_with_room(needed: float, args: transformers.TrainingArguments) -> torch.device | None:
-    """Where a model of so many bytes fits beside what is there."""
+    """Return a device with `needed` bytes of free memory; None if there is none."""
     if psutil.virtual_memory().available < needed:
         return None
     if args.device.type == "cuda":
         torch.cuda.empty_cache()
         if torch.cuda.mem_get_info(args.device)[0] > needed:
             return args.device
-    # The layers of Liger, which it gives to every model of this process, run on a GPU alone.
+    # Liger replaces the layers of every model in this process by ones that run on a GPU only.
     return None if args.use_liger_kernel and args.device.type != "cpu" else torch.device("cpu")
 
 
-def check_tokenizer(found: PreTrainedTokenizerBase, expected: PreTrainedTokenizerBase) -> None:
-    if found.get_vocab() != expected.get_vocab():
+def check_tokenizer(loaded: PreTrainedTokenizerBase, expected: PreTrainedTokenizerBase) -> None:
+    """Raise `Damaged` for a tokenizer with another vocabulary or chat template."""
+    if loaded.get_vocab() != expected.get_vocab():
         raise Damaged("its tokenizer has another vocabulary than the one that was trained with")
-    if found.chat_template != expected.chat_template:
+    if loaded.chat_template != expected.chat_template:
         raise Damaged("its chat template is not the one that was trained with")
 
 
-def check_logits(found: Tensor, expected: Tensor, most: float) -> None:
-    if found.shape != expected.shape:
-        raise Damaged(f"its logits have the shape {list(found.shape)} in place of {list(expected.shape)}")
-    # By token, and the median: rounding may send one to another expert.
+def check_logits(logits: Tensor, expected: Tensor, limit: float) -> None:
+    """Raise `Damaged` if logits, (tokens, vocab), differ by more than `limit` of their norm."""
+    if logits.shape != expected.shape:
+        raise Damaged(f"its logits have the shape {list(logits.shape)} instead of {list(expected.shape)}")
+    # The median over the tokens, since rounding may send a token to another expert.
     centered = expected - expected.mean(-1, keepdim=True)
-    shifted = found - found.mean(-1, keepdim=True)
-    apart = ((shifted - centered).norm(dim=-1) / centered.norm(dim=-1).clamp_min(1e-6)).median().item()
-    if not apart <= most:
+    shifted = logits - logits.mean(-1, keepdim=True)
+    difference = ((shifted - centered).norm(dim=-1) / centered.norm(dim=-1).clamp_min(1e-6)).median().item()
+    if not difference <= limit:
         raise Damaged(
-            f"loaded again it gives other logits than the model in memory: {apart:.2g} of their norm apart, "
-            f"where rounding explains {most:g}"
+            f"loaded again it gives other logits than the model in memory: they differ by {difference:.2g} "
+            f"of their norm, and rounding explains {limit:g}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What to say, and what to try next, when memory runs out."""
+"""Report what took the memory when it runs out, and what to change."""
 
 import errno
 import gc
@@ -27,24 +27,24 @@ from dft.training.memory.estimate import (
 from dft.training.parameters import GIB
 
 SMALLER = 76
-"""Exit code of a run that noted a smaller batch under --auto_find_batch_size: the same command goes on."""
+"""Exit code of a run that recorded a smaller batch (`--auto_find_batch_size`): run the same command again."""
 MEMORY_ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError)
-"""What is raised where memory runs out; mostly for other reasons, so `ran_out` has to be asked."""
-WORDS = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "Cannot allocate memory")
-"""In those RuntimeErrors that say so."""
+"""Exceptions raised when memory runs out, and for other reasons as well: check with `ran_out`."""
+MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "Cannot allocate memory")
+"""Parts of the messages of such RuntimeErrors."""
 SHARD = (
     "load them in half precision (--torch_dtype bfloat16), or spread them over GPUs (--deepspeed "
     "ds_config/zero3.json) or to the CPU's memory (zero3_offload.json)"
 )
-WORTH_SAYING = 0.01
-"""Share of all there is that a remedy has to save."""
+MIN_SAVED_SHARE = 0.01
+"""Share of the total that a remedy must save to be mentioned."""
 
 
 class OutOfMemory(UserError):
-    """Memory ran out.
+    """Raised when memory ran out.
 
     Attributes:
-        smaller: whether a smaller batch was noted, with which the same command goes on.
+        smaller: whether a smaller batch was recorded, which the same command uses next.
     """
 
     def __init__(self, message: str, smaller: bool) -> None:
@@ -54,11 +54,12 @@ class OutOfMemory(UserError):
 
 @dataclass
 class MicroBatch:
-    """What was computed last.
+    """The micro-batch that was computed last.
 
     Attributes:
-        rows, tokens: of its input; 0 before the first one.
-        is_training: and not an evaluation.
+        rows: number of its rows; 0 before the first micro-batch.
+        tokens: number of its tokens with padding.
+        is_training: whether it was one of training, not of an evaluation.
     """
 
     rows: int = 0
@@ -67,17 +68,22 @@ class MicroBatch:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an exception says that memory did."""
+    """Return whether an exception means that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in WORDS)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
 
 
 @contextmanager
-def telling_what_did_not_fit(what: str, remedy: str) -> Iterator[None]:
-    """Raises `UserError` where memory runs out before there is a trainer."""
+def convert_memory_errors(what: str, remedy: str) -> Iterator[None]:
+    """Raise `UserError` if memory runs out before there is a trainer.
+
+    Args:
+        what: what does not fit, for the message.
+        remedy: what to change.
+    """
     try:
         yield
     except MEMORY_ERRORS as error:
@@ -87,16 +93,16 @@ def telling_what_did_not_fit(what: str, remedy: str) -> Iterator[None]:
 
 
 def asked_for(error: BaseException) -> str:
-    """What could not be had."""
-    found = re.search(r"ried to allocate ([\d.]+ ?\w+)", str(error))
-    if found is None:
+    """Return how much memory could not be allocated, in words."""
+    match = re.search(r"ried to allocate ([\d.]+ ?\w+)", str(error))
+    if match is None:
         return "of unknown size"
-    amount, unit = re.fullmatch(r"([\d.]+) ?(\w+)", found[1]).groups()
-    return f"asked for {format_gib(float(amount) / GIB) if unit == 'bytes' else found[1]}"
+    amount, unit = re.fullmatch(r"([\d.]+) ?(\w+)", match[1]).groups()
+    return f"asked for {format_gib(float(amount) / GIB) if unit == 'bytes' else match[1]}"
 
 
 def free_unused_memory() -> None:
-    """Gives back what no tensor uses any more. To be called when the exception is gone: it keeps frames."""
+    """Free memory that no tensor uses. Call it after the exception is gone, which keeps frames alive."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -167,42 +173,49 @@ def advice(
     error: BaseException,
     step: int,
 ) -> str:
-    """What took the memory, and which flags to change, those that save most first.
+    """Return what took the memory, and which flags to change, those that save most first.
 
     Args:
+        model: the trained model.
+        args: the training arguments.
         last: the micro-batch that did not fit.
         is_fused: whether the loss is computed without logits.
-        step: the optimizer step that was being made.
+        error: the exception.
+        step: the optimizer step that was being computed.
     """
-    known = estimate_memory(model, args, last.tokens)
+    estimate = estimate_memory(model, args, last.tokens)
     activations = estimate_activations(model, args, last.rows, last.tokens)
     logits = 0.0 if is_fused else estimate_logits(model, args, last.tokens)
     if not last.is_training:
         activations, logits = 0.0, logits / 3  # nothing is kept for a gradient
     parts = {
-        "weights": known.weights,
-        "gradients": known.gradients,
-        "optimizer": known.optimizer or 0.0,
+        "weights": estimate.weights,
+        "gradients": estimate.gradients,
+        "optimizer": estimate.optimizer or 0.0,
         "activations": activations,
-        "logits" if logits else "loss": logits or known.head,
+        "logits" if logits else "loss": logits or estimate.head,
     }
     total = sum(parts.values())
-    held = ", ".join(f"{name} {format_gib(one)}" for name, one in parts.items() if one > 0)
+    held = ", ".join(f"{name} {format_gib(gib)}" for name, gib in parts.items() if gib > 0)
     saved = remedies(model, args, last, parts)
-    saved += [(gap, "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment") for gap in fragments()]
-    worth = sorted((one for one in saved if one[0] > WORTH_SAYING * total), reverse=True)
-    told = "; ".join(
-        f"{number}. {text} (saves about {format_gib(gib)})" for number, (gib, text) in enumerate(worth, 1)
+    saved += [
+        (gap, "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment") for gap in unusable_memory()
+    ]
+    useful = sorted((remedy for remedy in saved if remedy[0] > MIN_SAVED_SHARE * total), reverse=True)
+    changes = "; ".join(
+        f"{number}. {text} (saves about {format_gib(gib)})" for number, (gib, text) in enumerate(useful, 1)
     )
     doing = "training" if last.is_training else "evaluating"
     where = f"{doing} {last.rows} x {last.tokens // max(1, last.rows):,} tokens" if last.rows else "preparing"
     return (
-        f"out of memory in step {step}, {where} ({asked_for(error)}{in_use(args.device)}). By size, on each "
-        f"device: {held}. To change, in order of effect: {told or 'use a smaller model, or more devices'}"
+        f"out of memory in step {step}, {where} ({asked_for(error)}{device_usage(args.device)}). By size, on "
+        f"each device: {held}. To change, in order of effect: "
+        f"{changes or 'use a smaller model, or more devices'}"
     )
 
 
-def in_use(device: torch.device) -> str:
+def device_usage(device: torch.device) -> str:
+    """Return how much memory a GPU has and uses, in words; nothing for other devices."""
     if device.type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)
@@ -213,8 +226,8 @@ def in_use(device: torch.device) -> str:
     )
 
 
-def fragments() -> list[float]:
-    """GiB that torch's allocator holds and cannot hand out."""
+def unusable_memory() -> list[float]:
+    """Return the GiB that torch's allocator has reserved and cannot use, in a list; empty without a GPU."""
     if not torch.cuda.is_available():
         return []
     return [(torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / GIB]
@@ -223,39 +236,48 @@ def fragments() -> list[float]:
 def remedies(
     model: nn.Module, args: transformers.TrainingArguments, last: MicroBatch, parts: dict[str, float]
 ) -> list[tuple[float, str]]:
-    """(GiB that it saves, what to do) of each remedy that this run has not taken yet."""
-    found = []
+    """Return each remedy that this run does not use yet: the GiB that it saves, and what to do.
+
+    Args:
+        model: the trained model.
+        args: the training arguments.
+        last: the micro-batch that did not fit.
+        parts: GiB by what takes them.
+    """
+    changes: list[tuple[float, str]] = []
     per_batch = parts["activations"] + parts.get("logits", 0.0)
     if "logits" in parts:
-        found.append((parts["logits"], "--fused_head auto, where the model allows it"))
+        changes.append((parts["logits"], "--fused_head auto, where the model allows it"))
     if not last.is_training:
         if last.rows > 1:
             text = f"--per_device_eval_batch_size {last.rows // 2}"
-            found.append((per_batch / 2 or parts["loss"] / 2, text))
-        return found
+            changes.append((per_batch / 2 or parts["loss"] / 2, text))
+        return changes
     if not args.gradient_checkpointing:
-        kept = estimate_activations(model, args, last.rows, last.tokens, checkpointed=True)
-        found.append((parts["activations"] - kept, "--enable_gradient_checkpointing True"))
+        remaining = estimate_activations(model, args, last.rows, last.tokens, checkpointed=True)
+        changes.append((parts["activations"] - remaining, "--enable_gradient_checkpointing True"))
     smaller = smaller_batch(args)
     if smaller is not None:
         text = "--per_device_train_batch_size {} --gradient_accumulation_steps {}".format(*smaller)
         share = 1 - smaller[0] / args.per_device_train_batch_size
-        found.append((per_batch * share, f"{text}, the same result (--auto_find_batch_size True does that)"))
+        changes.append(
+            (per_batch * share, f"{text}, the same result (--auto_find_batch_size True does that)")
+        )
     elif last.tokens > 1:
-        found.append((per_batch / 2, f"--max_length {last.tokens // last.rows // 2}"))
+        changes.append((per_batch / 2, f"--max_length {last.tokens // last.rows // 2}"))
     if args.device.type == "cuda" and args.mixed_precision == "no" and model.dtype.itemsize == 4:
-        found.append((parts["activations"] / 2, "--bf16 True"))
+        changes.append((parts["activations"] / 2, "--bf16 True"))
     stage, optimizer_away, weights_away = zero_of(args)
     ranks, state = world_size(), parts["weights"] + parts["gradients"] + parts["optimizer"]
     if ranks > 1 and not args.fsdp and not has_4bit_weights(model) and stage < 3:
-        # What is sharded already is an n-th of what it would be.
+        # What is sharded already has only the size of one share.
         shared = {0: state, 1: state - parts["optimizer"], 2: parts["weights"]}[stage]
-        found.append((shared * (1 - 1 / ranks), "--deepspeed ds_config/zero3.json"))
+        changes.append((shared * (1 - 1 / ranks), "--deepspeed ds_config/zero3.json"))
     offloaded = optimizer_away and weights_away
     if args.device.type == "cuda" and stage and not has_4bit_weights(model) and not offloaded:
         away = parts["optimizer"] + parts["gradients"] + parts["weights"]
-        found.append((away, "--deepspeed ds_config/zero3_offload.json, which is slower"))
-    return found
+        changes.append((away, "--deepspeed ds_config/zero3_offload.json, which is slower"))
+    return changes
 
 
 # ---- the search for a batch that fits ----

@@ -15,8 +15,8 @@ from dft.training.memory.out_of_memory import (
     OutOfMemory,
     advice,
     asked_for,
+    convert_memory_errors,
     ran_out,
-    telling_what_did_not_fit,
 )
 
 CPU_WORDS = (
@@ -176,10 +176,10 @@ def test_nothing_is_written_without_a_smaller_batch(tmp_path):
 def test_out_of_memory_before_training_is_one_error():
     with (
         pytest.raises(UserError, match=r"out of memory: the weights \(asked for 2.50 GiB\); shard"),
-        telling_what_did_not_fit("the weights", "shard"),
+        convert_memory_errors("the weights", "shard"),
     ):
         raise torch.OutOfMemoryError(CUDA_WORDS)
-    with pytest.raises(RuntimeError, match="else"), telling_what_did_not_fit("the weights", "shard"):
+    with pytest.raises(RuntimeError, match="else"), convert_memory_errors("the weights", "shard"):
         raise RuntimeError("something else")
 
 
