@@ -1,14 +1,20 @@
-"""A trainer that is killed at a chosen moment.
+"""Trainer with a fault that environment variables inject at a chosen moment.
 
-DIE_AT names it: `step 4`, when that step is done and before anything follows; `micro 4.1`, within the step
-after 4, when so many of its micro-batches are done; `evaluating 4` and `evaluated 4`, within and after the
-evaluation at that step; `saving 4 PART`, in the save of that step when PART of it (model, optimizer, state,
-sealed) is written; `verifying 4`, when the model of that save is to be verified.
-
-DIE_BY is the signal, or something else happens and the run lives on: FULL, READ_ONLY or GONE, which the DISK
-is then; NAN, written into the weights in the folder DISK; or MEMORY, of which the process may take DISK more
-bytes from then on. DIE_TIMES is how often the signal is sent, DIE_RANK the rank that gets it, all of them by
-default.
+DIE_AT      moment of the fault:
+              `step 4`               after step 4, before anything else
+              `micro 4.1`            in the step after step 4, after its first micro-batch
+              `evaluating 4`         in the evaluation at step 4
+              `evaluated 4`          after the evaluation at step 4
+              `saving 4 PART`        in the save at step 4, after PART of it is written: model, optimizer,
+                                     state, sealed, or final for the last save
+              `verifying 4`          before the model of the save at step 4 is verified
+DIE_BY      name of the signal to send, SIGKILL by default, or another fault after which the run continues:
+              FULL, READ_ONLY, GONE  state of the disk DISK from then on
+              NAN                    written into the weights in the folder DISK
+              MEMORY                 limit on the memory that the process may take from then on, DISK bytes
+DIE_TIMES   how often the signal is sent, once by default
+DIE_RANK    rank of the fault, all by default
+SAVE_SLOWLY seconds to wait after each part of a save, so that kills at random times hit saves
 """
 
 import os
@@ -34,36 +40,38 @@ _is_dead = False
 
 
 def die_at(moment: str) -> None:
-    """Does what is to be done at this moment, once."""
-    wanted, rank = os.environ.get("DIE_AT"), os.environ.get("RANK", "0")
+    """Inject the fault if this is its moment, once."""
     global _is_dead
-    if wanted == moment and not _is_dead and os.environ.get("DIE_RANK", rank) == rank:
-        _is_dead = True  # a signal may be survived, and the moment come again
-        by, disk = os.environ.get("DIE_BY", "SIGKILL"), os.environ.get("DISK", "")
-        if by == "FULL":
+    rank = os.environ.get("RANK", "0")
+    if os.environ.get("DIE_AT") == moment and not _is_dead and os.environ.get("DIE_RANK", rank) == rank:
+        _is_dead = True  # the process may survive the signal, and the moment may recur
+        fault, disk = os.environ.get("DIE_BY", "SIGKILL"), os.environ.get("DISK", "")
+        if fault == "FULL":
             fill(Path(disk))
-        elif by == "READ_ONLY":
+        elif fault == "READ_ONLY":
             subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        elif by == "GONE":
+        elif fault == "GONE":
             os.rename(disk, f"{disk}.gone")
-        elif by == "NAN":
+        elif fault == "NAN":
             write_nan(Path(disk) / "model.safetensors")
-        elif by == "MEMORY":
+        elif fault == "MEMORY":
             pages = int(Path("/proc/self/statm").read_bytes().split()[0])
-            most = pages * resource.getpagesize() + int(disk)
-            resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+            limit = pages * resource.getpagesize() + int(disk)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         else:
             for _ in range(int(os.environ.get("DIE_TIMES", "1"))):
-                os.kill(os.getpid(), signal.Signals[by])
+                os.kill(os.getpid(), signal.Signals[fault])
 
 
 def fill(disk: Path) -> None:
+    """Write a file until the disk is full."""
     with suppress(OSError), open(disk / "ballast", "wb", buffering=0) as stream:
         while True:
             stream.write(bytes(2**16))
 
 
 def write_nan(file: Path) -> None:
+    """Set the first value of a saved weight to NaN."""
     weights = load_file(file)
     name = min(weights)
     weights[name] = weights[name].clone()
@@ -72,7 +80,7 @@ def write_nan(file: Path) -> None:
 
 
 class DyingTrainer(DFTTrainer):
-    """A trainer that dies at the chosen moment."""
+    """Trainer that calls `die_at` at every moment that DIE_AT can name."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -139,12 +147,12 @@ class DyingTrainer(DFTTrainer):
             yield
 
     def _saved(self, part: str) -> None:
-        time.sleep(float(os.environ.get("SAVE_SLOWLY", "0")))  # seconds, so that kills at random come within
+        time.sleep(float(os.environ.get("SAVE_SLOWLY", "0")))
         die_at(f"saving {self.state.global_step} {part}")
 
 
 class DieAtStepEnd(TrainerCallback):
-    """Calls a trainer at the end of each step, before the trainer's own callback."""
+    """Calls `DyingTrainer.end_step` at the end of each step, before the callback of the trainer itself."""
 
     def __init__(self, trainer: DyingTrainer) -> None:
         self.trainer = trainer

@@ -25,7 +25,7 @@ MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 NON_MODEL_KEYS = ("labels", "num_tokens", "loss_positions", "sequence_ids", "origins")
 """Entries of a batch that the loss and its metrics use. They are not passed to the model."""
 PROBE_LENGTHS = (7, 8)
-"""Tokens of the two sequences of the isolation check. The second starts at no multiple of a small chunk."""
+"""Tokens of the two sequences of the isolation check; unequal, so that offsets do not cancel out."""
 LOOSEST = 5e-2
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: LOOSEST}
 """Tolerated error of the logits of one token, relative to their norm."""
