@@ -209,7 +209,8 @@ def comparison_notes(runs: Sequence[ComparedRun]) -> list[str]:
             "The models differ. If their tokenizers differ too, a token is not the same amount of text, and "
             "metrics per token cannot be compared."
         )
-    counts = {series(report["log"], f"{EVAL}supervised_tokens").last for report in reports} - {None}
+    last_counts = (series(report["log"], f"{EVAL}supervised_tokens").last for report in reports)
+    counts = {count for count in last_counts if count is not None}
     if len(counts) > 1:
         numbers = ", ".join(f"{count:,.0f}" for count in sorted(counts))
         remarks.append(

@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -125,8 +126,7 @@ def overview_figure(
     """
     rows = -(-(len(panels) + (histogram is not None)) // 4) or 1
     with styled():
-        figure = Figure(figsize=(16, 0.9 + 3.1 * rows), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+        figure = Figure(figsize=(16, 0.9 + 3.1 * rows), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
         places = figure.subplots(rows, 4, squeeze=False).flatten()
         for axes, (name, (metric, lines)) in zip(places, panels.items(), strict=False):

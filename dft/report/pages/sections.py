@@ -103,7 +103,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 def _rising_nll(log: Log) -> str | None:
     """Return an explanation if nll and acc both rose on held-out data."""
     nll, acc = series(log, EVAL + NLL.name), series(log, EVAL + ACC.name)
-    if min(len(nll), len(acc)) < 2 or not (nll.last > nll.first and acc.last > acc.first):
+    if not all(len(curve) and curve.values[-1] > curve.values[0] for curve in (nll, acc)):
         return None
     return (
         f"On held-out data nll rose from {format_number(nll.first)} to {format_number(nll.last)} while acc "
@@ -146,8 +146,9 @@ def histogram_caption(before: Histogram | None, after: Histogram) -> str:
         after: the histogram of the last evaluation.
     """
     text = (
-        "DFT polarizes: most tokens move to p near 1, and some are given up near p = 0. SFT raises all "
-        "tokens, the unlikely ones most (Figure 2 of the paper). The vertical axis is logarithmic."
+        "DFT usually polarizes the tokens: most move to p near 1, and some are given up near p = 0. SFT "
+        "raises all of them, the unlikely ones most (Figure 2 of the paper). The vertical axis is "
+        "logarithmic."
     )
     if before is None:
         return f"{text} Only one evaluation has a histogram so far, at step {after.step:,}."
@@ -173,7 +174,7 @@ def distribution(histograms: Sequence[Histogram]) -> list[dict[str, Any]]:
 
 def data_rows(data: Mapping[str, Any], folder: Path) -> list[Row]:
     """Return the lines of `data_summary` as two columns; nothing if the data is not recorded."""
-    lines = data_summary(dict(data), str(folder)) if data else []
+    lines = data_summary(data, str(folder)) if data else []
     return [(line[:12].strip(), line[12:]) for line in lines]
 
 

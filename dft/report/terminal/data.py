@@ -1,7 +1,7 @@
 """Text summaries of the prepared data, and a view of single sequences."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ BAR = 40
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
-def data_summary(report: dict[str, Any], folder: str | None = None) -> list[str]:
+def data_summary(report: Mapping[str, Any], folder: str | None = None) -> list[str]:
     """Return a few lines on the conversations that are used, truncated and dropped.
 
     Args:
@@ -34,7 +34,7 @@ def data_summary(report: dict[str, Any], folder: str | None = None) -> list[str]
     return lines + _lost_lines(report, folder) + _ending_lines(report)
 
 
-def data_details(report: dict[str, Any], folder: str | None = None) -> list[str]:
+def data_details(report: Mapping[str, Any], folder: str | None = None) -> list[str]:
     """Return about a page: `data_summary`, then roles, turns and lengths of the conversations."""
     turns = report["turns_per_conversation"]
     roles = ", ".join(f"{role} {number:,}" for role, number in report["roles"].items())
@@ -50,7 +50,7 @@ def data_details(report: dict[str, Any], folder: str | None = None) -> list[str]
     return lines
 
 
-def _split_lines(split: str, report: dict[str, Any]) -> list[str]:
+def _split_lines(split: str, report: Mapping[str, Any]) -> list[str]:
     numbers, limit = report[split], report["options"]["max_length"]
     levels = numbers["length_percentiles"]
     lines = [
@@ -73,7 +73,7 @@ def _split_lines(split: str, report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _lost_lines(report: dict[str, Any], folder: str | None) -> list[str]:
+def _lost_lines(report: Mapping[str, Any], folder: str | None) -> list[str]:
     """Return lines on rejected, truncated, dropped and unused conversations."""
     lines = []
     if count := report["rejected"]:
@@ -90,7 +90,7 @@ def _lost_lines(report: dict[str, Any], folder: str | None) -> list[str]:
     return lines
 
 
-def _length_limit_lines(report: dict[str, Any]) -> list[str]:
+def _length_limit_lines(report: Mapping[str, Any]) -> list[str]:
     """Return lines on what --max_length cost, with the lost tokens in parentheses or, if shared, below."""
     limit = f"--max_length {report['options']['max_length']}"
     lines = []
@@ -110,7 +110,7 @@ def _length_limit_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _ending_lines(report: dict[str, Any]) -> list[str]:
+def _ending_lines(report: Mapping[str, Any]) -> list[str]:
     lines = []
     if endings := report["end_of_turn_tokens"]:
         shown = ", ".join(f"{token} x {number:,}" for token, number in endings.items())
@@ -127,7 +127,7 @@ def _ending_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _length_lines(split: str, numbers: dict[str, Any]) -> list[str]:
+def _length_lines(split: str, numbers: Mapping[str, Any]) -> list[str]:
     """Return lines with the length percentiles, a histogram and the longest sequences."""
     levels = ", ".join(f"{level:,} ({at} %)" for at, level in numbers["length_percentiles"].items())
     lines = [f"lengths     of {split} sequences in tokens: {levels}"]
@@ -144,7 +144,7 @@ def _length_lines(split: str, numbers: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _numbers(numbers: dict[str, Any]) -> str:
+def _numbers(numbers: Mapping[str, Any]) -> str:
     """Return counts in words. A repeated conversation counts once, its sequences count every time."""
     share = 100 * numbers["supervised_tokens"] / max(numbers["tokens"], 1)
     sequences = _count(numbers["sequences"], "sequence")

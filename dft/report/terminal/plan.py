@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from transformers import PreTrainedModel
 
 from dft.arguments.objective import build_objective
 from dft.arguments.parser import Arguments
@@ -23,7 +23,7 @@ from dft.training.parameters import GIB
 
 
 def base_model_gib(
-    model: nn.Module, training: transformers.TrainingArguments, longest: int, fused: bool
+    model: PreTrainedModel, training: transformers.TrainingArguments, longest: int, fused: bool
 ) -> float:
     """Return the GiB that a frozen copy of the model and its logits take.
 
@@ -40,7 +40,7 @@ def base_model_gib(
     return weights + (min(logits, tile) if fused else logits)
 
 
-def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -> list[str]:
+def plan_lines(arguments: Arguments, model: PreTrainedModel, report: dict[str, Any]) -> list[str]:
     """Return lines on the size, data and memory of a run, and on the closest settings that fit.
 
     Args:
@@ -83,7 +83,7 @@ def plan_lines(arguments: Arguments, model: nn.Module, report: dict[str, Any]) -
     return [*lines, *_alternative_lines(alternatives)]
 
 
-def _model_size(model: nn.Module) -> str:
+def _model_size(model: PreTrainedModel) -> str:
     """Return the number of parameters, how many are trainable, and the dtype of the weights."""
     # A byte of 4-bit weights holds two parameters.
     total = sum(weight.numel() * (2 if weight.dtype == torch.uint8 else 1) for weight in model.parameters())
