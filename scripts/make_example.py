@@ -59,6 +59,7 @@ CALCULATOR = "You can call the tool calc. It returns the value of an expression.
 
 
 def ask_sum(rng: random.Random) -> tuple[str, str]:
+    """Return a question and its answer, as all functions in `TASKS` do."""
     a, b = rng.randrange(10), rng.randrange(10)
     question = rng.choice(("What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?"))
     return question.format(a, b), f"{a} + {b} = {a + b}"
@@ -92,6 +93,7 @@ TASKS = (ask_sum, ask_successor, ask_copy, ask_reverse, ask_spelling)
 
 
 def tool_conversation(rng: random.Random) -> list[Message]:
+    """Return a conversation in which the assistant calls a calculator."""
     question, answer = ask_sum(rng)
     expression, value = answer.split(" = ")
     return [

@@ -1,1 +1,1 @@
-"""What a person looks at: the data report and the run report."""
+"""Reports for users: terminal output, HTML pages, the model card, `report.json` and the preflight advice."""

@@ -1,6 +1,7 @@
 """The run of `--preflight True`: score a sample of the training data, and report whether DFT suits it."""
 
 from pathlib import Path
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -9,11 +10,26 @@ from dft.console import say
 from dft.ranks import is_main_process
 from dft.report.preflight_advice import preflight_report
 from dft.report.terminal.preflight import preflight_lines
-from dft.training.trainer import DFTTrainer
+from dft.training.measuring.scoring import TokenTable
 
 
-def run_preflight(arguments: Arguments, trainer: DFTTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Score a sample of the training data with the untrained model, then write and print the report.
+class ScoringTrainer(Protocol):
+    """What the preflight uses of a trainer; `DFTTrainer` provides it.
+
+    Attributes:
+        train_dataset: the prepared training data.
+        end_of_turn_ids: token ids that end a turn.
+    """
+
+    train_dataset: Any
+    end_of_turn_ids: list[int]
+
+    def score(self, dataset: Any) -> TokenTable:
+        """Score the supervised tokens of a dataset with the model as it is."""
+
+
+def run_preflight(arguments: Arguments, trainer: ScoringTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Score a sample of the training data with the model before training, then write and print the report.
 
     Args:
         arguments: the parsed flags.

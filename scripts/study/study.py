@@ -163,7 +163,7 @@ def score_unseen(answers: Path, problems: Path, trained_on: Sequence[Path]) -> S
 def evaluate_in_parallel(
     pool: ThreadPoolExecutor, models: dict[str, Model], files: Sequence[Path], output: Path, size: Size
 ) -> dict[str, dict[str, Score]]:
-    """`evaluate` in two processes, each with half of the models."""
+    """Call `evaluate` in two processes, each with half of the models."""
     names = list(models)
     parts = [{name: models[name] for name in names[part::2]} for part in range(2)]
     tasks = [

@@ -1,1 +1,1 @@
-"""HTML pages and figures."""
+"""HTML pages, their templates and figures."""

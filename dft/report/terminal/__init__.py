@@ -1,1 +1,1 @@
-"""Text that is printed to the terminal."""
+"""Lines of text that are printed to the terminal."""
