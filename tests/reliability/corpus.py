@@ -112,7 +112,7 @@ DATA = [
     Case(
         "data-empty-folder",
         lambda ground: {"data_files": ground.folder},
-        "is a folder without a file that ends",
+        "is a folder that holds no file ending in",
     ),
     Case("data-device", lambda _: {"data_files": "/dev/null"}, "/dev/null: is not a regular file"),
     Case(
@@ -226,7 +226,7 @@ MODELS = [
     ),
     Case("model-missing", lambda _: {"model_name_or_path": "./nowhere"}, "./nowhere: no such folder"),
     Case("model-a-file", lambda g: {"model_name_or_path": g.file("m.bin", b"x")}, "m.bin"),
-    Case("model-empty-name", lambda _: {"model_name_or_path": ""}, "--model_name_or_path '': name a folder"),
+    Case("model-empty-name", lambda _: {"model_name_or_path": ""}, "--model_name_or_path '': pass a folder"),
     model("tokenizer-broken", lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer"),
     model("tokenizer-missing", without(*TOKENIZER), "tokenizer"),
     model(
@@ -258,7 +258,7 @@ CONFIGS = [
         + "".join(
             f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
         ),
-        "the alias .a: write out what it stands for",
+        "the alias .a is not supported; repeat its value",
     ),
     config("config-nested-mapping", "max_length: {a: 1}\n", "max_length"),
     Case("config-folder", lambda ground: {"config": ground.folder}, "no such file"),
