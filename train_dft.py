@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dft.arguments.batch_search import check_same_batch
-from dft.arguments.conflicts import check_batches
+from dft.arguments.conflicts import check_batches, find_notes
 from dft.arguments.data import prepare_options
 from dft.arguments.parser import Arguments, parse_arguments
 from dft.console import say
@@ -39,6 +39,7 @@ from dft.report.terminal.start_and_end import (
 from dft.training.batching import describe_batching
 from dft.training.checkpoints.disk_space import check_space
 from dft.training.checkpoints.folder import clear_away
+from dft.training.checkpoints.resume_point import resolve_resume
 from dft.training.measuring.console import tag_warnings
 from dft.training.measuring.trackers import RunRecordCallback
 from dft.training.memory.out_of_memory import OutOfMemory
@@ -64,7 +65,8 @@ def main() -> None:
     tag_warnings()
     arguments = parse_arguments()
     check_run(arguments)
-    arguments.notes.extend(set_up_output(arguments.training))
+    arguments.training.resume_from_checkpoint, notes = resolve_resume(arguments)
+    arguments.notes.extend([*notes, *find_notes(arguments), *set_up_output(arguments.training)])
     tokenizer, encoder = load_encoder(arguments)
     say(*new_notes(arguments))
     data = prepare_data(arguments, encoder)

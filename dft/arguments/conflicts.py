@@ -14,6 +14,7 @@ from dft.arguments.loss_settings import check_loss_settings
 from dft.arguments.objective import build_objective, check_objective, minimum_weight
 from dft.arguments.parallelism import check_deepspeed, check_fsdp, check_sequence_parallel
 from dft.arguments.parser import Arguments
+from dft.arguments.watch import WatchArguments
 from dft.errors import UserError
 from dft.metrics import selectable
 from dft.ranks import data_parallel_size, sequence_parallel_size, world_size
@@ -184,7 +185,9 @@ def find_notes(arguments: Arguments) -> list[str]:
     """Return a note for each combination of flags that is valid and may surprise the user."""
     if arguments.data.prepare_only:
         return []
-    notes, dft, training = [], arguments.dft, arguments.training
+    notes, dft, training, watch = [], arguments.dft, arguments.training, arguments.watch
+    if watch.preflight_samples != WatchArguments.preflight_samples and not watch.preflight:
+        notes.append(f"--preflight_samples {watch.preflight_samples} has no effect without --preflight True")
     minimum = minimum_weight(build_objective(dft))
     if 0 < dft.end_of_turn_weight <= minimum:
         notes.append(

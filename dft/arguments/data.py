@@ -85,6 +85,11 @@ class DataArguments(DataOptions, DataFiles):
     )
 
 
+def resolve_validation_split(data: DataArguments) -> float:
+    """Return the percentage to hold out for evaluation: 0 if there are files to evaluate on."""
+    return 0.0 if data.eval_data_files else data.validation_split_percentage
+
+
 def check_data_arguments(data: DataArguments) -> None:
     """Raise `UserError` for flags of the data that contradict one another or cannot be parsed."""
     if data.data_weights and len(data.data_weights) != len(data.data_files):

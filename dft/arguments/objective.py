@@ -97,7 +97,7 @@ def build_objective(dft: DFTArguments) -> Objective:
     """
     if "alpha" in parameters_of(dft.objective):
         with convert_value_errors(f"--dft_alpha {dft.dft_alpha:g}"):
-            alpha = {"alpha": make_objective(Dft.name, {"alpha": dft.dft_alpha}).alpha}
+            alpha = {"alpha": Dft(dft.dft_alpha).alpha}
     else:
         alpha = {}
     flag = f"--objective {dft.objective}"
@@ -152,7 +152,7 @@ def check_objective(dft: DFTArguments) -> None:
         )
     if schedule.kind != CONSTANT.kind and not isinstance(objective, Dft):
         raise UserError(f"--dft_alpha_schedule {schedule.kind}: {without_alpha}")
-    if schedule.kind != CONSTANT.kind and objective.alpha == 0:
+    if schedule.kind != CONSTANT.kind and isinstance(objective, Dft) and objective.alpha == 0:
         raise UserError(
             f"--dft_alpha_schedule {schedule.kind}: alpha increases from 0 to --dft_alpha, which is 0; set "
             "--dft_alpha to the final value"

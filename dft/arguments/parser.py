@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from dft.arguments.config_file import SECRETS, expand_config
-from dft.arguments.data import DataArguments
+from dft.arguments.data import DataArguments, resolve_validation_split
 from dft.arguments.deepspeed_file import zero_stage
 from dft.arguments.lora import LoraArguments
 from dft.arguments.model import ModelArguments
@@ -89,15 +89,23 @@ class Parser(HfArgumentParser):
         del flags["config"]
         ignored = ignored_flags(flags)
         try:
-            groups = self.parse_dict({**flags, **ignored}, allow_extra_keys=False)
+            model, data, dft, lora, watch, training = self.parse_dict(
+                {**flags, **ignored}, allow_extra_keys=False
+            )
         except UserError:
             raise
         except (ValueError, ImportError, OSError) as error:  # raised by transformers for invalid values
             raise UserError(" ".join(str(error).split())) from None
-        for group in groups[:-1]:  # TrainingArguments checks its own bounds, before it derives values
+        for group in (
+            model,
+            data,
+            dft,
+            lora,
+            watch,
+        ):  # TrainingArguments checks its own bounds, before it derives values
             check_bounds(group)
-        arguments = Arguments(*groups, flags=flags, notes=[])
-        arguments.notes.extend(resolve(arguments, ignored))
+        arguments = Arguments(model, data, dft, lora, watch, training, flags, [])
+        arguments.notes.extend(apply_resolved_values(arguments, ignored))
         repeated = repeated_flags_note(argv)
         arguments.notes[:0] = [repeated] if repeated else []
         return arguments
@@ -125,7 +133,7 @@ def ignored_flags(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: default for name, default in ignored.items() if flags[name] != default}
 
 
-def resolve(arguments: Arguments, ignored: dict[str, Any]) -> list[str]:
+def apply_resolved_values(arguments: Arguments, ignored: dict[str, Any]) -> list[str]:
     """Set the values that follow from several flags, and return a note for each.
 
     Args:
@@ -137,17 +145,20 @@ def resolve(arguments: Arguments, ignored: dict[str, Any]) -> list[str]:
     if ignored:
         names = ", ".join(f"--{name} {arguments.flags[name]}" for name in ignored)
         reason = (
-            "it only prepares the data" if data.prepare_only else "only ZeRO-3 is needed to score a model"
+            "it only prepares the data"
+            if data.prepare_only
+            else "DeepSpeed evaluates with ZeRO-3 only, so the model is scored without it"
         )
         notes.append(f"{kind} True ignores {names}: {reason}")
     if arguments.model.enable_gradient_checkpointing:
         training.activation_checkpointing = training.gradient_checkpointing = True
-    if data.eval_data_files and data.validation_split_percentage:
+    split = resolve_validation_split(data)
+    if split != data.validation_split_percentage:
         notes.append(
             f"--validation_split_percentage {data.validation_split_percentage:g} has no effect: the run "
             "evaluates on --eval_data_files"
         )
-        data.validation_split_percentage = 0.0
+        data.validation_split_percentage = split
     alpha = resolve_alpha(dft)
     if alpha != dft.dft_alpha:
         notes.append(f"--use_simple_dft False: alpha is {alpha:g}, plain SFT")

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import transformers
@@ -126,12 +126,13 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None, metadata={"help": "No effect: all metrics are logged every --logging_steps."}
     )
 
-    def __post_init__(self) -> None:
+    # mypy does not read transformers and so does not know its fields: the methods take `self` as Any.
+    def __post_init__(self: Any) -> None:
         check_bounds(self, INHERITED_BOUNDS)
         self.notes: list[str] = []
         self.requested_batch: tuple[int, int] | None = None
         if self.auto_find_batch_size:
-            self._load_batch()
+            self._use_stored_batch()
         if not self.use_cpu and not torch.accelerator.is_available():
             self.use_cpu = True
             self.notes.append("no accelerator found: running on CPU")
@@ -160,7 +161,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.fsdp and self.use_cpu:
             enable_cpu_sharding()
 
-    def _load_batch(self) -> None:
+    def _use_stored_batch(self: Any) -> None:
         """Use the batch size that an earlier attempt of the same command stored, if there is one.
 
         The search of transformers' Trainer is switched off: it restarts with weights that are already
@@ -178,7 +179,8 @@ class TrainingArguments(transformers.TrainingArguments):
                 "from the output folder to try again)"
             )
 
-    def _map_older_names(self) -> None:
+    def _map_older_names(self: Any) -> None:
+        """Set the flags that replace those of older releases, and note flags without effect."""
         if self.warmup_ratio is not None:
             if self.warmup_steps:
                 raise UserError(

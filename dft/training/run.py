@@ -9,7 +9,7 @@ from typing import NoReturn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from dft.arguments.conflicts import check_arguments, find_notes
+from dft.arguments.conflicts import check_arguments
 from dft.arguments.data import template_date, template_variables
 from dft.arguments.objective import build_objective, build_schedule
 from dft.arguments.parser import Arguments
@@ -40,7 +40,6 @@ def check_run(arguments: Arguments) -> None:
     """Raise `UserError` for everything that can be found out before the data is prepared."""
     check_arguments(arguments)
     check_output(arguments)
-    arguments.notes.extend(find_notes(arguments))
     if not arguments.data.prepare_only:
         check_optimizer(arguments.training)
         resolve_attention(arguments)  # raises if the attention is not available

@@ -13,7 +13,7 @@ from dft.arguments.objective import build_objective
 from dft.arguments.parser import default_flags, own_flags, parse_arguments
 from dft.errors import UserError
 from dft.loss.objectives import Sft
-from dft.training.checkpoints.resume_point import check_output
+from dft.training.checkpoints.resume_point import check_output, resolve_resume
 from dft.training.optimizer import check_optimizer
 
 
@@ -28,7 +28,8 @@ def checked(folder, *more: str):
     arguments = parse_arguments(words(folder, *more))
     check_arguments(arguments)
     check_output(arguments)
-    arguments.notes.extend(find_notes(arguments))
+    arguments.training.resume_from_checkpoint, notes = resolve_resume(arguments)
+    arguments.notes.extend([*notes, *find_notes(arguments)])
     if not arguments.data.prepare_only:
         check_optimizer(arguments.training)
     return arguments
@@ -142,6 +143,12 @@ def test_ignored_flags_are_reported(tmp_path, flags, note):
     arguments = checked(tmp_path, "--deepspeed", str(file), *flags)
     assert not arguments.training.deepspeed and not arguments.training.bf16
     assert sum(line.startswith(note.format(file=file)) for line in arguments.notes) == 1
+
+
+def test_preflight_samples_without_a_preflight_are_noted(tmp_path):
+    note = "--preflight_samples 64 has no effect without --preflight True"
+    assert note in checked(tmp_path, "--preflight_samples", "64").notes
+    assert note not in checked(tmp_path, "--preflight_samples", "64", "--preflight", "True").notes
 
 
 @pytest.mark.parametrize("kind", ["--preflight", "--prepare_only"])

@@ -25,11 +25,10 @@ from dft.training.checkpoints.folder import (
 
 
 def check_output(arguments: Arguments) -> None:
-    """Check the output directory, and resolve which checkpoint in it to resume from.
+    """Create the output directory, and check that it can be written to.
 
     Raises:
-        UserError: the directory cannot be written to, holds checkpoints of an earlier run that were not
-            mentioned, or the checkpoint cannot be resumed.
+        UserError: it cannot be written to, or flags about checkpoints contradict each other.
     """
     training = arguments.training
     if arguments.flags["output_dir"] is None:
@@ -57,18 +56,32 @@ def check_output(arguments: Arguments) -> None:
         )
     if training.enable_jit_checkpoint:
         raise UserError("--enable_jit_checkpoint True: every run saves when it gets SIGTERM; leave it out")
-    resume = resolve_resume(training)
-    if resume is not None:
-        arguments.notes.append(f"resumes from step {resume.step:,}, {resume.path}")
-    elif requested == "auto":
-        arguments.notes.append(f"there is no checkpoint in {folder} to resume from: starts with step 1")
+
+
+def resolve_resume(arguments: Arguments) -> tuple[str | None, list[str]]:
+    """Return the folder of the checkpoint to resume from, None for a new start, and notes for the user.
+
+    Raises:
+        UserError: the requested checkpoint does not exist or cannot be resumed, or the output directory holds
+            checkpoints of an earlier run and no flag says what to do with them.
+    """
+    training = arguments.training
+    if arguments.data.prepare_only or arguments.watch.preflight or arguments.watch.plan:
+        return None, []
+    folder, word = Path(training.output_dir), (training.resume_from_checkpoint or "false").lower()
+    checkpoint = find_checkpoint(training)
+    if checkpoint is not None:
+        return str(checkpoint.path), [f"resumes from step {checkpoint.step:,}, {checkpoint.path}"]
+    if word == "auto":
+        return None, [f"there is no checkpoint in {folder} to resume from: starts with step 1"]
     checkpoints = list(folder.glob("checkpoint-*"))
-    if checkpoints and resume is None and requested != "auto" and not training.overwrite_output_dir:
+    if checkpoints and not training.overwrite_output_dir:
         raise UserError(
             f"--output_dir {folder}: holds {len(checkpoints)} checkpoint(s) of an earlier run; resume "
             "from them with --resume_from_checkpoint auto, choose another folder, or start anew with "
             "--overwrite_output_dir True"
         )
+    return None, []
 
 
 def check_owner(folder: Path, trusted: bool) -> None:
@@ -94,8 +107,8 @@ def check_owner(folder: Path, trusted: bool) -> None:
         )
 
 
-def resolve_resume(training: transformers.TrainingArguments) -> Checkpoint | None:
-    """Return the checkpoint to resume from, and set --resume_from_checkpoint to its folder.
+def find_checkpoint(training: transformers.TrainingArguments) -> Checkpoint | None:
+    """Return the checkpoint that --resume_from_checkpoint asks for, or None for a new start.
 
     "auto" is the newest complete checkpoint in the output directory, or a new start if there is none; "True"
     is the same, but it is an error if there is none.
@@ -105,7 +118,6 @@ def resolve_resume(training: transformers.TrainingArguments) -> Checkpoint | Non
     """
     requested = training.resume_from_checkpoint
     word = (requested or "false").lower()
-    training.resume_from_checkpoint = None
     if word == "false":
         return None
     if word in ("true", "auto"):
@@ -116,7 +128,6 @@ def resolve_resume(training: transformers.TrainingArguments) -> Checkpoint | Non
         checkpoint = named_checkpoint(Path(requested))
     check_owner(checkpoint.path, training.trust_checkpoint)
     check_same_run(checkpoint, training)
-    training.resume_from_checkpoint = str(checkpoint.path)
     return checkpoint
 
 
