@@ -20,21 +20,21 @@ ALPHA = 0.6
 def prepared_tokens(arrow, model, end: int) -> list[dict]:
     """Return every supervised token of a prepared file with the index of its data file."""
     rows = list(datasets.Dataset.from_file(str(arrow)))
-    return [{**one, "file": rows[one["row"]]["source"]} for one in tokens_of(model, rows, end)]
+    return [{**token, "file": rows[token["row"]]["source"]} for token in tokens_of(model, rows, end)]
 
 
 def means(tokens) -> dict[str, float]:
-    nll, p = (np.array([one[name] for one in tokens]) for name in ("nll", "p"))
+    nll, p = (np.array([token[name] for token in tokens]) for name in ("nll", "p"))
     weight = ALPHA * p + 1 - ALPHA
     return {
         "loss": (weight * nll).mean(),
         "nll": nll.mean(),
         "avg_p_correct": p.mean(),
-        "acc": np.mean([one["hit"] for one in tokens]),
+        "acc": np.mean([token["correct"] for token in tokens]),
         "objective": (ALPHA * (1 - p) + (1 - ALPHA) * nll).mean(),
-        "entropy": np.mean([one["entropy"] for one in tokens]),
+        "entropy": np.mean([token["entropy"] for token in tokens]),
         "effective_tokens": weight.mean(),
-        "p_end_of_turn": np.mean([one["p"] for one in tokens if one["end"]]),
+        "p_end_of_turn": np.mean([token["p"] for token in tokens if token["end"]]),
     }
 
 
@@ -74,10 +74,10 @@ def test_epoch_metrics_are_means_over_tokens(example, evaluation_files, launcher
     held_out = prepared_tokens(prepared / "eval.arrow", model, tokenizer.eos_token_id)
     for name, value in means(held_out).items():
         assert evaluation[f"eval_{name}"] == pytest.approx(value, rel=2e-5), name
-    counts, _ = np.histogram([one["p"] for one in held_out], bins=BINS, range=(0, 1))
+    counts, _ = np.histogram([token["p"] for token in held_out], bins=BINS, range=(0, 1))
     assert evaluation["eval_p_histogram"] == counts.tolist()
     for number, name in enumerate(["first.jsonl", "second.jsonl"]):
-        of_file = means([one for one in held_out if one["file"] == number])
+        of_file = means([token for token in held_out if token["file"] == number])
         for metric in ("nll", "avg_p_correct"):
             assert evaluation[f"eval_{name}/{metric}"] == pytest.approx(of_file[metric], rel=2e-5)
     assert record["padding_share"] > 0 and record["peak_memory_gib"] > 0.1
