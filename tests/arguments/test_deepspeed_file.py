@@ -1,0 +1,55 @@
+"""Checks of the DeepSpeed configuration file against the flags."""
+
+import json
+
+import pytest
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from dft.errors import UserError
+from tests.arguments.command import checked
+
+AUTO = {"gradient_clipping": "auto", "gradient_accumulation_steps": "auto"}
+
+
+def deepspeed_file(folder, **content) -> list[str]:
+    (folder / "ds.json").write_text(json.dumps(content))
+    return ["--deepspeed", str(folder / "ds.json")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 2}},
+            "contradicts the flags: - ds train_micro_batch_size_per_gpu=3",
+        ),
+        ({"zero_optimization": {"stage": 2}}, "has no gradient_clipping, so flags of this run would have no"),
+        (
+            {"zero_optimization": {"stage": 2}, **AUTO, "tensor_parallel": {"autotp_size": 2}},
+            "tensor parallelism is not supported",
+        ),
+        ({"zero_optimization": {"stage": 3}, **AUTO}, "stage3_gather_16bit_weights_on_model_save"),
+    ],
+)
+def test_contradicting_deepspeed_files_are_rejected(tmp_path, monkeypatch, content, message):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    # A refusal needs no process group.
+    monkeypatch.setattr("dft.arguments.training.init_cpu_deepspeed", lambda: None)
+    with pytest.raises(UserError, match=message):
+        checked(tmp_path, *deepspeed_file(tmp_path, **content))
+    unset_hf_deepspeed_config()  # from_pretrained of the tests to come would shard their models
+
+
+def test_unknown_deepspeed_optimizers_are_rejected(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("dft.arguments.training.init_cpu_deepspeed", lambda: None)
+    content = {"optimizer": {"type": "Foo", "params": {}}, "zero_optimization": {"stage": 2}, **AUTO}
+    with pytest.raises(UserError, match="DeepSpeed has no optimizer 'Foo'"):
+        checked(tmp_path, *deepspeed_file(tmp_path, **content))
+    unset_hf_deepspeed_config()
+
+
+def test_invalid_json_is_rejected(tmp_path):
+    (tmp_path / "ds.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        checked(tmp_path, "--deepspeed", str(tmp_path / "ds.json"))
