@@ -36,7 +36,7 @@ from dft.errors import UserError, report_user_errors
 from dft.files import convert_write_errors, flush_to_disk
 from dft.ranks import quiet_libraries
 from dft.training.checkpoints.disk import disk_fault
-from dft.training.checkpoints.folder import MOST_SAID, unfinished
+from dft.training.checkpoints.folder import MAX_REASON, unfinished
 from dft.training.checkpoints.verify import (
     MAX_DIFFERENCE,
     Damaged,
@@ -117,7 +117,7 @@ def convert_load_errors(source: Path | str, remedy: str) -> Iterator[None]:
 
 def one_line(error: Exception) -> str:
     """Return the type and message of an exception as one line of limited length."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:MOST_SAID]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON]
 
 
 def base_model_name(adapters: Path) -> str | None:
