@@ -107,7 +107,7 @@ def test_a_run_is_resumed(train, example):
         (
             {"sequence_parallel_size": 3},
             2,
-            r"2 process\(es\) make no whole number of groups of 3",
+            r"2 rank\(s\) cannot be divided into groups of 3",
         ),
         ({"sequence_parallel_size": 0}, 1, "must be at least 1"),
         ({"sequence_parallel_size": 2, "packing": True}, 2, "--packing False"),
