@@ -54,6 +54,7 @@ def test_two_ranks_give_the_same_report(example, alone, stage):
     flags = {"deepspeed": ROOT / f"ds_config/zero{stage}.json", "per_device_eval_batch_size": 3}
     finished = launch(words(example, output, **flags), folder=example.folder, launcher="deepspeed")
     assert finished.code == 0, finished.output
+    assert finished.output.count("--preflight True ignores --deepspeed") == (stage == 1)
     found, expected = numbers(output), numbers(alone[0])
     for name, one in expected["files"].items():
         for metric in ("tokens", "avg_p_correct", "nll", "entropy", "gradient_kept", "p_end_of_turn"):
