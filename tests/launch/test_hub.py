@@ -3,6 +3,7 @@
 import base64
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -23,6 +24,7 @@ class Hub(ThreadingHTTPServer):
         self.commits: list[tuple[str, dict[str, bytes]]] = []
         self.created: list[str] = []
         self.fails: int | None = None
+        self.delay = 0.0
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -44,6 +46,7 @@ class Answers(BaseHTTPRequestHandler):
         elif self.server.fails is not None:
             self._answer({"error": "no room here"}, self.server.fails)
         else:
+            time.sleep(self.server.delay)
             lines = [json.loads(line) for line in body.splitlines()]
             (summary,) = [line["value"]["summary"] for line in lines if line["key"] == "header"]
             files = [line["value"] for line in lines if line["key"] == "file"]
@@ -134,3 +137,18 @@ def test_an_unreachable_hub_is_an_error_before_training(example, tmp_path):
     assert finished.code == 2 and "Traceback" not in finished.output, finished.output
     assert "error: --push_to_hub True: the repository on the hub cannot be created" in finished.output
     assert "train step" not in finished.output
+
+
+@pytest.mark.slow
+def test_a_hub_slower_than_the_timeout_of_the_ranks_does_not_end_the_run(example, hub, tmp_path):
+    """Neither the watchdog nor a collective waits for the upload: training continues meanwhile."""
+    hub.delay = 45
+    words = example.words(
+        tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1, push_to_hub=True, ddp_timeout=20,
+        per_device_train_batch_size=8,
+    )  # fmt: skip
+    env = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    finished = launch(words, folder=example.folder, launcher="torchrun", ranks=2, env=env)
+    assert finished.code == 0, finished.output
+    assert [summary for summary, _ in hub.commits] == ["Training in progress, step 1", "Model save"]
+    assert "checkpoint-2 is not pushed: the previous push is still running" in finished.output
