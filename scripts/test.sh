@@ -18,5 +18,6 @@ export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
 lint-imports
+mypy
 # Tests of one file share trained models, so they run in the same process.
 exec "$PYTHON" -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile "$@"

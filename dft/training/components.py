@@ -190,8 +190,9 @@ class Components:
             raise ValueError(
                 "the supervised tokens of the step were not counted; do the batches hold 'labels'?"
             )
-        is_step = step is not None and model.training
-        objective = self.recorder.objective_at(step) if is_step else self.recorder.objective
+        objective = self.recorder.objective
+        if step is not None and model.training:
+            objective = self.recorder.objective_at(step)
         batch = self.loss.train(model, inputs, objective, num_items, with_logits)
         if step is None:
             return batch.loss, batch.outputs

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dft.console import say
 from dft.data.batches.collator import FlatCollator, PackedCollator
@@ -65,7 +66,7 @@ class StepLoss:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         device: torch.device,
         dtype: torch.dtype,
         collator: Callable[[], Any],
@@ -117,9 +118,9 @@ class StepLoss:
             if self._sequences is not None:
                 num_items = num_items / self._sequences.size  # each rank has counted all that it shares
             num_items = num_items / self._ranks
-        is_shared = self._sequences is not None and forward.training
-        if is_shared:
-            inputs = self._sequences.local_slice(inputs)
+        is_shared = False
+        if self._sequences is not None and forward.training:
+            is_shared, inputs = True, self._sequences.local_slice(inputs)
         loss, stats, outputs = self.score(forward, inputs, objective, num_items, is_shared, with_logits)
         return ScoredBatch(loss, stats, outputs, inputs)
 
@@ -181,7 +182,7 @@ class StepLoss:
             return None
         return self._end_of_turn_weight * torch.isin(labels, self._end_of_turn_ids).float()
 
-    def inspect_model(self, model: nn.Module, forward: nn.Module) -> None:
+    def inspect_model(self, model: PreTrainedModel, forward: nn.Module) -> None:
         """Check what must be known about the model before the first step. All ranks must call it.
 
         Args:
@@ -203,7 +204,7 @@ class StepLoss:
         """Inspect the model again when it is next used: it may have got an adapter or new tokens."""
         self.head = "it is switched off" if self._fused_head == "off" else None
 
-    def inspect_head(self, forward: nn.Module) -> FusedHead | str:
+    def inspect_head(self, forward: Any) -> FusedHead | str:
         """Return the fused head, or why the loss is computed from logits. All ranks must call it."""
         if self.head is None:
             # Not through the compiled model, which would be compiled three times more.

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from dft.data.batches.sampler import WithBlank
@@ -111,7 +112,7 @@ class DFTTrainer(transformers.Trainer):
         # compute_loss divides by the tokens of the step itself and hands nothing to the model's own loss, so
         # Trainer must count them whatever the model's forward accepts, and must not divide once more.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = self.loss_is_scaled_for_ga = True
-        self.label_names = [*dict.fromkeys([*self.label_names, *COLUMNS])]
+        self.label_names: list[str] = [*dict.fromkeys([*self.label_names, *COLUMNS])]
         replace_callbacks(self.callback_handler, args, self.options)
         functions = (self._restore_totals, self._load_rng_state, self._run_events, self._end_epoch)
         self._events = RunEvents(run, RunFunctions(self._get_learning_rate, *functions))
@@ -176,7 +177,7 @@ class DFTTrainer(transformers.Trainer):
         self._maybe_log_save_evaluate(self._tr_loss, last.grad_norm, self.model_wrapped, *place)
 
     def _end_epoch(self) -> None:
-        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        self.control: TrainerControl = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
         # Private: no callback can prevent the step that Trainer makes after resuming from the last one.
@@ -251,9 +252,8 @@ class DFTTrainer(transformers.Trainer):
         if self.state.global_step:
             self._run.progress.is_stopping = True
             self._save_checkpoint(self.model_wrapped, None)
-            self.control = self.callback_handler.on_save(
-                self.args, self.state, self.control
-            )  # raises Stopped
+            # Raises Stopped.
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         raise self._run.stop.stopped(0, None)
 
     def evaluation_loop(

@@ -68,14 +68,14 @@ def disk_fault(error: Exception, folder: Path) -> str | None:
 
     torch and safetensors report a failed write in their own words.
     """
-    code = error.errno if isinstance(error, OSError) else None
     words = str(error)
+    code, filename = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
     if isinstance(error, FileNotFoundError) and not folder.is_dir():
         return f"{folder} no longer exists"
     if code in DISK_FULL or "No space left" in words or "Disk quota exceeded" in words:
         return f"no space left on the device ({free_bytes(folder):,} bytes are free)"
     if code in (*NOT_WRITABLE, errno.EIO, errno.ESTALE, errno.EFBIG):
-        return f"{error.strerror}: {error.filename or folder}"
+        return f"{os.strerror(code)}: {filename or folder}"
     if "PytorchStreamWriter" in words or "I/O error" in words:
         return f"{' '.join(words.split())} ({free_bytes(folder):,} bytes are free)"
     return None

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer_utils import SaveStrategy
 
 from dft.arguments.deepspeed_file import zero_of
@@ -15,7 +15,7 @@ from dft.training.model.adapters import has_adapters
 from dft.training.parameters import GIB, element_count
 
 
-def check_space(model: nn.Module, training: TrainingArguments, rows: int) -> None:
+def check_space(model: PreTrainedModel, training: TrainingArguments, rows: int) -> None:
     """Raise `UserError` if the output directory's disk cannot hold the checkpoints and the final model.
 
     The estimate is a lower bound: the weights, and the optimizer state of AdamW. It covers what all processes
@@ -46,7 +46,7 @@ def check_space(model: nn.Module, training: TrainingArguments, rows: int) -> Non
     )
 
 
-def saved_bytes(model: nn.Module, training: TrainingArguments) -> tuple[int, int]:
+def saved_bytes(model: PreTrainedModel, training: TrainingArguments) -> tuple[int, int]:
     """Return the size in bytes of a saved model and of a checkpoint, at least."""
     parameters = list(model.parameters())
     if has_adapters(model):  # the base model is not saved

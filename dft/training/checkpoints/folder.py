@@ -73,11 +73,12 @@ def reading(folder: Path, raised: tuple[type[Exception], ...] = UNREADABLE) -> I
         folder: the checkpoint.
         raised: the exceptions that mean so. Pass fewer in a context that does more than read.
     """
+    errors: tuple[type[Exception], ...] = (*raised, RuntimeError)
     try:
         yield
     except UserError:
         raise
-    except (*raised, RuntimeError) as error:
+    except errors as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in OF_FILES):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())

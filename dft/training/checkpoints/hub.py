@@ -66,7 +66,7 @@ class HubPublisher:
     ) -> None:
         self.repo_id: str | None = None
         self._api = api
-        self._target = {"token": token, "revision": revision}
+        self._target: dict[str, Any] = {"token": token, "revision": revision}
         self._strategy = strategy
         self._always_push = always_push
         self._uploads: list[Upload] = []
@@ -98,6 +98,7 @@ class HubPublisher:
         self._start(folder, message, False, allow_patterns=files)
 
     def _start(self, folder: Path, message: str, is_checkpoint: bool, **selection: Any) -> None:
+        assert self.repo_id is not None, "the repository has not been created"
         future = self._api.upload_folder(
             repo_id=self.repo_id,
             folder_path=folder,

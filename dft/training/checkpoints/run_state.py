@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 import xxhash
+from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -103,9 +104,9 @@ class RandomState:
     """The state of the random number generators of this process."""
 
     python: tuple[Any, ...]
-    numpy: Mapping[str, Any] | tuple[Any, ...]
-    torch: torch.Tensor
-    cuda: torch.Tensor | None
+    numpy: Any
+    torch: Tensor
+    cuda: Tensor | None
 
     @classmethod
     def capture(cls) -> "RandomState":

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -18,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import is_compiled_module
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
@@ -66,10 +67,10 @@ def dtypes_of(model: nn.Module) -> frozenset[torch.dtype]:
 
     The state_dict is not used: under FSDP all ranks would have to ask for it.
     """
-    tensors = list(model.parameters())
+    tensors: list[Tensor] = list(model.parameters())
     for module in model.modules():
         saved = module._buffers.keys() - module._non_persistent_buffers_set
-        tensors += [module._buffers[name] for name in saved if module._buffers[name] is not None]
+        tensors += [buffer for name in saved if (buffer := module._buffers[name]) is not None]
     return frozenset(tensor.dtype for tensor in tensors if tensor.is_floating_point())
 
 
@@ -158,6 +159,7 @@ def check_loaded(
 
     Print a note instead if there is not enough memory to load it beside the trained one.
     """
+    assert expected.logits is not None
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     device = device_with_room(size * ROOM, args)
     if device is None:
@@ -264,7 +266,7 @@ class SaveVerifier:
         self._accelerator = accelerator
 
     def check(
-        self, staging: Path, folder: Path, model: nn.Module, forward: nn.Module, is_checkpoint: bool
+        self, staging: Path, folder: Path, model: PreTrainedModel, forward: Any, is_checkpoint: bool
     ) -> None:
         """Check the model that was just written to `staging`. All ranks must call it.
 
@@ -296,7 +298,7 @@ class SaveVerifier:
                 "report this; --verify_save False saves without checking"
             )
 
-    def _fault(self, staging: Path, model: nn.Module, logits: Tensor | None) -> str | None:
+    def _fault(self, staging: Path, model: PreTrainedModel, logits: Tensor | None) -> str | None:
         """Return what is wrong with a saved model; reload it if `logits` are given to compare with."""
         quantization = vars(model.config).get("quantization_config")
         expected = Expected(dtypes_of(model), self._tokenizer, logits, quantization)

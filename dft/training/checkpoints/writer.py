@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
-from transformers import TrainerState
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -115,7 +114,7 @@ class CheckpointWriter:
 
 
 @contextmanager
-def saved_use_cache(model: nn.Module, use_cache: bool) -> Iterator[None]:
+def saved_use_cache(model: PreTrainedModel, use_cache: bool) -> Iterator[None]:
     """Set `use_cache` in the configuration while it is saved, and restore it afterwards.
 
     Training switches the key-value cache off; a model that is loaded to generate needs it as it was.
@@ -128,7 +127,7 @@ def saved_use_cache(model: nn.Module, use_cache: bool) -> Iterator[None]:
         config.use_cache = in_training
 
 
-def complete_model_folder(folder: Path, model: nn.Module, model_digest: str) -> None:
+def complete_model_folder(folder: Path, model: PreTrainedModel, model_digest: str) -> None:
     """Add what Trainer leaves out of a saved model, and remove its pickled arguments.
 
     The pickle is read by nothing, and holds the access token of the hub.

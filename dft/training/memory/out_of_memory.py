@@ -94,11 +94,11 @@ def convert_memory_errors(what: str, remedy: str) -> Iterator[None]:
 
 def asked_for(error: BaseException) -> str:
     """Return how much memory could not be allocated, in words."""
-    match = re.search(r"ried to allocate ([\d.]+ ?\w+)", str(error))
+    match = re.search(r"ried to allocate (([\d.]+) ?(\w+))", str(error))
     if match is None:
         return "of unknown size"
-    amount, unit = re.fullmatch(r"([\d.]+) ?(\w+)", match[1]).groups()
-    return f"asked for {format_gib(float(amount) / GIB) if unit == 'bytes' else match[1]}"
+    size, amount, unit = match.groups()
+    return f"asked for {format_gib(float(amount) / GIB) if unit == 'bytes' else size}"
 
 
 def free_unused_memory() -> None:
