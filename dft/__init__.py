@@ -1,7 +1,7 @@
 """Fine-tune causal language models with Dynamic Fine-Tuning (arXiv 2508.05629).
 
-The names below are imported on first use: `from dft import dft_loss` loads torch, and neither transformers'
-`Trainer` nor anything of `dft.training`.
+The names below are imported on first use: `from dft import dft_loss` loads torch, but neither transformers'
+`Trainer` nor anything from `dft.training`.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """Valid ranges of numeric flags.
 
-A range stands in the annotation of its field, `max_length: Annotated[int, Bounds(minimum=2)]`, and is checked
-when the command line is parsed.
+A range is part of the annotation of its field, `max_length: Annotated[int, Bounds(minimum=2)]`, and is
+checked when the command line is parsed.
 """
 
 import math
@@ -13,13 +13,13 @@ from dft.errors import UserError
 
 @dataclass(frozen=True)
 class Bounds:
-    """The valid range of a flag, or of each value of a flag that takes several.
+    """Valid range of a flag, or of each value if the flag takes several.
 
     Attributes:
         minimum: the smallest valid value.
-        above: the largest value that is too small.
+        above: exclusive lower bound.
         maximum: the largest valid value.
-        below: the smallest value that is too large.
+        below: exclusive upper bound.
         reason: a clause that explains the lower bound, printed after it.
     """
 
@@ -48,7 +48,7 @@ class Bounds:
         return " and ".join(f"{words} {limit:,}" for words, limit in limits if math.isfinite(limit))
 
     def _fault(self, number: float) -> str | None:
-        """Return the bound that a number violates as text, or None."""
+        """Return the violated bound as text, or None if the number is in range."""
         if not math.isfinite(number):
             return "a finite number"
         reason = f", {self.reason}" if self.reason else ""
@@ -77,7 +77,7 @@ def check_bounds(arguments: Any, inherited: dict[str, Bounds] | None = None) -> 
 
     Args:
         arguments: an instance of a dataclass of flags.
-        inherited: ranges of fields that a base class of another library declares.
+        inherited: ranges of fields inherited from a base class of another library.
     """
     for name, limits in {**(inherited or {}), **declared_bounds(type(arguments))}.items():
         limits.check(name, vars(arguments)[name])

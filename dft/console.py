@@ -44,5 +44,5 @@ def short_number(value: float, width: int) -> str:
 
 
 def first_that_fits(texts: list[str], width: int) -> str:
-    """Return the first text of at most `width` characters, or the last text."""
+    """Return the first text that fits in `width` characters, or the last one if none fits."""
     return next((text for text in texts if len(text) <= width), texts[-1])

@@ -11,16 +11,16 @@ from typing import NoReturn
 RANK_ZERO_DELAY = 30
 """Seconds that other ranks wait for rank 0 to report an error before they report it themselves."""
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-"""Exit code of a program that Ctrl-C ended, as shells define it."""
+"""Exit code after Ctrl-C, as defined by shells."""
 EXIT_USER_ERROR = 2
 """Exit code after a `UserError`: the same command would fail in the same way again."""
 
 _is_reporter: bool | None = None
-"""Whether this rank reports its error; None if the ranks have not agreed on a reporter."""
+"""True if this rank reports its error; None if the ranks have not agreed on a reporter."""
 
 
 class UserError(ValueError):
-    """Error in what the user provided. The message names the value, the reason and the remedy.
+    """Error in the user's input. The message names the value, the reason and the remedy.
 
     Attributes:
         code: exit code of the program.
@@ -33,16 +33,16 @@ def report_user_errors() -> None:
     """Print uncaught `UserError`s as one message without a traceback, and exit with code 2.
 
     Most errors (flags, files, models) occur on every rank of a machine, so only its first rank prints them.
-    The others wait until the launcher ends them, which it does as soon as one rank fails. If they ended at
-    once, the launcher would end rank 0 before its message is printed. If they are not ended in time, the
-    error is theirs alone and they print it.
+    The others wait until the launcher ends them, which it does as soon as one rank fails. If they exited
+    immediately, the launcher would kill rank 0 before it prints its message. If they are not killed in time,
+    the error is theirs alone and they print it.
 
     Ctrl-C prints one line and exits with code 130.
     """
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the program at once
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one exits immediately
             _print_interrupted()
             raise SystemExit(EXIT_INTERRUPTED)
         if not isinstance(error, UserError):
@@ -63,7 +63,7 @@ def report_user_errors() -> None:
 
 
 def set_error_reporter(is_reporter: bool) -> None:
-    """Set whether this rank reports its error, once the ranks have agreed on one that does."""
+    """Set whether this rank reports its error, once the ranks have agreed on a reporter."""
     global _is_reporter
     _is_reporter = is_reporter
 
@@ -81,13 +81,13 @@ def rank_tag() -> str:
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Handle the first Ctrl-C: end the program in order."""
+    """Handle the first Ctrl-C: shut down cleanly."""
     signal.signal(signal.SIGINT, _interrupt_again)
     raise KeyboardInterrupt
 
 
 def _interrupt_again(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Handle the second Ctrl-C: end the program at once."""
+    """Handle the second Ctrl-C: exit immediately."""
     _print_interrupted()
     os._exit(EXIT_INTERRUPTED)
 

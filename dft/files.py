@@ -1,4 +1,4 @@
-"""Write files that other processes may read at any time, and report errors of disks and permissions."""
+"""Write files that other processes may read at any time, and report disk and permission errors."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ def write_atomically(path: Path, parts: Iterable[str]) -> None:
         parts: text, in pieces.
 
     Raises:
-        OSError: the file cannot be written. Its `filename` is the path, also if the disk is full.
+        OSError: the file cannot be written. Its `filename` is the path, even if the disk is full.
     """
     # File names may contain bytes that are not UTF-8; their escapes are valid in JSON.
     write_bytes_atomically(path, (part.encode("utf-8", errors="backslashreplace") for part in parts))
@@ -44,7 +44,7 @@ def write_bytes_atomically(path: Path, parts: Iterable[bytes]) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power failure."""
+    """Flush a file, or the names in a folder, to disk, so that it survives a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -56,7 +56,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the free bytes of the disk of a folder, which need not exist yet."""
+    """Return the free bytes on the disk of a folder. The folder need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -15,7 +15,7 @@ def loss_positions(labels: Tensor, shifted: bool = False) -> Tensor:
         shifted: whether the labels are shifted.
 
     Returns:
-        (tokens,) int64, ascending, b * seq + t. On devices other than the CPU this waits for the device.
+        (tokens,) int64, ascending, b * seq + t. Synchronizes with devices other than the CPU.
     """
     targets = labels
     if not shifted:

@@ -12,7 +12,7 @@ HIGHER, LOWER = "higher", "lower"
 
 
 class Source(Enum):
-    """What logs a metric."""
+    """Source of a metric."""
 
     TRAINING = "training"
     EVALUATION = "evaluation"
@@ -20,7 +20,7 @@ class Source(Enum):
 
 
 class Show(Flag):
-    """Where a metric is shown besides trainer_state.json and the trackers, which have all of them."""
+    """Places where a metric is shown, in addition to trainer_state.json and the trackers."""
 
     CONSOLE = auto()
     """A column of the console output. `--console_metrics` chooses others."""
@@ -43,15 +43,15 @@ class Metric:
     Attributes:
         name: its key in the log; evaluations log it with the prefix `eval_`.
         meaning: one or two sentences.
-        unit: of its values; empty for shares, probabilities and other plain numbers.
-        better: "higher" or "lower"; None if neither is a matter of quality.
+        unit: unit of its values; empty for shares, probabilities and other plain numbers.
+        better: "higher" or "lower"; None if the metric does not measure quality.
         source: whether training, evaluation or both log it.
         show: where it is shown.
         short: heading of its console column. Default: its name.
         width: number of characters of its values on the console.
         selects: the direction in which `--metric_for_best_model` may select by a metric that has no `better`.
-        of_alpha: its scale depends on alpha, so runs with different alpha cannot be compared by it.
-        spikes: may rise by orders of magnitude for a step, and is then drawn on a logarithmic scale.
+        of_alpha: its scale depends on alpha, so it cannot be compared between runs with different alpha.
+        spikes: may rise by orders of magnitude for a single step; it is then drawn on a logarithmic scale.
         bins: for a histogram over [0, 1], the number of its equal parts; 0 for a number.
     """
 
@@ -245,7 +245,7 @@ SCALARS = tuple(metric for metric in METRICS if not metric.bins)
 
 
 def shown_in(place: Show) -> tuple[Metric, ...]:
-    """Return the scalar metrics that are shown in a place, in the order of the table."""
+    """Return the scalar metrics shown in a given place, in the order of the table."""
     return tuple(metric for metric in SCALARS if place in metric.show)
 
 
@@ -268,7 +268,7 @@ def selection(name: str) -> str | None:
     """Return the direction in which `--metric_for_best_model` selects: "higher", "lower" or None for neither.
 
     Args:
-        name: of a metric, without the prefix `eval_`.
+        name: name of the metric, without the prefix `eval_`.
     """
     metric = BY_NAME.get(name)
     return None if metric is None else metric.better or metric.selects
@@ -280,10 +280,10 @@ def selectable() -> list[str]:
 
 
 def metrics_named(names: Sequence[str]) -> tuple[Metric, ...]:
-    """Return the scalar metrics of some names.
+    """Look up scalar metrics by name.
 
     Raises:
-        ValueError: one that is not in the table; the message lists those that are.
+        ValueError: unknown name; the message lists the valid ones.
     """
     scalars = {metric.name: metric for metric in SCALARS}
     unknown = [name for name in names if name not in scalars]

@@ -1,4 +1,4 @@
-"""Facts about the ranks of a run, and the setup of each rank before a Trainer exists."""
+"""Information about the ranks of a run, and per-rank setup before a Trainer exists."""
 
 import atexit
 import logging
@@ -31,7 +31,7 @@ def is_main_process() -> bool:
 
 
 def describe_parallelism(training: transformers.TrainingArguments, ranks: int | None = None) -> str:
-    """Return how ranks share the work, for reports and checkpoints.
+    """Describe how ranks share the work, for reports and checkpoints.
 
     Args:
         training: arguments of the run.
@@ -53,7 +53,7 @@ def sequence_parallel_size(training: transformers.TrainingArguments) -> int:
 
 
 def data_parallel_size(training: transformers.TrainingArguments, ranks: int | None = None) -> int:
-    """Return the number of ranks, or of groups that share sequences, that get rows of their own.
+    """Return the data-parallel size: the number of ranks, or of groups of ranks that share sequences.
 
     Args:
         training: arguments of the run.
@@ -63,7 +63,7 @@ def data_parallel_size(training: transformers.TrainingArguments, ranks: int | No
 
 
 def rows_per_step(training: transformers.TrainingArguments) -> int:
-    """Return the rows of an optimizer step: of all micro-batches on all ranks."""
+    """Return the number of rows per optimizer step, over all micro-batches and ranks."""
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     return rows * data_parallel_size(training)
 
@@ -71,7 +71,7 @@ def rows_per_step(training: transformers.TrainingArguments) -> int:
 def count_optimizer_steps(
     training: transformers.TrainingArguments, rows: int, groups: int | None = None
 ) -> int:
-    """Return the optimizer steps of the run, computed as Trainer does.
+    """Return the number of optimizer steps of the run, computed as Trainer does.
 
     Args:
         training: arguments of the run.
@@ -88,7 +88,7 @@ def count_optimizer_steps(
 
 
 def first_failure(failure: str | None) -> str | None:
-    """Return the failure of the first rank that has one; None if no rank has. A collective.
+    """Return the failure of the first rank that failed, or None. This is a collective.
 
     Args:
         failure: failure of this rank, or None.
@@ -101,16 +101,16 @@ def first_failure(failure: str | None) -> str | None:
 
 
 def mute_deepspeed() -> None:
-    """Keep only warnings and errors of DeepSpeed; its notes on its own setup are of no use to a run.
+    """Keep only DeepSpeed's warnings and errors; its messages about its own setup are not useful to users.
 
-    DeepSpeed 0.19 also calls collectives by names that torch 2.13 deprecates, which no user can change.
+    DeepSpeed 0.19 also calls collectives by names that torch 2.13 deprecates; users cannot change that.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 def choose_deepspeed_accelerator(name: str) -> None:
-    """Set the accelerator of DeepSpeed, which would otherwise guess one and print that it did.
+    """Set DeepSpeed's accelerator; otherwise it would guess one and print a message.
 
     accelerate imports DeepSpeed in every run.
     """
@@ -118,7 +118,7 @@ def choose_deepspeed_accelerator(name: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Disable progress bars and guesses of libraries, for scripts that load and save models."""
+    """Disable progress bars and hints of libraries, for scripts that load and save models."""
     disable_progress_bar()
     if not torch.accelerator.is_available():
         choose_deepspeed_accelerator("cpu")
@@ -127,7 +127,7 @@ def quiet_libraries() -> None:
 def divide_cores() -> None:
     """Give each rank on a machine its share of the cores.
 
-    accelerate would do the same with a warning from each rank.
+    accelerate would do the same, but with a warning from each rank.
     """
     if is_launched() and "OMP_NUM_THREADS" not in os.environ:
         share = (psutil.cpu_count(logical=False) or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -166,7 +166,7 @@ def init_cpu_deepspeed() -> None:
 
 
 def exit_rank(code: int = 0) -> None:
-    """End this rank when its work is done; a single process with code 0 returns and ends by itself.
+    """End this rank when its work is done. A single process with code 0 returns and exits normally.
 
     The process group and the interpreter are not shut down: threads that still run would be ended in the
     middle of C++ code, which sometimes aborted processes whose work was saved. Functions that are registered
@@ -179,7 +179,7 @@ def exit_rank(code: int = 0) -> None:
         if code:
             sys.exit(code)
         return
-    torch.distributed.barrier()  # so that no rank waits for one that has ended
+    torch.distributed.barrier()  # so that no rank waits for one that has exited
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

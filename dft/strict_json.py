@@ -1,4 +1,4 @@
-"""JSON parsing that rejects repeated keys, and words for JSON values in error messages."""
+"""JSON parsing that rejects repeated keys, and descriptions of JSON values for error messages."""
 
 from collections import Counter
 from typing import Any
@@ -8,7 +8,7 @@ MAX_SHOWN = 80
 
 
 class RepeatedKey(ValueError):
-    """A JSON object has the same key twice. Parsers silently use the last value."""
+    """Raised when a JSON object repeats a key. Parsers would silently use the last value."""
 
 
 def refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

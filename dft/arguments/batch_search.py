@@ -34,7 +34,7 @@ def store_smaller_batch(
         requested: batch size and accumulation steps of the command line.
 
     Returns:
-        What was written, or None if there is no smaller batch.
+        The batch size that was written, or None if there is no smaller one.
     """
     smaller = smaller_batch(args)
     if smaller is not None:

@@ -14,7 +14,7 @@ from dft.files import convert_write_errors, write_atomically
 
 RUN_ARGS = "run_args.yaml"
 RUN_SPECIFIC = ("local_rank", "resume_from_checkpoint", "overwrite_output_dir")
-"""Flags that do not apply when a run is repeated in another folder."""
+"""Flags that are not copied when a run is repeated in another folder."""
 SECRETS = ("hub_token", "push_to_hub_token")
 SCALARS = (str, int, float, date)
 
@@ -41,14 +41,14 @@ class FlagLoader(yaml.SafeLoader):
 
 
 class FlagDumper(yaml.SafeDumper):
-    """YAML dumper whose output `FlagLoader` can read."""
+    """YAML dumper that writes files `FlagLoader` can read."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def expand_config(argv: list[str]) -> list[str]:
-    """Replace every `--config FILE.yaml` by the flags of the file.
+    """Replace every `--config FILE.yaml` with the flags in the file.
 
     The flags of files are inserted at the front, so that flags on the command line take precedence. Later
     files take precedence over earlier ones.

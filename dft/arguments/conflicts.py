@@ -21,13 +21,13 @@ from dft.ranks import data_parallel_size, sequence_parallel_size, world_size
 
 
 def check_arguments(arguments: Arguments) -> None:
-    """Raise `UserError` for flags that contradict one another. Changes nothing."""
+    """Raise `UserError` for flags that contradict one another. Does not modify the arguments."""
     check_data_arguments(arguments.data)
     check_steps(arguments)
     check_preflight(arguments)
     check_plan(arguments)
     if arguments.data.prepare_only:
-        return  # training may take place on another machine, which the other checks are about
+        return  # the other checks concern the training machine, which may be a different one
     training, planned_ranks = arguments.training, arguments.watch.plan_world_size
     check_objective(arguments.dft)
     check_objective_support(arguments)
@@ -47,7 +47,7 @@ def check_arguments(arguments: Arguments) -> None:
 
 
 def check_steps(arguments: Arguments) -> None:
-    """Raise `UserError` for numbers of steps and JSON flags that transformers would misunderstand."""
+    """Raise `UserError` for step counts and JSON flags that transformers would misinterpret."""
     training = arguments.training
     if training.save_strategy == SaveStrategy.STEPS and training.save_steps == 0:
         raise UserError("--save_steps 0: must be greater than 0 with --save_strategy steps")
@@ -62,7 +62,7 @@ def check_steps(arguments: Arguments) -> None:
 
 
 def check_preflight(arguments: Arguments) -> None:
-    """Raise `UserError` for flags that a preflight contradicts."""
+    """Raise `UserError` for flags that conflict with `--preflight`."""
     if not arguments.watch.preflight:
         return
     if arguments.data.prepare_only:
@@ -78,7 +78,7 @@ def check_preflight(arguments: Arguments) -> None:
 
 
 def check_plan(arguments: Arguments) -> None:
-    """Raise `UserError` for flags that a plan contradicts, and for flags of a plan without one."""
+    """Raise `UserError` for flags that conflict with `--plan`, and for planning flags without `--plan`."""
     watch = arguments.watch
     for name in ("plan_world_size", "plan_device_memory"):
         value = vars(watch)[name]
@@ -92,7 +92,7 @@ def check_plan(arguments: Arguments) -> None:
 
 
 def check_objective_support(arguments: Arguments) -> None:
-    """Raise `UserError` for flags of training that the objective does not support."""
+    """Raise `UserError` for training flags that the objective does not support."""
     training, objective = arguments.training, build_objective(arguments.dft)
     size = sequence_parallel_size(training)
     if objective.kl_weight > 0 and size > 1:
@@ -109,7 +109,7 @@ def check_objective_support(arguments: Arguments) -> None:
 
 
 def check_evaluation(arguments: Arguments) -> None:
-    """Raise `UserError` for flags that need an evaluation where there is none, or an unknown metric."""
+    """Raise `UserError` for flags that need an evaluation if there is none, and for unknown metrics."""
     training = arguments.training
     flags = {
         f"--eval_strategy {training.eval_strategy.value}": training.eval_strategy != IntervalStrategy.NO,
@@ -146,7 +146,7 @@ def has_evaluation(arguments: Arguments) -> bool:
 
 
 def check_precision(arguments: Arguments) -> None:
-    """Raise `UserError` for dtypes that cannot be trained."""
+    """Raise `UserError` for dtypes that do not support training."""
     training = arguments.training
     if not training.deepspeed and arguments.model.torch_dtype == "float16" and training.fp16:
         raise UserError(
@@ -182,7 +182,7 @@ def check_batches(arguments: Arguments, sequences: int) -> None:
 
 
 def find_notes(arguments: Arguments) -> list[str]:
-    """Return a note for each combination of flags that is valid and may surprise the user."""
+    """Return a note for each valid but potentially surprising combination of flags."""
     if arguments.data.prepare_only:
         return []
     notes, dft, training, watch = [], arguments.dft, arguments.training, arguments.watch

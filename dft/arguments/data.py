@@ -1,4 +1,4 @@
-"""Command-line flags of the data."""
+"""Command-line flags for the data."""
 
 import json
 import math
@@ -22,14 +22,14 @@ MAX_QUOTED = 200
 
 
 def default_cache_dir() -> str:
-    """Return the cache folder of the user. A relative XDG_CACHE_HOME is ignored, as XDG specifies."""
+    """Return the user's cache folder. A relative XDG_CACHE_HOME is ignored, as XDG specifies."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return str((folder if folder.is_absolute() else Path("~/.cache")) / "dft")
 
 
 @dataclass
 class DataFiles:
-    """The files with conversations."""
+    """Flags that name the data files."""
 
     data_files: list[str] = field(
         metadata={
@@ -45,7 +45,7 @@ class DataFiles:
 
 @dataclass
 class DataArguments(DataOptions, DataFiles):
-    """Flags of the data. Those that shape the prepared data are inherited from `DataOptions`."""
+    """Data flags. Those that affect the prepared data are inherited from `DataOptions`."""
 
     _argument_group_name: ClassVar[str] = "data"
 
@@ -91,7 +91,7 @@ def resolve_validation_split(data: DataArguments) -> float:
 
 
 def check_data_arguments(data: DataArguments) -> None:
-    """Raise `UserError` for flags of the data that contradict one another or cannot be parsed."""
+    """Raise `UserError` for data flags that contradict one another or cannot be parsed."""
     if data.data_weights and len(data.data_weights) != len(data.data_files):
         weights = " ".join(f"{weight:g}" for weight in data.data_weights)
         raise UserError(

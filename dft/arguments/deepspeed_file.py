@@ -1,7 +1,7 @@
 """Read and validate DeepSpeed configuration files.
 
-DeepSpeed itself validates most of a configuration only when it creates the engine, after the data is prepared
-and the model is loaded.
+DeepSpeed itself validates most of a configuration only when it creates the engine, which is after the data
+has been prepared and the model loaded.
 """
 
 import inspect
@@ -112,14 +112,14 @@ def check_parts(content: dict[str, Any], flag: str) -> None:
 
 
 def _part(content: dict[str, Any], name: str) -> tuple[str | None, dict[str, Any]]:
-    """Return the type and the parameters of the optimizer or the scheduler."""
+    """Return the type and parameters of the optimizer or scheduler."""
     section = content.get(name, {})
     kind = section.get("type")
     return None if kind is None else str(kind), section.get("params", {})
 
 
 def _check_names(flag: str, part: str, params: dict[str, Any], extra: set[str], *kinds: type) -> None:
-    """Raise `UserError` for a parameter that is neither in `extra` nor in a signature of the classes."""
+    """Raise `UserError` for a parameter that is neither in `extra` nor accepted by any of the classes."""
     names = extra.union(*(inspect.signature(kind).parameters for kind in kinds))
     for name in params:
         if name not in names:

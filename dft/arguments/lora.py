@@ -1,4 +1,4 @@
-"""Command-line flags of LoRA and QLoRA."""
+"""Command-line flags for LoRA and QLoRA."""
 
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +18,7 @@ PEFT_VERSION = "0.21.2"
 
 @dataclass
 class LoraArguments:
-    """Flags of adapters."""
+    """Adapter flags."""
 
     _argument_group_name: ClassVar[str] = "LoRA"
 
@@ -50,7 +50,7 @@ class LoraArguments:
 
 
 def check_lora(lora: LoraArguments, training: transformers.TrainingArguments, zero_stage: int) -> None:
-    """Raise `UserError` for contradictory flags of adapters, or if a package is missing."""
+    """Raise `UserError` for contradictory adapter flags, or if a required package is missing."""
     if lora.lora_r is None:
         for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
             if vars(lora)[name] is not None:
@@ -74,7 +74,7 @@ def check_lora(lora: LoraArguments, training: transformers.TrainingArguments, ze
 
 
 def check_not_adapters(name: str) -> None:
-    """Raise `UserError` if `--model_name_or_path` is a folder of adapters instead of a model."""
+    """Raise `UserError` if `--model_name_or_path` is an adapter folder instead of a model."""
     folder = Path(name).expanduser()
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         raise UserError(

@@ -60,10 +60,10 @@ def check_cache(args: transformers.TrainingArguments, data_collator: Any) -> Non
 
 
 def layer_kernels(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return `liger_kernel_config` with the kernels that replace the loss switched off.
+    """Return `liger_kernel_config` with the loss kernels disabled.
 
     Raises:
-        ValueError: one of them is switched on.
+        ValueError: a loss kernel is explicitly enabled.
     """
     kernels = config or {}
     for name in LOSS_KERNELS:

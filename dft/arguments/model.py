@@ -8,7 +8,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class ModelArguments:
-    """Flags of the model."""
+    """Model flags."""
 
     _argument_group_name: ClassVar[str] = "model"
 

@@ -1,4 +1,4 @@
-"""Command-line flags of the objective: the weights of tokens and how the loss is computed."""
+"""Command-line flags for the objective: the token weights and how the loss is computed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ FUSED_HEAD = ("auto", "on", "off")
 
 @dataclass
 class DFTArguments:
-    """Flags of the objective."""
+    """Objective flags."""
 
     _argument_group_name: ClassVar[str] = "DFT"
 
@@ -77,7 +77,7 @@ class DFTArguments:
 
 @contextmanager
 def convert_value_errors(flag: str) -> Iterator[None]:
-    """Raise a `ValueError` of the loss as a `UserError` that names the flag."""
+    """Convert a `ValueError` from the loss to a `UserError` that names the flag."""
     try:
         yield
     except ValueError as error:
@@ -124,18 +124,18 @@ def _parse_parameters(text: str) -> dict[str, float]:
 
 
 def build_schedule(dft: DFTArguments) -> AlphaSchedule:
-    """Return the schedule of alpha of a run. Raise `UserError` if its share is out of range."""
+    """Return the alpha schedule of a run. Raise `UserError` if its share is out of range."""
     with convert_value_errors(f"--dft_alpha_schedule_share {dft.dft_alpha_schedule_share:g}"):
         return AlphaSchedule(dft.dft_alpha_schedule, dft.dft_alpha_schedule_share)
 
 
 def minimum_weight(objective: Objective) -> float:
-    """Return a lower bound of the weights of an objective."""
+    """Return a lower bound on the weights of an objective."""
     return objective.affine[1] if objective.affine is not None else 0.0
 
 
 def check_objective(dft: DFTArguments) -> None:
-    """Raise `UserError` for flags of the objective that contradict one another."""
+    """Raise `UserError` for objective flags that contradict one another."""
     if not dft.use_simple_dft and dft.objective not in (Dft.name, Sft.name):
         raise UserError(
             f"--use_simple_dft False is SFT, which contradicts --objective {dft.objective}; remove one of "

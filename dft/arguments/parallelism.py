@@ -1,4 +1,4 @@
-"""Checks of the flags for DeepSpeed, FSDP and sequence parallelism."""
+"""Checks for the flags of DeepSpeed, FSDP and sequence parallelism."""
 
 import transformers
 
@@ -8,10 +8,10 @@ from dft.ranks import can_shard, sequence_parallel_size
 
 
 def check_fsdp(training: transformers.TrainingArguments, planned_ranks: int | None = None) -> None:
-    """Raise `UserError` for settings of FSDP that are not supported.
+    """Raise `UserError` for unsupported FSDP settings.
 
     Args:
-        planned_ranks: number of ranks of a plan, which need not exist here.
+        planned_ranks: number of ranks to plan for; they need not exist on this machine.
     """
     if not training.fsdp:
         return
@@ -49,7 +49,7 @@ def check_deepspeed(training: transformers.TrainingArguments) -> None:
             f'{flag} contradicts the flags: {"; ".join(config.mismatches)}; set these values to "auto" in '
             "the file"
         )
-    # DeepSpeed takes over what these flags do, and ignores them if its file lacks the key.
+    # DeepSpeed takes over the effect of these flags and ignores them if its file lacks the key.
     required = {
         "gradient_accumulation_steps": training.gradient_accumulation_steps > 1,
         "gradient_clipping": training.max_grad_norm > 0,

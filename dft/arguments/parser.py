@@ -33,7 +33,7 @@ class Arguments:
 
     Attributes:
         flags: the value of every flag before anything was derived from it.
-        notes: sentences about derived values and flags without effect, for the user.
+        notes: messages for the user about derived values and flags without effect.
     """
 
     model: ModelArguments
@@ -47,7 +47,7 @@ class Arguments:
 
     @property
     def data_seed(self) -> int:
-        """The seed of everything that concerns the data."""
+        """Seed for all random choices in the data preparation."""
         return self.training.seed if self.training.data_seed is None else self.training.data_seed
 
 
@@ -59,7 +59,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(HfArgumentParser):
-    """Parser of all flags. Errors are raised as `UserError` and do not print the usage."""
+    """Parser for all flags. Raises errors as `UserError` and does not print the usage."""
 
     def __init__(self) -> None:
         super().__init__(GROUPS, allow_abbrev=False, prog="train_dft.py", formatter_class=HelpFormatter)
@@ -119,7 +119,7 @@ class Parser(HfArgumentParser):
 
 
 def ignored_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the default of each flag that a run without training ignores.
+    """Return the defaults of the flags that a run without training ignores.
 
     --prepare_only ignores the flags of the device, which a machine without GPUs may reject. --preflight
     ignores --deepspeed with ZeRO-1 or 2: DeepSpeed evaluates with ZeRO-3 only, and other models fit without
@@ -134,7 +134,7 @@ def ignored_flags(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_resolved_values(arguments: Arguments, ignored: dict[str, Any]) -> list[str]:
-    """Set the values that follow from several flags, and return a note for each.
+    """Set the values that depend on several flags, and return a note for each.
 
     Args:
         ignored: flags that this kind of run ignores, see `ignored_flags`.
@@ -178,7 +178,7 @@ def check_no_secrets(argv: list[str]) -> None:
 
 
 def repeated_flags_note(argv: list[str]) -> str | None:
-    """Return a note about flags that are given twice with different values, as scripts/train.sh does."""
+    """Return a note about flags given twice with different values, such as overrides of scripts/train.sh."""
     values: dict[str, list[str]] = {}
     name = ""
     for word in argv:
@@ -202,7 +202,7 @@ def default_flags() -> dict[str, Any]:
 
 
 def own_flags() -> set[str]:
-    """Return the names of the flags that transformers does not have."""
+    """Return the names of the flags that are not part of transformers."""
     return {
         field.name
         for group in GROUPS
@@ -212,8 +212,7 @@ def own_flags() -> set[str]:
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
-    """Parse the command line of this process. `dft.arguments.conflicts.check_arguments` checks for
-    contradictions.
+    """Parse this process's command line; `dft.arguments.conflicts` checks it for contradictions.
 
     Raises:
         UserError: a flag is unknown, or a value cannot be parsed or is out of range.

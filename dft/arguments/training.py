@@ -1,4 +1,4 @@
-"""Command-line flags of `transformers.TrainingArguments`, with other defaults and some flags of our own."""
+"""Command-line flags of `transformers.TrainingArguments`, with different defaults and additional flags."""
 
 import sys
 from dataclasses import dataclass, field
@@ -44,17 +44,17 @@ INHERITED_BOUNDS = {
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    """The arguments of transformers with other defaults, flags of our own, and names of older releases.
+    """transformers' training arguments with new defaults, additional flags and names of older releases.
 
     Attributes:
-        notes: sentences about values that were derived or have no effect.
+        notes: messages about values that were derived or have no effect.
         requested_batch: batch size per device and accumulation steps of the command line, with
             `--auto_find_batch_size True`.
     """
 
     _argument_group_name: ClassVar[str] = "training (transformers.TrainingArguments)"
 
-    # Testing every micro-batch for NaN would synchronize with the device each time, and hide the cause.
+    # Checking every micro-batch for NaN would synchronize with the device each time and hide the cause.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave non-finite losses out of the logged mean."}
     )
@@ -126,7 +126,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None, metadata={"help": "No effect: all metrics are logged every --logging_steps."}
     )
 
-    # mypy does not read transformers and so does not know its fields: the methods take `self` as Any.
+    # mypy does not read transformers and does not know its fields, so the methods annotate `self` as Any.
     def __post_init__(self: Any) -> None:
         check_bounds(self, INHERITED_BOUNDS)
         self.notes: list[str] = []
@@ -164,8 +164,8 @@ class TrainingArguments(transformers.TrainingArguments):
     def _use_stored_batch(self: Any) -> None:
         """Use the batch size that an earlier attempt of the same command stored, if there is one.
 
-        The search of transformers' Trainer is switched off: it restarts with weights that are already
-        trained, and changes the number of rows per optimizer step.
+        The batch size search of transformers' Trainer is disabled: it restarts with weights that are already
+        trained, and it changes the number of rows per optimizer step.
         """
         self.auto_find_batch_size = False
         batch, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
@@ -180,7 +180,7 @@ class TrainingArguments(transformers.TrainingArguments):
             )
 
     def _map_older_names(self: Any) -> None:
-        """Set the flags that replace those of older releases, and note flags without effect."""
+        """Map flags of older releases to their replacements, and note flags without effect."""
         if self.warmup_ratio is not None:
             if self.warmup_steps:
                 raise UserError(

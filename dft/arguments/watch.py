@@ -1,4 +1,4 @@
-"""Command-line flags for output, checks, and runs that only inspect."""
+"""Command-line flags for output, checks and inspection runs."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
@@ -16,7 +16,7 @@ NONFINITE_POLICIES = ("stop", "skip")
 
 @dataclass
 class WatchArguments:
-    """Flags of the output of a run, and of runs that end without training."""
+    """Flags for a run's output, and for runs that exit without training."""
 
     _argument_group_name: ClassVar[str] = "monitoring"
 

@@ -18,13 +18,13 @@ MODEL_FILES = (
     "*.safetensors", "*config.json", "*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
     "additional_chat_templates/*.jinja", "chat_template.json", "*.py",
 )  # fmt: skip
-"""Files of a model that its answers depend on. Its folder may hold others, such as the state of training."""
+"""Model files that affect the answers. The folder may hold other files, such as the training state."""
 
 SampleRecord = dict[str, Any]
 """A line of a file of samples: a problem with its graded samples; see `RECORD_KEYS`.
 
 `line` and `question` name the problem. `reference` is what its answers are graded against, and `has_answer`
-whether that is nothing but the answer. `samples` is a list of objects with `text`, `right`, `tokens` and
+whether that is only the answer. `samples` is a list of objects with `text`, `right`, `tokens` and
 `stopped`.
 """
 RECORD_KEYS = {"line", "question", "reference", "has_answer", "grader", "samples"}
@@ -79,11 +79,11 @@ def update_manifest(
 ) -> Manifest:
     """Check that the samples in the output folder belong to this evaluation, and record its settings there.
 
-    Models and data files without samples in the folder are not checked, so that a command that failed can be
+    Models and data files without samples in the folder are not checked, so that a failed command can be
     corrected.
 
     Args:
-        settings: everything that the samples depend on besides models and data.
+        settings: all settings other than models and data that affect the samples.
         problems: the problems of each data file.
 
     Returns:
@@ -155,7 +155,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_records(file: Path) -> list[SampleRecord]:
-    """Return the records of a file, up to the first line that is truncated or not a record."""
+    """Return the records of a file, up to the first truncated or invalid line."""
     if not file.is_file():
         return []
     records = []
@@ -202,5 +202,5 @@ def base_model_of(folder: Path) -> str | None:
     try:
         base = json.loads((folder / ADAPTER_CONFIG_NAME).read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # a damaged file is reported when the model is loaded
+        return None  # loading the model reports a damaged file
     return base if isinstance(base, str) and Path(base).resolve() != folder.resolve() else None

@@ -26,7 +26,7 @@ OTHER_VALUE = (
     r"(?:hundred|thousand|[mb]illion|dozen|tens|quarter|hal[fv]|third|squared|cubed|and|or|to|times|pi|[a-z])(?![a-z])"
     r"|(?:hundred|thousand|[mb]illion|dozen|quarter|third)s\b|halves"
 )
-"""Words after a number that change its value. A single letter may be a variable."""
+"""Words after a number that change its value. A single letter is treated as a variable."""
 WITH_UNIT = re.compile(rf"[*$]*({PLAIN})\.?\**(?:\s+(?!{OTHER_VALUE})[a-z*][^\d=+/^]*)?", re.ASCII | re.I)
 """A number that may be bold, in dollars, or followed by words without another number: `72 clips`."""
 MAX_SECONDS = 3
@@ -34,25 +34,25 @@ MAX_SECONDS = 3
 CHECK_INTERVAL = 0.05
 """Seconds between two checks of the CPU time."""
 
-# It would warn about every answer that takes too long, and print the whole answer.
+# It would warn about every answer that takes too long and print it in full.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def grade(reference: str, generated: str, grader: str = "auto", has_answer: bool = False) -> bool:
-    r"""Return whether a generated answer is right.
+    r"""Return whether a generated answer is correct.
 
     Args:
         reference: the reference text.
         generated: the generated text.
         grader: "boxed": the last \boxed{} of the text equals that of the reference, mathematically
             (math-verify). "hash": what follows the last `####` is equal, as in GSM8K; numbers are compared as
-            numbers, and may be followed by words. "exact": the texts are equal apart from white space around
-            them. "auto": the one that suits the reference; if the reference is nothing but the answer, "hash"
-            if the text has `####` and no box, else "boxed".
-        has_answer: whether the reference is nothing but the answer.
+            numbers, and may be followed by words. "exact": the texts are equal apart from surrounding white
+            space. "auto": chosen to suit the reference; if the reference is only the answer, "hash" if the
+            text has `####` and no box, else "boxed".
+        has_answer: whether the reference is only the answer.
 
     Raises:
-        UserError: the reference lacks what the grader looks for.
+        UserError: the reference does not contain what the grader looks for.
     """
     if grader == "auto":
         grader = resolve_grader(reference, has_answer)
@@ -71,9 +71,9 @@ def grade(reference: str, generated: str, grader: str = "auto", has_answer: bool
 
 
 def resolve_grader(reference: str, has_answer: bool) -> str:
-    """Return the grader that `auto` means for a reference.
+    """Return the grader that `auto` selects for a reference.
 
-    "answer" means that the generated text decides, by whether it has a box or `####`.
+    "answer" means that the choice depends on whether the generated text has a box or `####`.
     """
     if last_boxed(reference) is not None:
         return "boxed"
@@ -83,10 +83,10 @@ def resolve_grader(reference: str, has_answer: bool) -> str:
 
 
 def reference_answer(reference: str, grader: str, has_answer: bool) -> str:
-    """Return the part of the reference that answers are compared with.
+    """Return the part of the reference to compare answers with.
 
     Raises:
-        UserError: the reference lacks what the grader looks for.
+        UserError: the reference does not contain what the grader looks for.
     """
     if grader not in ("boxed", "hash"):
         return reference.strip()
@@ -140,7 +140,7 @@ def parse_number(text: str) -> Decimal | None:
 
 
 def same_expression(expected: str, answer: str) -> bool:
-    """Return whether math-verify considers two expressions equal. What it cannot parse equals only itself."""
+    """Return whether math-verify considers two expressions equal. Unparsable text equals only itself."""
     if expected == answer:
         return True
     target, candidate = parse_expression(expected), parse_expression(answer)
@@ -153,7 +153,7 @@ def same_expression(expected: str, answer: str) -> bool:
 
 @lru_cache(4096)
 def parse_expression(text: str) -> tuple[Any, ...]:
-    """Return an answer as math-verify parses it; nothing if it cannot, or takes too long."""
+    """Parse an answer with math-verify. Return an empty list if that fails or takes too long."""
     with limit_cpu_time(MAX_SECONDS):
         return tuple(parse(f"\\boxed{{{text}}}", parsing_timeout=None))
     return ()
@@ -161,7 +161,7 @@ def parse_expression(text: str) -> tuple[Any, ...]:
 
 @contextmanager
 def limit_cpu_time(seconds: float) -> Iterator[None]:
-    """Leave the context early if this thread computes longer than `seconds` in it. For the main thread only.
+    """Leave the context early if this thread uses more than `seconds` of CPU time. Main thread only.
 
     The limits of math-verify itself count elapsed time, so grades would depend on how busy the machine is.
     """

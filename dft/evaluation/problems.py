@@ -20,8 +20,8 @@ class Problem:
     Attributes:
         conversation: the prompt and, as its last turn, the reference.
         reference: the `answer` of the row if it has one, else the text of the last turn.
-        has_answer: whether the row has an `answer`, so that `reference` is nothing but the answer.
-        file, line: place of the row. Lines are counted from 1.
+        has_answer: whether the row has an `answer`, so that `reference` is only the answer.
+        file, line: location of the row. Lines are counted from 1.
     """
 
     conversation: Conversation
@@ -32,7 +32,7 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """The last user turn of the prompt, or its last turn if there is no user turn."""
+        """Last user turn of the prompt, or its last turn if there is no user turn."""
         prompt = self.conversation.messages[:-1]
         return next((turn for turn in reversed(prompt) if turn["role"] == "user"), prompt[-1])["content"]
 

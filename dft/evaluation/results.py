@@ -58,7 +58,7 @@ def summarize(name: str, records: Sequence[SampleRecord]) -> dict[str, Any]:
 
 
 def _grades(records: Sequence[SampleRecord]) -> list[list[bool]]:
-    """Return for each problem whether each of its samples is right."""
+    """Return, for each problem, whether each of its samples is correct."""
     return [[sample["right"] for sample in record["samples"]] for record in records]
 
 
@@ -82,6 +82,6 @@ def format_table(results: dict[str, Any]) -> str:
 
 
 def format_percent(share: dict[str, float], sign: str = "") -> str:
-    """Return a share with its interval, as in `31.6 % (29.8 to 33.4)`."""
+    """Format a share with its interval, such as `31.6 % (29.8 to 33.4)`."""
     value, low, high = (f"{100 * share[key]:{sign}.1f}" for key in ("value", "low", "high"))
     return f"{value} % ({low} to {high})"

@@ -26,7 +26,7 @@ GRADERS_IN_WORDS = {
 
 
 def describe_grading(problems: Sequence[Problem], grader: str) -> str:
-    """Return how many references are graded by which grader, in words.
+    """Describe how many references each grader grades.
 
     Raises:
         UserError: a reference lacks what the grader looks for.
@@ -43,7 +43,7 @@ def describe_grading(problems: Sequence[Problem], grader: str) -> str:
 
 
 def grade_record(record: SampleRecord, grader: str) -> SampleRecord:
-    """Return a record with its samples graded. Grades depend on the texts alone."""
+    """Return a record with its samples graded. Grades depend only on the texts."""
     reference, has_answer = record["reference"], record["has_answer"]
     samples = [
         {**sample, "right": grade(reference, sample["text"], grader, has_answer)}
@@ -53,7 +53,7 @@ def grade_record(record: SampleRecord, grader: str) -> SampleRecord:
 
 
 def regrade(folder: Path, manifest: Manifest, grader: str) -> None:
-    """Grade the saved samples of a folder again if they were graded by another grader.
+    """Regrade the saved samples of a folder if they were graded by a different grader.
 
     Raises:
         UserError: a reference lacks what the grader looks for.
@@ -83,13 +83,13 @@ def sample_problems(
 ) -> None:
     """Sample and grade the answers of one model to one data file, except those that are saved already.
 
-    Problems are sampled in groups, each with its own seed, so that an evaluation that is interrupted and
-    resumed has the same results as one that is not. An incomplete group is sampled again from its start.
+    Problems are sampled in groups, each with its own seed, so that an interrupted and resumed evaluation has
+    the same results as an uninterrupted one. An incomplete group is sampled again from its start.
 
     Args:
         file: the file of samples, a line for each problem.
         problems: the problems of the data file.
-        make_sampler: returns the sampler and the encoder. Called only if there is anything left to sample.
+        make_sampler: returns the sampler and the encoder. Called only if some samples are missing.
         settings: how answers are drawn.
         grader: name of the grader.
         group_size: number of problems to sample at once.
@@ -118,7 +118,7 @@ def sample_problems(
 def _matching_records(
     file: Path, problems: Sequence[Problem], settings: SamplingSettings
 ) -> list[SampleRecord]:
-    """Return the saved records that belong to the first problems, up to the first one that does not match."""
+    """Return the saved records of the leading problems, up to the first one that does not match."""
     pairs = takewhile(
         lambda pair: pair[0]["line"] == pair[1].line and len(pair[0]["samples"]) == settings.samples,
         zip(read_records(file), problems, strict=False),

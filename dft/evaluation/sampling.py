@@ -17,12 +17,12 @@ BACKENDS = ("auto", "transformers", "vllm")
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How answers are drawn.
+    """Sampling settings.
 
     Attributes:
         samples: number of answers to each problem.
         temperature: 0 for greedy decoding.
-        top_p: share of probability to draw from, the most likely tokens first.
+        top_p: nucleus sampling threshold.
         max_new_tokens: length at which an answer is cut off.
         batch_size: number of sequences that transformers generates at once.
         seed: seed of all draws.
@@ -43,7 +43,7 @@ class Answer:
     Attributes:
         text: its text, without the stop token.
         tokens: its length in tokens, without the stop token.
-        stopped: whether a stop token ended it.
+        stopped: whether it ended with a stop token.
     """
 
     text: str
@@ -52,10 +52,10 @@ class Answer:
 
 
 class Sampler(Protocol):
-    """Draws answers to prompts."""
+    """Samples answers to prompts."""
 
     def sample(self, prompts: Sequence[list[int]], seed: int) -> list[list[Answer]]:
-        """Return the answers to each prompt (token ids); the same ones for the same prompts and seed."""
+        """Return the answers to each prompt (token ids). Deterministic for a given seed."""
         ...
 
 
@@ -63,7 +63,7 @@ def resolve_backend(backend: str) -> str:
     """Return "transformers" or "vllm". "auto" is vllm if it is installed and there is a GPU.
 
     Raises:
-        UserError: vllm is requested and not installed.
+        UserError: vllm is requested but not installed.
     """
     installed = find_spec("vllm") is not None
     if backend == "vllm" and not installed:
@@ -135,7 +135,7 @@ class TransformersSampler:
             pad_token_id=self.pad,
             **({} if is_greedy else options),
         )
-        # `generate` would take every option that `self.config` leaves open from the model's own config.
+        # `generate` would take every option that `self.config` leaves unset from the model's own config.
         self.model.generation_config = self.config
 
     def sample(self, prompts: Sequence[list[int]], seed: int) -> list[list[Answer]]:

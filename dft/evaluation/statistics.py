@@ -1,4 +1,4 @@
-"""Accuracies with confidence intervals. The unit is the problem: samples of a problem are not independent."""
+"""Accuracies with confidence intervals. The unit is the problem, because samples of the same problem are not independent."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 Z = 1.959963984540054
-"""Quantile of the normal distribution: 95 % of it lies between -Z and Z."""
+"""Quantile of the normal distribution: 95 % of it is between -Z and Z."""
 ROUNDING = 1e-9
 """Differences between equal shares may differ by up to this much because of rounding."""
 
@@ -28,11 +28,11 @@ def avg_at_n(grades: Sequence[Sequence[bool]]) -> Share:
     Student's t in place of z because that variance is an estimate. n_eff is at most the number of samples.
     The interval stays within [0, 1], and is nearly Wilson's own for one sample per problem.
 
-    If all samples are right, or none is, the variance between problems is unknown, and each problem counts as
-    one sample.
+    If all samples are correct or all are wrong, the variance between problems is unknown, and each problem
+    counts as one sample.
 
     Args:
-        grades: for each problem whether each of its samples is right.
+        grades: for each problem, whether each of its samples is correct.
     """
     means = [sum(samples) / len(samples) for samples in grades]
     count, mean = len(means), sum(means) / len(means)
@@ -51,7 +51,7 @@ def variance_of_mean(values: Sequence[float]) -> float:
 
 @lru_cache
 def t_quantile(freedom: int) -> float:
-    """Return the t for which 95 % of Student's distribution lies between -t and t.
+    """Return the t for which 95 % of Student's distribution is between -t and t.
 
     Bisects the finite sums for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
 
@@ -79,7 +79,7 @@ def t_within(t: float, freedom: int) -> float:
 
 
 def pass_at_n(grades: Sequence[Sequence[bool]]) -> Share:
-    """Return the share of problems with at least one right sample, with Wilson's interval."""
+    """Return the share of problems with at least one correct sample, with Wilson's interval."""
     solved = [any(samples) for samples in grades]
     return wilson(sum(solved) / len(solved), len(solved))
 
@@ -92,7 +92,7 @@ def wilson(share: float, count: float) -> Share:
 
 
 def difference(grades: Sequence[Sequence[bool]], baseline: Sequence[Sequence[bool]]) -> Share:
-    """Return how much higher the accuracy is than that of another model on the same problems.
+    """Return the difference in accuracy to another model on the same problems.
 
     The interval is that of the mean of paired differences by Student's distribution, limited to [-1, 1]. If
     all differences are equal, their variance is unknown, and the interval is Newcombe's hybrid score interval

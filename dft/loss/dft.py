@@ -63,8 +63,8 @@ def dft_loss(
         shifted: whether logits[:, t] predicts labels[:, t], as where sequences are split between ranks.
 
     Returns:
-        (loss, stats): a scalar attached to the graph, also when no token is supervised (then it is 0 and its
-        gradient is 0), and the statistics of the supervised tokens.
+        (loss, stats): a scalar attached to the graph, even if no token is supervised (it and its gradient are
+        then 0), and the statistics of the supervised tokens.
 
     Raises:
         ValueError: shapes that do not match, alpha outside [0, 1] or given together with an objective, a base
@@ -122,7 +122,7 @@ def _kl(log_probs: Tensor, base_rows: Tensor) -> Tensor:
 
 
 def shifted_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which positions predict a supervised token, and these tokens.
+    """Return a mask of the positions that predict a supervised token, and these tokens.
 
     Args:
         labels: (batch, seq), not shifted: position t predicts labels[:, t + 1].

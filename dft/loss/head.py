@@ -17,7 +17,7 @@ from dft.loss.options import BaseHead, LossOptions
 from dft.loss.rows import LogitTransform
 
 PROBES = (0.0, 2.0**-12, -(2.0**-12), 1.0, -1.0, 2.0**20, -(2.0**20))
-"""Values that replace the output of the head to find out how the model transforms them into logits."""
+"""Values that replace the head's output, to determine how the model transforms it into logits."""
 LARGEST_TOLERANCE = 1e-1
 TOLERANCE = {
     torch.float64: 1e-6,
@@ -30,11 +30,11 @@ the logits are so large that their rounding error is larger, that error is the m
 
 
 class ModelChanged(RuntimeError):
-    """The model no longer uses its output embedding as it did when `inspect_head` examined it."""
+    """Raised when the model no longer uses its output embedding as it did in `inspect_head`."""
 
 
 class FusedHead:
-    """Scores batches with a model without computing its logits.
+    """Computes the loss of batches without computing the model's logits.
 
     Args:
         module: the output embedding.
@@ -62,7 +62,7 @@ class FusedHead:
             forward: the model, or a wrapper around it.
             inputs: its keyword arguments.
             labels: (batch, seq).
-            options: of the loss; `base` is a `BaseHead`.
+            options: options of the loss; `base` is a `BaseHead`.
 
         Returns:
             (loss, stats, outputs): as `linear_dft_loss` returns, and the model's outputs, in which `logits`
@@ -78,7 +78,8 @@ class FusedHead:
         try:
             outputs = forward(**inputs)
         finally:
-            # Also after an error, or the graph and its gradients would be kept alive until the next call.
+            # Reset after an error as well; otherwise the graph and its gradients would stay alive until the
+            # next call.
             result, self._result, self._batch = self._result, None, None
             del self.module.forward
         if result is None:
@@ -129,7 +130,7 @@ def score_logits(
 
 
 def run_base_model(model: nn.Module, inputs: Mapping[str, Any]) -> BaseHead:
-    """Run a frozen base model up to its head, whose output is not computed.
+    """Run a frozen base model up to its head, without computing the head's output.
 
     Args:
         model: in evaluation mode, with a head that `inspect_head` accepts.
@@ -158,15 +159,15 @@ def inspect_head(
 
     The model scores one small batch three times: with its own logits; with known values in place of the
     head's output, which shows how the model transforms them; and fused, where the result must match the
-    first. Consumes no random numbers. Under ZeRO-3 and FSDP all ranks must call this.
+    first. Does not consume random numbers. Under ZeRO-3 and FSDP all ranks must call this.
 
     Args:
         model: has `get_output_embeddings`; in evaluation mode.
         forward: the model, or a wrapper around it.
         inputs: its keyword arguments, including `input_ids` (batch, seq), which also serve as labels.
-        dtype: in which the model computes.
+        dtype: compute dtype of the model.
     """
-    # A library user may pass any nn.Module; only transformers' models have the method.
+    # Library users may pass any nn.Module; only models from transformers have the method.
     if not hasattr(model, "get_output_embeddings"):
         return f"{type(model).__name__} has no output embedding"
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -200,13 +201,13 @@ def inspect_head(
 
 
 def _mismatch(logits: Tensor, expected: TokenStats, stats: TokenStats, dtype: torch.dtype) -> str | None:
-    """Return how the fused loss differs from that of the model's own logits, or None if they agree."""
+    """Return a message if the fused loss differs from the loss of the model's own logits, else None."""
     error = (stats.nll - expected.nll).abs().mean().item()
     finite = logits[logits.isfinite()]
     rounding = torch.finfo(dtype).eps * finite.abs().amax().item() if len(finite) else 0.0
     if error <= max(TOLERANCE.get(dtype, LARGEST_TOLERANCE), rounding):
         return None
-    # Also if the error is NaN.
+    # True for a NaN error as well.
     return f"the fused loss differs from that of its own logits (by {error:.2g} nats on average)"
 
 
@@ -231,7 +232,7 @@ def _plain_linear(outputs: list[tuple[nn.Module, Any]]) -> nn.Linear | None:
     """Return the module that computes the head's output if it is a single plain linear layer, else None.
 
     It may be inside wrappers that return its output unchanged, such as PEFT's for modules that are trained in
-    full. An adapter calls more modules, or returns another tensor.
+    full. An adapter calls additional modules or returns a different tensor.
     """
     module, innermost = outputs[0]
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
@@ -246,27 +247,27 @@ def _find_transform(
     inputs: Mapping[str, Any],
     logits: Tensor,
 ) -> LogitTransform | str:
-    """Replace the head's output with known values and infer the transform from the resulting logits.
+    """Replace the head's output with known values, and infer the transform from the resulting logits.
 
     Returns:
         The transform, or the reason why the head cannot be fused.
     """
-    # Never in half precision, so that the resulting values are exact.
+    # Not in half precision, so that the resulting values are exact.
     wide = torch.promote_types(head.weight.dtype, torch.float32)
     probes = torch.tensor(PROBES, dtype=wide, device=logits.device)
     rows, columns = (torch.arange(count, device=logits.device) for count in logits.flatten(0, 1).shape)
-    # Different in each row and column, so that each vocabulary entry gets each of the values.
+    # Shifted in each row and column, so that each vocabulary entry gets each of the values.
     indices = ((rows[:, None] + columns) % len(PROBES)).view(logits.shape)
     inserted = probes[indices]
 
     def insert(_hidden: Tensor) -> Tensor:
-        torch.set_grad_enabled(True)  # to detect trainable parameters after the head
+        torch.set_grad_enabled(True)  # detects trainable parameters after the head
         return inserted
 
     def disable_grad(*_: Any) -> None:
         torch.set_grad_enabled(False)
 
-    # Before a wrapper of the model could conclude that a backward pass will follow.
+    # Raised before a wrapper of the model can conclude that a backward pass will follow.
     hook = model.register_forward_hook(disable_grad)
     head.forward = torch.compiler.disable(insert)  # type: ignore[method-assign]
     try:
@@ -279,7 +280,7 @@ def _find_transform(
     transformed = transformed.to(wide)
     small, large = (transformed[indices == index][0].item() for index in (1, 5))
     scale = small / PROBES[1]
-    scale = 1.0 if abs(scale - 1) < 1e-6 else scale  # a tanh changes it by a rounding error
+    scale = 1.0 if abs(scale - 1) < 1e-6 else scale  # a tanh changes it only by a rounding error
     softcap = large if abs(large) < 0.9 * abs(scale * PROBES[5]) else None
     transform = LogitTransform(scale, softcap)
     if not scale or not torch.allclose(transformed, transform(inserted), rtol=1e-5, atol=1e-7):
@@ -290,8 +291,8 @@ def _find_transform(
 class _Anchor(torch.autograd.Function):
     """Return (batch, seq, 1) zeros that depend on the loss, in place of logits.
 
-    Wrappers of the modules after the head register work on their outputs that must happen before their
-    backward (ZeRO-3 and FSDP gather weights there). With the anchor these outputs are part of the graph.
+    Wrappers of the modules after the head register hooks on their outputs that must run before the backward
+    pass (ZeRO-3 and FSDP gather weights there). With the anchor, these outputs are part of the graph.
     """
 
     @staticmethod
@@ -304,7 +305,7 @@ class _Anchor(torch.autograd.Function):
 
 
 class _Tie(torch.autograd.Function):
-    """Return the loss, and send a gradient of zeros to the logits that resulted from the anchor."""
+    """Pass the loss through, and send a zero gradient to the logits computed from the anchor."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, logits: Tensor) -> Tensor:

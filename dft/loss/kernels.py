@@ -1,4 +1,4 @@
-"""Triton kernels of the fused head: the logits of a row are read twice and their gradient is written once.
+"""Triton kernels of the fused head: reads the logits of a row twice and writes their gradient once.
 
 If the weight of a token is a * p + b, a single kernel does everything. Otherwise one kernel computes the
 statistics, the objective computes the weights from them in torch, and a second kernel writes the gradient, so
@@ -41,7 +41,7 @@ def _rows(
     gradient += row * gradient_stride
     target = tl.load(targets + row)
     # Read before the reductions: their barriers guarantee that all warps have read it before one of them
-    # overwrites the tile with the gradient. A target outside the vocabulary gives NaN and reads nothing.
+    # overwrites the tile with the gradient. A target outside the vocabulary gives NaN without reading memory.
     valid = (target >= 0) & (target < vocab)
     z_target = tl.load(tile + target, mask=valid, other=float("nan")).to(tl.float32) * scale
     if SOFTCAP:
@@ -60,7 +60,7 @@ def _rows(
         if here > top:
             best = (start + where).to(tl.int64)
         new = tl.maximum(top, here)
-        # While all logits are -inf the sums stay 0. NaN and +inf propagate as NaN through exp.
+        # The sums stay 0 as long as all logits are -inf. NaN and +inf propagate as NaN through exp.
         shift = tl.where(new == float("-inf"), 0.0, new)
         moved = tl.where(top == float("-inf"), 0.0, top - shift)
         rescale = tl.where(top == float("-inf"), 0.0, tl.exp(moved))
@@ -189,7 +189,7 @@ def _launch_gradients(
     total: Tensor,
     gradient: Tensor,
 ) -> None:
-    """Launch `_gradients` with the (rows,) factors that the objective's weights give."""
+    """Launch `_gradients` with the (rows,) factors computed from the objective's weights."""
     rows, vocab = tile.shape
     with torch.cuda.device_of(tile):
         _gradients[(rows,)](

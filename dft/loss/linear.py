@@ -1,4 +1,4 @@
-"""The DFT loss computed from hidden states, without ever holding all logits.
+"""The DFT loss computed from hidden states, without ever materializing all logits.
 
 The weight of a token is detached and depends on its own row of logits only, so the gradient on these logits,
 w_t * (softmax - onehot) / N, is known as soon as the row is. Rows are processed in tiles: one product gives
@@ -35,13 +35,14 @@ def linear_dft_loss(
 ) -> tuple[Tensor, TokenStats]:
     """Compute `dft_loss(logits, labels, ...)` for `logits = hidden @ weight.T + bias`, without the logits.
 
-    Logits, statistics and the sum of the weight's gradient are float32 (float64 for float64 input), whatever
-    the dtype of the products. Under autocast the products are in its dtype, on a CPU in the weight's dtype.
-    (On a CPU there is one more rounding: each tile's part of the gradient of a bfloat16 weight is bfloat16.)
+    Logits, statistics and the sum of the weight's gradient are float32 (float64 for float64 input),
+    regardless of the dtype of the products. Under autocast the products are in its dtype, on a CPU in the
+    weight's dtype. (On a CPU there is one more rounding: each tile's part of the gradient of a bfloat16
+    weight is bfloat16.)
 
     Args:
         hidden: (batch, seq, hidden).
-        weight: (vocab, hidden). If it requires no gradient, none is computed.
+        weight: (vocab, hidden). Its gradient is computed only if it requires one.
         labels: (batch, seq), not shifted: hidden[:, t] predicts labels[:, t + 1]. Unsupervised: -100.
         alpha, objective: as of `dft_loss`.
         bias: (vocab,).
@@ -53,7 +54,7 @@ def linear_dft_loss(
         (loss, stats) as `dft_loss`. The loss supports a first derivative only, computed once.
 
     Raises:
-        ValueError: shapes that do not match, and whatever `dft_loss` raises it for.
+        ValueError: shapes that do not match, and the cases in which `dft_loss` raises it.
     """
     objective = resolve_objective(alpha, objective, options.get("base") is not None)
     transform = LogitTransform(logit_scale, logit_softcap)
@@ -68,7 +69,7 @@ def fused_loss(
     transform: LogitTransform,
     options: LossOptions,
 ) -> tuple[Tensor, TokenStats]:
-    """Compute `linear_dft_loss` with its options in one value."""
+    """Compute `linear_dft_loss` from a single options object."""
     base = options.base
     if isinstance(base, Tensor):
         raise ValueError("base must be a BaseHead for the fused loss, got a tensor of logits")
@@ -82,7 +83,7 @@ def fused_loss(
     min_weight = None if options.min_weight is None else options.min_weight.flatten()[target_positions]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     count = normalizer(options.num_items, targets)
-    # Filled on the device: copying a number there would synchronize with it.
+    # Filled on the device, because copying a number to it would synchronize.
     scale = (torch.ones((), dtype=wide, device=hidden.device) / count).to(wide)
     needs = NeedsGrad(*(_needs_grad(tensor) for tensor in (hidden, weight, bias)))
     rows = RowOptions(options.objective, *transform)
@@ -128,7 +129,7 @@ def _needs_grad(tensor: Tensor | None) -> bool:
 
 
 class _LinearDFT(torch.autograd.Function):
-    """Return (loss, *TokenStats), of which only the loss has a gradient."""
+    """Return (loss, *TokenStats); only the loss has a gradient."""
 
     @staticmethod
     def forward(
@@ -192,5 +193,5 @@ class _LinearDFT(torch.autograd.Function):
 
 
 def selected(hidden: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the (tokens, hidden) hidden states at some flat positions, converted to `dtype`."""
+    """Return the (tokens, hidden) hidden states at the given flat positions, converted to `dtype`."""
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions).to(dtype)

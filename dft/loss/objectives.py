@@ -23,7 +23,7 @@ MAX_NLL, POINTS = 32.0, 8193
 
 
 class Rows(NamedTuple):
-    """Statistics of supervised tokens that an objective computes weights from, detached.
+    """Detached statistics of supervised tokens from which an objective computes weights.
 
     Attributes:
         nll: (tokens,) negative log-likelihood of the target, in nats.
@@ -45,7 +45,7 @@ class Objective:
 
     Attributes:
         name: on the command line.
-        largest: how many of each row's largest logits `weight` uses.
+        largest: number of largest logits of each row that `weight` uses.
         kl_weight: factor on the KL divergence from a base model; 0 if the objective needs no base model.
     """
 
@@ -63,7 +63,7 @@ class Objective:
 
     @property
     def affine(self) -> tuple[float, float] | None:
-        """(a, b) if the weight is a * p + b, which the kernel computes in a single launch; otherwise None."""
+        """(a, b) if the weight is a * p + b, which takes a single kernel launch; otherwise None."""
         return None
 
     def formula(self) -> str:
@@ -89,7 +89,7 @@ def check_range(name: str, value: float, low: float, high: float, remark: str = 
 class Dft(Objective):
     """Dynamic Fine-Tuning (arXiv 2508.05629, Eq. 9): w = alpha * p + (1 - alpha).
 
-    For a model that knows the domain (mean p above about 0.5): it reinforces tokens the model already
+    Suited to models that know the domain (mean p above about 0.5): it reinforces tokens the model already
     considers likely and hardly changes those it considers very unlikely. alpha = 1 is the paper's objective;
     a smaller alpha keeps every weight at or above 1 - alpha.
     """
@@ -122,7 +122,7 @@ class Dft(Objective):
 class Sft(Objective):
     """Supervised fine-tuning, plain cross-entropy: w = 1.
 
-    For data the model does not know yet: new facts, formats, languages (mean p below about 0.1).
+    Suited to data the model does not know yet: new facts, formats, languages (mean p below about 0.1).
     """
 
     name: ClassVar[str] = "sft"
@@ -169,7 +169,7 @@ class Power(Objective):
 class Threshold(Objective):
     """Minimizes -log p of the tokens with p >= q only (arXiv 2510.00526): w = 1 if p >= q, else 0.
 
-    For data that contains wrong tokens: those the model considers unlikely are ignored completely.
+    Suited to data that contains wrong tokens: those the model considers unlikely are ignored completely.
     """
 
     name: ClassVar[str] = "threshold"
@@ -191,10 +191,10 @@ class Threshold(Objective):
 
 @dataclass(frozen=True)
 class Eaft(Objective):
-    """Entropy-Adaptive Fine-Tuning (arXiv 2601.02151): w = entropy of the 20 likeliest tokens / ln 20.
+    """Entropy-Adaptive Fine-Tuning (arXiv 2601.02151): w = entropy of the top 20 tokens / ln 20.
 
-    The 20 probabilities are first normalized to sum to 1, so w is in [0, 1]. For learning new data with
-    little forgetting: tokens that contradict a confident model have a small weight.
+    The 20 probabilities are first normalized to sum to 1, so w is in [0, 1]. Suited to learning new data with
+    little forgetting: tokens that contradict a confident model get a small weight.
     """
 
     name: ClassVar[str] = "eaft"
@@ -215,9 +215,9 @@ class Asft(Dft):
     """Anchored Supervised Fine-Tuning (arXiv 2509.23753): DFT plus kl_weight * KL(model || base) per token.
 
     The divergence is over the whole vocabulary at each supervised token, in the direction given in the text
-    of the paper; the code published by its authors computes KL(base || model) instead. For domains where DFT
-    drifts from the base model, such as knowledge-heavy ones. Needs a frozen copy of the base model in memory,
-    and a forward pass of it per batch.
+    of the paper; the code published by its authors computes KL(base || model) instead. Suited to domains
+    where DFT drifts from the base model, such as knowledge-heavy ones. Needs a frozen copy of the base model
+    in memory, and a forward pass of it per batch.
     """
 
     name: ClassVar[str] = "asft"
@@ -279,12 +279,12 @@ def make_objective(name: str, parameters: Mapping[str, float] | None = None) -> 
 
 
 def parameters_of(name: str) -> dict[str, float]:
-    """Return the parameters of an objective that have a default, with that default."""
+    """Return the parameters of an objective that have a default, and their defaults."""
     return {field.name: field.default for field in fields(OBJECTIVES[name]) if field.default is not MISSING}
 
 
 def resolve_objective(alpha: float | None, objective: Objective | None, has_base: bool) -> Objective:
-    """Return the objective of a run: DFT with some alpha (default 1), or another one.
+    """Return the objective of a run: DFT with the given alpha (default 1), or another objective.
 
     Raises:
         ValueError: both are given, alpha is out of range, or `check_base` fails.
@@ -298,7 +298,7 @@ def resolve_objective(alpha: float | None, objective: Objective | None, has_base
 
 
 def check_base(objective: Objective, has_base: bool) -> None:
-    """Raise ValueError if a base model is missing although the objective needs it, or given for nothing."""
+    """Raise ValueError if a required base model is missing, or if one is passed to an objective without a KL term."""
     if has_base != (objective.kl_weight > 0):
         verb = "does not use" if has_base else "needs the logits or hidden states of"
         raise ValueError(f"{objective} {verb} a base model")

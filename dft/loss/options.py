@@ -1,4 +1,4 @@
-"""The options of the loss, which pass through the package as one value."""
+"""Options of the loss, passed through the package as one value."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from dft.loss.objectives import Dft, Objective, check_base
 class BaseHead(NamedTuple):
     """Input and weights of the output head of a frozen base model, detached.
 
-    Its output is turned into logits by the same scale and soft cap as that of the trained model.
+    The logits are computed with the same scale and soft cap as those of the trained model.
 
     Attributes:
         hidden: (batch, seq, base hidden).
@@ -26,7 +26,7 @@ class BaseHead(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LossOptions:
-    """Everything that determines the loss of a batch besides the model's output and the labels.
+    """Everything except the model's output and the labels that determines the loss of a batch.
 
     Attributes:
         objective: gives the weight w_t of each token.
@@ -42,7 +42,7 @@ class LossOptions:
             saves it one synchronization with the device.
 
     Raises:
-        ValueError: `base` is missing although the objective needs it, or given although it does not.
+        ValueError: `base` is missing although the objective needs it, or set although it does not.
     """
 
     objective: Objective = Dft()

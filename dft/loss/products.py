@@ -13,7 +13,7 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Return the dtype in which the products are computed.
 
     Under autocast on a CPU this is the dtype of the weight: logits are float32 there in any case, so a
-    half-precision copy of the weight would only cost time.
+    half-precision copy of the weight would only add overhead.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and device != "cpu":
@@ -69,7 +69,7 @@ def accumulated(total: Tensor | None, gradient: Tensor, rows: Tensor, only: bool
 
     Args:
         total: the sum so far, overwritten; None for 0.
-        only: nothing else will be added and the result is needed in bfloat16, so it stays in bfloat16.
+        only: whether this is the only term and the result is needed in bfloat16; it then stays in bfloat16.
     """
     on_gpu = rows.device.type == "cuda" and rows.dtype.itemsize < 4
     if gradient.dtype == torch.bfloat16 and (only or not on_gpu):
@@ -92,7 +92,7 @@ def accumulated(total: Tensor | None, gradient: Tensor, rows: Tensor, only: bool
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return gradient * factor in `dtype`.
 
-    If the gradient has that dtype already, it is scaled in place, and not touched if the factor is 1.
+    If the gradient already has that dtype, it is scaled in place, or left unchanged if the factor is 1.
     """
     on_cpu = gradient.device.type == "cpu"
     if on_cpu and factor.item() == 1:

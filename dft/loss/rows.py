@@ -18,7 +18,7 @@ GPU_BYTES = 256 * 2**20
 
 
 class LogitTransform(NamedTuple):
-    """How a model computes its logits from the output z of its head.
+    """Transform from the output z of a model's head to its logits.
 
     The logits are softcap * tanh(scale * z / softcap), or scale * z if softcap is None.
     """
@@ -32,7 +32,7 @@ class LogitTransform(NamedTuple):
 
 
 class RowOptions(NamedTuple):
-    """How rows of the head's output z are scored.
+    """Settings for scoring rows of the head's output z.
 
     Attributes:
         objective: gives the weight of each token.
@@ -82,8 +82,8 @@ def _score_block(
         tile.div_(options.softcap).tanh_().mul_(options.softcap)
     target_column = targets[:, None]
     argmax = tile.argmax(1, keepdim=True)
-    # The largest logit is subtracted before anything else: small differences would otherwise be rounded at
-    # the magnitude of the logits, which may all be large.
+    # Subtract the largest logit first: otherwise, if all logits are large, small differences between them
+    # would be lost to rounding.
     top = tile.gather(1, argmax)
     tile -= top
     softmax = torch.softmax(tile, 1, out=buffer[: len(tile)])

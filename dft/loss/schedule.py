@@ -11,10 +11,10 @@ KINDS = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True)
 class AlphaSchedule:
-    """Fraction of its final alpha that an objective has at each step.
+    """Schedule that scales an objective's alpha at each step.
 
     Attributes:
-        kind: "constant" always has all of it; "linear" and "cosine" rise from 0, which is SFT, to all of it.
+        kind: "constant" is 1 at every step; "linear" and "cosine" rise from 0 (SFT) to 1.
         share: fraction of the optimizer steps over which alpha rises, in (0, 1].
     """
 
@@ -29,7 +29,7 @@ class AlphaSchedule:
             )
 
     def at(self, step: int, steps: int) -> float:
-        """Return the fraction, in [0, 1], at a step counted from 0 of `steps`."""
+        """Return the fraction, in [0, 1], at step `step` of `steps`, counted from 0."""
         if self.kind == "constant":
             return 1.0
         progress = min(1.0, step / max(1.0, self.share * steps))
@@ -54,7 +54,7 @@ def scheduled(objective: Objective, schedule: AlphaSchedule, step: int, steps: i
 
 
 def method_title(objective: Objective, schedule: AlphaSchedule, end_of_turn_weight: float) -> str:
-    """Return the objective, its alpha, schedule and lower bound on end-of-turn tokens as text."""
+    """Describe the objective, its alpha, its schedule and its lower bound for end-of-turn tokens."""
     alpha = alpha_of(objective)
     title = objective.title + ("" if alpha is None else f", alpha {alpha:g}")
     if schedule.kind != CONSTANT.kind:
@@ -65,5 +65,5 @@ def method_title(objective: Objective, schedule: AlphaSchedule, end_of_turn_weig
 
 
 def alpha_of(objective: Objective) -> float | None:
-    """Return the alpha of an objective, or None if it has none."""
+    """Return the alpha of an objective, or None if it has no alpha."""
     return objective.alpha if isinstance(objective, Dft) else None

@@ -1,4 +1,4 @@
-"""Tile by tile from hidden states to the statistics of all tokens and the gradients of the loss."""
+"""Compute token statistics and gradients of the loss from hidden states, tile by tile."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from dft.loss.products import accumulated, product, wide_product
 from dft.loss.rows import RowOptions, score_rows_torch
 
 TILE_BYTES = {"cpu": 384 * 2**20, "cuda": 1024 * 2**20}
-"""Maximum size of one tile of logits, whatever the batch and vocabulary; a tile has at least one row. Large
+"""Maximum size of one tile of logits, regardless of batch and vocabulary; a tile has at least one row. Large
 tiles make the products efficient, and the weight's gradient is read and written less often."""
 GROUP_BYTES = 2 * 2**30
 """Maximum size of the half-precision gradients of a group of tiles on a GPU, where they are written next to
@@ -18,15 +18,15 @@ the logits. One product per group sums the weight's gradient in float32 without 
 more than one group the float32 sum is stored, and read and written once per group."""
 HALF_SCALE = 2.0**14
 """Factor on the gradients of float16 rows. float16 underflows below 6e-8, where most gradients are, and
-overflows at 65,504. The gradients of a row sum to at most 2 before the division by N, so they are written
-this much larger and divided by N afterwards in float32."""
+overflows at 65,504. The gradients of a row sum to at most 2 before the division by N, so they are scaled up
+by this factor and divided by N afterwards in float32."""
 LARGEST_GAP = 64.0
 """Largest log-ratio (in nats) between model and base at a token for which the gradient of the KL divergence,
 which is proportional to it, still fits float16."""
 
 
 class NeedsGrad(NamedTuple):
-    """Which inputs of the loss require a gradient."""
+    """Flags for the inputs of the loss that require a gradient."""
 
     hidden: bool
     weight: bool
@@ -39,7 +39,7 @@ class HeadWeights(NamedTuple):
     Attributes:
         weight: (vocab, hidden) in the dtype of the products.
         bias: (vocab,) or None.
-        dtype: of the weight's gradient.
+        dtype: dtype of the weight's gradient.
     """
 
     weight: Tensor
@@ -48,7 +48,7 @@ class HeadWeights(NamedTuple):
 
 
 class RowExtras(NamedTuple):
-    """Optional inputs of each supervised token.
+    """Optional per-token inputs of the supervised tokens.
 
     Attributes:
         min_weight: (tokens,) lower bounds on the weights.
@@ -85,13 +85,13 @@ def run_tiles(
     Returns:
         stats: (tokens,) each. gradients: on rows (tokens, hidden), in their dtype, or in float32 for float16,
         which the unscaled values may not fit; on weight and bias in float32 or wider, or rounded to their
-        dtype. None for what needs no gradient.
+        dtype. None where no gradient is needed.
     """
     vocab, wide = len(head.weight), torch.promote_types(rows.dtype, torch.float32)
     row_scale, unscale = _row_scale(rows.dtype, scale, options)
     spans = tiles(len(rows), vocab, wide.itemsize, rows.device.type)
     buffer = None
-    if rows.device.type == "cpu" and spans:  # on a GPU torch's allocator reuses the memory of the last tile
+    if rows.device.type == "cpu" and spans:  # on a GPU, torch's allocator reuses the memory of the last tile
         buffer = rows.new_empty(max(end - start for start, end in spans), vocab, dtype=wide)
     in_half = rows.device.type == "cuda" and rows.dtype.itemsize < 4 and any(needs)
     tile_groups = groups(spans, vocab * rows.dtype.itemsize) if in_half else [[span] for span in spans]
@@ -113,7 +113,7 @@ def run_tiles(
             parts.append(stats)
             if gradient is None:
                 gradient = written
-            del tile, written, log_base  # otherwise the next tile would be allocated while this one is held
+            del tile, written, log_base  # otherwise this tile would still be held while the next one is allocated
         if gradient is not None:
             sums.add(gradient, first, last)
         del gradient
@@ -124,7 +124,7 @@ class _GradientSums:
     """Sums the gradients of all tiles.
 
     Args:
-        only_group: there is a single group of tiles, so that its product is the whole sum.
+        only_group: whether there is a single group of tiles, whose product is the whole sum.
     """
 
     def __init__(self, rows: Tensor, head: HeadWeights, needs: NeedsGrad, only_group: bool) -> None:
@@ -160,7 +160,7 @@ class _GradientSums:
 
 
 def _row_scale(dtype: torch.dtype, scale: Tensor, options: RowOptions) -> tuple[Tensor, Tensor | None]:
-    """Return the factor on each row's gradient, and the factor to apply to the sums (None for 1).
+    """Return the factor to apply to each row's gradient, and the factor to apply to the sums (None for 1).
 
     float16 gradients are scaled up to stay within its range, and scaled back in float32.
     """
@@ -195,7 +195,7 @@ def log_probabilities(rows: Tensor, head: HeadWeights, options: RowOptions) -> T
     z *= options.scale
     if options.softcap is not None:
         z.div_(options.softcap).tanh_().mul_(options.softcap)
-    z -= z.amax(1, keepdim=True)  # before anything is rounded at the magnitude of the logits
+    z -= z.amax(1, keepdim=True)  # before rounding at the magnitude of the logits
     return z.sub_(z.logsumexp(1, keepdim=True))
 
 

@@ -21,7 +21,7 @@ LISTED_FLAGS = (
     "max_grad_norm",
     "seed",
 )
-"""The flags that the card lists; run_args.yaml has all that were given."""
+"""Flags that the card lists; run_args.yaml has all flags that were given."""
 
 
 def saved_model_card(record: dict[str, Any], state: TrainerState, has_picture: bool) -> str:
@@ -45,7 +45,7 @@ def model_card(
     is_local = Path(name).expanduser().is_dir()
     head = yaml.safe_dump(
         {
-            **({} if is_local else {"base_model": name}),  # the hub cannot link a local path
+            **({} if is_local else {"base_model": name}),  # the hub cannot link to a local path
             "library_name": "transformers",
             "pipeline_tag": "text-generation",
             "tags": ["dft", "fine-tuned"],
@@ -88,7 +88,7 @@ def model_card(
 
 
 def method_text(record: Mapping[str, Any]) -> str:
-    """Return how the model was trained, to follow "Fine-tuned from ..."."""
+    """Describe how the model was trained; follows "Fine-tuned from ..."."""
     alpha = record["alpha"]
     if record["method"] not in ("SFT", "DFT"):
         share = "" if alpha is None else f", alpha {alpha:g}"
@@ -103,7 +103,7 @@ def method_text(record: Mapping[str, Any]) -> str:
 
 
 def lora_lines(flags: Mapping[str, Any]) -> list[str]:
-    """Return how to load the adapters; nothing if the whole model was trained."""
+    """Return instructions for loading the adapters; empty if the whole model was trained."""
     if flags.get("lora_r") is None:
         return []
     return [
@@ -141,5 +141,5 @@ def metric_lines(log: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def latest(log: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
-    """Return the last record that holds a key; an empty one if none does."""
+    """Return the last record that has a key; an empty one if there is none."""
     return next((record for record in reversed(log) if key in record), {})

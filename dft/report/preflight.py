@@ -1,4 +1,4 @@
-"""The run of `--preflight True`: score a sample of the training data, and report whether DFT suits it."""
+"""Implementation of `--preflight True`: score a sample of the training data and report whether DFT suits it."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from dft.training.measuring.scoring import TokenTable
 
 
 class ScoringTrainer(Protocol):
-    """What the preflight uses of a trainer; `DFTTrainer` provides it.
+    """Interface of the trainer that the preflight uses; implemented by `DFTTrainer`.
 
     Attributes:
         train_dataset: the prepared training data.
@@ -25,7 +25,7 @@ class ScoringTrainer(Protocol):
     end_of_turn_ids: list[int]
 
     def score(self, dataset: Any) -> TokenTable:
-        """Score the supervised tokens of a dataset with the model as it is."""
+        """Score the supervised tokens of a dataset with the current model."""
 
 
 def run_preflight(arguments: Arguments, trainer: ScoringTrainer, tokenizer: PreTrainedTokenizerBase) -> None:

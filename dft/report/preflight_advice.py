@@ -112,7 +112,7 @@ def token_statistics(table: TokenTable, end_of_turn_ids: Sequence[int]) -> dict[
 
 
 def silenced_tokens(table: TokenTable, decode: Callable[[int], str]) -> list[dict[str, Any]]:
-    """Return the tokens that most often have p below `SILENCED`, with how often they occur in total."""
+    """Return the tokens that most often have p below `SILENCED`, with their total counts."""
     silenced = Counter(table.target[table.p_correct < SILENCED].tolist())
     occurrences = Counter(table.target.tolist())
     return [
@@ -147,14 +147,14 @@ def advice(whole: dict[str, Any], files: dict[str, dict[str, Any]]) -> list[dict
 
 
 def prior_of(mean: float) -> str:
-    """Return how strong a prior is: "strong", "medium" or "weak"."""
+    """Classify a prior as "strong", "medium" or "weak"."""
     if mean > STRONG:
         return "strong"
     return "weak" if mean < WEAK else "medium"
 
 
 def prior_advice(statistics: dict[str, Any]) -> dict[str, str]:
-    """Return the choice of the objective that the mean probability of the targets suggests."""
+    """Return the objective that the mean probability of the targets suggests."""
     mean, kept = statistics["avg_p_correct"], statistics["gradient_kept"]
     prior = prior_of(mean)
     if prior == "strong":
@@ -187,7 +187,7 @@ def prior_advice(statistics: dict[str, Any]) -> dict[str, str]:
 
 
 def end_of_turn_advice(statistics: dict[str, Any]) -> dict[str, str] | None:
-    """Return advice if the model does not know the end-of-turn token, None if it does or there is none."""
+    """Return advice if the model does not know the end-of-turn token; otherwise None."""
     mean = statistics["p_end_of_turn"]
     if mean is None or mean >= UNKNOWN_END:
         return None

@@ -22,11 +22,11 @@ from dft.training.batching import dataset_files
 from dft.training.measuring.scoring import ScoredSequence
 
 MAX_TOKENS_PER_CHARACTER = 8
-"""A character that is incomplete after this many tokens is shown as it decodes."""
+"""Maximum number of tokens to combine into one character; after that, tokens are shown as decoded."""
 
 
 class ReportedTrainer(Protocol):
-    """What the report reads from a trainer; `DFTTrainer` provides it.
+    """Interface of the trainer that the report uses; implemented by `DFTTrainer`.
 
     Attributes:
         examples: scored sequences of the last evaluation.
@@ -87,7 +87,7 @@ class ReportCallback(TrainerCallback):
         self.trainer.exclude_time(time.perf_counter() - started)
 
     def close(self, status: str) -> None:
-        """Write the last report; call it after the model is saved, because the page lists the saved files."""
+        """Write the last report. Call this after the model is saved, because the page lists the saved files."""
         if self.trainer.is_world_process_zero():
             self._write(self.trainer.state, status)
 
@@ -105,7 +105,7 @@ class ReportCallback(TrainerCallback):
         try:
             write_atomically(self.folder / REPORT, [json.dumps(report, ensure_ascii=False)])
             write_report_page(report, self.folder)
-        except OSError as error:  # a full disk must not end the training
+        except OSError as error:  # a full disk must not stop training
             say(f"warning     the report of step {state.global_step} was not written: {error}")
 
     def _conversation(self, scored: ScoredSequence) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class ReportCallback(TrainerCallback):
 def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> list[str]:
     """Return the text of each token.
 
-    Where several tokens form one character, the last of them has it and the others are empty.
+    If several tokens form one character, the last one has its text and the others are empty.
     """
     texts: list[str] = []
     context: list[int] = []  # the previous complete tokens: some tokenizers drop the space of a first token

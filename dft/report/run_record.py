@@ -1,4 +1,4 @@
-"""The description of a run that trackers and `report.json` store."""
+"""The record of a run that trackers and `report.json` store."""
 
 import platform
 import subprocess
@@ -85,12 +85,12 @@ def environment(settings: dict[str, Any], device: torch.device) -> dict[str, Any
 
 
 def git_commit(folder: Path) -> str | None:
-    """Return the checked-out commit, with a `+` if tracked files changed; None outside a repository."""
+    """Return the checked-out commit, with a `+` if tracked files were modified; None outside a repository."""
     try:
         commit = _git(folder, "rev-parse", "HEAD").strip()
         return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
-        return None  # git is missing, this is no repository, or its disk does not respond
+        return None  # git is missing, this is not a repository, or its disk does not respond
 
 
 def _git(folder: Path, *words: str) -> str:

@@ -32,7 +32,7 @@ EMPTY: dict[str, Any] = {
     "log": [],
     "tokens": [],
 }
-"""The fields of a report, with the values they have where nothing is recorded."""
+"""Fields of a report, with their values if not recorded."""
 
 
 def load_report(run: Path) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def check_isolation(
     Runs two short sequences in one row, and the second one alone. A token counts as different if its logits
     are off by more than rounding. Up to a quarter of the tokens may be different, since in a mixture of
     experts rounding can send a token to another expert; a leak between sequences changes nearly all of them.
-    Consumes no random numbers. Under ZeRO-3 all ranks must take part.
+    Does not consume random numbers. Under ZeRO-3 all ranks must take part.
 
     Args:
         forward: the model in evaluation mode, or a wrapper of it.

@@ -220,7 +220,7 @@ class StepLoss:
         return self.head
 
     def _probe(self) -> dict[str, Any]:
-        """Return a small batch as the model gets it. Consumes no random numbers."""
+        """Return a small batch as the model gets it. Does not consume random numbers."""
         vocab = self._model.config.get_text_config().vocab_size
         ids = np.arange(16).reshape(2, 8) * 7919 % vocab
         collator = self._collator()

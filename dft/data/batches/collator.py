@@ -1,15 +1,15 @@
 """Collators that turn examples into a batch of tensors: padded, packed into padded rows, or padding-free.
 
-An example holds one sequence, `input_ids` (tokens,) and `labels` (tokens,), or several sequences end to end;
-then `seq_lengths` lists the number of tokens of each. The first token of a sequence is never a target.
-An example may also have `origins`, (sequences, 2): the file number and line number of each sequence.
+An example holds one sequence, `input_ids` (tokens,) and `labels` (tokens,), or several concatenated
+sequences, with the number of tokens of each in `seq_lengths`. The first token of a sequence is never a
+target. An example may also have `origins`, (sequences, 2): the file number and line number of each sequence.
 
-Besides the inputs of the model, every batch holds
+In addition to the model's inputs, every batch contains
 
-    loss_positions  (supervised tokens,) int64, the positions whose next token is supervised. Computed here,
-                    on the CPU, so that no training step waits for the accelerator to count them.
-    sequence_ids    (batch, seq) int64, the number of the sequence that each token belongs to, -1 for padding.
-    origins         (sequences, 2) int64, if any example has origins; (-1, -1) for examples without.
+    loss_positions (supervised tokens,) int64, the positions whose next token is supervised. Computed here on
+    the CPU, so that no training step has to synchronize with the accelerator to count them. sequence_ids
+    (batch, seq) int64, the number of the sequence that each token belongs to, -1 for padding. origins
+    (sequences, 2) int64, if any example has origins; (-1, -1) for examples without.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,8 +63,8 @@ class PackedCollator:
     """Collator for rows of several sequences: pads the rows and separates the sequences by `position_ids`.
 
     The batch has no attention mask, because transformers derives the boundaries between sequences from
-    restarting positions only when no mask is passed. Each padding token is a sequence of its own, which no
-    other attends to.
+    restarting positions only when no mask is passed. Each padding token is a separate sequence that no other
+    token attends to.
 
     Attributes:
         pad_token_id: any id of the vocabulary.
@@ -78,7 +78,7 @@ class PackedCollator:
 
         Returns:
             input_ids, labels, position_ids: (batch, seq) int64. num_tokens: int, the tokens that are not
-            padding. And the entries listed in the module docstring.
+            padding. Plus the entries listed in the module docstring.
         """
         ids, labels = _pad(examples, self.pad_token_id)
         width = ids.shape[1]
@@ -115,7 +115,7 @@ class FlatCollator:
         Returns:
             input_ids, labels, position_ids: (1, tokens) int64. cu_seq_lens_q, cu_seq_lens_k:
             (sequences + 1,) int32, the cumulative sequence lengths, starting at 0. max_length_q,
-            max_length_k: int, the tokens of the longest sequence. And the entries listed in the module
+            max_length_k: int, the tokens of the longest sequence. Plus the entries listed in the module
             docstring.
         """
         lengths = [length for example in examples for length in _sequence_lengths(example)]
@@ -139,7 +139,7 @@ def _sequence_lengths(example: Mapping[str, Any]) -> list[int]:
     """Return the number of tokens of each sequence of an example, in order.
 
     Raises:
-        ValueError: `seq_lengths` is not positive throughout or does not add up to the example's tokens.
+        ValueError: `seq_lengths` contains a value below 1 or does not add up to the number of tokens.
     """
     total = len(example["input_ids"])
     lengths = example.get("seq_lengths")

@@ -52,7 +52,7 @@ class Sequences(Dataset):
 
     @property
     def packed(self) -> bool:
-        """Whether rows hold several sequences."""
+        """True if a row may hold several sequences."""
         return self.offsets is not None
 
     def __len__(self) -> int:

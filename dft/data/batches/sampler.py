@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, Sampler
 from dft.labels import IGNORE_INDEX
 
 BLANK = -1
-"""Index of the blank example, which has one token and no supervised one."""
+"""Index of the blank example, which consists of one unsupervised token."""
 SORTED_STEPS = 50
 """Optimizer steps that are sorted by length together: enough to save padding, few enough to stay shuffled."""
 
@@ -23,7 +23,7 @@ class EpochSampler(Sampler[int]):
 
     Args:
         size: examples in the dataset.
-        multiple: examples that all ranks together consume at a time (batch size * ranks).
+        multiple: examples that all ranks together consume per batch (batch size * ranks).
         seed: seed of the shuffling; None keeps the order of the dataset.
         drop_last: drop the examples that do not fill a full multiple instead of adding blanks.
         lengths: (size,) tokens of each example, to batch examples of similar length; None to ignore lengths.
@@ -68,7 +68,7 @@ class EpochSampler(Sampler[int]):
         yield from [BLANK] * (len(self) - self.size)
 
     def _group_by_length(self, order: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Sort each stretch of `SORTED_STEPS` optimizer steps by length, then shuffle the steps."""
+        """Sort each run of `SORTED_STEPS` optimizer steps by length, then shuffle the steps."""
         generator = np.random.default_rng([self.seed or 0, self.epoch, 1])
         span = self.group * SORTED_STEPS
         stretches = [order[start : start + span] for start in range(0, self.size, span)]
@@ -79,10 +79,10 @@ class EpochSampler(Sampler[int]):
 
 
 class WithBlank(Dataset):
-    """Dataset wrapper that returns an example of one unsupervised token for the index `BLANK`.
+    """Dataset wrapper that returns a single unsupervised token for the index `BLANK`.
 
     Args:
-        dataset: the wrapped dataset; all other indices are passed on to it.
+        dataset: the wrapped dataset, which handles all other indices.
         token_id: the token of the blank example.
     """
 

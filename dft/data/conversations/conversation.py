@@ -38,7 +38,7 @@ class Conversation:
     variables: dict[str, Any] = field(default_factory=dict)
 
     def last_turn_only(self) -> "Conversation":
-        """Return the same conversation with only the last of its supervised turns supervised."""
+        """Return a copy of the conversation in which only the last supervised turn is supervised."""
         last = max(index for index, supervised in enumerate(self.supervised) if supervised)
         return replace(self, supervised=tuple(index == last for index in range(len(self.supervised))))
 
@@ -70,7 +70,7 @@ def parse_conversation(text: bytes) -> Conversation:
         raise BadLine("no assistant turn is trained: all have train false or weight 0", "nothing is trained")
     variables = _read_variables(row)
     conversation = Conversation([message for message, _ in turns], supervised, _read_tools(row), variables)
-    # Text that is valid UTF-8 can only hold half a surrogate pair as an escape.
+    # In valid UTF-8, an unpaired surrogate can only appear as an escape.
     if SURROGATE_ESCAPE.search(text):
         _check_surrogates(conversation)
     return conversation

@@ -1,4 +1,4 @@
-"""Errors of single conversations, and one error message for all of them."""
+"""Errors in single conversations, combined into one error message."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ MAX_LISTED = 20
 
 
 class BadLine(ValueError):
-    """A conversation cannot be used.
+    """Raised when a conversation cannot be used.
 
     Args:
         reason: the full reason, without file and line.
@@ -24,7 +24,7 @@ class BadLine(ValueError):
 
 
 class Fault(NamedTuple):
-    """The reason of a `BadLine` and its place (`file:line`)."""
+    """The reason of a `BadLine` and its location (`file:line`)."""
 
     where: str
     kind: str
@@ -32,7 +32,7 @@ class Fault(NamedTuple):
 
 
 class Faults:
-    """Collects the faults of all files. Lists the first ones and counts all of them by kind."""
+    """Collects the faults of all files. Lists the first few and counts all of them by kind."""
 
     def __init__(self) -> None:
         self.listed: list[Fault] = []

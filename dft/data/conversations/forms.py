@@ -1,4 +1,4 @@
-"""The table of row forms. A new form is a file of its own and one entry here."""
+"""The table of row forms. A new form needs a new file and one entry here."""
 
 from collections.abc import Container
 
@@ -13,7 +13,7 @@ FORMS: tuple[RowForm, ...] = (
     SHAREGPT,
     PROMPT_COMPLETION,
 )
-"""All row forms. A row that has the keys of several has the first of them."""
+"""All row forms. If a row has the keys of several forms, the first one applies."""
 SHARED_COLUMNS = ("tools", "system", "chat_template_kwargs")
 """Columns that a row of any form may have."""
 
@@ -29,12 +29,12 @@ def columns() -> tuple[str, ...]:
 
 
 def describe_forms() -> str:
-    """Return the keys of all forms in words: "'messages', 'conversations' or 'prompt' with 'completion'"."""
+    """Return the keys of all forms as text: "'messages', 'conversations' or 'prompt' with 'completion'"."""
     *others, last = (" with ".join(f"'{key}'" for key in form.keys) for form in FORMS)
     return f"{', '.join(others)} or {last}"
 
 
 def append_answer(row: Row, answer: str) -> Row:
-    """Append an assistant turn to a row, unless it ends with one or has no form."""
+    """Append an assistant turn to a row, unless the row already ends with one or has no known form."""
     rows = (form.append_answer(row, answer) for form in FORMS)
     return next((answered for answered in rows if answered is not None), row)

@@ -8,14 +8,14 @@ from dft.data.conversations.turns import Row, Turn
 
 @dataclass(frozen=True)
 class RowForm:
-    """One of the ways in which a row may hold a conversation.
+    """A format in which a row stores a conversation.
 
     Attributes:
         name: name of the form in documentation.
         keys: a row has this form if it has all these keys, none of them null.
         read: validates the turns of a row of this form, which has no null columns. Raises `BadLine`.
         append_answer: appends an assistant turn with the given text to a row that is not validated yet, for
-            evaluation data that hold the answer in a column of its own. Returns the row unchanged if it
+            evaluation data with the answer in a separate column. Returns the row unchanged if it
             already ends with an assistant turn, and None if it does not have this form.
         example: a row of this form.
     """

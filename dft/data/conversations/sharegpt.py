@@ -23,7 +23,7 @@ def _read(row: Row) -> list[Turn]:
 
 
 def _read_turn(where: str, turn: Any) -> Turn:
-    """Validate a turn of `from` and `value`, or of `role` and `content` with ShareGPT's role names."""
+    """Validate a turn with `from` and `value`, or with `role` and `content` and ShareGPT's role names."""
     if not isinstance(turn, dict):
         raise BadLine(
             f"{where} must be an object with 'from' and 'value', got {json_type_name(turn)}",
@@ -48,7 +48,7 @@ def _read_turn(where: str, turn: Any) -> Turn:
 
 
 def _read_calls(where: str, text_key: str, calls: Any) -> Any:
-    """Return the tool calls that the text of a function_call turn holds, as a list where it is one call."""
+    """Parse the tool calls in the text of a function_call turn; a single call becomes a list."""
     where = f"{where}: '{text_key}' of a function_call"
     if isinstance(calls, str):
         calls = parse_json_string(where, calls)

@@ -57,15 +57,15 @@ def append_answer(row: Row, key: str, answer: str, is_answer: Callable[[dict[str
 
 
 def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
-    """Validate one turn of `role` and `content` and bring its tool calls and content parts into one form.
+    """Validate one turn with `role` and `content`, and normalize its tool calls and content parts.
 
     Args:
-        where: place of the turn in the row, for error messages.
-        turn: the value found there.
+        where: location of the turn in the row, for error messages.
+        turn: the value at that location.
         text_key: the key that the row itself uses for the content, for error messages.
 
     Returns:
-        The message without null values and without `train` and `weight`, and whether it is supervised.
+        The message without null values, `train` and `weight`, and whether it is supervised.
 
     Raises:
         BadLine: a wrong type, an unknown role or an empty turn.
@@ -130,7 +130,7 @@ def _pop_supervision(where: str, role: str, message: dict[str, Any]) -> bool:
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise BadLine(f"{where}: 'weight' must be 0 or 1, got {shorten(weight)}", "wrong 'weight'")
     if role != "assistant":
-        # Some exporters write weight 1 on every turn. `train` is only there if somebody put it there.
+        # Some exporters write weight 1 on every turn. `train`, in contrast, is always set deliberately.
         if train:
             raise BadLine(
                 f"{where}: 'train' is true on a {role} turn; only assistant turns are trained",
@@ -160,7 +160,7 @@ def _join_parts(where: str, text_key: str, parts: list[Any]) -> str:
 
 
 def _normalize_tool_calls(where: str, message: dict[str, Any]) -> bool:
-    """Bring the tool calls of a message into one form. Return whether there are any."""
+    """Normalize the tool calls of a message. Return whether there are any."""
     calls = message["tool_calls"]
     if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise BadLine(

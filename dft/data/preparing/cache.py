@@ -1,7 +1,7 @@
 """Folders of prepared data in the cache: trust, integrity, sealing and removal of abandoned ones.
 
 Training uses the contents of the cache without further checks, so folders that another user could have
-written are refused, and so are links that lead out of the cache.
+written are refused, as are links that point outside the cache.
 """
 
 import json
@@ -37,7 +37,7 @@ Its lock must be free too, but some network file systems do not share locks betw
 
 
 def check_private(folder: Path, cache_dir: Path) -> None:
-    """Check that nobody but the current user can have written a folder in the cache, if it exists.
+    """Check that only the current user can have written a folder in the cache, if it exists.
 
     The owner is compared with the owner of a new file in the cache, because on network file systems that may
     differ from the user id of this process.
@@ -50,9 +50,9 @@ def check_private(folder: Path, cache_dir: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         return
     if not stat.S_ISDIR(status.st_mode) and not stat.S_ISLNK(status.st_mode):
-        return  # a file, which is no prepared data and will be replaced
+        return  # a regular file is not prepared data and will be replaced
     entries = [status]
-    with suppress(FileNotFoundError, NotADirectoryError):  # a link to no folder, or the folder was removed
+    with suppress(FileNotFoundError, NotADirectoryError):  # the link is dangling, or the folder was removed
         for path in folder.iterdir():
             with suppress(FileNotFoundError):  # another process has removed or replaced the file
                 entries.append(path.lstat())
@@ -77,7 +77,7 @@ def is_complete(folder: Path) -> bool:
         contents = json.loads((folder / CONTENTS).read_bytes())
         if not isinstance(contents, dict) or not contents.keys() >= REQUIRED:
             return False
-        if any(Path(name).name != name for name in contents):  # "../x" would lead out of the folder
+        if any(Path(name).name != name for name in contents):  # "../x" would point outside the folder
             return False
         return all(file_entry(folder / name) == entry for name, entry in contents.items())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
@@ -103,7 +103,7 @@ def seal(folder: Path) -> None:
 
 
 def remove_abandoned(cache_dir: Path, key: str) -> None:
-    """Remove folders that killed processes were filling.
+    """Remove folders left behind by killed processes.
 
     Folders of `key` are always removed, since the caller holds the lock of `key`. Folders of other keys are
     removed if their lock is free and nothing was written to them for `ABANDONED` seconds.

@@ -1,4 +1,4 @@
-"""Key under which prepared data is cached: a digest of everything that decides what it looks like."""
+"""Cache key of prepared data: a digest of everything that affects its contents."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from dft.data.templates.encoder import ChatEncoder
 
 
 def source_files() -> list[Path]:
-    """Return every Python file whose code decides what prepared data looks like.
+    """Return every Python file whose code affects the contents of prepared data.
 
     These are all files of `dft.data`, including sub-folders, and the modules at the top of `dft`, which it
     imports. After a change to any of them, data prepared by the earlier code must not be reused.

@@ -19,7 +19,7 @@ from dft.errors import UserError
 from dft.labels import IGNORE_INDEX
 
 CHECKED_IN_FIRST_CHUNK, CHECKED_PER_CHUNK = 32, 1
-"""Number of conversations that the self-check looks at in the first chunk of a file and in each later one."""
+"""Number of conversations that the self-check examines in a file's first chunk and in each later one."""
 NOTHING_RENDERED = "the chat template renders nothing of the assistant's turns"
 DIGEST_DTYPE = "S16"
 """numpy type of the digests that identify conversations."""
@@ -27,7 +27,7 @@ DIGEST_DTYPE = "S16"
 
 @dataclass(frozen=True)
 class RejectedRecord:
-    """A record that cannot be used.
+    """An unusable record.
 
     Attributes:
         index: index of the record within the chunk.
@@ -60,7 +60,7 @@ class RecordChunk:
     records: list[Record]
 
     def limit_error(self, excess: str) -> UserError:
-        """Return the error to raise when rendering exceeds a limit; `excess` says which one."""
+        """Return the error to raise when rendering exceeds a limit; `excess` names the limit."""
         first, last = self.records[0].line, self.records[-1].line
         place = f"{self.file}:{first}" if first == last else f"{self.file}, lines {first} to {last}"
         return UserError(
@@ -82,7 +82,7 @@ class EncodedChunk:
         token_digests: (sequences,) digest of the token ids of the whole conversation.
         label_digests: (sequences,) digest of the token ids and labels of the whole conversation.
         rejected: the unusable records.
-        counts: what happened to the records.
+        counts: counts of what happened to the records.
     """
 
     input_ids: np.ndarray
@@ -166,7 +166,7 @@ def _parse(record: Record, options: PrepareOptions) -> Conversation | BadLine:
 
 
 def _reject(index: int, record: Record, error: BadLine, options: PrepareOptions) -> RejectedRecord:
-    """Return a record as rejected, with its text if that is to be saved."""
+    """Return a rejected record, including its text if it is to be saved."""
     keep = options.keep_rejected and (record.flaw is None or record.flaw.skippable)
     return RejectedRecord(index, record.line, error.kind, str(error), record.text if keep else None)
 

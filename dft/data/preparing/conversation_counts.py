@@ -1,4 +1,4 @@
-"""Counts of what happened to the conversations of a data file."""
+"""Counters for the outcome of each conversation of a data file."""
 
 from collections import Counter
 from dataclasses import dataclass, field, fields
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 
 @dataclass
 class ConversationCounts:
-    """What happened to the conversations of one data file, before any of them are selected.
+    """Counts of the conversations of one data file, before selection.
 
     Attributes:
         read: records in the file, usable or not.

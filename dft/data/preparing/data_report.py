@@ -1,4 +1,4 @@
-"""Contents of data_report.json: counts of what was read, what happened to it, and what each split holds."""
+"""Contents of data_report.json: counts of the records read, their outcome, and the contents of each split."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def build_report(
     Args:
         splits: "train" and, if any, "eval", as selected.
         counts: counts of each of the "train" and the "eval" files, before selection.
-        unused: numbers of conversations that are in no split.
+        unused: numbers of conversations that are not part of any split.
         max_length: tokens that a packed row holds.
         weights: weight of each training file.
     """

@@ -22,9 +22,9 @@ Within the resolution of file timestamps a file can change twice without a visib
 documentation of git calls this "racy git".
 """
 PROGRESS_BAR_FROM = 1 << 30
-"""Bytes to read from which a progress bar is shown."""
+"""Minimum number of bytes to read for which a progress bar is shown."""
 SMALL = 1 << 24
-"""Size in bytes up to which `sampled_digest` reads the whole file."""
+"""Maximum size in bytes of files that `sampled_digest` reads completely."""
 SAMPLES, SAMPLE = 128, 1 << 17
 """Number and size in bytes of the pieces that `sampled_digest` reads of a larger file."""
 
@@ -47,7 +47,7 @@ def content_digests(paths: list[Path], cache_dir: Path) -> list[str]:
 
 
 def _cached_digest(folder: Path, path: Path) -> str | None:
-    """Return the cached digest of a file, None if there is none or the file has changed."""
+    """Return the cached digest of a file, or None if there is none or the file has changed."""
     try:
         entry = json.loads(_entry_path(folder, path).read_bytes())
     except (FileNotFoundError, ValueError):  # ValueError: the entry was emptied by a power failure
@@ -59,7 +59,7 @@ def _cached_digest(folder: Path, path: Path) -> str | None:
 
 
 def _compute_digest(folder: Path, path: Path, bar: tqdm) -> str:
-    """Read a file, return its digest, and cache it unless the file changed just now."""
+    """Read a file and return its digest; cache the digest unless the file was modified moments ago."""
     before = path.stat()
     digest = xxhash.xxh3_128()
     with open(path, "rb") as stream:
@@ -81,7 +81,7 @@ def _compute_digest(folder: Path, path: Path, bar: tqdm) -> str:
 def sampled_digest(path: Path) -> str:
     """Return a digest that takes a fraction of a second even for a file of many gigabytes.
 
-    Of a large file only pieces at regular distances are read, including the first and the last bytes. This
+    Only evenly spaced pieces of a large file are read, including the first and last bytes. This
     detects the usual damage to a file that was written once and has the expected size: a range of zeros or of
     other data that covers at least 1/127 of the file. It does not detect a single flipped bit.
     """

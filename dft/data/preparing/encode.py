@@ -56,7 +56,7 @@ def encode_sources(
     writer = SequenceWriter(path)
     texts = RejectedTexts(path.parent, options.keep_rejected)
     chunks = _encoded_chunks(sources, encoder, options, workers, texts)
-    # Closing the generator ends its worker processes, also when writing fails.
+    # Closing the generator ends its worker processes, even when writing fails.
     with texts, closing(chunks), writer:
         for source, chunk in chunks:
             counts[source] += chunk.counts
@@ -73,7 +73,7 @@ def encode_sources(
 def _encoded_chunks(
     sources: list[DataFile], encoder: ChatEncoder, options: PrepareOptions, workers: int, texts: RejectedTexts
 ) -> Generator[tuple[int, EncodedChunk], None, None]:
-    """Yield the file number and the encoded chunk of all chunks in order, with a progress bar over bytes.
+    """Yield (file number, encoded chunk) for all chunks in order, with a progress bar over bytes.
 
     Raises:
         UserError: the chat template exceeds a limit, or a worker process was killed.
@@ -108,6 +108,6 @@ def _encoded_chunks(
 
 
 def encode_within_limits(encoder: ChatEncoder, options: PrepareOptions, chunk: RecordChunk) -> EncodedChunk:
-    """Run `encode_chunk` with the limits of `dft.data.sandbox.limits`, which may end this process."""
+    """Run `encode_chunk` under the limits of `dft.data.sandbox.limits`, which may terminate this process."""
     encoder.template.compiled.limited = True
     return encode_chunk(encoder, options, chunk)

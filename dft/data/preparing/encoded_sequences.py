@@ -1,4 +1,4 @@
-"""Sequences in an Arrow file, and the arrays by which they are selected and counted."""
+"""Sequences in an Arrow file, and arrays for selecting and counting them."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -48,7 +48,7 @@ class EncodedSequences:
         return replace(self, **arrays)
 
     def count_conversations(self) -> int:
-        """Return the number of conversations, each counted once however often it is repeated."""
+        """Return the number of distinct conversations; repeated ones count once."""
         return len(np.unique(self.conversations))
 
 

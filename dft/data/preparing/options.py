@@ -76,7 +76,7 @@ class DataOptions:
 
     @property
     def keep_rejected(self) -> bool:
-        """Whether to keep the text of rows that cannot be used."""
+        """True if the text of unusable rows is kept."""
         return self.on_bad_data == "skip"
 
 
@@ -85,7 +85,7 @@ class PrepareOptions(DataOptions):
     """The options of `prepare`.
 
     Attributes:
-        seed: draws the validation split, samples, the fractions of files and the rows to pack together.
+        seed: seed for the validation split, samples, fractions of files and the rows to pack together.
     """
 
     seed: int = 42

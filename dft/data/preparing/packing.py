@@ -12,8 +12,8 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.
     """Pack whole sequences into as few rows as best-fit-decreasing finds.
 
     The longest sequences are placed first, each into the row with the least room that still holds it. The
-    placement of equally long sequences and the order of the rows are random, because rows in the order in
-    which they were opened would go from full ones to ones of many short leftovers.
+    placement of equally long sequences and the order of the rows are random, because in the order in which
+    they were opened, full rows would come first and rows of many short leftovers last.
 
     Args:
         lengths: (sequences,) integers, tokens of each sequence.
@@ -45,7 +45,7 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.
 
 
 def density(lengths: np.ndarray, rows: int, capacity: int) -> float:
-    """Return the share of the tokens of all rows that the sequences fill, from 0 to 1."""
+    """Return the share of all row capacity that the sequences fill, from 0 to 1."""
     return float(lengths.sum() / (rows * capacity))
 
 
@@ -82,7 +82,7 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
 
 
 def _runs(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Iterate over the distinct values of a sorted array and how often each occurs."""
+    """Iterate over the distinct values of a sorted array and their counts."""
     starts = np.flatnonzero(np.diff(lengths, prepend=0))
     return zip(lengths[starts].tolist(), np.diff(starts, append=len(lengths)).tolist(), strict=True)
 
@@ -92,7 +92,7 @@ class _RowsByRoom:
 
     Two levels of bit sets record which amounts of room occur, so that the next larger one is found in
     constant time. This matters for long rows: with rows of 131,072 tokens nearly every sequence has a
-    different length and needs a lookup of its own.
+    different length and needs a separate lookup.
 
     Args:
         capacity: tokens that an empty row holds.
@@ -104,7 +104,7 @@ class _RowsByRoom:
         self.summary = 0
 
     def smallest_room(self, length: int) -> int | None:
-        """Return the smallest room of an open row that holds `length` tokens, None if no row does."""
+        """Return the smallest room of an open row that fits `length` tokens, or None if no row does."""
         word = length // WORD_BITS
         bits = self.words[word] >> (length % WORD_BITS)
         if bits:

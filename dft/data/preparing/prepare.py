@@ -1,9 +1,9 @@
 """Preparation of data files into one cached dataset: tokenized, mixed, split and packed.
 
-Prepared data is stored under a key of everything that decides what it looks like (`cache_key`). One process
-prepares while the others wait for a file lock. No collective is held open meanwhile, so hours of tokenizing
-run into no communication timeout. A killed process leaves only a folder under a temporary name, which is
-never read and is removed by a later preparation.
+Prepared data is stored under a key derived from everything that affects its contents (`cache_key`). One
+process prepares while the others wait for a file lock. No collective is pending meanwhile, so hours of
+tokenizing cannot cause a communication timeout. A killed process leaves only a folder under a temporary name,
+which is never read and is removed by a later preparation.
 """
 
 import io
@@ -43,7 +43,7 @@ REJECTED = "rejected.jsonl"
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The result of `prepare`.
+    """Return value of `prepare`.
 
     Attributes:
         datasets: "train" and, if any, "eval".
@@ -118,13 +118,13 @@ def prepare(
         eval_data_files: the same. If not empty, these files are used for evaluation instead of a validation
             split.
         encoder: renders, tokenizes and masks the conversations.
-        options: everything else that decides what the prepared data looks like.
+        options: everything else that affects the prepared data.
         cache_dir: folder of the cache, created if it does not exist.
-        workers: number of processes that render and tokenize. 0 uses this process, in which a chat template
-            that never ends cannot be stopped.
+        workers: number of processes that render and tokenize. 0 uses this process, where a chat template that
+            never terminates cannot be stopped.
 
     Raises:
-        UserError: a file is missing; there are bad lines (the first 20 are listed as `file:line: reason`,
+        UserError: a file is missing; there are invalid lines (the first 20 are listed as `file:line: reason`,
             with a total per reason); no conversation is left to train or evaluate on; or the cache folder
             cannot be written, or can be written by other users.
     """
@@ -181,7 +181,7 @@ def _load_split(folder: Path, split: str, names: dict[str, list[str]]) -> Sequen
 def _prepare_once(target: Path, preparation: _Preparation) -> None:
     """Fill the folder `target`, unless another process does so while this one waits for the lock.
 
-    If that other process fails, its error is raised here as well.
+    If the other process fails, its error is raised here as well.
     """
     started, error_file = time.time(), Path(f"{target}.error")
     with FileLock(f"{target}.lock"):
@@ -212,7 +212,7 @@ def _prepare_once(target: Path, preparation: _Preparation) -> None:
 
 
 def _fill_and_seal(folder: Path, preparation: _Preparation) -> None:
-    """Fill a folder, check that the data files did not change meanwhile, and seal it."""
+    """Fill a folder, check that the data files did not change in the meantime, and seal it."""
     try:
         _fill(folder, preparation)
         if digests_of(preparation.sources, folder.parent) != preparation.contents:
@@ -248,7 +248,7 @@ def _fill(folder: Path, preparation: _Preparation) -> None:
                 faults,
                 rejects,
             )
-    faults.raise_if_any()  # also with "skip": records that cannot be read cannot be saved either
+    faults.raise_if_any()  # applies to "skip" as well: unreadable records cannot be saved
     entries = [source.entry for source in sources["train"]]
     splits, unused = select(encoded, counts, entries, options)
     if not sources["eval"]:
@@ -264,7 +264,7 @@ def _fill(folder: Path, preparation: _Preparation) -> None:
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
-    """Save an array; unlike `np.save`, raise an `OSError` with an errno if the disk is full."""
+    """Save an array. Unlike `np.save`, raises an `OSError` with an errno if the disk is full."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     path.write_bytes(buffer.getbuffer())

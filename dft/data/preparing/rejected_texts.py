@@ -37,7 +37,7 @@ class RejectedTexts:
         self.file.close()
 
     def remove_from(self, records: list[Record]) -> tuple[list[Record], TextSpans]:
-        """Return the records without the texts of those with a flaw, and where those texts are stored."""
+        """Return the records with the texts of flawed ones removed, and the locations of the stored texts."""
         spans: TextSpans = {}
         slim = list(records)
         for index, record in enumerate(records):
@@ -50,7 +50,7 @@ class RejectedTexts:
         return slim, spans
 
     def restore(self, rejected: RejectedRecord, spans: TextSpans) -> RejectedRecord:
-        """Return a rejected record with its text, if that was stored."""
+        """Return a rejected record together with its text, if the text was stored."""
         if rejected.index not in spans:
             return rejected
         start, size = spans[rejected.index]

@@ -26,11 +26,11 @@ class Split:
 
 @dataclass(frozen=True)
 class UnusedCounts:
-    """Numbers of usable conversations that are in no split.
+    """Numbers of usable conversations that are not part of any split.
 
     Attributes:
         repeated: duplicates of earlier conversations, dropped by --dedup from training and evaluation files.
-        shared: conversations of the evaluation files that are in the training files too.
+        shared: conversations of the evaluation files that also occur in the training files.
         not_drawn: conversations not drawn under --data_weights and the sample limits.
     """
 
@@ -91,7 +91,7 @@ def select(
 
 
 def _nothing_left(flag: str, counts: ConversationCounts, options: PrepareOptions) -> str:
-    """Return the message for files without a single sequence to use."""
+    """Return the error message for files without any usable sequence."""
     if counts.rejected.total() == counts.read:
         reasons = "; ".join(f"{count} x {kind}" for kind, count in counts.rejected.most_common(3))
         return f"{flag}: none of the {counts.read} conversations can be used ({reasons})"
@@ -123,7 +123,7 @@ def hold_out(
         The training sequences and the evaluation sequences.
 
     Raises:
-        UserError: nothing would be left to train on.
+        UserError: no conversation would be left to train on.
     """
     # Numbered by digest, so that the choice depends on the conversations and the seed, not on the line order.
     distinct, number = np.unique(encoded.token_digests, return_inverse=True)
@@ -143,8 +143,8 @@ def repeat_by_weight(
 ) -> EncodedSequences:
     """Repeat the conversations of each file by its weight.
 
-    A weight of 2.5 takes every conversation twice, and a random half of them a third time. The repetitions
-    follow the file they repeat.
+    With a weight of 2.5, every conversation occurs twice and a random half of them a third time. The
+    repetitions follow the file they repeat.
 
     Args:
         encoded: the training sequences.

@@ -9,12 +9,12 @@ import pyarrow as pa
 from dft.data.reading.records import MAX_RECORD_BYTES, READ_SIZE
 
 DECOMPRESS_SIZE = 1 << 12
-"""Bytes to decompress per call. Small, because a call that meets damage returns nothing."""
+"""Bytes to decompress per call. Small, because a call that encounters damage returns no data."""
 GZIP_MAGIC = b"\x1f\x8b"
 
 
 class TrailingBytes(Exception):
-    """A compressed stream is followed by bytes that do not belong to it.
+    """Raised when a compressed stream is followed by bytes that are not part of it.
 
     Attributes:
         data: these bytes, truncated to a little more than `MAX_RECORD_BYTES`.
@@ -43,7 +43,7 @@ def read_zstd(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _join_pieces(small_pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Join pieces to about `READ_SIZE`. If an error is raised, first yield what was read before it."""
+    """Join pieces to about `READ_SIZE` bytes. If an error is raised, first yield the data read before it."""
     parts: list[bytes] = []
     size = 0
     try:
@@ -69,7 +69,7 @@ def _inflate(file: BinaryIO) -> Iterator[bytes]:
 
     Raises:
         EOFError, zlib.error: the file is truncated, damaged or not a gzip file.
-        TrailingBytes: a complete member is followed by something else than a member or padding.
+        TrailingBytes: a complete member is followed by something other than a member or padding.
     """
     packed = b""
     while True:

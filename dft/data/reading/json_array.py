@@ -1,4 +1,4 @@
-"""Split a JSON array into the texts of its elements, without parsing them, reading it in pieces."""
+"""Split a JSON array into the texts of its elements, reading it in pieces and without parsing them."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ BROKEN = "broken JSON array"
 QUOTE, COMMA, LINE_END, OPEN, CLOSE = range(1, 6)
 TOKENS = {'"': QUOTE, ",": COMMA, "\n": LINE_END, "[": OPEN, "{": OPEN, "]": CLOSE, "}": CLOSE}
 TOKEN_TABLE = bytes(TOKENS.get(chr(byte), 0) for byte in range(256))
-"""Table for `bytes.translate` from a byte to its token, 0 for bytes that are none."""
+"""Table for `bytes.translate` that maps each byte to its token, or to 0 if it is not a token."""
 UNCLOSED_STRING = "a string continues past the end of its line"
 DEPTH_CHANGE = np.zeros(6, dtype=np.int64)
 DEPTH_CHANGE[OPEN], DEPTH_CHANGE[CLOSE] = 1, -1
@@ -18,7 +18,7 @@ DEPTH_CHANGE[OPEN], DEPTH_CHANGE[CLOSE] = 1, -1
 class ArrayScanner:
     """Finds the elements of an array by counting the brackets outside of strings.
 
-    The array is given in consecutive pieces, which may be split anywhere. Nothing else is checked.
+    The array is passed in consecutive pieces, which may be split anywhere. No other checks are made.
 
     Attributes:
         depth: number of open brackets.
@@ -32,7 +32,7 @@ class ArrayScanner:
         self._has_value = False  # whether an element with brackets began since the last comma
 
     def scan(self, piece: bytes) -> tuple[list[int], tuple[int, str | None] | None]:
-        """Find where the elements of the outermost array end in the next piece.
+        """Find the ends of the outermost array's elements in the next piece.
 
         Returns:
             The positions of the commas at depth 1, and the end of the array: its position and, if the array
@@ -99,7 +99,7 @@ class ArrayScanner:
 
 
 class PartialRecord:
-    """Collects the text of a record until its end is read.
+    """Accumulates the text of a record until its end has been read.
 
     Attributes:
         line: current line of the file, from 1.
@@ -128,7 +128,7 @@ class PartialRecord:
             self._parts.append(part)
 
     def take(self) -> list[Record]:
-        """End the record and return it, or nothing if there are only blanks."""
+        """End the record. Return it in a list, which is empty if there are only blanks."""
         if self.first is None:
             return []
         if self._size > MAX_RECORD_BYTES:
@@ -143,7 +143,7 @@ class PartialRecord:
 
         Args:
             reason: what is wrong with the array.
-            ends: whether nothing after this line can be read.
+            ends: whether the rest of the file is unreadable.
         """
         make_flaw = unreadable_from_here if ends else Flaw
         return Record(self.line, b"", make_flaw(f"{BROKEN}: {reason}", BROKEN))

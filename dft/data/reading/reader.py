@@ -19,8 +19,8 @@ from dft.data.reading.text import TextReader
 def read_batches(source: DataFile) -> Iterator[Batch]:
     """Yield the records of one file in order, without parsing them.
 
-    Errors of the file itself are records with a flaw, also that it holds no record at all. Memory is bounded
-    by the longest record, not by the size of the file.
+    Errors of the file itself, including the absence of any record, are yielded as records with a flaw. Memory
+    is bounded by the longest record, not by the size of the file.
     """
     reader: TextReader | TableReader = (
         TextReader(source) if source.kind in ("jsonl", "json") else TableReader(source)

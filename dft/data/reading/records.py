@@ -5,16 +5,16 @@ from typing import NamedTuple
 
 MAX_BATCH_RECORDS = 256
 MAX_BATCH_BYTES = 4 << 20
-"""Text of a batch, unless a single record has more. It bounds the memory that tokenizing a batch takes."""
+"""Maximum bytes of text in a batch of several records. Bounds the memory needed to tokenize a batch."""
 READ_SIZE = 1 << 18
 """Bytes per read: enough to hide its overhead, few enough to bound the size of the arrays made of them."""
 MAX_TEXT_BYTES = 16_000_000
-"""Bytes of the longest record that is tokenized.
+"""Maximum size in bytes of a record that is tokenized.
 
-The tokenizer takes 150 to 350 bytes of memory for each byte of a text. No context is as long as this text.
+The tokenizer takes 150 to 350 bytes of memory for each byte of a text. No model has a context that long.
 """
 MAX_RECORD_BYTES = 256 << 20
-"""Bytes of the longest record that is read at all and can be copied to rejected.jsonl."""
+"""Maximum size in bytes of a record that is read and can be copied to rejected.jsonl."""
 BOM = b"\xef\xbb\xbf"
 
 
@@ -37,8 +37,8 @@ class Record(NamedTuple):
 
     Attributes:
         line: line on which the conversation begins, or row number of a table. Counted from 1.
-        text: JSON text. In JSON Lines the whole line, verbatim but for the line feed.
-        flaw: reason not to parse the record, in which case `text` is what should be kept of it.
+        text: JSON text. For JSON Lines this is the whole line, verbatim except for the line feed.
+        flaw: reason not to parse the record; in that case `text` is the part of it to keep.
     """
 
     line: int
@@ -67,7 +67,7 @@ RECORD_TOO_LONG = Flaw(
 
 
 def unreadable_from_here(reason: str, kind: str) -> Flaw:
-    """Return a flaw after which the rest of the file cannot be read, so that it is unknown what is lost."""
+    """Return a flaw after which the rest of the file is unreadable, so the extent of the loss is unknown."""
     return Flaw(f"{reason}; nothing from here on can be read", kind, skippable=False)
 
 

@@ -52,7 +52,7 @@ def resolve_sources(values: list[str], flag: str) -> list[DataFile]:
     which is downloaded if it is not cached. A value that exists on disk is never a pattern or a dataset.
 
     Raises:
-        UserError: a value names nothing, or something that cannot be read, is empty or has an unknown suffix.
+        UserError: a value does not match anything, or its file is unreadable, empty or has an unknown suffix.
     """
     return [source for entry, value in enumerate(values) for source in _resolve(value, entry, flag)]
 
@@ -82,7 +82,7 @@ def _resolve(value: str, entry: int, flag: str) -> list[DataFile]:
 
 
 def split_suffix(path: str) -> tuple[str, str | None] | None:
-    """Return the kind and the compression of a file by its name, or None if its suffix is not known."""
+    """Return the kind and compression of a file by its name, or None if its suffix is unknown."""
     stem, suffix = os.path.splitext(path.lower())
     compression = COMPRESSIONS.get(suffix)
     if compression:
@@ -123,7 +123,7 @@ def _data_file(path: str, entry: int, flag: str) -> DataFile:
 
 
 def _files_below(folder: str, label: str) -> list[str]:
-    """Return the files of a known suffix below a folder. Hidden ones are ignored, links are followed once."""
+    """Return the files below a folder with a known suffix. Skips hidden files; follows each link once."""
     seen: set[str] = set()
     files: list[str] = []
 
@@ -152,7 +152,7 @@ def _matching_files(pattern: str, label: str) -> list[str]:
 
 
 def _match_hub_name(value: str) -> re.Match[str] | None:
-    """Return the parts of a value that may be the name of a hub dataset, judged by its form alone."""
+    """Split a value that has the form of a hub dataset name into its parts."""
     hub = HUB_NAME.fullmatch(value)
     return None if hub is None or split_suffix(value) else hub
 
@@ -164,9 +164,9 @@ def _hub_sources(value: str, hub: re.Match[str], entry: int, label: str, folder:
     from huggingface_hub.errors import EntryNotFoundError, RevisionResolutionError, XetDownloadError
 
     split = hub["split"] or "train"
-    # Everything that loading raises has one of these base classes. OSError: unknown, gated or unreachable
-    # dataset, offline mode, full disk. ValueError: unknown configuration or split, malformed name.
-    # RuntimeError: dataset that is a script. DatasetsError: files that are not a table.
+    # All exceptions raised while loading derive from these base classes. OSError: unknown, gated or
+    # unreachable dataset, offline mode, full disk. ValueError: unknown configuration or split, malformed
+    # name. RuntimeError: dataset that is a script. DatasetsError: files that are not a table.
     errors = (
         OSError,
         ValueError,

@@ -34,7 +34,7 @@ class TableReader:
         return self._position
 
     def records(self) -> Iterator[Record]:
-        """Yield the rows in order, and what is wrong with the file as a record with a flaw."""
+        """Yield the rows in order. Errors of the file are yielded as records with a flaw."""
         row = self.source.rows_before
         try:
             batches = self._read_parquet() if self.source.kind == "parquet" else self._read_arrow()
@@ -87,7 +87,7 @@ def _no_form(names: list[str]) -> Flaw:
 
 
 def _parquet_batch_rows(metadata: pq.FileMetaData, names: list[str]) -> int:
-    """Return the number of rows that have about `MAX_BATCH_BYTES` in these columns."""
+    """Return the number of rows that take up about `MAX_BATCH_BYTES` in these columns."""
     bytes_per_row = 1.0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         chunks = map(group.column, range(group.num_columns))
@@ -138,5 +138,5 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _to_string(value: Any) -> str:
-    """Convert a value that JSON has no type for: a date, a decimal, or a string that was written as bytes."""
+    """Convert a value without a JSON type: a date, a decimal, or a string stored as bytes."""
     return value.decode() if isinstance(value, bytes) else str(value)

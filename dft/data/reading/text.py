@@ -27,8 +27,8 @@ class TextReader:
     def __init__(self, source: DataFile) -> None:
         self.source = source
         self._position = 0
-        self._damage: Flaw | None = None  # why the file could not be read to its end
-        self._trailing = b""  # what follows a complete compressed stream
+        self._damage: Flaw | None = None  # reason why the file could not be read completely
+        self._trailing = b""  # bytes after a complete compressed stream
         self._end = 1  # the line after the last record
 
     def position(self) -> int:
@@ -36,7 +36,7 @@ class TextReader:
         return self._position
 
     def records(self) -> Iterator[Record]:
-        """Yield the records in order, and what is wrong between them as records with a flaw."""
+        """Yield the records in order. Errors between them are yielded as records with a flaw."""
         text_format, pieces = detect_format(self.source.kind, self._pieces())
         if text_format is TextFormat.ARRAY:
             yield from self._read_array(pieces)
@@ -48,7 +48,7 @@ class TextReader:
             yield self._trailing_record()
 
     def _pieces(self) -> Iterator[bytes]:
-        """Yield the decompressed bytes of the file. Stop and set `_damage` where they cannot be read."""
+        """Yield the decompressed bytes of the file. At the first unreadable byte, stop and set `_damage`."""
         compression = self.source.compression
         try:
             with open(self.source.path, "rb") as file:
@@ -106,7 +106,7 @@ class TextReader:
             yield from partial.take()
 
     def _read_array(self, pieces: Iterator[bytes]) -> Iterator[Record]:
-        """Yield the elements of an array, whatever they are."""
+        """Yield the elements of an array, regardless of their type."""
         scanner, partial = ArrayScanner(), PartialRecord()
         opened = after_comma = False
         for piece in pieces:
@@ -159,7 +159,7 @@ class TextReader:
             return
         self._end = partial.line
         last = partial.take()
-        # An element that lacks its "}" has taken the "]" of the array for it.
+        # An element without its closing "}" has consumed the array's "]" instead.
         closed = scanner.depth == 1 and not scanner.in_string
         if last and not (closed and last[0].text.startswith(b"{") == last[0].text.endswith(b"}")):
             partial.line = last[0].line
@@ -170,7 +170,7 @@ class TextReader:
 
 
 def _line_record(number: int, line: bytes, size: int) -> list[Record]:
-    """Return the record of a line of `size` bytes, or nothing if the line is blank."""
+    """Return a list with the record of a line of `size` bytes; empty if the line is blank."""
     if size > MAX_RECORD_BYTES:
         return [Record(number, b"", RECORD_TOO_LONG)]
     # A byte order mark is kept as part of the first line, but a line with nothing else is blank.
@@ -179,7 +179,7 @@ def _line_record(number: int, line: bytes, size: int) -> list[Record]:
 
 
 def _damage_flaw(error: OSError | EOFError | zlib.error, compression: str | None) -> Flaw:
-    """Return the flaw of a file that could not be read to its end."""
+    """Return the flaw of a file that could not be read completely."""
     if isinstance(error, OSError) and error.strerror:
         return unreadable_from_here(f"cannot be read ({error.strerror})", "cannot be read")
     if NEEDS_MEMORY in str(error):

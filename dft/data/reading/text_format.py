@@ -15,7 +15,7 @@ NOT_JSON = object()
 
 
 class TextFormat(Enum):
-    """How a text file holds its records."""
+    """Layout of the records in a text file."""
 
     ARRAY = auto()
     LINES = auto()
@@ -25,9 +25,10 @@ class TextFormat(Enum):
 def detect_format(kind: str, pieces: Iterator[bytes]) -> tuple[TextFormat, Iterator[bytes]]:
     """Detect the format of a file by its beginning.
 
-    A file whose first character is "[" is an array, except a `.jsonl` file whose first line is a whole array
-    that other lines follow. Other files are JSON Lines, except a `.json` file whose first line is not a whole
-    value and of whose other lines none is a conversation: this is a single object over several lines.
+    A file whose first character is "[" is an array, except a `.jsonl` file whose first line is a complete
+    array followed by other lines. Other files are JSON Lines, except a `.json` file whose first line is not a
+    complete value and none of whose other lines is a conversation; such a file is a single object that spans
+    several lines.
 
     Args:
         kind: "jsonl" or "json", from the suffix of the file.
@@ -66,7 +67,7 @@ def _detect(kind: str, opening: bytes, head: list[bytes], pieces: Iterator[bytes
 
 
 def _has_lines_of_arrays(head: list[bytes], pieces: Iterator[bytes]) -> bool:
-    """Return whether the first line is a whole array and other lines follow it."""
+    """Return whether the first line is a complete array and is followed by other lines."""
     start = b"".join(head).removeprefix(BOM).lstrip(BLANKS)
     while len(start) < LOOKAHEAD and not start.partition(b"\n")[2].strip():
         piece = next(pieces, b"")
@@ -99,7 +100,7 @@ def _is_first_line_whole(opening: bytes, head: list[bytes], pieces: Iterator[byt
 def _has_conversation_line(head: list[bytes], pieces: Iterator[bytes]) -> bool:
     """Return whether the file is JSON Lines with a truncated first line, not an object over several lines.
 
-    It is if another line is a conversation, unless the whole text is one JSON value.
+    True if another line is a conversation and the whole text is not one JSON value.
     """
     limit, size = LOOKAHEAD, 0
     while size <= limit and (piece := next(pieces, b"")):

@@ -1,7 +1,7 @@
 """Limits on the CPU time, memory and text that a chat template may use.
 
-A chat template comes with a model and is a program. Jinja's sandbox keeps it away from files and from Python
-internals but does not stop endless loops. Only the kernel can stop a single long operation such as
+A chat template is a program that comes with the model. Jinja's sandbox keeps it away from files and from
+Python internals but does not stop endless loops. Only the kernel can stop a single long operation such as
 `10 ** 10 ** 9`, by ending the process, because Python runs no other thread meanwhile. Templates are therefore
 rendered in worker processes (`dft.data.sandbox.workers`).
 """
@@ -28,11 +28,11 @@ A template that rewrites history makes several sequences of one conversation.
 """
 TIMER = signal.ITIMER_PROF
 TIMEOUT_SIGNAL = signal.SIGPROF
-"""Signal by which the timer ends a process. Unlike SIGALRM, nothing else in this project uses it."""
+"""Signal that the timer uses to end a process. Unlike SIGALRM, it has no other use in this project."""
 
 
 class LimitExceeded(ValueError):
-    """A template exceeded a limit. The message names the limit, not the conversation."""
+    """Raised when a template exceeds a limit. The message names the limit, not the conversation."""
 
 
 EXCEEDS_TIME = f"computes more than {MAX_CPU_SECONDS} seconds"

@@ -1,4 +1,4 @@
-"""Ordered parallel map over worker processes, with few tasks in memory at a time."""
+"""Ordered parallel map over worker processes that keeps only a few tasks in memory."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ TASKS_SENT = 3
 
 
 class WorkerLost(Exception):
-    """A worker process ended before it finished its task.
+    """Raised when a worker process exits before it has finished its task.
 
     Attributes:
         task: the task it was working on.
@@ -56,7 +56,7 @@ def map_in_processes(
     """Yield `(label, function(*shared, task))` for each `(label, task)`, in order.
 
     When the iterator is exhausted or closed, or an exception such as KeyboardInterrupt passes through it, the
-    worker processes are killed at once, whatever they are working on.
+    worker processes are killed immediately, even in the middle of a task.
 
     Raises:
         WorkerLost: a worker process was killed. Exceptions of `function` are raised unchanged.
@@ -78,11 +78,11 @@ def map_in_processes(
 
 
 class _Pool:
-    """Worker processes, the tasks that are not sent yet, and the results that are not yet asked for.
+    """Worker processes, the tasks not yet sent to them, and the results not yet retrieved.
 
-    An executor of the standard library would wait for its workers to finish. It also talks to them from
-    threads that may hang if a worker ends in the middle of a message. Here, a worker that ends takes nothing
-    but its own pipe with it.
+    An executor of the standard library would wait for its workers to finish. It also communicates with them
+    from threads that may hang if a worker dies in the middle of a message. Here, a worker that dies breaks
+    only its own pipe.
     """
 
     def __init__(self) -> None:
@@ -152,14 +152,14 @@ class _Pool:
 
 
 def _lost(worker: _Worker) -> WorkerLost:
-    worker.process.join()  # its end of the pipe is closed, so it is about to exit
+    worker.process.join()  # it has closed its end of the pipe and is about to exit
     _, task = worker.tasks[0] if worker.tasks else (None, None)
     return WorkerLost(task, worker.process.exitcode == -TIMEOUT_SIGNAL)
 
 
 @contextmanager
 def without_tokenizer_threads() -> Iterator[None]:
-    """Turn off the threads of the tokenizers library, because a fork of a process with threads may hang."""
+    """Disable the threads of the tokenizers library, because forking a process with threads may hang."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -183,10 +183,10 @@ def _block_interrupts() -> Iterator[None]:
 
 
 def _serve(connection: Connection, function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
-    """Work on tasks until killed; the main function of a worker process.
+    """Process tasks until killed. This is the main function of a worker process.
 
-    One thread receives tasks, one works on them and this one sends results, so that no side waits for the
-    other to read.
+    One thread receives tasks, another processes them and this one sends results, so that neither side blocks
+    while the other is writing.
     """
     signal.signal(TIMEOUT_SIGNAL, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -210,7 +210,7 @@ def _serve(connection: Connection, function: Callable[..., Any], shared: tuple[A
 
 
 def _exit_with_parent() -> None:
-    """Exit when the parent process ends. A parent that is killed cannot end its workers."""
+    """Exit when the parent process ends, because a killed parent cannot stop its workers."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

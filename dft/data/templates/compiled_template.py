@@ -1,6 +1,6 @@
 """Compiled chat template, rendered within the limits of the sandbox.
 
-This is the only file of the data pipeline that uses private functions of transformers, whose version is
+This is the only file in the data pipeline that uses private functions of transformers, whose version is
 pinned. `tests/data/templates/test_compiled_template.py` checks their signatures.
 """
 
@@ -84,7 +84,7 @@ class CompiledTemplate:
 
 
 def alias_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message with reasoning also under `reasoning_content` and `thinking`, which templates read."""
+    """Return a message with its reasoning under every key that templates read."""
     (aliased,) = _alias_reasoning_fields([message])
     return aliased
 

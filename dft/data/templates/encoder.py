@@ -149,7 +149,7 @@ class ChatEncoder:
     def example(self, rendering: Rendering, encoding: Encoding) -> Example:
         """Convert a rendering to token ids and labels.
 
-        A token is supervised if its first character lies inside a span. So an end token that absorbs the
+        A token is supervised if its first character is inside a span. So an end token that absorbs the
         white space after it (`rstrip`) is still supervised.
 
         The encoding of the whole text is used if every span begins with the tokens of its prompt alone, as at
@@ -216,8 +216,8 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Return a copy of the tokenizer's backend that only converts text to ids.
 
     Truncation, padding and added BOS tokens are disabled, since the template writes all tokens. Without its
-    post-processor the backend does not trim white space off character offsets either. Llama 3's would, which
-    puts the newline of a header into the span after it.
+    post-processor, the backend does not trim white space from character offsets either. Llama 3's
+    post-processor would, which would put the newline of a header into the following span.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()

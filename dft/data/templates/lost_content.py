@@ -1,8 +1,8 @@
-"""Detection of content that a chat template drops: tools, tool calls, reasoning or the text of a turn.
+"""Detect content that a chat template drops: tools, tool calls, reasoning or the text of a turn.
 
-A template drops silently what it was not written for, and the model would be trained on answers that lack it.
-Such conversations are rejected. Whether a text is rendered is tested with a placeholder in its place, because
-short texts also occur in a rendering by chance.
+A template silently drops content it was not written for, and the model would be trained on answers without
+it. Such conversations are rejected. Whether a text is rendered is tested with a placeholder in its place,
+because short texts also occur in a rendering by chance.
 """
 
 import json
@@ -32,7 +32,7 @@ KINDS = {
     PROMPT_CLOSES_THINKING: "reasoning after a prompt that closes it",
 }
 UNAMBIGUOUS_LENGTH = 24
-"""Length in characters from which a text that is found in a rendering is not there by chance."""
+"""Minimum length, in characters, of a text whose occurrence in a rendering is not a coincidence."""
 
 
 def check_tools(chat: AdaptedChat, rendered: str) -> None:

@@ -28,12 +28,12 @@ def with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def reasoning_field(message: Message) -> str | None:
-    """Return the reasoning of a message that is stored under a key of its own, None if there is none."""
+    """Return the reasoning that a message stores under a separate key, or None if there is none."""
     return next((message[name] for name in REASONING_KEYS if message.get(name)), None)
 
 
 def reasoning_of(message: Message) -> str:
-    """Return the reasoning of a message, from its own key or from the content before </think>, "" if none."""
+    """Return the reasoning of a message, from its own key or from the content before </think>; "" if none."""
     before, closed, _ = message["content"].partition("</think>")
     return (reasoning_field(message) or (before.rpartition("<think>")[2] if closed else "")).strip()
 
@@ -54,7 +54,8 @@ def strings_of(value: Any) -> Iterator[str]:
 def with_placeholders(message: Message, special: re.Pattern[str]) -> Message:
     """Return a message with `PLACEHOLDER` as its content and in place of strings that hold a special token.
 
-    All else is kept, since templates check names and ids, and write separators only around what exists.
+    Everything else is kept, since templates check names and ids, and write separators only around existing
+    parts.
     """
     replaced = {key: value if key == "role" else _replace(value, special) for key, value in message.items()}
     if message["content"].strip():

@@ -1,6 +1,6 @@
 """Renderer of conversations as text with supervised spans, for any chat template.
 
-The model is trained on exactly what it would have to generate. A supervised span begins where the prompt at
+The model is trained on exactly the text it has to generate. A supervised span begins where the prompt at
 inference, `render(messages[:i], add_generation_prompt=True)`, ends, and it includes the token that stops
 generation. Spans are found by comparing renderings, so no text inside a message can open or close one.
 """
@@ -41,8 +41,8 @@ class ConversationRenderer:
     def render(self, conversation: Conversation) -> list[Rendering]:
         """Return the training sequences of a conversation.
 
-        There is one sequence, or several if the template rewrites earlier turns as the conversation goes on.
-        It is empty if nothing is supervised.
+        There is one sequence, or several if the template rewrites earlier turns as the conversation
+        continues. The list is empty if no turn is supervised.
 
         Raises:
             BadLine: the template raises an error on these messages, or drops part of their content.

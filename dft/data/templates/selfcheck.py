@@ -33,14 +33,15 @@ def check_sequence(encoder: ChatEncoder, rendering: Rendering, example: Example)
     """Check one sequence.
 
     - Every span has supervised tokens of its own, which represent its text. No other token is supervised.
-    - Every span that ends with a stop token has the id of that token last. Some spans do only if all do.
+    - Every span that ends with a stop token has the id of that token last. Either all spans or none end with
+    a stop token.
     - The tokens before each span are those of the text before it alone, as at inference. For a later turn
       they may also be the ids of the earlier turns followed by the tokens of the text after these, which
       differ only if an earlier turn had to be split off (see `ChatEncoder.example`).
     - All ids together represent the text.
 
     Raises:
-        UserError: one of these does not hold. The message does not name the file and line.
+        UserError: a check fails. The message does not name the file and line.
     """
     check_endings(rendering.endings)
     ids = example.input_ids.tolist()
@@ -51,7 +52,7 @@ def check_sequence(encoder: ChatEncoder, rendering: Rendering, example: Example)
     turns = zip(rendering.spans, rendering.endings, example.ends.tolist(), strict=True)
     for number, ((start, end), ending, last) in enumerate(turns, 1):
         first = _first_of_run(supervised, previous_end, last)
-        # The first token of a sequence is never supervised, even if it begins a span or is all of it.
+        # The first token of a sequence is never supervised, even if it begins a span or makes up all of it.
         if start == 0 and (first == 1 or last == 0):
             first = 0
         if first is None:
@@ -97,7 +98,7 @@ def check_endings(endings: Sequence[str | None]) -> None:
 
 
 def _first_of_run(supervised: np.ndarray, previous_end: int, last: int) -> int | None:
-    """Return the first supervised index after `previous_end`, None if there is a gap from there to `last`."""
+    """Return the first supervised index after `previous_end`, or None if there is a gap before `last`."""
     low, high = np.searchsorted(supervised, [previous_end + 1, last + 1])
     if low >= high or supervised[high - 1] != last:
         return None
@@ -131,7 +132,7 @@ def _is_prompt(encoder: ChatEncoder, rendering: Rendering, turn: int, ids: list[
         checked: number of ids at the front that were checked with an earlier turn.
     """
     start = rendering.spans[turn][0]
-    # Only the new part first: tokenizing the whole prompt for every turn takes quadratic time.
+    # Tokenize only the new part first: tokenizing the whole prompt for every turn takes quadratic time.
     if turn:
         piece = encoder.text_tokenizer.tokenize_continuation(
             rendering.text[rendering.spans[turn - 1][0] : start]

@@ -54,7 +54,7 @@ class TurnBounds:
         return len(commonprefix([answered[: answered.rfind(PLACEHOLDER)], transcript]))
 
     def _opening_start(self, chat: AdaptedChat, transcript: str) -> int:
-        """Return where the turn starts in a conversation that begins with an assistant turn.
+        """Return the start of the turn in a conversation that begins with an assistant turn.
 
         Templates that read `messages[0]` cannot render an empty history, and some write a default system turn
         only if there is a message. For these the generation prompt is searched for in the text before a
@@ -79,7 +79,7 @@ class TurnBounds:
             BadLine: the turn contains special tokens, and its end cannot be found.
         """
         # If the message contains no special token, the first stop token after the prompt is the template's,
-        # and one rendering is saved.
+        # which saves one rendering.
         message = chat.conversation.messages[index]
         has_special = any(self.special_pattern.search(text) for text in strings_of(message))
         if not has_special:
@@ -96,7 +96,7 @@ class TurnBounds:
     def _content_end(
         self, chat: AdaptedChat, index: int, transcript: str, start: int, has_special: bool
     ) -> int:
-        """Return where the content of a turn ends and the template's closing text begins.
+        """Return the position where a turn's content ends and the template's closing text begins.
 
         The message is rendered with a placeholder as its content. The text after it contains no special token
         of the message, and the transcript ends with the same text.

@@ -1,4 +1,4 @@
-"""Chat template, with probes that find out in which form it expects messages."""
+"""Chat template, with probes that determine the message format it expects."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ It is the date that Llama 3 templates write if they are given none.
 
 @dataclass(frozen=True)
 class CallStyle:
-    """The form in which a template expects tool calls.
+    """The tool call format that a template expects.
 
     Attributes:
         arguments_as_text: arguments are a JSON string, because the template concatenates them (DeepSeek V3).
@@ -50,7 +50,7 @@ class ChatTemplate:
     Attributes:
         compiled: the compiled template. Set `compiled.limited` in worker processes.
         writes_date: whether the template may write today's date.
-        defaults: the variables of a conversation without any of its own.
+        defaults: the variables of a conversation that does not define any.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ChatTemplate:
     def context(
         self, variables: Mapping[str, Any] | None = None, tools: list[dict[str, Any]] | None = None
     ) -> dict[str, Any]:
-        """Return everything that the renderings of a conversation need except its messages."""
+        """Return everything except the messages that is needed to render a conversation."""
         return {
             "documents": None,
             "strftime_now": self.today.strftime,
@@ -102,7 +102,7 @@ class ChatTemplate:
         return self.compiled.render_tagged({**context, "messages": messages, "add_generation_prompt": False})
 
     def shows(self, text: str, messages: list[Message], context: Mapping[str, Any]) -> bool:
-        """Return whether the rendering of some messages contains a text; False if they raise an error."""
+        """Return whether the rendering of messages contains a text; False if rendering raises an error."""
         try:
             return text in self.render(messages, context)
         except BadLine:
@@ -155,13 +155,13 @@ class ChatTemplate:
 
     @cached_property
     def unrendered_role(self) -> str | None:
-        """The role, "user" or "assistant", whose content the template drops; None if it drops neither."""
+        """Role ("user" or "assistant") whose content the template drops; None if it drops neither."""
         for role in ("user", "assistant"):
             contents = {"user": ".", "assistant": "."} | {role: PLACEHOLDER}
             try:
                 text = self.render([self.turn(*item) for item in contents.items()], self.defaults)
             except BadLine:
-                return None  # the template expects other conversations than this one
+                return None  # the template expects a different kind of conversation
             if PLACEHOLDER not in text:
                 return role
         return None
@@ -192,14 +192,14 @@ class ChatTemplate:
 
     @cached_property
     def renders_tools(self) -> bool:
-        """Whether the template renders tool definitions in an ordinary conversation."""
+        """True if the template renders tool definitions in an ordinary conversation."""
         parameters = {"type": "object", "properties": {}}
         function = {"name": PLACEHOLDER, "description": ".", "parameters": parameters}
         context = self.context(tools=[{"type": "function", "function": function}])
         return self.shows(PLACEHOLDER, [self.turn("user", ".")], context)
 
     def generation_prompt(self, variables: Mapping[str, Any]) -> str:
-        """Return the text that `add_generation_prompt` adds, "" if it adds nothing."""
+        """Return the text that `add_generation_prompt` adds; "" if it adds none."""
         key = json.dumps(variables, sort_keys=True) if variables else ""
         if key not in self._generation_prompts:
             question, context = [self.turn("user", ".")], self.context(variables)
@@ -212,7 +212,7 @@ class ChatTemplate:
 
     @cached_property
     def tagged_header_length(self) -> int:
-        """Number of characters of the generation prompt that lie inside the {% generation %} block."""
+        """Number of characters of the generation prompt inside the {% generation %} block."""
         header = self.generation_prompt({})
         try:
             messages = [self.turn("user", "."), self.turn("assistant", PLACEHOLDER)]
@@ -231,7 +231,7 @@ class AdaptedChat:
 
     Attributes:
         messages: adapted messages, one for each of `conversation.messages`.
-        context: everything else that its renderings need.
+        context: everything else that is needed to render it.
     """
 
     __slots__ = ("context", "conversation", "messages", "template")

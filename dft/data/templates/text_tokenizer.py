@@ -1,4 +1,4 @@
-"""Tokenization of rendered text, split where a supervised span would not begin with a token of its own."""
+"""Tokenization of rendered text, split where a supervised span would not begin at a token boundary."""
 
 import json
 from functools import cached_property, lru_cache
@@ -6,13 +6,13 @@ from functools import cached_property, lru_cache
 from tokenizers import Encoding, Tokenizer
 
 GUARDS = ("0", "\n", "a", ";")
-"""Texts to put before a piece of text, for tokenizers that add a space before all input."""
+"""Texts to insert before a piece of text, for tokenizers that add a space before all input."""
 COMPARED_TOKENS = 16
 """Number of tokens after the last added token of a prompt up to which its tokenization is cached."""
 
 
 class TokenizedText:
-    """A piece of a sequence's text that is tokenized by itself.
+    """A piece of a sequence's text that is tokenized separately.
 
     Attributes:
         text: the text that was tokenized, including a guard of `skip_chars` characters before the piece.
@@ -75,7 +75,7 @@ class TextTokenizer:
         """Tokenize a text as the continuation of another text that ends with a whole token.
 
         Returns:
-            None if that is impossible, because the tokenizer adds a space before all input, and the first
+            None if this is impossible, because the tokenizer adds a space before all input and the first
             token of the text merges with every guard.
         """
         for guard in self._guards:
@@ -87,8 +87,8 @@ class TextTokenizer:
     def split(self, text: str, encoding: Encoding, spans: list[tuple[int, int]]) -> list[TokenizedText]:
         """Split a text where a span would not begin with the tokens of its prompt alone.
 
-        Nearly always the text stays in one piece. It also does if the tokenizer cannot continue a text;
-        then a token that straddles the start of a span counts as part of the prompt.
+        Nearly always the text stays in one piece. The same is true if the tokenizer cannot continue a text; a
+        token that straddles the start of a span then counts as part of the prompt.
 
         Args:
             text: the text of a sequence.
@@ -117,7 +117,7 @@ class TextTokenizer:
 
     @cached_property
     def _guards(self) -> tuple[str, ...]:
-        """Guards to try: only the empty one if texts have the same tokens alone as after a guard."""
+        """Guards to try; only the empty one if a guard does not change the tokens of the text after it."""
         is_same = [
             piece.own_ids == self.token_ids(text)
             for guard in GUARDS
@@ -137,7 +137,7 @@ class TextTokenizer:
         return TokenizedText(guard + text, encoding, len(guard), skip)
 
     def _begins_with_prompt(self, pieces: list[TokenizedText], start: int) -> bool:
-        """Return whether the tokens before a character are those of the text before it alone.
+        """Return whether the tokens before a character equal the tokens of that text on its own.
 
         Added tokens split a text into parts that are tokenized separately, so only the part after the last
         added token of the prompt is compared. It is the header, which is the same for nearly all turns.

@@ -37,12 +37,12 @@ def load_tokenizer(
     Args:
         name_or_path: a folder or a model on the hub.
         chat_template: file with a Jinja template that replaces the tokenizer's own. A tokenizer without a
-            template gets plain ChatML.
+            template uses plain ChatML.
         trust_remote_code: whether to run code that comes with the model.
 
     Returns:
         The tokenizer, and notes: one line for each change to the tokenizer and each property of the template
-        that the user should know.
+        that the user should know about.
 
     Raises:
         UserError: there is no valid tokenizer or template file.
@@ -113,7 +113,7 @@ def check_template(source: str, prefix: str, before_line: str) -> None:
 
 
 def _template_error(source: str) -> tuple[int | None, str] | None:
-    """Return the line and the reason if a template cannot be used for any conversation, else None."""
+    """Return the line and the reason if a template fails for every conversation, else None."""
     start_cpu_timer()  # before compiling, since Jinja evaluates constant expressions then
     try:
         with limit_memory():
@@ -207,7 +207,7 @@ def _missing_folder_hint(path: Path) -> str:
 
 
 def _check_is_object(file: Path, prefix: str) -> None:
-    """Check that a file holds a JSON object; transformers fails on others without a clear message.
+    """Check that a file holds a JSON object; otherwise transformers would fail without a clear message.
 
     Raises:
         UserError: the file is not valid JSON, or not an object.

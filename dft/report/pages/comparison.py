@@ -32,13 +32,13 @@ PICTURED = tuple(metric for metric in OVERVIEW if metric in QUALITY and not metr
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One of the compared runs.
+    """A compared run.
 
     Attributes:
         label: its unique name in the page.
         report: its report, as `load_report` returns it.
         folder: its output directory.
-        style: of its lines.
+        style: style of its lines.
     """
 
     label: str
@@ -81,8 +81,8 @@ def runs_of(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> list[
 def labels_of(reports: Sequence[dict[str, Any]], folders: Sequence[Path]) -> list[str]:
     """Return unique labels of runs.
 
-    A label is the name of the run, then the method if methods differ, then as few of the differing arguments
-    as are needed, and finally the folder and the position.
+    A label consists of the run's name, the method if methods differ, the fewest differing arguments that make
+    it unique, and, if necessary, the folder and the position.
     """
     labels = [report["name"] for report in reports]
     if len({sections.method(report) for report in reports}) > 1:
@@ -109,7 +109,7 @@ def _append(label: str, more: str) -> str:
 
 
 def _differs(label: str, labels: list[str], values: list[str]) -> bool:
-    """Whether the runs with this label have different values."""
+    """True if the runs with this label have different values."""
     return len({value for other, value in zip(labels, values, strict=True) if other == label}) > 1
 
 
@@ -195,7 +195,7 @@ def columns(runs: Sequence[ComparedRun], prefix: str, metrics: Sequence[Metric])
 
 
 def comparison_notes(runs: Sequence[ComparedRun]) -> list[str]:
-    """Return the remarks on what prevents a fair comparison of the runs."""
+    """Return remarks on differences that prevent a fair comparison of the runs."""
     reports = [run.report for run in runs]
     remarks = []
     if len({(report["method"], report["alpha"]) for report in reports}) > 1:
@@ -249,7 +249,7 @@ def curve_panels(runs: Sequence[ComparedRun]) -> dict[str, list[Panel]]:
 
 
 def histogram_panels(runs: Sequence[ComparedRun]) -> list[tuple[ComparedRun, Panel]]:
-    """Return the histograms of p of each run that has any, all on one scale."""
+    """Return the histograms of p of each run that has one, all on the same scale."""
     pairs = [first_and_last_histogram(run.report["log"]) for run in runs]
     logged = [histogram for pair in pairs if pair for histogram in pair if histogram is not None]
     if not logged:

@@ -50,13 +50,13 @@ def bars(results: Mapping[str, Any], files: Sequence[str]) -> list[dict[str, Any
 
 
 def abbreviate(name: str) -> str:
-    """Return a name without its middle if it is too long; names of runs often differ at the end."""
+    """Shorten a long name in the middle, since names of runs often differ at the end."""
     half = MAX_NAME // 2
     return name if len(name) <= MAX_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def example(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a problem with its first right and its first wrong answer."""
+    """Return a problem with its first correct and its first wrong answer."""
     samples = record["samples"]
     first = [
         next((sample for sample in samples if sample["right"] == right), None) for right in (True, False)

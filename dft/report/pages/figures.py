@@ -52,10 +52,10 @@ def styled() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LineStyle:
-    """The appearance of a line, which differs from that of others even without color.
+    """Appearance of a line. Lines can be distinguished even without color.
 
     Attributes:
-        color: as matplotlib takes it.
+        color: matplotlib color.
         dashes: linestyle of matplotlib.
         marker: marker of matplotlib; "" for none.
         sign: a character that looks like the marker, for a legend in HTML.
@@ -101,7 +101,7 @@ def histogram_figure(before: Histogram | None, after: Histogram, floor: float | 
     """Return the shares of tokens by p, on a logarithmic scale.
 
     Args:
-        before: drawn as an outline; None if there is nothing to compare with.
+        before: drawn as an outline; None if there is no earlier evaluation.
         after: drawn as a filled area.
         floor: the lowest share that is shown. Default: `lowest_share` of both. Figures with equal floors have
             the same scale.
@@ -120,9 +120,9 @@ def overview_figure(
     """Return one picture of all panels, four in a row, with the histogram as the last.
 
     Args:
-        title: of the picture.
+        title: title of the picture.
         panels: metrics with their lines, by the heading of the panel.
-        histogram: of the first evaluation, None if it is the only one, and of the last.
+        histogram: histograms of the first evaluation (None if there is only one) and the last.
     """
     rows = -(-(len(panels) + (histogram is not None)) // 4) or 1
     with styled():

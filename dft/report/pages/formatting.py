@@ -12,7 +12,7 @@ SEPARATOR = re.compile(r"([_/])")
 
 
 def format_number(value: float | int | None) -> str:
-    """Return a number for a table: floats with four decimals, counts in full, an en dash for None."""
+    """Format a number for a table: floats with four decimals, counts in full, an en dash for None."""
     if value is None:
         return "–"
     if isinstance(value, int):
@@ -25,7 +25,7 @@ def format_number(value: float | int | None) -> str:
 
 
 def format_argument(value: Any) -> str:
-    """Return the value of a flag as text: strings as they are, all else as JSON."""
+    """Return the value of a flag as text: strings unchanged, everything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

@@ -33,7 +33,7 @@ class Series:
 
     @property
     def finite(self) -> np.ndarray:
-        """Which values are finite, (records,) bool."""
+        """Mask of the finite values, (records,) bool."""
         return np.isfinite(self.values)
 
     @property
@@ -55,7 +55,7 @@ class Series:
     def thinned(self, limit: int) -> "Series":
         """Return a series of at most `limit` means over consecutive records.
 
-        Values that are not finite are left out of a mean, unless there are no others.
+        Non-finite values are excluded from a mean unless there are no other values.
         """
         if len(self) <= limit:
             return self
@@ -144,7 +144,7 @@ def nonfinite_steps(log: Log) -> dict[str, list[int]]:
 
 
 def best_of(values: Sequence[float | None], metric: Metric) -> list[bool]:
-    """Return which of the values of several runs are the best; none if fewer than two are finite."""
+    """Mark the best of the values of several runs; none if fewer than two are finite."""
     finite = [value for value in values if value is not None and np.isfinite(value)]
     if metric.better is None or len(finite) < 2:
         return [False] * len(values)

@@ -99,7 +99,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def lines_of_metric(log: Log, metric: Metric) -> list[Line]:
-    """Return the curves of a metric in training and in evaluation, as far as it was logged."""
+    """Return the curves of a metric in training and evaluation, where logged."""
     lines = (
         Line("training", series(log, metric.name), TRAIN),
         Line("evaluation", series(log, EVAL + metric.name), EVALUATION),

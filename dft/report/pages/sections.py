@@ -17,7 +17,7 @@ from dft.report.terminal.data import data_summary
 RANGES = ((0.0, 0.1), (0.1, 0.9), (0.9, 1.0))
 """The ranges of p in the table below its histogram."""
 NEAR_ONE = 0.5
-"""From this alpha on, a rise of nll together with acc is explained as an effect of DFT."""
+"""Minimum alpha at which a simultaneous rise of nll and acc is attributed to DFT."""
 MAX_LISTED_STEPS = 8
 """Number of steps that a sentence lists."""
 FILES = {
@@ -44,7 +44,7 @@ def method(report: Mapping[str, Any]) -> str:
 
 
 def summary_rows(report: Mapping[str, Any], folder: Path) -> list[Row]:
-    """Return the method, model, steps, folder and time of a run, as far as they are recorded."""
+    """Return the method, model, steps, folder and time of a run, if recorded."""
     model, steps = report["model"], report["steps"]
     rows = []
     if name := method(report):
@@ -101,7 +101,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 
 
 def _rising_nll(log: Log) -> str | None:
-    """Return an explanation if nll and acc both rose on held-out data."""
+    """Return an explanation if both nll and acc rose on held-out data."""
     nll, acc = series(log, EVAL + NLL.name), series(log, EVAL + ACC.name)
     if not all(len(curve) and curve.values[-1] > curve.values[0] for curve in (nll, acc)):
         return None
@@ -139,7 +139,7 @@ def spans(log: Log, prefix: str) -> list[Span]:
 
 
 def histogram_caption(before: Histogram | None, after: Histogram) -> str:
-    """Return how to read the histogram of p.
+    """Explain how to read the histogram of p.
 
     Args:
         before: the histogram of the first evaluation; None if there is only one evaluation.
@@ -173,7 +173,7 @@ def distribution(histograms: Sequence[Histogram]) -> list[dict[str, Any]]:
 
 
 def data_rows(data: Mapping[str, Any], folder: Path) -> list[Row]:
-    """Return the lines of `data_summary` as two columns; nothing if the data is not recorded."""
+    """Return the lines of `data_summary` as two columns; empty if the data is not recorded."""
     lines = data_summary(data, str(folder)) if data else []
     return [(line[:12].strip(), line[12:]) for line in lines]
 

@@ -19,7 +19,7 @@ class TextPiece:
 
     Attributes:
         kind: "text"; "space", "tab" or "control" for characters that would be invisible; "part" for a token
-            without text of its own, because it is a part of a character.
+            that is only part of a character and has no text.
         text: what is shown.
     """
 
@@ -29,7 +29,7 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class Token:
-    """A supervised token, a token that ends a turn, or a stretch of other tokens.
+    """A supervised token, a token that ends a turn, or a run of other tokens.
 
     Attributes:
         lines: its text in lines and pieces; all lines but the last end with a newline.
@@ -84,7 +84,7 @@ class ConversationView:
     Attributes:
         origin: its file and line.
         shortened: whether its first tokens are left out.
-        readings: of the first and of the last evaluation, or of the only one.
+        readings: readings of the first and last evaluation, or of the only one.
     """
 
     origin: str
@@ -113,7 +113,7 @@ def conversation_views(views: list[dict[str, Any]]) -> list[ConversationView]:
 
 
 def _key(scored: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what identifies a conversation in two evaluations: its origin and texts."""
+    """Return the key that identifies a conversation across evaluations: its origin and texts."""
     return (scored["file"], scored["line"], *(text for text, _, _ in scored["tokens"]))
 
 
@@ -124,7 +124,7 @@ def _reading(step: int, scored: dict[str, Any], before: dict[str, Any] | None = 
 
 
 def _tokens(scored: dict[str, Any], before: dict[str, Any] | None) -> Iterator[Token]:
-    """Yield supervised and end-of-turn tokens one by one, and the tokens between them as one stretch."""
+    """Yield supervised and end-of-turn tokens one by one, and the tokens between them as one run."""
     earlier = [None] * len(scored["tokens"]) if before is None else [p for _, p, _ in before["tokens"]]
     pairs = zip(scored["tokens"], earlier, strict=True)
     for is_plain, group in groupby(pairs, key=lambda pair: pair[0][1] is None and not pair[0][2]):

@@ -35,7 +35,7 @@ def data_summary(report: Mapping[str, Any], folder: str | None = None) -> list[s
 
 
 def data_details(report: Mapping[str, Any], folder: str | None = None) -> list[str]:
-    """Return about a page: `data_summary`, then roles, turns and lengths of the conversations."""
+    """Return about a page of lines: `data_summary`, then roles, turns and lengths of the conversations."""
     turns = report["turns_per_conversation"]
     roles = ", ".join(f"{role} {number:,}" for role, number in report["roles"].items())
     lines = [
@@ -91,7 +91,7 @@ def _lost_lines(report: Mapping[str, Any], folder: str | None) -> list[str]:
 
 
 def _length_limit_lines(report: Mapping[str, Any]) -> list[str]:
-    """Return lines on what --max_length cost, with the lost tokens in parentheses or, if shared, below."""
+    """Return lines on the losses due to --max_length, with token counts in parentheses or, if shared, below."""
     limit = f"--max_length {report['options']['max_length']}"
     lines = []
     if count := report["truncated_conversations"]:
@@ -145,7 +145,7 @@ def _length_lines(split: str, numbers: Mapping[str, Any]) -> list[str]:
 
 
 def _numbers(numbers: Mapping[str, Any]) -> str:
-    """Return counts in words. A repeated conversation counts once, its sequences count every time."""
+    """Describe counts. A repeated conversation counts once, but its sequences count every time."""
     share = 100 * numbers["supervised_tokens"] / max(numbers["tokens"], 1)
     sequences = _count(numbers["sequences"], "sequence")
     if repeated := numbers["repeated_sequences"]:

@@ -25,13 +25,13 @@ from dft.training.parameters import GIB
 def base_model_gib(
     model: PreTrainedModel, training: transformers.TrainingArguments, longest: int, fused: bool
 ) -> float:
-    """Return the GiB that a frozen copy of the model and its logits take.
+    """Return the memory of a frozen copy of the model and its logits, in GiB.
 
     Args:
         model: the model, possibly on the meta device.
         training: the training arguments.
         longest: tokens of the longest row.
-        fused: whether the fused head computes the loss, which holds one tile of logits at a time.
+        fused: whether the fused head computes the loss; it holds only one tile of logits at a time.
     """
     weights = sum(parameter.numel() for parameter in model.parameters()) * model.dtype.itemsize / GIB
     tokens = training.per_device_train_batch_size * longest
@@ -94,7 +94,7 @@ def _model_size(model: PreTrainedModel) -> str:
 
 
 def _alternative_lines(alternatives: list[Plan]) -> list[str]:
-    """Return a line per setting that fits, or the remedies that remain if none does."""
+    """Return a line for each setting that fits, or the remaining remedies if none does."""
     if not alternatives:
         return [
             "            no smaller batch, gradient checkpointing, ZeRO-3 or offload is enough: use more "

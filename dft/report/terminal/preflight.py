@@ -64,7 +64,7 @@ def tenths(counts: Sequence[int]) -> list[float]:
     """Return the percentage of tokens in each tenth of [0, 1].
 
     Args:
-        counts: of tokens in each twentieth of [0, 1].
+        counts: number of tokens in each twentieth of [0, 1].
     """
     total = max(sum(counts), 1)
     return [100 * sum(counts[start : start + 2]) / total for start in range(0, len(counts), 2)]

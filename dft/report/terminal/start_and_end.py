@@ -42,7 +42,7 @@ def write_resolved_arguments(arguments: Arguments, model: PreTrainedModel | None
 
 
 def resolved_settings(arguments: Arguments, model: PreTrainedModel) -> dict[str, Any]:
-    """Return the settings that the flags leave open: device, ranks, dtypes, attention and parallelism."""
+    """Return the settings not determined by flags alone: device, ranks, dtypes, attention and parallelism."""
     training = arguments.training
     return {
         "device": training.device.type,
@@ -114,7 +114,7 @@ def _adapter_lines(model: PreTrainedModel) -> list[str]:
 
 
 def _step_size(training: TrainingArguments, train: dict[str, Any]) -> str:
-    """Return the number of rows of an optimizer step, how it comes about, and its supervised tokens."""
+    """Describe the rows of an optimizer step, their composition, and the supervised tokens among them."""
     per_step, ranks = rows_per_step(training), data_parallel_size(training)
     unit = "rows" if "packing_density" in train else "sequences"
     supervised = per_step * train["supervised_tokens"] / train["rows"]
@@ -126,21 +126,21 @@ def _step_size(training: TrainingArguments, train: dict[str, Any]) -> str:
 
 
 def _tokens_per_micro_batch(arguments: Arguments, train: dict[str, Any]) -> int:
-    """Return the most tokens that one rank computes at a time."""
+    """Return the maximum number of tokens that one rank processes at once."""
     training = arguments.training
     longest = arguments.data.max_length if "packing_density" in train else train["length_percentiles"]["100"]
     return -(-longest * training.per_device_train_batch_size // sequence_parallel_size(training))
 
 
 def new_notes(arguments: Arguments) -> list[str]:
-    """Return one line for each note that was added since the last call, and clear the notes."""
+    """Return one line for each note added since the last call, and clear the notes."""
     lines = [f"note        {note}" for note in arguments.notes]
     arguments.notes.clear()
     return lines
 
 
 def stopped_lines(stopped: Stopped) -> list[str]:
-    """Return the lines printed when a signal stopped the run: what is saved and how to resume."""
+    """Return the lines printed after a signal stopped the run: what was saved and how to resume."""
     if stopped.checkpoint is None:
         return [f"{stopped}, before training started: run the same command again"]
     return [
@@ -152,7 +152,7 @@ def stopped_lines(stopped: Stopped) -> list[str]:
 def final_lines(
     state: TrainerState, training: TrainingArguments, report: bool, adapters: bool = False
 ) -> list[str]:
-    """Return the last lines of a run: where the model, its records and its report are.
+    """Return the last lines of a run: the locations of the model, its records and its report.
 
     Args:
         state: the trainer's state at the end.

@@ -140,7 +140,7 @@ def check_tensor(name: str, tensor: Tensor, dtypes: frozenset[torch.dtype]) -> N
 def probe(model: nn.Module, vocab: int, device: torch.device) -> Tensor:
     """Return the logits of a few tokens, (tokens, vocab), float32 on the CPU. All ranks must call it.
 
-    Consumes no random numbers.
+    Does not consume random numbers.
     """
     ids = (torch.arange(PROBE_TOKENS) * 7919 % vocab)[None].to(device)
     was_training = model.training
