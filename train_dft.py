@@ -79,7 +79,7 @@ def main() -> None:
         say(*plan_lines(arguments, load_meta_model(arguments), data.report))
         return
     models = load_models(arguments, tokenizer, data)
-    record: dict[str, Any] = {}  # describes the arguments as the trainer resolves them, so it is filled later
+    record: dict[str, Any] = {}  # describes the arguments as resolved by the trainer, so it is filled later
     card = partial(saved_model_card, record) if is_main_process() else None
     trainer = make_trainer(arguments, models, data, tokenizer, run_options(arguments, stop, card))
     check_same_batch(arguments.training)
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
-    """Return the prepared data. Print its report, and write it unless the run only inspects."""
+    """Return the prepared data. Print its report, and write it unless this is an inspection run."""
     flags, training = arguments.data, arguments.training
     data = prepare(
         flags.data_files,
@@ -112,7 +112,7 @@ def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
         cache_dir=Path(flags.data_cache_dir).expanduser(),
         workers=flags.preprocessing_num_workers,
     )
-    is_inspection = arguments.watch.preflight or arguments.watch.plan  # of a folder that may hold a run
+    is_inspection = arguments.watch.preflight or arguments.watch.plan  # the folder may contain a run
     if is_main_process() and not is_inspection:
         data.write_report(Path(training.output_dir))
     say(*data_summary(data.report, None if is_inspection else training.output_dir))
@@ -134,7 +134,7 @@ def add_reports(
 
 
 def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback | None) -> None:
-    """Train and save. End the process if a signal stops the run, restart it with a smaller batch if noted."""
+    """Train and save. Exit if a signal stops the run; restart with a smaller batch if one was recorded."""
     try:
         train_and_save(arguments, trainer, report.close if report else lambda status: None)
     except Stopped as stopped:

@@ -1,9 +1,9 @@
-"""Print the pinned requirements that this Python environment does not meet; nothing if it meets them all.
+"""Print the pinned requirements that this Python environment does not meet.
 
     python scripts/check_requirements.py requirements.txt [requirements-dev.txt ...]
 
-Reads what is installed instead of remembering what was, so that setting up again is quick and right. Needs
-nothing but the standard library: it runs before anything is installed.
+Checks the packages that are actually installed, so that running the setup again is fast and correct. Needs
+only the standard library, because it runs before anything is installed.
 """
 
 import re
@@ -15,7 +15,7 @@ PIN = re.compile(r"(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s;#]+)")
 
 
 def unmet(line: str) -> bool:
-    """Whether a `name==version` line is not met. A local version such as 2.13.0+cpu meets 2.13.0."""
+    """Return whether a `name==version` line is not met. A local version such as 2.13.0+cpu meets 2.13.0."""
     pin = PIN.match(line)
     if pin is None:
         raise SystemExit(f"error: every requirement is pinned as name==version, got: {line}")

@@ -3,7 +3,7 @@
     python scripts/compare_runs.py runs/reference runs/other [runs/another ...]
 
 Prints the largest relative difference of each metric over the steps that both runs logged. Fails if there is
-no such step.
+none.
 """
 
 import argparse

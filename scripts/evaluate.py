@@ -1,4 +1,4 @@
-"""Evaluate models by what they generate: accuracy avg@n and pass@n, with confidence intervals.
+"""Evaluate models by generation: accuracy avg@n and pass@n, with confidence intervals.
 
     python scripts/evaluate.py --model runs/sft runs/dft --data test.jsonl --output runs/evaluation
     python scripts/evaluate.py --model base=MODEL runs/dft --data test.jsonl --samples 1 --temperature 0

@@ -4,7 +4,7 @@
 
 The package index holds only the sources of flash-attn; its wheels, one for each combination, are files of its
 GitHub releases. The source package can fetch them itself, but not on a machine without the CUDA toolkit, and
-where there is no wheel it starts to build for an hour; so the wheel is asked for directly.
+where there is no wheel it starts a build that takes an hour; so the wheel is requested directly.
 """
 
 import platform

@@ -6,7 +6,7 @@
     runs/example/data/train.jsonl, eval.jsonl    the data; no conversation is in both files
     runs/example/model/                          the model, with random weights, for from_pretrained
 
-The questions are short and contain all that is needed to answer them: sums, successors, copying, reversing
+The questions are short and contain everything needed to answer them: sums, successors, copying, reversing
 and spelling words. Some conversations have a system turn, several questions, or a tool call. The model learns
 the tasks on two CPU cores in about a minute, and generalizes to held-out conversations. The same seed gives
 the same files.
@@ -155,7 +155,7 @@ def read_conversations(path: Path) -> list[list[Message]]:
 def train_tokenizer(conversations: Iterable[list[Message]], vocab_size: int = 800) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with a ChatML template on the text of conversations."""
     tokenizer = Tokenizer(models.BPE())
-    # Each digit is a token of its own, so that sums are computed digit by digit.
+    # Each digit is a separate token, so that sums are computed digit by digit.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

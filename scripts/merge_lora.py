@@ -4,7 +4,7 @@
     python scripts/merge_lora.py runs/lora merged --dtype bfloat16 --base MODEL
 
 The merged model gets the tokenizer and the generation settings that are saved with the adapters. Before the
-output folder takes its final name, the saved model is loaded again: its logits have to be those of the base
+output folder takes its final name, the saved model is loaded again: its logits must match those of the base
 model with its adapters.
 """
 
@@ -64,7 +64,7 @@ def merge(adapters: Path, output: Path, base: str | None, dtype: str, trust_remo
         adapters: output directory or checkpoint of a run with `--lora_r`.
         output: the new folder.
         base: the base model. Default: the one that the adapters name.
-        dtype: of the base model while it is merged, and of the result; "auto" for that of its files.
+        dtype: dtype of the base model during the merge, and of the result; "auto" for the dtype of its files.
         trust_remote_code: whether to run code that comes with the model.
 
     Raises:
@@ -92,7 +92,7 @@ def merge(adapters: Path, output: Path, base: str | None, dtype: str, trust_remo
         untie_embeddings(adapted.get_base_model())
         try:
             merged = adapted.merge_and_unload(safe_merge=True)
-        except ValueError as error:  # values that are not finite
+        except ValueError as error:  # catches non-finite values
             raise UserError(
                 f"{adapters}: cannot be merged into {name} as {model.dtype}: {one_line(error)}; --dtype "
                 "float32 holds larger values"
@@ -124,7 +124,7 @@ def base_model_name(adapters: Path) -> str | None:
     """Return the name of the base model that is stored with adapters.
 
     Raises:
-        UserError: adapters of another kind than LoRA.
+        UserError: adapters of a type other than LoRA.
     """
     from peft import LoraConfig, PeftConfig  # optional
 
@@ -200,7 +200,7 @@ def attach_adapters(model: PreTrainedModel, name: str, folder: Path, tensors: di
             "model by --base"
         )
 
-    if model._hf_peft_config_loaded:  # peft would replace its adapters
+    if model._hf_peft_config_loaded:  # peft would overwrite its adapters
         raise mismatch("it has adapters itself")
     try:
         adapted = PeftModel.from_pretrained(model, folder)

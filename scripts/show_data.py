@@ -36,7 +36,7 @@ from dft.report.terminal.data import data_details, show_sequences
 
 @dataclass
 class ShowArguments:
-    """The model, and which of the sequences to show."""
+    """Flags that select the model and the sequences to show."""
 
     _argument_group_name: ClassVar[str] = "show"
 
@@ -100,7 +100,7 @@ def select_rows(dataset: Sequences, show: ShowArguments) -> list[int]:
     """Return the indices of the sequences to show.
 
     Raises:
-        UserError: the split has none of the lines of `--lines`.
+        UserError: the split contains none of the `--lines`.
     """
     if show.lines:
         lines = set(show.lines)

@@ -1,9 +1,10 @@
-"""torchrun that ends as its first rank to fail did; its own code is 1 whatever that was.
+"""torchrun that exits with the code of the first rank that failed; torchrun itself always exits with 1.
 
     python scripts/torchrun.py --nproc_per_node 4 train_dft.py --bf16 True ...
 
-So scripts/train.sh can tell 75, stopped with everything saved, from an error. It signals the ranks: a
-launcher that is signalled itself gives them half a minute, and ends by the number of the signal.
+This lets scripts/train.sh distinguish 75 (stopped with everything saved) from an error. It signals the ranks
+directly: a launcher that is signalled itself gives them only half a minute, and exits with the signal's
+number.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Accuracies with confidence intervals. The unit is the problem, because samples of the same problem are not independent."""
+"""Accuracies with confidence intervals. Samples of the same problem are not independent."""
 
 import math
 from collections.abc import Sequence

@@ -207,7 +207,7 @@ def _mismatch(logits: Tensor, expected: TokenStats, stats: TokenStats, dtype: to
     rounding = torch.finfo(dtype).eps * finite.abs().amax().item() if len(finite) else 0.0
     if error <= max(TOLERANCE.get(dtype, LARGEST_TOLERANCE), rounding):
         return None
-    # True for a NaN error as well.
+    # A NaN error ends up here as well.
     return f"the fused loss differs from that of its own logits (by {error:.2g} nats on average)"
 
 
@@ -267,7 +267,7 @@ def _find_transform(
     def disable_grad(*_: Any) -> None:
         torch.set_grad_enabled(False)
 
-    # Raised before a wrapper of the model can conclude that a backward pass will follow.
+    # Runs before a wrapper of the model can conclude that a backward pass will follow.
     hook = model.register_forward_hook(disable_grad)
     head.forward = torch.compiler.disable(insert)  # type: ignore[method-assign]
     try:

@@ -298,7 +298,7 @@ def resolve_objective(alpha: float | None, objective: Objective | None, has_base
 
 
 def check_base(objective: Objective, has_base: bool) -> None:
-    """Raise ValueError if a required base model is missing, or if one is passed to an objective without a KL term."""
+    """Raise ValueError if a required base model is missing, or if an unneeded one is passed."""
     if has_base != (objective.kl_weight > 0):
         verb = "does not use" if has_base else "needs the logits or hidden states of"
         raise ValueError(f"{objective} {verb} a base model")

@@ -113,7 +113,7 @@ def run_tiles(
             parts.append(stats)
             if gradient is None:
                 gradient = written
-            del tile, written, log_base  # otherwise this tile would still be held while the next one is allocated
+            del tile, written, log_base  # so that only one tile is allocated
         if gradient is not None:
             sums.add(gradient, first, last)
         del gradient

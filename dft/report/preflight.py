@@ -1,4 +1,4 @@
-"""Implementation of `--preflight True`: score a sample of the training data and report whether DFT suits it."""
+"""`--preflight True`: score a sample of the training data and report whether DFT suits it."""
 
 from pathlib import Path
 from typing import Any, Protocol

@@ -87,7 +87,7 @@ class ReportCallback(TrainerCallback):
         self.trainer.exclude_time(time.perf_counter() - started)
 
     def close(self, status: str) -> None:
-        """Write the last report. Call this after the model is saved, because the page lists the saved files."""
+        """Write the final report. Must be called after the model is saved: the page lists the saved files."""
         if self.trainer.is_world_process_zero():
             self._write(self.trainer.state, status)
 

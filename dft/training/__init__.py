@@ -1,1 +1,1 @@
-"""Where data and loss meet: the trainer, its model, metrics and checkpoints."""
+"""Training: the trainer, its model, metrics and checkpoints."""

@@ -1,4 +1,4 @@
-"""Choice of the collator, checks that a model keeps packed sequences apart, and facts about batches."""
+"""Choose the collator, check that a model keeps packed sequences separate, and describe batches."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +36,9 @@ def choose_collator(
 ) -> Collator:
     """Return the collator that suits the attention of a model.
 
-    Flash attention takes any batch as one row without padding. Other attention gets rows padded on the right,
-    packed ones with positions that restart. Models that cannot keep the sequences of a row apart get padded
-    rows of one sequence each.
+    With flash attention, every batch is one row without padding. Otherwise rows are padded on the right, and
+    packed rows have positions that restart. Models that cannot keep the sequences of a row separate get
+    padded rows with one sequence each.
 
     Args:
         model: model to train, with its attention implementation set.
@@ -62,7 +62,7 @@ def choose_collator(
 
 
 def packing_obstacle(model: PreTrainedModel, longest_row: int | None = None) -> str | None:
-    """Return why a model cannot keep several sequences in a row apart; None if no reason is known.
+    """Return the reason why a model cannot keep the sequences of a packed row separate, or None.
 
     Args:
         model: model to train, with its attention implementation set.
@@ -96,11 +96,11 @@ def packing_obstacle(model: PreTrainedModel, longest_row: int | None = None) -> 
 
 
 def exact_row_length(config: PretrainedConfig) -> int | None:
-    """Return up to how many tokens of a row a sequence is treated alike wherever it starts; None for any.
+    """Return the maximum row length at which a sequence's position in the row has no effect; None for any.
 
     Llama 4 scales the queries of its layers without rotary positions by the logarithm of the position in the
-    row, from `floor_scale` tokens on. All else that transformers 5.23 derives from positions, among it the
-    chunks of chunked attention, starts anew with each packed sequence.
+    row, from `floor_scale` tokens on. Everything else that transformers 5.23 derives from positions,
+    including the chunks of chunked attention, restarts with each packed sequence.
     """
     settings = config.to_dict()
     if settings.get("attn_temperature_tuning") and 0 in (settings.get("no_rope_layers") or ()):
@@ -109,7 +109,7 @@ def exact_row_length(config: PretrainedConfig) -> int | None:
 
 
 def describe_batching(collator: Any) -> str:
-    """Return how batches are made, for reports."""
+    """Describe how batches are formed, for reports."""
     return collator.batching if isinstance(collator, Collator) else "by the given collator"
 
 
@@ -131,7 +131,7 @@ def _is_packed(dataset: Any) -> bool:
         return is_packed(*dataset.values())
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         return "seq_lengths" in (dataset.column_names or ())
-    # Looking at the first example of a stream would consume it.
+    # Reading the first example of a stream would consume it.
     if isinstance(dataset, IterableDataset) or not len(dataset):
         return False
     return "seq_lengths" in dataset[0]
@@ -159,7 +159,7 @@ def longest_row(*collections: Any) -> int | None:
 
 
 def padding_id(model: PreTrainedModel) -> int:
-    """Return a token id to pad with: any will do, since padding is neither attended to nor supervised."""
+    """Return a padding token id. Any id works, since padding is neither attended to nor supervised."""
     token_id = model.config.get_text_config().pad_token_id
     return token_id if token_id is not None and token_id >= 0 else 0
 
@@ -181,7 +181,7 @@ def dataset_files(dataset: Any) -> list[str]:
     """Return the names of a dataset's files in the order of the numbers in its `origins`."""
     if isinstance(dataset, WithBlank):
         dataset = dataset.dataset
-    files = getattr(dataset, "files", [])  # in the dataset of a library user it may be something else
+    files = getattr(dataset, "files", [])  # a library user's attribute may mean something else
     return files if isinstance(files, list) else []
 
 
@@ -191,14 +191,14 @@ def token_count(inputs: Mapping[str, Any]) -> Tensor:
         return inputs["attention_mask"].sum()
     ids = inputs["input_ids"]
     count = inputs.get("num_tokens", ids.numel())
-    # Copying a number to the device would wait for it in every micro-batch; filling on the device does not.
+    # Copying a number to the device would synchronize in every micro-batch; filling it there does not.
     return count if isinstance(count, Tensor) else torch.full((), count, device=ids.device)
 
 
 def attended_pairs(inputs: Mapping[str, Any]) -> Tensor:
     """Return the number of (token, attended token) pairs of a batch, a scalar on its device.
 
-    Counts causal attention over whole sequences; windows and chunks, which see less, are not considered.
+    Counts causal attention over whole sequences and ignores sliding windows and chunks.
     """
     if "attention_mask" in inputs:
         lengths = inputs["attention_mask"].sum(-1)
@@ -211,7 +211,7 @@ def attended_pairs(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def sequence_lengths(dataset: Any) -> np.ndarray:
-    """Return the tokens of each example, all its sequences together, (size,); from Arrow without reading."""
+    """Return the total number of tokens of each example, (size,), from Arrow without reading rows."""
     if isinstance(dataset, Sequences):
         return dataset.lengths
     if isinstance(dataset, datasets.Dataset):
@@ -228,16 +228,16 @@ def check_isolation(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Check that a sequence has the same logits in a packed row as alone.
+    """Check that a sequence has the same logits in a packed row as on its own.
 
     Runs two short sequences in one row, and the second one alone. A token counts as different if its logits
     are off by more than rounding. Up to a quarter of the tokens may be different, since in a mixture of
-    experts rounding can send a token to another expert; a leak between sequences changes nearly all of them.
-    Does not consume random numbers. Under ZeRO-3 all ranks must take part.
+    experts rounding can send a token to another expert; whereas a leak between sequences changes nearly all
+    of them. Does not consume random numbers. Under ZeRO-3 all ranks must call this.
 
     Args:
         forward: the model in evaluation mode, or a wrapper of it.
-        model: model that the message and the vocabulary are taken from.
+        model: unwrapped model, used for the error message and the vocabulary.
         collator: collator of the training.
         device: device of the batches.
         dtype: dtype the model computes in.
@@ -262,7 +262,7 @@ def check_isolation(
     packed = logits(pair, alone)[first : first + second]
     expected = logits(alone)
     error = (packed - expected).norm(dim=-1) / expected.norm(dim=-1)  # (second,)
-    different = int((~(error <= TOLERANCE.get(dtype, LOOSEST))).sum())  # written so that NaN counts
+    different = int((~(error <= TOLERANCE.get(dtype, LOOSEST))).sum())  # NaN counts as a difference
     if different > second // 4:
         raise UserError(
             f"{type(model).__name__} with {config._attn_implementation} attention does not keep packed "

@@ -1,4 +1,4 @@
-"""The components that `DFTTrainer` hands its work to. None of them knows transformers.Trainer."""
+"""Components to which `DFTTrainer` delegates its work. None of them depends on transformers.Trainer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ from dft.training.step_loss import StepLoss
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The settings of the loss that a trainer is made with, see `DFTTrainer`.
+    """Loss settings passed to a trainer, see `DFTTrainer`.
 
     Attributes:
         config: the configuration of the model.
@@ -67,30 +67,30 @@ class LossSettings:
 
 
 class Components:
-    """Everything that a trainer hands work to.
+    """All components of a trainer.
 
     Args:
         model: the model, not wrapped.
         args: the training arguments.
         options: settings of the run.
-        accelerator: of the run.
+        accelerator: the run's accelerator.
         loss: settings of the loss.
-        collator: returns what makes the batches, which a user may replace.
-        dataset: returns the training data, which a user may replace.
-        tokenizer: saved along with the model; None without.
+        collator: returns the current collator, which a user may replace.
+        dataset: returns the current training data, which a user may replace.
+        tokenizer: saved along with the model, if any.
         log_per_file: whether evaluations report metrics of each data file.
         on_nonfinite: "stop" or "skip".
 
     Attributes:
         recorder: metrics and speed.
         loss: computes the loss of a micro-batch.
-        stop: agrees with the other ranks whether to stop.
-        guard: keeps a loss or gradient that is not finite from the weights.
+        stop: coordinates with the other ranks whether to stop.
+        guard: keeps non-finite losses and gradients from reaching the weights.
         resumer: finds, checks and loads the checkpoint to resume from.
         publisher: uploads saved models to the hub.
         saver: saves checkpoints and models.
-        facts: what manifests record about the current run.
-        progress: how far the events after an optimizer step have got.
+        facts: properties of the current run that manifests record.
+        progress: progress of the events after an optimizer step.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Components:
     ) -> None:
         self._args, self._options, self._accelerator, self._dataset = args, options, accelerator, dataset
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # accelerate would replace its own value by DeepSpeed's, with a warning.
+            # accelerate would replace its own value with DeepSpeed's and print a warning.
             accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
         end_of_turn_ids = resolve_end_of_turn_ids(tokenizer, loss.end_of_turn_ids)
         if loss.end_of_turn_weight and not end_of_turn_ids:
@@ -150,7 +150,7 @@ class Components:
         self.progress = StepProgress()
 
     def begin_run(self, resume_from: str | bool | None, model: nn.Module) -> str | None:
-        """Forget an earlier run of the same trainer. Return the folder of the checkpoint to resume from.
+        """Reset the state of an earlier run. Return the folder of the checkpoint to resume from.
 
         Args:
             resume_from: see `Resumer.resolve`.
@@ -161,7 +161,7 @@ class Components:
         self.facts = RunFacts(self._args, self._dataset(), digest)
         self.progress = StepProgress()
         self.guard.reset()
-        self.recorder.training.reset()  # an earlier run may have ended within a window
+        self.recorder.training.reset()  # an earlier run may have ended in the middle of a window
         self.stop.begin_training()
         return folder
 
@@ -174,7 +174,7 @@ class Components:
         loss_sum: Tensor,
         with_logits: bool,
     ) -> tuple[Tensor, Any]:
-        """Return this rank's share of a micro-batch in the loss of its step, and the model's outputs.
+        """Return this rank's contribution to the loss of the step, and the model's outputs.
 
         In training, also add the micro-batch to the metrics of its logging window.
 
@@ -221,7 +221,7 @@ class Components:
         self.progress.grad_norm = norm.item() if isinstance(norm, Tensor) else norm
 
     def roll_back_step(self, model: nn.Module, step: int, loss_sum: Tensor) -> bool:
-        """Forget an unfinished step, so that the completed one before it can be saved.
+        """Discard an unfinished step, so that the last completed step can be saved.
 
         Returns:
             Whether there is a completed step that has not been saved.
@@ -231,7 +231,7 @@ class Components:
             return False
         model.zero_grad()
         self.guard.roll_back(self.recorder.training.sums, loss_sum)
-        progress.random_state.restore()  # the unfinished step has drawn random numbers
+        progress.random_state.restore()  # the unfinished step has consumed random numbers
         progress.is_stopping = True
         return True
 
@@ -248,7 +248,7 @@ class Components:
             RunState(pending, last, losses, total_loss, meter).write(folder)
 
     def describe_memory_error(self, error: Exception, model: nn.Module, step: int) -> str:
-        """Return what took the memory, and what to change; raise any other error again."""
+        """Describe an out-of-memory error and its remedies; re-raise any other error."""
         if not ran_out(error):
             raise error
         is_fused = isinstance(self.loss.head, FusedHead)
@@ -262,7 +262,7 @@ class Components:
 def replace_callbacks(
     handler: CallbackHandler, args: transformers.TrainingArguments, options: RunOptions
 ) -> None:
-    """Replace callbacks of transformers by those of this package."""
+    """Replace callbacks of transformers with those of this package."""
     handler.remove_callback(PrinterCallback)
     handler.remove_callback(ProgressCallback)
     handler.add_callback(ConsoleCallback(not args.disable_tqdm, options.console_metrics))

@@ -11,14 +11,14 @@ from dft.errors import UserError
 from dft.training.trainer import DFTTrainer
 
 NEED_A_MODEL = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
-"""Optimizers that need a whole model and cannot be tried on one parameter."""
+"""Optimizers that need a complete model and cannot be created for a single parameter."""
 
 
 def check_optimizer(training: TrainingArguments) -> None:
     """Raise `UserError` if the optimizer or the learning-rate schedule does not accept its arguments.
 
-    Both are created once for a parameter made here. Optimizers that need a model, and
-    --optim_target_modules, cannot be checked that way.
+    Both are created for a dummy parameter. Optimizers that need a model, and --optim_target_modules, cannot
+    be checked this way.
     """
     if training.optim in NEED_A_MODEL or training.optim_target_modules:
         return

@@ -1,4 +1,4 @@
-"""Sizes, shapes and precision of model parameters, sharded by ZeRO-3 or not."""
+"""Sizes, shapes and precision of model parameters, whether or not ZeRO-3 shards them."""
 
 import torch
 import transformers
@@ -10,12 +10,12 @@ GIB = 2**30
 
 
 def element_count(parameter: nn.Parameter) -> int:
-    """Return the elements of a whole parameter, also if ZeRO-3 keeps only a part of it on this rank."""
+    """Return the number of elements of a full parameter, even if ZeRO-3 has partitioned it."""
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
 def element_dims(parameter: nn.Parameter) -> int:
-    """Return the dimensions of a whole parameter, also if ZeRO-3 has flattened it."""
+    """Return the number of dimensions of a full parameter, even if ZeRO-3 has flattened it."""
     return len(parameter.ds_shape) if hasattr(parameter, "ds_shape") else parameter.dim()
 
 
@@ -29,7 +29,7 @@ def shapes_digest(model: nn.Module) -> str:
 
 
 def compute_dtype(args: transformers.TrainingArguments, model: PreTrainedModel) -> torch.dtype:
-    """Return the dtype whose rounding the model's matrix products have. TF32 rounds about like float16."""
+    """Return the dtype with the rounding of the model's matrix products. TF32 rounds about like float16."""
     if args.bf16:
         return torch.bfloat16
     if args.fp16 or (args.tf32 and model.dtype == torch.float32):
@@ -43,7 +43,8 @@ def resolve_find_unused_parameters(
     """Return whether DDP has to look for parameters without a gradient; None leaves it to transformers.
 
     transformers lets DDP search in every model. That costs time in each step, and each rank warns if all
-    parameters have a gradient. Only experts that no token chose, and parts for images or audio, have none.
+    parameters have a gradient. Only experts that no token was routed to, and image or audio modules, have
+    none.
     """
     configured = training.ddp_find_unused_parameters
     is_text_only = model.config.get_text_config() is model.config

@@ -1,7 +1,7 @@
 """Changes to the private state of other libraries, each with the version it was written for.
 
-`PATCHES` lists all of them, also those of `dft.ranks`, which are needed before arguments can be parsed.
-tests/training/test_contract.py checks that each library still has what its patch changes.
+`PATCHES` lists all of them, including those in `dft.ranks`, which are needed before arguments can be parsed.
+tests/training/test_contract.py checks that each patched library still has the patched code.
 """
 
 import logging
@@ -79,21 +79,21 @@ PATCHES = (
 """All patches of this package."""
 
 ARGUMENT_MISMATCH = "Warning: The following arguments do not match the ones in the `trainer_state.json`"
-"""How the hidden warning of transformers begins."""
+"""Beginning of the hidden transformers warning."""
 
 
 def fix_zero3_universal_load(optimizer: Any, folder: Path) -> None:
     """Restore what DeepSpeed 0.19 loads wrongly from a universal checkpoint under ZeRO-3.
 
-    All parameter groups get the options of the first one, so weight decay also where there was none; and all
-    parameters share one tensor that counts their steps, which then grows by one for each of them.
+    All parameter groups get the options of the first group, including its weight decay; and all parameters
+    share one step counter, which is then incremented once per parameter.
 
     Args:
         optimizer: DeepSpeed's optimizer around that of torch.
         folder: the universal checkpoint that was loaded.
     """
     (state,) = folder.glob("global_step*/zero/optimizer_state.pt")
-    # It holds classes of DeepSpeed, and was made from a checkpoint whose owner has been checked.
+    # It contains DeepSpeed classes, and it was converted from a checkpoint whose owner has been checked.
     saved = torch.load(state, map_location="cpu", weights_only=False)["optimizer_state_dict"]["param_groups"]
     inner: torch.optim.Optimizer = optimizer.optimizer
     for group, options in zip(inner.param_groups, saved, strict=True):

@@ -19,7 +19,7 @@ from dft.training.parallel.sequence_parallel import check_shared_data, resolve_p
 def prepare_arguments(
     args: transformers.TrainingArguments, options: Mapping[str, Any], fused_head: str, on_nonfinite: str
 ) -> None:
-    """Check the arguments of a trainer, and set those that have one correct value only.
+    """Check the arguments of a trainer, and set those that have only one valid value.
 
     Args:
         args: the training arguments.
@@ -41,7 +41,7 @@ def prepare_arguments(
     check_choice("fused_head", fused_head, FUSED_HEAD)
     check_choice("on_nonfinite", on_nonfinite, NONFINITE_POLICIES)
     if args.accelerator_config.dispatch_batches is None:
-        # By default accelerate deals out the batches of a stream itself, and cuts all their tensors alike.
+        # By default, accelerate splits the batches of a stream itself, and slices all their tensors alike.
         args.accelerator_config.dispatch_batches = False
     if args.use_liger_kernel:
         args.liger_kernel_config = layer_kernels(args.liger_kernel_config)
@@ -54,17 +54,17 @@ def resolve_collator(
     objective: Objective,
     datasets: Mapping[str, Any],
 ) -> Any:
-    """Return the given collator, or the one that suits the model and the data.
+    """Return the given collator, or choose one that suits the model and the data.
 
     Args:
-        model: as it will be trained.
+        model: the model to train.
         args: the training arguments.
-        collator: the given one; None to choose.
-        objective: of the training.
+        collator: the user's collator; None to choose one.
+        objective: the training objective.
         datasets: holds `train_dataset` and `eval_dataset`, if they are given.
 
     Raises:
-        ValueError: no collator suits them, or the given one does not.
+        ValueError: no collator is suitable, or the given one is not.
     """
     train_dataset = datasets.get("train_dataset")
     if sequence_parallel_size(args) > 1:

@@ -37,16 +37,16 @@ from dft.training.trainer import DFTTrainer
 
 
 def check_run(arguments: Arguments) -> None:
-    """Raise `UserError` for everything that can be found out before the data is prepared."""
+    """Raise `UserError` for all problems that can be detected before the data is prepared."""
     check_arguments(arguments)
     check_output(arguments)
     if not arguments.data.prepare_only:
         check_optimizer(arguments.training)
-        resolve_attention(arguments)  # raises if the attention is not available
+        resolve_attention(arguments)  # raises if the attention implementation is not available
 
 
 def set_up_output(training: TrainingArguments) -> list[str]:
-    """Disable progress bars if they are not wanted, and set up the trackers. Return notes for the user."""
+    """Disable progress bars if requested, and set up the trackers. Return notes for the user."""
     if training.disable_tqdm:
         disable_progress_bar()
     return prepare_trackers(training.report_to, training.logging_dir)
@@ -77,7 +77,7 @@ def load_models(
     Raises:
         UserError: a model cannot be loaded, or does not fit into memory.
     """
-    set_seed(arguments.training.seed)  # the embeddings of new tokens are random
+    set_seed(arguments.training.seed)  # the embeddings of new tokens are initialized randomly
     with convert_memory_errors("the model's weights do not fit", SHARD):
         model = load_model(arguments, tokenizer)
         check_positions(model, data.longest, arguments.data.max_length)
@@ -163,7 +163,7 @@ def make_trainer(
 
 
 def train_and_save(arguments: Arguments, trainer: DFTTrainer, close_report: Callable[[str], None]) -> None:
-    """Train and save the model. However that ends, close the report and the trackers.
+    """Train and save the model. Always closes the report and the trackers.
 
     Args:
         arguments: the parsed flags.

@@ -1,4 +1,4 @@
-"""The callback that follows a run: it resumes it, notes which events are due, and stops it."""
+"""Callback that resumes a run, records which events are due, and stops the run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ from dft.training.components import Components
 
 @dataclass(frozen=True)
 class RunFunctions:
-    """What the callback needs a trainer to do.
+    """Operations of the trainer that the callback needs.
 
     Attributes:
         learning_rate: returns the learning rate of the update that was just made.
         restore_totals: continues the sums of the loss from a checkpoint.
         load_random_state: sets the random number generators to their state in a checkpoint.
-        run_events: logs, evaluates and saves as the control demands, reporting the values of the last step.
+        run_events: logs, evaluates and saves according to the control, reporting the values of the last step.
         end_epoch: calls the callbacks for the end of an epoch.
     """
 
@@ -41,11 +41,11 @@ class RunFunctions:
 
 
 class RunEvents(TrainerCallback):
-    """Follow a run. It must be the last callback, since others may change which events are due.
+    """Tracks a run. Must be the last callback, since others may change which events are due.
 
     Args:
         run: the components of the run.
-        trainer: what the trainer does.
+        trainer: operations of the trainer.
     """
 
     def __init__(self, run: Components, trainer: RunFunctions) -> None:
@@ -58,9 +58,9 @@ class RunEvents(TrainerCallback):
         return self._run.progress
 
     def take_skip(self) -> bool:
-        """Return once whether the next evaluation is that of `eval_on_start` in a resumed run.
+        """Return, once per run, whether the next evaluation is that of `eval_on_start` in a resumed run.
 
-        The run had it when it began.
+        The run has already had this evaluation.
         """
         skips, self._skips_evaluation = self._skips_evaluation, False
         return skips
@@ -68,8 +68,8 @@ class RunEvents(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set up the metrics, and finish what was pending in the checkpoint that the run resumes from."""
-        state.compute_steps(args, state.max_steps)  # Trainer keeps the intervals of the checkpoint
+        """Set up the metrics, and handle the pending events of the checkpoint that the run resumes from."""
+        state.compute_steps(args, state.max_steps)  # Trainer would keep the intervals of the checkpoint
         state.train_batch_size = args.train_batch_size
         self._run.recorder.start(state.global_step, state.max_steps)
         self._run.facts.method = self._run.recorder.method()
@@ -85,7 +85,7 @@ class RunEvents(TrainerCallback):
         for line in self._run.facts.differences(checkpoint.facts):
             say(line)
         with reading(checkpoint.path):
-            self._trainer.load_random_state(str(checkpoint.path))  # saves among the pending events keep it
+            self._trainer.load_random_state(str(checkpoint.path))  # saves among the pending events record it
         self._capture_random_state(args)
         pending = saved.pending
         control.should_log = False
@@ -111,14 +111,14 @@ class RunEvents(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note which events are due after an optimizer step. All ranks must call it."""
+        """Record which events are due after an optimizer step. All ranks must call it."""
         self._progress.complete_step()
         self._begin_events(args, state, control, ends_epoch(state))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note which events are due at the end of an epoch. All ranks must call it."""
+        """Record which events are due at the end of an epoch. All ranks must call it."""
         self._begin_events(args, state, control, False)
 
     def _begin_events(
@@ -135,7 +135,7 @@ class RunEvents(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop the run if it was asked to stop and this checkpoint holds all of it.
+        """Stop the run if it was asked to stop and this checkpoint is complete.
 
         Raises:
             Stopped: on all ranks.

@@ -12,18 +12,18 @@ from dft.training.parallel.waiting import Heartbeat
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the entry script decides about a run. The defaults suit a trainer used as a library.
+    """Settings of a run from the entry script. The defaults suit library use of the trainer.
 
     Attributes:
         stop: signals that ask the run to save a checkpoint and stop; None if no signal does.
         heartbeat: reports progress to the watchdog over the other ranks.
         requested_batch: (rows per device, accumulation steps) as requested by the user; if set, running out
             of memory records a smaller batch for the next attempt (`--auto_find_batch_size`).
-        card: returns the text of a saved model's README.md, given the trainer's state and whether the
-            picture of the report lies beside it; None writes none.
+        card: returns the text of a saved model's README.md, given the trainer's state and whether the picture
+            of the report is in the same folder; None to not write a card.
         verify_save: "True" reloads the final model and reads the files of checkpoints, "all" reloads both,
-            "False" checks nothing.
-        trust_remote_code: whether the saved model may run code of its own when it is reloaded.
+            "False" disables the check.
+        trust_remote_code: whether to run code that comes with the model when it is reloaded.
         trust_checkpoint: whether to resume from a checkpoint that other users can write to.
         console_metrics: names of the metrics that the console shows (see `dft.metrics`).
     """

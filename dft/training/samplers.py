@@ -10,7 +10,7 @@ from dft.training.parallel.sequence_parallel import RepeatedBatchSampler
 
 
 class DataOrder:
-    """The order of training and evaluation data, which depends only on the seed and the epoch.
+    """Order of training and evaluation data. Depends only on the seed and the epoch.
 
     Args:
         args: the training arguments.
@@ -46,7 +46,7 @@ class DataOrder:
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the training data.
 
-        accelerate does not pass it on to a sampler behind the batches that a resumed run skips.
+        accelerate does not forward the epoch to the sampler when a resumed run skips batches.
         """
         if self._train is not None:
             self._train.set_epoch(epoch)

@@ -1,4 +1,4 @@
-"""Compute the loss of a micro-batch, through the fused head where the model allows it."""
+"""Compute the loss of a micro-batch, through the fused head if the model supports it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,9 +29,9 @@ class ScoredBatch:
     """A micro-batch after its forward pass.
 
     Attributes:
-        loss: scalar, this rank's share in the loss of the step.
-        stats: of its supervised tokens.
-        outputs: of the model.
+        loss: scalar, this rank's contribution to the loss of the step.
+        stats: statistics of its supervised tokens.
+        outputs: the model's outputs.
         inputs: the part of the batch that this rank computes.
     """
 
@@ -46,21 +46,21 @@ class StepLoss:
 
     Args:
         model: the model, not wrapped.
-        device: where it is trained.
-        dtype: in which it computes.
-        collator: returns what makes the batches, which a user may replace.
-        fused_head: "auto" never computes the logits where that is known to give the same loss; "on" demands
-            it; "off" never does it.
+        device: device that it is trained on.
+        dtype: its compute dtype.
+        collator: returns the current collator, which a user may replace.
+        fused_head: "auto" avoids computing logits where that is known to give the same loss; "on" requires
+            it; "off" always computes them.
         unwrap: returns the model inside a wrapper.
         ranks: number of ranks, over which gradients are averaged.
-        sequences: this rank's part in sequences that it shares with others; None if it shares none.
+        sequences: this rank's part in sequence parallelism; None without.
         router_coefficient: factor of the auxiliary loss of a mixture of experts that computes one.
         base_model: the frozen base model of an objective that needs one.
         end_of_turn_weight: minimum weight of a token that ends a turn; 0 for none.
         end_of_turn_ids: token ids that end a turn.
 
     Attributes:
-        head: the fused head, why there is none, or None before the model has been inspected.
+        head: the fused head, or the reason why there is none, or None before the model has been inspected.
         last_batch: the size of the last batch.
     """
 
@@ -105,7 +105,7 @@ class StepLoss:
         num_items: Tensor | float | None,
         with_logits: bool = False,
     ) -> ScoredBatch:
-        """Compute this rank's share of a micro-batch in the loss of its optimizer step.
+        """Compute this rank's contribution to the loss of the optimizer step.
 
         DDP, FSDP and DeepSpeed average gradients over the ranks, while the loss is a sum over them: N is
         therefore divided by their number.
@@ -116,7 +116,7 @@ class StepLoss:
         """
         if num_items is not None:
             if self._sequences is not None:
-                num_items = num_items / self._sequences.size  # each rank has counted all that it shares
+                num_items = num_items / self._sequences.size  # each rank counted the whole shared sequences
             num_items = num_items / self._ranks
         is_shared = False
         if self._sequences is not None and forward.training:
@@ -138,8 +138,9 @@ class StepLoss:
         Args:
             forward: the model as it is trained, which may be wrapped.
             inputs: the batch on the device, as the collator made it.
-            objective: of the current optimizer step.
-            num_items: what the sum over the tokens is divided by; None for the batch's supervised tokens.
+            objective: objective of the current optimizer step.
+            num_items: divisor of the sum over the tokens; None for the number of supervised tokens in the
+                batch.
             shifted: whether each label is the target of its own position.
             with_logits: whether the outputs must contain the logits.
 
@@ -164,13 +165,13 @@ class StepLoss:
             min_weight=self._min_weight(labels),
             base=base,
             shifted=shifted,
-            # Another collator may change labels without updating the positions.
+            # A custom collator may change labels without updating the positions.
             positions=inputs.get("loss_positions") if isinstance(self._collator(), Collator) else None,
         )
         score = head.score if isinstance(head, FusedHead) else score_logits
         loss, stats, outputs = score(forward, features, labels, options)
         if (aux_loss := outputs.get("aux_loss")) is not None:
-            # A mean over the tokens of the step like all else, however it is split into micro-batches.
+            # A mean over the tokens of the step like the rest of the loss, regardless of its micro-batches.
             assert self._router_coefficient is not None
             share = stats.nll.numel() / normalizer(num_items, stats.nll)
             loss = loss + share * self._router_coefficient * aux_loss
@@ -183,15 +184,15 @@ class StepLoss:
         return self._end_of_turn_weight * torch.isin(labels, self._end_of_turn_ids).float()
 
     def inspect_model(self, model: PreTrainedModel, forward: nn.Module) -> None:
-        """Check what must be known about the model before the first step. All ranks must call it.
+        """Run the model checks that are required before the first step. All ranks must call it.
 
         Args:
             model: the model, possibly wrapped by FSDP.
             forward: the model as it is trained.
 
         Raises:
-            UserError: the model does not keep packed conversations apart, or has no fused head where one is
-                demanded.
+            UserError: the model does not keep packed conversations apart, or has no fused head although one
+                is required.
         """
         self._model = model
         if isinstance(collator := self._collator(), PackedCollator | FlatCollator):
@@ -201,11 +202,11 @@ class StepLoss:
         self.inspect_head(forward)
 
     def forget_head(self) -> None:
-        """Inspect the model again when it is next used: it may have got an adapter or new tokens."""
+        """Schedule a new inspection, because the model may have received an adapter or new tokens."""
         self.head = "it is switched off" if self._fused_head == "off" else None
 
     def inspect_head(self, forward: Any) -> FusedHead | str:
-        """Return the fused head, or why the loss is computed from logits. All ranks must call it."""
+        """Return the fused head, or the reason for computing logits. All ranks must call it."""
         if self.head is None:
             # Not through the compiled model, which would be compiled three times more.
             plain = forward._orig_mod if is_compiled_module(forward) else forward

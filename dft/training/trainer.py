@@ -1,7 +1,7 @@
 """DFTTrainer: transformers' Trainer with the DFT loss, exact resumption and token-weighted metrics.
 
-This is the only file that overrides or calls transformers.Trainer. Each override hands its work to components
-that know nothing of Trainer. tests/training/test_contract.py checks the private methods used here against the
+This is the only file that overrides or calls transformers.Trainer. Each override delegates to components that
+do not depend on Trainer. tests/training/test_contract.py checks the private methods used here against the
 installed transformers.
 """
 
@@ -38,14 +38,15 @@ from dft.training.run_options import RunOptions
 from dft.training.samplers import DataOrder
 
 COLUMNS = ("labels", "seq_lengths", "origins")
-"""Columns of a dataset that the collator and the loss read, whatever the model's forward accepts."""
+"""Dataset columns that the collator and the loss read, regardless of what the model's forward accepts."""
 
 
 class DFTTrainer(transformers.Trainer):
     """Train a causal language model by Dynamic Fine-Tuning (arXiv 2508.05629, Eq. 9).
 
     The loss of an optimizer step is divided by the supervised tokens of the whole step: all its micro-batches
-    on all ranks. How the step is split into micro-batches, accumulation and ranks therefore changes nothing.
+    on all ranks. The loss therefore does not depend on how the step is split into micro-batches, accumulation
+    and ranks.
 
     Args:
         model: a causal language model whose output has `logits` (batch, seq, vocab).
@@ -56,15 +57,17 @@ class DFTTrainer(transformers.Trainer):
         end_of_turn_weight: minimum weight of tokens that end a turn, so that stopping is always learned.
         base_model: a copy of the untrained model, for an objective with a `kl_weight`.
         fused_head: "auto" computes the loss without logits (`dft.linear_dft_loss`) if that is known to equal
-            the loss of the model's own logits, and prints why if not; "on" demands it; "off" never does it.
+            the loss of the model's own logits, and prints the reason if not; "on" requires it; "off" disables
+            it.
         end_of_turn_ids: tokens that end a turn. Default: the end token of `processing_class`.
         log_per_file: whether evaluations report nll and avg_p_correct of each file (for datasets with
             `files`, and examples with `origins`).
-        on_nonfinite: what to do with a loss or gradient that is not finite: "stop" the run or "skip" the
-            update. Neither lets it reach the weights.
+        on_nonfinite: how to handle a non-finite loss or gradient: "stop" the run or "skip" the update. In
+            both cases it does not reach the weights.
         data_collator: makes input_ids, labels (-100 where unsupervised, not shifted) and, with padding,
-            attention_mask, each (batch, seq), of examples; instead of the mask, `num_tokens` may say how many
-            tokens are not padding. Default: what suits the model and the data, see `choose_collator`.
+            attention_mask, each (batch, seq), of examples; instead of the mask, `num_tokens` may give the
+            number of tokens that are not padding. Default: chosen to suit the model and the data, see
+            `choose_collator`.
         options: settings of the run.
         **kwargs: all other arguments of `transformers.Trainer`. Datasets hold `input_ids` and `labels`,
             `seq_lengths` if an example consists of several sequences, and optionally `origins`, the file and
@@ -102,15 +105,15 @@ class DFTTrainer(transformers.Trainer):
         self.options = options or RunOptions()
         self._saved_use_cache = loss.model_config.use_cache
         super().__init__(model, args, data_collator=data_collator, **kwargs)
-        loss.model_config.use_cache = args.use_cache  # Trainer sets the outer configuration only
+        loss.model_config.use_cache = args.use_cache  # Trainer sets only the outer configuration
         data = (lambda: self.data_collator, lambda: self.train_dataset, self.processing_class)
         run = Components(model, args, self.options, self.accelerator, loss, *data, log_per_file, on_nonfinite)
         self._run, run.publisher.repo_id = run, self.hub_model_id
         self.end_of_turn_ids, self.exclude_time = run.recorder.end_of_turn_ids, run.recorder.exclude_time
         self.examples, self._order = run.recorder.examples, DataOrder(args)
-        self._tr_loss = torch.zeros((), device=args.device)  # Trainer makes it anew in each run
-        # compute_loss divides by the tokens of the step itself and hands nothing to the model's own loss, so
-        # Trainer must count them whatever the model's forward accepts, and must not divide once more.
+        self._tr_loss = torch.zeros((), device=args.device)  # Trainer recreates it in each run
+        # compute_loss itself divides by the tokens of the step and does not use the model's own loss, so
+        # Trainer must count them regardless of what the model's forward accepts, and must not divide again.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = self.loss_is_scaled_for_ga = True
         self.label_names: list[str] = [*dict.fromkeys([*self.label_names, *COLUMNS])]
         replace_callbacks(self.callback_handler, args, self.options)
@@ -128,14 +131,14 @@ class DFTTrainer(transformers.Trainer):
         """
         folder = self._run.begin_run(resume_from_checkpoint, self.model)
         self.remove_callback(RunEvents)
-        self.add_callback(self._events)  # as the last one
+        self.add_callback(self._events)  # must be the last callback
         try:
             with hidden_argument_mismatch(), self._run.saver.finishing_uploads(lambda: self.state):
                 output = super().train(folder, *args, **kwargs)
             return output._replace(training_loss=output.metrics["train_loss"])
         except MEMORY_ERRORS as error:
             message = self._run.describe_memory_error(error, self.model, self.state.global_step + 1)
-        # Out here the exception is gone, and with it the frames that hold the activations.
+        # Outside the handler, the exception and the frames that hold the activations have been freed.
         self._run.end_out_of_memory(message, self._save_completed_step)
 
     def _save_completed_step(self) -> None:
@@ -146,7 +149,7 @@ class DFTTrainer(transformers.Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> Any:
-        # Private: no callback runs between making the model's optimizer and loading a checkpoint into it.
+        # Private: no callback runs between creating the optimizer and loading a checkpoint into it.
         self._run.recorder.inspect_model(self.model, self.args)
         with self._run.resumer.loading(resume_from_checkpoint, lambda: self.deepspeed) as folder:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, folder)
@@ -154,7 +157,8 @@ class DFTTrainer(transformers.Trainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Private: the public train() loads and trains, and only an error of loading is one of the checkpoint.
+        # Private: the public train() loads and trains, and only an error while loading concerns the
+        # checkpoint.
         with reading(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -164,7 +168,8 @@ class DFTTrainer(transformers.Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # Private: the warning about weights that are tied to others, and saved with those, has no switch.
+        # Private: the warning about weights that are tied to others, and saved with those, cannot be turned
+        # off.
         drop_tied_keys(self.model, load_result.missing_keys)
         super()._issue_warnings_after_load(load_result)
 
@@ -199,19 +204,19 @@ class DFTTrainer(transformers.Trainer):
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Return the batches of a step. The events after the step before it are over."""
+        """Return the batches of a step. The events after the previous step have been handled."""
         self._run.progress.due = PendingEvents()
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Train on a micro-batch, and report that this rank makes progress."""
+        """Train on a micro-batch, and report progress of this rank."""
         self.options.heartbeat.beat()
         return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Any]:
-        """Return this rank's share of a micro-batch in the DFT loss of its optimizer step."""
+        """Return this rank's contribution to the DFT loss of the optimizer step."""
         step = self.state.global_step if self.is_in_train else None
         loss, outputs = self._run.compute_loss(
             model, inputs, num_items_in_batch, step, self._tr_loss, with_logits=return_outputs
@@ -229,7 +234,7 @@ class DFTTrainer(transformers.Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Add a batch to the evaluation. Return logits only to a caller with metrics of its own."""
+        """Add a batch to the evaluation. Return logits only if the caller computes its own metrics."""
         self.options.heartbeat.beat()
         if self.is_in_train:
             self._run.stop.check_evaluation()
@@ -239,7 +244,7 @@ class DFTTrainer(transformers.Trainer):
         return (None, outputs.logits, inputs["labels"]) if has_logits else (None, None, None)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return the metrics that are numbers; callbacks and the history get the histogram as well."""
+        """Return the numeric metrics; callbacks and the history receive the histogram as well."""
         if self._events.take_skip():
             return {}
         try:
@@ -269,31 +274,32 @@ class DFTTrainer(transformers.Trainer):
         if not self.is_in_train:
             self._run.loss.forget_head()
         recorder.begin_evaluation(dataloader)
-        with torch.random.fork_rng(devices=[]):  # the number of evaluations does not change training
+        with torch.random.fork_rng(devices=[]):  # the number of evaluations must not affect training
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        # Trackers get numbers only of a prediction.
+        # For a prediction, trackers receive only numbers.
         output.metrics.update(recorder.evaluation_metrics(metric_key_prefix, description == "Evaluation"))
         recorder.exclude_time(time.perf_counter() - started)
         return output
 
     def score(self, dataset: Any) -> TokenTable:
-        """Return every supervised token of a dataset under the current model, all of them on every rank.
+        """Score every supervised token of a dataset with the current model. Every rank gets all tokens.
 
         Raises:
-            ValueError: the trainer has a collator that may not say what its batches consist of.
+            ValueError: the trainer's collator may not identify the contents of its batches.
         """
         with self._run.recorder.scoring() as tables:
             self.evaluation_loop(self.get_eval_dataloader(dataset), "Scoring", prediction_loss_only=True)
             return TokenTable.gather(tables)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Complete the metrics of a logging window. Callbacks get numbers, the history lists as well."""
+        """Complete the metrics of a logging window. Callbacks receive numbers, the history lists as well."""
         if "loss" in logs:
             logs = self._run.recorder.complete_window(logs, self.state)
         if "train_loss" in logs:
-            mean = self._total_loss_scalar / max(1, self.state.global_step)  # Trainer's is since resuming
+            # Trainer's own value counts from the resumption.
+            mean = self._total_loss_scalar / max(1, self.state.global_step)
             self._run.recorder.complete_summary(logs, self.state, mean)
         lists = {name: value for name, value in logs.items() if isinstance(value, list)}
         numbers = {name: value for name, value in logs.items() if name not in lists}
@@ -302,7 +308,7 @@ class DFTTrainer(transformers.Trainer):
         self.state.log_history[-1].update(lists)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """Return 0: Trainer's estimate asks a sharded model for its size. The recorder counts instead."""
+        """Return 0: Trainer's estimate needs an unsharded model. The recorder counts instead."""
         return 0
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -323,7 +329,7 @@ class DFTTrainer(transformers.Trainer):
         self._run.saver.save_model(Path(output_dir or self.args.output_dir), self._saved_run(), message)
 
     def push_to_hub(self, commit_message: str | None = "End of training", *args: Any, **kwargs: Any) -> None:
-        """Save the model, push it to the hub, and wait for that. All ranks must call it."""
+        """Save the model, push it to the hub, and wait for the upload. All ranks must call it."""
         if self.hub_model_id is None:
             self.init_hf_repo()
             self._run.publisher.repo_id = self.hub_model_id
@@ -343,7 +349,7 @@ class DFTTrainer(transformers.Trainer):
         self._run.write_state(folder, losses, self._total_loss_scalar)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Private: Trainer writes straight to the final folder, and has no hook around that.
+        # Private: Trainer writes directly to the final folder and has no hook around that.
         started = time.perf_counter()
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._run.saver.save_checkpoint(folder, self._saved_run(), self._run.facts, self._run.progress)

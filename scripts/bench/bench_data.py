@@ -5,12 +5,12 @@
 
 floor: `encode_batch` of the tokenizers library on texts that are already rendered, with all cores.
 ours:  `dft.data.preparing.prepare.prepare`, from the file to the dataset on disk, with an empty cache.
-again: the same once more, from the cache.
+again: the same again, from the cache.
 trl:   the preparation of TRL's SFTTrainer with assistant_only_loss, if trl can be imported (pip install trl).
 
---scale measures ours alone on 10,000, 100,000 and 1,000,000 conversations. Each measurement runs in a process
-of its own, and the kinds take turns, so that other load on the machine slows all of them. Imports and writing
-the input file are not included.
+--scale measures ours alone on 10,000, 100,000 and 1,000,000 conversations. Each measurement runs in a
+separate process, and the kinds take turns, so that other load on the machine slows all of them equally.
+Imports and writing the input file are not included.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def measure_floor(folder: Path, workers: int) -> dict[str, float]:
 
 
 def measure_ours(folder: Path, workers: int) -> dict[str, float]:
-    """Prepare the data with an empty cache, and once more from the cache."""
+    """Prepare the data with an empty cache, and again from the cache."""
     from transformers import AutoTokenizer
 
     from dft.data.preparing.options import PrepareOptions
@@ -157,7 +157,7 @@ def measure_in_subprocess(kind: str, folder: Path, workers: int) -> dict[str, fl
 
 
 def write_data(corpus: Path, folder: Path, conversations: int) -> None:
-    """Write a data file of so many conversations, repeating the corpus."""
+    """Write a data file with the given number of conversations, repeating the corpus."""
     lines = corpus.read_bytes().splitlines(keepends=True)
     with open(folder / "data.jsonl", "wb") as stream:
         stream.writelines(islice(cycle(lines), conversations))

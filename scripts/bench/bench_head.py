@@ -140,7 +140,7 @@ def trl_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Score what TRL scores: on CUDA the supervised rows, on a CPU every position."""
+    """Score the positions that TRL scores: supervised rows on CUDA, every position on a CPU."""
     if hidden.is_cuda:
         return trl_rows(hidden, weight, labels)
     loss = trl_loss(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
@@ -186,7 +186,7 @@ CONTENDERS |= OTHER_OBJECTIVES
 
 
 def available(device: str) -> list[str]:
-    """Return the contenders that run by default and can run here."""
+    """Return the default contenders that can run on this machine."""
     missing = set(OTHER_OBJECTIVES)
     if importlib.util.find_spec("trl") is None:
         missing |= {"trl rows", "trl"}
@@ -271,9 +271,9 @@ def compare(case: Case, names: list[str], rounds: int) -> None:
 
 
 def time_contenders(case: Case, names: list[str], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each round, after a warm-up round, of the contenders that work here.
+    """Return the seconds of each round, after a warm-up round, of the contenders that work on this machine.
 
-    Exits if a contender's loss is not ours.
+    Exits if a contender's loss differs from ours.
     """
     inputs = case.inputs()
     seconds: dict[str, list[float]] = {name: [] for name in names}

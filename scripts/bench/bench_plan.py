@@ -113,7 +113,8 @@ def main() -> None:
         if ON_GPU:
             sizes |= {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
             sizes["vocab_size"] = 151_936
-        # In a process of its own: the peak of a child is at least the memory its parent held when it forked.
+        # Runs in a separate process, because the peak of a child is at least the memory its parent held when
+        # it forked.
         with get_context("spawn").Pool(1) as pool:
             pool.apply(make_model, (folder / "model", tokenizer), sizes)
         tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 4}

@@ -6,7 +6,7 @@
 
 Each strategy runs the command of a user twice. The bytes sent per step are the difference between a shorter
 and a longer run, which excludes start and end. They are read from the counter of the loopback device; if
-`unshare` can create a network namespace, the run has one of its own, so that no other traffic is counted. The
+`unshare` can create a network namespace, the run uses its own, so that no other traffic is counted. The
 strategies take turns within a round; the results are medians over rounds.
 
 The estimate is based on the share of the peak throughput measured on one GPU (docs/benchmarks.md) and on the
@@ -87,7 +87,7 @@ def make_inputs(folder: Path) -> int:
 
 
 def free_port() -> int:
-    """Return a TCP port that is free at the moment."""
+    """Return a TCP port that is currently free."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         return bound.getsockname()[1]
@@ -160,7 +160,7 @@ def measure(folder: Path, name: str) -> Measurement:
 
 
 class Machine(NamedTuple):
-    """One of the eight GPUs of a node, as the estimate assumes it.
+    """Assumed properties of one of the eight GPUs of a node.
 
     Attributes:
         flops: peak throughput of dense bfloat16 products, in FLOP per second.
@@ -180,7 +180,7 @@ class Way(NamedTuple):
     """Memory and communication of a rank under a strategy, in bytes per parameter.
 
     Attributes:
-        whole: memory that each rank needs, whatever the number of ranks.
+        whole: memory that each rank needs, independent of the number of ranks.
         shared: memory that is divided by the number of ranks.
         per_step, per_batch: bytes sent per optimizer step, and per micro-batch.
     """
@@ -222,7 +222,7 @@ def estimate(parameters: float, width: int, layers: int, ranks: int, tokens: int
 
     Args:
         width: hidden size of the model.
-        tokens: of the single micro-batch per step on each GPU.
+        tokens: tokens of the single micro-batch per step on each GPU.
     """
     machine = Machine()
     rows = []

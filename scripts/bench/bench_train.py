@@ -15,8 +15,8 @@ ours: `DFTTrainer`, logging every step.
 off:  the same with --fused_head off.
 trl:  `SFTTrainer` with `loss_type="dft"` and assistant_only_loss (pip install trl).
 
-Each runs unpacked (batches padded on the right) and packed (full rows). Each measurement runs in a process of
-its own, the contenders take turns, and the first steps of each are not measured. Padding does not count as
+Each runs unpacked (batches padded on the right) and packed (full rows). Each measurement runs in a separate
+process, the contenders take turns, and the first steps of each are not measured. Padding does not count as
 tokens.
 """
 

@@ -5,9 +5,9 @@
     python scripts/bench/fuzz.py flags --seconds 300        --config FILE.yaml
     python scripts/bench/fuzz.py deepspeed --seconds 300    --deepspeed FILE.json
 
-For every input the code must either succeed or report what is wrong: by a `UserError`, or by a record that
-carries the reason. Any other exception ends the fuzzer with a traceback and writes the input to crash-*.
-Statistics of the executed code are printed at the end.
+For every input, the code must either succeed or report the problem, by a `UserError` or by a record with the
+reason. Any other exception ends the fuzzer with a traceback and writes the input to crash-*. Statistics of
+the executed code are printed at the end.
 """
 
 import argparse

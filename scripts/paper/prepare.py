@@ -70,7 +70,7 @@ def first_value(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def system_turns(system: str | None) -> list[dict[str, str]]:
-    """Return a list with the system turn, empty without one."""
+    """Return a list with the system turn; empty if there is none."""
     return [{"role": "system", "content": system}] if system else []
 
 
@@ -128,7 +128,7 @@ def problem(row: Mapping[str, Any], origin: str, system: str | None) -> dict[str
         UserError: the row has no question or no answer.
     """
     question, answer = first_value(row, QUESTION_COLUMNS), first_value(row, ANSWER_COLUMNS)
-    if isinstance(answer, list):  # OlympiadBench lists all answers, mostly one
+    if isinstance(answer, list):  # OlympiadBench lists all answers, usually one
         answer = ", ".join(map(str, answer))
     if answer is None:
         answer = last_boxed(str(first_value(row, SOLUTION_COLUMNS) or ""))

@@ -2,8 +2,8 @@
 
     python scripts/paper/stand_ins.py runs/dry
 
-The task is to repeat a number in a box, and the model has half a million weights. They test that every step
-runs, and nothing else.
+The task is to repeat a number in a box, and the model has half a million weights. They only test that every
+step runs.
 """
 
 import argparse

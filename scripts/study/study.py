@@ -177,7 +177,7 @@ def claim_folder(folder: Path, size: Size) -> None:
     """Record the size of the study in its folder, so that its models are not reused for another size.
 
     Raises:
-        UserError: the folder holds anything else than a study of this size.
+        UserError: the folder holds anything other than a study of this size.
     """
     record, content = folder / "size.json", json.dumps(size._asdict())
     if folder.is_dir() and any(folder.iterdir()) and not (record.is_file() and record.read_text() == content):
@@ -191,7 +191,7 @@ class Study:
 
     Args:
         folder: where everything is written.
-        size: how much data, how many seeds, and which learning rates.
+        size: amount of data, number of seeds, and learning rates.
         pool: runs two processes at a time.
     """
 

@@ -54,7 +54,7 @@ def accuracy(results: Mapping[str, Any], method: str, data: str, asked: str) -> 
 
 
 def difference_to_sft(results: Mapping[str, Any], method: str, data: str, asked: str) -> Mean:
-    """Return the mean difference to SFT with the same seed, which means with the same data."""
+    """Return the mean difference to SFT with the same seed, that is, with the same data."""
     right = {
         name: {run["seed"]: run["right"][asked] for run in runs_of(results, name, data)}
         for name in (method, "SFT")

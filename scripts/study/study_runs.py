@@ -1,4 +1,4 @@
-"""Running scripts in processes that are forked from one that has imported the libraries.
+"""Run scripts in processes forked from one that has already imported the libraries.
 
 The study fine-tunes about seventy models, each in ten seconds; importing the libraries would add several
 seconds to each.
@@ -23,7 +23,7 @@ PRELOADED = ["train_dft", "evaluate", "scripts.study.study_results", "scripts.st
 
 
 def prepare() -> None:
-    """Set the environment variables, also of this process. Call it before the first `run_script`."""
+    """Set environment variables, also for this process. Must be called before the first `run_script`."""
     required = [str(ROOT), str(ROOT / "scripts")]  # to import the preloaded modules
     others = [
         path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", *required)
@@ -33,14 +33,14 @@ def prepare() -> None:
 
 
 def run_script(script: Path, *arguments: object) -> None:
-    """Run a script of this repository, and wait for its end.
+    """Run a script of this repository, and wait for it to finish.
 
     Args:
         script: its file.
         arguments: its command line.
 
     Raises:
-        SystemExit: it failed; the message has the end of its output.
+        SystemExit: it failed; the message contains the end of its output.
     """
     words = [str(argument) for argument in arguments]
     with tempfile.NamedTemporaryFile("r", suffix=".log", errors="replace") as log:

@@ -60,7 +60,7 @@ class Size(NamedTuple):
 
 TASKS = ("sums", "differences")
 SETS = {"three": 3, "five": 5}
-"""How many numbers the problems of a file have."""
+"""Number of numbers in the problems of each file."""
 COLUMNS = [(name, asked) for name, data in DATA.items() for asked in data.asked]
 """Pairs of a data set and a file of problems: the columns of the tables."""
 
@@ -126,7 +126,7 @@ def questions(file: Path) -> list[str]:
 
 
 def write_data(folder: Path, size: Size) -> None:
-    """Write all data of the study; the same files each time."""
+    """Write all data of the study. The files are the same each time."""
     generator = random.Random("pretraining")
     rows = [conversation(generator, "sums", generator.randint(2, 5)) for _ in range(size.pretraining)]
     write_rows(folder / "pretraining.jsonl", rows)

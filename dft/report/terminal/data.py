@@ -91,7 +91,7 @@ def _lost_lines(report: Mapping[str, Any], folder: str | None) -> list[str]:
 
 
 def _length_limit_lines(report: Mapping[str, Any]) -> list[str]:
-    """Return lines on the losses due to --max_length, with token counts in parentheses or, if shared, below."""
+    """Return lines on truncation losses, with token counts in parentheses or, if shared, below."""
     limit = f"--max_length {report['options']['max_length']}"
     lines = []
     if count := report["truncated_conversations"]:

@@ -74,7 +74,7 @@ def start_lines(
         arguments: the parsed flags.
         model: the model to train.
         report: `PreparedData.report`.
-        batching: how batches are made, from `describe_batching`.
+        batching: how batches are formed, from `describe_batching`.
     """
     training, settings = arguments.training, resolved_settings(arguments, model)
     train = report["train"]

@@ -1,4 +1,4 @@
-"""Write to disks that may be full, read-only or gone."""
+"""Handle disks that are full, read-only or unavailable."""
 
 import errno
 import os
@@ -41,14 +41,14 @@ def sees_the_same(folder: Path, accelerator: Accelerator) -> bool:
 
 @contextmanager
 def writing_a_save(run: Path, staging: Path) -> Iterator[None]:
-    """Turn a failed save into one error, and remove what it has written, so that it fills no disk.
+    """Convert a failed save to one error, and remove its partial files to free disk space.
 
     Args:
         run: the output directory.
         staging: the folder that is being written.
 
     Raises:
-        UserError: the disk is full, or can no longer be written to.
+        UserError: the disk is full or no longer writable.
     """
     try:
         yield
@@ -56,7 +56,7 @@ def writing_a_save(run: Path, staging: Path) -> Iterator[None]:
         reason = disk_fault(error, run)
         if reason is None:
             raise
-        shutil.rmtree(staging, ignore_errors=True)  # if it cannot be removed either, there is no remedy
+        shutil.rmtree(staging, ignore_errors=True)  # nothing more can be done if removal fails too
         raise UserError(
             f"--output_dir {run}: {staging.name.removeprefix(UNFINISHED)} cannot be saved: {reason}; earlier "
             "checkpoints are as they were, and --resume_from_checkpoint auto resumes from the newest"
@@ -64,9 +64,9 @@ def writing_a_save(run: Path, staging: Path) -> Iterator[None]:
 
 
 def disk_fault(error: Exception, folder: Path) -> str | None:
-    """Return what an error says about the disk of a folder; None if it is about something else.
+    """Return the disk fault that an error reports; None if the error has another cause.
 
-    torch and safetensors report a failed write in their own words.
+    torch and safetensors report failed writes with their own messages.
     """
     words = str(error)
     code, filename = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
@@ -84,8 +84,8 @@ def disk_fault(error: Exception, folder: Path) -> str | None:
 def move_files(source: Path, target: Path) -> None:
     """Move all files of a folder into another one, each atomically, after all of them are on disk.
 
-    Weight files in the target that are not replaced are removed: those of an earlier model, which may be
-    split into other files, would be loaded instead of the new ones.
+    Weight files in the target that are not replaced are removed: otherwise the files of an earlier model,
+    which may be sharded differently, could be loaded instead of the new ones.
     """
     paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
     for path in paths:

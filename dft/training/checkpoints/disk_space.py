@@ -1,4 +1,4 @@
-"""Check that the disk can hold what a run will save."""
+"""Check that the disk has room for everything a run will save."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from dft.training.parameters import GIB, element_count
 def check_space(model: PreTrainedModel, training: TrainingArguments, rows: int) -> None:
     """Raise `UserError` if the output directory's disk cannot hold the checkpoints and the final model.
 
-    The estimate is a lower bound: the weights, and the optimizer state of AdamW. It covers what all processes
-    write together to one disk. Quotas are not checked.
+    The estimate is a lower bound: the weights, and the optimizer state of AdamW. It covers everything that
+    all processes write to one disk. Quotas are not checked.
 
     Args:
         model: the model to be trained.
@@ -64,7 +64,7 @@ def saved_bytes(model: PreTrainedModel, training: TrainingArguments) -> tuple[in
 
 
 def max_checkpoints_at_once(training: TrainingArguments, steps: int) -> int:
-    """Return how many checkpoints exist at most: one more than are kept, while the newest is written."""
+    """Return the maximum number of checkpoints on disk: those kept, plus the one being written."""
     by_strategy = {
         SaveStrategy.NO: 0,
         SaveStrategy.BEST: 1,

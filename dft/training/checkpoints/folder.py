@@ -1,7 +1,7 @@
-"""Folders of checkpoints: which are complete, which one to resume from, which to remove.
+"""Checkpoint folders: detect complete ones, find the one to resume from, remove old ones.
 
 A checkpoint is written under another name. Once all its files are on disk it gets a manifest that lists them,
-and then its own name. A folder that lacks anything its manifest lists is never used.
+and then its own name. A folder without all files in its manifest is never used.
 """
 
 import json
@@ -28,17 +28,17 @@ MANIFEST = "manifest.json"
 UNFINISHED = "incomplete-"
 """Prefix of the name of a checkpoint that is being written, replaced or removed."""
 FACTS = {"step", "resumable", "ranks", "rows_per_step", "parallelism", "order", "model"}
-"""Keys of a manifest besides the list of files."""
+"""Keys of a manifest other than the list of files."""
 NO_PICKLE = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
-"""Exceptions that only a file that torch cannot load raises."""
+"""Exceptions raised only by files that torch cannot load."""
 UNREADABLE = (
     *NO_PICKLE, OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError,
 )  # fmt: skip
 """Exceptions raised while reading a file of a checkpoint that is damaged."""
 OF_FILES = ("PytorchStreamReader", "loading state_dict", "state dict", "Weights only load failed")
-"""Words by which to recognize a RuntimeError that is about a file."""
+"""Words that identify a RuntimeError as one about a file."""
 MAX_REASON = 300
-"""Characters of a library's error message that are shown."""
+"""Maximum number of characters shown of a library's error message."""
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -48,7 +48,7 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        facts: what the manifest records besides the files: `step`, `resumable` (it holds more than the
+        facts: what the manifest records in addition to the files: `step`, `resumable` (it holds more than the
             model), `ranks`, `rows_per_step`, `parallelism`, `order`, and `model`, the digest of its shapes.
     """
 
@@ -62,7 +62,7 @@ class Checkpoint:
 
 
 class IncompleteCheckpoint(Exception):
-    """Raised with the reason why a folder is not a complete checkpoint."""
+    """Raised when a folder is not a complete checkpoint. The message gives the reason."""
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def reading(folder: Path, raised: tuple[type[Exception], ...] = UNREADABLE) -> I
 
     Args:
         folder: the checkpoint.
-        raised: the exceptions that mean so. Pass fewer in a context that does more than read.
+        raised: exceptions that indicate a damaged file. Pass fewer in a context that does more than read.
     """
     errors: tuple[type[Exception], ...] = (*raised, RuntimeError)
     try:
@@ -92,7 +92,7 @@ def reading(folder: Path, raised: tuple[type[Exception], ...] = UNREADABLE) -> I
 
 
 def unfinished(folder: Path) -> Path:
-    """Return where a checkpoint is written before it gets its name."""
+    """Return the path that a checkpoint is written to before it is renamed."""
     return folder.with_name(UNFINISHED + folder.name)
 
 
@@ -110,7 +110,7 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def publish(folder: Path) -> None:
-    """Give a sealed checkpoint its name. Afterwards, remove the checkpoint that had it before."""
+    """Rename a sealed checkpoint to its final name, then remove the checkpoint it replaces."""
     staged, replaced = unfinished(folder), folder.with_name(f"{UNFINISHED}replaced-{folder.name}")
     if folder.exists():
         if replaced.exists():
@@ -123,7 +123,7 @@ def publish(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint. It loses its name first, in case the removal is interrupted."""
+    """Remove a checkpoint. It is renamed first, in case the removal is interrupted."""
     doomed = folder.with_name(f"{UNFINISHED}removed-{folder.name}")
     folder.rename(doomed)
     shutil.rmtree(doomed)
@@ -181,7 +181,7 @@ def unfinished_folders(output_dir: Path) -> list[Path]:
 
 
 def newest_checkpoint(output_dir: Path, resumable: bool = True) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest complete checkpoint, and for each newer folder why it was skipped.
+    """Return the newest complete checkpoint, and the reason why each newer folder was skipped.
 
     Args:
         output_dir: where to look.
@@ -203,7 +203,7 @@ def newest_checkpoint(output_dir: Path, resumable: bool = True) -> tuple[Checkpo
 def rotate(
     output_dir: Path, limit: int | None, best: str | None, in_use: Collection[Path] = frozenset()
 ) -> None:
-    """Remove the oldest checkpoints beyond `limit`, but never the newest, the best or one in use."""
+    """Remove the oldest checkpoints beyond `limit`, except the newest, the best and those in use."""
     folders = checkpoint_folders(output_dir)
     if not limit or not folders:
         return
@@ -215,10 +215,9 @@ def rotate(
 
 
 def clear_away(training: transformers.TrainingArguments) -> None:
-    """Remove what would be mistaken for checkpoints of this run: leftovers of interrupted saves, and under
-    --overwrite_output_dir the checkpoints of an earlier run.
+    """Remove leftovers of interrupted saves and, under --overwrite_output_dir, checkpoints of an earlier run.
 
-    --resume_from_checkpoint auto would resume from the newest of them.
+    Otherwise --resume_from_checkpoint auto would resume from the newest of them.
     """
     output_dir = Path(training.output_dir)
     if not training.should_save:

@@ -20,7 +20,7 @@ RESUME_ONLY_FILES = [
     "optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", "latest", "zero_to_fp32.py",
     "trainer_state.json", "run_state.json", "manifest.json",
 ]  # fmt: skip
-"""Patterns of the files of a checkpoint that are needed to resume from it, and not to load the model."""
+"""Patterns of checkpoint files that are needed for resuming but not for loading the model."""
 HUB_ERRORS = (OSError, httpx.HTTPError)
 """Exceptions raised when the hub cannot be reached or rejects a request."""
 
@@ -30,7 +30,7 @@ class Upload:
     """One commit that is being uploaded.
 
     Attributes:
-        folder: the folder that is read meanwhile.
+        folder: the folder that is being read.
         is_checkpoint: whether it is a checkpoint; a failure to upload one does not stop the run.
     """
 
@@ -40,10 +40,10 @@ class Upload:
 
 
 class HubPublisher:
-    """Upload the files of a model, its tokenizer and its card, and nothing else from the output directory.
+    """Uploads the files of a model, its tokenizer and its card, but no other files of the output directory.
 
     Uploads run one after the other in a thread of rank 0 while training continues. All ranks hold a
-    publisher, because they wait for the uploads together; those of other ranks have nothing to upload.
+    publisher, because they wait for the uploads together, but only rank 0 uploads.
 
     Args:
         api: client of the hub.
@@ -73,7 +73,7 @@ class HubPublisher:
         self._failure: str | None = None
 
     def push_checkpoint(self, folder: Path, step: int) -> None:
-        """Start to upload a checkpoint as the hub strategy demands it. Call it on rank 0."""
+        """Start uploading a checkpoint according to the hub strategy. Call this on rank 0."""
         self._collect()
         if self._strategy == HubStrategy.END:
             return
@@ -90,7 +90,7 @@ class HubPublisher:
             self._start(folder, f"{message}, checkpoint", True, path_in_repo=place)
 
     def push_model(self, folder: Path, files: list[str], message: str) -> None:
-        """Start to upload a saved model. Call it on rank 0.
+        """Start uploading a saved model. Call this on rank 0.
 
         Args:
             files: paths of the model's files, relative to `folder`, which may hold other files as well.
@@ -116,7 +116,7 @@ class HubPublisher:
         )
 
     def folders_in_use(self) -> set[Path]:
-        """Return the folders that must not be removed yet, because they are being uploaded."""
+        """Return the folders that are being uploaded and must not be removed yet."""
         return {upload.folder for upload in self._uploads if not upload.future.done()}
 
     def finish(self, accelerator: Accelerator, beat: Callable[[], None]) -> None:
@@ -134,7 +134,7 @@ class HubPublisher:
             raise UserError(failure)
 
     def _collect(self) -> None:
-        """Take the finished uploads off the list and report those that failed."""
+        """Remove finished uploads from the list and report failed ones."""
         finished = [upload for upload in self._uploads if upload.future.done()]
         self._uploads = [upload for upload in self._uploads if upload not in finished]
         for upload in finished:

@@ -18,23 +18,23 @@ from dft.training.checkpoints.folder import UNFINISHED
 from dft.training.parallel.waiting import wait_until
 
 CONVERTER = ("-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state")
-"""The program that makes the universal form, as arguments of the Python interpreter."""
+"""Python interpreter arguments that run the converter to the universal format."""
 
 
 @contextmanager
 def resharded(
     checkpoint: Path, output_dir: Path, accelerator: Accelerator, beat: Callable[[], None]
 ) -> Iterator[Path]:
-    """Yield a folder with the universal form of a checkpoint, and remove it afterwards.
+    """Yield a folder with the universal format of a checkpoint, and remove it afterwards.
 
     DeepSpeed's converter runs in one process per disk; the folder takes as much space as the checkpoint.
-    Within the context, the engine of this run is configured to load that form. All ranks must enter it.
+    Within the context, the engine of this run is configured to load that format. All ranks must enter it.
 
     Args:
         beat: called while the conversion runs, see `Heartbeat.beat`.
 
     Raises:
-        UserError: the conversion failed, for lack of disk space or memory for example.
+        UserError: the conversion failed, for example because of insufficient disk space or memory.
     """
     (state,) = checkpoint.glob("global_step*")
     folder = output_dir / f"{UNFINISHED}universal-{checkpoint.name}"
@@ -49,17 +49,17 @@ def resharded(
         del config["checkpoint"]
         accelerator.wait_for_everyone()
         if accelerator.is_local_main_process:
-            shutil.rmtree(folder, ignore_errors=True)  # another machine may have been quicker
+            shutil.rmtree(folder, ignore_errors=True)  # another machine may have removed it already
 
 
 def convert(
     state: Path, folder: Path, converts: bool, accelerator: Accelerator, beat: Callable[[], None]
 ) -> None:
-    """Run DeepSpeed's converter on some ranks while all of them wait for it together.
+    """Run DeepSpeed's converter on some ranks while all ranks wait for it.
 
     Args:
         state: DeepSpeed's folder in the checkpoint.
-        folder: where to write the universal form.
+        folder: where to write the universal format.
         converts: whether this rank runs the converter.
         beat: called while it runs.
 
@@ -83,7 +83,7 @@ def convert(
             lines = errors.read().decode(errors="replace").strip().splitlines()
             failure = lines[-1] if lines else f"exit code {process.returncode}"
         elif process is not None and (scheduler := state.parent / SCHEDULER_NAME).exists():
-            shutil.copy(scheduler, folder)  # of transformers, so the converter does not know it
+            shutil.copy(scheduler, folder)  # added by transformers and unknown to the converter
     failure = first_failure(failure)
     if failure is not None:
         raise UserError(

@@ -59,11 +59,11 @@ def check_output(arguments: Arguments) -> None:
 
 
 def resolve_resume(arguments: Arguments) -> tuple[str | None, list[str]]:
-    """Return the folder of the checkpoint to resume from, None for a new start, and notes for the user.
+    """Return the folder of the checkpoint to resume from (None for a new run), and notes for the user.
 
     Raises:
         UserError: the requested checkpoint does not exist or cannot be resumed, or the output directory holds
-            checkpoints of an earlier run and no flag says what to do with them.
+            checkpoints of an earlier run and no flag specifies what to do with them.
     """
     training = arguments.training
     if arguments.data.prepare_only or arguments.watch.preflight or arguments.watch.plan:
@@ -85,10 +85,11 @@ def resolve_resume(arguments: Arguments) -> tuple[str | None, list[str]]:
 
 
 def check_owner(folder: Path, trusted: bool) -> None:
-    """Check that nobody else can have written a checkpoint: loading its optimizer can run code.
+    """Check that no other user can have written a checkpoint, because loading its optimizer can run code.
 
     Raises:
-        UserError: another user owns it or a file in it, or others may write to it; not if it is `trusted`.
+        UserError: another user owns it or a file in it, or others may write to it. Not raised if it is
+            `trusted`.
     """
     if trusted:
         return
@@ -108,10 +109,10 @@ def check_owner(folder: Path, trusted: bool) -> None:
 
 
 def find_checkpoint(training: transformers.TrainingArguments) -> Checkpoint | None:
-    """Return the checkpoint that --resume_from_checkpoint asks for, or None for a new start.
+    """Return the checkpoint that --resume_from_checkpoint selects, or None for a new run.
 
-    "auto" is the newest complete checkpoint in the output directory, or a new start if there is none; "True"
-    is the same, but it is an error if there is none.
+    "auto" is the newest complete checkpoint in the output directory, or a new run if there is none; "True" is
+    the same, except that it is an error if there is none.
 
     Raises:
         UserError: there is no such checkpoint, or this run cannot resume from it.
@@ -171,7 +172,7 @@ def named_checkpoint(path: Path) -> Checkpoint:
 
 
 def finish_renaming(output_dir: Path) -> None:
-    """Give checkpoints their name that were complete when their run ended before it could."""
+    """Rename checkpoints that were complete but not yet renamed when their run ended."""
     for staged in unfinished_folders(output_dir):
         folder = staged.with_name(staged.name.removeprefix(UNFINISHED))
         if NAME.fullmatch(folder.name) is None or folder.exists():
@@ -180,7 +181,7 @@ def finish_renaming(output_dir: Path) -> None:
             open_checkpoint(staged)
             staged.rename(folder)
         except (IncompleteCheckpoint, FileNotFoundError):
-            continue  # incomplete, or another rank was quicker
+            continue  # incomplete, or already renamed by another rank
 
 
 def check_same_run(checkpoint: Checkpoint, training: transformers.TrainingArguments) -> None:
@@ -223,7 +224,7 @@ def check_same_run(checkpoint: Checkpoint, training: transformers.TrainingArgume
 
 
 def check_same_model(checkpoint: Checkpoint, model: str) -> None:
-    """Raise `UserError` for a checkpoint of a model whose weights have other names or shapes.
+    """Raise `UserError` for a checkpoint of a model whose weights have different names or shapes.
 
     Args:
         checkpoint: to resume from.
@@ -238,7 +239,7 @@ def check_same_model(checkpoint: Checkpoint, model: str) -> None:
 
 
 def _same_rows(rows: int, training: transformers.TrainingArguments) -> str:
-    """Return which flags give `rows` rows per step on the ranks of this run."""
+    """Return flags that give `rows` rows per step on the ranks of this run."""
     ranks = data_parallel_size(training)
     per_rank, remainder = divmod(rows, ranks)
     if remainder or not per_rank:

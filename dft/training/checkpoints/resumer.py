@@ -25,10 +25,10 @@ from dft.training.patches import fix_zero3_universal_load
 
 
 class Resumer:
-    """Resume a run from a checkpoint.
+    """Resumes a run from a checkpoint.
 
     Args:
-        accelerator: of the run.
+        accelerator: the run's accelerator.
         output_dir: folder with the run's checkpoints.
         trust_checkpoint: whether to load a checkpoint that other users may have written.
         beat: reports progress to the rank watchdog, see `Heartbeat.beat`.
@@ -51,15 +51,16 @@ class Resumer:
         self._beat = beat
 
     def resolve(self, resume_from: str | bool | None, model_digest: str) -> str | None:
-        """Return the folder to resume from, after checking that it may be and can be loaded.
+        """Return the folder to resume from, after checking that it is trusted and can be loaded.
 
         Args:
             resume_from: a folder; True for the newest complete checkpoint of the output directory; None or
-                False to start anew.
+                False to start a new run.
             model_digest: digest of the names and shapes of the model's weights.
 
         Raises:
-            UserError: there is no such checkpoint, others may have written it, or it is one of another model.
+            UserError: there is no such checkpoint, others may have written it, or it belongs to another
+                model.
         """
         self.checkpoint = None
         if not resume_from:
@@ -81,7 +82,7 @@ class Resumer:
         """Yield the folder to load optimizer and scheduler from, resharded if the number of ranks changed.
 
         Args:
-            folder: the checkpoint to resume from; None to start anew.
+            folder: the checkpoint to resume from; None to start a new run.
             engine: returns DeepSpeed's engine once it has been made within the context.
 
         Raises:
@@ -113,13 +114,13 @@ class Resumer:
 
 
 def drop_tied_keys(model: nn.Module, missing: list[str]) -> None:
-    """Remove the weights that are tied to others, and saved with those, from a list of missing ones."""
+    """Remove tied weights, which are saved with the weights they are tied to, from a list of missing ones."""
     if isinstance(model, PreTrainedModel):
         missing[:] = [name for name in missing if name not in model.all_tied_weights_keys]
 
 
 def check_whole(checkpoint: Checkpoint) -> None:
-    """Raise `UserError` for a DeepSpeed checkpoint of which this machine sees a part only."""
+    """Raise `UserError` for a DeepSpeed checkpoint that is only partly visible on this machine."""
     if not (checkpoint.path / "latest").is_file():  # written by rank 0
         raise UserError(
             f"--resume_from_checkpoint {checkpoint.path}: only a part of it is on this machine; DeepSpeed "

@@ -1,4 +1,4 @@
-"""The state of a run that a checkpoint holds in addition to what transformers saves."""
+"""State of a run that a checkpoint holds in addition to the state saved by transformers."""
 
 import json
 import random
@@ -27,11 +27,11 @@ RUN_STATE = "run_state.json"
 
 @dataclass
 class PendingEvents:
-    """What was still to be done after the step of a checkpoint. A resumed run does it first.
+    """Events still pending after the step of a checkpoint. A resumed run handles them first.
 
     Attributes:
-        evaluate: an evaluation was due, and postponed because the run was asked to stop.
-        save: a regular checkpoint was due, and postponed for the same reason.
+        evaluate: an evaluation was due but postponed because the run was asked to stop.
+        save: a regular checkpoint was due but postponed for the same reason.
         end_epoch: the events at the end of an epoch were due, which follow those of its last step.
     """
 
@@ -42,7 +42,7 @@ class PendingEvents:
 
 @dataclass
 class LastStep:
-    """What a log line at the end of an epoch reports about the last optimizer step.
+    """Values of the last optimizer step that the log line at the end of an epoch reports.
 
     Attributes:
         grad_norm: its gradient norm.
@@ -57,7 +57,7 @@ class LastStep:
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything in `run_state.json`.
+    """Contents of `run_state.json`.
 
     Attributes:
         pending: the events that were still due.
@@ -92,7 +92,7 @@ class RunState:
         )
 
     def loss_of_rank(self, rank: int, ranks: int) -> float:
-        """Return the part of the loss sum that one of `ranks` ranks continues with.
+        """Return the share of the loss sum with which each of `ranks` ranks continues.
 
         The ranks of the resumed run share the sums of those that saved it; their mean stays the same.
         """
@@ -110,12 +110,12 @@ class RandomState:
 
     @classmethod
     def capture(cls) -> "RandomState":
-        """Return the current state. Does not wait for the device."""
+        """Capture the current state. Does not synchronize with the device."""
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         return cls(random.getstate(), np.random.get_state(), torch.random.get_rng_state(), cuda)
 
     def restore(self) -> None:
-        """Set the generators to this state."""
+        """Restore the generators to this state."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.random.set_rng_state(self.torch)
@@ -125,16 +125,16 @@ class RandomState:
 
 @dataclass
 class StepProgress:
-    """How far the events after an optimizer step (log, evaluate, save, end of epoch) have got.
+    """Progress of the events after an optimizer step (log, evaluate, save, end of epoch).
 
     Attributes:
         last: the last completed optimizer step.
         grad_norm: the gradient norm of the current step.
         learning_rate: its learning rate.
-        due: the events of the last step that have not been completed.
+        due: events of the last step that have not completed.
         is_stopping: whether the run stops with the next checkpoint.
         saved_step: the step of the last checkpoint that can be resumed from.
-        random_state: that of the moment when the last step was completed; None until then, and with several
+        random_state: random state at the completion of the last step; None before that, and with several
             ranks, which never save after an error.
     """
 
@@ -147,19 +147,19 @@ class StepProgress:
     random_state: RandomState | None = None
 
     def complete_step(self) -> None:
-        """Note the values of the step that was just completed."""
+        """Record the values of the step that was just completed."""
         self.last.grad_norm, self.last.learning_rate = self.grad_norm, self.learning_rate
 
     def begin_events(self, control: TrainerControl, step: int, ends_epoch: bool, is_stopping: bool) -> None:
-        """Note which events are due, before the first of them.
+        """Record which events are due, before the first of them is handled.
 
-        If the run was asked to stop, replace evaluation and regular save, which may take longer than there
-        is time, by one save; both are pending in its checkpoint.
+        If the run was asked to stop, replace evaluation and regular save, for which there may not be enough
+        time, by one save; both are pending in its checkpoint.
 
         Args:
-            control: says which events are due, and is changed when the run stops.
+            control: determines which events are due; modified when the run stops.
             step: number of the optimizer step.
-            ends_epoch: whether the events at the end of an epoch follow.
+            ends_epoch: whether the events at the end of an epoch are due as well.
             is_stopping: whether the run was asked to stop.
         """
         if control.should_log:
@@ -180,13 +180,13 @@ def ends_epoch(state: TrainerState) -> bool:
 
 
 class RunFacts:
-    """What the manifest of a checkpoint records about its run, to check that another run can resume it.
+    """Properties of a run that a checkpoint's manifest records, to check that another run can resume it.
 
     Args:
         args: the training arguments.
-        dataset: the training data; None without.
+        dataset: the training data, if any.
         model_digest: digest of the names and shapes of the model's weights.
-        method: description of what is learned, the same as long as that stays the same.
+        method: description of the training objective; equal for runs with the same objective.
     """
 
     def __init__(
@@ -199,9 +199,9 @@ class RunFacts:
 
     @cached_property
     def order(self) -> dict[str, Any]:
-        """What the order of the training data depends on; of the data their number and lengths.
+        """Everything that determines the order of the training data, including the lengths of examples.
 
-        Computed when it is first needed, since it may read the whole dataset.
+        Computed on first use, since it may read the whole dataset.
         """
         has_length = self.dataset is not None and not isinstance(self.dataset, IterableDataset)
         lengths = np.ascontiguousarray(sequence_lengths(self.dataset) if has_length else [], dtype=np.int64)
@@ -228,7 +228,7 @@ class RunFacts:
         }
 
     def differences(self, facts: Mapping[str, Any]) -> list[str]:
-        """Return a line for each respect in which this run cannot continue a checkpoint exactly.
+        """Return a line for each reason why this run cannot continue a checkpoint exactly.
 
         Args:
             facts: those of the checkpoint's manifest.

@@ -31,7 +31,7 @@ from dft.training.run_options import RunOptions
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What is saved of a run at one moment.
+    """Snapshot of a run to be saved.
 
     Attributes:
         model: the model.
@@ -51,13 +51,13 @@ class SavedRun:
 
 
 class RunSaver:
-    """Save the checkpoints and the final model of a run. All ranks must call every method.
+    """Saves the checkpoints and the final model of a run. All ranks must call every method.
 
     Args:
         args: the training arguments.
         options: settings of the run.
-        accelerator: of the run.
-        tokenizer: saved along with the model; None without.
+        accelerator: the run's accelerator.
+        tokenizer: saved along with the model, if any.
         publisher: uploads what is saved, if the arguments ask for it.
     """
 
@@ -82,7 +82,8 @@ class RunSaver:
         """Save a checkpoint, upload it in the background, and remove older ones.
 
         Raises:
-            UserError: it could not be saved, or is not what was trained. Earlier ones are as they were.
+            UserError: it could not be saved, or differs from the trained model. Earlier ones are left
+                unchanged.
         """
         self._options.heartbeat.beat()
         args, state = self._args, run.state
@@ -109,16 +110,17 @@ class RunSaver:
         self._writer.rotate(run, limit, best, self._publisher.folders_in_use())
 
     def save_model(self, folder: Path, run: SavedRun, message: str | None = None) -> None:
-        """Save the final model. An earlier one is replaced when the new one is complete.
+        """Save the final model. An earlier one is replaced once the new one is complete.
 
         Args:
             folder: where to save it.
             run: what to save.
-            message: of the commit that pushes it to the hub; None does not push it.
+            message: commit message for pushing it to the hub; None to not push it.
 
         Raises:
-            UserError: it could not be saved, or is not what was trained; an earlier model is as it was. Or
-                the hub cannot be reached or rejects it; it is saved then. On all ranks.
+            UserError: on all ranks, if it could not be saved or differs from the trained model (an earlier
+                model is then left unchanged), or if the hub is unreachable or rejects it (it has been saved
+                by then).
         """
         files: list[str] = []
         with self._writer.stage_model(folder) as staging:
@@ -134,7 +136,7 @@ class RunSaver:
         self.finish_uploads()
 
     def complete_model(self, folder: Path, run: SavedRun, model_digest: str) -> None:
-        """Add to a written model what Trainer leaves out: its base record, generation settings and card."""
+        """Add the files that Trainer does not write: the base record, generation settings and card."""
         if not self._args.should_save:
             return
         complete_model_folder(folder, run.model, model_digest)
@@ -156,7 +158,7 @@ class RunSaver:
             stopped = error
         if self._args.push_to_hub:
             self.finish_uploads()
-            self.rotate(Path(self._args.output_dir), state())  # which spared what was being uploaded
+            self.rotate(Path(self._args.output_dir), state())  # folders being uploaded were kept before
         if stopped is not None:
             raise stopped
 

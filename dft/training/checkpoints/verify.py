@@ -1,8 +1,8 @@
-"""Check that a model that was just written is the one that was trained, and that it can be loaded.
+"""Check that a saved model equals the trained one and can be loaded.
 
 Some faulty saves look complete: weights without elements under ZeRO-3, half of a sharded model, an adapter
-without its base model. Otherwise they are noticed when somebody uses the model, weeks later. The check finds
-them before the save replaces an earlier one.
+without its base model. Without a check, they would be noticed weeks later, when the model is used. The check
+finds them before the save replaces an earlier one.
 """
 
 import json
@@ -33,27 +33,27 @@ from dft.training.parameters import GIB
 
 PROBE_TOKENS = 16
 MAX_DIFFERENCE = {True: 0.1, False: 0.01}
-"""By how much logits may differ, relative to their norm, in half precision (True) and in float32 (False).
-Another implementation of attention computes them, possibly on another device. With other weights they differ
-by about 1."""
+"""Maximum difference of logits relative to their norm, in half precision (True) and in float32 (False).
+They are computed with a different attention implementation, possibly on a different device. Logits of
+different weights differ by about 1."""
 ROOM = 1.2
 """Memory that loading a model takes, relative to the size of its weights."""
 
 
 class Damaged(Exception):
-    """Raised with what is wrong with a saved model."""
+    """Raised when a saved model is damaged. The message describes the fault."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a saved model is compared with.
+    """Reference values for checking a saved model.
 
     Attributes:
-        dtypes: of the floating-point tensors that were trained.
-        tokenizer: None where the trainer has none.
+        dtypes: dtypes of the floating-point tensors that were trained.
+        tokenizer: None if the trainer has none.
         logits: (tokens, vocab), float32, of the probe under the model in memory; None to check the files
             only.
-        quantization: of the weights that are not trained (QLoRA), without which the logits would differ.
+        quantization: quantization of the frozen weights (QLoRA), without which the logits would differ.
     """
 
     dtypes: frozenset[torch.dtype]
@@ -63,7 +63,7 @@ class Expected:
 
 
 def dtypes_of(model: nn.Module) -> frozenset[torch.dtype]:
-    """Return the floating-point dtypes of everything that is saved of a model.
+    """Return the floating-point dtypes of all saved tensors of a model.
 
     The state_dict is not used: under FSDP all ranks would have to ask for it.
     """
@@ -95,11 +95,11 @@ def check_files(folder: Path, expected: Expected) -> None:
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """Return the weight files that the index names, or the only one.
+    """Return the weight files listed in the index, or the only one.
 
     Args:
-        folder: of the saved model.
-        stem: of their names.
+        folder: folder of the saved model.
+        stem: stem of their names.
     """
     index = folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
@@ -115,7 +115,7 @@ def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and value of each tensor in a file."""
     try:
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  it is no mapping
+            for name in opened.keys():  # noqa: SIM118  it is not a mapping
                 yield name, opened.get_tensor(name)
     except SafetensorError as error:
         raise Damaged(f"{file.name} cannot be read: {error}") from None
@@ -157,7 +157,7 @@ def check_loaded(
 ) -> None:
     """Raise `Damaged` if `AutoModelForCausalLM` cannot load the model, or its logits differ.
 
-    Print a note instead if there is not enough memory to load it beside the trained one.
+    Print a note instead if there is not enough memory to load it in addition to the trained one.
     """
     assert expected.logits is not None
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -168,7 +168,7 @@ def check_loaded(
             f"memory are needed, and {psutil.virtual_memory().available / GIB:.1f} GiB are free"
         )
         return
-    # Under ZeRO-3, this process would load a model in shares.
+    # Under ZeRO-3, this process would load a partitioned model.
     unset_hf_deepspeed_config()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -180,7 +180,7 @@ def check_loaded(
                 device_map=None if expected.quantization is None else {"": device},
                 output_loading_info=True,
             )
-            model.config.get_text_config().use_cache = False  # as in training: nothing is generated
+            model.config.get_text_config().use_cache = False  # as in training
             model = model if expected.quantization is not None else model.to(device)
             logits = probe(model, expected.logits.shape[-1], device)
         tokenizer = None
@@ -209,7 +209,7 @@ def device_with_room(needed: float, args: transformers.TrainingArguments) -> tor
         torch.cuda.empty_cache()
         if torch.cuda.mem_get_info(args.device)[0] > needed:
             return args.device
-    # Liger replaces the layers of every model in this process by ones that run on a GPU only.
+    # Liger replaces the layers of every model in this process with layers that run only on GPUs.
     return None if args.use_liger_kernel and args.device.type != "cpu" else torch.device("cpu")
 
 
@@ -240,15 +240,15 @@ def check_logits(logits: Tensor, expected: Tensor, limit: float) -> None:
 
 
 class SaveVerifier:
-    """Check every model that a run saves against the one in memory.
+    """Checks every model that a run saves against the one in memory.
 
     Args:
         policy: "True" reloads final models and reads the files of checkpoints, "all" reloads both, "False"
-            checks nothing.
+            disables the check.
         args: the training arguments.
-        tokenizer: saved along with the model; None without.
-        trust_remote_code: whether the saved model may run code of its own when it is reloaded.
-        accelerator: of the run.
+        tokenizer: saved along with the model, if any.
+        trust_remote_code: whether to run code that comes with the model when it is reloaded.
+        accelerator: the run's accelerator.
     """
 
     def __init__(
@@ -278,7 +278,7 @@ class SaveVerifier:
             is_checkpoint: whether it is part of a checkpoint, rather than a final model.
 
         Raises:
-            UserError: what was saved is not what was trained.
+            UserError: the saved model differs from the trained one.
         """
         self._accelerator.wait_for_everyone()
         if self._policy == "False":
@@ -288,7 +288,7 @@ class SaveVerifier:
             vocab = model.config.get_text_config().vocab_size
             forward = forward._orig_mod if is_compiled_module(forward) else forward
             logits = probe(forward, vocab, self._args.device)
-        # The other ranks hold no weights to save, also under --save_on_each_node True.
+        # The other ranks hold no weights to save, even under --save_on_each_node True.
         fault = self._fault(staging, model, logits) if self._accelerator.is_main_process else None
         fault = first_failure(fault)
         if fault is not None:
@@ -299,7 +299,7 @@ class SaveVerifier:
             )
 
     def _fault(self, staging: Path, model: PreTrainedModel, logits: Tensor | None) -> str | None:
-        """Return what is wrong with a saved model; reload it if `logits` are given to compare with."""
+        """Return the fault of a saved model, or None. Reloads the model if `logits` are given."""
         quantization = vars(model.config).get("quantization_config")
         expected = Expected(dtypes_of(model), self._tokenizer, logits, quantization)
         try:

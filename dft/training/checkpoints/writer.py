@@ -20,19 +20,19 @@ from dft.training.model.adapters import has_adapters, write_base_record
 
 CARD, PICTURE = "README.md", "report.png"
 CARD_MARK = "<!-- model card by train_dft.py -->"
-"""In a README.md that a later model card may replace."""
+"""Marks a README.md that a later model card may replace."""
 UNFINISHED_MODEL = f"{UNFINISHED}model"
-"""In the output directory, where the final model is written before it replaces an earlier one."""
+"""Name of the folder in the output directory where the final model is staged."""
 
 
 class CheckpointWriter:
-    """Stage, seal, publish and rotate the checkpoints of a run. All ranks must call every method.
+    """Stages, seals, publishes and rotates the checkpoints of a run. All ranks must call every method.
 
     A checkpoint is written under another name. When all its files are on disk it gets a manifest, then its
-    own name, and only then older checkpoints are removed. A save that fails removes what it has written.
+    own name, and only then older checkpoints are removed. A failed save removes its partial files.
 
     Args:
-        accelerator: of the run.
+        accelerator: the run's accelerator.
         is_writer: whether this rank writes the files of a model (`TrainingArguments.should_save`).
     """
 
@@ -47,10 +47,10 @@ class CheckpointWriter:
 
         Args:
             folder: where the checkpoint will be.
-            facts: what its manifest records beside the files.
+            facts: what its manifest records in addition to the files.
 
         Raises:
-            UserError: the disk is full, read-only or gone. Earlier checkpoints are as they were.
+            UserError: the disk is full, read-only or unavailable. Earlier checkpoints are left unchanged.
         """
         staging = unfinished(folder)
         with writing_a_save(folder.parent, staging):
@@ -75,7 +75,7 @@ class CheckpointWriter:
         """Yield an empty folder to write the final model to, and move its files into `folder` afterwards.
 
         Raises:
-            UserError: the disk is full, read-only or gone. An earlier model is as it was.
+            UserError: the disk is full, read-only or unavailable. An earlier model is left unchanged.
         """
         staging = folder / UNFINISHED_MODEL
         with writing_a_save(folder, staging):
@@ -93,7 +93,7 @@ class CheckpointWriter:
     def _owns_disk(self, folder: Path) -> bool:
         """Return whether this rank clears and renames folders on the disk of `folder`.
 
-        That is rank 0, and the first rank of each machine that has a disk of its own there.
+        These are rank 0 and the first rank of each machine with a separate disk at that path.
         """
         if self._shares_disk is None:
             self._shares_disk = sees_the_same(folder, self._accelerator)
@@ -102,7 +102,7 @@ class CheckpointWriter:
         return self._accelerator.is_local_main_process and not self._shares_disk
 
     def _clear(self, staging: Path) -> None:
-        """Make an empty folder, whatever an earlier save left there."""
+        """Create an empty folder, removing leftovers of an earlier save."""
         staging.parent.mkdir(parents=True, exist_ok=True)
         if self._owns_disk(staging.parent) and staging.exists():
             shutil.rmtree(staging)
@@ -117,7 +117,8 @@ class CheckpointWriter:
 def saved_use_cache(model: PreTrainedModel, use_cache: bool) -> Iterator[None]:
     """Set `use_cache` in the configuration while it is saved, and restore it afterwards.
 
-    Training switches the key-value cache off; a model that is loaded to generate needs it as it was.
+    Training switches the key-value cache off; a model that is loaded for generation needs the original
+    setting.
     """
     config = model.config.get_text_config()
     in_training, config.use_cache = config.use_cache, use_cache
@@ -128,9 +129,9 @@ def saved_use_cache(model: PreTrainedModel, use_cache: bool) -> Iterator[None]:
 
 
 def complete_model_folder(folder: Path, model: PreTrainedModel, model_digest: str) -> None:
-    """Add what Trainer leaves out of a saved model, and remove its pickled arguments.
+    """Add the files that Trainer does not write to a saved model, and remove the pickled arguments.
 
-    The pickle is read by nothing, and holds the access token of the hub.
+    The pickle is not needed, and it contains the hub's access token.
     """
     (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # absent where weights are saved in shards
     if has_adapters(model):
@@ -139,7 +140,7 @@ def complete_model_folder(folder: Path, model: PreTrainedModel, model_digest: st
 
 
 def write_card(folder: Path, output_dir: Path, text: Callable[[bool], str]) -> None:
-    """Write a model card beside the picture of the report, if there is one.
+    """Write a model card next to the picture of the report, if there is one.
 
     Args:
         text: returns the card, given whether there is a picture.
@@ -151,7 +152,7 @@ def write_card(folder: Path, output_dir: Path, text: Callable[[bool], str]) -> N
 
 
 def keep_foreign_card(staging: Path, folder: Path) -> None:
-    """Leave a README.md alone that this program did not write."""
+    """Keep a README.md that this program did not write."""
     existing, new = folder / CARD, staging / CARD
     if new.is_file() and existing.is_file() and CARD_MARK not in existing.read_text(errors="replace"):
         new.unlink()

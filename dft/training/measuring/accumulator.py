@@ -1,4 +1,4 @@
-"""Sums with float64 accuracy, also on devices that have no float64."""
+"""Sums with float64 accuracy, even on devices without float64."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ class Accumulator:
     A logging window may hold billions of tokens, and a plain float32 count stops growing at 2**24. Sums are
     therefore float64. On a device without float64, each sum is a pair of float32 numbers: its rounded value,
     and the rounding error of that value. Adding to the pair (Knuth's TwoSum, followed by a renormalization)
-    keeps about 46 bits. No operation waits for the device.
+    keeps about 46 bits. No operation synchronizes with the device.
 
     Args:
         size: number of sums.

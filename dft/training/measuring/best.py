@@ -1,4 +1,4 @@
-"""Decide whether an evaluation can have the best checkpoint."""
+"""Decide whether an evaluation is eligible for the best checkpoint."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ def can_be_best(metrics: Mapping[str, float], args: transformers.TrainingArgumen
     """Return whether an evaluation may be compared with the best one so far.
 
     Args:
-        metrics: of the evaluation.
+        metrics: metrics of the evaluation.
         is_saving: whether a checkpoint is about to be saved. An evaluation between two saves leaves no
             checkpoint, so it cannot have the best one.
     """
@@ -23,5 +23,5 @@ def can_be_best(metrics: Mapping[str, float], args: transformers.TrainingArgumen
     if name not in metrics:
         say(f"warning     no {name} in this evaluation, so it cannot have the best checkpoint")
         return False
-    # With an nll that is not finite, acc may be finite all the same, and mean nothing.
+    # If nll is not finite, acc may still be finite but is meaningless.
     return math.isfinite(metrics.get("eval_nll", 0.0))

@@ -111,9 +111,9 @@ def heading(columns: Sequence[Metric], max_steps: int) -> str:
 
 
 def log_row(logs: Mapping[str, float], columns: Sequence[Metric], step: int, max_steps: int) -> str | None:
-    """Format a log record as a row, or return None if it is neither of training nor of an evaluation.
+    """Format a log record as a row, or return None if it comes from neither training nor evaluation.
 
-    A metric that is missing is shown as "-"; one that evaluations never have is blank in their rows.
+    A missing metric is shown as "-"; a metric that evaluations never log is left blank in their rows.
     """
     if "learning_rate" in logs:
         kind, prefix, hidden = "train", "", Source.EVALUATION
@@ -140,7 +140,7 @@ def format_value(metric: Metric, value: float | None) -> str:
 
 
 def evaluation_prefix(logs: Mapping[str, float]) -> str:
-    """Return `eval_`, `eval_<name>_` for one of several datasets, or "" if the record is no evaluation."""
+    """Return `eval_`, `eval_<name>_` for one of several datasets, or "" if it is not an evaluation."""
     names = [name for name in logs if name.startswith("eval_") and name.endswith("_supervised_tokens")]
     return names[0].removesuffix("supervised_tokens") if names else ""
 

@@ -71,7 +71,7 @@ class TokenMeter:
         files: Tensor | None = None,
         objective: Objective | None = None,
     ) -> None:
-        """Add one batch without waiting for the device.
+        """Add one batch without synchronizing with the device.
 
         Args:
             stats: statistics of its supervised tokens.
@@ -104,7 +104,7 @@ class TokenMeter:
             "potential": self._potential(objective, nll, ends),
             "kl": stats.kl.sum(dtype=dtype),
         }
-        # Not bincount, which waits for the GPU, nor histc: neither is deterministic there.
+        # Not bincount, which synchronizes with the GPU, nor histc: neither is deterministic there.
         above = (p_correct[:, None] >= self._edges).sum(0, dtype=dtype)  # (BINS - 1,)
         everywhere = torch.cat([(terms["supervised"] - terms["not_numbers"])[None], above])
         histogram = everywhere - torch.cat([above, above.new_zeros(1)])
@@ -137,14 +137,14 @@ class TokenMeter:
         return accelerator.gather(torch.cat([total, auxiliary])[None]).tolist()
 
     def load_rows(self, rows: list[list[float]], accelerator: Accelerator) -> None:
-        """Add the saved sums of this rank, and its share of those of ranks that no longer exist.
+        """Add the saved sums of this rank, and its share of the sums of ranks that no longer exist.
 
         Args:
             rows: what `rows` returned, possibly with another number of ranks.
-            accelerator: of the resumed run.
+            accelerator: the resumed run's accelerator.
 
         Raises:
-            UserError: the rows have another length than those of this version.
+            UserError: the rows differ in length from those of this version.
         """
         saved = torch.tensor(rows, dtype=torch.float64)  # (ranks, sums + 1)
         if saved.shape[1:] != (len(SUMS) + BINS + 1,):

@@ -1,4 +1,4 @@
-"""Detect a loss or gradient that is not finite, and name the step, rank and conversations it comes from."""
+"""Detect non-finite losses and gradients, and name the step, rank and conversations they come from."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,28 +18,29 @@ from dft.training.checkpoints.folder import newest_checkpoint
 from dft.training.patches import set_step_skipped
 
 MAX_CONSECUTIVE_SKIPS = 20
-"""Consecutive steps that `--on_nonfinite skip` skips before it stops the run, in which nothing is learned."""
+"""Maximum number of consecutive steps that `--on_nonfinite skip` skips before it stops the run."""
 MAX_NAMED = 20
-"""Conversations per rank that a message names."""
+"""Maximum number of conversations per rank that a message names."""
 
 
 def pass_on_nonfinite(loss: Tensor) -> Tensor:
-    """Return the loss with a gradient that is not finite if the loss itself is not.
+    """Return the loss, with a non-finite gradient if the loss itself is not finite.
 
     A weight of 0 hides an infinite nll from the gradient. All ranks see the same gradient norm without
-    another collective, so the norm must show it. Nothing changes for a finite loss.
+    another collective, so the norm must be non-finite too. A finite loss is returned unchanged.
     """
     return loss * (1 + 0 * loss.detach())
 
 
 @dataclass
 class NonfiniteReport:
-    """What one rank knows about a step whose gradient is not finite.
+    """One rank's information about a step with a non-finite gradient.
 
     Attributes:
         rank: its number.
-        loss_is_finite: whether the losses of all its micro-batches are.
-        conversations: those with a token whose nll is not finite; if there are none, all of its batches.
+        loss_is_finite: whether the losses of all its micro-batches are finite.
+        conversations: conversations with a token whose nll is not finite; if there are none, all of its
+            batches.
     """
 
     rank: int
@@ -63,7 +64,7 @@ class StepWatch:
     before: tuple[Tensor, ...] = ()
 
     def add(self, loss: Tensor, nll: Tensor, inputs: Mapping[str, Any], *totals: Tensor) -> None:
-        """Add one micro-batch, without waiting for the device.
+        """Add one micro-batch without synchronizing with the device.
 
         Args:
             loss: scalar.
@@ -78,7 +79,7 @@ class StepWatch:
         self.batches.append((nll, {name: inputs[name] for name in names if name in inputs}))
 
     def clear(self) -> None:
-        """Forget the step."""
+        """Discard the step."""
         self.losses.clear()
         self.batches.clear()
         self.before = ()
@@ -89,7 +90,7 @@ class StepWatch:
             total.copy_(before)
 
     def report(self, rank: int, files: Sequence[str]) -> NonfiniteReport:
-        """Return what this rank knows about the step. Waits for the device."""
+        """Return this rank's information about the step. Synchronizes with the device."""
         is_finite = all(bool(loss.isfinite()) for loss in self.losses)
         named = self._named(files, whole=False) or self._named(files, whole=True)
         return NonfiniteReport(rank, is_finite, named)
@@ -100,12 +101,12 @@ class StepWatch:
 
 
 class NonfiniteGuard:
-    """Keep a loss or gradient that is not finite from reaching the weights.
+    """Keeps non-finite losses and gradients from reaching the weights.
 
     Args:
         policy: "stop" the run, or "skip" the step.
-        accelerator: of the run.
-        output_dir: where the checkpoints are that a message refers to.
+        accelerator: the run's accelerator.
+        output_dir: folder of the checkpoints, for messages.
         fp16: whether the run computes in float16 with a loss scale.
     """
 
@@ -118,11 +119,11 @@ class NonfiniteGuard:
         self._skipped = 0
 
     def reset(self) -> None:
-        """Forget the current step, before a run."""
+        """Discard the current step, before a run."""
         self._step.clear()
 
     def watch(self, loss: Tensor, nll: Tensor, inputs: Mapping[str, Any], *totals: Tensor) -> Tensor:
-        """Note a micro-batch, see `StepWatch.add`. Return the loss to compute gradients of."""
+        """Record a micro-batch, see `StepWatch.add`. Return the loss to backpropagate."""
         self._step.add(loss, nll, inputs, *totals)
         return pass_on_nonfinite(loss)
 
@@ -137,20 +138,20 @@ class NonfiniteGuard:
     ) -> None:
         """Check the gradient norm of a step before its update. All ranks must call it.
 
-        DeepSpeed has made the update by then, or skipped it: ZeRO does so by itself if the norm is not
-        finite, and settings with which it would not are refused (`dft.arguments.conflicts`). Waits for the
-        device, once per step.
+        By then, DeepSpeed has already made or skipped the update: ZeRO skips it if the norm is not finite,
+        and settings with which it would not are refused (`dft.arguments.conflicts`). Synchronizes with the
+        device once per step.
 
         Args:
-            norm: of the gradient, the same on all ranks.
+            norm: gradient norm, the same on all ranks.
             step: number of the step that is being computed.
             model: its gradients are dropped if the step is skipped.
             optimizer: accelerate's.
             files: names of the files that the conversations come from.
-            totals: the running sums given to `watch`; a skipped step is taken out of them.
+            totals: the running sums given to `watch`; a skipped step is subtracted from them.
 
         Raises:
-            UserError: the norm is not finite, and the run is to stop.
+            UserError: the norm is not finite and the run must stop.
         """
         if self._must_skip_itself:
             set_step_skipped(optimizer, False)
@@ -161,7 +162,7 @@ class NonfiniteGuard:
         self._step.clear()
 
     def roll_back(self, *totals: Tensor) -> None:
-        """Take the micro-batches of an unfinished step out of the running sums."""
+        """Subtract the micro-batches of an unfinished step from the running sums."""
         if self._step.losses:
             self._step.roll_back(*totals)
             self._step.clear()
@@ -184,13 +185,13 @@ class NonfiniteGuard:
             raise UserError(stop_message(step, reports, path, self._skipped - 1))
         say(f"warning     {skip_message(step, reports)}")
         if self._must_skip_itself:
-            model.zero_grad()  # to None: parameters without a gradient are not updated
-            set_step_skipped(optimizer, True)  # so that the schedule loses no learning rate
+            model.zero_grad()  # set to None, because parameters without a gradient are not updated
+            set_step_skipped(optimizer, True)  # so that the schedule does not advance
         self._step.roll_back(*totals)
 
     @property
     def _loss_scaler(self) -> torch.amp.GradScaler | None:
-        """The loss scale, if there is one: on a CPU accelerate computes in float16 without."""
+        """The loss scale, if any; on a CPU, accelerate computes in float16 without one."""
         scaler = self._accelerator.scaler
         return scaler if scaler is not None and scaler.is_enabled() else None
 
@@ -200,21 +201,21 @@ class NonfiniteGuard:
 
     @property
     def _must_skip_itself(self) -> bool:
-        """Whether neither DeepSpeed nor a loss scaler skips the step."""
+        """True if neither DeepSpeed nor a loss scaler skips the step."""
         return not self._uses_deepspeed and self._loss_scaler is None
 
     @property
     def _can_lower_loss_scale(self) -> bool:
-        """Whether a loss scale that can still be lowered may be the cause."""
+        """True if the cause may be a loss scale that can still be lowered."""
         if self._uses_deepspeed:
-            return self._fp16  # its loss scaler gives up by itself
+            return self._fp16  # its loss scaler stops by itself
         return self._loss_scaler is not None and self._loss_scaler.get_scale() > 1
 
 
 def _origins(nll: Tensor, batch: Mapping[str, Tensor], files: Sequence[str], whole: bool) -> list[str]:
     """Return `file:line` of the conversations with a token that is not finite, or of the whole batch."""
     if len(batch) < 3:
-        return []  # of another collator
+        return []  # from a custom collator
     origins = batch["origins"]
     if not whole:
         of_tokens = batch["sequence_ids"].flatten()[batch["loss_positions"]]
@@ -228,7 +229,7 @@ def origin_name(file: int, line: int, files: Sequence[str]) -> str:
 
 
 def stop_message(step: int, reports: list[NonfiniteReport], checkpoint: str | None, skipped: int) -> str:
-    """Return the error with which all ranks end. `skipped`: the steps before it that were skipped."""
+    """Return the error with which all ranks exit. `skipped`: number of steps skipped before it."""
     after = f", and neither were the {skipped} steps before it" if skipped else ""
     saved = f"the newest checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
     or_skip = "" if skipped else ", or skip such steps with --on_nonfinite skip"

@@ -1,4 +1,4 @@
-"""Record the metrics and the speed of a run."""
+"""Record the metrics and speed of a run."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,13 +32,13 @@ class MetricsRecorder:
     """Token-weighted metrics of training and evaluation, throughput, and floating-point operations.
 
     Args:
-        accelerator: of the run.
+        accelerator: the run's accelerator.
         objective: training objective, at the end of its schedule.
-        schedule: how alpha reaches its value.
+        schedule: schedule of alpha.
         end_of_turn_ids: token ids that end a turn.
         end_of_turn_weight: minimum weight of a token that ends a turn.
         log_per_file: whether evaluations report metrics of each data file.
-        has_origins: returns whether batches say which file and conversation each token comes from.
+        has_origins: returns whether batches identify the file and conversation of each token.
 
     Attributes:
         training: sums of the current logging window.
@@ -86,18 +86,18 @@ class MetricsRecorder:
         return scheduled(self.objective, self.schedule, step, self.max_steps)
 
     def method(self) -> str:
-        """Return a description of what is learned, the same for runs that learn the same."""
+        """Describe the training objective; equal for runs with the same objective."""
         title = method_title(self.objective, self.schedule, self.end_of_turn_weight)
         return title if self.schedule.kind == CONSTANT.kind else f"{title} ({self.max_steps} steps)"
 
     def inspect_model(self, model: nn.Module, args: transformers.TrainingArguments) -> None:
-        """Determine how many operations a token costs, before FSDP flattens the model's weights."""
+        """Determine the number of operations per token, before FSDP flattens the model's weights."""
         self._flops = model_flops(model)
         is_half = args.bf16 or args.fp16 or model.dtype.itemsize == 2
         self._peak_flops = peak_flops(self._accelerator.device) if is_half else None
 
     def start(self, step: int, max_steps: int) -> None:
-        """Start to measure time at an optimizer step."""
+        """Start measuring time at an optimizer step."""
         self.max_steps = max_steps
         self._clock.start(step)
 
@@ -148,13 +148,13 @@ class MetricsRecorder:
         """Complete the last log line of a run in place. A collective.
 
         Args:
-            train_loss: mean of the loss over all steps, also those before the run was resumed.
+            train_loss: mean of the loss over all steps, including those before the run was resumed.
         """
         state.total_flos += self._count_flops(self.training.reduce(self._accelerator).counts)
         logs["total_flos"], logs["train_loss"] = state.total_flos, train_loss
 
     def _count_flops(self, counts: Mapping[str, float]) -> float:
-        """Return the operations that a window's tokens cost; 0 if that is not known."""
+        """Return the number of operations for a window's tokens; 0 if unknown."""
         if self._flops is None:
             return 0.0
         return self._flops.total(counts["tokens"], counts["pairs"], counts["supervised"])
@@ -185,7 +185,7 @@ class MetricsRecorder:
         """Collect tables of all tokens that are evaluated within the context.
 
         Raises:
-            ValueError: the batches do not say where their tokens come from.
+            ValueError: the batches do not identify the source of their tokens.
         """
         if not self._has_origins():
             raise ValueError("score() needs the trainer's own data_collator; leave it out")

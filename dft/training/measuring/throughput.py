@@ -20,8 +20,8 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 """Peak of dense half-precision matrix products with float32 sums, in 1e12 operations per second.
 
-From the data sheets of the manufacturers, without sparsity; of an MI250X one of its two dies, which is one
-device. The longest name whose words are in the device name applies.
+From the data sheets of the manufacturers, without sparsity; for the MI250X, of one of its two dies, each of
+which is a device. The longest name whose words are in the device name applies.
 """
 
 
@@ -31,8 +31,7 @@ class ModelFlops:
 
     Follows PaLM (Chowdhery et al., arXiv 2204.02311, appendix B): per weight and token, two operations in the
     forward pass, two for the gradient of the input and, if the weight is trained, two for its own gradient.
-    Unlike there, attention counts only the pairs that a causal mask leaves, and the output embedding only
-    supervised tokens.
+    Unlike PaLM, counts only causal pairs in attention and only supervised tokens in the output embedding.
 
     Attributes:
         per_token: operations of the layers per token.
@@ -45,12 +44,12 @@ class ModelFlops:
     per_supervised: float
 
     def total(self, tokens: float, pairs: float, supervised: float) -> float:
-        """Return the operations for so many tokens, pairs and supervised tokens."""
+        """Return the number of operations for the given numbers of tokens, pairs and supervised tokens."""
         return self.per_token * tokens + self.per_pair * pairs + self.per_supervised * supervised
 
 
 def model_flops(model: PreTrainedModel) -> ModelFlops | None:
-    """Return the operations of a model; None for a mixture of experts without a number of active experts."""
+    """Return the operation counts of a model; None if its number of active experts is unknown."""
     config: PretrainedConfig = model.config.get_text_config()
     embeddings = {id(model.get_input_embeddings().weight)}
     head = model.get_output_embeddings()
@@ -78,7 +77,7 @@ def model_flops(model: PreTrainedModel) -> ModelFlops | None:
 
 
 def flops_per_token(weight: nn.Parameter) -> float:
-    """Return the operations of the products with a weight, forward and backward, per token."""
+    """Return the operations per token of the products with a weight, forward and backward."""
     return (6 if weight.requires_grad else 4) * element_count(weight)
 
 
@@ -97,7 +96,7 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     if "Laptop" in name:
-        return None  # slower than the desktop card of the same name, depending on its cooling
+        return None  # slower than the desktop card of the same name, depending on cooling
     matches = (card for card in PEAK_TFLOPS if re.search(rf"\b{card}\b", name))
     card = max(matches, key=len, default=None)
     return None if card is None else PEAK_TFLOPS[card] * 1e12
@@ -110,7 +109,7 @@ class Clock:
         self.start(0)
 
     def start(self, step: int) -> None:
-        """Start at an optimizer step, from which training begins or resumes."""
+        """Start the clock at the optimizer step at which training begins or resumes."""
         self._run_start = self._window_start = time.perf_counter()
         self._first_step = self._step = step
 
@@ -118,7 +117,7 @@ class Clock:
         """Exclude `seconds` from the throughput clock (evaluation, saving)."""
         self._window_start += seconds
         if self._step == self._first_step:
-            # An evaluation before the first step does not recur, so it does not count for the time left.
+            # An evaluation before the first step does not recur, so it is excluded from the time left.
             self._run_start += seconds
 
     def window_seconds(self, step: int) -> float:
@@ -132,7 +131,7 @@ class Clock:
         return seconds
 
     def seconds_left(self, last_step: int) -> float:
-        """Return the seconds until a step, at the average pace of this run with evaluation and saving."""
+        """Return the seconds until a step at this run's average pace, including evaluation and saving."""
         done = self._step - self._first_step
         return (time.perf_counter() - self._run_start) / max(done, 1) * (last_step - self._step)
 
@@ -140,7 +139,7 @@ class Clock:
 def peak_memory(device: torch.device) -> float:
     """Return the peak memory use of this process in GiB: of the device, or on a CPU of the machine.
 
-    MPS keeps no peak; there it is the memory that is allocated now.
+    MPS does not record a peak; the currently allocated memory is returned instead.
     """
     if device.type == "cpu":
         unit = 1 if sys.platform == "darwin" else 1024

@@ -32,7 +32,7 @@ def prepare_trackers(report_to: list[str], logging_dir: str | None = None) -> li
     if not report_to:
         return []
     set_log_directory(logging_dir)
-    # wandb would print tables of all metrics at the end, which the log of the run has already.
+    # wandb would print tables of all metrics at the end, duplicating the run's log.
     os.environ.setdefault("WANDB_QUIET", "true")
     check_modes(report_to)
     notes = set_offline_without_login(report_to)
@@ -51,7 +51,7 @@ def check_modes(report_to: list[str]) -> None:
 
 
 def finish_trackers(report_to: list[str], error: str | None = None) -> None:
-    """End the runs of wandb and SwanLab, so that their records are complete.
+    """Finish the runs of wandb and SwanLab, so that their records are complete.
 
     At the end of the process, wandb would write color escape sequences into log files.
 
@@ -73,7 +73,7 @@ def finish_trackers(report_to: list[str], error: str | None = None) -> None:
 
 
 def set_offline_without_login(report_to: list[str]) -> list[str]:
-    """Set trackers without a login and without a mode offline; they would ask for a key and wait.
+    """Set trackers without a login and without a mode to offline mode; they would wait for a key.
 
     Args:
         report_to: names of the trackers.
@@ -124,7 +124,7 @@ def name_swanlab_project() -> None:
     Raises:
         UserError: SwanLab does not accept the project name.
     """
-    import swanlab  # slow to import, and needed only by runs that report to it
+    import swanlab  # slow to import; needed only by runs that report to it
 
     project = os.environ.pop("SWANLAB_PROJECT", None)
     if project:
@@ -160,7 +160,7 @@ def swanlab_has_login() -> bool:
 
 def wandb_has_login() -> bool:
     """Return whether wandb has a key or a token."""
-    # Slow to import. wandb.setup() would know more, but fixes the mode for the whole process.
+    # Slow to import. wandb.setup() would be more accurate, but it fixes the mode for the whole process.
     from wandb.sdk.lib import wbauth
 
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")

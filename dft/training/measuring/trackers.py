@@ -76,7 +76,7 @@ class RunRecordCallback(TrainerCallback):
 
 
 class HistogramCallback(TrainerCallback):
-    """Sends the histogram of p of each evaluation to the trackers that can show one.
+    """Sends the histogram of p of each evaluation to the trackers that support histograms.
 
     TensorBoard and wandb have histograms, SwanLab has bar charts. SwanLab's local dashboard has neither.
 
@@ -117,7 +117,7 @@ def bin_edges(counts: list[int]) -> np.ndarray:
 def send_to_tensorboard(tracker: TensorBoardCallback, name: str, counts: list[int], step: int) -> None:
     """Send a histogram to TensorBoard."""
     edges = bin_edges(counts)
-    # Sums are not known; they are computed as if all values were in the middle of their bins.
+    # The exact sums are unknown; all values are assumed to be in the middle of their bins.
     middles = (edges[1:] + edges[:-1]) / 2
     tracker.tb_writer.add_histogram_raw(
         name,
@@ -146,7 +146,7 @@ def send_to_swanlab(name: str, counts: list[int], step: int) -> None:
     import swanlab  # already imported by its callback
 
     if swanlab.get_run().mode == "local":
-        return  # the local dashboard draws lines only
+        return  # the local dashboard draws only lines
     edges = bin_edges(counts)
     bars = [f"{low:.2f} to {high:.2f}" for low, high in zip(edges, edges[1:], strict=False)]
     chart = swanlab.echarts.Bar().add_xaxis(bars).add_yaxis("tokens", counts)
@@ -170,7 +170,7 @@ def flatten_record(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     """Return nested dictionaries as one, with lists of dictionaries as JSON.
 
     `{"data": {"train": {"tokens": 9}}}` becomes `{"data/train/tokens": 9}`. SwanLab's local dashboard shows
-    no dictionaries, and swanlab takes None for an empty one.
+    no dictionaries, and swanlab treats None as an empty one.
     """
     flattened: dict[str, Any] = {}
     for name, value in record.items():

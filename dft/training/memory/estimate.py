@@ -1,4 +1,4 @@
-"""Estimate the memory that a device needs, from the sizes of the model and the batch."""
+"""Estimate a device's memory use from the sizes of the model and the batch."""
 
 import math
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class MemoryEstimate:
     """Memory of a device before the first activation, in GiB.
 
     Attributes:
-        weights, gradients: of the model.
+        weights, gradients: those of the model.
         optimizer: the two moments of AdamW, and the float32 master weights of DeepSpeed; None for other
             optimizers, whose state is not estimated.
         head: the float32 gradient of the output embedding, one tile of logits and, in half precision on a
@@ -61,7 +61,7 @@ class MemoryEstimate:
 
 
 def format_gib(gib: float) -> str:
-    """Format a size in GiB for reports, below 1 GiB in MiB."""
+    """Format a size in GiB for reports, using MiB below 1 GiB."""
     return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"
 
 
@@ -74,19 +74,20 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the memory of a device before the first activation.
 
-    What ZeRO and FSDP shard is divided by the ranks. What is offloaded to the CPU is not counted.
+    Sizes that ZeRO and FSDP shard are divided by the number of ranks. Memory offloaded to the CPU is not
+    counted.
 
     Args:
-        model: the model; the meta device suffices.
+        model: the model, possibly on the meta device.
         training: arguments of the run.
         tokens: maximum number of tokens of a micro-batch.
         layout: distribution over the devices; default: that of the run.
-        supervised_share: share of the tokens that is supervised and reaches the head.
+        supervised_share: share of the tokens that are supervised and reach the head.
     """
     layout = layout or resolve_layout(model, training)
     sharded_ranks = [
         layout.ranks if training.fsdp or layout.stage >= stage else 1
-        for stage in (3, 2, 1)  # from which ZeRO shards weights, gradients, and the optimizer's state
+        for stage in (3, 2, 1)  # ZeRO stages from which weights, gradients and optimizer state are sharded
     ]
     trained = sum(element_count(parameter) for parameter in model.parameters() if parameter.requires_grad)
     weights = 0.0
@@ -112,7 +113,7 @@ def estimate_memory(
 def _head_bytes(
     model: PreTrainedModel, training: transformers.TrainingArguments, tokens: int, layout: MemoryLayout
 ) -> float:
-    """Return the bytes that the fused loss needs for so many supervised tokens."""
+    """Return the bytes that the fused loss needs for a number of supervised tokens."""
     head = model.get_output_embeddings()
     entries = model.config.get_text_config().vocab_size * tokens  # of the logits
     limit = TILE_BYTES["cuda" if layout.device == "cuda" else "cpu"]
@@ -121,7 +122,7 @@ def _head_bytes(
         tile += min(GROUP_BYTES, 2 * entries)
         is_one_tile = 2 * entries <= GROUP_BYTES
     if head is None or not head.weight.requires_grad or (is_one_tile and layout.itemsize == 2):
-        return tile  # nothing is summed over tiles: the gradient itself is counted elsewhere
+        return tile  # no sum over tiles is needed: the gradient itself is counted elsewhere
     return tile + 4 * element_count(head.weight)
 
 
@@ -139,10 +140,10 @@ def resolve_layout(model: PreTrainedModel, training: transformers.TrainingArgume
 
 
 def bytes_per_element(parameter: nn.Parameter, itemsize: int) -> float:
-    """Return the bytes of an element of a weight.
+    """Return the number of bytes per element of a weight.
 
     Args:
-        parameter: frozen weights keep their dtype, unless all weights are cast to a smaller one.
+        parameter: the weight. Frozen weights keep their dtype, unless all weights are cast to a smaller one.
         itemsize: bytes of an element of a trained weight.
     """
     if parameter.dtype == torch.uint8:
@@ -151,18 +152,18 @@ def bytes_per_element(parameter: nn.Parameter, itemsize: int) -> float:
 
 
 def has_4bit_weights(model: PreTrainedModel) -> bool:
-    """Return whether weights are packed, two in a byte."""
+    """Return whether weights are packed, two per byte."""
     return any(parameter.dtype == torch.uint8 for parameter in model.parameters())
 
 
 def autocasts(model: PreTrainedModel, training: transformers.TrainingArguments, layout: MemoryLayout) -> bool:
-    """Return whether float32 weights are cast when they are used. ZeRO and FSDP cast them before."""
+    """Return whether float32 weights are cast on use. ZeRO and FSDP cast them in advance."""
     is_mixed = training.mixed_precision != "no" and model.dtype.itemsize == 4
     return is_mixed and not layout.stage and not training.fsdp
 
 
 def gradient_itemsize(training: transformers.TrainingArguments, itemsize: int) -> int:
-    """Return the bytes of an element of the gradient, which DeepSpeed may sum in a wider dtype."""
+    """Return the number of bytes per element of the gradient, which DeepSpeed may sum in a wider dtype."""
     if not training.deepspeed:
         return itemsize
     dtype = training.hf_deepspeed_config.get_value("data_types.grad_accum_dtype")
@@ -170,7 +171,7 @@ def gradient_itemsize(training: transformers.TrainingArguments, itemsize: int) -
 
 
 def compute_itemsize(model: PreTrainedModel, training: transformers.TrainingArguments) -> int:
-    """Return the bytes of an element of an activation."""
+    """Return the number of bytes per element of an activation."""
     return 2 if training.mixed_precision != "no" else model.dtype.itemsize
 
 
@@ -185,11 +186,11 @@ def estimate_activations(
     """Estimate the activations that a micro-batch keeps for the backward pass, without the head, in GiB.
 
     Follows Korthikanti et al. (arXiv 2205.05198, section 4) with the numbers of a gated MLP: ten times the
-    hidden size and five times the size of the MLP, per layer and token. Measurements on GPUs were within a
-    fifth of it. With gradient checkpointing, the input of each layer is kept, and one layer is recomputed.
+    hidden size and five times the size of the MLP, per layer and token. Measurements on GPUs were within 20 %
+    of it. With gradient checkpointing, the input of each layer is kept, and one layer is recomputed.
 
     Args:
-        model: the model; the meta device suffices.
+        model: the model, possibly on the meta device.
         training: arguments of the run.
         rows: rows of the micro-batch.
         tokens: tokens of all rows together.
@@ -204,7 +205,7 @@ def estimate_activations(
     if autocasts(model, training, layout or resolve_layout(model, training)):
         # Two sums and two norms are kept in float32, and the norms again after they are cast.
         layer += tokens * 6 * width
-    if config._attn_implementation == "eager":  # keeps the scores and their softmax
+    if config._attn_implementation == "eager":  # eager attention keeps the scores and their softmax
         layer += 2 * settings.get("num_attention_heads", 1) * tokens * tokens / max(1, rows)
     itemsize = compute_itemsize(model, training)
     if training.gradient_checkpointing if checkpointed is None else checkpointed:
@@ -213,7 +214,7 @@ def estimate_activations(
 
 
 def estimate_logits(model: PreTrainedModel, training: transformers.TrainingArguments, tokens: int) -> float:
-    """Estimate the logits of a micro-batch where the loss is not fused, in GiB.
+    """Estimate the logits of a micro-batch if the loss is not fused, in GiB.
 
     They exist in the dtype of the model and in float32, and so do their gradients.
     """

@@ -1,4 +1,4 @@
-"""Report what took the memory when it runs out, and what to change."""
+"""Explain out-of-memory errors and suggest flags to change."""
 
 import errno
 import gc
@@ -29,7 +29,7 @@ from dft.training.parameters import GIB
 SMALLER = 76
 """Exit code of a run that recorded a smaller batch (`--auto_find_batch_size`): run the same command again."""
 MEMORY_ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError)
-"""Exceptions raised when memory runs out, and for other reasons as well: check with `ran_out`."""
+"""Exceptions raised when memory runs out, but also for other reasons; check with `ran_out`."""
 MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "Cannot allocate memory")
 """Parts of the messages of such RuntimeErrors."""
 SHARD = (
@@ -41,10 +41,10 @@ MIN_SAVED_SHARE = 0.01
 
 
 class OutOfMemory(UserError):
-    """Raised when memory ran out.
+    """Raised when memory runs out.
 
     Attributes:
-        smaller: whether a smaller batch was recorded, which the same command uses next.
+        smaller: whether a smaller batch was recorded for the next run of the same command.
     """
 
     def __init__(self, message: str, smaller: bool) -> None:
@@ -54,12 +54,12 @@ class OutOfMemory(UserError):
 
 @dataclass
 class MicroBatch:
-    """The micro-batch that was computed last.
+    """The most recent micro-batch.
 
     Attributes:
         rows: number of its rows; 0 before the first micro-batch.
         tokens: number of its tokens with padding.
-        is_training: whether it was one of training, not of an evaluation.
+        is_training: whether it belongs to training rather than evaluation.
     """
 
     rows: int = 0
@@ -68,7 +68,7 @@ class MicroBatch:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Return whether an exception means that memory ran out."""
+    """Return whether an exception is an out-of-memory error."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
@@ -81,7 +81,7 @@ def convert_memory_errors(what: str, remedy: str) -> Iterator[None]:
     """Raise `UserError` if memory runs out before there is a trainer.
 
     Args:
-        what: what does not fit, for the message.
+        what: description of what does not fit, for the message.
         remedy: what to change.
     """
     try:
@@ -93,7 +93,7 @@ def convert_memory_errors(what: str, remedy: str) -> Iterator[None]:
 
 
 def asked_for(error: BaseException) -> str:
-    """Return how much memory could not be allocated, in words."""
+    """Describe how much memory could not be allocated."""
     match = re.search(r"ried to allocate (([\d.]+) ?(\w+))", str(error))
     if match is None:
         return "of unknown size"
@@ -102,7 +102,7 @@ def asked_for(error: BaseException) -> str:
 
 
 def free_unused_memory() -> None:
-    """Free memory that no tensor uses. Call it after the exception is gone, which keeps frames alive."""
+    """Free unused memory. Call this outside the exception handler, since an exception keeps frames alive."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -111,11 +111,11 @@ def free_unused_memory() -> None:
 def note_smaller_batch(
     args: transformers.TrainingArguments, requested: tuple[int, int] | None, last: MicroBatch
 ) -> str | None:
-    """Record a smaller batch for the next attempt, and return the sentence that says so.
+    """Record a smaller batch for the next attempt, and return a message about it.
 
     Args:
-        requested: (rows per device, accumulation steps) that the user requested; None to record nothing.
-        last: the micro-batch that did not fit. One of an evaluation does not become smaller.
+        requested: (rows per device, accumulation steps) that the user requested; None to not record a batch.
+        last: the micro-batch that did not fit. An evaluation batch is not made smaller.
 
     Returns:
         None if no smaller batch was recorded.
@@ -138,14 +138,15 @@ def end_out_of_memory(
     last: MicroBatch,
     save: Callable[[], None],
 ) -> NoReturn:
-    """End a run whose memory ran out. Call it when the exception is gone, and with it the frames it holds.
+    """End a run that is out of memory. Call this outside the exception handler, which keeps frames alive.
 
     Args:
-        message: what took the memory, see `advice`.
+        message: description of the memory use, see `advice`.
         requested: (rows per device, accumulation steps) that the user requested, to record a smaller batch
-            for the next attempt; None to record nothing.
+            for the next attempt; None to not record one.
         last: the micro-batch that did not fit.
-        save: saves the last completed step. Only called with one rank: others may still be within the step.
+        save: saves the last completed step. Called only with one rank, since other ranks may still be within
+            the step.
 
     Raises:
         OutOfMemory: always.
@@ -173,7 +174,7 @@ def advice(
     error: BaseException,
     step: int,
 ) -> str:
-    """Return what took the memory, and which flags to change, those that save most first.
+    """Describe the memory use and the flags to change, those that save most first.
 
     Args:
         model: the trained model.
@@ -187,7 +188,7 @@ def advice(
     activations = estimate_activations(model, args, last.rows, last.tokens)
     logits = 0.0 if is_fused else estimate_logits(model, args, last.tokens)
     if not last.is_training:
-        activations, logits = 0.0, logits / 3  # nothing is kept for a gradient
+        activations, logits = 0.0, logits / 3  # no activations are kept for a backward pass
     parts = {
         "weights": estimate.weights,
         "gradients": estimate.gradients,
@@ -215,7 +216,7 @@ def advice(
 
 
 def device_usage(device: torch.device) -> str:
-    """Return how much memory a GPU has and uses, in words; nothing for other devices."""
+    """Describe the size and use of a GPU's memory; empty for other devices."""
     if device.type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)
@@ -227,7 +228,7 @@ def device_usage(device: torch.device) -> str:
 
 
 def unusable_memory() -> list[float]:
-    """Return the GiB that torch's allocator has reserved and cannot use, in a list; empty without a GPU."""
+    """Return a list with the GiB that torch's allocator has reserved but cannot use; empty without a GPU."""
     if not torch.cuda.is_available():
         return []
     return [(torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) / GIB]
@@ -236,13 +237,13 @@ def unusable_memory() -> list[float]:
 def remedies(
     model: nn.Module, args: transformers.TrainingArguments, last: MicroBatch, parts: dict[str, float]
 ) -> list[tuple[float, str]]:
-    """Return each remedy that this run does not use yet: the GiB that it saves, and what to do.
+    """Return the remedies that this run does not use yet, each with the GiB that it saves.
 
     Args:
         model: the trained model.
         args: the training arguments.
         last: the micro-batch that did not fit.
-        parts: GiB by what takes them.
+        parts: GiB by component.
     """
     changes: list[tuple[float, str]] = []
     per_batch = parts["activations"] + parts.get("logits", 0.0)
@@ -270,7 +271,7 @@ def remedies(
     stage, optimizer_away, weights_away = zero_of(args)
     ranks, state = world_size(), parts["weights"] + parts["gradients"] + parts["optimizer"]
     if ranks > 1 and not args.fsdp and not has_4bit_weights(model) and stage < 3:
-        # What is sharded already has only the size of one share.
+        # Sizes of sharded components are those of one shard.
         shared = {0: state, 1: state - parts["optimizer"], 2: parts["weights"]}[stage]
         changes.append((shared * (1 - 1 / ranks), "--deepspeed ds_config/zero3.json"))
     offloaded = optimizer_away and weights_away

@@ -1,4 +1,4 @@
-"""Plan the memory of a run before any weights are loaded, and find flags with which it would fit."""
+"""Plan the memory of a run before any weights are loaded, and find flags that make it fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -56,8 +56,8 @@ class Plan:
     Attributes:
         setting: the setting.
         parts: sizes by name: weights, gradients, optimizer, activations, loss or logits, and others if any.
-        peak: maximum that is in use at a time.
-        unknown_optimizer: whether the optimizer's state is not counted.
+        peak: maximum memory in use at any time.
+        unknown_optimizer: whether the optimizer's state is unknown and not counted.
     """
 
     setting: PlanSetting
@@ -69,7 +69,7 @@ class Plan:
 def requested_setting(
     model: PreTrainedModel, training: transformers.TrainingArguments, ranks: int, extra_gib: float = 0.0
 ) -> PlanSetting:
-    """Return the setting that the flags ask for, on a number of ranks."""
+    """Return the setting requested by the flags, for a number of ranks."""
     return PlanSetting(
         replace(resolve_layout(model, training), ranks=ranks),
         training.per_device_train_batch_size,
@@ -90,21 +90,21 @@ def plan(
     """Plan the memory of a setting.
 
     The peak is in the second optimizer step. Weights, optimizer state and, if micro-batches are accumulated,
-    gradients exist throughout; the forward pass adds activations. The loss and the recomputation of a layer
-    use their memory one after the other.
+    gradients are always allocated; the forward pass adds activations. The loss and the recomputation of a
+    layer use memory one after the other.
 
     Args:
-        model: the model; the meta device suffices.
+        model: the model, possibly on the meta device.
         training: arguments of the run.
         setting: setting to plan for.
         longest: tokens of the longest row.
         fused: whether the loss is computed without logits.
-        supervised_share: average share of the tokens that is supervised.
+        supervised_share: average share of the tokens that are supervised.
     """
     tokens = -(-setting.rows * longest // sequence_parallel_size(training))
     estimate = estimate_memory(model, training, tokens, setting.layout, supervised_share)
     autocast = 0.0
-    if autocasts(model, training, setting.layout):  # keeps the weights that it has cast
+    if autocasts(model, training, setting.layout):  # autocast caches the weights that it has cast
         elements = (parameter.numel() for parameter in model.parameters() if parameter.is_floating_point())
         autocast = sum(elements) * 2 / GIB
     activations, all_layers = (
@@ -138,10 +138,10 @@ def plan(
 def equivalent_settings(
     requested: PlanSetting, training: transformers.TrainingArguments, is_cuda: bool, shardable: bool
 ) -> Iterator[PlanSetting]:
-    """Yield settings that take the same optimizer steps, those with fewer changed flags first.
+    """Yield settings with the same optimizer steps, those with fewer changed flags first.
 
     Args:
-        requested: setting that the flags ask for.
+        requested: setting requested by the flags.
         training: arguments of the run.
         is_cuda: whether the run is on GPUs.
         shardable: whether DeepSpeed could shard the weights.
@@ -188,16 +188,16 @@ def closest_fitting_plans(
     memory: float,
     supervised_share: float = 1.0,
 ) -> list[Plan]:
-    """Return plans that fit into a device with the fewest changed flags; none if nothing fits.
+    """Return the plans that fit a device with the fewest changed flags; empty if none fits.
 
     Args:
-        model: the model; the meta device suffices.
+        model: the model, possibly on the meta device.
         training: arguments of the run.
-        requested: setting that the flags ask for.
+        requested: setting requested by the flags.
         longest: tokens of the longest row.
         fused: whether the loss is computed without logits.
         memory: memory of the device in GiB.
-        supervised_share: average share of the tokens that is supervised.
+        supervised_share: average share of the tokens that are supervised.
     """
     fitting: list[Plan] = []
     shardable = not training.fsdp and not has_4bit_weights(model)
@@ -214,7 +214,7 @@ def closest_fitting_plans(
 
 
 def _kinds_of_change(setting: PlanSetting) -> tuple[str, ...]:
-    """Return the names of the changed flags; of --deepspeed also the file."""
+    """Return the names of the changed flags, and for --deepspeed the file as well."""
     return tuple(change.split()[0] + change.split()[1] * ("zero3" in change) for change in setting.changes)
 
 

@@ -15,7 +15,7 @@ from dft.files import write_atomically
 from dft.training.parameters import shapes_digest
 
 BASE_RECORD = "base_model.json"
-"""File saved with adapters, by which the model that they were trained on can be recognized."""
+"""File saved with adapters that identifies the model they were trained on."""
 
 
 def resolve_quantization(
@@ -61,7 +61,7 @@ def add_adapters(
         lora_dropout=lora.lora_dropout or 0.0,
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
     )
-    set_seed(training.seed)  # ranks may have consumed different random numbers while loading
+    set_seed(training.seed)  # ranks may have drawn different random numbers while loading
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
@@ -86,7 +86,7 @@ def pack_linear(model: PreTrainedModel) -> None:
 
 def has_adapters(model: nn.Module) -> bool:
     """Return whether a model has adapters, without importing peft."""
-    if "peft" not in sys.modules:  # so no model can be one of peft's
+    if "peft" not in sys.modules:  # peft is not imported, so the model cannot be a peft model
         return False
     from peft import PeftModel
 
@@ -102,21 +102,21 @@ def write_base_record(folder: Path, model: nn.Module, shapes: str) -> None:
         shapes: its `shapes_digest`, taken before it was sharded.
     """
     if vars(model.config).get("quantization_config") is not None:
-        shapes = ""  # packed weights have other shapes than the model that adapters are merged into
+        shapes = ""  # packed weights have different shapes from the model that adapters are merged into
     record = {"sizes": model_sizes(model), "shapes": shapes}
     write_atomically(folder / BASE_RECORD, [json.dumps(record, indent=1), "\n"])
 
 
 def model_sizes(model: PreTrainedModel) -> dict[str, int]:
-    """Return the sizes of a model that do not depend on quantization."""
+    """Return the sizes in a model's configuration that do not depend on quantization."""
     config = model.config.get_text_config()
     return {"vocab_size": config.vocab_size, "num_hidden_layers": config.num_hidden_layers}
 
 
 def base_model_mismatch(folder: Path, model: nn.Module) -> str | None:
-    """Return how a model differs from the one that adapters were trained on; None if it does not.
+    """Describe how a model differs from the one that adapters were trained on; None if it does not.
 
-    Adapters of other programs have no record, so nothing is known of their model.
+    Adapters from other programs have no such record, so their model is unknown.
 
     Args:
         folder: folder of the adapters.

@@ -25,10 +25,10 @@ def resolve_dtype(arguments: Arguments) -> torch.dtype | str:
 def resolve_attention(arguments: Arguments) -> str:
     """Return the attention implementation to load the model with.
 
-    "auto" leaves the choice to transformers, which takes sdpa if the model supports it.
+    "auto" leaves the choice to transformers, which selects sdpa if the model supports it.
 
     Raises:
-        UserError: there is no implementation of that name, or it cannot work on this machine.
+        UserError: there is no implementation of that name, or this machine does not support it.
     """
     attention = arguments.model.attn_implementation
     training = arguments.training
@@ -37,7 +37,7 @@ def resolve_attention(arguments: Arguments) -> str:
     if attention == "auto":
         return FLASH if not training.use_cpu and is_flash_attn_2_available() and is_half else "auto"
     names = {"eager", *ALL_ATTENTION_FUNCTIONS.keys()}
-    if attention not in names and "/" not in attention:  # a slash names a kernel on the hub
+    if attention not in names and "/" not in attention:  # a name with a slash is a kernel on the hub
         raise UserError(
             f"--attn_implementation {attention}: no such attention; choose auto, {', '.join(sorted(names))}"
         )
@@ -52,7 +52,7 @@ def resolve_attention(arguments: Arguments) -> str:
 
 
 def _check_flash_attention(use_cpu: bool, is_half: bool) -> None:
-    """Raise `UserError` if flash attention cannot work."""
+    """Raise `UserError` if flash attention is not supported."""
     if use_cpu:
         raise UserError(
             f"--attn_implementation {FLASH}: needs a CUDA GPU, and this run is on CPU; use "

@@ -1,4 +1,4 @@
-"""Frozen base model that objectives with a KL term compare the trained model with."""
+"""Frozen base model for objectives with a KL term."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from dft.loss.options import BaseHead
 
 
 class FrozenBaseModel:
-    """Untrained copy of the model, whole on each rank however the trained model is sharded.
+    """Untrained copy of the model. It is complete on each rank, even if the trained model is sharded.
 
     Args:
         model: model with the architecture and vocabulary of the trained one. Its parameters are frozen.
@@ -21,7 +21,7 @@ class FrozenBaseModel:
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.model = model.requires_grad_(False).eval().to(device)
-        # With a cache, transformers would treat the conversations of a packed row as one.
+        # With a cache, transformers would treat the conversations of a packed row as a single sequence.
         self.model.config.get_text_config().use_cache = False
 
     def head_input(self, inputs: Mapping[str, Any]) -> BaseHead:

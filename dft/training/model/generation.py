@@ -1,4 +1,4 @@
-"""Generation settings that a model is saved with."""
+"""Generation settings saved with a model."""
 
 import copy
 from collections.abc import Iterable

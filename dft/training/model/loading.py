@@ -1,4 +1,4 @@
-"""Load the model of a run: its weights, its adapters, and embeddings for every token of the tokenizer."""
+"""Load the model of a run: weights, adapters, and embeddings for every token of the tokenizer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,14 +27,14 @@ from dft.training.model.weight_checks import (
 from dft.training.parameters import GIB
 
 CONFIG_ERRORS = (ArithmeticError, LookupError)
-"""Exceptions of building a model from numbers in config.json that make no sense."""
+"""Exceptions raised when building a model from nonsensical values in config.json."""
 SHAPE_ERROR = "size mismatch"
 FILE_ERRORS = ("negative dimension", SHAPE_ERROR, "conversion of the weights")
-"""Texts by which a RuntimeError of loading is recognized as a fault of the model's files."""
+"""Texts that identify a RuntimeError while loading as a fault of the model's files."""
 
 
 def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Return the model to train, with adapters if the flags ask for them.
+    """Return the model to train, with adapters if the flags request them.
 
     Under ZeRO-3 each rank holds a part of every weight. Notes are added to `arguments.notes`.
 
@@ -56,7 +56,7 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
 def load_base_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Return a second copy of the untrained model, for objectives that compare with it.
 
-    It has no adapters and is whole on each rank, also under ZeRO-3.
+    It has no adapters and is complete on each rank, even under ZeRO-3.
 
     Raises:
         UserError: it has fewer embeddings than the tokenizer has tokens.
@@ -79,7 +79,7 @@ def load_base_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def load_meta_model(arguments: Arguments) -> PreTrainedModel:
-    """Return the model on the meta device, without weights, with adapters if the flags ask for them.
+    """Return the model on the meta device, without weights, with adapters if the flags request them.
 
     Raises:
         UserError: there is no such model, or its configuration is not that of a causal language model.
@@ -109,7 +109,7 @@ def load_meta_model(arguments: Arguments) -> PreTrainedModel:
 
 @contextmanager
 def without_zero3_partitioning(training: transformers.TrainingArguments) -> Iterator[None]:
-    """Create models whole in this context; under ZeRO-3, transformers would partition them."""
+    """Create complete models in this context; under ZeRO-3, transformers would partition them."""
     unset_hf_deepspeed_config()
     try:
         yield
@@ -119,7 +119,7 @@ def without_zero3_partitioning(training: transformers.TrainingArguments) -> Iter
 
 
 def _load_checked(arguments: Arguments) -> PreTrainedModel:
-    """Return the model of the files after all checks. Raises `UserError` as `load_model` does."""
+    """Load the model and run all checks. Raises `UserError` as `load_model` does."""
     name = arguments.model.model_name_or_path
     check_weight_files(name)
     model, loading = _read_weights(arguments, name)
@@ -148,7 +148,7 @@ def _read_weights(arguments: Arguments, name: str) -> tuple[PreTrainedModel, dic
         )
     except (*UNLOADABLE, *CONFIG_ERRORS, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in FILE_ERRORS):
-            raise  # a full device, a broken process group: not a fault of the files
+            raise  # a full device or a broken process group: not a fault of the files
         failure = _loading_failure(error, name)
         if SHAPE_ERROR not in failure:
             raise UserError(failure) from None

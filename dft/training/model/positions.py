@@ -1,4 +1,4 @@
-"""Check that the sequences of a run fit the positions of a model."""
+"""Check that the sequences of a run fit the position range of a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ def check_positions(model: PreTrainedModel, longest: int, max_length: int) -> No
         return
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     tables = [table for table in embeddings if table is not model.get_input_embeddings()]
-    if any(limit <= table.num_embeddings <= limit + 2 for table in tables):  # OPT has two more rows
+    if any(limit <= table.num_embeddings <= limit + 2 for table in tables):  # OPT has two extra rows
         raise UserError(
             f"--max_length {max_length}: the longest sequence has {longest} tokens, and the model has "
             f"learned {limit} positions; use --max_length {limit} or less"
@@ -33,7 +33,7 @@ def check_positions(model: PreTrainedModel, longest: int, max_length: int) -> No
 
 
 def position_notes(model: PreTrainedModel, longest: int) -> list[str]:
-    """Return notes on sequences that are longer than the model was made for.
+    """Return notes on sequences longer than the model was designed for.
 
     Args:
         model: the model.
@@ -57,7 +57,7 @@ def position_notes(model: PreTrainedModel, longest: int) -> list[str]:
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
-    """Return the number of positions a model was made for; None if its configuration names none."""
+    """Return the number of positions a model was designed for; None if its configuration has none."""
     settings = config.to_dict()
     return settings.get("max_position_embeddings", settings.get("n_positions"))
 

@@ -17,7 +17,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 def check_weight_files(name: str) -> None:
     """Raise `UserError` if a model's folder has no weights, or has them only as a pickle.
 
-    A pickle runs any code in it when it is read. Models on the hub are loaded from safetensors only, too.
+    Loading a pickle can run arbitrary code. Models on the hub are loaded only from safetensors as well.
 
     Args:
         name: value of --model_name_or_path.
@@ -43,7 +43,7 @@ def check_weight_files(name: str) -> None:
 
 
 def check_loaded_keys(loading: dict[str, Any], name: str) -> None:
-    """Raise `UserError` for weights that are missing in the files or have another shape there.
+    """Raise `UserError` for weights that are missing in the files or differ in shape.
 
     Args:
         loading: loading info of `from_pretrained`.
@@ -80,7 +80,7 @@ def unused_weights_note(loading: dict[str, Any]) -> str | None:
 
 
 def check_causal(model: PreTrainedModel, name: str) -> None:
-    """Raise `UserError` for an encoder, whose attention sees the tokens that it has to predict.
+    """Raise `UserError` for an encoder, because its attention sees the tokens to predict.
 
     Args:
         model: the loaded model.
@@ -97,7 +97,7 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
 
 
 def check_finite(model: PreTrainedModel, name: str, device: torch.device) -> None:
-    """Raise `UserError` on all ranks if a weight is NaN or infinite on one of them. A collective.
+    """Raise `UserError` on all ranks if a weight is NaN or infinite on any rank. This is a collective.
 
     Args:
         model: the loaded model; under ZeRO-3 each rank holds a part of every weight.
@@ -124,8 +124,8 @@ def _is_finite(parameter: Any) -> bool:
     if is_deepspeed_zero3_enabled():
         part = parameter.ds_tensor
         start = part.ds_numel * torch.distributed.get_rank(parameter.ds_process_group)
-        values = part.detach()[: max(0, parameter.ds_numel - start)]  # the rest is uninitialized padding
+        values = part.detach()[: max(0, parameter.ds_numel - start)]  # the remainder is uninitialized padding
     if values.is_meta or not values.numel() or not values.is_floating_point():
         return True
-    # The extremes are NaN if any value is, and aminmax copies nothing.
+    # The extremes are NaN if any value is NaN, and aminmax does not copy the tensor.
     return all(math.isfinite(extreme) for extreme in torch.aminmax(values))

@@ -38,7 +38,7 @@ PROCESS_NAMESPACE = Path("/proc/self/ns/pid")
 
 
 def machine_id() -> str:
-    """Return a name for the set of processes among which process ids are unique.
+    """Return a name for this machine's process namespace, in which process ids are unique.
 
     Host names are not enough: cloud images and containers often share one. Linux has a random id per boot,
     and containers on one machine differ in their process namespace. Elsewhere the network address is used.
@@ -91,8 +91,9 @@ class RankWatchdog:
     All ranks must create it at the same time, when training begins.
 
     Processes on the same machine are looked up by process id. The first rank of each machine writes
-    heartbeats for the other machines into the store of the process group, and every rank reads from the
-    store what others found. Whatever stops the whole process, such as SIGSTOP, stops its heartbeats too.
+    heartbeats for the other machines into the store of the process group, and every rank reads the results of
+    other machines from the store. A signal that stops the whole process, such as SIGSTOP, stops its
+    heartbeats too.
 
     Args:
         timeout: seconds without a micro-batch after which a rank counts as hung.
@@ -114,19 +115,19 @@ class RankWatchdog:
         self._thread.start()
 
     def beat(self) -> None:
-        """Record progress of this rank: it is about to run another micro-batch or to save."""
+        """Record progress of this rank, which is about to run another micro-batch or to save."""
         self._beats += 1
         self._last_beat = time.monotonic()
 
     def close(self) -> None:
-        """Stop watching: this rank is finished and does not wait for others any more."""
+        """Stop watching, because this rank is finished and no longer waits for others."""
         self._closed.set()
         self._thread.join()
 
     def report_failure(self, code: int) -> None:
-        """Tell the other ranks that this rank ends with an error of its own.
+        """Notify the other ranks that this rank exits with an error.
 
-        The first rank to call this prints its error. The others exit with the same code and print nothing.
+        The first rank to call this prints its error. The others exit with the same code without printing.
         Rank 0 goes first if all ranks have the same error.
 
         Args:
@@ -136,7 +137,7 @@ class RankWatchdog:
         if self.me.rank:
             time.sleep(PERIOD)
         self.close()
-        if first is not None and not is_alive(first):  # it printed the error, and its store ended with it
+        if first is not None and not is_alive(first):  # it has printed the error, and its store is gone
             set_error_reporter(False)
             return
         is_first = self._store.add("failing", 1) == 1
@@ -146,9 +147,9 @@ class RankWatchdog:
         set_error_reporter(is_first)
 
     def wait_for_verdict(self) -> None:
-        """Wait long enough for the thread to find out whether an error is due to a missing rank.
+        """Wait long enough for the thread to determine whether a missing rank caused an error.
 
-        If it is, the thread ends this rank and this call does not return.
+        If so, the thread ends this rank and this call does not return.
         """
         self._thread.join(4 * PERIOD)
 
@@ -161,7 +162,7 @@ class RankWatchdog:
             dead = [rank for rank, process in self._processes.items() if not is_alive(process)]
             error = f"{dead[0]} died; its last output is above" if dead else None
             if error is not None and (len(self._leaders) == 1 or dead[0].rank == 0):
-                self._end(error)  # without the store, which ends with rank 0
+                self._end(error)  # the store, which ends with rank 0, is not needed
             try:
                 # A store whose process is stopped never answers.
                 store_access.submit(self._check_store, tick, error).result(SILENCE)
@@ -185,7 +186,7 @@ class RankWatchdog:
             self._report(self._find_hung_ranks())
 
     def _follow(self, rank: int, code: int) -> None:
-        """End after a rank that reports its error, not before: the launcher would cut its message short."""
+        """Exit after the rank that reports its error; otherwise the launcher would cut its message short."""
         process = self._processes.get(self.ranks[rank])
         deadline = time.monotonic() + SILENCE
         while time.monotonic() < deadline and process is not None and is_alive(process):
@@ -211,7 +212,7 @@ class RankWatchdog:
     def _find_hung_ranks(self) -> str:
         """Return an error that names the ranks with the fewest micro-batches.
 
-        All ranks that still run get here at about the same time, since all wait for the hung one.
+        All running ranks reach this point at about the same time, since all wait for the hung rank.
         """
         self._store.set(f"stalled/{self.me.rank}", json.dumps(self._beats))
         time.sleep(3 * PERIOD)
@@ -244,10 +245,10 @@ class RankWatchdog:
 
 @contextmanager
 def watch_ranks(timeout: float) -> Iterator[RankWatchdog | None]:
-    """Run a watchdog while the context lasts; None for a run of one rank.
+    """Run a watchdog within the context. Yields None if there is only one rank.
 
-    An error of this rank ends the others too. If it was caused by a missing rank, as errors of collectives
-    are, the watchdog reports that rank instead.
+    An error of this rank ends the other ranks too. If it was caused by a missing rank, like most errors of
+    collectives, the watchdog reports that rank instead.
 
     Args:
         timeout: seconds without a micro-batch after which a rank counts as hung.
@@ -277,7 +278,7 @@ def watch_ranks(timeout: float) -> Iterator[RankWatchdog | None]:
 
 
 def is_alive(process: psutil.Process, stopped: bool = True) -> bool:
-    """Return whether a process runs.
+    """Return whether a process is running.
 
     Args:
         process: process to check.

@@ -5,10 +5,10 @@ of attention and attention itself, DeepSpeed exchanges slices with all heads for
 so that attention sees whole sequences. All other layers, and the head, work on the slice of the rank.
 
 The loss of a rank is the sum over the targets of its slice. Ranks average it as they average losses of
-different rows, so gradients and metrics are right without knowing about groups. accelerate and DeepSpeed's
-engine are therefore not told: their batch adapter (accelerate's `ParallelismConfig`) would slice everything
-in a batch along its second dimension, including the origins of its tokens, and would remove the labels before
-the tokens of the optimizer step are counted.
+different rows, so gradients and metrics are correct without special handling of groups. accelerate and
+DeepSpeed's engine are therefore not informed of the groups: their batch adapter (accelerate's
+`ParallelismConfig`) would slice everything in a batch along its second dimension, including the origins of
+its tokens, and would remove the labels before the tokens of the optimizer step are counted.
 """
 
 from collections.abc import Iterator, Mapping, Sized
@@ -34,14 +34,14 @@ SLICEABLE_KEYS = {"input_ids", "labels", "attention_mask", "loss_positions", "se
 
 
 def sequence_parallel_obstacle(model: PreTrainedModel, size: int) -> str | None:
-    """Return why `size` ranks cannot share the sequences of a model; None if no reason is known."""
+    """Return the reason why `size` ranks cannot share the sequences of a model, or None."""
     if (obstacle := packing_obstacle(model)) is not None:
         return obstacle
     config = model.config.get_text_config()
     settings = config.to_dict()
     if config._attn_implementation == "eager":
         return "eager attention needs a mask of all pairs of tokens (use --attn_implementation sdpa)"
-    # Windows and chunks are made by a mask, which each rank would make for its own slice.
+    # Windows and chunks are implemented by a mask, which each rank would create for its own slice.
     layer_types = settings.get("layer_types") or ()
     local_layers = set(layer_types) - {"full_attention"}
     if local_layers or (settings.get("sliding_window") and not layer_types):
@@ -90,12 +90,12 @@ class SequenceParallel:
                 f"--sequence_parallel_size {size}: {type(model).__name__}: {obstacle}; run without "
                 "--sequence_parallel_size"
             )
-        # Slow to import, and needed here only.
+        # Slow to import; needed only here.
         import deepspeed
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
         if model.device.type == "cpu":
-            init_cpu_deepspeed()  # compiles nothing
+            init_cpu_deepspeed()  # does not compile anything
         elif not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(verbose=False)  # uses the existing process group
         groups = UlyssesSPAttentionHF.register_with_transformers(
@@ -109,7 +109,7 @@ class SequenceParallel:
         self.rank = groups.get_sequence_parallel_rank()
 
     def local_slice(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return this rank's slice of a batch that its whole group has.
+        """Return this rank's slice of its group's batch.
 
         Args:
             batch: batch of `PaddedCollator`, (batch, seq); padded here to a multiple of the group size.
@@ -150,7 +150,7 @@ class SequenceParallel:
 
 
 def check_shared_data(dataset: Any, objective: Objective) -> None:
-    """Raise ValueError for a dataset or an objective that sequence parallelism would get wrong silently."""
+    """Raise ValueError for a dataset or objective that sequence parallelism would silently get wrong."""
     if dataset is not None and not isinstance(dataset, Sized):
         raise ValueError(
             "sequence parallelism gives each batch to all ranks that share it, which is not possible with a "
@@ -164,7 +164,7 @@ def check_shared_data(dataset: Any, objective: Objective) -> None:
 
 
 def resolve_parallel_collator(pad_token_id: int, collator: Any) -> PaddedCollator:
-    """Return the collator whose batches can be sliced, also for flash attention.
+    """Return the collator whose batches can be sliced, including for flash attention.
 
     Args:
         pad_token_id: id to pad with.
@@ -179,7 +179,7 @@ def resolve_parallel_collator(pad_token_id: int, collator: Any) -> PaddedCollato
 
 
 class RepeatedBatchSampler(Sampler[int]):
-    """Repeats each batch of a sampler for each rank that shares it: accelerate deals batches out in turn.
+    """Repeats each batch of a sampler for each rank that shares it: accelerate assigns batches in turn.
 
     Args:
         sampler: sampler of whole batches.

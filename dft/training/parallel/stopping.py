@@ -1,4 +1,4 @@
-"""Stop a run with a checkpoint when a signal asks for it: Ctrl-C, SIGTERM, or a cluster's notice."""
+"""Save a checkpoint and stop when a signal arrives: Ctrl-C, SIGTERM, or a cluster's notice."""
 
 import os
 import signal
@@ -11,18 +11,17 @@ from dft.errors import EXIT_INTERRUPTED
 from dft.ranks import is_main_process
 
 STOPPED = 75
-"""Exit code of every rank of a run that stopped because it was asked to. Nothing is lost: the same command
-resumes it. (EX_TEMPFAIL of sysexits.h, "the user is invited to retry".)
-"""
+"""Exit code of every rank of a run that was asked to stop. No work is lost: the same command resumes it.
+(EX_TEMPFAIL of sysexits.h, "the user is invited to retry".)"""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""SIGUSR1 is what SLURM's --signal and others send some time before the end. SIGINT is added when training
-begins; until then Ctrl-C ends the program at once (`dft.errors`)."""
+"""SIGUSR1 is sent by SLURM's --signal and others some time before the end. SIGINT is added when training
+begins; until then Ctrl-C ends the program immediately (`dft.errors`)."""
 BATCHES_PER_CHECK = 10
 """Batches of an evaluation between two checks of the stop signal, each of which waits for the device."""
 
 
 class Stopped(Exception):
-    """Raised when training stopped early because it was asked to, after everything was saved.
+    """Raised when a signal stopped training early, after everything was saved.
 
     Attributes:
         checkpoint: the folder to resume from; None if no step was completed.
@@ -34,11 +33,11 @@ class Stopped(Exception):
 
 
 class StoppedEvaluation(Exception):
-    """Raised on all ranks at once when an evaluation is cut short because the run was asked to stop."""
+    """Raised on all ranks when an evaluation is cut short because the run was asked to stop."""
 
 
 class StopRequest:
-    """Listen for the signals that ask this process to stop.
+    """Listens for the signals that ask this process to stop.
 
     Attributes:
         number: the signal that was received; 0 if none.
@@ -50,19 +49,19 @@ class StopRequest:
         self._is_training = False
 
     def listen(self) -> None:
-        """Listen for signals. Before training there is nothing to save, so a signal ends the program."""
+        """Listen for signals. Before training they end the program, because there is nothing to save."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 
     def begin_training(self) -> None:
-        """From now on, a signal lets the current step finish and be saved."""
+        """Make signals save a checkpoint after the current step."""
         self._is_training = True
         self.listen()
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored by background jobs of a shell
             signal.signal(signal.SIGINT, self._note)
 
     def end_training(self) -> None:
-        """From now on, a signal has its default effect."""
+        """Restore the default effect of signals."""
         self._is_training = False
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
@@ -70,7 +69,7 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a forked worker, which has nothing to save
+        if os.getpid() != self._process:  # a forked worker has nothing to save
             if number == signal.SIGINT:
                 return  # Ctrl-C reaches all processes of a terminal; the parent ends its workers itself
             signal.signal(number, signal.SIG_DFL)
@@ -94,7 +93,7 @@ class StopControl:
 
     Args:
         request: the signals of this rank; None if no signal stops the run.
-        accelerator: of the run.
+        accelerator: the run's accelerator.
     """
 
     def __init__(self, request: StopRequest | None, accelerator: Accelerator) -> None:
@@ -104,7 +103,7 @@ class StopControl:
         self._evaluated_batches = 0
 
     def begin_training(self) -> None:
-        """From now on, a signal stops the run with a checkpoint."""
+        """Make signals stop the run with a checkpoint."""
         if self._request is not None:
             self._request.begin_training()
 
@@ -120,7 +119,7 @@ class StopControl:
         return bool(number)
 
     def check_evaluation(self) -> None:
-        """Check now and then, once per batch of an evaluation. All ranks must call it.
+        """Check periodically during an evaluation; call this once per batch, on all ranks.
 
         Raises:
             StoppedEvaluation: a rank was asked to stop.

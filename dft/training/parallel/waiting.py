@@ -1,4 +1,4 @@
-"""Wait for slow work of one rank without running into the timeouts of the others."""
+"""Wait for slow work on one rank without triggering timeouts on the others."""
 
 import time
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from dft.training.parallel.rank_watchdog import RankWatchdog
 
 PERIOD = 1.0
-"""Seconds between two checks of whether all ranks are done."""
+"""Seconds between two checks whether all ranks are done."""
 
 
 class Heartbeat:
-    """Report the progress of this rank to the rank watchdog, as soon as there is one.
+    """Reports the progress of this rank to the rank watchdog, once there is one.
 
     Attributes:
         watchdog: `dft.training.parallel.rank_watchdog.watch_ranks` yields it; None with a single rank.
@@ -38,7 +38,7 @@ def wait_until(
     exchange a flag every `period` seconds, so no collective lasts longer than that.
 
     Args:
-        is_done: must not raise: the other ranks would wait for this one.
+        is_done: must not raise, or the other ranks would wait forever.
         beat: called once per period, see `Heartbeat.beat`.
     """
     while True:
