@@ -11,8 +11,6 @@ from typing import Annotated, Any, ClassVar
 from dft.bounds import Bounds
 from dft.data.conversations.conversation import RESERVED_VARIABLES
 from dft.data.preparing.options import DataOptions, PrepareOptions
-from dft.data.preparing.prepare import PreparedData, prepare
-from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.template import DATE
 from dft.errors import UserError
 from dft.strict_json import refuse_repeated_keys
@@ -150,16 +148,4 @@ def prepare_options(data: DataArguments, seed: int) -> PrepareOptions:
     """Return the options of the data preparation."""
     return PrepareOptions(
         **{option.name: vars(data)[option.name] for option in fields(DataOptions)}, seed=seed
-    )
-
-
-def prepare_data(data: DataArguments, encoder: ChatEncoder, seed: int) -> PreparedData:
-    """Prepare the data that the flags ask for, or load it from the cache."""
-    return prepare(
-        data.data_files,
-        data.eval_data_files,
-        encoder,
-        prepare_options(data, seed),
-        cache_dir=Path(data.data_cache_dir).expanduser(),
-        workers=data.preprocessing_num_workers,
     )

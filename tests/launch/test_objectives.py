@@ -127,23 +127,23 @@ def test_a_floor_raises_the_probability_of_end_of_turn_tokens(train):
 
 
 REFUSALS = {
-    "unknown parameter": ({"objective": "power", "objective_args": "q=1"}, "the objective power has no 'q'"),
+    "unknown parameter": ({"objective": "power", "objective_args": "q=1"}, "power has no parameter 'q'"),
     "no number": ({"objective": "power", "objective_args": "k=much"}, "expected NAME=NUMBER"),
     "no name": ({"objective": "power", "objective_args": "0.5"}, "expected NAME=NUMBER"),
     "out of range": ({"objective": "threshold", "objective_args": "q=7"}, r"q must lie in \[0, 1\], got 7"),
     "not finite": ({"objective": "power", "objective_args": "k=nan"}, "k must lie in"),
-    "alpha twice": ({"objective_args": "alpha=0.5"}, "alpha is --dft_alpha 0.5"),
+    "alpha twice": ({"objective_args": "alpha=0.5"}, "alpha is set with --dft_alpha 0.5"),
     "no alpha": ({"objective": "chord", "dft_alpha": 0.5}, "the objective chord has no alpha"),
     "no alpha to rise": (
         {"objective": "sft", "dft_alpha_schedule": "linear"}, "--dft_alpha_schedule linear: the objective sft"
     ),
-    "rising to nothing": ({"dft_alpha": 0, "dft_alpha_schedule": "cosine"}, "rises from 0 to --dft_alpha"),
-    "share": ({"dft_alpha_schedule_share": 0}, "--dft_alpha_schedule_share 0: must be above 0"),
-    "floor": ({"end_of_turn_weight": 1.5}, r"--end_of_turn_weight 1.5: must lie in \[0, 1\]"),
-    "plain and not": ({"use_simple_dft": False, "objective": "eaft"}, "--use_simple_dft False is plain SFT"),
+    "rising to nothing": ({"dft_alpha": 0, "dft_alpha_schedule": "cosine"}, "alpha increases from 0 to"),
+    "share": ({"dft_alpha_schedule_share": 0}, "share 0: the share of an alpha schedule must be"),
+    "floor": ({"end_of_turn_weight": 1.5}, r"--end_of_turn_weight 1.5: .* must lie in \[0, 1\]"),
+    "plain and not": ({"use_simple_dft": False, "objective": "eaft"}, "--use_simple_dft False is SFT"),
     "unknown": ({"objective": "dtf"}, "invalid choice: 'dtf'"),
     "no measure": (
-        {"objective": "eaft", "metric_for_best_model": "objective"}, "choose eval_acc or eval_nll"
+        {"objective": "eaft", "metric_for_best_model": "objective"}, "use eval_acc or eval_nll"
     ),
 }  # fmt: skip
 

@@ -59,7 +59,7 @@ def test_a_damaged_final_model_does_not_replace_an_earlier_one(example, forks, t
         assert any(not one.isfinite().all() for one in after.values())
         return
     check_refused(
-        codes, printed, f"it lies in {output}/incomplete-model, and what {output} held before is as"
+        codes, printed, f"it is in {output}/incomplete-model, and the files that {output} held before are"
     )
     assert all(torch.equal(one, before[name]) for name, one in after.items())
 

@@ -5,7 +5,7 @@ import subprocess
 
 from dft.arguments.parser import parse_arguments
 from dft.report.run_record import git_commit, given_arguments, resolved_arguments
-from tests.arguments.test_parser import words
+from tests.arguments.command import words
 
 
 def test_arguments_are_complete_and_exclude_secrets(tmp_path):

@@ -294,8 +294,8 @@ class SaveVerifier:
         if fault is not None:
             raise UserError(
                 f"--verify_save {self._policy}: the model that was just saved is not the one that was "
-                f"trained: {fault}; it is in {staging}, and what {folder} held before is as it was. Please "
-                "report this; --verify_save False saves without checking"
+                f"trained: {fault}; it is in {staging}, and the files that {folder} held before are "
+                "unchanged. Please report this; --verify_save False saves without checking"
             )
 
     def _fault(self, staging: Path, model: PreTrainedModel, logits: Tensor | None) -> str | None:
