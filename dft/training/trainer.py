@@ -45,8 +45,7 @@ class DFTTrainer(transformers.Trainer):
     """Train a causal language model by Dynamic Fine-Tuning (arXiv 2508.05629, Eq. 9).
 
     The loss of an optimizer step is divided by the supervised tokens of the whole step: all its micro-batches
-    on all ranks. The loss therefore does not depend on how the step is split into micro-batches, accumulation
-    and ranks.
+    on all ranks. It therefore does not depend on how the step is split.
 
     Args:
         model: a causal language model whose output has `logits` (batch, seq, vocab).
@@ -57,8 +56,7 @@ class DFTTrainer(transformers.Trainer):
         end_of_turn_weight: minimum weight of tokens that end a turn, so that stopping is always learned.
         base_model: a copy of the untrained model, for an objective with a `kl_weight`.
         fused_head: "auto" computes the loss without logits (`dft.linear_dft_loss`) if that is known to equal
-            the loss of the model's own logits, and prints the reason if not; "on" requires it; "off" disables
-            it.
+            the loss of the model's own logits, and prints why if not; "on" requires it; "off" disables it.
         end_of_turn_ids: tokens that end a turn. Default: the end token of `processing_class`.
         log_per_file: whether evaluations report nll and avg_p_correct of each file (for datasets with
             `files`, and examples with `origins`).
@@ -66,8 +64,7 @@ class DFTTrainer(transformers.Trainer):
             both cases it does not reach the weights.
         data_collator: makes input_ids, labels (-100 where unsupervised, not shifted) and, with padding,
             attention_mask, each (batch, seq), of examples; instead of the mask, `num_tokens` may give the
-            number of tokens that are not padding. Default: chosen to suit the model and the data, see
-            `choose_collator`.
+            number of tokens that are not padding. Default: see `choose_collator`.
         options: settings of the run.
         **kwargs: all other arguments of `transformers.Trainer`. Datasets hold `input_ids` and `labels`,
             `seq_lengths` if an example consists of several sequences, and optionally `origins`, the file and
@@ -157,8 +154,7 @@ class DFTTrainer(transformers.Trainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Private: the public train() loads and trains, and only an error while loading concerns the
-        # checkpoint.
+        # Private: the public train() loads and trains, and only errors of loading concern the checkpoint.
         with reading(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -270,17 +266,15 @@ class DFTTrainer(transformers.Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Run Trainer's loop, with metrics weighted by token instead of a mean over batches."""
-        started, recorder = time.perf_counter(), self._run.recorder
+        recorder = self._run.recorder
         if not self.is_in_train:
             self._run.loss.forget_head()
-        recorder.begin_evaluation(dataloader)
-        with torch.random.fork_rng(devices=[]):  # the number of evaluations must not affect training
+        with recorder.evaluating(dataloader):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        # For a prediction, trackers receive only numbers.
-        output.metrics.update(recorder.evaluation_metrics(metric_key_prefix, description == "Evaluation"))
-        recorder.exclude_time(time.perf_counter() - started)
+            # Trackers get numbers only of a prediction.
+            output.metrics.update(recorder.evaluation_metrics(metric_key_prefix, description == "Evaluation"))
         return output
 
     def score(self, dataset: Any) -> TokenTable:

@@ -1,5 +1,6 @@
 """Record the metrics and speed of a run."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -161,11 +162,19 @@ class MetricsRecorder:
 
     # ---- evaluation ----
 
-    def begin_evaluation(self, dataloader: DataLoader) -> None:
-        """Start the metrics of an evaluation."""
+    @contextmanager
+    def evaluating(self, dataloader: DataLoader) -> Iterator[None]:
+        """Collect the metrics of an evaluation.
+
+        It changes nothing in training: its time does not count, and the random numbers are restored.
+        """
+        started = time.perf_counter()
         self._files = dataset_files(dataloader.dataset) if self.log_per_file else []
         self.evaluation = self._new_meter(len(self._files))
         self.examples.clear()
+        with torch.random.fork_rng(devices=[]):
+            yield
+        self.exclude_time(time.perf_counter() - started)
 
     def add_evaluation(self, stats: TokenStats, inputs: Mapping[str, Any]) -> None:
         """Add a batch to the metrics of the evaluation, and keep some of its sequences and tokens."""
