@@ -52,9 +52,9 @@ def tokenizer(tokenizer_json: str) -> PreTrainedTokenizerFast:
     """A tokenizer with ChatML template and tokens. Do not change it; load `tokenizer_folder`."""
     backend = Tokenizer.from_str(tokenizer_json)
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    made.chat_template = CHATML
-    return made
+    loaded = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    loaded.chat_template = CHATML
+    return loaded
 
 
 @pytest.fixture(scope="session")

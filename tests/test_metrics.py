@@ -49,7 +49,7 @@ def test_checkpoints_are_selected_by_metrics_with_a_direction():
 
 
 @pytest.mark.parametrize("name", ["kl", "entropy", "effective_tokens", "unknown"])
-def test_metrics_that_are_no_measure_of_quality_have_no_direction(name):
+def test_metrics_that_do_not_measure_quality_have_no_direction(name):
     assert selection(name) is None
 
 

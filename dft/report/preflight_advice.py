@@ -155,7 +155,7 @@ def prior_of(mean: float) -> str:
 
 def prior_advice(statistics: dict[str, Any]) -> dict[str, str]:
     """Return the objective that the mean probability of the targets suggests."""
-    mean, kept = statistics["avg_p_correct"], statistics["gradient_kept"]
+    mean, gradient_kept = statistics["avg_p_correct"], statistics["gradient_kept"]
     prior = prior_of(mean)
     if prior == "strong":
         text = (
@@ -176,7 +176,8 @@ def prior_advice(statistics: dict[str, Any]) -> dict[str, str]:
     return {
         "recommendation": text,
         "evidence": (
-            f"mean p of the target tokens is {mean:.3f}; DFT keeps {100 * kept:.1f} % of the SFT gradient; "
+            f"mean p of the target tokens is {mean:.3f}; "
+            f"DFT keeps {100 * gradient_kept:.1f} % of the SFT gradient; "
             f"{100 * statistics['silenced_share']:.1f} % of the tokens have p < {SILENCED:g}"
         ),
         "source": (

@@ -215,7 +215,7 @@ def test_vllm_gets_the_same_prompts_and_settings(monkeypatch, tiny):
     assert fake.options == {"model": str(tiny), "dtype": "float16", "seed": 2, "trust_remote_code": False}
 
 
-def test_vllm_that_is_not_installed_is_an_error():
+def test_missing_vllm_is_an_error():
     with pytest.raises(UserError, match="vllm is not installed; pip install vllm"):
         resolve_backend("vllm")
     assert resolve_backend("auto") == "transformers"
@@ -297,7 +297,7 @@ def test_failed_command_can_be_corrected(monkeypatch, tiny, tmp_path, problems):
     assert len(lines(output / "two/test.jsonl")) == 8
 
 
-def test_saved_samples_are_graded_again_by_another_grader(monkeypatch, tiny, tmp_path, capsys):
+def test_saved_samples_are_regraded_by_a_different_grader(monkeypatch, tiny, tmp_path, capsys):
     problems, output = write(tmp_path, [ASKED, GOOD]), tmp_path / "out"
     words = short(tiny, problems, output)
     run(monkeypatch, *words)
@@ -423,7 +423,7 @@ def test_out_of_memory_is_an_error_with_a_remedy(monkeypatch, tiny, tmp_path, pr
         run(monkeypatch, *short(tiny, problems, tmp_path / "out"))
 
 
-def test_samples_of_other_settings_models_or_data_are_errors(monkeypatch, tiny, tmp_path, problems):
+def test_samples_with_different_settings_models_or_data_are_an_error(monkeypatch, tiny, tmp_path, problems):
     output = tmp_path / "out"
     model = tmp_path / "model"
     shutil.copytree(tiny, model)

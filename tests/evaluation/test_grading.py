@@ -93,7 +93,7 @@ def test_reference_without_box_or_hashes_is_an_error():
         grade("x" * 100, "#### 4", "hash")
 
 
-def test_an_answer_that_takes_too_long_is_wrong_and_not_printed(caplog, monkeypatch):
+def test_a_slow_answer_is_wrong_and_not_printed(caplog, monkeypatch):
     monkeypatch.setattr("dft.evaluation.grading.MAX_SECONDS", 0.5)
     assert not grade(r"\boxed{3}", r"\boxed{9^{9^{9^{9^9}}}}", "boxed")
     assert not grade(r"\boxed{3}", r"\boxed{9^{9^{9^{9^9}}}}")
@@ -101,7 +101,7 @@ def test_an_answer_that_takes_too_long_is_wrong_and_not_printed(caplog, monkeypa
     assert not caplog.records
 
 
-def test_the_time_limit_counts_the_cpu_time_of_the_thread_alone(monkeypatch):
+def test_the_time_limit_counts_only_cpu_time_of_the_thread(monkeypatch):
     monkeypatch.setattr("dft.evaluation.grading.CHECK_INTERVAL", 0.01)
     with limit_cpu_time(0.2):
         time.sleep(0.4)  # as on a machine that is busy with something else

@@ -36,13 +36,13 @@ def run(example, output: Path, kind: str, **flags) -> Finished:
 @pytest.fixture(scope="module")
 def finished_run(example):
     """Output folders of uninterrupted runs by kind of parallelism, created on first use."""
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = example.folder / f"whole-{kind}"
-            run(example, made[kind], kind)
-        return made[kind]
+        if kind not in folders:
+            folders[kind] = example.folder / f"whole-{kind}"
+            run(example, folders[kind], kind)
+        return folders[kind]
 
     return make
 
@@ -51,7 +51,7 @@ def finished_run(example):
 def test_the_saved_model_gives_the_logits_of_the_model_in_memory(finished_run, kind):
     folder = finished_run(kind)
     weights = load_file(folder / "model.safetensors")
-    assert weights and all(one.numel() > 0 and torch.isfinite(one).all() for one in weights.values())
+    assert weights and all(weight.numel() > 0 and torch.isfinite(weight).all() for weight in weights.values())
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.float32 and model.config.use_cache
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_a_resumed_run_equals_the_uninterrupted_run(example, finished_run, kind)
     assert [record["step"] for record in resumed] == list(range(2, 2 * STEPS_PER_EPOCH + 1, 2))
     for before, after in zip(records, resumed, strict=True):
         learned, again = (
-            {k: v for k, v in one.items() if k not in OF_THE_MACHINE} for one in (before, after)
+            {k: v for k, v in record.items() if k not in OF_THE_MACHINE} for record in (before, after)
         )
         assert learned == again and len(learned) > 12
     assert eval_records(whole)[-1]["eval_nll"] == eval_records(output)[-1]["eval_nll"]

@@ -106,7 +106,7 @@ def test_the_best_checkpoint_is_not_rotated_away(long_run):
     assert accuracies[0] == min(accuracies) < accuracies[-1]
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-2"]
     weights = load_file(output / "checkpoint-2" / "model.safetensors")
-    assert all(one.numel() > 0 for one in weights.values())
+    assert all(weight.numel() > 0 for weight in weights.values())
     assert not list(output.glob("checkpoint-*/global_step*"))  # --save_only_model
     assert f"{output}/checkpoint-2 (eval_acc {accuracies[0]:.4g})" in printed
 
@@ -115,8 +115,8 @@ def test_the_best_checkpoint_is_not_rotated_away(long_run):
 def test_run_args_reproduces_the_run(example, long_run):
     output, _ = long_run
     replayed = example.folder / "replayed"
-    kept = yaml.safe_load((output / "run_args.yaml").read_text())
-    assert kept["learning_rate"] == 3e-3 and kept["data_files"] == [str(example.train), str(example.other)]
+    saved = yaml.safe_load((output / "run_args.yaml").read_text())
+    assert saved["learning_rate"] == 3e-3 and saved["data_files"] == [str(example.train), str(example.other)]
     words = ["--config", str(output / "run_args.yaml"), "--output_dir", str(replayed), "--report_to", "none"]
     words += ["--report", "False"]
     finished = launch(words, folder=example.folder, launcher="deepspeed")

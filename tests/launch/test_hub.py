@@ -40,8 +40,8 @@ class Answers(BaseHTTPRequestHandler):
         elif self.path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
-            named = [one["path"] for one in json.loads(body)["files"]]
-            modes = [{"path": one, "uploadMode": "regular", "shouldIgnore": False} for one in named]
+            named = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in named]
             self._answer({"files": modes})
         elif self.server.fails is not None:
             self._answer({"error": "no room here"}, self.server.fails)
@@ -51,7 +51,7 @@ class Answers(BaseHTTPRequestHandler):
             (summary,) = [line["value"]["summary"] for line in lines if line["key"] == "header"]
             files = [line["value"] for line in lines if line["key"] == "file"]
             self.server.commits.append(
-                (summary, {one["path"]: base64.b64decode(one["content"]) for one in files})
+                (summary, {file["path"]: base64.b64decode(file["content"]) for file in files})
             )
             self._answer({"commitUrl": f"{self.server.url}/someone/run/commit/1", "commitOid": "1"})
 
@@ -76,13 +76,13 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    made = Hub()
-    thread = threading.Thread(target=made.serve_forever)
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield made
-    made.shutdown()
+    yield server
+    server.shutdown()
     thread.join()
-    made.server_close()
+    server.server_close()
 
 
 def pushed(example, hub: Hub, output, **flags):

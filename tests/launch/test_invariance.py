@@ -95,7 +95,7 @@ def untied_model(example):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=pytest.mark.slow if one in LEFT_OUT else ()) for one in WAYS]
+    "name", [pytest.param(way, marks=pytest.mark.slow if way in LEFT_OUT else ()) for way in WAYS]
 )
 def test_a_step_does_not_depend_on_how_it_is_split(example, whole, name):
     assert_same(run(example, name, *WAYS[name]), whole)
@@ -114,11 +114,11 @@ def test_a_step_does_not_depend_on_how_it_is_split_with_an_untied_head(example, 
 def assert_same(got, expected):
     (train, evaluation), (expected_train, expected_eval) = got, expected
     assert len(train) == len(expected_train) == STEPS
-    for step, (one, other) in enumerate(zip(train, expected_train, strict=True), start=1):
+    for step, (record, other) in enumerate(zip(train, expected_train, strict=True), start=1):
         for metric in ("loss", "nll", "avg_p_correct", "objective", "grad_norm"):
-            assert one[metric] == pytest.approx(other[metric], rel=1e-5), f"{metric} at step {step}"
+            assert record[metric] == pytest.approx(other[metric], rel=1e-5), f"{metric} at step {step}"
         # Ties in the argmax may be broken differently.
-        assert one["acc"] == pytest.approx(other["acc"], abs=0.02)
+        assert record["acc"] == pytest.approx(other["acc"], abs=0.02)
     for metric in ("eval_loss", "eval_nll", "eval_avg_p_correct", "eval_objective"):
         assert evaluation[-1][metric] == pytest.approx(expected_eval[-1][metric], rel=1e-5)
 
@@ -131,7 +131,7 @@ def whole_grown(example, bare_model):
 
 
 @pytest.mark.parametrize("name", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_new_tokens_are_initialized_alike_on_all_ranks(example, bare_model, whole_grown, name):
+def test_new_tokens_are_initialized_equally_on_all_ranks(example, bare_model, whole_grown, name):
     launcher, flags = WAYS[name]
     train, _ = run(example, f"grown-{name}", launcher, {**flags, "model_name_or_path": bare_model})
     losses = [record["loss"] for record in train]

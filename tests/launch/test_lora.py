@@ -37,17 +37,17 @@ def train(example, forks):
 @pytest.fixture(scope="module")
 def whole(example, train):
     """Output folders of uninterrupted runs."""
-    made: dict[tuple[str, float], Path] = {}
+    folders: dict[tuple[str, float], Path] = {}
 
     def make(kind: str, alpha: float = 1.0) -> Path:
-        if (kind, alpha) not in made:
-            made[kind, alpha] = example.folder / f"lora-{kind}-{alpha}"
-            codes, printed = train(made[kind, alpha], kind, dft_alpha=alpha)
+        if (kind, alpha) not in folders:
+            folders[kind, alpha] = example.folder / f"lora-{kind}-{alpha}"
+            codes, printed = train(folders[kind, alpha], kind, dft_alpha=alpha)
             assert not any(codes), printed
             assert re.search(
                 r"^adapters    LoRA, rank 4, alpha 8.*0.02 M trainable parameters", printed, re.MULTILINE
             )
-        return made[kind, alpha]
+        return folders[kind, alpha]
 
     return make
 
@@ -64,16 +64,16 @@ def whole(example, train):
     ],
 )
 def test_a_step_does_not_depend_on_the_sharding(whole, kind, alpha):
-    one, other = whole("single", alpha), whole(kind, alpha)
-    for record, expected in zip(train_records(other), train_records(one), strict=True):
+    single, sharded = whole("single", alpha), whole(kind, alpha)
+    for record, expected in zip(train_records(sharded), train_records(single), strict=True):
         for name in ("loss", "nll", "grad_norm", "acc"):
             assert record[name] == pytest.approx(expected[name], rel=1e-4), name
-    weights, wanted = (load_file(path / "adapter_model.safetensors") for path in (other, one))
+    weights, expected = (load_file(path / "adapter_model.safetensors") for path in (sharded, single))
     # A and B of seven linear layers in two blocks.
-    assert weights.keys() == wanted.keys() and len(weights) == 2 * 7 * 2
+    assert weights.keys() == expected.keys() and len(weights) == 2 * 7 * 2
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, wanted[name], rtol=1e-3, atol=1e-5)
-    records = {(path / BASE_RECORD).read_text() for path in (one, other, other / "checkpoint-4")}
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5)
+    records = {(path / BASE_RECORD).read_text() for path in (single, sharded, sharded / "checkpoint-4")}
     assert len(records) == 1 and json.loads(records.pop())["shapes"]
 
 
@@ -82,13 +82,15 @@ def test_only_the_adapters_are_trained_and_saved(example, whole):
     assert not list(folder.rglob("model.safetensors"))
     base = AutoModelForCausalLM.from_pretrained(example.model).state_dict()
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    kept = {
-        name.replace(".base_layer", ""): one
-        for name, one in loaded.state_dict().items()
+    remaining = {
+        name.replace(".base_layer", ""): weight
+        for name, weight in loaded.state_dict().items()
         if "lora" not in name
     }
-    assert all(torch.equal(one, base[name]) for name, one in kept.items()) and len(kept) == len(base)
-    moved = [one.abs().sum().item() for name, one in loaded.named_parameters() if "lora_B" in name]
+    assert all(torch.equal(weight, base[name]) for name, weight in remaining.items()) and len(
+        remaining
+    ) == len(base)
+    moved = [weight.abs().sum().item() for name, weight in loaded.named_parameters() if "lora_B" in name]
     assert moved and all(moved)
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(example.model.resolve())
@@ -101,8 +103,8 @@ def test_a_killed_run_resumes_to_the_result_of_the_uninterrupted_run(example, tr
     assert any(codes) and (output / "checkpoint-4").is_dir(), printed
     codes, printed = train(output, kind)
     assert not any(codes) and "train step 4" not in printed, printed
-    weights, wanted = (load_file(path / "adapter_model.safetensors") for path in (output, whole(kind)))
-    assert all(torch.equal(weight, wanted[name]) for name, weight in weights.items())
+    weights, expected = (load_file(path / "adapter_model.safetensors") for path in (output, whole(kind)))
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
 
 
 def merge(*words: object) -> subprocess.CompletedProcess[str]:
@@ -112,14 +114,14 @@ def merge(*words: object) -> subprocess.CompletedProcess[str]:
 
 def test_merged_adapters_give_the_logits_of_the_adapted_model(example, whole, tmp_path):
     folder, merged = whole("zero3"), tmp_path / "merged"
-    done = merge(folder, merged)
-    assert done.returncode == 0 and f"merged: {merged}" in done.stdout, done.stderr
+    merged_run = merge(folder, merged)
+    assert merged_run.returncode == 0 and f"merged: {merged}" in merged_run.stdout, merged_run.stderr
     ids = torch.arange(5, 25)[None]
-    one, other = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, merged))
+    model, other = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, merged))
     assert not [name for name, _ in other.named_parameters() if "lora" in name]
-    torch.testing.assert_close(one(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
     assert (
-        one(ids).logits - AutoModelForCausalLM.from_pretrained(example.model)(ids).logits
+        model(ids).logits - AutoModelForCausalLM.from_pretrained(example.model)(ids).logits
     ).abs().max() > 0.01
     tokenizer = AutoTokenizer.from_pretrained(merged)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(example.model).chat_template

@@ -35,7 +35,7 @@ def hosts() -> Iterator[list[Host]]:
     """Two hosts in separate network namespaces that are connected by a virtual cable."""
     names = [f"dft-{os.getpid()}-{number}" for number in range(2)]
     ends = [f"dft{os.getpid() % 100_000}{letter}" for letter in "ab"]
-    made: list[str] = []
+    namespaces: list[str] = []
 
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True)
@@ -43,14 +43,14 @@ def hosts() -> Iterator[list[Host]]:
     try:
         for name in names:
             ip("netns", "add", name)
-            made.append(name)
+            namespaces.append(name)
         ip("link", "add", ends[0], "netns", names[0], "type", "veth", "peer", ends[1], "netns", names[1])
         for number, (name, end) in enumerate(zip(names, ends, strict=True), 1):
             ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", end)
             ip("-n", name, "link", "set", end, "up")
             ip("-n", name, "link", "set", "lo", "up")
     except (OSError, subprocess.CalledProcessError) as error:
-        for name in made:
+        for name in namespaces:
             ip("netns", "del", name)
         pytest.skip(f"no network namespaces here: {error}")
     yield [
@@ -117,28 +117,28 @@ def test_two_machines_train_save_and_resume(example, forks, tmp_path, shared):
     places = [tmp_path / "both"] if shared else [folder / "out" for folder in folders]
     run_nodes(example, folders, output, **zero)
     for place in places:
-        kept = sorted(path.name for path in place.iterdir() if "checkpoint" in path.name)
-        assert kept == ["checkpoint-3", "checkpoint-4"], "rotation on each disk leaves incomplete ones"
-        for name in kept:
+        names = sorted(path.name for path in place.iterdir() if "checkpoint" in path.name)
+        assert names == ["checkpoint-3", "checkpoint-4"], "rotation on each disk leaves incomplete ones"
+        for name in names:
             facts = open_checkpoint(place / name).facts
             assert facts["ranks"] == 2 and facts["step"] == int(name[-1])
         assert not list(place.glob(".seen-*"))
     expected, got = load_file(reference / "model.safetensors"), load_file(places[0] / "model.safetensors")
-    assert all(torch.equal(one, got[name]) for name, one in expected.items())
-    for one, other in zip(train_records(reference), train_records(places[0]), strict=True):
-        assert one["nll"] == other["nll"] and one["grad_norm"] == other["grad_norm"]
+    assert all(torch.equal(weight, got[name]) for name, weight in expected.items())
+    for record, other in zip(train_records(reference), train_records(places[0]), strict=True):
+        assert record["nll"] == other["nll"] and record["grad_norm"] == other["grad_norm"]
 
     for place in places:
         (place / "checkpoint-4").rename(place / "was-4")
         (place / "model.safetensors").unlink(missing_ok=True)
     printed = run_nodes(example, folders, output, code=0 if shared else 1, **zero)
     if not shared:
-        assert any("only a part of it is on this machine; DeepSpeed resumes from" in one for one in printed)
-        assert not any("Traceback" in one.split("torch/distributed/elastic")[0] for one in printed)
+        assert any("only a part of it is on this machine; DeepSpeed resumes from" in text for text in printed)
+        assert not any("Traceback" in text.split("torch/distributed/elastic")[0] for text in printed)
         return
     assert "train step 4/4" in printed[0] and "train step 3/4" not in printed[0]
     got = load_file(places[0] / "model.safetensors")
-    assert all(torch.equal(one, got[name]) for name, one in expected.items())
+    assert all(torch.equal(weight, got[name]) for name, weight in expected.items())
 
 
 @pytest.mark.slow
@@ -152,6 +152,6 @@ def test_two_network_namespaces_give_the_weights_of_one_machine(example, forks, 
     output = tmp_path / "both"
     run_nodes(example, [tmp_path / "north", tmp_path / "south"], str(output), hosts=hosts, **how)
     expected, got = load_file(reference / "model.safetensors"), load_file(output / "model.safetensors")
-    assert all(torch.equal(one, got[name]) for name, one in expected.items())
-    for one, other in zip(train_records(reference), train_records(output), strict=True):
-        assert one["nll"] == other["nll"] and one["grad_norm"] == other["grad_norm"]
+    assert all(torch.equal(weight, got[name]) for name, weight in expected.items())
+    for record, other in zip(train_records(reference), train_records(output), strict=True):
+        assert record["nll"] == other["nll"] and record["grad_norm"] == other["grad_norm"]

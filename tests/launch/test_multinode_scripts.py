@@ -110,12 +110,12 @@ def run(script, words, environment, **more):
 def end(process):
     """Kill a process and its children."""
     if process.poll() is None:
-        for one in (*psutil.Process(process.pid).children(recursive=True), process):
-            one.kill()
+        for member in (*psutil.Process(process.pid).children(recursive=True), process):
+            member.kill()
 
 
-def assert_same_weights(one, other):
-    weights, expected = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+def assert_same_weights(first, other):
+    weights, expected = load_file(first / "model.safetensors"), load_file(other / "model.safetensors")
     assert all(torch.equal(weight, weights[name]) for name, weight in expected.items())
 
 
@@ -254,7 +254,7 @@ def test_torchrun_exits_with_the_code_of_the_first_failed_rank(tmp_path, ends, c
         for node in nodes:
             end(node)
     assert [node.returncode for node in nodes] == codes, "\n".join(printed)
-    assert not any("Traceback" in one for one in printed)
+    assert not any("Traceback" in text for text in printed)
 
 
 @pytest.mark.slow

@@ -21,10 +21,10 @@ ZERO3 = {"deepspeed": ROOT / "ds_config/zero3.json", "per_device_train_batch_siz
 
 def flags_of(objective) -> dict[str, object]:
     """Return the command-line flags that select an objective."""
-    given = {name: value for name, value in vars(objective).items() if name != "alpha"}
+    parameters = {name: value for name, value in vars(objective).items() if name != "alpha"}
     words = {"objective": objective.name}
-    if given:
-        words["objective_args"] = ",".join(f"{name}={value:g}" for name, value in given.items())
+    if parameters:
+        words["objective_args"] = ",".join(f"{name}={value:g}" for name, value in parameters.items())
     return words | ({"dft_alpha": objective.alpha} if "alpha" in vars(objective) else {})
 
 
@@ -46,30 +46,30 @@ def prior(train) -> Path:
     return output
 
 
-@pytest.mark.parametrize("one", CASES, ids=lambda one: one.objective.title)
-def test_training_lowers_the_objective(train, prior, one):
-    flags = flags_of(one.objective)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.objective.title)
+def test_training_lowers_the_objective(train, prior, case):
+    flags = flags_of(case.objective)
     name = "-".join(map(str, flags.values())).replace("=", "")
     output, codes, printed = train(name, model_name_or_path=prior, learning_rate=3e-4, **flags)
     assert codes == [0], printed
     before, after = eval_records(output)
-    assert re.search(rf"^method      {re.escape(one.objective.title)}", printed, re.MULTILINE)
-    if one.potential is None:  # EAFT has no potential in p: compare its loss and nll instead
+    assert re.search(rf"^method      {re.escape(case.objective.title)}", printed, re.MULTILINE)
+    if case.potential is None:  # EAFT has no potential in p: compare its loss and nll instead
         assert after["eval_loss"] < before["eval_loss"] and after["eval_nll"] < before["eval_nll"]
         assert "eval_objective" not in after
     else:
         assert after["eval_objective"] < before["eval_objective"]
     assert after["eval_avg_p_correct"] > before["eval_avg_p_correct"]
     records = train_records(output)
-    if one.objective.kl_weight:
+    if case.objective.kl_weight:
         assert before["eval_kl"] < 1e-6 and 0 < after["eval_kl"] < 1
         assert "a frozen copy of the base model takes" in printed
-    assert ("eval_kl" in after) == ("kl" in records[0]) == (one.objective.kl_weight > 0)
-    assert ("dft_alpha" in records[0]) == ("alpha" in vars(one.objective))
+    assert ("eval_kl" in after) == ("kl" in records[0]) == (case.objective.kl_weight > 0)
+    assert ("dft_alpha" in records[0]) == ("alpha" in vars(case.objective))
 
 
 @pytest.mark.parametrize(
-    "name", ["asft", *(pytest.param(one, marks=pytest.mark.slow) for one in ("eaft", "power"))]
+    "name", ["asft", *(pytest.param(objective, marks=pytest.mark.slow) for objective in ("eaft", "power"))]
 )
 def test_two_ranks_take_the_same_steps_as_one(train, prior, name):
     """Compare ZeRO-3 with micro-batches and an end-of-turn floor to one process."""
@@ -77,12 +77,14 @@ def test_two_ranks_take_the_same_steps_as_one(train, prior, name):
         "objective": name, "model_name_or_path": prior, "end_of_turn_weight": 0.5, "max_train_samples": 37,
         "lr_scheduler_type": "constant",
     }  # fmt: skip
-    one, codes, printed = train(f"{name}-whole", **how, fused_head="off")
+    reference, codes, printed = train(f"{name}-whole", **how, fused_head="off")
     assert codes == [0], printed
     two, codes, printed = train(f"{name}-shared", 2, **how, **ZERO3, gradient_accumulation_steps=2)
     assert codes == [0, 0], printed
     for mine, theirs in zip(
-        train_records(one) + eval_records(one), train_records(two) + eval_records(two), strict=True
+        train_records(reference) + eval_records(reference),
+        train_records(two) + eval_records(two),
+        strict=True,
     ):
         for key in set(mine) & {
             "loss",
@@ -94,7 +96,7 @@ def test_two_ranks_take_the_same_steps_as_one(train, prior, name):
             "effective_tokens",
         }:
             assert mine[key] == pytest.approx(theirs[key], rel=2e-5, abs=1e-7), key
-    weights, others = (load_file(folder / "model.safetensors") for folder in (one, two))
+    weights, others = (load_file(folder / "model.safetensors") for folder in (reference, two))
     assert all(torch.allclose(weights[key], others[key], atol=2e-5) for key in weights)
 
 
@@ -106,24 +108,24 @@ def test_the_alpha_schedule_continues_after_resuming(train):
     assert "alpha 0.8 after a linear rise over 50 % of the steps" in printed
     rise = [0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.8]
     records = train_records(output)
-    assert [one["dft_alpha"] for one in records] == pytest.approx(rise)
+    assert [record["dft_alpha"] for record in records] == pytest.approx(rise)
     assert records[0]["effective_tokens"] == pytest.approx(1) and records[0]["loss"] == records[0]["nll"]
     weights = load_file(output / "model.safetensors")
     again, codes, printed = train("rising-on", **how, resume_from_checkpoint=output / "checkpoint-3")
     assert codes == [0], printed
-    found = load_file(again / "model.safetensors")
-    assert all(torch.equal(weights[key], found[key]) for key in weights)
+    resumed = load_file(again / "model.safetensors")
+    assert all(torch.equal(weights[key], resumed[key]) for key in weights)
 
 
 def test_a_floor_raises_the_probability_of_end_of_turn_tokens(train):
     """An untrained model gives end-of-turn tokens a p near 0, and plain DFT hardly raises it."""
-    found = {}
+    probabilities = {}
     for floor in (0.0, 1.0):
         output, codes, printed = train(f"floor-{floor}", end_of_turn_weight=floor)
         assert codes == [0], printed
-        found[floor] = eval_records(output)[-1]["eval_p_end_of_turn"]
+        probabilities[floor] = eval_records(output)[-1]["eval_p_end_of_turn"]
         assert ("end-of-turn tokens weigh at least 1" in printed) == (floor == 1)
-    assert found[1.0] > 10 * found[0.0]
+    assert probabilities[1.0] > 10 * probabilities[0.0]
 
 
 REFUSALS = {

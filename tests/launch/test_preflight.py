@@ -33,7 +33,7 @@ def test_sft_is_recommended_for_an_untrained_model(alone):
     output, printed = alone
     report = numbers(output)
     assert set(report["files"]) == {"train.jsonl", "other.json"}
-    assert report["whole"]["tokens"] == sum(one["tokens"] for one in report["files"].values())
+    assert report["whole"]["tokens"] == sum(statistics["tokens"] for statistics in report["files"].values())
     assert report["whole"]["avg_p_correct"] < 0.1
     assert report["advice"][0]["recommendation"].startswith("SFT first")
     assert "advice      SFT first" in printed and "step" not in printed.split("preflight   ")[1]
@@ -41,7 +41,7 @@ def test_sft_is_recommended_for_an_untrained_model(alone):
 
 def test_existing_files_are_untouched(alone):
     output, _ = alone
-    assert sorted(one.name for one in output.iterdir()) == [
+    assert sorted(path.name for path in output.iterdir()) == [
         "checkpoint-5", "data_report.json", "preflight.html", "preflight.json",
     ]  # fmt: skip
     assert (output / "data_report.json").read_text() == "of the run"
@@ -55,8 +55,11 @@ def test_two_ranks_give_the_same_report(example, alone, stage):
     finished = launch(words(example, output, **flags), folder=example.folder, launcher="deepspeed")
     assert finished.code == 0, finished.output
     assert finished.output.count("--preflight True ignores --deepspeed") == (stage == 1)
-    found, expected = numbers(output), numbers(alone[0])
-    for name, one in expected["files"].items():
+    actual, expected = numbers(output), numbers(alone[0])
+    for name, file_statistics in expected["files"].items():
         for metric in ("tokens", "avg_p_correct", "nll", "entropy", "gradient_kept", "p_end_of_turn"):
-            assert found["files"][name][metric] == pytest.approx(one[metric], rel=1e-5), (name, metric)
-        assert found["files"][name]["p_histogram"] == one["p_histogram"]
+            assert actual["files"][name][metric] == pytest.approx(file_statistics[metric], rel=1e-5), (
+                name,
+                metric,
+            )
+        assert actual["files"][name]["p_histogram"] == file_statistics["p_histogram"]

@@ -40,21 +40,21 @@ def train(example, forks):
 @pytest.fixture(scope="module")
 def whole(train):
     """Reference runs in one process with 8 rows per step, with and without adapters."""
-    made = {}
+    folders = {}
 
     def make(**flags):
         key = "-".join(flags) or "plain"
-        if key not in made:
+        if key not in folders:
             output, codes, printed = train(f"whole-{key}", 1, per_device_train_batch_size=8, **flags)
             assert codes == [0], printed
-            made[key] = output
-        return made[key]
+            folders[key] = output
+        return folders[key]
 
     return make
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=() if one in ("ddp", "zero3") else pytest.mark.slow) for one in WAYS]
+    "name", [pytest.param(way, marks=() if way in ("ddp", "zero3") else pytest.mark.slow) for way in WAYS]
 )
 def test_a_step_does_not_depend_on_sequence_parallelism(train, whole, forks, name):
     ranks = 4 if name == "four-ranks" else 2
@@ -70,16 +70,16 @@ def test_a_step_does_not_depend_on_sequence_parallelism(train, whole, forks, nam
     other = whole(**({"lora_r": 4} if "lora" in name else {}))
     got, expected = train_records(output), train_records(other)
     assert len(got) == len(expected) == 5
-    for one, wanted in zip(got, expected, strict=True):
+    for record, reference in zip(got, expected, strict=True):
         for metric in ("loss", "nll", "avg_p_correct", "objective", "grad_norm", "entropy", "p_end_of_turn"):
-            assert one[metric] == pytest.approx(wanted[metric], rel=1e-5), metric
-        assert one["supervised_tokens"] == wanted["supervised_tokens"]
+            assert record[metric] == pytest.approx(reference[metric], rel=1e-5), metric
+        assert record["supervised_tokens"] == reference["supervised_tokens"]
     for metric in ("eval_loss", "eval_nll", "eval_objective"):
-        one, wanted = eval_records(output)[-1][metric], eval_records(other)[-1][metric]
-        assert one == pytest.approx(wanted, rel=1e-5)
+        value, reference = eval_records(output)[-1][metric], eval_records(other)[-1][metric]
+        assert value == pytest.approx(reference, rel=1e-5)
     file = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
-    weights, wanted = load_file(output / file), load_file(other / file)
-    for key, weight in wanted.items():
+    weights, reference = load_file(output / file), load_file(other / file)
+    for key, weight in reference.items():
         torch.testing.assert_close(weights[key], weight, rtol=1e-3, atol=1e-4)
 
 
@@ -97,8 +97,8 @@ def test_a_run_is_resumed(train, example):
     assert newest_checkpoint(halted)[0] is not None
     output, codes, printed = train("halted", 2, resume_from_checkpoint="auto", **flags)
     assert not any(codes), printed
-    one, other = (load_file(folder / "model.safetensors") for folder in (output, left_alone))
-    assert all(torch.equal(one[name], other[name]) for name in other)
+    weights, other = (load_file(folder / "model.safetensors") for folder in (output, left_alone))
+    assert all(torch.equal(weights[name], other[name]) for name in other)
 
 
 @pytest.mark.parametrize(

@@ -50,12 +50,12 @@ def histograms(output: Path) -> list[tuple[int, list[int]]]:
     ]
 
 
-def assert_same(found: Series, wanted: Series, *, rel: float) -> None:
-    assert found.keys() == wanted.keys()
-    for name, points in wanted.items():
-        assert [step for step, _ in found[name]] == [step for step, _ in points], name
+def assert_same(actual: Series, expected: Series, *, rel: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, points in expected.items():
+        assert [step for step, _ in actual[name]] == [step for step, _ in points], name
         values = [value for _, value in points]
-        assert [value for _, value in found[name]] == pytest.approx(values, rel=rel, nan_ok=True), name
+        assert [value for _, value in actual[name]] == pytest.approx(values, rel=rel, nan_ok=True), name
 
 
 def assert_is_the_record(record: dict[str, Any], output: Path) -> None:
@@ -100,13 +100,13 @@ def test_tensorboard_contains_all_metrics(several):
     (file,) = logs.glob("events.out.tfevents.*")
     events = EventAccumulator(str(file), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0})
     events.Reload()
-    found = {
+    scalars = {
         tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
     }
-    assert_same(found, logged(output), rel=1e-6)  # stored as float32
+    assert_same(scalars, logged(output), rel=1e-6)  # stored as float32
 
     shown = [(event.step, event.histogram_value) for event in events.Histograms(HISTOGRAM)]
-    assert [(step, list(one.bucket)) for step, one in shown] == histograms(output)
+    assert [(step, list(histogram.bucket)) for step, histogram in shown] == histograms(output)
     assert shown[0][1].bucket_limit == pytest.approx([edge / 20 for edge in range(1, 21)])
 
     record = {}
@@ -122,7 +122,7 @@ def test_wandb_contains_all_metrics(several):
     (file,) = logs.glob("wandb/offline-run-*/run-*.wandb")
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
-    found, shown, ended, project = defaultdict(list), [], False, ""
+    scalars, shown, ended, project = defaultdict(list), [], False, ""
     for record in wandb_records(file):
         config.update(wandb_items(record.config.update))
         summary.update(wandb_items(record.summary.update))
@@ -131,12 +131,12 @@ def test_wandb_contains_all_metrics(several):
             if name == HISTOGRAM:
                 shown.append((row["train/global_step"], value))
             elif not name.startswith("_") and name != "train/global_step":
-                found[name].append((row["train/global_step"], value))
+                scalars[name].append((row["train/global_step"], value))
         ended |= record.HasField("exit") and record.exit.exit_code == 0
         project = record.run.project or project
     assert ended and project == "dft-tests"
-    assert_same(dict(found), logged(output, without=OF_THE_RUN), rel=1e-12)
-    assert [(step, one["values"]) for step, one in shown] == histograms(output)
+    assert_same(dict(scalars), logged(output, without=OF_THE_RUN), rel=1e-12)
+    assert [(step, histogram["values"]) for step, histogram in shown] == histograms(output)
     assert shown[0][1]["bins"] == pytest.approx([edge / 20 for edge in range(21)])
     assert summary["train_loss"] == history(output)[-1]["train_loss"]
     assert_is_the_record(config, output)
@@ -151,26 +151,26 @@ def wandb_records(file: Path) -> Iterator[WandbRecord]:
 
 def wandb_items(items: Any) -> dict[str, Any]:
     """Join the keys of nested dictionaries, which wandb flattens."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for item in items:
         *way, last = item.nested_key or [item.key]
-        inner = found
+        inner = flattened
         for key in way:
             inner = inner.setdefault(key, {})
         inner[last] = json.loads(item.value_json)
-    return found
+    return flattened
 
 
 def test_swanlab_offline_contains_all_metrics(several):
     output, logs, _ = several
     (folder,) = logs.glob("run-*")
-    found, charts, start, finish = read_swanlab(folder)
+    scalars, charts, start, finish = read_swanlab(folder)
     assert start.project == "dft-tests" and start.name == "several"
     assert finish.state == RunState.RUN_STATE_FINISHED and not finish.error
-    assert_same(found, swanlab_series(output), rel=1e-12)
+    assert_same(scalars, swanlab_series(output), rel=1e-12)
 
     bars = [(step, json.loads((folder / "media/echarts" / name).read_text())) for step, name in charts]
-    assert [(step, one["series"][0]["data"]) for step, one in bars] == histograms(output)
+    assert [(step, chart["series"][0]["data"]) for step, chart in bars] == histograms(output)
     assert bars[0][1]["xAxis"][0]["data"][:2] == ["0.00 to 0.05", "0.05 to 0.10"]
     assert_is_the_record(swanlab_config(folder), output)
 
@@ -187,13 +187,13 @@ def swanlab_series(output: Path) -> Series:
 def read_swanlab(folder: Path) -> tuple[Series, list[tuple[int, str]], Any, Any]:
     """Return scalars, chart files and the start and end records of a run."""
     (file,) = folder.glob("run-*.swanlab")
-    found, charts, start, finish = defaultdict(list), [], None, None
+    scalars, charts, start, finish = defaultdict(list), [], None, None
     reader = DataStoreReader()
     reader.open(file)
     while (data := reader.scan()) is not None:
         record = SwanLabRecord.FromString(data)
         if record.HasField("scalar") and not record.scalar.key.startswith("__swanlab__"):
-            found[record.scalar.key].append((record.scalar.step, record.scalar.value.number))
+            scalars[record.scalar.key].append((record.scalar.step, record.scalar.value.number))
         elif record.HasField("media"):
             assert record.media.key == HISTOGRAM
             charts += [(record.media.step, item.filename) for item in record.media.value.items]
@@ -202,7 +202,7 @@ def read_swanlab(folder: Path) -> tuple[Series, list[tuple[int, str]], Any, Any]
         elif record.HasField("finish"):
             finish = record.finish
     reader.close()
-    return dict(found), charts, start, finish
+    return dict(scalars), charts, start, finish
 
 
 def swanlab_config(folder: Path) -> dict[str, Any]:
@@ -225,8 +225,10 @@ def test_trackers_print_little_and_leave_no_process(example, several):
     assert not re.search(r"Run summary|wandb: WARNING|Traceback|\x1b", finished.output)
     home = str(example.folder / "home")
     deadline = time.monotonic() + 10
-    while left := [one.info for one in psutil.process_iter(["environ", "cmdline"]) if of_home(one, home)]:
-        assert time.monotonic() < deadline, left
+    while remaining := [
+        process.info for process in psutil.process_iter(["environ", "cmdline"]) if of_home(process, home)
+    ]:
+        assert time.monotonic() < deadline, remaining
         time.sleep(0.2)
 
 
@@ -252,7 +254,7 @@ def test_swanlab_local_contains_all_metrics_except_the_histogram(example):
     finished = launch(words, folder=example.folder, env={"SWANLAB_MODE": "local"})
     assert finished.code == 0, finished.output
     (folder,) = logs.glob("run-*")
-    found, charts, _, finish = read_swanlab(folder)
+    scalars, charts, _, finish = read_swanlab(folder)
     assert finish.state == RunState.RUN_STATE_FINISHED and not charts
-    assert_same(found, swanlab_series(output), rel=1e-12)
+    assert_same(scalars, swanlab_series(output), rel=1e-12)
     assert_is_the_record(swanlab_config(folder), output)

@@ -230,7 +230,7 @@ def test_large_logits_lose_no_precision(offset):
     torch.testing.assert_close(stats.entropy.double(), expected.entropy, rtol=2e-6, atol=2e-6)
 
 
-def test_only_one_tile_is_held_at_a_time(monkeypatch):
+def test_only_one_tile_is_in_memory(monkeypatch):
     """Each tile is a new tensor, as on a GPU."""
     references, most = [], 0
 
@@ -293,7 +293,7 @@ def test_positions_that_are_passed_are_not_computed_again(monkeypatch):
     assert torch.equal(loss, expected)
 
 
-def test_the_backward_only_scales_and_skips_a_factor_of_one(monkeypatch):
+def test_the_backward_only_scales_and_skips_a_factor_of_1(monkeypatch):
     hidden, weight, bias, labels = case(torch.float32)
     once = gradients(linear_dft_loss(hidden, weight, labels, bias=bias)[0], hidden, weight, bias)
     loss, _ = linear_dft_loss(hidden, weight, labels, bias=bias)

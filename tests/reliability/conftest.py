@@ -20,13 +20,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
     """An example whose model has dropout, so that the random states matter."""
-    made = make_example(tmp_path_factory.mktemp("example"))
-    config = json.loads((made.model / "config.json").read_text())
-    (made.model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
-    return made
+    example = make_example(tmp_path_factory.mktemp("example"))
+    config = json.loads((example.model / "config.json").read_text())
+    (example.model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    return example
 
 
 @pytest.fixture(scope="session")
 def forks(example: Example) -> Iterator[Forks]:
-    with forking(example.folder) as made:
-        yield made
+    with forking(example.folder) as forks:
+        yield forks

@@ -9,10 +9,10 @@ import pytest
 def mostly_slow(cases: Iterable[Any], quick: Sequence[Any]) -> list[Any]:
     """Mark all cases of a parametrized test as slow except the `quick` ones."""
     cases = list(cases)
-    assert all(one in cases for one in quick)
+    assert all(case in cases for case in quick)
     return [
         pytest.param(
-            *(one if isinstance(one, tuple) else (one,)), marks=() if one in quick else pytest.mark.slow
+            *(case if isinstance(case, tuple) else (case,)), marks=() if case in quick else pytest.mark.slow
         )
-        for one in cases
+        for case in cases
     ]

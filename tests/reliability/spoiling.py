@@ -122,8 +122,8 @@ def settings(file: str, **values: object) -> Callable[[Path], object]:
 
     def spoil(folder: Path) -> None:
         content = json.loads((folder / file).read_text()) | values
-        kept = {key: value for key, value in content.items() if value is not None}
-        (folder / file).write_text(json.dumps(kept))
+        remaining = {key: value for key, value in content.items() if value is not None}
+        (folder / file).write_text(json.dumps(remaining))
 
     return spoil
 
@@ -153,12 +153,12 @@ def truncated(folder: Path) -> None:
 
 
 def parquet(table: dict[str, list[object]], cut: int | None = None) -> Callable[[], bytes]:
-    def made() -> bytes:
+    def serialize() -> bytes:
         stream = io.BytesIO()
         pq.write_table(pa.table(table), stream)
         return stream.getvalue()[:cut]
 
-    return made
+    return serialize
 
 
 class Malicious:
@@ -181,12 +181,12 @@ def bert(folder: Path) -> None:
     from transformers import BertConfig, BertForMaskedLM
 
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    made = BertConfig(
+    bert = BertConfig(
         vocab_size=size, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (folder / name).unlink()
-    BertForMaskedLM(made).save_pretrained(folder)
+    BertForMaskedLM(bert).save_pretrained(folder)
 
 
 def chat(*turns: tuple[str, object]) -> bytes:

@@ -62,8 +62,8 @@ def test_a_disk_that_fails_during_training(example, forks, disk, fault, ranks):
         (disk / "ballast").unlink()
     if fault == "GONE":
         Path(f"{output}.gone").rename(output)
-    found, _ = newest_checkpoint(output)
-    assert found is not None and found.step == 2 and not list(output.glob("incomplete-*/*.safetensors"))
+    newest, _ = newest_checkpoint(output)
+    assert newest is not None and newest.step == 2 and not list(output.glob("incomplete-*/*.safetensors"))
     codes, printed = forks.run(words(example, output, ranks), ranks)
     assert not any(codes), printed
 

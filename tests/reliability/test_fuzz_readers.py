@@ -172,9 +172,9 @@ def test_templates_render_or_are_refused(source, rows):
         renderings = ConversationRenderer(template, {"<|im_end|>": 1}, {"<|im_start|>"}).render(conversation)
     except (BadLine, UserError, LimitExceeded):
         return
-    for one in renderings:
-        places = [0, *(place for span in one.spans for place in span), len(one.text)]
-        assert one.spans and places == sorted(places)
+    for rendering in renderings:
+        places = [0, *(place for span in rendering.spans for place in span), len(rendering.text)]
+        assert rendering.spans and places == sorted(places)
 
 
 def check_parsed(source: str) -> None:
@@ -199,7 +199,7 @@ def parser() -> Parser:
 @FUZZ
 @given(
     raw=st.one_of(
-        spoiled(FLAGS), st.dictionaries(words, value).map(lambda made: yaml.safe_dump(made).encode())
+        spoiled(FLAGS), st.dictionaries(words, value).map(lambda flags: yaml.safe_dump(flags).encode())
     )
 )
 def test_flags_in_a_file_are_read_or_refused(tmp_path_factory, parser, raw):
@@ -236,7 +236,7 @@ def test_deepspeed_files_are_read_or_refused(tmp_path_factory, raw):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["lines", "templates", "flags", "deepspeed"])
-def test_the_fuzzer_finds_nothing(tmp_path, target):
+def test_the_fuzzer_finds_no_errors(tmp_path, target):
     pytest.importorskip("atheris")  # there are wheels for Linux and some versions of Python
     words = [sys.executable, str(Path(ROOT) / "scripts/bench/fuzz.py"), target, "--seconds", str(SECONDS)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=4 * SECONDS)

@@ -33,13 +33,13 @@ def words(example, output: Path, ranks: int = 1, **flags) -> list[str]:
 
 def logged(output: Path) -> list[dict]:
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [one for one in history if "grad_norm" in one]
+    return [record for record in history if "grad_norm" in record]
 
 
-def check_same(one: Path, other: Path) -> None:
+def check_same(first: Path, other: Path) -> None:
     """Check that two runs saw the same data in the same steps, up to dropout."""
-    assert [record["step"] for record in logged(one)] == [1, 2, 3, 4]
-    for record, reference in zip(logged(one), logged(other), strict=True):
+    assert [record["step"] for record in logged(first)] == [1, 2, 3, 4]
+    for record, reference in zip(logged(first), logged(other), strict=True):
         assert record["supervised_tokens"] == reference["supervised_tokens"]
         assert record["nll"] == pytest.approx(reference["nll"], rel=0.01)
 
@@ -51,9 +51,9 @@ def test_the_error_lists_memory_use_and_remedies(example, forks, tmp_path, ranks
     assert codes == [EXIT_USER_ERROR] * ranks, printed
     assert printed.count("error: out of memory in step") == 1 and "Traceback" not in printed
     assert ranks == 1 or "[rank 1] error: out of memory" in printed
-    told = next(line for line in printed.splitlines() if "error:" in line)
-    assert "activations" in told and "--enable_gradient_checkpointing True" in told
-    assert f"--per_device_train_batch_size {128 // ranks} --gradient_accumulation_steps 2" in told
+    message = next(line for line in printed.splitlines() if "error:" in line)
+    assert "activations" in message and "--enable_gradient_checkpointing True" in message
+    assert f"--per_device_train_batch_size {128 // ranks} --gradient_accumulation_steps 2" in message
     assert (tmp_path / "run" / "checkpoint-1").is_dir() and not (
         tmp_path / "run" / "batch_size.json"
     ).exists()
@@ -62,10 +62,10 @@ def test_the_error_lists_memory_use_and_remedies(example, forks, tmp_path, ranks
 @pytest.mark.slow
 def test_several_ranks_resume_with_a_smaller_batch(example, forks, tmp_path):
     env = {"DIE_AT": "step 1", "DIE_BY": "MEMORY", "DISK": LITTLE, "DIE_RANK": "1"}
-    given = words(example, tmp_path / "run", 2, auto_find_batch_size=True)
-    codes, printed = forks.run(given, 2, **env)
+    flags = words(example, tmp_path / "run", 2, auto_find_batch_size=True)
+    codes, printed = forks.run(flags, 2, **env)
     assert codes == [SMALLER] * 2 and "64 rows per device and 2 accumulated are next" in printed
-    codes, printed = forks.run(given, 2)
+    codes, printed = forks.run(flags, 2)
     assert not any(codes) and "(64 per device x 2 accumulated x 2 ranks)" in printed, printed
     codes, printed = forks.run(words(example, tmp_path / "whole", 2), 2)
     assert not any(codes), printed
@@ -77,13 +77,13 @@ def test_one_process_restarts_itself_with_a_smaller_batch(example, forks, tmp_pa
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     env = {"DIE_AT": "step 1", "DIE_BY": "MEMORY", "DISK": LITTLE}
-    given = words(example, tmp_path / "run", auto_find_batch_size=True, save_steps=100)
-    finished = launch(given, folder=tmp_path, script=script, env=env)
+    flags = words(example, tmp_path / "run", auto_find_batch_size=True, save_steps=100)
+    finished = launch(flags, folder=tmp_path, script=script, env=env)
     assert finished.code == 0, finished.output
     assert "128 rows per device and 2 accumulated are next" in finished.output
     assert "(128 per device x 2 accumulated x 1 rank)" in finished.output
-    kept = (tmp_path / "run" / "checkpoint-1").is_dir()
-    assert kept or "too little memory to save the last completed step" in finished.output
+    is_kept = (tmp_path / "run" / "checkpoint-1").is_dir()
+    assert is_kept or "too little memory to save the last completed step" in finished.output
     (code,), printed = forks.run(words(example, tmp_path / "whole"))
     assert code == 0, printed
     check_same(tmp_path / "run", tmp_path / "whole")

@@ -93,14 +93,14 @@ def test_a_dead_rank_ends_the_ranks_of_all_machines(example, forks):
 @pytest.fixture(scope="module")
 def saved(example, forks):
     """Output folders of two-rank runs of ten steps, with a checkpoint in the second epoch."""
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = example.folder / f"two-ranks-{kind}"
-            codes, output = forks.run(of_two_epochs(example, made[kind], kind, 2), 2)
+        if kind not in folders:
+            folders[kind] = example.folder / f"two-ranks-{kind}"
+            codes, output = forks.run(of_two_epochs(example, folders[kind], kind, 2), 2)
             assert not any(codes), output
-        return made[kind]
+        return folders[kind]
 
     return make
 
@@ -129,7 +129,7 @@ def of_two_epochs(example, output: Path, kind: str, accumulation: int, **flags) 
         [("zero3", 4), ("ddp", 1)],
     ),
 )
-def test_a_run_resumes_with_another_number_of_ranks(example, forks, saved, kind, ranks):
+def test_a_run_resumes_with_a_different_number_of_ranks(example, forks, saved, kind, ranks):
     """Rows per step, data position, optimizer, schedule and logging window are restored."""
     whole = saved(kind)
     output = example.folder / f"two-ranks-{kind}-by-{ranks}"
@@ -159,7 +159,7 @@ def test_a_run_resumes_with_another_number_of_ranks(example, forks, saved, kind,
         (3, 1, "3 ranks cannot share 64 rows evenly"),
     ],
 )
-def test_another_number_of_rows_per_step_is_refused(
+def test_a_different_number_of_rows_per_step_is_rejected(
     example, forks, saved, ranks, accumulation, message, request
 ):
     output = example.folder / request.node.name

@@ -54,8 +54,8 @@ def train(example, forks):
             "fsdp": {"fsdp": True, "use_cpu": True},
         }[kind]
         batch = {"per_device_train_batch_size": 32}
-        wanted = {**batch, **FLAGS[setting], **more, **flags}
-        wanted["per_device_train_batch_size"] = int(wanted["per_device_train_batch_size"]) // ranks
+        settings = {**batch, **FLAGS[setting], **more, **flags}
+        settings["per_device_train_batch_size"] = int(settings["per_device_train_batch_size"]) // ranks
         words = example.words(
             output,
             **{
@@ -63,7 +63,7 @@ def train(example, forks):
                 "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3, "logging_steps": 2,
                 "resume_from_checkpoint": "auto", "warmup_ratio": 0.2,
                 "per_device_eval_batch_size": 1,  # several batches, between which stop signals are checked
-                **wanted,
+                **settings,
             },
         )  # fmt: skip
         return forks.run(words, ranks, **(env or {}))
@@ -74,14 +74,14 @@ def train(example, forks):
 @pytest.fixture(scope="module")
 def whole(example, train):
     """Output folders of uninterrupted runs, created on first use."""
-    made: dict[tuple[str, str], Path] = {}
+    folders: dict[tuple[str, str], Path] = {}
 
     def make(setting: str, kind: str) -> Path:
-        if (setting, kind) not in made:
-            made[setting, kind] = example.folder / f"whole-{setting}-{kind}"
-            codes, output = train(made[setting, kind], setting, kind)
+        if (setting, kind) not in folders:
+            folders[setting, kind] = example.folder / f"whole-{setting}-{kind}"
+            codes, output = train(folders[setting, kind], setting, kind)
             assert not any(codes), output
-        return made[setting, kind]
+        return folders[setting, kind]
 
     return make
 
@@ -199,7 +199,7 @@ def test_a_signal_before_training_ends_the_run_at_once(example, forks):
     assert code == STOPPED and "before training began" in started.output
 
 
-def test_auto_resume_starts_anew_and_names_the_skipped_checkpoints(example, train, whole):
+def test_auto_resume_starts_over_and_names_the_skipped_checkpoints(example, train, whole):
     reference = whole("plain", "single")
     output = example.folder / "passed-over"
     shutil.copytree(reference / "checkpoint-3", output / "checkpoint-3")

@@ -34,15 +34,17 @@ def test_a_damaged_checkpoint_is_not_published(example, forks, tmp_path, ranks):
     env = {"DIE_AT": "verifying 4", "DIE_BY": "NAN", "DISK": str(output / "incomplete-checkpoint-4")}
     codes, printed = forks.run(words(example, output, ranks), ranks, **env)
     check_refused(codes, printed, "holds values that are not finite (NaN, infinity)")
-    found, passed_over = newest_checkpoint(output)
-    assert found.step == 2 and "incomplete-checkpoint-4" in passed_over[0]
+    newest, passed_over = newest_checkpoint(output)
+    assert newest.step == 2 and "incomplete-checkpoint-4" in passed_over[0]
     codes, printed = forks.run(words(example, output, ranks), ranks)
     assert not any(codes), printed
 
 
 @pytest.mark.parametrize(
     ("verify", "ranks"),
-    mostly_slow([(one, ranks) for one in ("True", "False") for ranks in (1, 2)], [("True", 1), ("False", 1)]),
+    mostly_slow(
+        [(policy, ranks) for policy in ("True", "False") for ranks in (1, 2)], [("True", 1), ("False", 1)]
+    ),
 )
 def test_a_damaged_final_model_does_not_replace_an_earlier_one(example, forks, tmp_path, ranks, verify):
     output = tmp_path / "run"
@@ -51,17 +53,17 @@ def test_a_damaged_final_model_does_not_replace_an_earlier_one(example, forks, t
     assert code == 0, printed
     before = load_file(output / "model.safetensors")
     env = {"DIE_AT": "verifying 4", "DIE_BY": "NAN", "DISK": str(output / "incomplete-model")}
-    given = words(example, output, ranks, verify_save=verify, **flags)
-    codes, printed = forks.run(given, ranks, **env)
+    command = words(example, output, ranks, verify_save=verify, **flags)
+    codes, printed = forks.run(command, ranks, **env)
     after = load_file(output / "model.safetensors")
     if verify == "False":
         assert not any(codes), printed
-        assert any(not one.isfinite().all() for one in after.values())
+        assert any(not weight.isfinite().all() for weight in after.values())
         return
     check_refused(
         codes, printed, f"it is in {output}/incomplete-model, and the files that {output} held before are"
     )
-    assert all(torch.equal(one, before[name]) for name, one in after.items())
+    assert all(torch.equal(weight, before[name]) for name, weight in after.items())
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -72,7 +74,7 @@ def test_verification_does_not_change_the_run(example, forks, tmp_path, ranks):
         codes, printed = forks.run(words(example, output, ranks, verify_save=verify), ranks)
         assert not any(codes) and "not loaded" not in printed, printed
         history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-        losses.append([(one["nll"], one["grad_norm"]) for one in history if "grad_norm" in one])
+        losses.append([(record["nll"], record["grad_norm"]) for record in history if "grad_norm" in record])
     assert losses[0] == losses[1] and len(losses[0]) == 4
-    one, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("all", "False"))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    model, other = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("all", "False"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

@@ -50,16 +50,16 @@ def load(folder: Path) -> None:
 # ---- models ----
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["known-architecture", "unknown-architecture"])
-def test_code_shipped_with_a_model_is_not_run(folder, tmp_path, known):
+@pytest.mark.parametrize("is_known", [True, False], ids=["known-architecture", "unknown-architecture"])
+def test_code_shipped_with_a_model_is_not_run(folder, tmp_path, is_known):
     marker = tmp_path / "ran"
     (folder / "evil.py").write_text(EVIL.format(marker=str(marker)))
-    kind = {} if known else {"model_type": "evil", "architectures": ["Evil"]}
+    kind = {} if is_known else {"model_type": "evil", "architectures": ["Evil"]}
     settings(
         "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}, **kind
     )(folder)
     settings("tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})(folder)
-    if known:
+    if is_known:
         load(folder)
     else:
         with pytest.raises(UserError, match="trust_remote_code"):
@@ -149,7 +149,7 @@ def test_paths_in_data_files_are_never_opened(tiny, tmp_path):
     rows = [
         {
             "messages": [
-                {"role": "user", "content": one, "image": path},
+                {"role": "user", "content": entry, "image": path},
                 {"role": "assistant", "content": url},
             ],
             "images": [path],
@@ -157,7 +157,7 @@ def test_paths_in_data_files_are_never_opened(tiny, tmp_path):
             "chat_template_kwargs": {"documents": [path], "include": path},
             "tools": [{"type": "function", "function": {"name": path, "parameters": {"$ref": url}}}],
         }
-        for one in contents
+        for entry in contents
     ]
     rows += [{key: value for key, value in row.items() if key != "tools"} for row in rows]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -210,8 +210,8 @@ def test_no_secret_is_written_or_printed(tiny, tmp_path):
         if file.is_file() and file.name != "flags.yaml"
     ]
     assert len(places) > 20 and any("run_args.yaml" in name for name, _ in places)
-    found = [(name, secret) for name, content in places for secret in secrets if secret in content]
-    assert not found, found
+    leaks = [(name, secret) for name, content in places for secret in secrets if secret in content]
+    assert not leaks, leaks
 
 
 # ---- prepared data ----
@@ -223,31 +223,31 @@ def cached(encoder: ChatEncoder, tmp_path: Path) -> PreparedData:
 
 
 def test_prepared_data_is_private(encoder, tmp_path):
-    made = cached(encoder, tmp_path)
-    for one in (tmp_path / "cache", made.path):
-        assert stat.S_IMODE(one.stat().st_mode) == 0o700
+    data = cached(encoder, tmp_path)
+    for folder in (tmp_path / "cache", data.path):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def test_prepared_data_that_others_can_write_is_not_used(encoder, tmp_path):
-    made = cached(encoder, tmp_path)
-    made.path.chmod(0o777)
+    data = cached(encoder, tmp_path)
+    data.path.chmod(0o777)
     with pytest.raises(UserError, match="can be written by other users and is not used; remove it"):
         cached(encoder, tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
 @pytest.mark.parametrize("name", [".", "train.arrow"])
-def test_prepared_data_of_another_user_is_not_used(encoder, tmp_path, name):
-    made = cached(encoder, tmp_path)
-    os.chown(made.path / name, 12345, 12345)
+def test_prepared_data_of_other_users_is_not_used(encoder, tmp_path, name):
+    data = cached(encoder, tmp_path)
+    os.chown(data.path / name, 12345, 12345)
     with pytest.raises(UserError, match=r"belongs to another user \(uid 12345\) and is not used; remove it"):
         cached(encoder, tmp_path)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["a-file", "the-folder"])
 def test_links_in_the_cache_are_not_followed(encoder, tmp_path, inside):
-    made = cached(encoder, tmp_path)
-    link = made.path / "train.arrow" if inside else made.path
+    data = cached(encoder, tmp_path)
+    link = data.path / "train.arrow" if inside else data.path
     link.rename(tmp_path / "elsewhere")
     link.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="is or contains a symbolic link and is not used; remove it"):
@@ -255,39 +255,39 @@ def test_links_in_the_cache_are_not_followed(encoder, tmp_path, inside):
 
 
 def test_links_named_like_locks_or_staging_folders_are_not_followed(encoder, tmp_path):
-    made = cached(encoder, tmp_path)
+    data = cached(encoder, tmp_path)
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").write_text("kept")
-    (made.path.parent / f"{made.path.name}.abcdefgh").symlink_to(precious)
-    (made.path / "train.arrow").write_bytes(b"damaged")
+    (data.path.parent / f"{data.path.name}.abcdefgh").symlink_to(precious)
+    (data.path / "train.arrow").write_bytes(b"damaged")
     cached(encoder, tmp_path)
     assert (precious / "file").read_text() == "kept"
-    lock = made.path.with_name(f"{made.path.name}.lock")
+    lock = data.path.with_name(f"{data.path.name}.lock")
     lock.unlink(missing_ok=True)
     lock.symlink_to(precious / "file")
-    (made.path / "train.arrow").write_bytes(b"damaged")
+    (data.path / "train.arrow").write_bytes(b"damaged")
     with pytest.raises(UserError, match="--data_cache_dir .* cannot be written"):
         cached(encoder, tmp_path)
     assert (precious / "file").read_text() == "kept"
 
 
 def test_file_names_that_leave_a_prepared_folder_are_not_followed(encoder, tmp_path, capfd):
-    made = cached(encoder, tmp_path)
-    (made.path.parent / "outside").write_text("x")
-    contents = json.loads((made.path / CONTENTS).read_text())
-    contents["../outside"] = file_entry(made.path.parent / "outside")
-    (made.path / CONTENTS).write_text(json.dumps(contents))
+    data = cached(encoder, tmp_path)
+    (data.path.parent / "outside").write_text("x")
+    contents = json.loads((data.path / CONTENTS).read_text())
+    contents["../outside"] = file_entry(data.path.parent / "outside")
+    (data.path / CONTENTS).write_text(json.dumps(contents))
     cached(encoder, tmp_path)
     assert "is damaged and will be prepared again" in capfd.readouterr().err
 
 
 def test_no_pickle_is_read_from_prepared_data(encoder, tmp_path):
-    made, marker = cached(encoder, tmp_path), tmp_path / "unpickled"
-    file = made.path / "train.order.npy"
+    data, marker = cached(encoder, tmp_path), tmp_path / "unpickled"
+    file = data.path / "train.order.npy"
     np.save(file, np.array([Malicious(marker)], dtype=object), allow_pickle=True)
-    contents = json.loads((made.path / CONTENTS).read_text()) | {file.name: file_entry(file)}
-    (made.path / CONTENTS).write_text(json.dumps(contents))
+    contents = json.loads((data.path / CONTENTS).read_text()) | {file.name: file_entry(file)}
+    (data.path / CONTENTS).write_text(json.dumps(contents))
     with pytest.raises(ValueError, match="Python objects in dtype"):
         cached(encoder, tmp_path)
     assert not marker.exists()

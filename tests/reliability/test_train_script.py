@@ -40,14 +40,14 @@ def start(example, output: Path, log: Path, *more: str) -> subprocess.Popen[byte
 
 def rank(number: int) -> psutil.Process:
     """Return the process of a rank of the run that was started last."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         try:
             if process.environ().get("RANK") == str(number) and "train_dft.py" in " ".join(process.cmdline()):
-                found.append(process)
+                processes.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return max(found, key=psutil.Process.create_time)
+    return max(processes, key=psutil.Process.create_time)
 
 
 def once(is_so) -> None:

@@ -72,7 +72,7 @@ def outcome(
         message = ""
     ended[0].touch()
     deadline = time.monotonic() + PATIENCE
-    while not all(one.exists() for one in ended) and time.monotonic() < deadline:
+    while not all(path.exists() for path in ended) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.join()
@@ -93,14 +93,14 @@ def main() -> None:
     torch.set_num_threads(1)  # thread pools do not survive a fork
     table, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    found = {}
+    outcomes = {}
     for row in table:
         name = row["name"]
         port = agreed_port(results.with_suffix(f".{name}.port"), rank)
         ended = [results.with_suffix(f".{name}.{(rank + other) % ranks}") for other in range(ranks)]
         log = results.with_suffix(f".{rank}.log")
-        found[name] = outcome(row["words"], port, log, ended, row["template_seconds"])
-    results.with_suffix(f".{rank}.json").write_text(json.dumps(found))
+        outcomes[name] = outcome(row["words"], port, log, ended, row["template_seconds"])
+    results.with_suffix(f".{rank}.json").write_text(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,10 @@ def test_statistics_follow_their_formulas():
     assert statistics["p_end_of_turn"] == pytest.approx((0.9 + 0.001) / 2)
     # The 1-norm of softmax - onehot, for a softmax that gives the remaining probability to one other token.
     gradients = [abs(probability - 1) + abs(1 - probability) for probability in p]
-    kept = sum(probability * size for probability, size in zip(p, gradients, strict=True)) / sum(gradients)
-    assert statistics["gradient_kept"] == pytest.approx(kept)
+    gradient_kept = sum(probability * size for probability, size in zip(p, gradients, strict=True)) / sum(
+        gradients
+    )
+    assert statistics["gradient_kept"] == pytest.approx(gradient_kept)
     assert statistics["silenced_share"] == 0.25
     assert statistics["p_histogram"][18] == statistics["p_histogram"][10] == statistics["p_histogram"][0] == 1
     assert sum(statistics["p_histogram"]) == 4

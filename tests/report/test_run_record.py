@@ -12,10 +12,10 @@ def test_arguments_are_complete_and_exclude_secrets(tmp_path):
     (tmp_path / "token.yaml").write_text("hub_token: hf_secret")
     config = str(tmp_path / "token.yaml")
     arguments = parse_arguments(words(tmp_path, "--dft_alpha", "0.7", "--config", config))
-    resolved, given = resolved_arguments(arguments), given_arguments(arguments)
-    assert given["dft_alpha"] == 0.7 and "learning_rate" not in given
+    resolved, explicit = resolved_arguments(arguments), given_arguments(arguments)
+    assert explicit["dft_alpha"] == 0.7 and "learning_rate" not in explicit
     assert resolved["learning_rate"] == 5e-5 and resolved["max_length"] == 2048 and resolved["report"] is True
-    assert "hf_secret" not in json.dumps([resolved, given])
+    assert "hf_secret" not in json.dumps([resolved, explicit])
 
 
 def test_git_commit_marks_changed_files(tmp_path):

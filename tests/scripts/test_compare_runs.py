@@ -22,6 +22,6 @@ def test_the_largest_relative_difference_is_returned(tmp_path):
     assert largest_differences(reference, other) == pytest.approx(dict.fromkeys(METRICS, 0.05))
 
 
-def test_runs_without_a_common_step_are_refused(tmp_path):
+def test_runs_without_a_common_step_are_rejected(tmp_path):
     with pytest.raises(UserError, match="b: has no logged step in common with .*a$"):
         largest_differences(save(tmp_path / "a", {1: 2.0}), save(tmp_path / "b", {2: 2.0}))

@@ -10,13 +10,13 @@ from tests.launching import ROOT
 CONFIGS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "ds_config").glob("*.json"))}
 
 
-def test_there_is_one_for_every_stage():
+def test_every_stage_has_a_configuration():
     stages = {name: config["zero_optimization"]["stage"] for name, config in CONFIGS.items()}
     assert stages == {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_flags_decide_is_left_to_them(name):
+def test_values_controlled_by_flags_are_auto(name):
     config = CONFIGS[name]
     for key in (
         "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -33,8 +33,8 @@ def test_zero3_gathers_the_weights_it_saves(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_zero_setting_is_one_that_deepspeed_knows(name):
+def test_every_zero_setting_is_known_to_deepspeed(name):
     settings = CONFIGS[name]["zero_optimization"].items()
     DeepSpeedZeroConfig(**{key: value for key, value in settings if value != "auto"})
-    known = {field.alias or key for key, field in DeepSpeedZeroConfig.model_fields.items()}
-    assert {key for key, _ in settings} <= known
+    fields = {field.alias or key for key, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert {key for key, _ in settings} <= fields

@@ -224,7 +224,7 @@ def test_a_base_model_with_missing_weights_is_refused(tiny, trained, tmp_path):
     assert f"{base}: has no model.norm.weight in its files" in refused(trained, tmp_path / "merged", base)
 
 
-def test_adapters_of_another_kind_are_refused(adapters, tmp_path):
+def test_adapters_of_other_types_are_rejected(adapters, tmp_path):
     settings = {"peft_type": "IA3", "base_model_name_or_path": "model"}
     (adapters / "adapter_config.json").write_text(json.dumps(settings))
     assert "holds IA3 adapters; only LoRA adapters can be merged" in refused(adapters, tmp_path / "merged")

@@ -129,7 +129,7 @@ def test_labels_are_made_unique_by_differing_arguments():
     assert labels_of([named("a")] * 2, [Path("x")] * 2) == ["a, x, 1", "a, x, 2"]
 
 
-def test_remarks_name_what_prevents_a_comparison(reports, folders):
+def test_remarks_name_the_obstacles_to_a_comparison(reports, folders):
     other = {**reports[1], "model": {"name": "another"}, "log": [eval_record(9)]}
     other["log"][0]["eval_supervised_tokens"] = 1000
     text = Page(comparison_page(runs_of([reports[0], other], folders[:2]))).text

@@ -68,7 +68,7 @@ WITH_HELP = [*SCRIPTS, *sorted((ROOT / "scripts/paper").glob("*.sh"))]
 
 
 @pytest.mark.parametrize("script", WITH_HELP, ids=lambda path: path.name)
-def test_help_prints_the_comment_at_the_top_and_does_nothing_else(script, tmp_path):
+def test_help_only_prints_the_comment_at_the_top(script, tmp_path):
     if script.name == "environment.sh":
         pytest.skip("sourced by the other scripts")
     done = subprocess.run(
@@ -93,14 +93,14 @@ def test_the_reason_for_a_failure_is_the_last_line_of_the_log_and_of_stderr(copy
 
 def test_trackers_write_into_the_output_folder_unless_logging_dir_is_set(copy):
     fake_deepspeed(copy[1], 'printf "%s\\n" "$@"')
-    for words, env, wanted in (
+    for words, env, expected in (
         ((), {}, "outputs/dft/logs"),
         (("--output_dir", "there"), {}, "there/logs"),
         (("--output_dir=there",), {"LOGGING_DIR": "elsewhere"}, "elsewhere"),
     ):
         _, output, _ = run(copy, *DATA, *words, MODEL="m", SHOW_LOG="1", **env)
-        given = output.splitlines()
-        assert given[given.index("--logging_dir") + 1] == wanted
+        command = output.splitlines()
+        assert command[command.index("--logging_dir") + 1] == expected
 
 
 def test_train_starts_from_any_folder_and_prints_the_path_of_the_log(copy):
@@ -142,17 +142,17 @@ def test_the_default_alpha_is_passed_only_to_objectives_that_have_one(copy, word
     fake_deepspeed(copy[1], 'printf "%s\\n" "$@"')
     code, output, errors = run(copy, *DATA, *words, MODEL="m", DFT_ALPHA="0.9", SHOW_LOG="1")
     assert code == 0, errors
-    given = output.splitlines()
-    assert [given[at + 1] for at, word in enumerate(given) if word == "--dft_alpha"] == alphas
+    command = output.splitlines()
+    assert [command[at + 1] for at, word in enumerate(command) if word == "--dft_alpha"] == alphas
 
 
-@pytest.mark.parametrize(("objective", "wanted"), [("power", []), ('"dft"', ["0.7"])])
-def test_the_objective_is_also_read_from_a_config_file(copy, tmp_path, objective, wanted):
+@pytest.mark.parametrize(("objective", "alphas"), [("power", []), ('"dft"', ["0.7"])])
+def test_the_objective_is_also_read_from_a_config_file(copy, tmp_path, objective, alphas):
     (tmp_path / "run.yaml").write_text(f"learning_rate: 1e-6\nobjective: {objective}\n")
     fake_deepspeed(copy[1], 'printf "%s\\n" "$@"')
     _, output, errors = run(copy, *DATA, "--config", str(tmp_path / "run.yaml"), MODEL="m", SHOW_LOG="1")
-    given = output.splitlines()
-    assert [given[at + 1] for at, word in enumerate(given) if word == "--dft_alpha"] == wanted, errors
+    command = output.splitlines()
+    assert [command[at + 1] for at, word in enumerate(command) if word == "--dft_alpha"] == alphas, errors
 
 
 def test_no_objective_is_named_in_the_script():
@@ -161,7 +161,7 @@ def test_no_objective_is_named_in_the_script():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_gets_an_alpha_exactly_if_it_has_one(copy, objective):
+def test_alpha_is_passed_only_to_objectives_that_have_one(copy, objective):
     fake_deepspeed(copy[1], 'printf "%s\\n" "$@"')
     code, output, errors = run(copy, *DATA, "--objective", objective, MODEL="m", SHOW_LOG="1")
     assert code == 0, errors
@@ -302,7 +302,7 @@ def test_a_rank_that_does_not_save_in_time_is_killed(copy, tmp_path):
     assert "ended after 1 s without a checkpoint being saved; there is no checkpoint" in errors
 
 
-def test_a_killed_launcher_leaves_no_rank_behind(copy, tmp_path):
+def test_killing_the_launcher_ends_all_ranks(copy, tmp_path):
     fake_ranks(copy, f"echo $BASHPID $PPID >{tmp_path}/pid; exec sleep 300")
     process = start(copy, *DATA, MODEL="m")
     rank, _ = map(int, wait_for(tmp_path / "pid").split())
@@ -340,11 +340,11 @@ def test_restarts_resume_and_stop_without_progress(copy, tmp_path, then, restart
     fake_deepspeed(copy[1], CRASHES.format(output=output, then=then.format(output=output)))
     words = (*DATA, "--save_only_model", "False", "--output_dir", str(output))
     ended, _, errors = run(copy, *words, MODEL="m", MAX_RESTARTS=str(restarts))
-    made = (output / "attempts").read_text().splitlines()
-    assert (len(made), ended) == (attempts, code), errors
-    assert all("--resume_from_checkpoint auto" in line for line in made[1:])
+    attempt_lines = (output / "attempts").read_text().splitlines()
+    assert (len(attempt_lines), ended) == (attempts, code), errors
+    assert all("--resume_from_checkpoint auto" in line for line in attempt_lines[1:])
     if restarts:
-        assert "--resume_from_checkpoint auto" in made[0]
+        assert "--resume_from_checkpoint auto" in attempt_lines[0]
 
 
 @pytest.mark.parametrize("saves", [True, False])
@@ -356,9 +356,11 @@ def test_exit_code_76_restarts_with_the_smaller_batch(copy, tmp_path, saves):
     then = then.format(output=output) + "exit 76"
     fake_deepspeed(copy[1], CRASHES.format(output=output, then=then))
     code, printed, _ = run(copy, *DATA, "--output_dir", str(output), MODEL="m")
-    made = (output / "attempts").read_text().splitlines()
-    assert code == 0 and len(made) == 3 and printed.count("restarting with a smaller batch size") == 2
-    assert all(("--resume_from_checkpoint auto" in line) == saves for line in made[1:])
+    attempt_lines = (output / "attempts").read_text().splitlines()
+    assert (
+        code == 0 and len(attempt_lines) == 3 and printed.count("restarting with a smaller batch size") == 2
+    )
+    assert all(("--resume_from_checkpoint auto" in line) == saves for line in attempt_lines[1:])
 
 
 def test_restarts_need_checkpoints_that_can_be_resumed(copy):
@@ -367,7 +369,7 @@ def test_restarts_need_checkpoints_that_can_be_resumed(copy):
     assert code == 2 and "set --save_only_model False" in errors and "started" not in output
 
 
-def test_running_setup_again_installs_nothing():
+def test_rerunning_setup_does_not_install_anything():
     finished = subprocess.run(
         ["bash", str(ROOT / "scripts" / "setup.sh"), "--dev"],
         env={**os.environ, "VIRTUAL_ENV": sys.prefix},

@@ -312,7 +312,7 @@ def llama4(attention_chunk_size: int = 4, floor_scale: int = 8192):
         (llama4, "Llama4ForCausalLM cannot .* the position in the row .* rows of up to 8191 tokens"),
     ],
 )
-def test_models_that_mix_sequences_get_padded_rows_and_refuse_packed_ones(build, reason):
+def test_models_that_mix_sequences_get_padded_rows_and_reject_packed_ones(build, reason):
     model = build()
     assert choose_collator(model, 7, packed=False) == PaddedCollator(7)
     with pytest.raises(UserError, match=f"{reason}.*--packing False"):

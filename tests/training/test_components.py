@@ -88,7 +88,7 @@ def test_a_regular_save_leaves_only_the_end_of_the_epoch_pending():
 # ---- checkpoints ----
 
 
-def test_a_checkpoint_that_fails_half_way_leaves_the_earlier_one(tmp_path, accelerator, args):
+def test_a_failed_save_keeps_the_earlier_checkpoint(tmp_path, accelerator, args):
     folder = write_checkpoint(tmp_path / "checkpoint-1", accelerator, args, "digest")
     writer = CheckpointWriter(accelerator, is_writer=True)
     with (
@@ -122,7 +122,7 @@ def test_resuming_checks_owner_and_model_before_anything_is_loaded(tmp_path, acc
     assert Resumer(accelerator, tmp_path, trust_checkpoint=True).resolve(True, "digest") == str(folder)
 
 
-def test_without_a_checkpoint_there_is_nothing_to_resume(tmp_path, accelerator):
+def test_resuming_without_a_checkpoint(tmp_path, accelerator):
     resumer = Resumer(accelerator, tmp_path)
     assert resumer.resolve(None, "") is None and resumer.resolve(False, "") is None
     with pytest.raises(UserError, match="there is no complete checkpoint"):
@@ -136,7 +136,7 @@ def test_tied_weights_are_not_missing():
     assert missing == ["model.norm.weight"]
 
 
-def test_other_data_and_another_seed_are_reported(tmp_path, args):
+def test_changed_data_and_seed_are_reported(tmp_path, args):
     manifest = RunFacts(args, conversations(4)).manifest(1, True)
     assert RunFacts(args, conversations(4)).differences(manifest) == []
     other = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, seed=7)
@@ -166,7 +166,7 @@ def test_a_run_without_signals_is_never_asked_to_stop(accelerator):
 # ---- what is not finite ----
 
 
-def test_a_skipped_step_is_taken_out_of_the_sums_and_updates_nothing(tmp_path, accelerator):
+def test_a_skipped_step_is_removed_from_the_sums_and_does_not_update_weights(tmp_path, accelerator):
     weight = torch.nn.Parameter(torch.ones(2))
     model = torch.nn.ParameterList([weight])
     optimizer = accelerator.prepare(torch.optim.SGD([weight], lr=1.0))
@@ -183,7 +183,7 @@ def test_a_skipped_step_is_taken_out_of_the_sums_and_updates_nothing(tmp_path, a
     assert not optimizer.step_was_skipped
 
 
-def test_an_unfinished_step_is_taken_out_of_the_sums(tmp_path, accelerator):
+def test_an_unfinished_step_is_removed_from_the_sums(tmp_path, accelerator):
     guard, total = NonfiniteGuard("stop", accelerator, tmp_path, fp16=False), torch.tensor([5.0])
     guard.watch(torch.tensor(1.0), torch.tensor([1.0]), {}, total)
     total += 1
@@ -196,7 +196,7 @@ def test_an_unfinished_step_is_taken_out_of_the_sums(tmp_path, accelerator):
 # ---- the rest ----
 
 
-def test_the_order_of_the_training_data_depends_on_the_epoch_alone(args):
+def test_the_order_of_the_training_data_depends_only_on_the_epoch(args):
     order, dataset = DataOrder(args), WithBlank(conversations(9), 0)
     sampler = order.train_sampler(dataset)
     first = list(sampler)
@@ -219,7 +219,7 @@ def test_only_a_finite_evaluation_with_a_checkpoint_can_be_the_best(args, metric
     assert can_be_best(metrics, args, is_saving) == expected
 
 
-def test_the_search_of_trainer_for_a_batch_size_is_an_error(tmp_path):
+def test_the_batch_size_search_of_trainer_is_an_error(tmp_path):
     from dft import DFTTrainer
 
     arguments = transformers.TrainingArguments(

@@ -33,7 +33,7 @@ def trainer(tmp_path, fused_head="on", model=None, **flags) -> DFTTrainer:
         lr_scheduler_type="constant", disable_tqdm=True, seed=5, per_device_train_batch_size=4, max_steps=4,
         eval_strategy="steps", eval_steps=2, **flags,
     )  # fmt: skip
-    train, evaluation = (Dataset.from_list(some) for some in (conversations(16), conversations(9, 2)))
+    train, evaluation = (Dataset.from_list(rows) for rows in (conversations(16), conversations(9, 2)))
     return DFTTrainer(
         model or tiny(),
         arguments,
@@ -46,9 +46,11 @@ def trainer(tmp_path, fused_head="on", model=None, **flags) -> DFTTrainer:
 
 def history(run: DFTTrainer) -> list[dict[str, float]]:
     run.train()
-    kept = ("loss", "nll", "avg_p_correct", "acc", "objective", "grad_norm")
-    kept += tuple(f"eval_{name}" for name in kept[:-1])
-    return [{name: record[name] for name in kept if name in record} for record in run.state.log_history[:-1]]
+    columns = ("loss", "nll", "avg_p_correct", "acc", "objective", "grad_norm")
+    columns += tuple(f"eval_{name}" for name in columns[:-1])
+    return [
+        {name: record[name] for name in columns if name in record} for record in run.state.log_history[:-1]
+    ]
 
 
 WAYS = {
@@ -60,24 +62,24 @@ WAYS = {
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_training_and_evaluation_are_those_of_whole_logits(tmp_path, name):
+def test_training_and_evaluation_match_full_logits(tmp_path, name):
     flags, close = WAYS[name]
     expected = history(trainer(tmp_path, "off", **flags))
-    found = history(trainer(tmp_path, "on", **flags))
-    assert len(found) == len(expected) == 6 and any("eval_nll" in record for record in found)
-    for one, other in zip(found, expected, strict=True):
-        assert one == pytest.approx(other, rel=close, abs=0.1 if name == "autocast" else 1e-12)
+    actual = history(trainer(tmp_path, "on", **flags))
+    assert len(actual) == len(expected) == 6 and any("eval_nll" in record for record in actual)
+    for record, other in zip(actual, expected, strict=True):
+        assert record == pytest.approx(other, rel=close, abs=0.1 if name == "autocast" else 1e-12)
 
 
-def test_pure_bfloat16_trains_as_well(tmp_path):
+def test_training_in_pure_bfloat16(tmp_path):
     wide = history(trainer(tmp_path, "on"))
-    found = history(trainer(tmp_path, "on", model=tiny().to(torch.bfloat16)))
-    for one, other in zip(found, wide, strict=True):
-        (name,) = {"nll", "eval_nll"} & one.keys()
-        assert one[name] == pytest.approx(other[name], rel=2e-2)
+    actual = history(trainer(tmp_path, "on", model=tiny().to(torch.bfloat16)))
+    for record, other in zip(actual, wide, strict=True):
+        (name,) = {"nll", "eval_nll"} & record.keys()
+        assert record[name] == pytest.approx(other[name], rel=2e-2)
 
 
-def test_no_logits_are_ever_computed(tmp_path):
+def test_logits_are_not_computed(tmp_path):
     run = trainer(tmp_path, eval_accumulation_steps=1)
     run.model.eval()
     run._run.loss.inspect_head(run.model)
@@ -89,7 +91,7 @@ def test_no_logits_are_ever_computed(tmp_path):
     assert len(shapes) > 6 and len(probed) <= 4 and set(probed) == {(2, 8, VOCAB)}
 
 
-def test_whoever_asks_for_logits_gets_them(tmp_path):
+def test_logits_are_returned_on_request(tmp_path):
     run = trainer(tmp_path)
     predicted = run.predict(run.eval_dataset)
     assert predicted.predictions.shape[-1] == VOCAB and predicted.metrics["test_nll"] > 0
@@ -98,7 +100,7 @@ def test_whoever_asks_for_logits_gets_them(tmp_path):
     assert outputs.logits.shape == (*batch["labels"].shape, VOCAB)
 
 
-def test_the_model_generates_and_is_saved_as_ever(tmp_path):
+def test_saving_and_generation_still_work(tmp_path):
     run = trainer(tmp_path)
     run.train()
     run.save_model(str(tmp_path / "saved"))
@@ -110,11 +112,11 @@ def test_the_model_generates_and_is_saved_as_ever(tmp_path):
     assert torch.equal(loaded.generate(ids, **options), run.model.generate(ids, **options))
 
 
-def test_why_it_is_not_fused_is_said_once_or_refused(tmp_path, capsys):
+def test_reason_for_an_unfused_head_is_printed_once_or_raised(tmp_path, capsys):
     def model():
-        made = tiny()
-        made.lm_head.forward = lambda hidden: torch.nn.functional.linear(hidden, made.lm_head.weight)
-        return made
+        net = tiny()
+        net.lm_head.forward = lambda hidden: torch.nn.functional.linear(hidden, net.lm_head.weight)
+        return net
 
     trainer(tmp_path, "auto", model=model()).train()
     reason = "the forward of its output embedding has been replaced"
@@ -141,7 +143,7 @@ class NoSync(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_micro_batch_does_not_wait_for_the_device(tmp_path, monkeypatch):
+def test_a_micro_batch_does_not_synchronize_with_the_device(tmp_path, monkeypatch):
     """What only a CPU does, where nothing has to be waited for, is left out."""
     monkeypatch.setattr(
         rows,
@@ -166,7 +168,7 @@ def test_a_micro_batch_does_not_wait_for_the_device(tmp_path, monkeypatch):
         linear_dft_loss(hidden, weight, batch["labels"], num_items=count)
 
 
-def test_the_head_is_looked_at_for_each_run(tmp_path):
+def test_the_head_is_inspected_in_each_run(tmp_path):
     run = trainer(tmp_path)
     run.evaluate()
     first = run._run.loss.head
@@ -178,7 +180,7 @@ def test_the_head_is_looked_at_for_each_run(tmp_path):
     assert run.model.lm_head.weight.shape[0] == VOCAB + 7
 
 
-def test_an_adapter_that_comes_between_two_runs_is_trained(tmp_path):
+def test_an_adapter_added_between_two_runs_is_trained(tmp_path):
     run = trainer(tmp_path, "auto")
     run.evaluate()
     run.model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
@@ -189,26 +191,26 @@ def test_an_adapter_that_comes_between_two_runs_is_trained(tmp_path):
 
 
 @pytest.mark.parametrize("fused_head", ["on", "off"])
-def test_a_stream_of_examples_loses_no_token(tmp_path, fused_head):
+def test_streamed_examples_are_all_trained_on(tmp_path, fused_head):
     def stream():
         yield from conversations(16)
 
     run = trainer(tmp_path, fused_head)
     run.train_dataset = run.eval_dataset = IterableDataset.from_generator(stream)
     run.train()
-    (record,) = [one for one in run.state.log_history if one.get("step") == 1 and "grad_norm" in one]
+    (record,) = [entry for entry in run.state.log_history if entry.get("step") == 1 and "grad_norm" in entry]
     rows = conversations(4)
     plain = trainer(tmp_path, "off")
     plain.train_dataset, plain.args.train_sampling_strategy = Dataset.from_list(rows), "sequential"
     plain.args.max_steps = 1
     plain.train()
-    expected = next(one for one in plain.state.log_history if "grad_norm" in one)
+    expected = next(entry for entry in plain.state.log_history if "grad_norm" in entry)
     for name in ("loss", "nll", "grad_norm"):
         assert record[name] == pytest.approx(expected[name], rel=1e-5)
 
 
 @pytest.mark.parametrize("fused_head", ["on", "off"])
-def test_a_collator_around_ours_may_change_labels(tmp_path, fused_head):
+def test_a_custom_collator_may_change_labels(tmp_path, fused_head):
     ours = PaddedCollator(0)
 
     def collate(examples):
@@ -224,7 +226,7 @@ def test_a_collator_around_ours_may_change_labels(tmp_path, fused_head):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_looking_at_the_model_draws_no_random_numbers_and_leaves_its_mode(tmp_path):
+def test_inspection_preserves_random_state_and_training_mode(tmp_path):
     model = tiny()
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:

@@ -36,7 +36,7 @@ def by_hand(model: Path, alpha: float) -> float:
     return total / count
 
 
-def test_the_example_trains_on_rows_and_a_collator_of_its_own(blocks, tiny, tmp_path, monkeypatch):
+def test_the_examples_of_the_library_page_run(blocks, tiny, tmp_path, monkeypatch):
     example, losses = blocks
     assert len(example.splitlines()) <= 25
     expected = by_hand(tiny, alpha=1.0)
@@ -57,10 +57,10 @@ def test_the_example_trains_on_rows_and_a_collator_of_its_own(blocks, tiny, tmp_
 
     model = AutoModelForCausalLM.from_pretrained(tiny)
     input_ids = torch.tensor([[5, 6, 7, 8, 9]])
-    given = {"model": model, "input_ids": input_ids, "labels": input_ids, "num_items": 10}
+    variables = {"model": model, "input_ids": input_ids, "labels": input_ids, "num_items": 10}
     first, second = losses.split("loss, stats = ")[1:]
-    exec(f"{losses.splitlines()[0]}\nloss, stats = {first}\nwhole = loss\nloss, stats = {second}", given)
-    assert given["loss"].item() == pytest.approx(given["whole"].item(), rel=1e-5)
-    assert given["whole"].item() == pytest.approx(
-        (given["stats"].weight * given["stats"].nll).sum().item() / 10, rel=1e-5
+    exec(f"{losses.splitlines()[0]}\nloss, stats = {first}\nwhole = loss\nloss, stats = {second}", variables)
+    assert variables["loss"].item() == pytest.approx(variables["whole"].item(), rel=1e-5)
+    assert variables["whole"].item() == pytest.approx(
+        (variables["stats"].weight * variables["stats"].nll).sum().item() / 10, rel=1e-5
     )

@@ -32,7 +32,7 @@ print(model.forward == forward, torch.nn.functional.cross_entropy is cross_entro
 """
 
 
-def test_the_layers_get_their_kernels_and_the_loss_stays_ours(tmp_path):
+def test_layers_use_liger_kernels_and_the_loss_does_not(tmp_path):
     pytest.importorskip("liger_kernel")
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],
@@ -46,7 +46,7 @@ def test_the_layers_get_their_kernels_and_the_loss_stays_ours(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fused_linear_cross_entropy", "cross_entropy"])
-def test_a_loss_of_liger_is_refused(tmp_path, name):
+def test_liger_losses_are_rejected(tmp_path, name):
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, use_liger_kernel=True, liger_kernel_config={name: True}
     )
@@ -54,7 +54,7 @@ def test_a_loss_of_liger_is_refused(tmp_path, name):
         DFTTrainer(tiny(), arguments)
 
 
-def test_other_settings_are_kept():
+def test_other_kernel_settings_are_preserved():
     off = {"fused_linear_cross_entropy": False, "cross_entropy": False}
     assert layer_kernels(None) == off
     assert layer_kernels({"rope": False, "cross_entropy": False}) == {"rope": False, **off}

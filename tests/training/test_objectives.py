@@ -18,12 +18,14 @@ from tests.training.test_trainer import tiny
 def distributions(model, rows) -> list[tuple[torch.Tensor, int]]:
     """The distribution at each supervised token, and the token, in float64."""
     model = copy.deepcopy(model).double().eval()
-    found = []
+    tokens = []
     for row in rows:
         with torch.no_grad():
-            made = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].softmax(-1)
-        found += [(made[at], target) for at, target in enumerate(row["labels"][1:]) if target != -100]
-    return found
+            probabilities = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].softmax(-1)
+        tokens += [
+            (probabilities[at], target) for at, target in enumerate(row["labels"][1:]) if target != -100
+        ]
+    return tokens
 
 
 def trainer(tmp_path, rows, **options) -> DFTTrainer:
@@ -41,45 +43,45 @@ def moved() -> torch.nn.Module:
     model = tiny()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for one in model.parameters():
-            one += 0.1 * torch.randn(one.shape, generator=generator)
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
-@pytest.mark.parametrize("one", CASES, ids=lambda one: one.objective.title)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.objective.title)
 @pytest.mark.parametrize("fused", ["on", "off"])
 @pytest.mark.parametrize("floor", [0.0, 0.5])
-def test_metrics_are_those_of_the_objective(tmp_path, one, fused, floor):
-    rows, kl_weight = with_end_token(9), one.objective.kl_weight
+def test_metrics_match_the_formulas_of_the_objective(tmp_path, case, fused, floor):
+    rows, kl_weight = with_end_token(9), case.objective.kl_weight
     base = moved() if kl_weight else None
     run = trainer(
-        tmp_path, rows, objective=one.objective, fused_head=fused, end_of_turn_weight=floor, base_model=base
+        tmp_path, rows, objective=case.objective, fused_head=fused, end_of_turn_weight=floor, base_model=base
     )
-    seen = distributions(run.model, rows)
+    tokens = distributions(run.model, rows)
     others = distributions(moved(), rows)
     weights, losses, kls = [], [], []
-    for (distribution, target), (other, _) in zip(seen, others, strict=True):
+    for (distribution, target), (other, _) in zip(tokens, others, strict=True):
         p = distribution[target].item()
-        weight = one.weight(distribution, p)
+        weight = case.weight(distribution, p)
         weights.append(max(weight, floor) if target == END else weight)
         losses.append(-weights[-1] * math.log(p))
         kls.append((distribution * (distribution / other).log()).sum().item() if kl_weight else 0.0)
-    count = len(seen)
+    count = len(tokens)
     metrics = run.evaluate()
     assert metrics["eval_loss"] == pytest.approx((sum(losses) + kl_weight * sum(kls)) / count, rel=1e-5)
     assert metrics["eval_effective_tokens"] == pytest.approx(sum(weights) / count, rel=1e-5)
     assert ("eval_kl" in metrics) == (kl_weight > 0)
     if kl_weight:
         assert metrics["eval_kl"] == pytest.approx(sum(kls) / count, rel=1e-4)
-    assert ("eval_objective" in metrics) == (one.potential is not None)
-    if one.potential is not None and not floor:
-        potential = sum(one.potential(distribution[target].item()) for distribution, target in seen)
+    assert ("eval_objective" in metrics) == (case.potential is not None)
+    if case.potential is not None and not floor:
+        potential = sum(case.potential(distribution[target].item()) for distribution, target in tokens)
         assert metrics["eval_objective"] == pytest.approx(
             (potential + kl_weight * sum(kls)) / count, rel=1e-5
         )
 
 
-def test_resuming_by_another_method_prints_a_warning(tmp_path):
+def test_resuming_with_a_different_objective_prints_a_warning(tmp_path):
     rows = with_end_token(9)
     recorder = trainer(tmp_path, rows, alpha=0.5, end_of_turn_weight=0.25)._run.recorder
     before = recorder.method()
@@ -100,18 +102,18 @@ def test_resuming_by_another_method_prints_a_warning(tmp_path):
     assert other.differences(manifest) == []
 
 
-def test_a_base_model_is_frozen_and_stays_where_it_was(tmp_path):
+def test_the_base_model_stays_frozen(tmp_path):
     base, rows = moved(), with_end_token(9)
     before = copy.deepcopy(base.state_dict())
     run = trainer(tmp_path, rows, objective=make_objective("asft", {"kl_weight": 1}), base_model=base)
     start = copy.deepcopy(run.model.state_dict())
     run.train()
     assert all(torch.equal(before[key], value) for key, value in base.state_dict().items())
-    assert not any(one.requires_grad or one.grad is not None for one in base.parameters())
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in base.parameters())
     assert any(not torch.equal(start[key], value) for key, value in run.model.state_dict().items())
 
 
-def test_what_has_no_meaning_is_refused(tmp_path):
+def test_invalid_combinations_are_rejected(tmp_path):
     rows = with_end_token(3)
     with pytest.raises(ValueError, match="needs the logits or hidden states of a base model"):
         trainer(tmp_path, rows, objective=make_objective("asft"))

@@ -50,7 +50,7 @@ def trainer(tmp_path, model, rows, fused_head="on", **flags) -> DFTTrainer:
 
 @pytest.mark.parametrize("fused_head", ["on", "off"])
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "granitemoe", "jetmoe", "dbrx"])
-def test_loss_and_gradients_are_those_of_the_models_own_forward(tmp_path, model_type, fused_head):
+def test_loss_and_gradients_match_the_models_own_forward(tmp_path, model_type, fused_head):
     rows, model = conversations(6), make(model_type)
     run = trainer(tmp_path, model, rows, fused_head)
     batch = run.data_collator(rows)
@@ -58,17 +58,17 @@ def test_loss_and_gradients_are_those_of_the_models_own_forward(tmp_path, model_
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     own = model(**inputs)
     own.loss.backward()
-    wanted = {name: one.grad.clone() for name, one in model.named_parameters()}
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     run.is_in_train = True
     loss = run.compute_loss(model, batch, num_items_in_batch=count)
     loss.backward()
     assert own.aux_loss > 0 and loss.item() == pytest.approx(own.loss.item(), rel=1e-5)
-    for name, one in model.named_parameters():
-        assert (one.grad - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-8, name
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-8, name
 
 
-def test_a_step_weighs_the_auxiliary_losses_of_its_parts_by_their_tokens(tmp_path):
+def test_auxiliary_losses_of_micro_batches_are_weighted_by_tokens(tmp_path):
     rows = conversations(8)
     run = trainer(
         tmp_path,
@@ -79,15 +79,15 @@ def test_a_step_weighs_the_auxiliary_losses_of_its_parts_by_their_tokens(tmp_pat
         max_steps=1,
     )
     model, parts = make("mixtral"), []
-    seen = run.compute_loss
+    compute_loss = run.compute_loss
 
-    def noted(model, inputs, **kwargs):
+    def recording_compute_loss(model, inputs, **kwargs):
         parts.append(inputs)
-        return seen(model, inputs, **kwargs)
+        return compute_loss(model, inputs, **kwargs)
 
-    run.compute_loss = noted
+    run.compute_loss = recording_compute_loss
     run.train()
-    (record,) = [one for one in run.state.log_history if "grad_norm" in one]
+    (record,) = [entry for entry in run.state.log_history if "grad_norm" in entry]
     assert len(parts) == 4
     total = sum(len(part["loss_positions"]) for part in parts)
     expected = 0.0
@@ -99,7 +99,7 @@ def test_a_step_weighs_the_auxiliary_losses_of_its_parts_by_their_tokens(tmp_pat
     assert record["loss"] == pytest.approx(record["nll"], rel=1e-6), "the loss is that of the tokens alone"
 
 
-def test_a_router_loss_without_its_coefficient_is_refused(tmp_path):
+def test_a_router_loss_without_coefficient_is_rejected(tmp_path):
     model = tiny()
     model.config.output_router_logits = True
     with pytest.raises(ValueError, match="output_router_logits.* add 'router_aux_loss_coef'"):

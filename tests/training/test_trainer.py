@@ -63,16 +63,16 @@ def recomputed(model, rows, alpha: float) -> dict[str, float]:
                 hits += int(logp[position].argmax()) == target
     count = len(nll)
     return {
-        "loss": sum((alpha * math.exp(-one) + 1 - alpha) * one for one in nll) / count,
+        "loss": sum((alpha * math.exp(-value) + 1 - alpha) * value for value in nll) / count,
         "nll": sum(nll) / count,
-        "avg_p_correct": sum(math.exp(-one) for one in nll) / count,
+        "avg_p_correct": sum(math.exp(-value) for value in nll) / count,
         "acc": hits / count,
-        "objective": sum(alpha * (1 - math.exp(-one)) + (1 - alpha) * one for one in nll) / count,
+        "objective": sum(alpha * (1 - math.exp(-value)) + (1 - alpha) * value for value in nll) / count,
     }
 
 
 @pytest.mark.parametrize("batch", [1, 4, 32])
-def test_evaluation_is_weighted_by_token_at_every_batch_size(tmp_path, batch):
+def test_evaluation_metrics_are_token_weighted_for_every_batch_size(tmp_path, batch):
     """13 sequences: the last batch of 4 holds one, and the blanks beside it count for nothing."""
     rows, model = conversations(13), tiny()
     expected = recomputed(tiny(), rows, 0.6)
@@ -83,7 +83,7 @@ def test_evaluation_is_weighted_by_token_at_every_batch_size(tmp_path, batch):
         assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5), name
 
 
-def test_training_metrics_are_those_of_the_step_before_its_update(tmp_path):
+def test_training_metrics_are_computed_before_the_update(tmp_path):
     rows = conversations(8)
     run = trainer(tmp_path, rows, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1)
     expected = recomputed(tiny(), rows, 0.6)
@@ -94,7 +94,7 @@ def test_training_metrics_are_those_of_the_step_before_its_update(tmp_path):
     assert record["dft_alpha"] == 0.6 and record["tokens_per_second"] > 0
 
 
-def test_a_logging_window_is_weighted_by_token_over_its_steps(tmp_path):
+def test_metrics_of_a_logging_window_are_token_weighted(tmp_path):
     """With a learning rate of 0 every step sees the same model, so a window is a mean over its tokens."""
     rows = conversations(12)
     flags = {
@@ -113,7 +113,7 @@ def test_a_logging_window_is_weighted_by_token_over_its_steps(tmp_path):
         assert run.state.log_history[0][name] == pytest.approx(value, rel=1e-5), name
 
 
-def test_the_last_step_of_an_epoch_counts_no_example_twice(tmp_path):
+def test_no_example_is_repeated_in_the_last_step_of_an_epoch(tmp_path):
     """5 examples in batches of 4: the second step is the fifth example alone."""
     rows = conversations(5)
     run = trainer(
@@ -130,7 +130,7 @@ def test_the_last_step_of_an_epoch_counts_no_example_twice(tmp_path):
     )
 
 
-def test_a_micro_batch_without_supervised_tokens_changes_nothing(tmp_path):
+def test_micro_batches_without_supervised_tokens_have_no_effect(tmp_path):
     rows = conversations(6)
     unsupervised = {"input_ids": [1, 2, 3], "labels": [-100] * 3}
     flags = {"train_sampling_strategy": "sequential", "num_train_epochs": 1, "per_device_train_batch_size": 2}
@@ -144,7 +144,7 @@ def test_a_micro_batch_without_supervised_tokens_changes_nothing(tmp_path):
         assert mixed.state.log_history[0][name] == pytest.approx(plain.state.log_history[0][name], rel=1e-6)
 
 
-def test_alpha_zero_trains_like_the_plain_trainer(tmp_path):
+def test_alpha_0_matches_transformers_trainer(tmp_path):
     """SFT, step for step: transformers' own loss with its own token counting."""
     rows = conversations(16)
     flags = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
@@ -162,7 +162,7 @@ def test_alpha_zero_trains_like_the_plain_trainer(tmp_path):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_only_a_saved_step_can_be_the_best(tmp_path):
+def test_only_saved_steps_can_be_the_best_checkpoint(tmp_path):
     """Evaluations at 1, 2, 3, 4; saves at 2 and 4: the greatest value, at 1, has no checkpoint."""
     rows = conversations(16)
     run = trainer(
@@ -172,13 +172,13 @@ def test_only_a_saved_step_can_be_the_best(tmp_path):
     run.args.save_strategy = transformers.trainer_utils.SaveStrategy.STEPS
     run.args.save_steps = 2
     run.train()
-    by_step = {one["step"]: one["eval_nll"] for one in run.state.log_history if "eval_nll" in one}
+    by_step = {entry["step"]: entry["eval_nll"] for entry in run.state.log_history if "eval_nll" in entry}
     assert by_step[1] > by_step[2] > by_step[4]
     assert run.state.best_metric == by_step[2]
     assert run.state.best_model_checkpoint.endswith("checkpoint-2")
 
 
-def test_a_run_that_goes_on_logs_evaluates_and_saves_as_its_flags_say(tmp_path, caplog):
+def test_a_resumed_run_uses_its_own_logging_evaluation_and_save_steps(tmp_path, caplog):
     """transformers would do so as often as the run that wrote the checkpoint."""
     rows = conversations(8)
     often = {"save_strategy": "steps", "eval_strategy": "steps", "per_device_train_batch_size": 2}
@@ -187,16 +187,16 @@ def test_a_run_that_goes_on_logs_evaluates_and_saves_as_its_flags_say(tmp_path, 
     then = {"max_steps": 5, "save_steps": 1, "logging_steps": 1, "eval_steps": 1}
     run = trainer(tmp_path, rows, evaluation=rows[:2], **often, **then)
     run.train(resume_from_checkpoint=True)
-    log = [one for one in run.state.log_history if one["step"] > 2]
-    assert [one["step"] for one in log if "grad_norm" in one] == [3, 4, 5]
-    assert [one["step"] for one in log if "eval_nll" in one] == [3, 4, 5]
-    assert sorted(one.name for one in tmp_path.glob("checkpoint-*")) == [
+    log = [entry for entry in run.state.log_history if entry["step"] > 2]
+    assert [entry["step"] for entry in log if "grad_norm" in entry] == [3, 4, 5]
+    assert [entry["step"] for entry in log if "eval_nll" in entry] == [3, 4, 5]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
         f"checkpoint-{n}" for n in range(2, 6)
     ]
     assert "do not match" not in caplog.text
 
 
-def test_the_saved_config_keeps_its_cache_setting(tmp_path):
+def test_the_saved_config_has_the_original_cache_setting(tmp_path):
     run = trainer(tmp_path, conversations(4), max_steps=1)
     run.train()
     run.save_model()
@@ -212,12 +212,12 @@ def test_the_saved_config_keeps_its_cache_setting(tmp_path):
         ({"train_sampling_strategy": "batch_rebalance"}, "--train_sampling_strategy batch_rebalance"),
     ],
 )
-def test_arguments_that_would_change_the_loss_are_refused(tmp_path, flags, message):
+def test_arguments_that_would_change_the_loss_are_rejected(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, conversations(2), **flags)
 
 
-def test_a_padding_id_that_is_no_token_is_passed_over(tmp_path):
+def test_an_invalid_padding_id_is_ignored(tmp_path):
     """Some configurations say -1 where they mean none."""
     model = tiny()
     model.config.pad_token_id = -1
@@ -226,19 +226,19 @@ def test_a_padding_id_that_is_no_token_is_passed_over(tmp_path):
     assert metrics["eval_nll"] == pytest.approx(recomputed(tiny(), rows, 0.6)["nll"], rel=1e-5)
 
 
-def test_another_loss_function_is_refused(tmp_path):
+def test_a_custom_loss_function_is_rejected(tmp_path):
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match="compute_loss_func would replace the DFT loss"):
         DFTTrainer(tiny(), arguments, compute_loss_func=lambda *_: torch.tensor(0.0))
 
 
-def test_a_batch_without_labels_is_refused(tmp_path):
+def test_a_batch_without_labels_is_rejected(tmp_path):
     run = trainer(tmp_path, conversations(2))
     with pytest.raises(ValueError, match="no 'labels'"):
         run.compute_loss(run.model, {"input_ids": torch.ones(1, 3, dtype=torch.int64)})
 
 
-def test_lengths_come_from_arrow_and_from_lists_alike():
+def test_lengths_of_arrow_datasets_equal_those_of_lists():
     rows = conversations(9)
     expected = [len(row["input_ids"]) for row in rows]
     dataset = Dataset.from_list(rows)
@@ -269,7 +269,7 @@ class OutOfMemoryOnce(DFTTrainer):
         return loss
 
 
-def test_a_run_that_ran_out_of_memory_resumes_exactly(tmp_path):
+def test_a_run_resumes_exactly_after_running_out_of_memory(tmp_path):
     def make(folder, kind=DFTTrainer):
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path / folder), use_cpu=True, learning_rate=1e-2, disable_tqdm=True, seed=5,
@@ -293,7 +293,7 @@ def test_a_run_that_ran_out_of_memory_resumes_exactly(tmp_path):
     ]
 
 
-def test_train_refuses_a_checkpoint_that_others_can_write(tmp_path):
+def test_train_rejects_a_checkpoint_that_others_can_write(tmp_path):
     rows = conversations(8)
     trainer(tmp_path, rows, max_steps=1, save_strategy="steps", save_steps=1).train()
     (tmp_path / "checkpoint-1" / "optimizer.pt").chmod(0o666)

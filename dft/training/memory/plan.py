@@ -205,7 +205,7 @@ def closest_fitting_plans(
         if fitting and len(setting.changes) > len(fitting[0].setting.changes):
             break
         # Settings come with larger batches first: keep the largest batch that fits for each kind of change.
-        if any(_kinds_of_change(kept.setting) == _kinds_of_change(setting) for kept in fitting):
+        if any(_kinds_of_change(accepted.setting) == _kinds_of_change(setting) for accepted in fitting):
             continue
         candidate = plan(model, training, setting, longest, fused, supervised_share)
         if candidate.peak <= memory * HEADROOM:

@@ -230,7 +230,7 @@ def test_tools_may_be_a_list_or_a_json_string():
         ("3", "a number"),
     ],
 )
-def test_tools_of_another_type_are_an_error(tools, got):
+def test_tools_of_a_wrong_type_are_an_error(tools, got):
     expected = "'tools' must be a list of objects or a JSON string of such a list"
     assert error_of(messages=[USER, ANSWER], tools=tools) == f"{expected}, got {got}"
 

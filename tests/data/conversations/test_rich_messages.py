@@ -141,7 +141,7 @@ def test_tool_calls_and_tools_that_the_template_drops_are_errors(tokenizer_json)
     assert "does not render its tool calls" in str(error_of(encoder, untrained))
 
 
-def test_reasoning_of_each_turn_is_supervised_in_a_sequence_of_its_own(tokenizer_json):
+def test_reasoning_of_each_turn_is_supervised_in_a_separate_sequence(tokenizer_json):
     encoder = encoder_for(tokenizer_json, "thinks")
     messages = [
         ASKED, turn("assistant", "one", reasoning_content="hm"), turn("user", "r"),
@@ -242,7 +242,7 @@ def test_dropped_reasoning_is_detected_even_if_its_words_occur_elsewhere(tokeniz
 
 
 @pytest.mark.parametrize("family", ["llama", "analysis"])
-def test_content_that_the_template_drops_beside_tool_calls_is_an_error(tokenizer_json, family):
+def test_content_dropped_next_to_tool_calls_is_an_error(tokenizer_json, family):
     encoder = encoder_for(tokenizer_json, family)
     error = error_of(encoder, talk([ASKED, called("f", content="f")]))
     assert str(error).startswith(
@@ -268,7 +268,7 @@ def test_two_assistant_turns_in_a_row_need_an_end_of_turn_token(tokenizer_json):
     assert sequences(encoder_for(tokenizer_json, "no_end"), twice)  # it ends no turn at all
 
 
-def test_date_is_fixed_unless_another_one_is_passed(tokenizer_json):
+def test_date_is_fixed_unless_one_is_passed(tokenizer_json):
     conversation = talk([ASKED, turn("assistant", "one")])
     for today, shown in ((None, "26 Jul 2024"), (date(2031, 2, 3), "03 Feb 2031")):
         encoder = encoder_for(tokenizer_json, "llama")
@@ -336,12 +336,12 @@ def test_text_equals_the_rendering_of_transformers(tokenizer_json, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_answer_is_supervised_once_and_no_question_is(tokenizer_json, family):
     encoder = encoder_for(tokenizer_json, family, {"date_string": "1 May"})
-    taught = []
+    supervised = []
     for example in examples_in(encoder, talk(PLAIN)):
         ids, labels = plain(example)
         assert len(ids) == len(labels)
-        taught.append(encoder.tokenizer.decode([label for label in labels if label != -100]))
-    words = "".join(taught)
+        supervised.append(encoder.tokenizer.decode([label for label in labels if label != -100]))
+    words = "".join(supervised)
     assert words.count("Two is four") == 1 and words.count("c") >= 1 and "What" not in words
 
 

@@ -208,7 +208,7 @@ def test_validation_split_is_seeded_disjoint_and_complete(prepared, encoder):
         check_counts(first, name)
 
 
-def test_same_seed_gives_the_same_split_in_another_cache(encoder, tmp_path):
+def test_same_seed_gives_the_same_split_in_a_new_cache(encoder, tmp_path):
     file = write(tmp_path / "a.jsonl", numbered(40))
     options = PrepareOptions(max_length=64, validation_split_percentage=20)
     first, second = (

@@ -135,7 +135,7 @@ def test_final_tool_call_is_stopped_by_the_header_of_its_result(tokenizer_json):
     )
 
 
-def test_last_turn_may_end_with_another_token_than_earlier_turns(tokenizer_json):
+def test_last_turn_may_end_with_a_different_token(tokenizer_json):
     encoder = encoder_of(tokenizer_json, CHANNELS, "<|return|>", "<|call|>", eos_token="<|return|>")
     prompt, final = "<|start|>user<|message|>q<|end|><|start|>assistant", "<|channel|>final<|message|>"
     conversation = ("user", "q"), ("assistant", "a <|return|> b"), ("user", "r"), ("assistant", "c")

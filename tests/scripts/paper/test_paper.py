@@ -90,7 +90,7 @@ def test_answers_are_sampled_as_in_the_paper(repository):
     ]
 
 
-def test_a_batch_not_divisible_by_the_micro_batches_is_refused(repository):
+def test_a_batch_not_divisible_into_micro_batches_is_rejected(repository):
     done = run_shell_script(repository, NUM_GPUS="3")
     assert done.returncode == 2 and done.stdout == ""
     assert "3 processes x PER_DEVICE=4 do not divide 256 conversations per step" in done.stderr

@@ -54,8 +54,8 @@ def test_data_is_reproducible_and_differs_between_seeds(tmp_path):
     for folder in ("one", "two"):
         study_task.write_data(tmp_path / folder, SMALL)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    one, two = ([(tmp_path / folder / name).read_bytes() for name in files] for folder in ("one", "two"))
-    assert one == two
+    first, second = ([(tmp_path / folder / name).read_bytes() for name in files] for folder in ("one", "two"))
+    assert first == second
     names = [study_task.tuning_file(data, seed) for data in study_task.DATA for seed in (-1, 0, 1)]
     tuning = [(tmp_path / "one" / name).read_text() for name in names]
     assert len(set(tuning)) == len(tuning)
@@ -144,7 +144,7 @@ def test_problems_in_the_training_data_are_left_out(tmp_path):
         study.score_unseen(answers, problems, (problems,))
 
 
-def test_a_folder_of_another_study_is_refused(tmp_path):
+def test_a_folder_of_a_different_study_is_rejected(tmp_path):
     """Otherwise a full study would silently reuse the base model of a quick one."""
     folder = tmp_path / "new/study"
     study.claim_folder(folder, study.QUICK)

@@ -42,12 +42,12 @@ def steps(output: Path) -> list[int]:
     return sorted(int(path.name.split("-")[-1]) for path in output.glob("checkpoint-*"))
 
 
-def test_a_checkpoint_has_its_name_when_all_of_it_is_there(tmp_path):
+def test_a_checkpoint_is_renamed_once_it_is_complete(tmp_path):
     folder = write(tmp_path, 3, name=False)
     assert not folder.exists() and newest_checkpoint(tmp_path)[0] is None
     publish(folder)
-    found, passed_over = newest_checkpoint(tmp_path)
-    assert (found.step, found.path, passed_over) == (3, folder, [])
+    checkpoint, passed_over = newest_checkpoint(tmp_path)
+    assert (checkpoint.step, checkpoint.path, passed_over) == (3, folder, [])
     assert json.loads((folder / MANIFEST).read_text())["files"] == {
         "deep/optimizer.pt": 7,
         "model.safetensors": 7,
@@ -67,42 +67,42 @@ def test_a_checkpoint_has_its_name_when_all_of_it_is_there(tmp_path):
         (lambda folder: (folder / MANIFEST).write_text('{"files": {"../x": 1}}'), "it has no ../x"),
     ],
 )
-def test_what_lacks_anything_is_passed_over_for_the_one_before(tmp_path, spoil, reason):
+def test_an_incomplete_checkpoint_is_skipped_for_an_earlier_one(tmp_path, spoil, reason):
     write(tmp_path, 3)
     folder = write(tmp_path, 6)
     spoil(folder)
     with pytest.raises(IncompleteCheckpoint, match=reason):
         open_checkpoint(folder)
-    found, (line,) = newest_checkpoint(tmp_path)
-    assert found.step == 3 and str(folder) in line and reason in line
+    checkpoint, (line,) = newest_checkpoint(tmp_path)
+    assert checkpoint.step == 3 and str(folder) in line and reason in line
 
 
-def test_the_model_alone_is_no_checkpoint_to_go_on_from(tmp_path):
+def test_a_checkpoint_of_the_model_alone_cannot_be_resumed(tmp_path):
     write(tmp_path, 3)
     write(tmp_path, 6, resumable=False)
-    found, (line,) = newest_checkpoint(tmp_path)
-    assert found.step == 3 and "holds the model alone" in line
+    checkpoint, (line,) = newest_checkpoint(tmp_path)
+    assert checkpoint.step == 3 and "holds the model alone" in line
     assert newest_checkpoint(tmp_path, resumable=False)[0].step == 6
 
 
-def test_a_checkpoint_that_is_written_anew_replaces_the_old_one(tmp_path):
+def test_a_rewritten_checkpoint_replaces_the_old_one(tmp_path):
     write(tmp_path, 3, text="before")
     folder = write(tmp_path, 3, text="after")
     assert (folder / "model.safetensors").read_text() == "after" and not unfinished_folders(tmp_path)
 
 
-def test_what_was_sealed_gets_its_name_later_and_what_was_not_does_not(tmp_path):
+def test_only_sealed_checkpoints_are_renamed_later(tmp_path):
     write(tmp_path, 3, name=False)
     half = unfinished(tmp_path / "checkpoint-6")
     half.mkdir()
     (half / "model.safetensors").write_text("wei")
     finish_renaming(tmp_path)
-    found, (line,) = newest_checkpoint(tmp_path)
-    assert found.step == 3 and str(half) in line and "was not written to its end" in line
+    checkpoint, (line,) = newest_checkpoint(tmp_path)
+    assert checkpoint.step == 3 and str(half) in line and "was not written to its end" in line
 
 
 @pytest.mark.parametrize(
-    ("limit", "best", "kept"),
+    ("limit", "best", "remaining"),
     [
         (None, None, [1, 2, 10, 20]),
         (2, None, [10, 20]),
@@ -113,14 +113,14 @@ def test_what_was_sealed_gets_its_name_later_and_what_was_not_does_not(tmp_path)
         (9, None, [1, 2, 10, 20]),
     ],
 )
-def test_the_newest_and_the_best_outlive_the_others(tmp_path, limit, best, kept):
+def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, best, remaining):
     for step in (1, 2, 10, 20):
         write(tmp_path, step)
     rotate(tmp_path, limit, best and str(tmp_path / f"checkpoint-{best}"))
-    assert steps(tmp_path) == kept
+    assert steps(tmp_path) == remaining
 
 
-def test_a_removal_that_is_cut_short_leaves_nothing_with_the_name_of_a_checkpoint(tmp_path, monkeypatch):
+def test_an_interrupted_removal_leaves_no_folder_named_like_a_checkpoint(tmp_path, monkeypatch):
     folder = write(tmp_path, 3)
 
     def cut_short(path):
@@ -132,7 +132,7 @@ def test_a_removal_that_is_cut_short_leaves_nothing_with_the_name_of_a_checkpoin
     assert not folder.exists() and unfinished_folders(tmp_path)
 
 
-def test_nobody_else_may_write_to_a_checkpoint(tmp_path):
+def test_a_checkpoint_is_not_writable_by_others(tmp_path):
     before = os.umask(0o002)  # as where all users of a group share their files
     try:
         folder = write(tmp_path, 3)
@@ -152,7 +152,7 @@ def test_nobody_else_may_write_to_a_checkpoint(tmp_path):
         (lambda folder: os.chown(folder / "deep/optimizer.pt", 12345, -1), "belongs to user 12345"),
     ],
 )
-def test_a_checkpoint_that_others_could_have_changed_is_refused(tmp_path, spoil, fault):
+def test_a_checkpoint_that_others_could_have_changed_is_rejected(tmp_path, spoil, fault):
     folder = write(tmp_path, 3)
     try:
         spoil(folder)

@@ -50,7 +50,7 @@ def sharded(folder: Path) -> None:
     (folder / "model.safetensors").unlink(missing_ok=True)
 
 
-def test_what_is_as_it_was_trained_passes(saved):
+def test_an_undamaged_model_passes(saved):
     folder, expected = saved
     before = torch.get_rng_state()
     check(folder, expected)
@@ -60,13 +60,13 @@ def test_what_is_as_it_was_trained_passes(saved):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_what_is_not_saved_allows_no_dtype(saved):
+def test_dtypes_of_unsaved_buffers_are_ignored(saved):
     model = AutoModelForCausalLM.from_pretrained(saved[0], dtype=torch.bfloat16)
-    assert any(one.dtype == torch.float32 for one in model.buffers()), "of the positions"
+    assert any(buffer.dtype == torch.float32 for buffer in model.buffers()), "of the positions"
     assert dtypes_of(model) == {torch.bfloat16}
 
 
-def test_half_precision_may_round(saved):
+def test_rounding_to_half_precision_is_tolerated(saved):
     folder, expected = saved
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.save_pretrained(folder)
@@ -88,7 +88,7 @@ def test_half_precision_may_round(saved):
     ],
     ids=["zero-size", "dtype", "nan", "infinity", "missing", "other-weights", "empty"],
 )  # fmt: skip
-def test_damaged_weights_are_found(saved, change, message):
+def test_damaged_weights_are_detected(saved, change, message):
     folder, expected = saved
     rewritten(folder, change)
     with pytest.raises(Damaged, match=message):
@@ -105,7 +105,7 @@ def test_damaged_weights_are_found(saved, change, message):
         ("chat_template.jinja", "its chat template is not the one"),
     ],
 )
-def test_missing_files_are_found(saved, name, message):
+def test_missing_files_are_detected(saved, name, message):
     folder, expected = saved
     expected.tokenizer.chat_template = "{{ messages }}"
     expected.tokenizer.save_pretrained(folder)
@@ -114,7 +114,7 @@ def test_missing_files_are_found(saved, name, message):
         check(folder, expected)
 
 
-def test_a_missing_shard_and_a_truncated_one_are_found(saved):
+def test_missing_and_truncated_shards_are_detected(saved):
     folder, expected = saved
     sharded(folder)
     shard = sorted(folder.glob("model-*.safetensors"))[1]
@@ -149,7 +149,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_good_models_of_many_families_pass(tmp_path, family, dtype):
+def test_undamaged_models_of_many_families_pass(tmp_path, family, dtype):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[family]).to(dtype)
     ids = list(range(5, 25))
@@ -164,14 +164,14 @@ def test_good_models_of_many_families_pass(tmp_path, family, dtype):
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "checkpoint-1").is_dir()
 
 
-def test_where_a_model_does_not_fit_beside_itself_it_says_so(saved, monkeypatch, capsys):
+def test_a_note_is_printed_if_memory_is_too_small_to_reload_the_model(saved, monkeypatch, capsys):
     folder, expected = saved
     monkeypatch.setattr(verify, "ROOM", 1e12)
     check(folder, expected)
     assert "was not loaded to be verified, only read" in capsys.readouterr().out
 
 
-def test_an_adapter_is_loaded_with_its_base(saved, tmp_path):
+def test_an_adapter_is_loaded_with_its_base_model(saved, tmp_path):
     peft = pytest.importorskip("peft")
     folder, expected = saved
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -179,7 +179,10 @@ def test_an_adapter_is_loaded_with_its_base(saved, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     expected.tokenizer.save_pretrained(tmp_path / "adapter")
     logits = probe(adapted, model.config.vocab_size, CPU)
-    held = Expected(dtypes_of(adapted), expected.tokenizer, logits)
-    check(tmp_path / "adapter", held)
+    adapted_expected = Expected(dtypes_of(adapted), expected.tokenizer, logits)
+    check(tmp_path / "adapter", adapted_expected)
     with pytest.raises(Damaged, match="it gives other logits"):
-        check(tmp_path / "adapter", Expected(held.dtypes, held.tokenizer, expected.logits))
+        check(
+            tmp_path / "adapter",
+            Expected(adapted_expected.dtypes, adapted_expected.tokenizer, expected.logits),
+        )

@@ -17,7 +17,7 @@ def test_only_devices_without_float64_accumulate_in_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_counts_go_on_where_float32_stops(dtype):
+def test_counts_are_exact_beyond_the_range_of_float32(dtype):
     sums = Accumulator(2, CPU, dtype)
     sums.add_total(torch.tensor([2.0**24, 2.0**40], dtype=torch.float64))
     for _ in range(1000):
@@ -44,7 +44,7 @@ def test_float32_pairs_have_the_accuracy_of_float64():
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_a_sum_that_is_not_finite_stays_what_it_is_and_leaves_the_others_alone(value):
+def test_a_nonfinite_sum_persists_without_affecting_the_others(value):
     sums = Accumulator(2, CPU, torch.float32)
     for _ in range(3):
         sums.add(torch.tensor([value, 1.0]))

@@ -330,7 +330,7 @@ def test_missing_metric_selects_no_best_checkpoint(tmp_path, capsys):
     assert "no eval_p_end_of_turn in this evaluation" in capsys.readouterr().out
 
 
-def test_origins_column_of_another_type_is_an_error(tmp_path):
+def test_origins_column_of_a_wrong_type_is_an_error(tmp_path):
     rows = Rows(with_end_token(2))
     rows.files = "a method or a text"
     assert make_trainer(tmp_path, rows, evaluation=rows, log_per_file=True).evaluate()["eval_nll"] > 0

@@ -21,7 +21,7 @@ class Rows(torch.utils.data.Dataset):
 
     def __init__(self, count: int, poisoned: int | None) -> None:
         self.rows = [
-            {name: [one + (one == POISON) for one in ids] for name, ids in row.items()}
+            {name: [token + (token == POISON) for token in ids] for name, ids in row.items()}
             for row in conversations(count)
         ]
         if poisoned is not None:
@@ -59,7 +59,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("fused", ["on", "off"])
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, fused):
+def test_a_nonfinite_loss_stops_the_run_before_the_update(tmp_path, fused):
     """The seventh conversation is in step 4, and is one of two micro-batches."""
     model = poisonous()
     trainer = run(tmp_path, model, Rows(12, 6), "stop", fused)
@@ -74,7 +74,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, fused):
     assert trainer.state.global_step == 3
 
 
-def test_skipping_is_training_without_that_step(tmp_path):
+def test_a_skipped_step_leaves_weights_and_metrics_unchanged(tmp_path):
     """Step 4 leaves the weights as they were, and no trace in the metrics of other steps."""
     model = poisonous()
     trainer = run(tmp_path, model, Rows(12, 6), "skip")
@@ -100,7 +100,7 @@ def test_skipping_is_training_without_that_step(tmp_path):
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
 
 
-def test_a_window_with_a_step_left_out_is_that_of_the_others(tmp_path):
+def test_a_skipped_step_is_excluded_from_its_logging_window(tmp_path):
     """At a learning rate of 0 all steps see the same model."""
     rows = Rows(12, 6)
     flags = {"learning_rate": 0.0, "logging_steps": STEPS}
@@ -116,7 +116,7 @@ def test_a_window_with_a_step_left_out_is_that_of_the_others(tmp_path):
         assert whole.state.log_history[0][name] == pytest.approx(other.state.log_history[0][name], rel=1e-12)
 
 
-def test_a_gradient_alone_is_caught_as_well(tmp_path):
+def test_a_nonfinite_gradient_of_a_finite_loss_is_detected(tmp_path):
     model = tiny()
     calls = 0
 
@@ -134,7 +134,7 @@ def test_a_gradient_alone_is_caught_as_well(tmp_path):
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
-def test_an_infinite_nll_of_weight_0_is_not_hidden(tmp_path):
+def test_an_infinite_nll_with_weight_0_is_detected(tmp_path):
     """p = 0 makes w * nll not a number and w * (softmax - onehot) a finite 0."""
     loss = torch.tensor(math.nan, requires_grad=True)
     pass_on_nonfinite(loss).backward()
@@ -144,33 +144,33 @@ def test_an_infinite_nll_of_weight_0_is_not_hidden(tmp_path):
     assert loss.grad.item() == 1
 
 
-def test_the_weights_of_a_clean_run_do_not_depend_on_the_policy(tmp_path):
-    made = []
+def test_the_policy_does_not_affect_a_finite_run(tmp_path):
+    final_weights = []
     for policy in ("stop", "skip"):
         model = tiny()
         run(tmp_path, model, Rows(12, None), policy).train()
-        made.append(weights(model))
-    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
+        final_weights.append(weights(model))
+    assert all(torch.equal(value, final_weights[1][name]) for name, value in final_weights[0].items())
 
 
-def test_what_skips_is_one_of_two_words(tmp_path):
+def test_an_unknown_policy_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="on_nonfinite 'go on': must be one of stop, skip"):
         run(tmp_path, tiny(), Rows(2, None), "go on")
 
 
-def test_a_run_after_one_that_was_stopped_counts_its_own_tokens_alone(tmp_path):
+def test_a_new_run_does_not_count_tokens_of_a_stopped_one(tmp_path):
     rows = Rows(12, 6)
     trainer = run(tmp_path, poisonous(), rows, "stop", logging_steps=4)
     with pytest.raises(UserError):
         trainer.train()
     trainer.train_dataset.rows[6] = trainer.train_dataset.rows[5]
     trainer.train()
-    record = next(one for one in trainer.state.log_history if "grad_norm" in one)
-    supervised = sum(one != -100 for row in rows.rows[:8] for one in row["labels"][1:])
+    record = next(entry for entry in trainer.state.log_history if "grad_norm" in entry)
+    supervised = sum(label != -100 for row in rows.rows[:8] for label in row["labels"][1:])
     assert record["supervised_tokens"] == supervised and math.isfinite(record["nll"])
 
 
-def test_a_run_that_skips_everything_is_stopped(tmp_path, monkeypatch):
+def test_too_many_consecutive_skips_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("dft.training.measuring.nonfinite.MAX_CONSECUTIVE_SKIPS", 3)
     rows = Rows(12, 0)
     rows.rows = [rows.rows[0]] * 12
@@ -180,7 +180,7 @@ def test_a_run_that_skips_everything_is_stopped(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_on_a_cpu_has_no_loss_scale_to_leave_the_step_out(tmp_path, precision):
+def test_steps_are_skipped_in_half_precision_on_a_cpu(tmp_path, precision):
     model = poisonous()
     run(tmp_path, model, Rows(12, 6), "skip", **{precision: True}).train()
     clean = weights(model)
@@ -188,7 +188,7 @@ def test_half_precision_on_a_cpu_has_no_loss_scale_to_leave_the_step_out(tmp_pat
     assert all(value.isfinite().all() for value in clean.values())
 
 
-def test_a_batch_of_another_collator_is_reported_without_names():
+def test_a_batch_of_a_custom_collator_is_reported_without_names():
     watch = StepWatch()
     watch.add(torch.tensor(math.nan), torch.tensor([math.nan]), {"origins": torch.zeros(1, 2)})
     assert str(watch.report(3, [])) == "the loss of conversations of unknown origin on rank 3"

@@ -99,7 +99,7 @@ def test_peak_memory_of_this_process():
     assert 0.05 < peak_memory(torch.device("cpu")) < 64
 
 
-def test_peak_memory_on_mps_is_what_is_allocated(monkeypatch):
+def test_peak_memory_on_mps_is_the_allocated_memory(monkeypatch):
     """torch.accelerator has no memory statistics of MPS."""
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * GIB)
     assert peak_memory(torch.device("mps")) == 3

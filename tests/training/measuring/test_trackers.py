@@ -92,7 +92,7 @@ def test_logging_dir_is_set_for_all_trackers(no_login):
         prepare_trackers(["tensorboard"], "file/run")
 
 
-def test_nothing_is_set_without_a_tracker(no_login):
+def test_environment_is_unchanged_without_a_tracker(no_login):
     assert prepare_trackers([], "logs") == []
     assert "WANDB_DIR" not in os.environ and not (no_login / "logs").exists()
 

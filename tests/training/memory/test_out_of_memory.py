@@ -103,7 +103,7 @@ def test_several_ranks_are_advised_to_shard(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
-def test_activation_estimate_is_close_to_what_autograd_keeps(tmp_path, checkpointed):
+def test_activation_estimate_is_close_to_autograd_memory(tmp_path, checkpointed):
     args, network = arguments(tmp_path, gradient_checkpointing=checkpointed), model(num_hidden_layers=8)
     if checkpointed:
         network.gradient_checkpointing_enable()
@@ -135,16 +135,16 @@ def test_smaller_batch_keeps_the_rows_of_an_optimizer_step(tmp_path, batch, accu
     assert smaller_batch(arguments(tmp_path, batch, accumulation)) == smaller
 
 
-def test_smaller_batch_is_found_again_for_the_same_request(tmp_path, monkeypatch):
-    asked = (8, 2)
-    assert load_batch(str(tmp_path), asked) is None
-    assert store_smaller_batch(arguments(tmp_path, 8, 2), asked) == (4, 4)
-    assert load_batch(str(tmp_path), asked) == (4, 4)
-    assert store_smaller_batch(arguments(tmp_path, 4, 4), asked) == (2, 8)  # and again
-    assert load_batch(str(tmp_path), asked) == (2, 8)
+def test_smaller_batch_is_reused_for_the_same_request(tmp_path, monkeypatch):
+    requested = (8, 2)
+    assert load_batch(str(tmp_path), requested) is None
+    assert store_smaller_batch(arguments(tmp_path, 8, 2), requested) == (4, 4)
+    assert load_batch(str(tmp_path), requested) == (4, 4)
+    assert store_smaller_batch(arguments(tmp_path, 4, 4), requested) == (2, 8)  # and again
+    assert load_batch(str(tmp_path), requested) == (2, 8)
     assert load_batch(str(tmp_path), (8, 4)) is None
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert load_batch(str(tmp_path), asked) is None
+    assert load_batch(str(tmp_path), requested) is None
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_tokens_added_to_the_tokenizer_get_embeddings_and_a_note(folder):
     )
 
 
-def test_tokenizer_of_another_model_is_an_error(folder):
+def test_tokenizer_of_a_different_model_is_an_error(folder):
     config = json.loads((folder / "config.json").read_text())
     config["vocab_size"] -= 50
     (folder / "config.json").write_text(json.dumps(config))

@@ -12,7 +12,7 @@ def ranks_of(machines: list[str]) -> list[RankProcess]:
     return [RankProcess(rank, "node", machine, os.getpid()) for rank, machine in enumerate(machines)]
 
 
-def test_machines_of_the_same_host_name_are_told_apart():
+def test_machines_with_the_same_host_name_are_distinguished():
     ranks = ranks_of(["a", "a", "b", "b"])
     assert [rank.rank for rank in local_processes(ranks, "a")] == [0, 1]
     assert [rank.rank for rank in local_processes(ranks, "b")] == [2, 3]

@@ -44,7 +44,7 @@ def test_rotary_positions_that_depend_on_the_length_are_refused(rope, name):
     assert obstacle is None if name is None else f"its rotary positions ({name})" in obstacle
 
 
-def test_configurations_without_what_deepspeed_reads_are_refused(monkeypatch):
+def test_configurations_without_required_fields_are_rejected(monkeypatch):
     monkeypatch.setattr(sequence_parallel, "packing_obstacle", lambda model: None)
     with torch.device("meta"):
         gpt = GPT2LMHeadModel._from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
