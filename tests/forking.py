@@ -1,7 +1,7 @@
-"""Runs of train_dft.py whose ranks are forked from a process that has imported everything.
+"""Start runs of train_dft.py as forks of a process that has imported everything.
 
-Starting Python and importing take six seconds, training takes one. Each rank is still a process of its own
-and can be killed.
+Starting Python and importing take six seconds, training takes one. Each rank is still a separate process and
+can be killed.
 """
 
 import json
@@ -38,7 +38,7 @@ class Run:
     _server: subprocess.Popen[str]
 
     def kill(self, number: int = signal.SIGKILL, rank: int | None = None) -> None:
-        """Send a signal to one rank, or to all; ranks that have ended are skipped."""
+        """Send a signal to one rank, or to all; exited ranks are skipped."""
         for process in self.processes if rank is None else [self.processes[rank]]:
             with suppress(ProcessLookupError):
                 os.kill(process, number)
@@ -80,7 +80,7 @@ class Forks:
         Args:
             words: flags of train_dft.py.
             ranks: number of ranks.
-            **env: environment variables of the run, among them those of `tests.dying`.
+            **env: environment variables of the run, including those of `tests.dying`.
         """
         self._count += 1
         log = self.folder / f"run-{self._count}.log"
@@ -90,7 +90,7 @@ class Forks:
         return Run(json.loads(self._server.stdout.readline()), log, self._server)
 
     def run(self, words: list[str], ranks: int = 1, **env: str) -> tuple[list[int], str]:
-        """Run to the end; return the exit codes of the ranks and their output."""
+        """Run to completion; return the exit codes of the ranks and their output."""
         run = self.start(words, ranks, **env)
         return run.codes(), run.output
 
@@ -115,7 +115,7 @@ def serve() -> None:
     """Fork runs as requested on stdin, and answer with process ids and exit codes on stdout."""
     import dft.report.pages.run
     import dft.training.run
-    import train_dft  # noqa: F401 - with the former two, all that a run imports
+    import train_dft  # noqa: F401 - together, these import everything that a run needs
     from tests.dying import DyingTrainer
 
     dft.training.run.DFTTrainer = DyingTrainer
@@ -136,7 +136,7 @@ def fork_rank(request: dict[str, Any], rank: int) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(request["env"])
-    if request["ranks"] > 1 or "--deepspeed" in request["words"]:  # which needs a launcher for one rank, too
+    if request["ranks"] > 1 or "--deepspeed" in request["words"]:  # DeepSpeed needs them even for one rank
         world = {"WORLD_SIZE": request["ranks"], "LOCAL_WORLD_SIZE": request["ranks"], "RANK": rank}
         world |= {"LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
         os.environ.update({name: str(value) for name, value in world.items()})
@@ -170,7 +170,7 @@ def main_of_rank() -> int:
 
 
 def wait_for(processes: list[int]) -> list[int]:
-    """Return the exit codes of ranks; like a launcher, end the others shortly after one that fails."""
+    """Return the exit codes of ranks. Like a launcher, end the other ranks shortly after one fails."""
     codes: dict[int, int] = {}
     deadline, failed_at = time.monotonic() + TIME_LIMIT, None
     while len(codes) < len(processes):

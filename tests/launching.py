@@ -41,8 +41,7 @@ def launch(
 ) -> Finished:
     """Run a script under `python`, `torchrun` or `deepspeed` on the CPU and wait for it.
 
-    `folder` takes caches and whatever else the run leaves behind; runs that share it share their prepared
-    data.
+    `folder` receives caches and other leftovers of the run; runs with the same folder share prepared data.
     """
     commands = {
         "python": [sys.executable],

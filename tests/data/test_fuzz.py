@@ -1,4 +1,4 @@
-"""Every line of a file is trained on or reported exactly once, whatever the file contains."""
+"""Every line of a file is trained on or reported exactly once, regardless of the file's contents."""
 
 import base64
 import gzip

@@ -101,7 +101,7 @@ def test_prompt_has_the_tokens_that_precede_the_answer_in_training(tiny, tmp_pat
 
 @pytest.fixture
 def base(tiny, tmp_path):
-    """Return a model that lacks the end-of-turn token of its template, <|im_end|>, as a stop token."""
+    """Return a model that does not stop at the end-of-turn token of its template, <|im_end|>."""
     folder = tmp_path / "base"
     shutil.copytree(tiny, folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
@@ -117,7 +117,7 @@ def base(tiny, tmp_path):
 def test_base_model_also_stops_at_the_end_of_turn_token_of_the_template(
     monkeypatch, tiny, base, tmp_path, problems, capsys
 ):
-    """Otherwise it would continue with another turn, whose last box would be graded."""
+    """Otherwise, it would continue with another turn, and the last box in it would be graded."""
     samplers = []
     monkeypatch.setattr(
         evaluate,
@@ -168,7 +168,7 @@ def test_sampled_tokens_follow_the_softmax_distribution(tiny):
 
 
 class FakeVllm(types.ModuleType):
-    """The parts of vLLM that are called, with outputs of the same shape."""
+    """Stand-in for the parts of vLLM that are called."""
 
     def __init__(self) -> None:
         super().__init__("vllm")

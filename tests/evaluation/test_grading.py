@@ -104,7 +104,7 @@ def test_a_slow_answer_is_wrong_and_not_printed(caplog, monkeypatch):
 def test_the_time_limit_counts_only_cpu_time_of_the_thread(monkeypatch):
     monkeypatch.setattr("dft.evaluation.grading.CHECK_INTERVAL", 0.01)
     with limit_cpu_time(0.2):
-        time.sleep(0.4)  # as on a machine that is busy with something else
+        time.sleep(0.4)  # as on a busy machine
         finished = True
     assert finished
     with limit_cpu_time(0.05):
@@ -145,6 +145,6 @@ def test_other_texts_are_not_numbers(text):
     ],
 )  # fmt: skip
 def test_commas_and_underscores_are_not_ignored(reference, generated):
-    """A list and a number in another base do not equal the number of the same digits."""
+    """A list, or a number in another base, does not equal the number with the same digits."""
     assert not grade(reference, rf"\boxed{{{generated}}}", has_answer=True)
     assert not grade(f"#### {reference}", f"#### {generated}")

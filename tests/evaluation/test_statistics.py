@@ -33,7 +33,7 @@ def test_one_sample_per_problem_is_nearly_wilson():
 
 
 def test_effective_sample_size_is_at_most_the_number_of_samples():
-    """Problems that are more alike than chance do not make the interval narrower than that of all samples."""
+    """Problems of similar difficulty do not make the interval narrower than that of independent samples."""
     alike = [[True] * 8 + [False] * 8] * 10
     one_more = [*alike[1:], [True] * 9 + [False] * 7]
     assert avg_at_n(alike) == wilson(0.5, 160)
@@ -47,7 +47,7 @@ def test_each_problem_counts_once_if_all_samples_agree():
 
 
 def test_samples_of_a_problem_are_not_independent():
-    """If all samples of each problem agree, more samples do not change the interval."""
+    """If all samples of a problem agree, additional samples do not change the interval."""
     once = [[index < 3] for index in range(10)]
     often = [[index < 3] * 16 for index in range(10)]
     assert avg_at_n(once) == avg_at_n(often)

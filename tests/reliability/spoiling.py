@@ -59,9 +59,9 @@ Flags = dict[str, Any]
 class Case:
     """Attributes:
     name: the id of its test.
-    spoil: makes its files and gives its flags.
+    spoil: creates its files and returns its flags.
     message: a regular expression that the one message must match.
-    more: words to append as they are.
+    more: words to append unchanged.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Every file is read or refused with one error; scripts/bench/fuzz.py does the same guided by coverage."""
+"""Every file is read or rejected with one error; scripts/bench/fuzz.py does the same guided by coverage."""
 
 import json
 import re
@@ -178,7 +178,7 @@ def test_templates_render_or_are_refused(source, rows):
 
 
 def check_parsed(source: str) -> None:
-    """Check that `check_template` refuses a template. It forks, so it is called only on failures."""
+    """Check that `check_template` rejects a template. It forks, so it is called only on failures."""
     try:
         ChatTemplate(source, {})
     except (jinja2.TemplateSyntaxError, SyntaxError, RecursionError):

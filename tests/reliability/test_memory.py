@@ -1,4 +1,4 @@
-"""Runs with too little memory: the error message and the search for a batch size that fits."""
+"""Runs with insufficient memory: the error message and the search for a batch size that fits."""
 
 import json
 from pathlib import Path

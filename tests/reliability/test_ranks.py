@@ -1,4 +1,4 @@
-"""Ranks that die or hang are named and end the run; runs resume with another number of ranks."""
+"""Dead and hung ranks are named and end the run; runs resume with a different number of ranks."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def test_a_hanging_rank_is_named_and_the_others_exit(example, forks, stuck):
     run = forks.start(words(example, output, "zero3", ddp_timeout=4), 2, SILENCE="6")
     once_trained(run)
     run.kill(signal.SIGSTOP, stuck)
-    codes = run.codes()  # the launcher has to kill a rank that stays stopped
+    codes = run.codes()  # the launcher must kill a stopped rank
     assert all(codes)
     assert f"error: rank {stuck} (process {run.processes[stuck]} on" in run.output, run.output
     # Rank 0 holds the store in which the progress of the ranks is recorded.
@@ -67,7 +67,7 @@ def test_a_hanging_rank_is_named_and_the_others_exit(example, forks, stuck):
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_machine_that_stops_responding_is_named(example, forks, lost):
-    """Ranks on different machines know each other through the store only; the host names are equal."""
+    """Ranks on different machines communicate only through the store; the host names are equal."""
     output = example.folder / f"silent-{lost}"
     run = forks.start(words(example, output, "ddp"), 2, HOST="node", MACHINES="north south", SILENCE="3")
     once_trained(run)

@@ -1,8 +1,8 @@
 """Run train_dft.py with a list of command lines and write the outcome of each: TABLE.json OUT.json.
 
-Each run is a fork of a process that has imported everything, so that it takes no time to start and leaves
-nothing behind. With RANK and WORLD_SIZE set, every rank is given the same table, and starts the next
-run when all are done with this one.
+Each run is a fork of a process that has imported everything, so that it starts quickly and leaves no state
+behind. With RANK and WORLD_SIZE set, every rank is given the same table, and starts the next run when all
+ranks have finished this one.
 """
 
 import json
@@ -29,7 +29,7 @@ PATIENCE = 60
 
 def attempt(words: list[str], port: int, log: Path, pipe: Connection, template_seconds: float | None) -> None:
     if template_seconds is not None:
-        dft.data.sandbox.limits.MAX_CPU_SECONDS = template_seconds  # the message still says 10
+        dft.data.sandbox.limits.MAX_CPU_SECONDS = template_seconds  # the message still says 10 seconds
     os.environ["MASTER_PORT"] = str(port)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
@@ -47,7 +47,7 @@ def attempt(words: list[str], port: int, log: Path, pipe: Connection, template_s
     pipe.send((how, message))
     if dft.errors._is_reporter is not None:  # the ranks have agreed which of them reports
         os._exit(EXIT_USER_ERROR)
-    time.sleep(2 * PATIENCE)  # until it is killed: another rank may still be connecting to this one
+    time.sleep(2 * PATIENCE)  # wait to be killed: another rank may still be connecting to this one
 
 
 def outcome(
@@ -56,7 +56,7 @@ def outcome(
     """Return how a run ended on this rank.
 
     Args:
-        ended: files that the ranks write when they know; the first one is for this rank to write.
+        ended: files that mark the end of the run on each rank; the first one is written by this rank.
         template_seconds: replaces the limit on the CPU time of a chat template, for templates that never end.
     """
     context = multiprocessing.get_context("fork")

@@ -1,4 +1,4 @@
-"""Every configuration does what its name says, leaves to the flags what flags decide, and can be saved."""
+"""Every DeepSpeed configuration matches its name, defers to the flags, and can be saved."""
 
 import json
 

@@ -34,7 +34,7 @@ def test_the_files_are_disjoint_and_have_all_roles(tmp_path):
     assert any(sum(turn["role"] == "assistant" for turn in messages) > 2 for messages in conversations)
     for batch in read_batches(*resolve_sources([str(train)], "--data_files")):
         for record in batch.records:
-            parse_conversation(record.text)  # raises for rows that training would reject
+            parse_conversation(record.text)  # raises for rows that training rejects
 
 
 def test_fewer_than_two_conversations_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Merging adapters: only into the model they were trained on, and written completely or not at all."""
+"""Adapters are merged only into the model they were trained on, and written completely or not at all."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def model_like(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **s
 
 
 def adapt(base: Path, folder: Path, *targets: str) -> Path:
-    """Save adapters with random weights, as a run saves them."""
+    """Save adapters with random weights in the format of a run."""
     arguments = TrainingArguments(str(folder), use_cpu=True, report_to="none")
     lora = LoraArguments(lora_r=2, lora_target_modules=list(targets) or None)
     model = add_adapters(AutoModelForCausalLM.from_pretrained(base), lora, arguments, str(base))
@@ -59,7 +59,7 @@ def trained(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def adapters(trained, tmp_path) -> Path:
-    """A copy of the trained adapters, to be damaged."""
+    """A copy of the trained adapters, to be damaged by the test."""
     return Path(shutil.copytree(trained, tmp_path / "lora"))
 
 
@@ -68,7 +68,7 @@ def merge(adapters: Path, output: Path, base: Path | None = None, dtype: str = "
 
 
 def refused(adapters: Path, output: Path, base: Path | None = None) -> str:
-    """Return the error of a merge, after which the folder of the output is unchanged."""
+    """Return the error of a merge, after checking that the output folder is unchanged."""
     before = sorted(output.parent.iterdir())
     with pytest.raises(UserError) as error:
         merge(adapters, output, base)
@@ -139,7 +139,7 @@ def test_adapters_are_refused_as_a_base_model(trained, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_a_base_model_with_more_layers_is_refused_without_a_record(tiny, tmp_path):
-    adapters = adapt(tiny, tmp_path / "lora", "q_proj")  # in every layer, however many there are
+    adapters = adapt(tiny, tmp_path / "lora", "q_proj")  # in every layer
     (adapters / BASE_RECORD).unlink()
     base = model_like(tiny, tmp_path / "base", num_hidden_layers=4)
     message = (

@@ -23,7 +23,7 @@ NAN = float("nan")
 
 
 def of_alpha(alpha: float, name: str, **metrics: float) -> dict:
-    """A run with two evaluations, of which the second has the given metrics."""
+    """A run with two evaluations, the second with the given metrics."""
     report = run_report(name=name, alpha=alpha, method="DFT" if alpha else "SFT")
     report["arguments"] = {**report["arguments"], "dft_alpha": alpha, "output_dir": f"runs/{name}"}
     log = [eval_record(0, FIRST), train_record(1), eval_record(2, LAST, objective=0.5, **metrics)]
@@ -165,7 +165,7 @@ def save(folder: Path, content: object, name: str = "report.json") -> Path:
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: object) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
-    monkeypatch.setattr(script, "report_user_errors", lambda: None)  # a hook of the whole process
+    monkeypatch.setattr(script, "report_user_errors", lambda: None)  # the hook applies to the whole process
     script.main()
 
 

@@ -26,7 +26,7 @@ def copy(tmp_path):
     (root / "dft").symlink_to(ROOT / "dft")
     bin_folder = tmp_path / "env" / "bin"
     bin_folder.mkdir(parents=True)
-    # Not a symbolic link: Python would search for its packages next to the link.
+    # Not a symbolic link: Python would look for its packages next to the link.
     (bin_folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (bin_folder / "python").chmod(0o755)
     return root, bin_folder
@@ -287,7 +287,7 @@ def test_a_second_signal_ends_the_run_at_once(copy, tmp_path):
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)  # far less than the 1,800 seconds that GRACE allows for
+    _, errors = process.communicate(timeout=60)  # far less than GRACE = 1,800 seconds
     assert process.returncode == 143 and not is_running(rank)
     assert "ended at once by a second signal; there is no checkpoint" in errors
 

@@ -64,7 +64,7 @@ MODELS = {
 
 
 class Leaking(Qwen3ForCausalLM):
-    """Drops the positions, so that all sequences of a row become one."""
+    """Drops the positions, which merges all sequences of a row."""
 
     def forward(self, input_ids=None, position_ids=None, **kwargs):
         return super().forward(input_ids=input_ids, **kwargs)
@@ -483,4 +483,4 @@ def test_longest_row_of_datasets(tmp_path):
     total = sum(len(row["input_ids"]) for row in conversations(3))
     assert longest_row(None, {"a": packed, "b": prepared(tmp_path)}) == total
     assert longest_row(prepared(tmp_path, np.array([0, 2, 3]))) == 5
-    assert longest_row(packed, conversations(3)) is None  # would have to be read
+    assert longest_row(packed, conversations(3)) is None  # would require reading the stream

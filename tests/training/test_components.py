@@ -1,4 +1,4 @@
-"""The components of a trainer, each without one."""
+"""Components of the trainer, each tested without a trainer."""
 
 import math
 import random
@@ -163,7 +163,7 @@ def test_a_run_without_signals_is_never_asked_to_stop(accelerator):
     assert not StopControl(None, accelerator).is_requested()
 
 
-# ---- what is not finite ----
+# ---- non-finite values ----
 
 
 def test_a_skipped_step_is_removed_from_the_sums_and_does_not_update_weights(tmp_path, accelerator):
@@ -189,11 +189,11 @@ def test_an_unfinished_step_is_removed_from_the_sums(tmp_path, accelerator):
     total += 1
     guard.roll_back(total)
     assert total.item() == 5
-    guard.roll_back(total)  # without a step
+    guard.roll_back(total)  # without an unfinished step
     assert total.item() == 5
 
 
-# ---- the rest ----
+# ---- other components ----
 
 
 def test_the_order_of_the_training_data_depends_only_on_the_epoch(args):

@@ -1,4 +1,4 @@
-"""What DFTTrainer and the patches rely on in other libraries, so that an upgrade fails here first."""
+"""Private interfaces of libraries that DFTTrainer and the patches use; upgrades must fail here first."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""DFTTrainer on the fused head: the same training as from whole logits, and no logits anywhere."""
+"""DFTTrainer with the fused head: training matches that with full logits, and no logits are computed."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from tests.training.test_trainer import VOCAB, conversations, tiny
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Five rows fit a tile, so that every batch has several."""
+    """Make a tile hold five rows, so that every batch has several tiles."""
     monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 4 * VOCAB * 5)
 
 
@@ -87,7 +87,8 @@ def test_logits_are_not_computed(tmp_path):
     run.model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
     run.train()
     run.evaluate()
-    probed = [shape for shape in shapes if shape[-1] != 1]  # when each run begins, on 16 tokens
+    # Each run begins with an inspection on 16 tokens.
+    probed = [shape for shape in shapes if shape[-1] != 1]
     assert len(shapes) > 6 and len(probed) <= 4 and set(probed) == {(2, 8, VOCAB)}
 
 
@@ -132,7 +133,7 @@ def test_reason_for_an_unfused_head_is_printed_once_or_raised(tmp_path, capsys):
 
 
 class NoSync(TorchDispatchMode):
-    """Refuses what would make the host wait for a device, were there one."""
+    """Fails on operations that would synchronize with a device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket._qualified_op_name
@@ -144,7 +145,7 @@ class NoSync(TorchDispatchMode):
 
 
 def test_a_micro_batch_does_not_synchronize_with_the_device(tmp_path, monkeypatch):
-    """What only a CPU does, where nothing has to be waited for, is left out."""
+    """Operations that are used only on CPUs are replaced."""
     monkeypatch.setattr(
         rows,
         "_expectation",

@@ -1,4 +1,4 @@
-"""The examples of docs/library.md run as they are printed and compute what they say."""
+"""The examples of docs/library.md run as printed and have the described results."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROWS = [{"question": f"Count to {n}.", "answer": " ".join(map(str, range(n)))} for n in range(1, 9)]
-"""As many as the example's optimizer step takes."""
+"""One optimizer step of the example."""
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def blocks():
 
 
 def by_hand(model: Path, alpha: float) -> float:
-    """The DFT loss of all rows, one at a time in float64."""
+    """Compute the DFT loss of all rows one by one in float64."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     total, count = 0.0, 0

@@ -1,4 +1,4 @@
-"""Liger kernels for the layers, without its losses. In a process of its own: it patches classes."""
+"""Liger kernels for the layers but not for the loss, in a separate process because Liger patches classes."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What the trainer logs under each objective, against the formulas in float64."""
+"""Metrics that the trainer logs for each objective, compared with the formulas in float64."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from tests.training.test_trainer import tiny
 
 
 def distributions(model, rows) -> list[tuple[torch.Tensor, int]]:
-    """The distribution at each supervised token, and the token, in float64."""
+    """Return the float64 distribution at each supervised token, and the token."""
     model = copy.deepcopy(model).double().eval()
     tokens = []
     for row in rows:
@@ -38,8 +38,8 @@ def trainer(tmp_path, rows, **options) -> DFTTrainer:
     )
 
 
-def moved() -> torch.nn.Module:
-    """Another model than the one that is trained, to be far from."""
+def perturbed() -> torch.nn.Module:
+    """Return a model that differs from the trained one."""
     model = tiny()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -53,12 +53,12 @@ def moved() -> torch.nn.Module:
 @pytest.mark.parametrize("floor", [0.0, 0.5])
 def test_metrics_match_the_formulas_of_the_objective(tmp_path, case, fused, floor):
     rows, kl_weight = with_end_token(9), case.objective.kl_weight
-    base = moved() if kl_weight else None
+    base = perturbed() if kl_weight else None
     run = trainer(
         tmp_path, rows, objective=case.objective, fused_head=fused, end_of_turn_weight=floor, base_model=base
     )
     tokens = distributions(run.model, rows)
-    others = distributions(moved(), rows)
+    others = distributions(perturbed(), rows)
     weights, losses, kls = [], [], []
     for (distribution, target), (other, _) in zip(tokens, others, strict=True):
         p = distribution[target].item()
@@ -98,12 +98,12 @@ def test_resuming_with_a_different_objective_prints_a_warning(tmp_path):
         "the steps" in line
     )
     assert line.endswith(" steps)")
-    del manifest["method"]  # as in a checkpoint of an earlier version
+    del manifest["method"]  # as in checkpoints of earlier versions
     assert other.differences(manifest) == []
 
 
 def test_the_base_model_stays_frozen(tmp_path):
-    base, rows = moved(), with_end_token(9)
+    base, rows = perturbed(), with_end_token(9)
     before = copy.deepcopy(base.state_dict())
     run = trainer(tmp_path, rows, objective=make_objective("asft", {"kl_weight": 1}), base_model=base)
     start = copy.deepcopy(run.model.state_dict())
@@ -118,7 +118,7 @@ def test_invalid_combinations_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="needs the logits or hidden states of a base model"):
         trainer(tmp_path, rows, objective=make_objective("asft"))
     with pytest.raises(ValueError, match="does not use a base model"):
-        trainer(tmp_path, rows, base_model=moved())
+        trainer(tmp_path, rows, base_model=perturbed())
     with pytest.raises(ValueError, match="has no alpha"):
         trainer(tmp_path, rows, objective=make_objective("sft"), alpha_schedule=AlphaSchedule("linear"))
     with pytest.raises(ValueError, match=r"end_of_turn_weight must lie in \[0, 1\], got 3"):

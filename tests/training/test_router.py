@@ -1,4 +1,4 @@
-"""The auxiliary loss of a mixture of experts, added as the model's own forward adds it."""
+"""The auxiliary loss of a mixture of experts, compared with that of the model's own forward."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ OTHERS = {
         "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8},
     },
 }  # fmt: skip
-"""Families that call their coefficient by another name."""
+"""Model families with a different name for the coefficient."""
 
 
 def make(model_type: str) -> transformers.PreTrainedModel:

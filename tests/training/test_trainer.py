@@ -1,4 +1,4 @@
-"""DFTTrainer in one process: its metrics against a recomputation, its refusals, and what it saves."""
+"""DFTTrainer in one process: metrics compared with a recomputation, rejected arguments, and saving."""
 
 import math
 
@@ -27,7 +27,7 @@ def tiny(seed: int = 0) -> Qwen3ForCausalLM:
 
 
 def conversations(count: int, seed: int = 1) -> list[dict[str, list[int]]]:
-    """Sequences of 3 to 12 tokens, each with a supervised tail; the first token is never supervised."""
+    """Return sequences of 3 to 12 tokens whose last tokens are supervised; the first one never is."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(count):
@@ -51,7 +51,7 @@ def trainer(tmp_path, rows, *, alpha: float = 0.6, model=None, evaluation=None, 
 
 
 def recomputed(model, rows, alpha: float) -> dict[str, float]:
-    """Sequence by sequence without padding, in float64, from the model's logits."""
+    """Compute the metrics from float64 logits, sequence by sequence and without padding."""
     model = model.double().eval()
     nll, hits = [], 0
     for row in rows:
@@ -73,7 +73,7 @@ def recomputed(model, rows, alpha: float) -> dict[str, float]:
 
 @pytest.mark.parametrize("batch", [1, 4, 32])
 def test_evaluation_metrics_are_token_weighted_for_every_batch_size(tmp_path, batch):
-    """13 sequences: the last batch of 4 holds one, and the blanks beside it count for nothing."""
+    """With 13 sequences, the last batch of 4 holds one sequence and blanks, which must not count."""
     rows, model = conversations(13), tiny()
     expected = recomputed(tiny(), rows, 0.6)
     metrics = trainer(
@@ -95,7 +95,7 @@ def test_training_metrics_are_computed_before_the_update(tmp_path):
 
 
 def test_metrics_of_a_logging_window_are_token_weighted(tmp_path):
-    """With a learning rate of 0 every step sees the same model, so a window is a mean over its tokens."""
+    """With a learning rate of 0 the model is constant, so a window is a mean over its tokens."""
     rows = conversations(12)
     flags = {
         "learning_rate": 0.0,
@@ -114,7 +114,7 @@ def test_metrics_of_a_logging_window_are_token_weighted(tmp_path):
 
 
 def test_no_example_is_repeated_in_the_last_step_of_an_epoch(tmp_path):
-    """5 examples in batches of 4: the second step is the fifth example alone."""
+    """With 5 examples in batches of 4, the second step contains only the fifth example."""
     rows = conversations(5)
     run = trainer(
         tmp_path,
@@ -145,7 +145,7 @@ def test_micro_batches_without_supervised_tokens_have_no_effect(tmp_path):
 
 
 def test_alpha_0_matches_transformers_trainer(tmp_path):
-    """SFT, step for step: transformers' own loss with its own token counting."""
+    """SFT matches transformers' own loss and token counting at every step."""
     rows = conversations(16)
     flags = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
     ours = trainer(tmp_path, rows, alpha=0.0, train_sampling_strategy="sequential", **flags)
@@ -163,7 +163,7 @@ def test_alpha_0_matches_transformers_trainer(tmp_path):
 
 
 def test_only_saved_steps_can_be_the_best_checkpoint(tmp_path):
-    """Evaluations at 1, 2, 3, 4; saves at 2 and 4: the greatest value, at 1, has no checkpoint."""
+    """Evaluations at steps 1 to 4, saves at 2 and 4: the largest value, at step 1, has no checkpoint."""
     rows = conversations(16)
     run = trainer(
         tmp_path, rows, evaluation=rows, per_device_train_batch_size=8, max_steps=4, eval_strategy="steps",
@@ -179,7 +179,7 @@ def test_only_saved_steps_can_be_the_best_checkpoint(tmp_path):
 
 
 def test_a_resumed_run_uses_its_own_logging_evaluation_and_save_steps(tmp_path, caplog):
-    """transformers would do so as often as the run that wrote the checkpoint."""
+    """transformers would use the intervals of the run that wrote the checkpoint."""
     rows = conversations(8)
     often = {"save_strategy": "steps", "eval_strategy": "steps", "per_device_train_batch_size": 2}
     first = {"max_steps": 2, "save_steps": 2, "logging_steps": 2, "eval_steps": 2}
@@ -218,7 +218,7 @@ def test_arguments_that_would_change_the_loss_are_rejected(tmp_path, flags, mess
 
 
 def test_an_invalid_padding_id_is_ignored(tmp_path):
-    """Some configurations say -1 where they mean none."""
+    """Some configurations use -1 for none."""
     model = tiny()
     model.config.pad_token_id = -1
     rows = conversations(5)
@@ -248,7 +248,7 @@ def test_lengths_of_arrow_datasets_equal_those_of_lists():
 
 
 def dropout_model() -> Qwen3ForCausalLM:
-    """A model whose training draws random numbers in every micro-batch."""
+    """Return a model whose training draws random numbers in every micro-batch."""
     model = tiny()
     model.config.attention_dropout = 0.3
     for layer in model.model.layers:
@@ -257,7 +257,7 @@ def dropout_model() -> Qwen3ForCausalLM:
 
 
 class OutOfMemoryOnce(DFTTrainer):
-    """Runs out of memory in the second micro-batch of step 3, when dropout has drawn its random numbers."""
+    """Runs out of memory in the second micro-batch of step 3, after dropout has drawn random numbers."""
 
     has_memory = False
 

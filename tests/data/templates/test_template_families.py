@@ -261,7 +261,7 @@ EXACT = {
         "### Instruction:\n\nq\n\n### Response:\n\n", Supervised("a b</s>"),
         "### Instruction:\n\nr\n\n### Response:\n\n", Supervised("c</s>"),
     ],
-    # The last space of the prompt is a token of its own and does not merge with the word after it.
+    # The last space of the prompt is a separate token and does not merge with the following word.
     "colon_space": ["USER: q ASSISTANT: ", Supervised("a b</s>"), "USER: r ASSISTANT: ", Supervised("c</s>")],
 }  # fmt: skip
 

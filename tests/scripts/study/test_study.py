@@ -95,7 +95,7 @@ def results_with(accuracies: dict[str, list[float]]) -> dict:
 
 
 def test_tables_and_intervals():
-    """Of 60, 62, 64: mean 62, standard error 2 / sqrt(3), times 4.303. DFT less SFT: 10, 8, 9."""
+    """60, 62, 64: the mean is 62, the standard error 2 / sqrt(3), times 4.303. DFT minus SFT: 10, 8, 9."""
     results = results_with(
         {"SFT": [60.0, 62.0, 64.0], "alpha 0.5": [1.0, 1.0, 1.0], "DFT": [70.0, 70.0, 73.0]}
     )
@@ -114,7 +114,7 @@ def test_tables_and_intervals():
 
 
 def test_histogram_tick_labels_are_plain_numbers():
-    """write_png does not parse math text, so labels in math text would appear literally."""
+    """write_png does not parse math text, so math text in labels would appear literally."""
     results = results_with(dict.fromkeys(study_results.ALPHAS, [60.0, 62.0]))
     axis = study_results.histogram_figure(results).axes[0].yaxis
     axis.axes.set_ylim(1e-3, 1)
@@ -176,7 +176,7 @@ def test_documents_and_pictures_match_the_results():
     accuracies = study_results.tables(results).split("\n\n")[0]
     figure = re.compile(r"[\d.]+ ± [\d.]+")
     assert figure.findall(accuracies) == figure.findall(text)[: len(figure.findall(accuracies))]
-    # The README has the columns of the problems of three.
+    # The README shows only the columns for problems of three numbers.
     columns = [figure.findall(row)[0:5:2] for row in accuracies.splitlines() if "±" in row]
     for name in ("README.md", "README.zh.md"):
         assert figure.findall((ROOT / name).read_text()) == [cell for row in columns for cell in row]

@@ -1,4 +1,4 @@
-"""Folders of checkpoints: what is complete, what is kept, whose they are."""
+"""Checkpoint folders: completeness, rotation and ownership."""
 
 import json
 import os
@@ -133,7 +133,7 @@ def test_an_interrupted_removal_leaves_no_folder_named_like_a_checkpoint(tmp_pat
 
 
 def test_a_checkpoint_is_not_writable_by_others(tmp_path):
-    before = os.umask(0o002)  # as where all users of a group share their files
+    before = os.umask(0o002)  # as on systems where all users of a group share files
     try:
         folder = write(tmp_path, 3)
     finally:

@@ -1,4 +1,4 @@
-"""Uploads to a stand-in hub, which run while training continues."""
+"""Uploads to a stand-in hub that run while training continues."""
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -87,7 +87,7 @@ def test_an_upload_does_not_block_and_its_checkpoint_is_not_rotated(tmp_path, hu
 
 
 def test_waiting_reports_progress_to_the_watchdog(tmp_path, hub, monkeypatch):
-    """Waiting for longer than the watchdog's patience must not look like a rank that hangs."""
+    """Waiting longer than the watchdog's timeout must not look like a hung rank."""
     beats = 0
 
     def beat() -> None:

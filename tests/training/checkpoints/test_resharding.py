@@ -17,7 +17,7 @@ def state(tmp_path):
 
 
 def convert(state, monkeypatch, program: str, converts: bool = True) -> int:
-    """Run the conversion by a Python program. Return how often it reported progress."""
+    """Run the conversion with a Python program as the converter. Return the number of progress reports."""
     beats = []
     monkeypatch.setattr(resharding, "CONVERTER", ("-c", program))
     monkeypatch.setattr(waiting, "PERIOD", 0.05)
@@ -28,7 +28,7 @@ def convert(state, monkeypatch, program: str, converts: bool = True) -> int:
 
 
 def test_progress_is_reported_while_the_converter_runs(state, monkeypatch):
-    """The watchdog would end the run if a conversion took longer than --ddp_timeout without it."""
+    """Without progress reports, the watchdog would end a run whose conversion exceeds --ddp_timeout."""
     program = "import os, sys, time; time.sleep(1); os.makedirs(sys.argv[-1])"
     assert convert(state, monkeypatch, program) > 5
     universal = state.parent.parent / "universal"

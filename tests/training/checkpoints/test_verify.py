@@ -1,4 +1,4 @@
-"""Saved models that are not what was trained are found out; those that are, are not."""
+"""Verification detects saved models that differ from the trained model, and accepts undamaged ones."""
 
 import shutil
 from collections.abc import Callable
@@ -22,7 +22,7 @@ NORM = "model.norm.weight"
 
 @pytest.fixture
 def saved(tiny, tmp_path) -> tuple[Path, Expected]:
-    """A folder that is as it should be, and what it is held against."""
+    """An undamaged model folder, and the reference to check it against."""
     folder = Path(shutil.copytree(tiny, tmp_path / "model"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     logits = probe(model, model.config.vocab_size, CPU)

@@ -1,4 +1,4 @@
-"""Running sums: exact where float32 stops counting, also on devices without float64."""
+"""Running sums are exact where float32 stops counting, even on devices without float64."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_counts_are_exact_beyond_the_range_of_float32(dtype):
 
 
 def test_float32_pairs_have_the_accuracy_of_float64():
-    """2**26 additions: 2**14 sums of 2**12 terms, onto a sum that 2**26 such terms have made already."""
+    """Add 2**14 sums of 2**12 terms to a sum of 2**26 such terms."""
     generator = torch.Generator().manual_seed(0)
     lanes, additions = 2**14, 2**12
     pair, expected = Accumulator(lanes, CPU, torch.float32), Accumulator(lanes, CPU)

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite never reaches the weights, and the message says whose it is."""
+"""Non-finite losses and gradients never reach the weights, and the message names their origin."""
 
 import math
 
@@ -12,12 +12,12 @@ from dft.training.measuring.nonfinite import StepWatch, pass_on_nonfinite
 from tests.training.test_trainer import conversations, tiny
 
 POISON = 20
-"""A token in one conversation only, and not among those with which the model is inspected."""
+"""A token that occurs in a single conversation and is not used to inspect the model."""
 STEPS = 6
 
 
 class Rows(torch.utils.data.Dataset):
-    """Conversations that say where they are from; one of them may begin with `POISON`."""
+    """Conversations with origins, one of which may begin with `POISON`."""
 
     def __init__(self, count: int, poisoned: int | None) -> None:
         self.rows = [
@@ -34,8 +34,8 @@ class Rows(torch.utils.data.Dataset):
         return {**self.rows[index], "origins": [(0, index + 1)]}
 
 
-def poisonous(seed: int = 0):
-    """A model whose embedding of one token is not a number; that of its head, which is another, is."""
+def poisoned_model(seed: int = 0):
+    """Return a model in which the input embedding of `POISON` is NaN; the output embedding is separate."""
     model = tiny(seed)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False
@@ -60,8 +60,8 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("fused", ["on", "off"])
 def test_a_nonfinite_loss_stops_the_run_before_the_update(tmp_path, fused):
-    """The seventh conversation is in step 4, and is one of two micro-batches."""
-    model = poisonous()
+    """The seventh conversation is one of the two micro-batches of step 4."""
+    model = poisoned_model()
     trainer = run(tmp_path, model, Rows(12, 6), "stop", fused)
     with pytest.raises(UserError) as caught:
         trainer.train()
@@ -75,8 +75,8 @@ def test_a_nonfinite_loss_stops_the_run_before_the_update(tmp_path, fused):
 
 
 def test_a_skipped_step_leaves_weights_and_metrics_unchanged(tmp_path):
-    """Step 4 leaves the weights as they were, and no trace in the metrics of other steps."""
-    model = poisonous()
+    """Step 4 affects neither the weights nor the metrics of other steps."""
+    model = poisoned_model()
     trainer = run(tmp_path, model, Rows(12, 6), "skip")
     before: dict[int, dict] = {}
 
@@ -101,15 +101,19 @@ def test_a_skipped_step_leaves_weights_and_metrics_unchanged(tmp_path):
 
 
 def test_a_skipped_step_is_excluded_from_its_logging_window(tmp_path):
-    """At a learning rate of 0 all steps see the same model."""
+    """With a learning rate of 0, all steps use the same model."""
     rows = Rows(12, 6)
     flags = {"learning_rate": 0.0, "logging_steps": STEPS}
-    whole = run(tmp_path, poisonous(), rows, "skip", **flags)
+    whole = run(tmp_path, poisoned_model(), rows, "skip", **flags)
     whole.train()
     rest = Rows(12, None)
     rest.rows = [row for index, row in enumerate(rows.rows) if index not in (6, 7)]
     other = run(
-        tmp_path, poisonous(), rest, "stop", **{**flags, "max_steps": STEPS - 1, "logging_steps": STEPS - 1}
+        tmp_path,
+        poisoned_model(),
+        rest,
+        "stop",
+        **{**flags, "max_steps": STEPS - 1, "logging_steps": STEPS - 1},
     )
     other.train()
     for name in ("loss", "nll", "avg_p_correct", "entropy", "effective_tokens"):
@@ -135,7 +139,7 @@ def test_a_nonfinite_gradient_of_a_finite_loss_is_detected(tmp_path):
 
 
 def test_an_infinite_nll_with_weight_0_is_detected(tmp_path):
-    """p = 0 makes w * nll not a number and w * (softmax - onehot) a finite 0."""
+    """With p = 0, w * nll is NaN but w * (softmax - onehot) is a finite 0."""
     loss = torch.tensor(math.nan, requires_grad=True)
     pass_on_nonfinite(loss).backward()
     assert not loss.grad.isfinite()
@@ -160,7 +164,7 @@ def test_an_unknown_policy_is_rejected(tmp_path):
 
 def test_a_new_run_does_not_count_tokens_of_a_stopped_one(tmp_path):
     rows = Rows(12, 6)
-    trainer = run(tmp_path, poisonous(), rows, "stop", logging_steps=4)
+    trainer = run(tmp_path, poisoned_model(), rows, "stop", logging_steps=4)
     with pytest.raises(UserError):
         trainer.train()
     trainer.train_dataset.rows[6] = trainer.train_dataset.rows[5]
@@ -174,14 +178,14 @@ def test_too_many_consecutive_skips_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("dft.training.measuring.nonfinite.MAX_CONSECUTIVE_SKIPS", 3)
     rows = Rows(12, 0)
     rows.rows = [rows.rows[0]] * 12
-    trainer = run(tmp_path, poisonous(), rows, "skip")
+    trainer = run(tmp_path, poisoned_model(), rows, "skip")
     with pytest.raises(UserError, match="step 4: .*and neither were the 3 steps before it"):
         trainer.train()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_steps_are_skipped_in_half_precision_on_a_cpu(tmp_path, precision):
-    model = poisonous()
+    model = poisoned_model()
     run(tmp_path, model, Rows(12, 6), "skip", **{precision: True}).train()
     clean = weights(model)
     clean["model.embed_tokens.weight"][POISON] = 0

@@ -174,7 +174,7 @@ def test_tensorboard_shows_the_record(tmp_path):
 
 
 def test_ranks_without_a_tracker_send_nothing(tmp_path):
-    """On other ranks than the first, the callbacks of the trackers have started nothing."""
+    """On ranks other than the first, the trackers' callbacks have not started anything."""
     handler = SimpleNamespace(callbacks=[TensorBoardCallback(), SwanLabRunCallback()])
     state = TrainerState(is_world_process_zero=False)
     RunRecordCallback({"data": {}}, handler).on_train_begin(None, state, None)

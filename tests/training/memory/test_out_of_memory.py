@@ -1,4 +1,4 @@
-"""Messages when memory runs out, and the smaller batch that is tried next."""
+"""Out-of-memory messages, and the smaller batch for the next attempt."""
 
 import errno
 import json

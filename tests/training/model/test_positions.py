@@ -1,4 +1,4 @@
-"""Sequences beyond the positions of a model, and rotary positions that depend on the batch."""
+"""Sequences longer than a model's position range, and rotary positions that depend on the batch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which ranks share a machine, so that their processes can be looked up by process id."""
+"""Ranks on the same machine, whose processes can be looked up by process id."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from dft.training.parallel.rank_watchdog import RankProcess, local_processes, ma
 
 
 def ranks_of(machines: list[str]) -> list[RankProcess]:
-    """Return ranks on the given machines, all of the same host name and with the id of this process."""
+    """Return ranks on the given machines, all with the same host name and the id of this process."""
     return [RankProcess(rank, "node", machine, os.getpid()) for rank, machine in enumerate(machines)]
 
 

@@ -1,4 +1,4 @@
-"""Models, datasets and objectives that sequence parallelism refuses."""
+"""Models, datasets and objectives that sequence parallelism rejects."""
 
 from types import SimpleNamespace
 
@@ -39,7 +39,7 @@ def meta_model(**settings):
     ids=["default", "linear", "dynamic", "longrope"],
 )  # fmt: skip
 def test_rotary_positions_that_depend_on_the_length_are_refused(rope, name):
-    """Each rank would derive other frequencies from the positions of its slice."""
+    """Each rank would derive different frequencies from the positions of its slice."""
     obstacle = sequence_parallel_obstacle(meta_model(rope_parameters=rope), 2)
     assert obstacle is None if name is None else f"its rotary positions ({name})" in obstacle
 

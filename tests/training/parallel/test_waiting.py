@@ -1,4 +1,4 @@
-"""Ranks that wait for the slow work of one of them."""
+"""Waiting for slow work on one rank."""
 
 from tests.launching import launch
 
@@ -21,7 +21,7 @@ exit_rank()  # without shutting down the interpreter, which sometimes aborts a r
 
 
 def test_ranks_wait_longer_than_the_timeout_of_their_process_group(tmp_path):
-    """A barrier would fail after 5 seconds, and a watchdog without a beat for so long ends the run."""
+    """A barrier would fail after 5 seconds, and a watchdog without a beat for that long would end the run."""
     script = tmp_path / "wait.py"
     script.write_text(SCRIPT)
     finished = launch([], folder=tmp_path, launcher="torchrun", script=script)
