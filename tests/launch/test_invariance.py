@@ -45,8 +45,8 @@ WAYS = {
 }
 
 LEFT_OUT = {"compiled", "zero3_offload", "zero1"}
-"""Excluded from the default run. torch compiles the model of the first, DeepSpeed the optimizer of the second;
-the latter takes minutes. Faults of the third would also appear in ZeRO-2 and 3."""
+"""Excluded from the default run. torch compiles the model of the first. DeepSpeed compiles an
+optimizer for the second, which takes minutes. Faults of the third would also appear in ZeRO-2 and 3."""
 
 
 def run(example, name, launcher, flags):
