@@ -1,4 +1,4 @@
-"""The table of metrics: what each one means, its unit, which way is better, and where it is shown.
+"""The table of metrics: meaning, unit, whether higher or lower is better, and where each is shown.
 
 The console, the report, the trackers and docs/metrics.md read this table. To add a metric, add a row here and
 the line in `dft/training/measuring/meter.py` that computes it.

@@ -75,7 +75,7 @@ def count_optimizer_steps(
 
     Args:
         training: arguments of the run.
-        rows: rows of the training data.
+        rows: number of rows of the training data.
         groups: data-parallel size; default: that of the run.
     """
     groups = groups or data_parallel_size(training)

@@ -5,7 +5,7 @@
 
 The data are conversations as in training. The prompt is everything before the last assistant turn, rendered
 as in training; the reference is that turn, or `answer`. Answers are graded by their boxed expression
-(math-verify), by what follows `####`, or as text. Several models are compared side by side.
+(math-verify), by the text after `####`, or as text. Several models are compared side by side.
 
 The output folder gets results.json, table.md, report.html and every sample with its grade. The same command
 resumes an interrupted evaluation, and further models and files can be added. See docs/evaluation.md.

@@ -8,8 +8,8 @@
 
 The questions are short and contain everything needed to answer them: sums, successors, copying, reversing
 and spelling words. Some conversations have a system turn, several questions, or a tool call. The model learns
-the tasks on two CPU cores in about a minute, and generalizes to held-out conversations. The same seed gives
-the same files.
+the tasks on two CPU cores in about a minute, and generalizes to held-out conversations. The same seed
+produces the same files.
 """
 
 import argparse

@@ -181,7 +181,7 @@ def attach_adapters(model: PreTrainedModel, name: str, folder: Path, tensors: di
     """Return the model with all of its adapters.
 
     peft ignores saved adapters for which the model has no module, and initializes missing ones. Both are
-    refused here.
+    rejected here.
 
     Args:
         model: the base model.
@@ -190,7 +190,7 @@ def attach_adapters(model: PreTrainedModel, name: str, folder: Path, tensors: di
         tensors: their tensors.
 
     Raises:
-        UserError: the adapters were trained on another model.
+        UserError: the adapters were trained on a different model.
     """
     from peft import PeftModel, get_peft_model_state_dict  # optional
 

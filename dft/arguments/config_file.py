@@ -98,7 +98,7 @@ def config_flags(file: str) -> list[str]:
                 raise UserError(f"--config {file}: {name}: a value in a list must not begin with --")
             words += [f"--{name}", *map(str, value)]
         else:
-            # One word, so that a value that begins with a dash is not parsed as a flag.
+            # A single word, so that a value that begins with a dash is not parsed as a flag.
             words.append(f"--{name}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
     if any("\0" in word for word in words):
         raise UserError(f"--config {file}: contains a NUL character")
@@ -115,7 +115,7 @@ def plain(value: Any) -> Any:
 def write_run_args(
     folder: Path, flags: dict[str, Any], defaults: dict[str, Any], own: set[str], derived: dict[str, Any]
 ) -> None:
-    """Write the flags of a run to `run_args.yaml`, from which `--config` can repeat it.
+    """Write the flags of a run to `run_args.yaml`, so that `--config` can repeat the run.
 
     Args:
         folder: the output folder; created if it does not exist.

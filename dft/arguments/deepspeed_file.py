@@ -73,7 +73,7 @@ def check_parts(content: dict[str, Any], flag: str) -> None:
 
     Args:
         content: the configuration.
-        flag: the flag and its value, with which messages begin.
+        flag: the flag and its value, used as the beginning of messages.
     """
     # DeepSpeed is slow to import and is needed only here.
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam

@@ -94,7 +94,7 @@ class Parser(HfArgumentParser):
             )
         except UserError:
             raise
-        except (ValueError, ImportError, OSError) as error:  # raised by transformers for invalid values
+        except (ValueError, ImportError, OSError) as error:  # transformers raises it for invalid values
             raise UserError(" ".join(str(error).split())) from None
         for group in (
             model,

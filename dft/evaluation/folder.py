@@ -23,9 +23,9 @@ MODEL_FILES = (
 SampleRecord = dict[str, Any]
 """A line of a file of samples: a problem with its graded samples; see `RECORD_KEYS`.
 
-`line` and `question` name the problem. `reference` is what its answers are graded against, and `has_answer`
-whether that is only the answer. `samples` is a list of objects with `text`, `right`, `tokens` and
-`stopped`.
+`line` and `question` name the problem. `reference` is the text that its answers are graded against, and
+`has_answer` tells whether that is only the answer. `samples` is a list of objects with `text`, `right`,
+`tokens` and `stopped`.
 """
 RECORD_KEYS = {"line", "question", "reference", "has_answer", "grader", "samples"}
 Manifest = dict[str, dict[str, Any]]
@@ -91,7 +91,7 @@ def update_manifest(
 
     Raises:
         UserError: two data files have the same name, or the folder holds samples that were made with other
-            settings, another model of the same name or another data file of the same name.
+            settings, a different model of the same name or a different data file of the same name.
     """
     stems = [file.stem for file in problems]
     for file in problems:

@@ -45,10 +45,10 @@ def grade(reference: str, generated: str, grader: str = "auto", has_answer: bool
         reference: the reference text.
         generated: the generated text.
         grader: "boxed": the last \boxed{} of the text equals that of the reference, mathematically
-            (math-verify). "hash": what follows the last `####` is equal, as in GSM8K; numbers are compared as
-            numbers, and may be followed by words. "exact": the texts are equal apart from surrounding white
-            space. "auto": chosen to suit the reference; if the reference is only the answer, "hash" if the
-            text has `####` and no box, else "boxed".
+            (math-verify). "hash": the texts after the last `####` are equal, as in GSM8K; numbers are
+            compared as numbers, and may be followed by words. "exact": the texts are equal apart from
+            surrounding white space. "auto": chosen to suit the reference; if the reference is only the
+            answer, "hash" if the text has `####` and no box, else "boxed".
         has_answer: whether the reference is only the answer.
 
     Raises:
@@ -117,7 +117,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def last_hash(text: str) -> str | None:
-    """Return what follows the last `####` on its line, or None."""
+    """Return the text between the last `####` and the end of its line, or None."""
     answers = HASH.findall(text)
     return answers[-1].strip() if answers else None
 

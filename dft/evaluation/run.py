@@ -29,7 +29,7 @@ def describe_grading(problems: Sequence[Problem], grader: str) -> str:
     """Describe how many references each grader grades.
 
     Raises:
-        UserError: a reference lacks what the grader looks for.
+        UserError: a reference does not contain what the grader looks for.
     """
     counts: Counter[str] = Counter()
     for problem in problems:
@@ -56,7 +56,7 @@ def regrade(folder: Path, manifest: Manifest, grader: str) -> None:
     """Regrade the saved samples of a folder if they were graded by a different grader.
 
     Raises:
-        UserError: a reference lacks what the grader looks for.
+        UserError: a reference does not contain what the grader looks for.
     """
     for model, data in product(manifest["models"], manifest["data"]):
         file = folder / model / f"{data}.jsonl"

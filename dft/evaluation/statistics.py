@@ -56,7 +56,7 @@ def t_quantile(freedom: int) -> float:
     Bisects the finite sums for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
 
     Args:
-        freedom: degrees of freedom, at least 1.
+        freedom: number of degrees of freedom, at least 1.
     """
     low, high = Z, 13.0
     while high - low > 1e-12:

@@ -1,10 +1,11 @@
 """The DFT loss computed from hidden states, without ever materializing all logits.
 
 The weight of a token is detached and depends on its own row of logits only, so the gradient on these logits,
-w_t * (softmax - onehot) / N, is known as soon as the row is. Rows are processed in tiles: one product gives
-the logits of a tile, the statistics are computed from them, the gradient overwrites them, and two more
-products propagate it to the hidden states and to the weight. Forward and backward together take 6 * N * D * V
-operations, compared with 8 * N * D * V if the backward recomputes the logits. The backward only scales.
+w_t * (softmax - onehot) / N, can be computed as soon as the row is available. Rows are processed in tiles:
+one product gives the logits of a tile, the statistics are computed from them, the gradient overwrites them,
+and two more products propagate it to the hidden states and to the weight. Forward and backward together take
+6 * N * D * V operations, compared with 8 * N * D * V if the backward recomputes the logits. The backward only
+scales.
 """
 
 from typing import Any

@@ -58,7 +58,7 @@ class Objective:
         raise NotImplementedError
 
     def potential(self, nll: Tensor) -> Tensor | None:
-        """Return what training minimizes, (tokens,), or None if the weight is not a function of p."""
+        """Return the minimized potential, (tokens,), or None if the weight is not a function of p."""
         return None
 
     @property

@@ -47,7 +47,7 @@ def check_schedule(objective: Objective, schedule: AlphaSchedule, end_of_turn_we
 
 
 def scheduled(objective: Objective, schedule: AlphaSchedule, step: int, steps: int) -> Objective:
-    """Return the objective with the alpha that the schedule gives at a step."""
+    """Return the objective with its scheduled alpha at a step."""
     if schedule.kind == "constant" or not isinstance(objective, Dft):
         return objective
     return replace(objective, alpha=objective.alpha * schedule.at(step, steps))

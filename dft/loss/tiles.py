@@ -63,7 +63,7 @@ class RowExtras(NamedTuple):
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 Span = tuple[int, int]
-"""[start, end) of some rows."""
+"""A [start, end) range of rows."""
 
 
 def run_tiles(

@@ -45,7 +45,7 @@ class ReportedTrainer(Protocol):
 
 
 class ReportCallback(TrainerCallback):
-    """Write `report.json` and its page after each evaluation, and once more on `close`.
+    """Writes `report.json` and its page after each evaluation, and again on `close`.
 
     Args:
         trainer: the trainer to report on.

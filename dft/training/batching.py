@@ -44,7 +44,7 @@ def choose_collator(
         model: model to train, with its attention implementation set.
         pad_token_id: any id of the vocabulary.
         packed: whether examples may hold several sequences.
-        longest_row: tokens of the longest example; None if unknown.
+        longest_row: number of tokens in the longest example; None if unknown.
 
     Raises:
         UserError: the examples are packed and the model would mix their sequences.
@@ -66,7 +66,7 @@ def packing_obstacle(model: PreTrainedModel, longest_row: int | None = None) -> 
 
     Args:
         model: model to train, with its attention implementation set.
-        longest_row: tokens of the longest row; None if unknown.
+        longest_row: number of tokens in the longest row; None if unknown.
     """
     config = model.config.get_text_config()
     # Not every configuration names the types of its layers.
@@ -138,7 +138,7 @@ def _is_packed(dataset: Any) -> bool:
 
 
 def longest_row(*collections: Any) -> int | None:
-    """Return the tokens of the longest example; None if that is not known without reading the examples.
+    """Return the number of tokens in the longest example; None if that requires reading the examples.
 
     Args:
         *collections: datasets, dictionaries of datasets, or None.

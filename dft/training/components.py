@@ -179,10 +179,10 @@ class Components:
         In training, also add the micro-batch to the metrics of its logging window.
 
         Args:
-            model: as it is trained.
+            model: the model, possibly wrapped for training.
             inputs: the micro-batch.
-            num_items: supervised tokens of the whole step on all ranks.
-            step: completed optimizer steps; None outside of training.
+            num_items: number of supervised tokens in the whole step on all ranks.
+            step: number of completed optimizer steps; None outside of training.
             loss_sum: the running sum to which the loss will be added.
             with_logits: whether the outputs must contain the logits.
         """

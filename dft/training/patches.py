@@ -23,7 +23,7 @@ class LibraryPatch:
         where: dotted name of the function that makes the change.
         package: the library.
         version: major and minor version that it was written for.
-        changes: what it changes.
+        changes: description of the change.
         reason: why there is no public way.
     """
 
@@ -83,7 +83,7 @@ ARGUMENT_MISMATCH = "Warning: The following arguments do not match the ones in t
 
 
 def fix_zero3_universal_load(optimizer: Any, folder: Path) -> None:
-    """Restore what DeepSpeed 0.19 loads wrongly from a universal checkpoint under ZeRO-3.
+    """Restore state that DeepSpeed 0.19 loads incorrectly from a universal checkpoint under ZeRO-3.
 
     All parameter groups get the options of the first group, including its weight decay; and all parameters
     share one step counter, which is then incremented once per parameter.

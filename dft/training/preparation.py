@@ -61,7 +61,7 @@ def resolve_collator(
         args: the training arguments.
         collator: the user's collator; None to choose one.
         objective: the training objective.
-        datasets: holds `train_dataset` and `eval_dataset`, if they are given.
+        datasets: `train_dataset` and `eval_dataset`, if given.
 
     Raises:
         ValueError: no collator is suitable, or the given one is not.

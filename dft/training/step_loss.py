@@ -112,7 +112,8 @@ class StepLoss:
 
         Args:
             forward: see `score`, as the other arguments.
-            num_items: supervised tokens of the whole step on all ranks; None for those of the batch.
+            num_items: number of supervised tokens in the whole step on all ranks; None for those of the
+                batch.
         """
         if num_items is not None:
             if self._sequences is not None:
@@ -136,7 +137,7 @@ class StepLoss:
         """Compute the loss of a batch.
 
         Args:
-            forward: the model as it is trained, which may be wrapped.
+            forward: the model, possibly wrapped for training.
             inputs: the batch on the device, as the collator made it.
             objective: objective of the current optimizer step.
             num_items: divisor of the sum over the tokens; None for the number of supervised tokens in the
@@ -188,7 +189,7 @@ class StepLoss:
 
         Args:
             model: the model, possibly wrapped by FSDP.
-            forward: the model as it is trained.
+            forward: the model, possibly wrapped for training.
 
         Raises:
             UserError: the model does not keep packed conversations apart, or has no fused head although one

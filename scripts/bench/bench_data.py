@@ -148,7 +148,7 @@ def measure(kind: str, folder: Path, workers: int) -> None:
 
 
 def measure_in_subprocess(kind: str, folder: Path, workers: int) -> dict[str, float]:
-    """Return what `measure` prints in a new process."""
+    """Run `measure` in a new process and return its output."""
     words = ["--measure", kind, "--folder", str(folder), "--workers", str(workers)]
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if done.returncode:

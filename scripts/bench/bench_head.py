@@ -124,7 +124,7 @@ def trl_loss(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    outputs = ("entropy", "is_top1")  # what SFTTrainer logs
+    outputs = ("entropy", "is_top1")  # the metrics that SFTTrainer logs
     log_probs, *_ = ChunkedLogProbFunction.apply(
         rows, weight, None, targets.clamp(min=0), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs
     )

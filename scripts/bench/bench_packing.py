@@ -18,7 +18,7 @@ CAPACITIES = (2048, 131_072)
 
 
 def lengths(kind: str, count: int, capacity: int) -> np.ndarray:
-    """Return the (count,) numbers of tokens of random sequences, with a fixed seed.
+    """Return the (count,) lengths of random sequences, with a fixed seed.
 
     Args:
         kind: "uniform", or "log-normal" for many short and few long sequences, as in conversations.

@@ -61,7 +61,7 @@ GIB = {"GiB": 1.0, "MiB": 1 / 1024}
 
 
 def run(folder: Path, ranks: int, flags: dict[str, object], **more: object) -> str:
-    """Run train_dft.py for three steps and return what it printed."""
+    """Run train_dft.py for three steps and return its output."""
     settings = {
         "model_name_or_path": folder / "model", "data_files": folder / "data" / "train.jsonl",
         "output_dir": folder / "out", "overwrite_output_dir": True, "max_steps": 3, "logging_steps": 1,

@@ -208,7 +208,7 @@ def traffic(name: str, parameters: float, ranks: int, itemsize: float, batches: 
     """Return the bytes that a rank sends in an optimizer step.
 
     Args:
-        itemsize: bytes of each number that is sent.
+        itemsize: number of bytes per transmitted element.
         batches: micro-batches per step.
     """
     way = BFLOAT16[name]

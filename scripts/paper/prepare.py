@@ -65,7 +65,7 @@ def load_rows(source: str) -> Dataset:
 
 
 def first_value(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    """Return the value of the first of some columns that is not empty; None if all are."""
+    """Return the first non-empty value among several columns; None if all are empty."""
     return next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
 
 

@@ -5,15 +5,15 @@
 
 A base model is trained on sums of two to five numbers until it is often right. From there it is fine-tuned
 with SFT, with DFT, and with an alpha between them, on three data sets: sums of three numbers; the same with a
-wrong step in three of ten; and differences, which are new to it. Each model is then tested on problems of
-three numbers, on longer problems of five numbers and, after differences, on sums again.
+wrong step in three of ten answers; and differences, which are new to it. Each model is then tested on
+problems of three numbers, on longer problems of five numbers and, after differences, on sums again.
 
-Answers are sampled at temperature 1 and graded by what follows `####`. Problems that a model was trained on
+Answers are sampled at temperature 1 and graded by the text after `####`. Problems that a model was trained on
 are left out. The learning rate of each method and task is selected beforehand, on separate problems.
 Each seed has its own data in its own order.
 
 The script writes study.json, table.md, accuracy.png and histograms.png. It reuses the results that are in the
-folder already, so a folder holds one study; a study of another size is refused.
+folder already, so a folder holds one study; a study of a different size is rejected.
 """
 
 import argparse

@@ -20,7 +20,7 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Quantiles of Student's distribution for 95 % intervals, by the number of seeds."""
 BINS = 20
 DIGEST = "Figures"
-"""PNG keyword of the digest of the results, by which a test detects pictures older than study.json."""
+"""PNG keyword of the digest of the results, used by a test to detect pictures older than study.json."""
 
 
 class Mean(NamedTuple):
@@ -146,7 +146,7 @@ def distribution_table(results: Mapping[str, Any]) -> list[str]:
 
 
 def rate_table(results: Mapping[str, Any]) -> list[str]:
-    """Return the table of the accuracies by which the learning rates were selected."""
+    """Return the table of accuracies used to select the learning rates."""
     lines = header("learning rate: task", list(ALPHAS))
     for task in TASKS:
         for rate in results["size"]["rates"][task]:

@@ -76,8 +76,8 @@ def chain(numbers: Sequence[int], sign: str = "+", wrong_step: int | None = None
     Args:
         numbers: the numbers.
         sign: "+" or "-".
-        wrong_step: index of a step with a wrong result, from which the next steps continue.
-        slip: what is added to the right result of that step.
+        wrong_step: index of a step with a wrong result, which the following steps build on.
+        slip: error added to the correct result of that step.
     """
     total, lines = numbers[0], []
     for step, number in enumerate(numbers[1:]):

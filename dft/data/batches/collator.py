@@ -136,7 +136,7 @@ class FlatCollator:
 
 
 def _sequence_lengths(example: Mapping[str, Any]) -> list[int]:
-    """Return the number of tokens of each sequence of an example, in order.
+    """Return the number of tokens in each sequence of an example, in order.
 
     Raises:
         ValueError: `seq_lengths` contains a value below 1 or does not add up to the number of tokens.
@@ -157,7 +157,8 @@ def _add_bookkeeping(
     """Add `loss_positions`, `sequence_ids` and, if any example has them, `origins` to a batch.
 
     Args:
-        width: tokens that each example is padded to; None if the examples are concatenated in one row.
+        width: number of tokens that each example is padded to; None if the examples are concatenated in one
+            row.
     """
     numbers: list[int] = []  # of the sequence, for each run of tokens
     run_lengths: list[int] = []
@@ -208,6 +209,6 @@ def _restarting_positions(lengths: Sequence[int]) -> Tensor:
 
 
 def _int64(values: Any) -> Tensor:
-    """Return a copy of some values as an int64 tensor."""
+    """Copy values to an int64 tensor."""
     # Copied because arrays of a memory-mapped file are read-only and tensors cannot be.
     return torch.from_numpy(np.array(values, dtype=np.int64))

@@ -13,7 +13,7 @@ SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
         "labels": pa.list_(pa.int32()),
-        "source": pa.int32(),  # number of the data file, in the order of the data report
+        "source": pa.int32(),  # index of the data file, in the order of the data report
         "line": pa.int64(),
     }
 )
@@ -96,7 +96,7 @@ class Sequences(Dataset):
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each row, (rows,) int64."""
+        """Number of tokens in each row, (rows,) int64."""
         lengths = self._store.lengths[self.order]
         return lengths if self.offsets is None else np.add.reduceat(lengths, self.offsets[:-1])
 
@@ -133,7 +133,7 @@ class _Store:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each sequence, (sequences,) int64."""
+        """Number of tokens in each sequence, (sequences,) int64."""
         empty = [np.zeros(0, dtype=np.int64)]
         return np.concatenate([np.diff(offsets).astype(np.int64) for offsets in self.offsets] or empty)
 

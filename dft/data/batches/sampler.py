@@ -22,12 +22,12 @@ class EpochSampler(Sampler[int]):
     epoch, so a resumed run finds its position without replaying random numbers.
 
     Args:
-        size: examples in the dataset.
+        size: number of examples in the dataset.
         multiple: examples that all ranks together consume per batch (batch size * ranks).
         seed: seed of the shuffling; None keeps the order of the dataset.
         drop_last: drop the examples that do not fill a full multiple instead of adding blanks.
         lengths: (size,) tokens of each example, to batch examples of similar length; None to ignore lengths.
-        group: examples per optimizer step. Steps of similar lengths are formed, then shuffled.
+        group: number of examples per optimizer step. Steps of similar lengths are formed, then shuffled.
     """
 
     def __init__(

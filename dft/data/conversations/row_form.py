@@ -14,7 +14,7 @@ class RowForm:
         name: name of the form in documentation.
         keys: a row has this form if it has all these keys, none of them null.
         read: validates the turns of a row of this form, which has no null columns. Raises `BadLine`.
-        append_answer: appends an assistant turn with the given text to a row that is not validated yet, for
+        append_answer: appends an assistant turn with the given text to an unvalidated row, for
             evaluation data with the answer in a separate column. Returns the row unchanged if it
             already ends with an assistant turn, and None if it does not have this form.
         example: a row of this form.

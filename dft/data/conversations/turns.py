@@ -87,8 +87,8 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
     supervised = _pop_supervision(where, role, message)
     content = message.get("content")
     if len(message) == 2 and isinstance(content, str) and content.strip():
-        return message, supervised  # the fast path: most turns have nothing else
-    if "function_call" in message:  # the key that OpenAI's format used before 'tool_calls'
+        return message, supervised  # fast path: most turns have no other keys
+    if "function_call" in message:  # the key used by OpenAI's format before 'tool_calls'
         message["tool_calls"] = [message.pop("function_call")]
     has_calls = "tool_calls" in message and _normalize_tool_calls(where, message)
     has_reasoning = _check_strings(where, message)

@@ -23,7 +23,7 @@ from dft.files import flush_to_disk
 
 REPORT = "data_report.json"
 CONTENTS = "contents.json"
-"""Name of the file with the sizes and digests of all files in a folder, from which damage is detected."""
+"""Name of the file with the sizes and digests of all files in a folder, used to detect damage."""
 REQUIRED = {REPORT, "train.arrow", "train.order.npy"}
 """Files that every folder of prepared data has."""
 STAGING = re.compile(r"([0-9a-f]{32})\.[a-z0-9_]{8}")
@@ -72,7 +72,7 @@ def check_private(folder: Path, cache_dir: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether a folder holds all sealed files, undamaged as far as `sampled_digest` detects."""
+    """Return whether a folder holds all sealed files, as far as `sampled_digest` can detect, undamaged."""
     try:
         contents = json.loads((folder / CONTENTS).read_bytes())
         if not isinstance(contents, dict) or not contents.keys() >= REQUIRED:
@@ -106,7 +106,7 @@ def remove_abandoned(cache_dir: Path, key: str) -> None:
     """Remove folders left behind by killed processes.
 
     Folders of `key` are always removed, since the caller holds the lock of `key`. Folders of other keys are
-    removed if their lock is free and nothing was written to them for `ABANDONED` seconds.
+    removed if their lock is free and they have not been written to for `ABANDONED` seconds.
     """
     for folder in cache_dir.iterdir():
         match = STAGING.fullmatch(folder.name)

@@ -28,7 +28,7 @@ def build_report(
         splits: "train" and, if any, "eval", as selected.
         counts: counts of each of the "train" and the "eval" files, before selection.
         unused: numbers of conversations that are not part of any split.
-        max_length: tokens that a packed row holds.
+        max_length: number of tokens that a packed row holds.
         weights: weight of each training file.
     """
     total = sum((part for group in counts.values() for part in group), ConversationCounts())

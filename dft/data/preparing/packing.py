@@ -17,7 +17,7 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.
 
     Args:
         lengths: (sequences,) integers, tokens of each sequence.
-        capacity: tokens that a row holds.
+        capacity: number of tokens that a row holds.
         seed: seed of the random choices.
 
     Returns:
@@ -95,7 +95,7 @@ class _RowsByRoom:
     different length and needs a separate lookup.
 
     Args:
-        capacity: tokens that an empty row holds.
+        capacity: number of tokens that an empty row holds.
     """
 
     def __init__(self, capacity: int) -> None:

@@ -73,7 +73,7 @@ class PreparedData:
             if self.report["rejected"]:
                 write_atomically(folder / REJECTED, self._rejected_lines())
             else:
-                (folder / REJECTED).unlink(missing_ok=True)  # of an earlier run
+                (folder / REJECTED).unlink(missing_ok=True)  # left by an earlier run
             write_atomically(folder / REPORT, [json.dumps(self.report, indent=2, ensure_ascii=False)])
 
     def _rejected_lines(self) -> Iterator[str]:
@@ -110,7 +110,7 @@ def prepare(
     cache_dir: Path,
     workers: int,
 ) -> PreparedData:
-    """Return the prepared data of some files, from the cache if it was prepared before.
+    """Prepare data files, or load the result from the cache if they were prepared before.
 
     Args:
         data_files: files, folders, glob patterns or hub datasets, see

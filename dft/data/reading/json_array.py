@@ -109,7 +109,7 @@ class PartialRecord:
     def __init__(self) -> None:
         self.line = 1
         self.first: int | None = None
-        self._parts: list[bytes] = []  # empty if the record is too long to be kept
+        self._parts: list[bytes] = []  # empty if the record is too long to keep
         self._size = 0
 
     def add(self, part: bytes) -> None:
@@ -142,7 +142,7 @@ class PartialRecord:
         """Return a record that reports an error on the current line.
 
         Args:
-            reason: what is wrong with the array.
+            reason: the fault of the array.
             ends: whether the rest of the file is unreadable.
         """
         make_flaw = unreadable_from_here if ends else Flaw

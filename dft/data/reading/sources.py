@@ -45,7 +45,7 @@ class DataFile:
 
 
 def resolve_sources(values: list[str], flag: str) -> list[DataFile]:
-    """Return the files that the values of a flag name, in order. A file named twice is returned twice.
+    """Return the files named by the values of a flag, in order. A file named twice is returned twice.
 
     A value is one of: a file; a folder, for all files below it that have a known suffix; a pattern with `*`,
     `?`, `[` or `**`, for all such files that match it; a dataset of the hub, `owner/name[/config][:split]`,
@@ -158,7 +158,7 @@ def _match_hub_name(value: str) -> re.Match[str] | None:
 
 
 def _hub_sources(value: str, hub: re.Match[str], entry: int, label: str, folder: Path) -> list[DataFile]:
-    # These imports are slow, and most runs read files.
+    # These imports are slow, and most runs only read local files.
     import datasets
     import httpx
     from huggingface_hub.errors import EntryNotFoundError, RevisionResolutionError, XetDownloadError

@@ -59,7 +59,7 @@ class TableReader:
         # Column chunks are read through a buffer, not as a whole, because a file may be a single row group.
         with pq.ParquetFile(self.source.path, buffer_size=READ_SIZE) as file:
             names, rows = _known_columns(file.schema_arrow.names), 0
-            # Without a form, all columns are read so that the error can name them.
+            # If the rows have no known form, all columns are read so that the error can name them.
             selected = names if find_form(names) else None
             rows_per_batch = _parquet_batch_rows(file.metadata, names)
             for batch in file.iter_batches(rows_per_batch, columns=selected, use_threads=False):

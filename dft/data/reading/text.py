@@ -70,7 +70,7 @@ class TextReader:
     def _read_lines(self, pieces: Iterator[bytes]) -> Iterator[Record]:
         """Yield every line that is not blank."""
         number, size = 1, 0
-        parts: list[bytes] = []  # of the current line; empty if it is too long to be kept
+        parts: list[bytes] = []  # parts of the current line; empty if it is too long to keep
         for piece in pieces:
             first, *lines = piece.split(b"\n")
             size += len(first)
@@ -173,7 +173,7 @@ def _line_record(number: int, line: bytes, size: int) -> list[Record]:
     """Return a list with the record of a line of `size` bytes; empty if the line is blank."""
     if size > MAX_RECORD_BYTES:
         return [Record(number, b"", RECORD_TOO_LONG)]
-    # A byte order mark is kept as part of the first line, but a line with nothing else is blank.
+    # A byte order mark is kept as part of the first line, but a line that contains only the mark is blank.
     visible = line.removeprefix(BOM) if number == 1 else line
     return [Record(number, line)] if visible and not visible.isspace() else []
 

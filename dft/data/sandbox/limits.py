@@ -20,7 +20,7 @@ An ordinary rendering takes microseconds, and 16 MB of text (the longest convers
 a second. CPU time does not pass while other processes run, so the limit holds on a busy machine too.
 """
 MAX_MEMORY_GROWTH = 2 << 30
-"""Bytes by which a process may grow while it renders a few conversations."""
+"""Maximum growth in bytes of a process while it renders a few conversations."""
 MAX_RENDERED_CHARACTERS = 64_000_000
 """Characters of one rendering, and of all training sequences of a conversation together.
 

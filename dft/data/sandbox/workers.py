@@ -101,7 +101,7 @@ class _Pool:
             with _block_interrupts():
                 process.start()
                 self.processes.append(process)
-            theirs.close()  # so that our end sees end-of-file when the worker ends
+            theirs.close()  # so that our end gets end-of-file when the worker exits
             self.workers[ours] = _Worker(process)
 
     def kill(self) -> None:

@@ -175,7 +175,7 @@ class ChatEncoder:
         if rendering.stop_id is not None:
             labels[-1] = input_ids[-1]
             ends[-1] = len(ids) - 1
-        labels[:1] = IGNORE_INDEX  # no token precedes the first one, so none predicts it
+        labels[:1] = IGNORE_INDEX  # the first token has no predecessor to predict it
         return Example(input_ids, labels, tuple(rendering.endings), np.array(ends, dtype=np.int32))
 
 

@@ -70,7 +70,7 @@ class ConversationRenderer:
         """
         sequences = [Rendering(text)]
         count = len(chat.messages)
-        # From the last turn to the first: an earlier turn joins a sequence that begins like its transcript.
+        # Process turns from last to first: an earlier turn joins a sequence that begins like its transcript.
         for index in reversed([index for index in range(count) if chat.conversation.supervised[index]]):
             # Rendering of the conversation up to and including this turn.
             transcript = text if index + 1 == count else chat.render(index + 1)

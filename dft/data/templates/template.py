@@ -21,7 +21,7 @@ DATE = date(2024, 7, 26)
 """Default date for templates that write today's date.
 
 The date is fixed so that the same data gives the same tokens on every day, on every rank and after a resume.
-It is the date that Llama 3 templates write if they are given none.
+It is the default date of Llama 3 templates.
 """
 
 
@@ -115,7 +115,7 @@ class ChatTemplate:
         reasoning is stored under all keys that templates read.
         """
         if len(message) == 2 and not self.roles_in_parts:
-            return message  # role and content: the common case
+            return message  # common case: only role and content
         adapted = dict(message)
         if any(adapted.get(name) for name in REASONING_KEYS):
             adapted = alias_reasoning(adapted)

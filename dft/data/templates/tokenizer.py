@@ -141,7 +141,7 @@ def stop_token_ids(name_or_path: str, trust_remote_code: bool = False) -> list[i
     try:
         path = cached_file(name_or_path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
         if path is None:
-            return []  # the file is optional
+            return []  # this file is optional
         config = GenerationConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{flag}: {_first_line(error)}") from None

@@ -116,8 +116,8 @@ def _differs(label: str, labels: list[str], values: list[str]) -> bool:
 def differing_arguments(reports: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """Return the arguments that differ between runs, with their formatted values in the order of the runs.
 
-    A run without `report.json` has only the arguments that were given to it, in `run_args.yaml`. If another
-    run was given more, their values are "not given" for it.
+    A run without `report.json` has only the arguments that were given to it, in `run_args.yaml`. Arguments
+    that only other runs were given have the value "not given".
     """
     names = dict.fromkeys(name for report in reports for name in report["arguments"])
     differing = {}

@@ -198,7 +198,7 @@ def machine_rows(log: Log) -> list[Row]:
 
 
 def _machine_row(metric: Metric, values: np.ndarray) -> Row:
-    """Return the maximum of a metric in GiB, the median of any other; a metric without a unit is a share."""
+    """Format the maximum of a metric in GiB or the median of others; metrics without a unit are shares."""
     name = metric.name.replace("_gib", "").replace("_", " ")
     if metric.unit == "GiB":
         return name, f"{values.max():.2f} GiB"

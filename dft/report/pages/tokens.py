@@ -1,4 +1,4 @@
-"""Conversations shown token by token, each supervised token with the probability that the model gives it."""
+"""Conversations shown token by token, with the model's probability of each supervised token."""
 
 import math
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class TextPiece:
     Attributes:
         kind: "text"; "space", "tab" or "control" for characters that would be invisible; "part" for a token
             that is only part of a character and has no text.
-        text: what is shown.
+        text: the text to show.
     """
 
     kind: str

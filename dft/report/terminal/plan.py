@@ -30,7 +30,7 @@ def base_model_gib(
     Args:
         model: the model, possibly on the meta device.
         training: the training arguments.
-        longest: tokens of the longest row.
+        longest: number of tokens in the longest row.
         fused: whether the fused head computes the loss; it holds only one tile of logits at a time.
     """
     weights = sum(parameter.numel() for parameter in model.parameters()) * model.dtype.itemsize / GIB

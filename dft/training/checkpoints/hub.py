@@ -49,7 +49,7 @@ class HubPublisher:
         api: client of the hub.
         token: access token; None uses the one of the login.
         revision: branch to commit to.
-        strategy: what to upload during training.
+        strategy: files to upload during training.
         always_push: upload a checkpoint even if the previous upload is still running; the default skips it.
 
     Attributes:
@@ -110,7 +110,7 @@ class HubPublisher:
         self._uploads.append(Upload(folder, is_checkpoint, future))
 
     def is_uploading(self, folder: Path | None = None) -> bool:
-        """Return whether an upload is running or waiting, of `folder` if given."""
+        """Return whether an upload (of `folder`, if given) is running or waiting."""
         return any(
             not upload.future.done() for upload in self._uploads if folder is None or upload.folder == folder
         )

@@ -1,4 +1,4 @@
-"""Convert a DeepSpeed checkpoint for another number of ranks."""
+"""Convert a DeepSpeed checkpoint for a different number of ranks."""
 
 import shutil
 import subprocess

@@ -92,7 +92,7 @@ class RunState:
         )
 
     def loss_of_rank(self, rank: int, ranks: int) -> float:
-        """Return the share of the loss sum with which each of `ranks` ranks continues.
+        """Return the loss sum from which each of `ranks` ranks continues.
 
         The ranks of the resumed run share the sums of those that saved it; their mean stays the same.
         """

@@ -58,7 +58,7 @@ class RunSaver:
         options: settings of the run.
         accelerator: the run's accelerator.
         tokenizer: saved along with the model, if any.
-        publisher: uploads what is saved, if the arguments ask for it.
+        publisher: uploads saved folders, if the arguments request it.
     """
 
     def __init__(

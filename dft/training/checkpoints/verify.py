@@ -78,7 +78,7 @@ def dtypes_of(model: nn.Module) -> frozenset[torch.dtype]:
 
 
 def check_files(folder: Path, expected: Expected) -> None:
-    """Raise `Damaged` for a missing file, or a tensor that is empty, of another dtype, or not finite."""
+    """Raise `Damaged` for a missing file, or a tensor that is empty, has a wrong dtype or is not finite."""
     is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
     config = folder / (ADAPTER_CONFIG_NAME if is_adapter else CONFIG_NAME)
     if not config.is_file():

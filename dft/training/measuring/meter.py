@@ -140,7 +140,7 @@ class TokenMeter:
         """Add the saved sums of this rank, and its share of the sums of ranks that no longer exist.
 
         Args:
-            rows: what `rows` returned, possibly with another number of ranks.
+            rows: the return value of `rows`, possibly with a different number of ranks.
             accelerator: the resumed run's accelerator.
 
         Raises:
@@ -237,7 +237,7 @@ def file_means(sums: list[float]) -> dict[str, float]:
 
 
 def prefix_with_file_names(files: list[str], means: list[dict[str, float]]) -> dict[str, Any]:
-    """Return the metrics of all files as `<file>/<metric>`, with paths shortened as far as possible."""
+    """Return the metrics of all files as `<file>/<metric>`, with paths shortened to unique names."""
     return {
         f"{name}/{metric}": value
         for name, values in zip(short_names(files), means, strict=True)

@@ -46,7 +46,7 @@ class MetricsRecorder:
         evaluation: sums of the current or last evaluation.
         examples: some sequences of the last evaluation, on rank 0.
         scored: tables of the tokens that are being scored; None to keep none.
-        max_steps: optimizer steps of the run, over which alpha rises.
+        max_steps: number of optimizer steps of the run, over which alpha rises.
         window_flops: floating-point operations of the last logging window.
     """
 
@@ -166,7 +166,7 @@ class MetricsRecorder:
     def evaluating(self, dataloader: DataLoader) -> Iterator[None]:
         """Collect the metrics of an evaluation.
 
-        It changes nothing in training: its time does not count, and the random numbers are restored.
+        It does not affect training: its time does not count, and the random state is restored.
         """
         started = time.perf_counter()
         self._files = dataset_files(dataloader.dataset) if self.log_per_file else []

@@ -82,7 +82,7 @@ def flops_per_token(weight: nn.Parameter) -> float:
 
 
 def active_expert_fraction(config: PretrainedConfig) -> float | None:
-    """Return the share of the experts that each token uses; None if the configuration does not say."""
+    """Return the fraction of experts that each token uses; None if the configuration does not specify it."""
     settings = config.to_dict()
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     total = next((settings[name] for name in names if settings.get(name)), None)
@@ -124,7 +124,7 @@ class Clock:
         """Return the seconds since the last call, without excluded time.
 
         Args:
-            step: optimizer steps done.
+            step: number of completed optimizer steps.
         """
         now = time.perf_counter()
         seconds, self._window_start, self._step = now - self._window_start, now, step

@@ -154,7 +154,7 @@ def send_to_swanlab(name: str, counts: list[int], step: int) -> None:
 
 
 def truncate_record(value: Any) -> Any:
-    """Return a value with long lists and texts truncated, and a note on what was dropped."""
+    """Return a value with long lists and texts truncated, and a note about the omitted parts."""
     if isinstance(value, Mapping):
         return {name: truncate_record(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -22,7 +22,7 @@ class MemoryLayout:
         ranks: number of ranks that share them.
         stage: ZeRO stage; 0 without DeepSpeed.
         optimizer_offloaded, weights_offloaded: whether they are kept in CPU memory.
-        itemsize: bytes of a weight.
+        itemsize: number of bytes per weight.
         device: device type, "cuda" or another.
     """
 
@@ -144,7 +144,7 @@ def bytes_per_element(parameter: nn.Parameter, itemsize: int) -> float:
 
     Args:
         parameter: the weight. Frozen weights keep their dtype, unless all weights are cast to a smaller one.
-        itemsize: bytes of an element of a trained weight.
+        itemsize: number of bytes per element of a trained weight.
     """
     if parameter.dtype == torch.uint8:
         return 1 + 1 / 32  # bitsandbytes keeps an 8-bit scale for every 64 weights
@@ -192,8 +192,8 @@ def estimate_activations(
     Args:
         model: the model, possibly on the meta device.
         training: arguments of the run.
-        rows: rows of the micro-batch.
-        tokens: tokens of all rows together.
+        rows: number of rows in the micro-batch.
+        tokens: total number of tokens in all rows.
         checkpointed: whether activations are recomputed; default: as in the run.
         layout: distribution over the devices; default: that of the run.
     """

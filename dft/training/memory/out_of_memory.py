@@ -82,7 +82,7 @@ def convert_memory_errors(what: str, remedy: str) -> Iterator[None]:
 
     Args:
         what: description of what does not fit, for the message.
-        remedy: what to change.
+        remedy: flags to change, for the message.
     """
     try:
         yield

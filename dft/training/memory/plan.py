@@ -34,8 +34,8 @@ class PlanSetting:
 
     Attributes:
         layout: distribution of weights, gradients and optimizer state over the devices.
-        rows: rows of a micro-batch on each device.
-        accumulation: micro-batches of an optimizer step.
+        rows: number of rows per micro-batch on each device.
+        accumulation: number of micro-batches per optimizer step.
         checkpointed: whether activations are recomputed.
         changes: flags that turn the requested run into this one.
         extra_gib: GiB of anything else on each device, such as a frozen base model.
@@ -97,7 +97,7 @@ def plan(
         model: the model, possibly on the meta device.
         training: arguments of the run.
         setting: setting to plan for.
-        longest: tokens of the longest row.
+        longest: number of tokens in the longest row.
         fused: whether the loss is computed without logits.
         supervised_share: average share of the tokens that are supervised.
     """
@@ -194,7 +194,7 @@ def closest_fitting_plans(
         model: the model, possibly on the meta device.
         training: arguments of the run.
         requested: setting requested by the flags.
-        longest: tokens of the longest row.
+        longest: number of tokens in the longest row.
         fused: whether the loss is computed without logits.
         memory: memory of the device in GiB.
         supervised_share: average share of the tokens that are supervised.

@@ -21,7 +21,7 @@ BASE_RECORD = "base_model.json"
 def resolve_quantization(
     lora: LoraArguments, training: transformers.TrainingArguments
 ) -> BitsAndBytesConfig | None:
-    """Return the quantization of the frozen weights; None to keep them as they are."""
+    """Return the quantization of the frozen weights; None to leave them unquantized."""
     if not lora.load_in_4bit:
         return None
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
@@ -76,7 +76,7 @@ def add_adapters(
 
 
 def pack_linear(model: PreTrainedModel) -> None:
-    """Give the linear layers of a model on the meta device the shapes of packed 4-bit weights."""
+    """Change the linear layers of a model on the meta device to the shapes of packed 4-bit weights."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:

@@ -17,7 +17,7 @@ def check_positions(model: PreTrainedModel, longest: int, max_length: int) -> No
 
     Args:
         model: the model.
-        longest: tokens of the longest sequence.
+        longest: number of tokens in the longest sequence.
         max_length: value of --max_length, for the message.
     """
     limit = position_limit(model.config.get_text_config())
@@ -37,7 +37,7 @@ def position_notes(model: PreTrainedModel, longest: int) -> list[str]:
 
     Args:
         model: the model.
-        longest: tokens of the longest sequence.
+        longest: number of tokens in the longest sequence.
     """
     config = model.config.get_text_config()
     notes = []

@@ -30,7 +30,7 @@ from dft.training.batching import packing_obstacle
 from dft.training.model.positions import LENGTH_DEPENDENT_ROPE, rope_types
 
 SLICEABLE_KEYS = {"input_ids", "labels", "attention_mask", "loss_positions", "sequence_ids", "origins"}
-"""Entries that a batch may have; `SequenceParallel.local_slice` knows how to slice these only."""
+"""Entries that a batch may have; `SequenceParallel.local_slice` can slice only these."""
 
 
 def sequence_parallel_obstacle(model: PreTrainedModel, size: int) -> str | None:
@@ -171,7 +171,7 @@ def resolve_parallel_collator(pad_token_id: int, collator: Any) -> PaddedCollato
         collator: collator that the caller chose, or None.
 
     Raises:
-        ValueError: another kind of collator was chosen.
+        ValueError: an unsuitable collator was chosen.
     """
     if collator is not None and not isinstance(collator, PaddedCollator):
         raise ValueError("sequence parallelism can slice batches of PaddedCollator only; omit data_collator")
