@@ -3,8 +3,8 @@
     python scripts/evaluate.py --model runs/sft runs/dft --data test.jsonl --output runs/evaluation
     python scripts/evaluate.py --model base=MODEL runs/dft --data test.jsonl --samples 1 --temperature 0
 
-The data are conversations as in training. The prompt is everything before the last assistant turn, rendered
-as in training; the reference is that turn, or `answer`. Answers are graded by their boxed expression
+The data consists of conversations as in training. The prompt is everything before the last assistant turn,
+rendered as in training; the reference is that turn, or `answer`. Answers are graded by their boxed expression
 (math-verify), by the text after `####`, or as text. Several models are compared side by side.
 
 The output folder gets results.json, table.md, report.html and every sample with its grade. The same command

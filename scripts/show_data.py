@@ -4,7 +4,7 @@
     python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl --count 5 --shuffle True
     python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl --lines 12 40
 
-Takes all data flags of train_dft.py. The prepared data are cached, and train_dft.py uses them.
+Takes all data flags of train_dft.py. The prepared data is cached, and train_dft.py reuses it.
 """
 
 import sys
@@ -70,7 +70,7 @@ def main() -> None:
     check_bounds(data)
     check_data_arguments(data)
     if show.output_dir is not None:
-        # Before the data are prepared, so that a wrong path fails early.
+        # Runs before the data is prepared, so that a wrong path fails early.
         with convert_write_errors(Path(show.output_dir), "--output_dir"):
             Path(show.output_dir).mkdir(parents=True, exist_ok=True)
     tokenizer, notes = load_tokenizer(

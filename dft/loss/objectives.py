@@ -207,7 +207,7 @@ class Eaft(Objective):
         return entropy / math.log(self.largest)
 
     def formula(self) -> str:
-        return "entropy of the 20 likeliest tokens / ln 20"
+        return "entropy of the top 20 tokens / ln 20"
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def _resolve(value: str, entry: int, flag: str) -> list[DataFile]:
     if hub and hub["split"] and not SPLIT_NAME.fullmatch(hub["split"]):
         raise UserError(
             f"{label}: {hub['split']!r} is not the name of a split; slices and sums of splits are not "
-            f"supported; pass each split as a value of its own, like {hub['name']}:train"
+            f"supported; pass each split as a separate value, like {hub['name']}:train"
         )
     if glob.has_magic(path):
         return [_data_file(file, entry, flag) for file in _matching_files(path, label)]

@@ -51,7 +51,7 @@ def check_output(arguments: Arguments) -> None:
     requested = (training.resume_from_checkpoint or "false").lower()
     if training.overwrite_output_dir and requested != "false":
         raise UserError(
-            f"--overwrite_output_dir True starts anew, --resume_from_checkpoint "
+            f"--overwrite_output_dir True starts a new run, --resume_from_checkpoint "
             f"{training.resume_from_checkpoint} resumes; give one of them"
         )
     if training.enable_jit_checkpoint:
@@ -78,7 +78,7 @@ def resolve_resume(arguments: Arguments) -> tuple[str | None, list[str]]:
     if checkpoints and not training.overwrite_output_dir:
         raise UserError(
             f"--output_dir {folder}: holds {len(checkpoints)} checkpoint(s) of an earlier run; resume "
-            "from them with --resume_from_checkpoint auto, choose another folder, or start anew with "
+            "from them with --resume_from_checkpoint auto, choose another folder, or start a new run with "
             "--overwrite_output_dir True"
         )
     return None, []
@@ -146,7 +146,7 @@ def _newest_of(training: transformers.TrainingArguments, word: str) -> Checkpoin
         raise UserError(
             f"--resume_from_checkpoint auto: the checkpoints in {output_dir} hold the model alone (saved "
             "with --save_only_model True), so there is nothing to resume from; choose another "
-            "--output_dir, or start anew with --overwrite_output_dir True and without "
+            "--output_dir, or start a new run with --overwrite_output_dir True and without "
             "--resume_from_checkpoint"
         )
     return None

@@ -209,7 +209,7 @@ def test_existing_file_is_not_taken_as_a_hub_dataset(hub, tmp_path):
 def test_slices_and_sums_of_splits_are_errors(hub, split):
     assert error_of(f"owner/one:{split}") == (
         f"{split!r} is not the name of a split; slices and sums of splits are not supported; pass each split "
-        "as a value of its own, like owner/one:train"
+        "as a separate value, like owner/one:train"
     )
     assert hub == []
 
