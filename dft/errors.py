@@ -30,7 +30,7 @@ class UserError(ValueError):
 
 
 def report_user_errors() -> None:
-    """Print uncaught `UserError`s as one message without a traceback, and exit with code 2.
+    """Print uncaught `UserError`s as one message without a traceback and exit with code 2.
 
     Most errors (flags, files, models) occur on every rank of a machine, so only its first rank prints them.
     The others wait until the launcher ends them, which it does as soon as one rank fails. If they exited

@@ -1,4 +1,4 @@
-"""Write files that other processes may read at any time, and report disk and permission errors."""
+"""Write files that other processes may read at any time and report disk and permission errors."""
 
 import errno
 import os

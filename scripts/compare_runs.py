@@ -1,4 +1,4 @@
-"""Compare the training metrics of runs with those of a reference run, step by step.
+"""Compare the training metrics of runs with a reference run, step by step.
 
     python scripts/compare_runs.py runs/reference runs/other [runs/another ...]
 

@@ -109,7 +109,7 @@ def evaluate_model(
     options: argparse.Namespace,
     variables: Mapping[str, Any],
 ) -> None:
-    """Sample and grade the answers of one model to all problems, and print its accuracies."""
+    """Sample and grade the answers of one model to all problems and print its accuracies."""
     group_size = VLLM_PROBLEMS if backend == "vllm" else max(1, settings.batch_size // settings.samples)
     every = list(chain.from_iterable(problems.values()))
     sampler = LazySampler(partial(load_sampler, model, backend, settings, options, variables, every))
@@ -122,7 +122,7 @@ def evaluate_model(
 
 
 def write_results(output: Path, manifest: Manifest, grader: str) -> None:
-    """Write the results of all models and data files of the output folder, and print their table."""
+    """Write the results of all models and data files of the output folder and print their table."""
     results, examples = collect_results(output, manifest, grader)
     table = format_table(results)
     write_atomically(output / RESULTS, [json.dumps(results, indent=1), "\n"])
@@ -187,7 +187,7 @@ def check_settings(settings: SamplingSettings) -> None:
 
 
 def check_adapters(models: Sequence[EvaluatedModel], backend: str) -> None:
-    """Raise `UserError` if vLLM is to load a folder of LoRA adapters."""
+    """Raise `UserError` if vLLM would have to load LoRA adapters."""
     for model in models:
         if backend == "vllm" and (Path(model.path) / ADAPTER_CONFIG_NAME).is_file():
             raise UserError(
@@ -228,7 +228,7 @@ def load_sampler(
     variables: Mapping[str, Any],
     problems: Sequence[Problem],
 ) -> tuple[Sampler, ChatEncoder]:
-    """Load a model and its tokenizer, and print notes about them.
+    """Load a model and its tokenizer and print notes about them.
 
     Returns:
         The sampler, and the encoder of its prompts.

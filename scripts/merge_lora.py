@@ -58,7 +58,7 @@ UNREADABLE = (*UNLOADABLE, RuntimeError, SafetensorError)
 
 
 def merge(adapters: Path, output: Path, base: str | None, dtype: str, trust_remote_code: bool) -> None:
-    """Merge adapters into their base model, and write the result with its tokenizer.
+    """Merge adapters into their base model and write the result with its tokenizer.
 
     Args:
         adapters: output directory or checkpoint of a run with `--lora_r`.
@@ -239,7 +239,7 @@ def untie_embeddings(model: PreTrainedModel) -> None:
 
 @contextmanager
 def staging_folder(output: Path) -> Iterator[Path]:
-    """Create an empty folder next to the output, and remove it afterwards unless it was renamed.
+    """Create an empty folder next to the output and remove it afterwards unless it was renamed.
 
     Raises:
         UserError: the output exists and is not an empty folder, or cannot be written to.
@@ -271,9 +271,9 @@ def write_verified(
     Args:
         model: the merged model.
         tokenizer: its tokenizer.
-        folder: where to write.
+        folder: target folder.
         output: the final name of the folder, for messages.
-        logits: (tokens, vocab), of the base model with its adapters, as `probe` returns them.
+        logits: (tokens, vocab) logits of the base model with its adapters, from `probe`.
         trust_remote_code: whether to run code that comes with the model.
 
     Raises:

@@ -48,7 +48,7 @@ def table(history: list[dict[str, Any]]) -> str:
 
 
 def answer(folder: Path, prompt: list[dict[str, str]]) -> str:
-    """Return the answer that the saved model generates with greedy decoding."""
+    """Generate an answer with the saved model by greedy decoding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     inputs = tokenizer.apply_chat_template(

@@ -65,7 +65,7 @@ def load_batch(output_dir: str, requested: tuple[int, int]) -> tuple[int, int] |
 
 
 def check_same_batch(args: transformers.TrainingArguments) -> None:
-    """Raise `UserError` on all ranks if they read different batch sizes. A collective."""
+    """Raise `UserError` on all ranks if they read different batch sizes. This is a collective."""
     batch = [args.per_device_train_batch_size, args.gradient_accumulation_steps]
     if world_size() > 1 and args.requested_batch is not None:
         batches = gather_object([batch])

@@ -134,7 +134,7 @@ def ignored_flags(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_resolved_values(arguments: Arguments, ignored: dict[str, Any]) -> list[str]:
-    """Set the values that depend on several flags, and return a note for each.
+    """Set the values that depend on several flags and return a note for each.
 
     Args:
         ignored: flags that this kind of run ignores, see `ignored_flags`.

@@ -180,7 +180,7 @@ class TrainingArguments(transformers.TrainingArguments):
             )
 
     def _map_older_names(self: Any) -> None:
-        """Map flags of older releases to their replacements, and note flags without effect."""
+        """Map flags of older releases to their replacements and note flags without effect."""
         if self.warmup_ratio is not None:
             if self.warmup_steps:
                 raise UserError(

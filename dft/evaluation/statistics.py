@@ -94,7 +94,7 @@ def wilson(share: float, count: float) -> Share:
 def difference(grades: Sequence[Sequence[bool]], baseline: Sequence[Sequence[bool]]) -> Share:
     """Return the difference in accuracy to another model on the same problems.
 
-    The interval is that of the mean of paired differences by Student's distribution, limited to [-1, 1]. If
+    The interval is Student's interval for the mean of paired differences, limited to [-1, 1]. If
     all differences are equal, their variance is unknown, and the interval is Newcombe's hybrid score interval
     of the two shares (1998, method 10).
     """

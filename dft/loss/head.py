@@ -305,7 +305,7 @@ class _Anchor(torch.autograd.Function):
 
 
 class _Tie(torch.autograd.Function):
-    """Pass the loss through, and send a zero gradient to the logits computed from the anchor."""
+    """Pass the loss through and send a zero gradient to the logits computed from the anchor."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, logits: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ If the weight of a token is a * p + b, a single kernel does everything. Otherwis
 statistics, the objective computes the weights from them in torch, and a second kernel writes the gradient, so
 that no objective needs its own kernel.
 
-`TRITON_INTERPRET=1` runs the kernels on the CPU; the tests do so where there is no GPU.
+`TRITON_INTERPRET=1` runs the kernels on the CPU; the tests do so if there is no GPU.
 """
 
 import torch

@@ -167,7 +167,7 @@ class Power(Objective):
 
 @dataclass(frozen=True)
 class Threshold(Objective):
-    """Minimizes -log p of the tokens with p >= q only (arXiv 2510.00526): w = 1 if p >= q, else 0.
+    """Minimizes -log p only for tokens with p >= q (arXiv 2510.00526): w = 1 if p >= q, else 0.
 
     Suited to data that contains wrong tokens: those the model considers unlikely are ignored completely.
     """

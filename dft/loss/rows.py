@@ -75,7 +75,7 @@ def _score_block(
     min_weight: Tensor | None,
     log_base: Tensor | None,
 ) -> TokenStats:
-    """Return the statistics of a block of rows, and overwrite its logits with their gradient."""
+    """Return the statistics of a block of rows and overwrite its logits with their gradient."""
     if options.scale != 1:
         tile *= options.scale
     if options.softcap is not None:

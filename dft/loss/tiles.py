@@ -52,7 +52,7 @@ class RowExtras(NamedTuple):
 
     Attributes:
         min_weight: (tokens,) lower bounds on the weights.
-        base_rows: (tokens, base hidden) of the base model, in the dtype of the products.
+        base_rows: (tokens, base hidden) hidden states of the base model, in the dtype of the products.
         base_head: the head that belongs to `base_rows`.
     """
 

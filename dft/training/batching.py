@@ -186,7 +186,7 @@ def dataset_files(dataset: Any) -> list[str]:
 
 
 def token_count(inputs: Mapping[str, Any]) -> Tensor:
-    """Return the number of tokens of a batch without padding, a scalar on its device."""
+    """Return the number of tokens in a batch excluding padding, as a scalar on its device."""
     if "attention_mask" in inputs:
         return inputs["attention_mask"].sum()
     ids = inputs["input_ids"]
@@ -196,7 +196,7 @@ def token_count(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def attended_pairs(inputs: Mapping[str, Any]) -> Tensor:
-    """Return the number of (token, attended token) pairs of a batch, a scalar on its device.
+    """Return the number of (token, attended token) pairs in a batch, as a scalar on its device.
 
     Counts causal attention over whole sequences and ignores sliding windows and chunks.
     """

@@ -202,7 +202,7 @@ class Components:
         return loss, batch.outputs
 
     def evaluate(self, model: nn.Module, inputs: Mapping[str, Any], with_logits: bool) -> Any:
-        """Add a batch to the metrics of the evaluation, and return the model's outputs."""
+        """Add a batch to the metrics of the evaluation and return the model's outputs."""
         _, stats, outputs = self.loss.score(model, inputs, self.recorder.objective, with_logits=with_logits)
         self.recorder.add_evaluation(stats, inputs)
         return outputs

@@ -19,7 +19,7 @@ from dft.training.parallel.sequence_parallel import check_shared_data, resolve_p
 def prepare_arguments(
     args: transformers.TrainingArguments, options: Mapping[str, Any], fused_head: str, on_nonfinite: str
 ) -> None:
-    """Check the arguments of a trainer, and set those that have only one valid value.
+    """Check the arguments of a trainer and set those that have only one valid value.
 
     Args:
         args: the training arguments.

@@ -192,8 +192,8 @@ class StepLoss:
             forward: the model, possibly wrapped for training.
 
         Raises:
-            UserError: the model does not keep packed conversations apart, or has no fused head although one
-                is required.
+            UserError: the model does not keep packed conversations separate, or has no fused head although
+                one is required.
         """
         self._model = model
         if isinstance(collator := self._collator(), PackedCollator | FlatCollator):
@@ -238,7 +238,7 @@ class StepLoss:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, and restore its mode afterwards."""
+    """Put the model into evaluation mode and restore its mode afterwards."""
     training = model.training
     model.eval()
     try:

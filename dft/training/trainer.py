@@ -72,7 +72,7 @@ class DFTTrainer(transformers.Trainer):
 
     Raises:
         ValueError: arguments that contradict each other or would change the meaning of the loss, or packed
-            data for a model that does not keep packed conversations apart. `train` may raise it as well.
+            data for a model that does not keep packed conversations separate. `train` may raise it as well.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class DFTTrainer(transformers.Trainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Train on a micro-batch, and report progress of this rank."""
+        """Train on a micro-batch and report progress of this rank."""
         self.options.heartbeat.beat()
         return super().training_step(*args, **kwargs)
 

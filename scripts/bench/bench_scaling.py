@@ -71,7 +71,7 @@ class Measurement(NamedTuple):
 
 
 def make_inputs(folder: Path) -> int:
-    """Write a model and training data, and return the number of the model's parameters."""
+    """Write a model and training data and return the number of the model's parameters."""
     train, _ = write_conversations(folder / "data", 2000)
     tokenizer = train_tokenizer(read_conversations(train))
     config = Qwen3Config(
@@ -165,7 +165,7 @@ class Machine(NamedTuple):
     Attributes:
         flops: peak throughput of dense bfloat16 products, in FLOP per second.
         share: the share of `flops` that a step reaches, measured on one GPU.
-        memory: in GiB.
+        memory: capacity in GiB.
         inside, outside: bandwidth of a GPU within its node and to other nodes, in bytes per second.
     """
 

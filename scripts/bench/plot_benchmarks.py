@@ -284,7 +284,7 @@ def _draw(axes: Axes, panel: Panel, height: float) -> None:
 
 
 def _label(setting: str) -> str:
-    """Return a setting in two lines: tokens, share, width and vocabulary; or vocabulary and rows."""
+    """Format a setting in two lines: tokens, share, width and vocabulary; or vocabulary and rows."""
     parts = setting.split(", ")
     if len(parts) == 4:
         return f"{parts[0]} tokens, {parts[1]}\nD {parts[2]}, V {parts[3]}"

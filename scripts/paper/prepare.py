@@ -93,7 +93,7 @@ def conversation(row: Mapping[str, Any], origin: str, system: str | None) -> dic
     """Return a row of NuminaMath-CoT as a conversation.
 
     Args:
-        row: with `messages`, or with `problem` and `solution`.
+        row: a row with `messages`, or with `problem` and `solution`.
         origin: source and number of the row, for messages.
         system: content of a system turn to add.
 
@@ -120,7 +120,7 @@ def problem(row: Mapping[str, Any], origin: str, system: str | None) -> dict[str
     """Return a row of a benchmark as a problem with its answer, which may be in a box of the solution.
 
     Args:
-        row: with a column of `QUESTION_COLUMNS`, and one of `ANSWER_COLUMNS` or `SOLUTION_COLUMNS`.
+        row: a row with a column of `QUESTION_COLUMNS`, and one of `ANSWER_COLUMNS` or `SOLUTION_COLUMNS`.
         origin: source and number of the row, for messages.
         system: content of a system turn to add.
 

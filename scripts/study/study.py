@@ -174,7 +174,7 @@ def evaluate_in_parallel(
 
 
 def claim_folder(folder: Path, size: Size) -> None:
-    """Record the size of the study in its folder, so that its models are not reused for another size.
+    """Record the size of the study in its folder, so that a study of another size cannot reuse its models.
 
     Raises:
         UserError: the folder holds anything other than a study of this size.
@@ -190,7 +190,7 @@ class Study:
     """The steps of a study in one folder.
 
     Args:
-        folder: where everything is written.
+        folder: output folder.
         size: amount of data, number of seeds, and learning rates.
         pool: runs two processes at a time.
     """

@@ -33,7 +33,7 @@ def prepare() -> None:
 
 
 def run_script(script: Path, *arguments: object) -> None:
-    """Run a script of this repository, and wait for it to finish.
+    """Run a script of this repository and wait for it to finish.
 
     Args:
         script: its file.

@@ -6,10 +6,10 @@ target. An example may also have `origins`, (sequences, 2): the file number and 
 
 In addition to the model's inputs, every batch contains
 
-    loss_positions (supervised tokens,) int64, the positions whose next token is supervised. Computed here on
-    the CPU, so that no training step has to synchronize with the accelerator to count them. sequence_ids
-    (batch, seq) int64, the number of the sequence that each token belongs to, -1 for padding. origins
-    (sequences, 2) int64, if any example has origins; (-1, -1) for examples without.
+    loss_positions  (supervised tokens,) int64, the positions whose next token is supervised. Computed here on
+                    the CPU, so that no training step has to synchronize with the accelerator to count them.
+    sequence_ids    (batch, seq) int64, the number of the sequence that each token belongs to, -1 for padding.
+    origins         (sequences, 2) int64, if any example has origins; (-1, -1) for examples without.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ class PaddedCollator:
             docstring.
 
         Raises:
-            ValueError: an example holds several sequences, which an attention mask cannot keep apart.
+            ValueError: an example holds several sequences, which an attention mask cannot separate.
         """
         for example in examples:
             if len(_sequence_lengths(example)) > 1:

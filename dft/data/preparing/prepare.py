@@ -1,7 +1,7 @@
 """Preparation of data files into one cached dataset: tokenized, mixed, split and packed.
 
 Prepared data is stored under a key derived from everything that affects its contents (`cache_key`). One
-process prepares while the others wait for a file lock. No collective is pending meanwhile, so hours of
+process prepares while the others wait for a file lock. No collective is pending in the meantime, so hours of
 tokenizing cannot cause a communication timeout. A killed process leaves only a folder under a temporary name,
 which is never read and is removed by a later preparation.
 """

@@ -64,8 +64,9 @@ def _join_pieces(small_pieces: Iterator[bytes]) -> Iterator[bytes]:
 def _inflate(file: BinaryIO) -> Iterator[bytes]:
     """Yield the decompressed bytes of all members of a gzip file.
 
-    The gzip module of the standard library raises on trailing bytes too, but does not return them, and they
-    have to be copied to rejected.jsonl. Zeros after a member are padding, as they are to the gzip program.
+    The gzip module of the standard library also raises on trailing bytes, but it does not return them, and
+    they must be copied to rejected.jsonl. Zeros after a member are treated as padding, like in the gzip
+    program.
 
     Raises:
         EOFError, zlib.error: the file is truncated, damaged or not a gzip file.

@@ -113,7 +113,7 @@ class PartialRecord:
         self._size = 0
 
     def add(self, part: bytes) -> None:
-        """Append text, and count its lines."""
+        """Append text and count its lines."""
         if self.first is None:
             text = part.lstrip(BLANKS)
             self.line += part.count(b"\n", 0, len(part) - len(text))

@@ -2,8 +2,8 @@
 
 A chat template is a program that comes with the model. Jinja's sandbox keeps it away from files and from
 Python internals but does not stop endless loops. Only the kernel can stop a single long operation such as
-`10 ** 10 ** 9`, by ending the process, because Python runs no other thread meanwhile. Templates are therefore
-rendered in worker processes (`dft.data.sandbox.workers`).
+`10 ** 10 ** 9`, by ending the process, because Python cannot run another thread in the meantime. Templates
+are therefore rendered in worker processes (`dft.data.sandbox.workers`).
 """
 
 import resource

@@ -31,7 +31,7 @@ class Example:
     Attributes:
         input_ids: (tokens,) int32.
         labels: (tokens,) int32, the token id where a token is supervised, else -100.
-        endings: for each supervised turn the stop token it ends with, None if it ends without one.
+        endings: stop token at the end of each supervised turn, or None if there is none.
         ends: (turns,) int32, index of the last supervised token of each supervised turn.
     """
 

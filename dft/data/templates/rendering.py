@@ -11,7 +11,7 @@ class Rendering:
         text: the text to tokenize.
         spans: [start, end) character ranges of `text` that are supervised, in order and disjoint.
         stop_id: a stop token to append and supervise, for templates whose last turn has none.
-        endings: for each span the stop token it ends with, None if it ends without one.
+        endings: stop token at the end of each span, or None if there is none.
     """
 
     text: str

@@ -35,7 +35,8 @@ def check_sequence(encoder: ChatEncoder, rendering: Rendering, example: Example)
     - Every span has supervised tokens of its own, which represent its text. No other token is supervised.
     - Every span that ends with a stop token has the id of that token last. Either all spans or none end with
     a stop token.
-    - The tokens before each span are those of the text before it alone, as at inference. For a later turn
+    - The tokens before each span equal those of the preceding text on its own, as at inference. For a later
+    turn
       they may also be the ids of the earlier turns followed by the tokens of the text after these, which
       differ only if an earlier turn had to be split off (see `ChatEncoder.example`).
     - All ids together represent the text.

@@ -57,8 +57,8 @@ class TurnBounds:
         """Return the start of the turn in a conversation that begins with an assistant turn.
 
         Templates that read `messages[0]` cannot render an empty history, and some write a default system turn
-        only if there is a message. For these the generation prompt is searched for in the text before a
-        placeholder answer, all of which the template wrote.
+        only if there is a message. For such templates, the generation prompt is located in the text before a
+        placeholder answer, which consists only of template text.
         """
         try:
             prompt = chat.render(0, prompt=True)
@@ -129,7 +129,7 @@ class TurnBounds:
             any.
 
         Raises:
-            BadLine: the next turn is the assistant's too, so its header does not stop generation.
+            BadLine: the next turn is an assistant turn as well, so its header does not stop generation.
         """
         continues = bool(sequence.text[end:].strip())
         if continues and (match := self._stop_at(sequence.text, end)):

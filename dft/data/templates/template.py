@@ -168,7 +168,7 @@ class ChatTemplate:
 
     @cached_property
     def call_style(self) -> CallStyle | None:
-        """The form in which the template renders tool calls with their arguments; None if there is none."""
+        """Tool call style with which the template renders all arguments; None if none works."""
         question = self.turn("user", ".")
         empty = as_parts("") if "assistant" in self.roles_in_parts else ""
         for as_null, as_text in product((False, True), (False, True)):

@@ -33,7 +33,7 @@ class TokenizedText:
 
     @property
     def own_ids(self) -> list[int]:
-        """Token ids without those of the guard."""
+        """Token ids, excluding the guard."""
         return self.ids[self.skip_tokens :]
 
     def local_position(self, position: int) -> int:

@@ -132,7 +132,7 @@ def spans(log: Log, prefix: str) -> list[Span]:
 
     Args:
         log: the log of the run.
-        prefix: "" for those of training, "eval_" for those of evaluation.
+        prefix: "" for training metrics, "eval_" for evaluation metrics.
     """
     logged = ((metric, series(log, prefix + metric.name)) for metric in QUALITY)
     return [Span(metric, values, values.best(metric)) for metric, values in logged if len(values)]

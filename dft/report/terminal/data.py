@@ -25,7 +25,7 @@ def data_summary(report: Mapping[str, Any], folder: str | None = None) -> list[s
 
     Args:
         report: `PreparedData.report`.
-        folder: the folder the report was written to, None if it was not written.
+        folder: the folder the report was written to, or None if it was not written.
     """
     lines = []
     for split in ("train", "eval"):

@@ -11,7 +11,7 @@ def preflight_lines(report: dict[str, Any], folder: str) -> list[str]:
 
     Args:
         report: `preflight_report`.
-        folder: where the report was written.
+        folder: folder of the written report.
     """
     groups = {"all": report["whole"], **(report["files"] if len(report["files"]) > 1 else {})}
     width = max(4, *map(len, groups))

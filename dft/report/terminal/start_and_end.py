@@ -133,7 +133,7 @@ def _tokens_per_micro_batch(arguments: Arguments, train: dict[str, Any]) -> int:
 
 
 def new_notes(arguments: Arguments) -> list[str]:
-    """Return one line for each note added since the last call, and clear the notes."""
+    """Return one line for each note added since the last call and clear the notes."""
     lines = [f"note        {note}" for note in arguments.notes]
     arguments.notes.clear()
     return lines

@@ -41,7 +41,7 @@ def sees_the_same(folder: Path, accelerator: Accelerator) -> bool:
 
 @contextmanager
 def writing_a_save(run: Path, staging: Path) -> Iterator[None]:
-    """Convert a failed save to one error, and remove its partial files to free disk space.
+    """Convert a failed save to one error and remove its partial files to free disk space.
 
     Args:
         run: the output directory.

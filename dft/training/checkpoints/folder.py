@@ -1,7 +1,7 @@
 """Checkpoint folders: detect complete ones, find the one to resume from, remove old ones.
 
-A checkpoint is written under another name. Once all its files are on disk it gets a manifest that lists them,
-and then its own name. A folder without all files in its manifest is never used.
+A checkpoint is first written under a temporary name. Once all its files are on disk, a manifest that lists
+them is written, and the checkpoint is renamed. A folder without all files in its manifest is never used.
 """
 
 import json
@@ -184,7 +184,7 @@ def newest_checkpoint(output_dir: Path, resumable: bool = True) -> tuple[Checkpo
     """Return the newest complete checkpoint, and the reason why each newer folder was skipped.
 
     Args:
-        output_dir: where to look.
+        output_dir: folder to search.
         resumable: skip checkpoints that hold the model alone.
     """
     skipped = [f"{path}: was not written to its end" for path in unfinished_folders(output_dir)]

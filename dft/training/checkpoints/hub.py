@@ -42,7 +42,7 @@ class Upload:
 class HubPublisher:
     """Uploads the files of a model, its tokenizer and its card, but no other files of the output directory.
 
-    Uploads run one after the other in a thread of rank 0 while training continues. All ranks hold a
+    Uploads run sequentially in a thread of rank 0 while training continues. All ranks hold a
     publisher, because they wait for the uploads together, but only rank 0 uploads.
 
     Args:
@@ -120,7 +120,7 @@ class HubPublisher:
         return {upload.folder for upload in self._uploads if not upload.future.done()}
 
     def finish(self, accelerator: Accelerator, beat: Callable[[], None]) -> None:
-        """Wait for all uploads. All ranks must call it; `beat` reports their progress meanwhile.
+        """Wait for all uploads. All ranks must call it; `beat` reports progress in the meantime.
 
         Raises:
             UserError: on all ranks, if a model could not be uploaded. For a checkpoint, print a warning.

@@ -25,7 +25,7 @@ CONVERTER = ("-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_sta
 def resharded(
     checkpoint: Path, output_dir: Path, accelerator: Accelerator, beat: Callable[[], None]
 ) -> Iterator[Path]:
-    """Yield a folder with the universal format of a checkpoint, and remove it afterwards.
+    """Yield a folder with the universal format of a checkpoint and remove it afterwards.
 
     DeepSpeed's converter runs in one process per disk; the folder takes as much space as the checkpoint.
     Within the context, the engine of this run is configured to load that format. All ranks must enter it.

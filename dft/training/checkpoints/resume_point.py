@@ -25,7 +25,7 @@ from dft.training.checkpoints.folder import (
 
 
 def check_output(arguments: Arguments) -> None:
-    """Create the output directory, and check that it can be written to.
+    """Create the output directory and check that it can be written to.
 
     Raises:
         UserError: it cannot be written to, or flags about checkpoints contradict each other.

@@ -113,7 +113,7 @@ class RunSaver:
         """Save the final model. An earlier one is replaced once the new one is complete.
 
         Args:
-            folder: where to save it.
+            folder: target folder.
             run: what to save.
             message: commit message for pushing it to the hub; None to not push it.
 

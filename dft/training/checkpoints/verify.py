@@ -65,7 +65,7 @@ class Expected:
 def dtypes_of(model: nn.Module) -> frozenset[torch.dtype]:
     """Return the floating-point dtypes of all saved tensors of a model.
 
-    The state_dict is not used: under FSDP all ranks would have to ask for it.
+    The state_dict is not used: under FSDP, all ranks would have to request it.
     """
     tensors: list[Tensor] = list(model.parameters())
     for module in model.modules():
@@ -138,7 +138,7 @@ def check_tensor(name: str, tensor: Tensor, dtypes: frozenset[torch.dtype]) -> N
 
 
 def probe(model: nn.Module, vocab: int, device: torch.device) -> Tensor:
-    """Return the logits of a few tokens, (tokens, vocab), float32 on the CPU. All ranks must call it.
+    """Return the logits of a few tokens, (tokens, vocab), in float32 on the CPU. All ranks must call this.
 
     Does not consume random numbers.
     """
@@ -271,8 +271,8 @@ class SaveVerifier:
         """Check the model that was just written to `staging`. All ranks must call it.
 
         Args:
-            staging: where it was written; it is removed only if the check succeeds.
-            folder: where it will be.
+            staging: folder it was written to; removed only if the check succeeds.
+            folder: its final folder.
             model: the trained model.
             forward: the same, wrapped for training.
             is_checkpoint: whether it is part of a checkpoint, rather than a final model.

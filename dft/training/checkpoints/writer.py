@@ -28,8 +28,9 @@ UNFINISHED_MODEL = f"{UNFINISHED}model"
 class CheckpointWriter:
     """Stages, seals, publishes and rotates the checkpoints of a run. All ranks must call every method.
 
-    A checkpoint is written under another name. When all its files are on disk it gets a manifest, then its
-    own name, and only then older checkpoints are removed. A failed save removes its partial files.
+    A checkpoint is first written under a temporary name. Once all its files are on disk, its manifest is
+    written and it is renamed. Only then are older checkpoints removed. A failed save removes its partial
+    files.
 
     Args:
         accelerator: the run's accelerator.
@@ -46,7 +47,7 @@ class CheckpointWriter:
         """Yield an empty folder to write a checkpoint to, and publish it when the context ends.
 
         Args:
-            folder: where the checkpoint will be.
+            folder: final folder of the checkpoint.
             facts: what its manifest records in addition to the files.
 
         Raises:
@@ -115,7 +116,7 @@ class CheckpointWriter:
 
 @contextmanager
 def saved_use_cache(model: PreTrainedModel, use_cache: bool) -> Iterator[None]:
-    """Set `use_cache` in the configuration while it is saved, and restore it afterwards.
+    """Set `use_cache` in the configuration while it is saved and restore it afterwards.
 
     Training switches the key-value cache off; a model that is loaded for generation needs the original
     setting.
@@ -129,7 +130,7 @@ def saved_use_cache(model: PreTrainedModel, use_cache: bool) -> Iterator[None]:
 
 
 def complete_model_folder(folder: Path, model: PreTrainedModel, model_digest: str) -> None:
-    """Add the files that Trainer does not write to a saved model, and remove the pickled arguments.
+    """Add the files that Trainer does not write to a saved model and remove the pickled arguments.
 
     The pickle is not needed, and it contains the hub's access token.
     """

@@ -21,7 +21,7 @@ class Accumulator:
 
     Args:
         size: number of sums.
-        device: where they are kept.
+        device: device of the sums.
         dtype: float64 or float32; default: `accumulation_dtype(device)`.
 
     Attributes:

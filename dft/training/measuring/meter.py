@@ -131,7 +131,7 @@ class TokenMeter:
         self.has_auxiliary = False
 
     def rows(self, accelerator: Accelerator) -> list[list[float]]:
-        """Return the sums of every rank, one row per rank, to be saved in a checkpoint. A collective."""
+        """Return the sums of every rank, one row per rank, for a checkpoint. This is a collective."""
         total = self._sums.total()
         auxiliary = total.new_full((1,), self.has_auxiliary)
         return accelerator.gather(torch.cat([total, auxiliary])[None]).tolist()
@@ -157,7 +157,7 @@ class TokenMeter:
         self.has_auxiliary = bool(saved[:, -1].any())
 
     def reduce(self, accelerator: Accelerator) -> "ReducedMetrics":
-        """Return the means over the tokens of all ranks and start a new window. A collective."""
+        """Return the means over the tokens of all ranks and start a new window. This is a collective."""
         total = torch.cat([self._sums.total(), self._file_sums.total()])
         sums = accelerator.reduce(total, "sum").tolist()
         has_auxiliary = self.has_auxiliary

@@ -45,7 +45,7 @@ class MetricsRecorder:
         training: sums of the current logging window.
         evaluation: sums of the current or last evaluation.
         examples: some sequences of the last evaluation, on rank 0.
-        scored: tables of the tokens that are being scored; None to keep none.
+        scored: tables of the scored tokens; None if they are not collected.
         max_steps: number of optimizer steps of the run, over which alpha rises.
         window_flops: floating-point operations of the last logging window.
     """
@@ -135,7 +135,7 @@ class MetricsRecorder:
         return logs
 
     def complete_window(self, logs: Mapping[str, float], state: TrainerState) -> dict[str, float]:
-        """Return the metrics of a logging window with the other values of its log line. A collective."""
+        """Return the metrics of a logging window and the rest of its log line. This is a collective."""
         metrics = self.training_metrics(state.global_step)
         state.total_flos += self.window_flops
         others = {name: value for name, value in logs.items() if name != "loss"}
@@ -146,7 +146,7 @@ class MetricsRecorder:
         return {} if alpha is None else {"dft_alpha": alpha}
 
     def complete_summary(self, logs: dict[str, float], state: TrainerState, train_loss: float) -> None:
-        """Complete the last log line of a run in place. A collective.
+        """Complete the last log line of a run in place. This is a collective.
 
         Args:
             train_loss: mean of the loss over all steps, including those before the run was resumed.
@@ -177,7 +177,7 @@ class MetricsRecorder:
         self.exclude_time(time.perf_counter() - started)
 
     def add_evaluation(self, stats: TokenStats, inputs: Mapping[str, Any]) -> None:
-        """Add a batch to the metrics of the evaluation, and keep some of its sequences and tokens."""
+        """Add a batch to the metrics of the evaluation and keep some of its sequences and tokens."""
         per_file = self._has_origins() and self.log_per_file
         files = origins_of_tokens(inputs)[:, 0] if per_file else None
         self.evaluation.update(stats, inputs, files=files)

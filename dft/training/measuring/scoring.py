@@ -69,7 +69,7 @@ class TokenTable:
 
     @classmethod
     def gather(cls, tables: Sequence["TokenTable"]) -> "TokenTable":
-        """Return the rows of the tables of all ranks, ordered by file and line. A collective."""
+        """Return the rows of the tables of all ranks, ordered by file and line. This is a collective."""
         table = cls.concatenate(gather_object(list(tables)))
         return table.select(np.lexsort((table.line, table.file)))
 

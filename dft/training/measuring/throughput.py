@@ -137,7 +137,7 @@ class Clock:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the peak memory use of this process in GiB: of the device, or on a CPU of the machine.
+    """Return the peak memory use of this process in GiB: device memory or, on a CPU, main memory.
 
     MPS does not record a peak; the currently allocated memory is returned instead.
     """

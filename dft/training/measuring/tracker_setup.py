@@ -1,4 +1,4 @@
-"""Set up experiment trackers before they start, and end their runs."""
+"""Set up experiment trackers before they start and end their runs."""
 
 import importlib.util
 import os
@@ -151,7 +151,7 @@ def check_swanlab_dashboard() -> None:
 
 
 def swanlab_has_login() -> bool:
-    """Return whether SwanLab has a key, or a mode in which it needs none."""
+    """Return whether SwanLab has a key, or a mode that does not need one."""
     import swanlab  # slow to import
 
     settings = swanlab.Settings()

@@ -111,7 +111,7 @@ def free_unused_memory() -> None:
 def note_smaller_batch(
     args: transformers.TrainingArguments, requested: tuple[int, int] | None, last: MicroBatch
 ) -> str | None:
-    """Record a smaller batch for the next attempt, and return a message about it.
+    """Record a smaller batch for the next attempt and return a message about it.
 
     Args:
         requested: (rows per device, accumulation steps) that the user requested; None to not record a batch.

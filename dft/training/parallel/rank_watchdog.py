@@ -194,7 +194,7 @@ class RankWatchdog:
         self._end(None, code)
 
     def _exchange_heartbeats(self, tick: int) -> None:
-        """Write the heartbeat of this machine and check those of the others."""
+        """Write the heartbeat of this machine and check the heartbeats of the others."""
         self._store.set(f"alive/{self.me.machine}", str(tick))
         now = time.monotonic()
         for machine, leader in self._leaders.items():

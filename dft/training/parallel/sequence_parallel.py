@@ -2,7 +2,7 @@
 
 The ranks of a group get the same batch, and each keeps one slice of its positions. Between the projections
 of attention and attention itself, DeepSpeed exchanges slices with all heads for all positions of some heads,
-so that attention sees whole sequences. All other layers, and the head, work on the slice of the rank.
+so that attention sees complete sequences. All other layers, and the head, process only the rank's slice.
 
 The loss of a rank is the sum over the targets of its slice. Ranks average it as they average losses of
 different rows, so gradients and metrics are correct without special handling of groups. accelerate and
@@ -120,7 +120,7 @@ class SequenceParallel:
             tokens without padding.
 
         Raises:
-            ValueError: the batch has entries of unknown meaning.
+            ValueError: the batch has unknown entries.
         """
         if not batch.keys() <= SLICEABLE_KEYS:
             raise ValueError(
