@@ -46,10 +46,10 @@ from dft.training.memory.out_of_memory import OutOfMemory
 from dft.training.model.loading import load_meta_model
 from dft.training.parallel.stopping import STOPPED, Stopped, StopRequest
 from dft.training.run import (
-    check_run,
     load_encoder,
     load_models,
     make_trainer,
+    prepare_run,
     restart,
     run_options,
     set_up_output,
@@ -64,7 +64,7 @@ def main() -> None:
     stop.listen()
     tag_warnings()
     arguments = parse_arguments()
-    check_run(arguments)
+    prepare_run(arguments)
     arguments.training.resume_from_checkpoint, notes = resolve_resume(arguments)
     arguments.notes.extend([*notes, *find_notes(arguments), *set_up_output(arguments.training)])
     tokenizer, encoder = load_encoder(arguments)

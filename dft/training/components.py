@@ -207,7 +207,7 @@ class Components:
         self.recorder.add_evaluation(stats, inputs)
         return outputs
 
-    def check_gradient(
+    def handle_gradient(
         self,
         norm: Tensor | float,
         step: int,
@@ -215,9 +215,9 @@ class Components:
         optimizer: AcceleratedOptimizer,
         loss_sum: Tensor,
     ) -> None:
-        """Check the gradient norm of a step before its update, see `NonfiniteGuard.check`."""
+        """Handle the gradient norm of a step before its update, see `NonfiniteGuard.handle_gradient`."""
         files = dataset_files(self._dataset())
-        self.guard.check(norm, step, model, optimizer, files, self.recorder.training.sums, loss_sum)
+        self.guard.handle_gradient(norm, step, model, optimizer, files, self.recorder.training.sums, loss_sum)
         self.progress.grad_norm = norm.item() if isinstance(norm, Tensor) else norm
 
     def roll_back_step(self, model: nn.Module, step: int, loss_sum: Tensor) -> bool:

@@ -21,7 +21,7 @@ from dft.data.templates.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
 from dft.training.checkpoints.folder import newest_checkpoint
 from dft.training.checkpoints.hub import HUB_ERRORS
-from dft.training.checkpoints.resume_point import check_output
+from dft.training.checkpoints.resume_point import prepare_output_folder
 from dft.training.measuring.tracker_setup import finish_trackers, prepare_trackers
 from dft.training.memory.out_of_memory import SHARD, convert_memory_errors
 from dft.training.model.attention import resolve_attention
@@ -36,10 +36,14 @@ from dft.training.run_options import RunOptions
 from dft.training.trainer import DFTTrainer
 
 
-def check_run(arguments: Arguments) -> None:
-    """Raise `UserError` for all problems that can be detected before the data is prepared."""
+def prepare_run(arguments: Arguments) -> None:
+    """Check the arguments and create the output folder, before the data is prepared.
+
+    Raises:
+        UserError: an argument is wrong, or the output folder cannot be written to.
+    """
     check_arguments(arguments)
-    check_output(arguments)
+    prepare_output_folder(arguments)
     if not arguments.data.prepare_only:
         check_optimizer(arguments.training)
         resolve_attention(arguments)  # raises if the attention implementation is not available

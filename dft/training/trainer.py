@@ -222,7 +222,7 @@ class DFTTrainer(transformers.Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         # Private: the callback before the optimizer's update does not get the norm.
         norm = super()._get_grad_norm(model, grad_norm)
-        self._run.check_gradient(norm, self.state.global_step + 1, model, self.optimizer, self._tr_loss)
+        self._run.handle_gradient(norm, self.state.global_step + 1, model, self.optimizer, self._tr_loss)
         return norm
 
     # ---- metrics ----
@@ -233,7 +233,7 @@ class DFTTrainer(transformers.Trainer):
         """Add a batch to the evaluation. Return logits only if the caller computes its own metrics."""
         self.options.heartbeat.beat()
         if self.is_in_train:
-            self._run.stop.check_evaluation()
+            self._run.stop.stop_evaluation_if_requested()
         inputs, has_logits = self._prepare_inputs(inputs), not prediction_loss_only
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self._run.evaluate(model, inputs, has_logits)

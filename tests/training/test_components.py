@@ -155,7 +155,7 @@ def test_an_evaluation_is_stopped_at_the_next_check(accelerator):
     request.number = 15
     with pytest.raises(StoppedEvaluation):
         for _ in range(20):
-            control.check_evaluation()
+            control.stop_evaluation_if_requested()
     assert str(control.stopped(3, "checkpoint-3")) == "stopped by SIGTERM after step 3"
 
 
@@ -174,12 +174,12 @@ def test_a_skipped_step_is_removed_from_the_sums_and_does_not_update_weights(tmp
     loss = guard.watch((weight * math.nan).sum(), torch.tensor([math.nan]), {}, total)
     total += math.nan
     loss.backward()
-    guard.check(math.nan, 1, model, optimizer, [], total)
+    guard.handle_gradient(math.nan, 1, model, optimizer, [], total)
     optimizer.step()
     assert torch.equal(weight.detach(), torch.ones(2)) and total.item() == 5
     assert optimizer.step_was_skipped
     guard.watch(weight.sum(), torch.tensor([1.0]), {}, total)
-    guard.check(1.0, 2, model, optimizer, [], total)
+    guard.handle_gradient(1.0, 2, model, optimizer, [], total)
     assert not optimizer.step_was_skipped
 
 

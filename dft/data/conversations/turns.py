@@ -91,7 +91,7 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
     if "function_call" in message:  # the key used by OpenAI's format before 'tool_calls'
         message["tool_calls"] = [message.pop("function_call")]
     has_calls = "tool_calls" in message and _normalize_tool_calls(where, message)
-    has_reasoning = _check_strings(where, message)
+    has_reasoning = _has_reasoning(where, message)
     may_be_empty = role == "assistant" and (has_calls or has_reasoning)
     if isinstance(content, list):
         content = message["content"] = _join_parts(where, text_key, content)
@@ -106,8 +106,12 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
     return message, supervised
 
 
-def _check_strings(where: str, message: dict[str, Any]) -> bool:
-    """Check the types of the reasoning and the name. Return whether there is any reasoning."""
+def _has_reasoning(where: str, message: dict[str, Any]) -> bool:
+    """Return whether a message has any reasoning.
+
+    Raises:
+        BadLine: its reasoning or its name is not a string.
+    """
     has_reasoning = False
     for key in (*REASONING_KEYS, "name"):
         if key in message:

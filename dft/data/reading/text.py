@@ -136,12 +136,12 @@ class TextReader:
             if not last and after_comma:
                 last = [partial.broken("expected a value, found ']'")]
             yield from last
-            yield from self._check_after_array(partial, chain([piece[end + 1 :]], pieces))
+            yield from self._read_after_array(partial, chain([piece[end + 1 :]], pieces))
             return
         yield from self._end_unclosed_array(scanner, partial)
 
-    def _check_after_array(self, partial: PartialRecord, pieces: Iterator[bytes]) -> Iterator[Record]:
-        """Yield an error if anything but blanks follows the array."""
+    def _read_after_array(self, partial: PartialRecord, pieces: Iterator[bytes]) -> Iterator[Record]:
+        """Read to the end of the file, and yield an error if anything but blanks follows the array."""
         for piece in pieces:
             text = piece.lstrip(BLANKS)
             partial.line += piece.count(b"\n", 0, len(piece) - len(text))

@@ -24,7 +24,7 @@ from dft.training.checkpoints.folder import (
 )
 
 
-def check_output(arguments: Arguments) -> None:
+def prepare_output_folder(arguments: Arguments) -> None:
     """Create the output directory and check that it can be written to.
 
     Raises:

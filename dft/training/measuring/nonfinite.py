@@ -127,7 +127,7 @@ class NonfiniteGuard:
         self._step.add(loss, nll, inputs, *totals)
         return pass_on_nonfinite(loss)
 
-    def check(
+    def handle_gradient(
         self,
         norm: Tensor | float,
         step: int,
@@ -136,11 +136,11 @@ class NonfiniteGuard:
         files: Sequence[str],
         *totals: Tensor,
     ) -> None:
-        """Check the gradient norm of a step before its update. All ranks must call it.
+        """Stop the run or skip the step if its gradient is not finite.
 
-        By then, DeepSpeed has already made or skipped the update: ZeRO skips it if the norm is not finite,
-        and settings with which it would not are refused (`dft.arguments.conflicts`). Synchronizes with the
-        device once per step.
+        All ranks must call it before the update of every step. By then, DeepSpeed has already made or skipped
+        the update: ZeRO skips it if the norm is not finite, and settings with which it would not are refused
+        (`dft.arguments.conflicts`). Synchronizes with the device once per step.
 
         Args:
             norm: gradient norm, the same on all ranks.

@@ -165,14 +165,14 @@ class RankWatchdog:
                 self._end(error)  # the store, which ends with rank 0, is not needed
             try:
                 # A store whose process is stopped never answers.
-                store_access.submit(self._check_store, tick, error).result(SILENCE)
+                store_access.submit(self._exchange_state, tick, error).result(SILENCE)
             except FutureTimeout:
                 self._end(f"{self.ranks[0]} did not respond for {SILENCE:.0f} s")
             except dist.DistError as failure:
                 self._end(f"{self.ranks[0]} died or cannot be reached ({type(failure).__name__})")
         store_access.shutdown(wait=False)
 
-    def _check_store(self, tick: int, error: str | None) -> None:
+    def _exchange_state(self, tick: int, error: str | None) -> None:
         """Exchange state with the other ranks once; end this rank if one of them is missing."""
         if self._store.check(["failed"]):
             self._follow(*json.loads(self._store.get("failed")))

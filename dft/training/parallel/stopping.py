@@ -118,8 +118,10 @@ class StopControl:
         self._signal_name = signal.Signals(number).name if number else ""
         return bool(number)
 
-    def check_evaluation(self) -> None:
-        """Check periodically during an evaluation; call this once per batch, on all ranks.
+    def stop_evaluation_if_requested(self) -> None:
+        """Count a batch of an evaluation, and end the evaluation if the run was asked to stop.
+
+        All ranks must call it once per batch. They exchange the signal every `BATCHES_PER_CHECK` batches.
 
         Raises:
             StoppedEvaluation: a rank was asked to stop.
