@@ -21,7 +21,7 @@ from dft.arguments.parser import Arguments, parse_arguments
 from dft.console import say
 from dft.data.preparing.prepare import PreparedData, prepare
 from dft.data.templates.encoder import ChatEncoder
-from dft.errors import report_user_errors
+from dft.errors import EXIT_STOPPED, report_user_errors
 from dft.ranks import exit_rank, is_launched, is_main_process
 from dft.report.model_card import saved_model_card
 from dft.report.preflight import run_preflight
@@ -44,7 +44,7 @@ from dft.training.measuring.console import tag_warnings
 from dft.training.measuring.trackers import RunRecordCallback
 from dft.training.memory.out_of_memory import OutOfMemory
 from dft.training.model.loading import load_meta_model
-from dft.training.parallel.stopping import STOPPED, Stopped, StopRequest
+from dft.training.parallel.stopping import Stopped, StopRequest
 from dft.training.run import (
     load_encoder,
     load_models,
@@ -139,7 +139,7 @@ def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback | No
         train_and_save(arguments, trainer, report.close if report else lambda status: None)
     except Stopped as stopped:
         say(*stopped_lines(stopped))
-        exit_rank(STOPPED)
+        exit_rank(EXIT_STOPPED)
     except OutOfMemory as error:
         if not error.smaller or is_launched():
             raise

@@ -14,6 +14,13 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 """Exit code after Ctrl-C, as defined by shells."""
 EXIT_USER_ERROR = 2
 """Exit code after a `UserError`: the same command would fail in the same way again."""
+EXIT_RANK_LOST = 1
+"""Exit code of a rank that ends because another rank is missing."""
+EXIT_STOPPED = 75
+"""Exit code of every rank of a run that was asked to stop. No work is lost: the same command resumes it.
+(EX_TEMPFAIL of sysexits.h, "the user is invited to retry".)"""
+EXIT_SMALLER_BATCH = 76
+"""Exit code of a run that recorded a smaller batch (`--auto_find_batch_size`): run the same command again."""
 
 _is_reporter: bool | None = None
 """True if this rank reports its error; None if the ranks have not agreed on a reporter."""

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-Z = 1.959963984540054
-"""Quantile of the normal distribution: 95 % of it is between -Z and Z."""
+NORMAL_QUANTILE = 1.959963984540054
+"""The z for which 95 % of the standard normal distribution is between -z and z."""
 ROUNDING = 1e-9
 """Differences between equal shares may differ by up to this much because of rounding."""
 
@@ -40,7 +40,8 @@ def avg_at_n(grades: Sequence[Sequence[bool]]) -> Share:
         return wilson(mean, count)
     total = sum(map(len, grades))
     spread = t_quantile(count - 1) ** 2 * variance_of_mean(means)
-    return wilson(mean, min(total, Z * Z * mean * (1 - mean) / spread) if spread > 0 else total)
+    independent = NORMAL_QUANTILE**2 * mean * (1 - mean) / spread if spread > 0 else total
+    return wilson(mean, min(total, independent))
 
 
 def variance_of_mean(values: Sequence[float]) -> float:
@@ -58,7 +59,7 @@ def t_quantile(freedom: int) -> float:
     Args:
         freedom: number of degrees of freedom, at least 1.
     """
-    low, high = Z, 13.0
+    low, high = NORMAL_QUANTILE, 13.0
     while high - low > 1e-12:
         middle = (low + high) / 2
         low, high = (low, middle) if t_within(middle, freedom) > 0.95 else (middle, high)
@@ -86,8 +87,9 @@ def pass_at_n(grades: Sequence[Sequence[bool]]) -> Share:
 
 def wilson(share: float, count: float) -> Share:
     """Return Wilson's score interval of a share of `count` independent samples (E. B. Wilson, 1927)."""
-    center = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
-    half = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
+    z = NORMAL_QUANTILE
+    center = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return Share(share, max(0.0, min(share, center - half)), min(1.0, max(share, center + half)))
 
 

@@ -16,7 +16,7 @@ from dft.loss.objectives import OBJECTIVES, Dft, Objective
 REPORT = "report.json"
 PICTURE = "report.png"
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-EMPTY: dict[str, Any] = {
+EMPTY_REPORT: dict[str, Any] = {
     "name": "",
     "status": "unknown",
     "updated": None,
@@ -75,7 +75,7 @@ def read_report(file: Path) -> dict[str, Any]:
     """
     report = _read_json_object(file, f"remove it, and {TRAINER_STATE_NAME} is read instead")
     _check_log(report, "log", file)
-    return {**EMPTY, "name": file.absolute().parent.name, **report}
+    return {**EMPTY_REPORT, "name": file.absolute().parent.name, **report}
 
 
 def find_trainer_state(run: Path) -> Path | None:
@@ -109,7 +109,7 @@ def report_from_state(run: Path, file: Path) -> dict[str, Any]:
     method = "SFT" if alpha == 0 and objective == "dft" else objective.upper()
     ended = any("train_runtime" in record for record in log)
     return {
-        **EMPTY,
+        **EMPTY_REPORT,
         "name": arguments.get("run_name") or run.absolute().name,
         "status": "finished" if ended else f"unknown: read from {file}",
         "method": None if alpha is None else method,

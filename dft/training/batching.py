@@ -26,8 +26,9 @@ NON_MODEL_KEYS = ("labels", "num_tokens", "loss_positions", "sequence_ids", "ori
 """Entries of a batch that the loss and its metrics use. They are not passed to the model."""
 PROBE_LENGTHS = (7, 8)
 """Tokens of the two sequences of the isolation check; unequal, so that offsets do not cancel out."""
-LOOSEST = 5e-2
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: LOOSEST}
+LARGEST_TOLERANCE = 5e-2
+"""Tolerance for bfloat16, and for dtypes that `TOLERANCE` does not list."""
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: LARGEST_TOLERANCE}
 """Tolerated error of the logits of one token, relative to their norm."""
 
 
@@ -262,7 +263,7 @@ def check_isolation(
     packed = logits(pair, alone)[first : first + second]
     expected = logits(alone)
     error = (packed - expected).norm(dim=-1) / expected.norm(dim=-1)  # (second,)
-    different = int((~(error <= TOLERANCE.get(dtype, LOOSEST))).sum())  # NaN counts as a difference
+    different = int((~(error <= TOLERANCE.get(dtype, LARGEST_TOLERANCE))).sum())  # NaN counts as a difference
     if different > second // 4:
         raise UserError(
             f"{type(model).__name__} with {config._attn_implementation} attention does not keep packed "

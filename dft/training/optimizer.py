@@ -10,7 +10,7 @@ from dft.arguments.training import TrainingArguments
 from dft.errors import UserError
 from dft.training.trainer import DFTTrainer
 
-NEED_A_MODEL = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
+WHOLE_MODEL_OPTIMIZERS = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
 """Optimizers that need a complete model and cannot be created for a single parameter."""
 
 
@@ -20,7 +20,7 @@ def check_optimizer(training: TrainingArguments) -> None:
     Both are created for a dummy parameter. Optimizers that need a model, and --optim_target_modules, cannot
     be checked this way.
     """
-    if training.optim in NEED_A_MODEL or training.optim_target_modules:
+    if training.optim in WHOLE_MODEL_OPTIMIZERS or training.optim_target_modules:
         return
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     try:

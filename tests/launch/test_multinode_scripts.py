@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dft.errors import EXIT_USER_ERROR
-from dft.training.parallel.stopping import STOPPED
+from dft.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from tests.launching import ROOT, free_port
 from tests.reliability.test_train_script import FLAGS as ALL_FLAGS
 
@@ -161,7 +160,7 @@ def test_a_signalled_job_saves_and_is_requeued(example, environment, repository,
         printed, errors = process.communicate(timeout=LIMIT)
     finally:
         end(process)
-    assert process.returncode == STOPPED, printed + errors + log.read_text()
+    assert process.returncode == EXIT_STOPPED, printed + errors + log.read_text()
     assert ("requeued 7" in printed) is requeues
     assert errors.count("everything is saved") == 2, "expected one such message on each machine"
     assert len(list(output.glob("checkpoint-*"))) == 1

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dft.errors import EXIT_USER_ERROR
-from dft.training.memory.out_of_memory import SMALLER
+from dft.errors import EXIT_SMALLER_BATCH, EXIT_USER_ERROR
 from tests.launching import ROOT, launch
 from tests.reliability.selecting import mostly_slow
 
@@ -64,7 +63,7 @@ def test_several_ranks_resume_with_a_smaller_batch(example, forks, tmp_path):
     env = {"DIE_AT": "step 1", "DIE_BY": "MEMORY", "DISK": LITTLE, "DIE_RANK": "1"}
     flags = words(example, tmp_path / "run", 2, auto_find_batch_size=True)
     codes, printed = forks.run(flags, 2, **env)
-    assert codes == [SMALLER] * 2 and "64 rows per device and 2 accumulated are next" in printed
+    assert codes == [EXIT_SMALLER_BATCH] * 2 and "64 rows per device and 2 accumulated are next" in printed
     codes, printed = forks.run(flags, 2)
     assert not any(codes) and "(64 per device x 2 accumulated x 2 ranks)" in printed, printed
     codes, printed = forks.run(words(example, tmp_path / "whole", 2), 2)

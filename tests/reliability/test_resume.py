@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dft.training.parallel.stopping import STOPPED
+from dft.errors import EXIT_STOPPED
 from tests.launching import ROOT, eval_records, history
 from tests.reliability.selecting import mostly_slow
 
@@ -175,7 +175,7 @@ def test_a_signalled_run_saves_and_resumes(example, train, whole, number, moment
     output = example.folder / f"stopped-{number}-{setting}-{moment}-{kind}".replace(" ", "-")
     env = {"DIE_AT": moment, "DIE_BY": number, "DIE_RANK": str(int(kind != "single"))}
     codes, printed = train(output, setting, kind, env)
-    assert set(codes) == {STOPPED}, printed
+    assert set(codes) == {EXIT_STOPPED}, printed
     assert f"stopped by {number} after step" in printed and "to resume: run the same command" in printed
     codes, printed = train(output, setting, kind)
     assert not any(codes), printed
@@ -196,7 +196,7 @@ def test_a_signal_before_training_ends_the_run_at_once(example, forks):
     time.sleep(0.3)
     started.kill(signal.SIGTERM)
     (code,) = started.codes()
-    assert code == STOPPED and "before training began" in started.output
+    assert code == EXIT_STOPPED and "before training began" in started.output
 
 
 def test_auto_resume_starts_over_and_names_the_skipped_checkpoints(example, train, whole):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dft.training.parallel.stopping import STOPPED
+from dft.errors import EXIT_STOPPED
 from tests.launching import ROOT
 from tests.reliability.test_resume import logged
 
@@ -73,7 +73,7 @@ def test_a_run_that_loses_a_rank_and_is_stopped_equals_an_undisturbed_run(exampl
     after = int(log.read_text().split("from checkpoint-")[1].split()[0])
     once(lambda: any((output / f"checkpoint-{step}").is_dir() for step in range(after + 2, after + 5)))
     run.send_signal(signal.SIGUSR1)
-    assert run.wait(timeout=LIMIT) == STOPPED
+    assert run.wait(timeout=LIMIT) == EXIT_STOPPED
     assert "stopped by SIGUSR1 after step" in log.read_text()
 
     again = start(example, output, tmp_path / "log2")

@@ -25,7 +25,7 @@ MAX_POINTS = 400
 """Number of points of a line; a longer series is averaged over consecutive records."""
 MARKERS = 8
 """Number of markers on a line that has markers."""
-ROUND = (1, 2, 2.5, 5, 10)
+TICK_STEPS = (1, 2, 2.5, 5, 10)
 """Allowed distances between ticks, times a power of ten."""
 SPIKE = 30
 """A metric is drawn on a logarithmic scale if its maximum exceeds its median by this factor."""
@@ -187,13 +187,13 @@ def _set_scales(axes: Axes, metric: Metric, curves: Sequence[Series]) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_title("logarithmic scale", loc="right", fontsize=8.5, color="#444444")
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
     axes.yaxis.set_major_formatter(FuncFormatter(format_tick))
     steps = {step for curve in curves for step in curve.steps.tolist()}
     if len(steps) == 1:
         axes.set_xticks([*steps])
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=ROUND))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=TICK_STEPS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("step", labelpad=1)
     if not values.size:

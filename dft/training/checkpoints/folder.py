@@ -35,8 +35,8 @@ UNREADABLE = (
     *NO_PICKLE, OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError,
 )  # fmt: skip
 """Exceptions raised while reading a file of a checkpoint that is damaged."""
-OF_FILES = ("PytorchStreamReader", "loading state_dict", "state dict", "Weights only load failed")
-"""Words that identify a RuntimeError as one about a file."""
+FILE_ERROR_MESSAGES = ("PytorchStreamReader", "loading state_dict", "state dict", "Weights only load failed")
+"""Parts of the messages of RuntimeErrors that are raised for a damaged file."""
 MAX_REASON = 300
 """Maximum number of characters shown of a library's error message."""
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -79,7 +79,7 @@ def reading(folder: Path, raised: tuple[type[Exception], ...] = UNREADABLE) -> I
     except UserError:
         raise
     except errors as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OF_FILES):
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in FILE_ERROR_MESSAGES):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(

@@ -36,7 +36,7 @@ MAX_DIFFERENCE = {True: 0.1, False: 0.01}
 """Maximum difference of logits relative to their norm, in half precision (True) and in float32 (False).
 They are computed with a different attention implementation, possibly on a different device. Logits of
 different weights differ by about 1."""
-ROOM = 1.2
+LOADING_MEMORY_FACTOR = 1.2
 """Memory that loading a model takes, relative to the size of its weights."""
 
 
@@ -161,10 +161,10 @@ def check_loaded(
     """
     assert expected.logits is not None
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    device = device_with_room(size * ROOM, args)
+    device = device_with_room(size * LOADING_MEMORY_FACTOR, args)
     if device is None:
         say(
-            f"note        {folder} was not loaded to be verified, only read: {size * ROOM / GIB:.1f} GiB of "
+            f"note        {folder} was not loaded to be verified, only read: {size * LOADING_MEMORY_FACTOR / GIB:.1f} GiB of "
             f"memory are needed, and {psutil.virtual_memory().available / GIB:.1f} GiB are free"
         )
         return

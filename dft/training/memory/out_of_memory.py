@@ -15,7 +15,7 @@ from torch import nn
 from dft.arguments.batch_search import smaller_batch, store_smaller_batch
 from dft.arguments.deepspeed_file import zero_of
 from dft.console import say
-from dft.errors import EXIT_USER_ERROR, UserError
+from dft.errors import EXIT_SMALLER_BATCH, EXIT_USER_ERROR, UserError
 from dft.ranks import world_size
 from dft.training.memory.estimate import (
     estimate_activations,
@@ -26,8 +26,6 @@ from dft.training.memory.estimate import (
 )
 from dft.training.parameters import GIB
 
-SMALLER = 76
-"""Exit code of a run that recorded a smaller batch (`--auto_find_batch_size`): run the same command again."""
 MEMORY_ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError)
 """Exceptions raised when memory runs out, but also for other reasons; check with `ran_out`."""
 MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "Cannot allocate memory")
@@ -49,7 +47,7 @@ class OutOfMemory(UserError):
 
     def __init__(self, message: str, smaller: bool) -> None:
         super().__init__(message)
-        self.smaller, self.code = smaller, SMALLER if smaller else EXIT_USER_ERROR
+        self.smaller, self.code = smaller, EXIT_SMALLER_BATCH if smaller else EXIT_USER_ERROR
 
 
 @dataclass

@@ -24,15 +24,13 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch.distributed.distributed_c10d import _get_default_store
 
-from dft.errors import UserError, set_error_reporter
+from dft.errors import EXIT_RANK_LOST, UserError, set_error_reporter
 from dft.training.parallel.stopping import Stopped
 
 PERIOD = 1.0
 """Seconds between two checks."""
-SILENCE = 60.0
-"""Seconds without a heartbeat after which a machine counts as lost."""
-LOST = 1
-"""Exit code of a rank that ends because another rank is missing."""
+HEARTBEAT_TIMEOUT = 60.0
+"""Seconds without a heartbeat or a response of the store after which a machine counts as lost."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 PROCESS_NAMESPACE = Path("/proc/self/ns/pid")
 
@@ -165,9 +163,9 @@ class RankWatchdog:
                 self._end(error)  # the store, which ends with rank 0, is not needed
             try:
                 # A store whose process is stopped never answers.
-                store_access.submit(self._exchange_state, tick, error).result(SILENCE)
+                store_access.submit(self._exchange_state, tick, error).result(HEARTBEAT_TIMEOUT)
             except FutureTimeout:
-                self._end(f"{self.ranks[0]} did not respond for {SILENCE:.0f} s")
+                self._end(f"{self.ranks[0]} did not respond for {HEARTBEAT_TIMEOUT:.0f} s")
             except dist.DistError as failure:
                 self._end(f"{self.ranks[0]} died or cannot be reached ({type(failure).__name__})")
         store_access.shutdown(wait=False)
@@ -188,7 +186,7 @@ class RankWatchdog:
     def _follow(self, rank: int, code: int) -> None:
         """Exit after the rank that reports its error; otherwise the launcher would cut its message short."""
         process = self._processes.get(self.ranks[rank])
-        deadline = time.monotonic() + SILENCE
+        deadline = time.monotonic() + HEARTBEAT_TIMEOUT
         while time.monotonic() < deadline and process is not None and is_alive(process):
             time.sleep(PERIOD / 4)
         self._end(None, code)
@@ -202,8 +200,8 @@ class RankWatchdog:
             current = int(self._store.get(key)) if self._store.check([key]) else 0
             previous, since = self._heartbeats.get(machine, (-1, now))
             self._heartbeats[machine] = (current, now if current != previous else since)
-            if now - self._heartbeats[machine][1] > SILENCE:
-                self._report(f"{leader} sent no heartbeat for {SILENCE:.0f} s")
+            if now - self._heartbeats[machine][1] > HEARTBEAT_TIMEOUT:
+                self._report(f"{leader} sent no heartbeat for {HEARTBEAT_TIMEOUT:.0f} s")
 
     def _report(self, error: str) -> None:
         self._store.set("lost", error)
@@ -226,7 +224,7 @@ class RankWatchdog:
         hung = silent or [rank for rank, count in beats.items() if count < most] or self.ranks
         return f"{', '.join(map(str, hung))} made no progress for {self.timeout:.0f} s (--ddp_timeout)"
 
-    def _end(self, error: str | None, code: int = LOST) -> None:
+    def _end(self, error: str | None, code: int = EXIT_RANK_LOST) -> None:
         """End this rank, whose main thread may wait forever. One rank of each machine prints the error."""
         if self._closed.is_set():
             return
@@ -257,7 +255,7 @@ def watch_ranks(timeout: float) -> Iterator[RankWatchdog | None]:
         yield None
         return
     watchdog = RankWatchdog(timeout)
-    code: int | None = LOST
+    code: int | None = EXIT_RANK_LOST
     try:
         yield watchdog
         code = None

@@ -7,12 +7,9 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-from dft.errors import EXIT_INTERRUPTED
+from dft.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from dft.ranks import is_main_process
 
-STOPPED = 75
-"""Exit code of every rank of a run that was asked to stop. No work is lost: the same command resumes it.
-(EX_TEMPFAIL of sysexits.h, "the user is invited to retry".)"""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """SIGUSR1 is sent by SLURM's --signal and others some time before the end. SIGINT is added when training
 begins; until then Ctrl-C ends the program immediately (`dft.errors`)."""
@@ -78,7 +75,7 @@ class StopRequest:
         name = signal.Signals(number).name
         if not self._is_training:
             _print_line(f"stopped by {name} before training began; the same command starts again")
-            raise SystemExit(STOPPED)
+            raise SystemExit(EXIT_STOPPED)
         if number == signal.SIGINT and self.number == signal.SIGINT:
             _print_line("interrupted again: ends at once, without a checkpoint of this step")
             os._exit(EXIT_INTERRUPTED)

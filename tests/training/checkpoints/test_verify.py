@@ -166,7 +166,7 @@ def test_undamaged_models_of_many_families_pass(tmp_path, family, dtype):
 
 def test_a_note_is_printed_if_memory_is_too_small_to_reload_the_model(saved, monkeypatch, capsys):
     folder, expected = saved
-    monkeypatch.setattr(verify, "ROOM", 1e12)
+    monkeypatch.setattr(verify, "LOADING_MEMORY_FACTOR", 1e12)
     check(folder, expected)
     assert "was not loaded to be verified, only read" in capsys.readouterr().out
 
