@@ -161,10 +161,11 @@ def check_loaded(
     """
     assert expected.logits is not None
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    device = device_with_room(size * LOADING_MEMORY_FACTOR, args)
+    needed = size * LOADING_MEMORY_FACTOR
+    device = device_with_room(needed, args)
     if device is None:
         say(
-            f"note        {folder} was not loaded to be verified, only read: {size * LOADING_MEMORY_FACTOR / GIB:.1f} GiB of "
+            f"note        {folder} was not loaded to be verified, only read: {needed / GIB:.1f} GiB of "
             f"memory are needed, and {psutil.virtual_memory().available / GIB:.1f} GiB are free"
         )
         return

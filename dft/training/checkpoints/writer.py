@@ -19,7 +19,7 @@ from dft.training.checkpoints.folder import UNFINISHED, publish, rotate, seal, u
 from dft.training.model.adapters import has_adapters, write_base_record
 
 CARD, PICTURE = "README.md", "report.png"
-GENERATED_CARD_COMMENT = "<!-- model card by train_dft.py -->"
+CARD_COMMENT = "<!-- model card by train_dft.py -->"
 """Comment in every model card of this program. A README.md without it is not replaced."""
 UNFINISHED_MODEL = f"{UNFINISHED}model"
 """Name of the folder in the output directory where the final model is staged."""
@@ -149,17 +149,13 @@ def write_card(folder: Path, output_dir: Path, text: Callable[[bool], str]) -> N
     picture = output_dir / PICTURE
     if picture.is_file() and folder != picture.parent:
         shutil.copy(picture, folder)
-    write_atomically(folder / CARD, [text(picture.is_file()), GENERATED_CARD_COMMENT, "\n"])
+    write_atomically(folder / CARD, [text(picture.is_file()), CARD_COMMENT, "\n"])
 
 
 def keep_foreign_card(staging: Path, folder: Path) -> None:
     """Keep a README.md that this program did not write."""
     existing, new = folder / CARD, staging / CARD
-    if (
-        new.is_file()
-        and existing.is_file()
-        and GENERATED_CARD_COMMENT not in existing.read_text(errors="replace")
-    ):
+    if new.is_file() and existing.is_file() and CARD_COMMENT not in existing.read_text(errors="replace"):
         new.unlink()
         say(f"note        {existing} was not written by this program: it is kept, and there is no model card")
 
