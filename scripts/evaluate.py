@@ -182,7 +182,7 @@ def check_settings(settings: SamplingSettings) -> None:
         raise UserError(f"--top_p {settings.top_p:g}: must be above 0 and at most 1")
     if settings.temperature == 0 and settings.samples > 1:
         raise UserError(
-            f"--temperature 0 with --samples {settings.samples}: all answers would be alike; give --samples 1"
+            f"--temperature 0 with --samples {settings.samples}: all answers would be equal; use --samples 1"
         )
 
 
@@ -192,7 +192,7 @@ def check_adapters(models: Sequence[EvaluatedModel], backend: str) -> None:
         if backend == "vllm" and (Path(model.path) / ADAPTER_CONFIG_NAME).is_file():
             raise UserError(
                 f"--model {model.path}: holds adapters, which the vllm backend does not support; merge them "
-                f"with their model (python scripts/merge_lora.py {model.path} merged), or give --backend "
+                f"with their model (python scripts/merge_lora.py {model.path} merged), or use --backend "
                 "transformers"
             )
 

@@ -94,7 +94,7 @@ def check_data_arguments(data: DataArguments) -> None:
         weights = " ".join(f"{weight:g}" for weight in data.data_weights)
         raise UserError(
             f"--data_weights {weights}: {len(data.data_weights)} weights for {len(data.data_files)} entries "
-            "of --data_files; give one weight for each entry, in the same order"
+            "of --data_files; pass one weight for each entry, in the same order"
         )
     template_variables(data)
     template_date(data)

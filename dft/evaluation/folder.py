@@ -66,7 +66,7 @@ def parse_models(words: Sequence[str]) -> list[EvaluatedModel]:
         if not name or name in (".", "..") or not path:
             raise UserError(f"--model {word}: expected DIR or NAME=DIR")
         if name in (model.name for model in models):
-            raise UserError(f"--model {word}: another model is named {name} too; give NAME={path}")
+            raise UserError(f"--model {word}: another model is named {name} too; use NAME={path}")
         models.append(EvaluatedModel(name, str(Path(path).expanduser()) if path.startswith("~") else path))
     return models
 

@@ -95,7 +95,7 @@ def reference_answer(reference: str, grader: str, has_answer: bool) -> str:
         mark = r"\boxed{}" if grader == "boxed" else "####"
         text = reference if len(reference) <= 60 else f"{reference[:57]}..."
         raise UserError(
-            f"--grader {grader}: the reference {text!r} has no {mark}; give another --grader, or an "
+            f"--grader {grader}: the reference {text!r} has no {mark}; pass another --grader, or an "
             "'answer' in each row"
         )
     return reference.strip() if answer is None else answer

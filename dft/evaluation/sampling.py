@@ -99,7 +99,7 @@ def resolve_stop_ids(
     if not ids:
         raise UserError(
             "neither the model's generation_config nor its tokenizer or chat template has a token that ends "
-            "an answer; give a --chat_template that has one"
+            "an answer; pass a --chat_template that has one"
         )
     return sorted(ids), added
 
@@ -154,7 +154,7 @@ class TransformersSampler:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise UserError(
                 f"--model {self.model.name_or_path}: a prompt holds the token {token} ({highest}), and the "
-                f"model has embeddings of {rows} tokens; give a --chat_template of tokens that it knows"
+                f"model has embeddings of {rows} tokens; pass a --chat_template of tokens that it knows"
             )
 
     def _generate(self, rows: list[list[int]], seed: int) -> list[Answer]:

@@ -284,7 +284,7 @@ def _find_transform(
     softcap = large if abs(large) < 0.9 * abs(scale * PROBES[5]) else None
     transform = LogitTransform(scale, softcap)
     if not scale or not torch.allclose(transformed, transform(inserted), rtol=1e-5, atol=1e-7):
-        return "it transforms its logits in another way than by a scale and a soft cap"
+        return "it transforms its logits by more than a scale and a soft cap"
     return transform
 
 

@@ -48,7 +48,7 @@ def load_report(run: Path) -> dict[str, Any]:
         UserError: the run does not exist, or a file of it cannot be read.
     """
     if not run.exists():
-        raise UserError(f"{run}: no such file or folder; give the --output_dir of a run")
+        raise UserError(f"{run}: no such file or folder; pass the --output_dir of a run")
     if run.is_file():
         return read_report(run)
     if (run / REPORT).is_file():
@@ -57,7 +57,7 @@ def load_report(run: Path) -> dict[str, Any]:
     if state is None:
         raise UserError(
             f"{run}: contains no {REPORT} and no {TRAINER_STATE_NAME}, nor a checkpoint with the latter; "
-            "give the --output_dir of a run that has logged metrics"
+            "pass the --output_dir of a run that has logged metrics"
         )
     return report_from_state(run, state)
 
@@ -98,7 +98,7 @@ def report_from_state(run: Path, file: Path) -> dict[str, Any]:
     Raises:
         UserError: a file cannot be read.
     """
-    state = _read_json_object(file, "give a run whose file is complete")
+    state = _read_json_object(file, "pass a run whose file is complete")
     _check_log(state, "log_history", file)
     log = state["log_history"]
     arguments = read_run_args(run)
@@ -157,4 +157,4 @@ def _read_json_object(file: Path, remedy: str) -> dict[str, Any]:
 def _check_log(content: dict[str, Any], key: str, file: Path) -> None:
     log = content.get(key)
     if not isinstance(log, list) or not all(isinstance(record, dict) for record in log):
-        raise UserError(f"{file}: {key!r} is not a list of records; give the --output_dir of a run")
+        raise UserError(f"{file}: {key!r} is not a list of records; pass the --output_dir of a run")

@@ -267,8 +267,8 @@ def check_isolation(
     if different > second // 4:
         raise UserError(
             f"{type(model).__name__} with {config._attn_implementation} attention does not keep packed "
-            f"conversations apart: {different} of {second} tokens get other logits in a packed row than "
-            f"alone (relative error up to {error.max():.2g}); {_remedy(collator)}"
+            f"conversations separate: {different} of {second} tokens have different logits in a packed row "
+            f"than alone (relative error up to {error.max():.2g}); {_remedy(collator)}"
         )
 
 

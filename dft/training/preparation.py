@@ -36,7 +36,7 @@ def prepare_arguments(
     if args.auto_find_batch_size:
         raise ValueError(
             "auto_find_batch_size: the search of transformers.Trainer continues with weights that are "
-            "trained already and makes optimizer steps smaller; give RunOptions(requested_batch=...) instead"
+            "trained already and makes optimizer steps smaller; use RunOptions(requested_batch=...) instead"
         )
     check_choice("fused_head", fused_head, FUSED_HEAD)
     check_choice("on_nonfinite", on_nonfinite, NONFINITE_POLICIES)

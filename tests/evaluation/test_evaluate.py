@@ -264,10 +264,10 @@ REFUSED = {
     "--samples 0: must be at least 1": ["--samples", 0],
     "--temperature -1: must lie in": ["--temperature", -1],
     "--top_p 0: must be above 0": ["--top_p", 0],
-    "give --samples 1": ["--temperature", 0],
+    "use --samples 1": ["--temperature", 0],
     "--data .*none.jsonl: cannot be read": ["--data", "none.jsonl"],
     "--model .*nowhere.*: no such": ["--model", "./nowhere"],
-    "another model is named a too; give NAME=y": ["--model", "a=x", "a=y"],
+    "another model is named a too; use NAME=y": ["--model", "a=x", "a=y"],
     "--seed 99999999999999999999: must lie": ["--seed", 99999999999999999999],
     "--chat_template .*none.jinja: no such file": ["--chat_template", "none.jinja"],
     "expected a JSON object": ["--chat_template_kwargs", "[]"],
@@ -384,7 +384,7 @@ def test_model_without_embeddings_of_the_template_tokens_is_an_error(
     words.save_pretrained(folder)
     tiny_model(words).save_pretrained(folder)
     with pytest.raises(
-        UserError, match=r"<\|im_(start|end)\|> .* has embeddings of 3 tokens; give a --chat_templ"
+        UserError, match=r"<\|im_(start|end)\|> .* has embeddings of 3 tokens; pass a --chat_templ"
     ):
         run(monkeypatch, *short(folder, problems, output))
     assert (

@@ -157,7 +157,7 @@ def transformed(change) -> ModelWithTransform:
     return ModelWithTransform(transformers.Qwen3Config(**SMALL), change).eval()
 
 
-UNKNOWN = "it transforms its logits in another way than by a scale and a soft cap"
+UNKNOWN = "it transforms its logits by more than a scale and a soft cap"
 CHANGES = {
     "bias": (lambda z: z + torch.linspace(0, 1, z.shape[-1]), UNKNOWN),
     "power": (lambda z: z * z.abs(), UNKNOWN),

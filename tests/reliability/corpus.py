@@ -428,7 +428,7 @@ CHECKPOINTS = [
     Case(
         "checkpoint-and-afresh",
         lambda _: {"resume_from_checkpoint": "auto", "overwrite_output_dir": True},
-        "give one",
+        "pass only one",
     ),
 ]
 

@@ -187,7 +187,7 @@ def test_a_second_interrupt_ends_the_run_at_once(example, train, kind):
     output = example.folder / f"twice-{kind}"
     env = {"DIE_AT": "micro 4.1", "DIE_BY": "SIGINT", "DIE_TIMES": "2"}
     codes, printed = train(output, "plain", kind, env)
-    assert 130 in codes and "ends at once" in printed
+    assert 130 in codes and "exiting immediately" in printed
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3"]
 
 

@@ -222,7 +222,7 @@ def test_a_run_without_report_is_read_from_its_newest_trainer_state(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (None, None, "{run}: no such file or folder; give the --output_dir of a run"),
+        (None, None, "{run}: no such file or folder; pass the --output_dir of a run"),
         ("other.txt", "", "{run}: contains no report.json and no trainer_state.json, nor a checkpoint"),
         (
             "report.json",
@@ -230,9 +230,9 @@ def test_a_run_without_report_is_read_from_its_newest_trainer_state(tmp_path):
             "{run}/report.json: broken JSON (.*); remove it, and trainer_state.json",
         ),
         ("report.json", "[]", "{run}/report.json: not a JSON object; "),
-        ("report.json", "{}", "{run}/report.json: 'log' is not a list of records; give the --output_dir"),
+        ("report.json", "{}", "{run}/report.json: 'log' is not a list of records; pass the --output_dir"),
         ("report.json", '{"log": [1]}', "{run}/report.json: 'log' is not a list of records"),
-        ("trainer_state.json", "", "{run}/trainer_state.json: broken JSON (.*); give a run"),
+        ("trainer_state.json", "", "{run}/trainer_state.json: broken JSON (.*); pass a run"),
         ("trainer_state.json", "{}", "{run}/trainer_state.json: 'log_history' is not a list of records"),
     ],
 )
@@ -258,6 +258,6 @@ def test_the_script_reports_user_errors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", "nowhere"])
     monkeypatch.setattr(script, "report_user_errors", lambda: calls.append("report_user_errors"))
-    with pytest.raises(UserError, match="^nowhere: no such file or folder; give the --output_dir of a run$"):
+    with pytest.raises(UserError, match="^nowhere: no such file or folder; pass the --output_dir of a run$"):
         script.main()
     assert calls and not any(tmp_path.iterdir())

@@ -409,7 +409,7 @@ def test_isolation_check_passes_sound_models_in_every_dtype_and_finds_a_leak(nam
     def without_positions(position_ids, **inputs):
         return model(**inputs)
 
-    with pytest.raises(UserError, match="does not keep packed conversations apart"):
+    with pytest.raises(UserError, match="does not keep packed conversations separate"):
         check_isolation(without_positions, model, PackedCollator(0), CPU, dtype)
 
 

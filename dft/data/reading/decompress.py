@@ -79,7 +79,7 @@ def _inflate(file: BinaryIO) -> Iterator[bytes]:
             packed = packed or file.read(DECOMPRESS_SIZE)
             piece = member.decompress(packed, READ_SIZE)
             if not (packed or piece):
-                raise EOFError("it ends before its end mark")
+                raise EOFError("its end marker is missing")
             packed = member.unconsumed_tail
             if piece:
                 yield piece

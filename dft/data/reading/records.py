@@ -68,7 +68,7 @@ RECORD_TOO_LONG = Flaw(
 
 def unreadable_from_here(reason: str, kind: str) -> Flaw:
     """Return a flaw after which the rest of the file is unreadable, so the extent of the loss is unknown."""
-    return Flaw(f"{reason}; nothing from here on can be read", kind, skippable=False)
+    return Flaw(f"{reason}; the rest of the file cannot be read", kind, skippable=False)
 
 
 def too_much_text(size: int) -> Flaw:

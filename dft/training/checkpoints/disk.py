@@ -59,7 +59,7 @@ def writing_a_save(run: Path, staging: Path) -> Iterator[None]:
         shutil.rmtree(staging, ignore_errors=True)  # nothing more can be done if removal fails too
         raise UserError(
             f"--output_dir {run}: {staging.name.removeprefix(UNFINISHED)} cannot be saved: {reason}; earlier "
-            "checkpoints are as they were, and --resume_from_checkpoint auto resumes from the newest"
+            "checkpoints are unchanged, and --resume_from_checkpoint auto resumes from the newest"
         ) from None
 
 

@@ -149,7 +149,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except (ValueError, KeyError, TypeError, AttributeError, NotADirectoryError):
         raise IncompleteCheckpoint(f"its {MANIFEST} cannot be read") from None
     if missing:
-        raise IncompleteCheckpoint(f"its {MANIFEST} says nothing of {', '.join(sorted(missing))}")
+        raise IncompleteCheckpoint(f"its {MANIFEST} does not contain {', '.join(sorted(missing))}")
     return Checkpoint(folder, facts)
 
 
@@ -187,7 +187,7 @@ def newest_checkpoint(output_dir: Path, resumable: bool = True) -> tuple[Checkpo
         output_dir: folder to search.
         resumable: skip checkpoints that hold the model alone.
     """
-    skipped = [f"{path}: was not written to its end" for path in unfinished_folders(output_dir)]
+    skipped = [f"{path}: was not completely written" for path in unfinished_folders(output_dir)]
     for folder in checkpoint_folders(output_dir):
         try:
             checkpoint = open_checkpoint(folder)

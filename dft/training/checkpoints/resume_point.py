@@ -52,7 +52,7 @@ def prepare_output_folder(arguments: Arguments) -> None:
     if training.overwrite_output_dir and requested != "false":
         raise UserError(
             f"--overwrite_output_dir True starts a new run, --resume_from_checkpoint "
-            f"{training.resume_from_checkpoint} resumes; give one of them"
+            f"{training.resume_from_checkpoint} resumes; pass only one of them"
         )
     if training.enable_jit_checkpoint:
         raise UserError("--enable_jit_checkpoint True: every run saves when it gets SIGTERM; leave it out")
@@ -197,7 +197,7 @@ def check_same_run(checkpoint: Checkpoint, training: transformers.TrainingArgume
     if not (checkpoint.path / TRAINER_STATE_NAME).is_file():
         raise UserError(
             f"{flag}: has no {TRAINER_STATE_NAME}, which the first machine of its run wrote to a disk of its "
-            "own; let --output_dir be on a disk that all machines share (without DeepSpeed, "
+            "own; put --output_dir on a disk that all machines share (without DeepSpeed, "
             "--save_on_each_node True does as well)"
         )
     with reading(checkpoint.path):
@@ -233,7 +233,7 @@ def check_same_model(checkpoint: Checkpoint, model: str) -> None:
     if checkpoint.facts["model"] != model:
         raise UserError(
             f"--resume_from_checkpoint {checkpoint.path}: is a checkpoint of another model than "
-            "--model_name_or_path: its weights have other names or shapes; give the model that the run began "
+            "--model_name_or_path: its weights have other names or shapes; pass the model that the run began "
             "with"
         )
 

@@ -124,6 +124,6 @@ def check_whole(checkpoint: Checkpoint) -> None:
     if not (checkpoint.path / "latest").is_file():  # written by rank 0
         raise UserError(
             f"--resume_from_checkpoint {checkpoint.path}: only a part of it is on this machine; DeepSpeed "
-            "resumes from a checkpoint that all machines see as a whole, so let --output_dir be on a disk "
+            "resumes only from a checkpoint that all machines see completely, so put --output_dir on a disk "
             "that they share"
         )

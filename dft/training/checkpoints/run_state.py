@@ -249,13 +249,13 @@ class RunFacts:
         if (before["rows"], before["lengths"]) != (now["rows"], now["lengths"]):
             lines.append(
                 f"warning     the training data differ from those of the checkpoint ({before['rows']:,} rows "
-                f"then, {now['rows']:,} now): training continues at the same place in another order"
+                f"then, {now['rows']:,} now): training continues at the same position in a different order"
             )
         for name in ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"):
             if before[name] != now[name]:
                 lines.append(
                     f"warning     --{name} was {before[name]} and is {now[name]}: from here on the data come "
-                    "in another order"
+                    "in a different order"
                 )
         return lines
 

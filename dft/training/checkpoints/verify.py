@@ -232,7 +232,7 @@ def check_logits(logits: Tensor, expected: Tensor, limit: float) -> None:
     difference = ((shifted - centered).norm(dim=-1) / centered.norm(dim=-1).clamp_min(1e-6)).median().item()
     if not difference <= limit:
         raise Damaged(
-            f"loaded again it gives other logits than the model in memory: they differ by {difference:.2g} "
+            f"it gives different logits after reloading than in memory: they differ by {difference:.2g} "
             f"of their norm, and rounding explains {limit:g}"
         )
 

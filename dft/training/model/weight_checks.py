@@ -59,7 +59,7 @@ def check_loaded_keys(loading: dict[str, Any], name: str) -> None:
         missing = sorted(loading["missing_keys"])
         raise UserError(
             f"--model_name_or_path {name}: {len(missing)} weights are not in its files "
-            f"and would be random, among them {', '.join(missing[:3])}; the files belong to another "
+            f"and would be random, including {', '.join(missing[:3])}; the files belong to another "
             "architecture or are incomplete"
         )
 
@@ -74,7 +74,7 @@ def unused_weights_note(loading: dict[str, Any]) -> str | None:
     if not unused:
         return None
     return (
-        f"{len(unused)} weights in the model's files are not part of the model and are ignored, among them "
+        f"{len(unused)} weights in the model's files are not part of the model and are ignored, including "
         f"{', '.join(unused[:3])}"
     )
 

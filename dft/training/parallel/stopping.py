@@ -77,10 +77,10 @@ class StopRequest:
             _print_line(f"stopped by {name} before training began; the same command starts again")
             raise SystemExit(EXIT_STOPPED)
         if number == signal.SIGINT and self.number == signal.SIGINT:
-            _print_line("interrupted again: ends at once, without a checkpoint of this step")
+            _print_line("interrupted again: exiting immediately, without a checkpoint of this step")
             os._exit(EXIT_INTERRUPTED)
         if not self.number:
-            again = " (Ctrl-C again ends it at once)" if number == signal.SIGINT else ""
+            again = " (press Ctrl-C again to exit immediately)" if number == signal.SIGINT else ""
             _print_line(f"{name}: finishing this step, then saving a checkpoint and ending{again}")
             self.number = number
 

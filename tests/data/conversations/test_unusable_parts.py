@@ -198,7 +198,7 @@ def test_file_that_cannot_be_read_to_its_end_is_always_an_error(encoder, tmp_pat
     path.write_bytes(raw)
     for mode in ("error", "skip"):
         reason = faults_of(encoder, path, mode)[-1]
-        assert reason.startswith(f"{line}: ") and reason.endswith("; nothing from here on can be read")
+        assert reason.startswith(f"{line}: ") and reason.endswith("; the rest of the file cannot be read")
 
 
 def test_table_without_conversation_columns_is_always_an_error(encoder, tmp_path):

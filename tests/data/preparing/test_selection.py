@@ -167,7 +167,7 @@ def test_bad_rows_and_blank_files_are_skipped_but_a_broken_file_raises(encoder, 
     files = [str(table), str(blank)]
     data = prepare(files, [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
     assert origins(data) == [(0, 1), (0, 3)] and data.report["rejected"] == 2
-    with pytest.raises(UserError, match=r"c.json:1: .*nothing from here on can be read"):
+    with pytest.raises(UserError, match=r"c.json:1: .*the rest of the file cannot be read"):
         prepare([*files, str(broken)], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
 
 

@@ -24,7 +24,7 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 LINE = json.dumps({"messages": TURNS})
 NOTHING = "there is no conversation in this file"
 NOT_UTF8 = Flaw("not valid UTF-8 (invalid start byte at byte 0 of a string)", "not valid UTF-8")
-MORE = "nothing from here on can be read"
+MORE = "the rest of the file cannot be read"
 FORMS = "'messages', 'conversations' or 'prompt' with 'completion'"
 TOO_LONG = "longer than 256 MiB, too long to be copied; take it out of the file"
 MiB = 1 << 20
@@ -314,7 +314,7 @@ def noise(count: int) -> list[str]:
 @pytest.mark.parametrize(
     ("suffix", "compress", "reason"),
     [
-        ("gz", gzip.compress, "it ends before its end mark"),
+        ("gz", gzip.compress, "its end marker is missing"),
         ("zst", zstd, "Truncated compressed stream"),
     ],
 )

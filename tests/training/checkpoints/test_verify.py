@@ -83,7 +83,7 @@ def test_rounding_to_half_precision_is_tolerated(saved):
         (spoiled_value(float("nan")), f"{NORM} holds values that are not finite"),
         (spoiled_value(float("-inf")), f"{NORM} holds values that are not finite"),
         (lambda weights: weights.pop(NORM), f"{NORM} is not in its files"),
-        (lambda weights: weights[EMBEDDING].copy_(weights[EMBEDDING].flip(0)), "it gives other logits"),
+        (lambda weights: weights[EMBEDDING].copy_(weights[EMBEDDING].flip(0)), "it gives different logits"),
         (lambda weights: weights.clear(), "it has no weights"),
     ],
     ids=["zero-size", "dtype", "nan", "infinity", "missing", "other-weights", "empty"],
@@ -181,7 +181,7 @@ def test_an_adapter_is_loaded_with_its_base_model(saved, tmp_path):
     logits = probe(adapted, model.config.vocab_size, CPU)
     adapted_expected = Expected(dtypes_of(adapted), expected.tokenizer, logits)
     check(tmp_path / "adapter", adapted_expected)
-    with pytest.raises(Damaged, match="it gives other logits"):
+    with pytest.raises(Damaged, match="it gives different logits"):
         check(
             tmp_path / "adapter",
             Expected(adapted_expected.dtypes, adapted_expected.tokenizer, expected.logits),
