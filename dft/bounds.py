@@ -49,7 +49,7 @@ class Bounds:
 
     def _fault(self, number: float) -> str | None:
         """Return the violated bound as text, or None if the number is in range."""
-        if not math.isfinite(number):
+        if isinstance(number, float) and not math.isfinite(number):  # overflows for huge integers
             return "a finite number"
         reason = f", {self.reason}" if self.reason else ""
         if number < self.minimum:

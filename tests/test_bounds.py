@@ -29,6 +29,7 @@ def test_values_in_range_are_accepted(values):
     ("values", "message"),
     [
         ({"length": 1}, "--length 1: must be at least 2, because of a reason"),
+        ({"length": 10**400}, f"--length 1{400 * '0'}: must be at most 1,000"),
         ({"length": 1001}, "--length 1001: must be at most 1,000"),
         ({"share": 0.0}, "--share 0: must be greater than 0"),
         ({"share": 1.0}, "--share 1: must be less than 1"),

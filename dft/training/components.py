@@ -11,7 +11,13 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from transformers import (
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerState,
+)
 from transformers.integrations import SwanLabCallback
 from transformers.trainer import hf_api
 from transformers.trainer_callback import CallbackHandler
@@ -219,6 +225,14 @@ class Components:
         files = dataset_files(self._dataset())
         self.guard.handle_gradient(norm, step, model, optimizer, files, self.recorder.training.sums, loss_sum)
         self.progress.grad_norm = norm.item() if isinstance(norm, Tensor) else norm
+
+    def complete_summary(self, logs: dict[str, float], state: TrainerState, train_loss: float) -> None:
+        """Complete the last log line of a run, see `MetricsRecorder.complete_summary`. A collective.
+
+        Also wait for uploads: Trainer may remove the newest checkpoint after this line.
+        """
+        self.saver.finish_uploads()
+        self.recorder.complete_summary(logs, state, train_loss)
 
     def roll_back_step(self, model: nn.Module, step: int, loss_sum: Tensor) -> bool:
         """Discard an unfinished step, so that the last completed step can be saved.

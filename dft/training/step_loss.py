@@ -171,9 +171,14 @@ class StepLoss:
         )
         score = head.score if isinstance(head, FusedHead) else score_logits
         loss, stats, outputs = score(forward, features, labels, options)
-        if (aux_loss := outputs.get("aux_loss")) is not None:
+        aux_loss = outputs.get("aux_loss")
+        if aux_loss is not None and (forward.training or self._router_coefficient is not None):
+            if self._router_coefficient is None:
+                raise ValueError(
+                    "the model returns an auxiliary loss, but its config.json has no coefficient for it; set "
+                    "'output_router_logits' and 'router_aux_loss_coef', or let it return none"
+                )
             # A mean over the tokens of the step like the rest of the loss, regardless of its micro-batches.
-            assert self._router_coefficient is not None
             share = stats.nll.numel() / normalizer(num_items, stats.nll)
             loss = loss + share * self._router_coefficient * aux_loss
         return loss, stats, outputs

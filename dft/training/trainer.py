@@ -141,7 +141,7 @@ class DFTTrainer(transformers.Trainer):
     def _save_completed_step(self) -> None:
         if self._run.roll_back_step(self.model, self.state.global_step, self._tr_loss):
             self._save_checkpoint(self.model_wrapped, None)
-            self._run.saver.finish_uploads()
+        self._run.saver.finish_uploads()  # a restart would end the thread that uploads
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
@@ -294,7 +294,7 @@ class DFTTrainer(transformers.Trainer):
         if "train_loss" in logs:
             # Trainer's own value counts from the resumption.
             mean = self._total_loss_scalar / max(1, self.state.global_step)
-            self._run.recorder.complete_summary(logs, self.state, mean)
+            self._run.complete_summary(logs, self.state, mean)
         lists = {name: value for name, value in logs.items() if isinstance(value, list)}
         numbers = {name: value for name, value in logs.items() if name not in lists}
         super().log(numbers, start_time)

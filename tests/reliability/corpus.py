@@ -311,6 +311,7 @@ FLAGS = [
     flags("max-length-0", "--max_length 0", "--max_length 0: must be at least 2"),
     flags("max-length-negative", "--max_length -5", "--max_length -5: must be at least 2"),
     flags("max-length-absurd", "--max_length 99999999999999999999", "--max_length 99999999999999999999: "),
+    flags("max-length-beyond-floats", "--max_length 1" + "0" * 400, "must be at most 2,147,483,647"),
     flags("batch-1e30", "--per_device_train_batch_size 1e30", "invalid int value: '1e30'"),
     flags("batch-absurd", "--per_device_train_batch_size 1" + "0" * 30, "--per_device_train_batch_size 1000"),
     flags("batch-0", "--per_device_train_batch_size 0", "must be greater than 0"),

@@ -3,13 +3,14 @@
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import TrainerControl, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dft.data.batches.sampler import WithBlank
 from dft.errors import UserError
@@ -24,6 +25,7 @@ from dft.training.checkpoints.run_state import (
     StepProgress,
 )
 from dft.training.checkpoints.writer import CheckpointWriter, saved_use_cache
+from dft.training.components import Components
 from dft.training.measuring.best import can_be_best
 from dft.training.measuring.nonfinite import NonfiniteGuard
 from dft.training.parallel.stopping import StopControl, StoppedEvaluation, StopRequest
@@ -227,3 +229,14 @@ def test_the_batch_size_search_of_trainer_is_an_error(tmp_path):
     )
     with pytest.raises(ValueError, match="auto_find_batch_size: .*requested_batch"):
         DFTTrainer(tiny(), arguments, train_dataset=conversations(2))
+
+
+def test_uploads_are_finished_before_trainer_may_remove_the_newest_checkpoint():
+    """Trainer removes it after the last line of the log, with --save_total_limit 1."""
+    calls: list[str] = []
+    components = SimpleNamespace(
+        saver=SimpleNamespace(finish_uploads=lambda: calls.append("uploads")),
+        recorder=SimpleNamespace(complete_summary=lambda *_: calls.append("summary")),
+    )
+    Components.complete_summary(components, {"train_loss": 1.0}, TrainerState(), 0.5)
+    assert calls == ["uploads", "summary"]

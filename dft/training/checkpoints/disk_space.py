@@ -64,7 +64,10 @@ def saved_bytes(model: PreTrainedModel, training: TrainingArguments) -> tuple[in
 
 
 def max_checkpoints_at_once(training: TrainingArguments, steps: int) -> int:
-    """Return the maximum number of checkpoints on disk: those kept, plus the one being written."""
+    """Return the maximum number of checkpoints on disk.
+
+    These are the ones to keep, the one being written, and one that is being uploaded to the hub.
+    """
     by_strategy = {
         SaveStrategy.NO: 0,
         SaveStrategy.BEST: 1,
@@ -74,4 +77,5 @@ def max_checkpoints_at_once(training: TrainingArguments, steps: int) -> int:
     if saves is None:
         interval = training.save_steps if training.save_steps >= 1 else max(1, training.save_steps * steps)
         saves = max(1, int(steps // interval))
-    return min(saves, training.save_total_limit + 1) if training.save_total_limit else saves
+    extra = 2 if training.push_to_hub else 1
+    return min(saves, training.save_total_limit + extra) if training.save_total_limit else saves

@@ -203,12 +203,16 @@ def newest_checkpoint(output_dir: Path, resumable: bool = True) -> tuple[Checkpo
 def rotate(
     output_dir: Path, limit: int | None, best: str | None, in_use: Collection[Path] = frozenset()
 ) -> None:
-    """Remove the oldest checkpoints beyond `limit`, except the newest, the best and those in use."""
+    """Remove the oldest checkpoints beyond `limit`, except the newest, the best and those in use.
+
+    Folders in use do not count, so that they do not take the place of other checkpoints.
+    """
     folders = checkpoint_folders(output_dir)
     if not limit or not folders:
         return
     protected = {folders[0], *(path for path in folders if best is not None and path == Path(best))}
-    surplus = len(folders) - max(limit, len(protected))
+    counted = [path for path in folders if path in protected or path not in in_use]
+    surplus = len(counted) - max(limit, len(protected))
     candidates = [path for path in reversed(folders) if path not in protected and path not in in_use]
     for folder in candidates[: max(0, surplus)]:
         remove(folder)

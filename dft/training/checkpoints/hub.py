@@ -72,12 +72,16 @@ class HubPublisher:
         self._uploads: list[Upload] = []
         self._failure: str | None = None
 
-    def push_checkpoint(self, folder: Path, step: int) -> None:
-        """Start uploading a checkpoint according to the hub strategy. Call this on rank 0."""
+    def push_checkpoint(self, folder: Path, step: int, is_last: bool = False) -> None:
+        """Start uploading a checkpoint according to the hub strategy. Call this on rank 0.
+
+        Args:
+            is_last: whether the run ends with it; it is then uploaded even if another upload is running.
+        """
         self._collect()
         if self._strategy == HubStrategy.END:
             return
-        if self.is_uploading() and not self._always_push:
+        if self.is_uploading() and not (self._always_push or is_last):
             say(
                 f"note        {folder} is not pushed: the previous push is still running (--hub_always_push "
                 "True pushes every checkpoint)"
@@ -138,14 +142,28 @@ class HubPublisher:
         finished = [upload for upload in self._uploads if upload.future.done()]
         self._uploads = [upload for upload in self._uploads if upload not in finished]
         for upload in finished:
-            try:
-                upload.future.result()
-            except HUB_ERRORS as error:
-                reason = " ".join(str(error).split())
-                if upload.is_checkpoint:
-                    say(f"warning     {upload.folder} was not pushed: {reason}")
-                else:
-                    self._failure = (
-                        f"--push_to_hub True: {self.repo_id} cannot be pushed: {reason}; the model is saved "
-                        f"in {upload.folder}, from where `hf upload` sends it"
-                    )
+            # Any exception, as the client raises many kinds. None may be raised here on rank 0 alone, or the
+            # other ranks would wait for it in a collective.
+            error = upload.future.exception()
+            if error is None:
+                continue
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if upload.is_checkpoint:
+                say(f"warning     {upload.folder} was not pushed: {reason}")
+            else:
+                self._failure = (
+                    f"--push_to_hub True: {self.repo_id} cannot be pushed: {reason}; the model is saved "
+                    f"in {upload.folder}, from where `hf upload` sends it"
+                )
+
+    def abandon(self) -> None:
+        """Cancel the uploads that have not started, and report all that are unfinished.
+
+        The interpreter waits for the running one when it exits.
+        """
+        for upload in self._uploads:
+            if upload.future.cancel():
+                say(f"warning     {upload.folder} is not pushed, because the run ended with an error")
+            elif not upload.future.done():
+                say(f"note        waiting for the push of {upload.folder}, which is running")
+        self._uploads = []

@@ -88,8 +88,10 @@ class RunSaver:
         self._options.heartbeat.beat()
         args, state = self._args, run.state
         is_full = progress.is_stopping or not args.save_only_model
-        if args.push_to_hub:  # the folder is replaced if this step was saved before
-            self._wait(lambda: not self._publisher.is_uploading(folder))
+        if args.push_to_hub:
+            # The folder is replaced if this step was saved before, and each folder in use takes disk space.
+            publisher = self._publisher
+            self._wait(lambda: not publisher.is_uploading(folder) and len(publisher.folders_in_use()) <= 1)
         with self._writer.stage(folder, facts.manifest(state.global_step, is_full)) as staging:
             run.write_model(staging)
             self._verify(staging, folder, run, is_checkpoint=True)
@@ -101,7 +103,8 @@ class RunSaver:
                 state.save_to_json(str(staging / TRAINER_STATE_NAME))
         progress.saved_step = state.global_step if is_full else progress.saved_step
         if args.push_to_hub and self._accelerator.is_main_process:
-            self._publisher.push_checkpoint(folder, state.global_step)
+            is_last = progress.is_stopping or state.global_step >= state.max_steps
+            self._publisher.push_checkpoint(folder, state.global_step, is_last)
         self.rotate(folder.parent, state)
 
     def rotate(self, run: Path, state: TrainerState) -> None:
@@ -145,17 +148,22 @@ class RunSaver:
             write_card(folder, Path(self._args.output_dir), text)
 
     def finish_uploads(self) -> None:
-        """Wait for all uploads, see `HubPublisher.finish`."""
-        self._publisher.finish(self._accelerator, self._options.heartbeat.beat)
+        """Wait for all uploads, if there can be any, see `HubPublisher.finish`."""
+        if self._args.push_to_hub:
+            self._publisher.finish(self._accelerator, self._options.heartbeat.beat)
 
     @contextmanager
     def finishing_uploads(self, state: Callable[[], TrainerState]) -> Iterator[None]:
-        """Wait for all uploads when the context ends or the run stops, but not after an error."""
-        stopped = None
+        """Wait for all uploads when the context ends or the run stops. Abandon them after an error."""
+        stopped, has_failed = None, True
         try:
             yield
+            has_failed = False
         except Stopped as error:
-            stopped = error
+            stopped, has_failed = error, False
+        finally:
+            if has_failed:
+                self._publisher.abandon()
         if self._args.push_to_hub:
             self.finish_uploads()
             self.rotate(Path(self._args.output_dir), state())  # folders being uploaded were kept before

@@ -146,7 +146,8 @@ def evaluation_prefix(logs: Mapping[str, float]) -> str:
 
 
 def _start(kind: str, step: int, max_steps: int) -> str:
-    return f"{kind:<5} step {step:>{len(str(max_steps))}}/{max_steps}"
+    word = "" if max_steps >= 1_000_000 else "step "  # to stay within LINE_WIDTH
+    return f"{kind:<5} {word}{step:>{len(str(max_steps))}}/{max_steps}"
 
 
 def _width(metric: Metric) -> int:

@@ -24,7 +24,11 @@ class StandInHub:
         self.release = threading.Event()
         self.error: Exception | None = None
         self.commits: list[tuple[str, list[str]]] = []
+        self.is_running = False
         self._pool = ThreadPoolExecutor(1)
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
     def upload_folder(self, *, run_as_future: bool, **options: Any) -> Future[None]:
         assert run_as_future
@@ -41,6 +45,7 @@ class StandInHub:
         ignore_patterns: list[str] | None = None,
         path_in_repo: str = "",
     ) -> None:
+        self.is_running = True
         assert self.release.wait(60)
         if self.error is not None:
             raise self.error
@@ -84,6 +89,46 @@ def test_an_upload_does_not_block_and_its_checkpoint_is_not_rotated(tmp_path, hu
     publisher.finish(Accelerator(cpu=True), lambda: None)
     rotate(tmp_path, 1, None, publisher.folders_in_use())
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_folder_in_use_does_not_take_the_place_of_another_checkpoint(tmp_path):
+    folders = [make_checkpoint(tmp_path / f"checkpoint-{step}") for step in (1, 2, 3, 4)]
+    rotate(tmp_path, 2, None, {folders[0]})
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["1", "3", "4"]
+
+
+def test_the_last_checkpoint_is_pushed_while_another_upload_runs(tmp_path, hub):
+    publisher = make_publisher(hub)
+    for step in (1, 2, 3):
+        publisher.push_checkpoint(make_checkpoint(tmp_path / f"checkpoint-{step}"), step, is_last=step == 3)
+    hub.release.set()
+    publisher.finish(Accelerator(cpu=True), lambda: None)
+    assert [message[-1] for message, _ in hub.commits] == ["1", "3"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Error while uploading"), ValueError("no such folder")])
+def test_every_error_of_an_upload_is_a_warning(tmp_path, hub, capsys, error):
+    hub.error = error
+    hub.release.set()
+    publisher = make_publisher(hub)
+    publisher.push_checkpoint(make_checkpoint(tmp_path / "checkpoint-1"), 1)
+    publisher.finish(Accelerator(cpu=True), lambda: None)
+    assert f"checkpoint-1 was not pushed: {type(error).__name__}: {error}" in capsys.readouterr().out
+
+
+def test_uploads_are_abandoned_after_an_error(tmp_path, hub, capsys):
+    publisher = make_publisher(hub, always_push=True)
+    for step in (1, 2):
+        publisher.push_checkpoint(make_checkpoint(tmp_path / f"checkpoint-{step}"), step)
+    while not hub.is_running:
+        pass
+    publisher.abandon()
+    printed = capsys.readouterr().out
+    assert f"waiting for the push of {tmp_path / 'checkpoint-1'}" in printed
+    assert f"{tmp_path / 'checkpoint-2'} is not pushed, because the run ended with an error" in printed
+    hub.release.set()
+    hub.close()
+    assert [message for message, _ in hub.commits] == ["Training in progress, step 1"]
 
 
 def test_waiting_reports_progress_to_the_watchdog(tmp_path, hub, monkeypatch):
@@ -139,9 +184,9 @@ def test_a_failed_checkpoint_is_a_warning_and_a_failed_model_an_error(tmp_path, 
     publisher = make_publisher(hub)
     publisher.push_checkpoint(make_checkpoint(tmp_path / "checkpoint-1"), 1)
     publisher.finish(Accelerator(cpu=True), lambda: None)
-    assert "checkpoint-1 was not pushed: no route to the hub" in capsys.readouterr().out
+    assert "checkpoint-1 was not pushed: ConnectionError: no route to the hub" in capsys.readouterr().out
     publisher.push_model(tmp_path, ["model.safetensors"], "Model save")
-    with pytest.raises(UserError, match=r"--push_to_hub True: someone/run cannot be pushed: no route"):
+    with pytest.raises(UserError, match="someone/run cannot be pushed: ConnectionError: no route"):
         publisher.finish(Accelerator(cpu=True), lambda: None)
     publisher.finish(Accelerator(cpu=True), lambda: None)  # the failure has been reported
 
