@@ -38,7 +38,7 @@ class Show(Flag):
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric.
+    """A metric and its properties.
 
     Attributes:
         name: its key in the log; evaluations log it with the prefix `eval_`.

@@ -1,4 +1,4 @@
-"""Importing the package loads only what is used."""
+"""Importing the package loads only the modules that are used."""
 
 import subprocess
 import sys

@@ -53,7 +53,7 @@ def test_metrics_that_do_not_measure_quality_have_no_direction(name):
     assert selection(name) is None
 
 
-def test_unknown_metrics_are_refused_with_the_valid_names():
+def test_unknown_metrics_are_rejected_with_the_valid_names():
     assert [metric.name for metric in metrics_named(["acc", "loss"])] == ["acc", "loss"]
     with pytest.raises(ValueError, match=r"^unknown metric los, p_histogram; choose from loss, nll, avg_p"):
         metrics_named(["los", "acc", "p_histogram"])

@@ -150,7 +150,7 @@ def test_unsupported_combinations_are_one_error(train, tmp_path, flags, message)
     assert code == EXIT_USER_ERROR and message in printed and "Traceback" not in printed, printed
 
 
-def test_new_tokens_are_refused_because_adapters_do_not_train_them(example, train, tmp_path):
+def test_new_tokens_are_rejected_because_adapters_do_not_train_them(example, train, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(example.model)
     tokenizer.add_tokens([f"<new{n}>" for n in range(3)])
     model = tmp_path / "model"

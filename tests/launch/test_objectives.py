@@ -151,7 +151,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_contradictory_flags_are_refused(train, name):
+def test_contradictory_flags_are_rejected(train, name):
     flags, message = REFUSALS[name]
     _, codes, printed = train("refused", **flags)
     assert codes == [EXIT_USER_ERROR] and re.search(message, printed), printed

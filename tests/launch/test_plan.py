@@ -56,7 +56,7 @@ def test_a_plan_needs_no_weights_and_writes_nothing(example, forks, shapes_alone
         ),
     ],
 )
-def test_invalid_plan_flags_are_refused(example, forks, flags, message):
+def test_invalid_plan_flags_are_rejected(example, forks, flags, message):
     output = example.folder / "not-planned"
     codes, printed = forks.run(example.words(output, use_cpu=True, **flags), 1)
     assert codes == [EXIT_USER_ERROR] and f"error: {message}" in printed, printed

@@ -114,7 +114,7 @@ def test_a_run_is_resumed(train, example):
         ({"sequence_parallel_size": 2, "attn_implementation": "eager"}, 2, "use --attn_implementation sdpa"),
     ],
 )
-def test_unsupported_settings_are_refused(train, flags, ranks, message):
+def test_unsupported_settings_are_rejected(train, flags, ranks, message):
     _, codes, printed = train("refused", ranks, **flags)
     assert EXIT_USER_ERROR in codes and 0 not in codes, printed
     assert f"error: --sequence_parallel_size {flags['sequence_parallel_size']}" in printed
@@ -122,7 +122,7 @@ def test_unsupported_settings_are_refused(train, flags, ranks, message):
 
 
 @pytest.mark.slow
-def test_sliding_windows_are_refused(train, example):
+def test_sliding_windows_are_rejected(train, example):
     folder = example.folder / "windowed"
     model = AutoModelForCausalLM.from_pretrained(example.model)
     model.config.layer_types = ["full_attention", "sliding_attention"]

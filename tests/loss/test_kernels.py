@@ -65,8 +65,8 @@ def test_extreme_and_non_finite_logits(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 16)
     tile = torch.zeros(5, 40)
     tile[0, 3], tile[1, 3] = 1e4, -1e4
-    tile[:, 20:] = -torch.inf  # padding, including a whole block
-    tile[2, :16] = -torch.inf  # the whole first block is -inf
+    tile[:, 20:] = -torch.inf  # padding, including an entire block
+    tile[2, :16] = -torch.inf  # the entire first block is -inf
     tile[3, 5], tile[4, 5] = torch.nan, torch.inf
     targets = torch.tensor([3, 4, 17, 1, 1])
     stats, gradient = kernels.score_rows(tile.clone(), targets, torch.tensor(1.0), RowOptions(Dft(0.5)))

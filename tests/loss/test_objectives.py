@@ -201,7 +201,7 @@ def test_the_weight_is_the_derivative_of_the_potential(case):
     torch.testing.assert_close(slope, torch.tensor(weights, dtype=torch.float64))
     assert case.objective.potential(torch.zeros(1)).item() == 0
     floored = floored_potential(case.objective, nll.detach(), 0.0)
-    assert (floored - potential).abs().max() < 3e-3  # a floor of 0 changes nothing
+    assert (floored - potential).abs().max() < 3e-3  # a floor of 0 has no effect
 
 
 @pytest.mark.parametrize("floor", [0.1, 0.6, 1.0])

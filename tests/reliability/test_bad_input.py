@@ -128,7 +128,7 @@ def test_invalid_input_gives_one_message(case, outcomes):
     check_refusal(case, outcomes[1][0][case.name])
 
 
-# Every case is refused before the ranks differ in what they do, so the default run takes one in four.
+# Every case is rejected before the ranks diverge, so the default run includes one in four.
 @pytest.mark.parametrize(
     "case",
     [

@@ -163,7 +163,7 @@ messages = st.lists(
 
 @FUZZ
 @given(source=templates(), rows=messages)
-def test_templates_render_or_are_refused(source, rows):
+def test_templates_render_or_are_rejected(source, rows):
     text = json.dumps({"messages": [*rows, {"role": "assistant", "content": "a"}]})
     try:
         conversation = parse_conversation(text.encode())
@@ -202,7 +202,7 @@ def parser() -> Parser:
         spoiled(FLAGS), st.dictionaries(words, value).map(lambda flags: yaml.safe_dump(flags).encode())
     )
 )
-def test_flags_in_a_file_are_read_or_refused(tmp_path_factory, parser, raw):
+def test_flags_in_a_file_are_read_or_rejected(tmp_path_factory, parser, raw):
     file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     file.write_bytes(raw)
     try:
@@ -222,7 +222,7 @@ changed = st.dictionaries(KEYS, value | st.dictionaries(KEYS, value, max_size=2)
         spoiled(json.dumps(ZERO).encode()), changed.map(lambda new: json.dumps(ZERO | new).encode())
     )
 )
-def test_deepspeed_files_are_read_or_refused(tmp_path_factory, raw):
+def test_deepspeed_files_are_read_or_rejected(tmp_path_factory, raw):
     file = tmp_path_factory.getbasetemp() / "fuzzed.json"
     file.write_bytes(raw)
     try:

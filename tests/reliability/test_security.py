@@ -181,7 +181,7 @@ SECRETS = {
 IN_FILE = "hf_SeCrEt7"
 
 
-def test_a_token_on_the_command_line_is_refused_and_not_printed(tmp_path):
+def test_a_token_on_the_command_line_is_rejected_and_not_printed(tmp_path):
     with pytest.raises(UserError, match="every user of this machine can read a token") as caught:
         parse_arguments(["--model_name_or_path", "m", "--data_files", "a", "--hub-token", IN_FILE])
     assert IN_FILE not in str(caught.value)

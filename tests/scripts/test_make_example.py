@@ -37,7 +37,7 @@ def test_the_files_are_disjoint_and_have_all_roles(tmp_path):
             parse_conversation(record.text)  # raises for rows that training rejects
 
 
-def test_fewer_than_two_conversations_are_refused(tmp_path):
+def test_fewer_than_two_conversations_are_rejected(tmp_path):
     with pytest.raises(ValueError, match="at least 2, .* got 1"):
         write_conversations(tmp_path, count=1)
 

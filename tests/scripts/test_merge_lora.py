@@ -118,27 +118,27 @@ def test_the_merged_model_has_tokenizer_and_generation_settings_of_the_adapters(
     ],
     ids=["fewer layers", "more layers", "narrower", "larger vocabulary"],
 )
-def test_a_different_base_model_is_refused(tiny, trained, tmp_path, settings, message):
+def test_a_different_base_model_is_rejected(tiny, trained, tmp_path, settings, message):
     base = model_like(tiny, tmp_path / "base", **settings)
     error = refused(trained, tmp_path / "merged", base)
     assert error.startswith(f"{base}: is not the model that the adapters in {trained} were trained on: ")
     assert message in error and error.endswith("; name that model by --base")
 
 
-def test_a_base_model_that_differs_in_modules_without_adapters_is_refused(tiny, tmp_path):
+def test_a_base_model_that_differs_in_modules_without_adapters_is_rejected(tiny, tmp_path):
     adapters = adapt(tiny, tmp_path / "lora", "q_proj")
     base = model_like(tiny, tmp_path / "base", intermediate_size=64)
     assert "its weights have other names or shapes" in refused(adapters, tmp_path / "merged", base)
 
 
-def test_adapters_are_refused_as_a_base_model(trained, tmp_path):
+def test_adapters_are_rejected_as_a_base_model(trained, tmp_path):
     assert "it has adapters itself; name that model" in refused(trained, tmp_path / "merged", trained)
     with pytest.raises(UserError, match=r"lora: holds adapters, not a model; merge them .*merge_lora\.py "):
         check_not_adapters(str(trained))
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-def test_a_base_model_with_more_layers_is_refused_without_a_record(tiny, tmp_path):
+def test_a_base_model_with_more_layers_is_rejected_without_a_record(tiny, tmp_path):
     adapters = adapt(tiny, tmp_path / "lora", "q_proj")  # in every layer
     (adapters / BASE_RECORD).unlink()
     base = model_like(tiny, tmp_path / "base", num_hidden_layers=4)
@@ -216,7 +216,7 @@ def test_a_truncated_base_model_is_an_error(tiny, trained, tmp_path):
     assert refused(trained, tmp_path / "merged", base).startswith(f"{base}: SafetensorError: ")
 
 
-def test_a_base_model_with_missing_weights_is_refused(tiny, trained, tmp_path):
+def test_a_base_model_with_missing_weights_is_rejected(tiny, trained, tmp_path):
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     weights = load_file(base / "model.safetensors")
     del weights["model.norm.weight"]
@@ -230,7 +230,7 @@ def test_adapters_of_other_types_are_rejected(adapters, tmp_path):
     assert "holds IA3 adapters; only LoRA adapters can be merged" in refused(adapters, tmp_path / "merged")
 
 
-def test_an_existing_output_is_refused(trained, tmp_path):
+def test_an_existing_output_is_rejected(trained, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").write_text("mine")

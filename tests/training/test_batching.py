@@ -319,12 +319,12 @@ def test_models_that_mix_sequences_get_padded_rows_and_reject_packed_ones(build,
         choose_collator(model, 7, packed=True)
 
 
-def test_trainer_refuses_packed_data_for_a_model_that_mixes_sequences(tmp_path):
+def test_trainer_rejects_packed_data_for_a_model_that_mixes_sequences(tmp_path):
     with pytest.raises(UserError, match="BloomForCausalLM .* --packing False"):
         trainer(tmp_path, bloom(), pack(conversations(2), [2]))
 
 
-def test_use_cache_is_refused_with_packed_data(tmp_path):
+def test_use_cache_is_rejected_with_packed_data(tmp_path):
     with pytest.raises(ValueError, match="--use_cache True"):
         trainer(tmp_path, build_model("qwen3"), pack(conversations(2), [2]), use_cache=True)
 
@@ -386,7 +386,7 @@ def leaking(attention: str = "sdpa"):
     return model
 
 
-def test_training_refuses_a_model_that_leaks_between_packed_conversations(tmp_path):
+def test_training_rejects_a_model_that_leaks_between_packed_conversations(tmp_path):
     run = trainer(tmp_path, leaking(), pack(conversations(4), [2, 2]), max_steps=1)
     before = copy.deepcopy(run.model.state_dict())
     with pytest.raises(UserError, match="Leaking with sdpa attention does not keep .* --packing False"):

@@ -10,7 +10,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROWS = [{"question": f"Count to {n}.", "answer": " ".join(map(str, range(n)))} for n in range(1, 9)]
-"""One optimizer step of the example."""
+"""Rows for one optimizer step of the example."""
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ BATCH_TEXT = 1 << 20
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence as tokens.
+    """A training sequence as tokens.
 
     Attributes:
         input_ids: (tokens,) int32.

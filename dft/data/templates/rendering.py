@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Rendering:
-    """One training sequence as text.
+    """A training sequence as text.
 
     Attributes:
         text: the text to tokenize.

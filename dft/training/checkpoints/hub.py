@@ -27,7 +27,7 @@ HUB_ERRORS = (OSError, httpx.HTTPError)
 
 @dataclass(frozen=True)
 class Upload:
-    """One commit that is being uploaded.
+    """A commit that is being uploaded.
 
     Attributes:
         folder: the folder that is being read.

@@ -34,7 +34,7 @@ def pass_on_nonfinite(loss: Tensor) -> Tensor:
 
 @dataclass
 class NonfiniteReport:
-    """One rank's information about a step with a non-finite gradient.
+    """Information of a rank about a step with a non-finite gradient.
 
     Attributes:
         rank: its number.

@@ -87,7 +87,7 @@ def test_half_a_surrogate_pair_is_an_error_in_every_used_column():
     assert error_of(messages=[USER, ANSWER], tools=[{"name": "\ud83d"}]) == f"'tools': {HALF}"
     message = error_of(messages=[USER, ANSWER], chat_template_kwargs={"a": "\ud83d"})
     assert message == f"'chat_template_kwargs': {HALF}"
-    # In a string within the row, where only the second decoding makes a surrogate of it.
+    # In a string within the row, where only the second decoding produces a surrogate.
     calls = [{"name": "f", "arguments": json.dumps({"x": "\ud83d"})}]
     assert parse_error(turn(tool_calls=calls)) == f"messages[1]: {HALF}"
 

@@ -1,4 +1,4 @@
-"""Preparation of files with unusable parts: what is reported, copied to rejected.jsonl and lost."""
+"""Preparation of files with unusable parts: reported errors, contents of rejected.jsonl, and losses."""
 
 import gzip
 import json

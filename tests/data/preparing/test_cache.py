@@ -476,7 +476,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
         start_new_session=True,
     )
     wait_for(lambda: len(list(pids.iterdir())) == 2, seconds=60)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers too
+    os.killpg(process.pid, signal.SIGINT)  # like a terminal, which signals the workers as well
     if again_after is not None:
         time.sleep(again_after)
         os.killpg(process.pid, signal.SIGINT)

@@ -38,7 +38,7 @@ def files(tmp_path_factory) -> list[str]:
 
 
 def encode_alone(encoder: ChatEncoder, file: str, line: int, truncation: str) -> tuple[list[int], list[int]]:
-    """Return the token ids and labels of one line of a file, encoded and truncated alone."""
+    """Return the token ids and labels of one line of a file, encoded and truncated separately."""
     ((example,),) = encoder.encode([parse_conversation(Path(file).read_bytes().split(b"\n")[line - 1])])
     part = slice(-LIMIT, None) if truncation == "left" else slice(LIMIT)
     return example.input_ids[part].tolist(), [-100, *example.labels[part].tolist()[1:]]

@@ -89,7 +89,7 @@ def test_missing_file_is_a_flaw(tmp_path):
 
 
 def test_a_json_file_may_hold_lines(tmp_path):
-    # A line that is whole but wrong inside does not make the file a single object.
+    # A complete line with an error inside does not make the file a single object.
     for first in (LINE, "3", "{'a': 1}", '{"a": "}"}'):
         assert outcomes(tmp_path, "a.json", f"\n{first}\n{{\n{LINE}") == [(2, first), (3, "{"), (4, LINE)]
 

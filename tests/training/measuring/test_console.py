@@ -87,7 +87,7 @@ def test_chosen_metrics_replace_the_default_columns():
     assert len(every) == len(heading(SCALARS, 1000))
 
 
-def test_the_flag_refuses_unknown_metrics():
+def test_the_flag_rejects_unknown_metrics():
     assert WatchArguments().console_metrics == list(CONSOLE)
     assert WatchArguments(console_metrics=["kl"]).console_metrics == ["kl"]
     with pytest.raises(UserError, match="--console_metrics nll los: unknown metric los; choose from loss"):

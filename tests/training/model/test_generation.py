@@ -40,6 +40,6 @@ def test_resolve_generation_config_leaves_its_argument_alone():
 def test_generation_settings_that_cannot_be_saved_are_an_error():
     config = GenerationConfig()
     config.num_return_sequences = 5  # invalid for one beam without sampling
-    config.max_new_tokens = -1  # invalid with sampling too
+    config.max_new_tokens = -1  # invalid with sampling as well
     with pytest.raises(UserError, match="its generation_config.json could not be saved again"):
         resolve_generation_config(config, "model")

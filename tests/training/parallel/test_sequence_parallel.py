@@ -38,7 +38,7 @@ def meta_model(**settings):
     ],
     ids=["default", "linear", "dynamic", "longrope"],
 )  # fmt: skip
-def test_rotary_positions_that_depend_on_the_length_are_refused(rope, name):
+def test_rotary_positions_that_depend_on_the_length_are_rejected(rope, name):
     """Each rank would derive different frequencies from the positions of its slice."""
     obstacle = sequence_parallel_obstacle(meta_model(rope_parameters=rope), 2)
     assert obstacle is None if name is None else f"its rotary positions ({name})" in obstacle
@@ -60,7 +60,7 @@ class Stream(IterableDataset):
         yield {"input_ids": [1, 2], "labels": [1, 2]}
 
 
-def test_datasets_without_a_length_and_objectives_with_a_base_model_are_refused():
+def test_datasets_without_a_length_and_objectives_with_a_base_model_are_rejected():
     check_shared_data([{}], make_objective("dft"))
     with pytest.raises(ValueError, match="a dataset without a length"):
         check_shared_data(Stream(), make_objective("dft"))
