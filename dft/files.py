@@ -12,6 +12,8 @@ from dft.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+REPORT_PICTURE = "report.png"
+"""Name of the file with the main figures of a run, in its output directory and next to its model card."""
 
 
 def write_atomically(path: Path, parts: Iterable[str]) -> None:

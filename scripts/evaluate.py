@@ -54,7 +54,8 @@ from dft.evaluation.sampling import (
 )
 from dft.files import convert_write_errors, write_atomically
 from dft.ranks import quiet_libraries
-from dft.report.pages.evaluation import PAGE, evaluation_page
+from dft.report.pages.evaluation import evaluation_page
+from dft.report.pages.run import REPORT_PAGE
 from dft.training.memory.out_of_memory import convert_memory_errors
 
 OUT_OF_MEMORY_REMEDY = (
@@ -127,8 +128,8 @@ def write_results(output: Path, manifest: Manifest, grader: str) -> None:
     table = format_table(results)
     write_atomically(output / RESULTS, [json.dumps(results, indent=1), "\n"])
     write_atomically(output / TABLE, [table])
-    write_atomically(output / PAGE, [evaluation_page(results, examples)])
-    print(f"\n{table}\nresults     {output / RESULTS}, {TABLE}, {PAGE}")
+    write_atomically(output / REPORT_PAGE, [evaluation_page(results, examples)])
+    print(f"\n{table}\nresults     {output / RESULTS}, {TABLE}, {REPORT_PAGE}")
 
 
 def parse_options() -> argparse.Namespace:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from dft.errors import UserError, report_user_errors
 from dft.files import convert_write_errors
 from dft.report.pages.comparison import comparison_page, comparison_picture, runs_of
-from dft.report.pages.run import PAGE, run_page, run_picture, write_page
+from dft.report.pages.run import REPORT_PAGE, run_page, run_picture, write_page
 from dft.report.saved_report import folder_of, load_report
 
 COMPARISON = "report_comparison.html"
@@ -33,8 +33,8 @@ def main() -> None:
         "--output",
         metavar="FILE.html",
         type=Path,
-        help=f"where to write the page, with its figures as .png (default: {PAGE} in the folder of a single "
-        f"run, {COMPARISON} in the current folder for several)",
+        help=f"where to write the page, with its figures as .png (default: {REPORT_PAGE} in the folder of a "
+        f"single run, {COMPARISON} in the current folder for several)",
     )
     arguments = parser.parse_args()
     if arguments.output is not None and arguments.output.suffix != ".html":
@@ -47,7 +47,7 @@ def main() -> None:
             print(f"{run}: has not logged any metrics yet, so its page has no curves", file=sys.stderr)
     folders = [folder_of(run) for run in arguments.runs]
     if len(reports) == 1:
-        file = arguments.output or folders[0] / PAGE
+        file = arguments.output or folders[0] / REPORT_PAGE
         html, picture = run_page(reports[0], folders[0]), run_picture(reports[0])
     else:
         file = arguments.output or Path(COMPARISON)

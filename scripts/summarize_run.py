@@ -19,15 +19,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from dft.errors import report_user_errors
 from dft.metrics import CURVES, QUALITY
 from dft.ranks import quiet_libraries
+from dft.report.pages.run import REPORT_PAGE
+from dft.report.pages.sections import RUN_FILES
 from dft.report.saved_report import load_report
 
 METRICS = tuple(metric.name for metric in CURVES if metric in QUALITY)
-FILES = {
-    "trainer_state.json": "all logged values",
-    "data_report.json": "how many conversations were read, used, truncated and dropped",
-    "report.html": "report of the run: curves, histogram of p, conversations token by token",
-    "run_args.yaml": "the flags; --config run_args.yaml repeats the run",
+FILES = {name: RUN_FILES[name] for name in ("trainer_state.json", "data_report.json", "run_args.yaml")} | {
+    REPORT_PAGE: "report of the run: curves, histogram of p, conversations token by token"
 }
+"""Files that are listed if they exist, with their descriptions."""
 
 
 def first_and_last(history: list[dict[str, Any]], key: str) -> tuple[float, float] | None:

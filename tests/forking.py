@@ -144,9 +144,8 @@ def fork_rank(request: dict[str, Any], rank: int) -> int:
         machine, host = request["env"]["MACHINES"].split()[rank], request["env"]["HOST"]
         rank_watchdog.machine_id = lambda: machine
         socket.gethostname = lambda: host
-    rank_watchdog.HEARTBEAT_TIMEOUT = float(
-        request["env"].get("SILENCE", rank_watchdog.HEARTBEAT_TIMEOUT)
-    )  # seconds
+    if "SILENCE" in request["env"]:  # seconds
+        rank_watchdog.HEARTBEAT_TIMEOUT = float(request["env"]["SILENCE"])
     sys.argv = ["train_dft.py", *request["words"]]
     os._exit(main_of_rank())
 

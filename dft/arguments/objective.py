@@ -9,7 +9,7 @@ from dft.errors import UserError
 from dft.loss.objectives import OBJECTIVES, Dft, Objective, Sft, make_objective, parameters_of
 from dft.loss.schedule import CONSTANT, KINDS, AlphaSchedule, check_schedule
 
-WEIGHTS = ", ".join(f"{name}: {objective().formula()}" for name, objective in OBJECTIVES.items())
+WEIGHT_FORMULAS = ", ".join(f"{name}: {objective().formula()}" for name, objective in OBJECTIVES.items())
 PARAMETERS = ", ".join(
     f"{parameter} of {name}"
     for name in OBJECTIVES
@@ -37,7 +37,7 @@ class DFTArguments:
     objective: str = field(
         default=Dft.name,
         metadata={
-            "help": f"Weight of a token. {WEIGHTS}.".replace("%", "%%"),
+            "help": f"Weight of a token. {WEIGHT_FORMULAS}.".replace("%", "%%"),
             "choices": list(OBJECTIVES),
         },
     )

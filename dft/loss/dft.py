@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dft.labels import IGNORE_INDEX
-from dft.loss.objectives import Objective, Rows, apply_floor, resolve_objective
+from dft.loss.objectives import Objective, TokenRows, apply_floor, resolve_objective
 
 
 class TokenStats(NamedTuple):
@@ -82,7 +82,7 @@ def dft_loss(
         entropy = torch.special.entr(log_probs.exp()).sum(-1)
         correct = rows.argmax(-1) == targets
         largest = rows.topk(min(objective.largest, rows.shape[-1])).values if objective.largest else None
-        weight = objective.weight(Rows(nll.detach(), p_correct, entropy, largest))
+        weight = objective.weight(TokenRows(nll.detach(), p_correct, entropy, largest))
         weight = apply_floor(weight, _floors(min_weight, labels, keep, shifted))
     total = (weight * nll).sum()
     kl = torch.zeros_like(p_correct)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dft.loss.dft import TokenStats
-from dft.loss.objectives import Rows, apply_floor
+from dft.loss.objectives import TokenRows, apply_floor
 from dft.loss.rows import RowOptions
 
 BLOCK = 4096
@@ -136,7 +136,7 @@ def score_rows(
     outputs = (nll, p_correct, weight, correct, entropy, top, total)
     _launch_rows(tile, targets, options, outputs, affine, row_scale, gradient)
     if affine is None:
-        statistics = Rows(nll, p_correct, entropy, _largest(tile, options))
+        statistics = TokenRows(nll, p_correct, entropy, _largest(tile, options))
         weight = apply_floor(options.objective.weight(statistics), min_weight)
         if row_scale is not None and gradient is not None:
             factors = weight * row_scale * options.scale

@@ -22,7 +22,7 @@ MAX_NLL, POINTS = 32.0, 8193
 """Range [0, MAX_NLL] and number of points of the numerical integration of a potential without a formula."""
 
 
-class Rows(NamedTuple):
+class TokenRows(NamedTuple):
     """Detached statistics of supervised tokens from which an objective computes weights.
 
     Attributes:
@@ -53,7 +53,7 @@ class Objective:
     largest: ClassVar[int] = 0
     kl_weight: ClassVar[float] = 0.0
 
-    def weight(self, rows: Rows) -> Tensor:
+    def weight(self, rows: TokenRows) -> Tensor:
         """Return the weight of each token, (tokens,), at least 0."""
         raise NotImplementedError
 
@@ -100,7 +100,7 @@ class Dft(Objective):
     def __post_init__(self) -> None:
         check_range("alpha", self.alpha, 0, 1, " (0 is SFT, 1 is the paper's DFT)")
 
-    def weight(self, rows: Rows) -> Tensor:
+    def weight(self, rows: TokenRows) -> Tensor:
         return self.alpha * rows.p_correct + (1 - self.alpha)
 
     def potential(self, nll: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Sft(Objective):
 
     name: ClassVar[str] = "sft"
 
-    def weight(self, rows: Rows) -> Tensor:
+    def weight(self, rows: TokenRows) -> Tensor:
         return torch.ones_like(rows.nll)
 
     def potential(self, nll: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Power(Objective):
     def __post_init__(self) -> None:
         check_range("k", self.k, 0.001, 100)
 
-    def weight(self, rows: Rows) -> Tensor:
+    def weight(self, rows: TokenRows) -> Tensor:
         return torch.exp(-self.k * rows.nll)
 
     def potential(self, nll: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class Threshold(Objective):
     def __post_init__(self) -> None:
         check_range("q", self.q, 0, 1)
 
-    def weight(self, rows: Rows) -> Tensor:
+    def weight(self, rows: TokenRows) -> Tensor:
         return (rows.p_correct >= self.q).to(rows.nll.dtype)
 
     def potential(self, nll: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class Eaft(Objective):
     name: ClassVar[str] = "eaft"
     largest: ClassVar[int] = 20
 
-    def weight(self, rows: Rows) -> Tensor:
+    def weight(self, rows: TokenRows) -> Tensor:
         assert rows.top_logits is not None
         log_p = torch.log_softmax(rows.top_logits, -1)
         entropy = torch.special.entr(log_p.exp()).sum(-1)
@@ -241,7 +241,7 @@ class Chord(Objective):
 
     name: ClassVar[str] = "chord"
 
-    def weight(self, rows: Rows) -> Tensor:
+    def weight(self, rows: TokenRows) -> Tensor:
         return rows.p_correct * -torch.expm1(-rows.nll)
 
     def potential(self, nll: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ def floored_potential(objective: Objective, nll: Tensor, min_weight: float) -> T
     """
     points = torch.linspace(0, MAX_NLL, POINTS, dtype=nll.dtype, device=nll.device)
     step = MAX_NLL / (POINTS - 1)
-    rows = Rows(points, torch.exp(-points), torch.zeros_like(points))
+    rows = TokenRows(points, torch.exp(-points), torch.zeros_like(points))
     weights = objective.weight(rows).clamp(min=min_weight)
     integral = torch.cat([weights.new_zeros(1), torch.cumulative_trapezoid(weights, dx=step)])
     below = (nll / step).nan_to_num(0).floor().clamp(0, POINTS - 2).long()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dft.loss.dft import TokenStats
-from dft.loss.objectives import Dft, Objective, Rows, apply_floor
+from dft.loss.objectives import Dft, Objective, TokenRows, apply_floor
 
 CACHED_BYTES = 4 * 2**20
 """Bytes of a tile that are processed at a time on a CPU, so that repeated passes over them hit the cache."""
@@ -94,7 +94,7 @@ def _score_block(
     entropy = log_total - _expectation(softmax, tile)
     objective = options.objective
     largest = tile.topk(min(objective.largest, tile.shape[1])).values if objective.largest else None
-    weight = apply_floor(objective.weight(Rows(nll, p_correct, entropy, largest)), min_weight)
+    weight = apply_floor(objective.weight(TokenRows(nll, p_correct, entropy, largest)), min_weight)
     log_ratio, kl = None, torch.zeros_like(nll)
     if log_base is not None:
         log_ratio = log_base.neg_().add_(tile).sub_(log_total[:, None])  # log p - log base

@@ -62,7 +62,7 @@ class RowExtras(NamedTuple):
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-Span = tuple[int, int]
+RowRange = tuple[int, int]
 """A [start, end) range of rows."""
 
 
@@ -199,7 +199,7 @@ def log_probabilities(rows: Tensor, head: HeadWeights, options: RowOptions) -> T
     return z.sub_(z.logsumexp(1, keepdim=True))
 
 
-def tiles(tokens: int, vocab: int, itemsize: int, device: str) -> list[Span]:
+def tiles(tokens: int, vocab: int, itemsize: int, device: str) -> list[RowRange]:
     """Return the rows of each tile: as few tiles as fit `TILE_BYTES` each, of about equal size."""
     rows_per_tile = max(1, TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (vocab * itemsize))
     count = -(-tokens // rows_per_tile)
@@ -207,9 +207,9 @@ def tiles(tokens: int, vocab: int, itemsize: int, device: str) -> list[Span]:
     return list(zip(bounds, bounds[1:], strict=False))
 
 
-def groups(spans: list[Span], row_bytes: int) -> list[list[Span]]:
+def groups(spans: list[RowRange], row_bytes: int) -> list[list[RowRange]]:
     """Group consecutive tiles whose rows together fit `GROUP_BYTES`."""
-    result: list[list[Span]] = []
+    result: list[list[RowRange]] = []
     for start, end in spans:
         if result and (end - result[-1][0][0]) * row_bytes <= GROUP_BYTES:
             result[-1].append((start, end))

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 from transformers import TrainerState
 
+from dft.files import REPORT_PICTURE
 from dft.metrics import QUALITY
-from dft.report.saved_report import PICTURE
 from dft.report.terminal.data import data_summary
 
 PAPER = "https://arxiv.org/abs/2508.05629"
@@ -68,7 +68,7 @@ def model_card(
             "",
             *metric_lines(log),
             "",
-            *([f"![Curves of training and evaluation]({PICTURE})", ""] if has_picture else []),
+            *([f"![Curves of training and evaluation]({REPORT_PICTURE})", ""] if has_picture else []),
             "## Data",
             "",
             "```",

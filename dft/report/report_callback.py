@@ -17,7 +17,7 @@ from transformers import (
 from dft.console import say
 from dft.errors import UserError
 from dft.files import write_atomically
-from dft.report.saved_report import REPORT, load_report
+from dft.report.saved_report import RUN_REPORT, load_report
 from dft.training.batching import dataset_files
 from dft.training.measuring.scoring import ScoredSequence
 
@@ -64,7 +64,7 @@ class ReportCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Load the conversations of the first evaluation from the existing report if the run is resumed."""
-        earlier = self.folder / REPORT
+        earlier = self.folder / RUN_REPORT
         if not (state.is_world_process_zero and state.global_step and earlier.is_file()):
             return
         try:
@@ -103,7 +103,7 @@ class ReportCallback(TrainerCallback):
             "tokens": self.views,
         }
         try:
-            write_atomically(self.folder / REPORT, [json.dumps(report, ensure_ascii=False)])
+            write_atomically(self.folder / RUN_REPORT, [json.dumps(report, ensure_ascii=False)])
             write_report_page(report, self.folder)
         except OSError as error:  # a full disk must not stop training
             say(f"warning     the report of step {state.global_step} was not written: {error}")

@@ -13,8 +13,7 @@ from dft.arguments.config_file import RUN_ARGS
 from dft.errors import UserError
 from dft.loss.objectives import OBJECTIVES, Dft, Objective
 
-REPORT = "report.json"
-PICTURE = "report.png"
+RUN_REPORT = "report.json"
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 EMPTY_REPORT: dict[str, Any] = {
     "name": "",
@@ -51,12 +50,12 @@ def load_report(run: Path) -> dict[str, Any]:
         raise UserError(f"{run}: no such file or folder; pass the --output_dir of a run")
     if run.is_file():
         return read_report(run)
-    if (run / REPORT).is_file():
-        return read_report(run / REPORT)
+    if (run / RUN_REPORT).is_file():
+        return read_report(run / RUN_REPORT)
     state = find_trainer_state(run)
     if state is None:
         raise UserError(
-            f"{run}: contains no {REPORT} and no {TRAINER_STATE_NAME}, nor a checkpoint with the latter; "
+            f"{run}: contains no {RUN_REPORT} and no {TRAINER_STATE_NAME}, nor a checkpoint with the latter; "
             "pass the --output_dir of a run that has logged metrics"
         )
     return report_from_state(run, state)

@@ -36,7 +36,7 @@ from dft.training.measuring.console import ConsoleCallback
 from dft.training.measuring.nonfinite import NonfiniteGuard
 from dft.training.measuring.recorder import MetricsRecorder
 from dft.training.measuring.trackers import HistogramCallback, SwanLabRunCallback
-from dft.training.memory.out_of_memory import advice, end_out_of_memory, ran_out
+from dft.training.memory.out_of_memory import end_out_of_memory, memory_advice, ran_out
 from dft.training.model.base_model import FrozenBaseModel
 from dft.training.parallel.sequence_parallel import SequenceParallel
 from dft.training.parallel.stopping import StopControl
@@ -266,7 +266,7 @@ class Components:
         if not ran_out(error):
             raise error
         is_fused = isinstance(self.loss.head, FusedHead)
-        return advice(model, self._args, self.loss.last_batch, is_fused, error, step)
+        return memory_advice(model, self._args, self.loss.last_batch, is_fused, error, step)
 
     def end_out_of_memory(self, message: str, save: Callable[[], None]) -> NoReturn:
         """End the run, see `dft.training.memory.out_of_memory.end_out_of_memory`."""

@@ -7,9 +7,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from dft import DFTTrainer
-from dft.report.pages.run import PAGE
+from dft.files import REPORT_PICTURE
+from dft.report.pages.run import REPORT_PAGE
 from dft.report.report_callback import ReportCallback, token_texts
-from dft.report.saved_report import PICTURE, REPORT
+from dft.report.saved_report import RUN_REPORT
 from tests.report.reports import run_report
 from tests.training.measuring.test_meter import END, FILES, Rows, with_end_token
 from tests.training.test_trainer import VOCAB, tiny
@@ -51,9 +52,9 @@ RECORD = ("name", "method", "alpha", "weight", "model", "arguments", "given", "e
 def test_a_run_writes_its_report_and_its_page(tmp_path, numbered):
     trainer = trained(tmp_path, numbered)
     trainer.train()
-    assert json.loads((tmp_path / REPORT).read_text())["status"] == "running"
+    assert json.loads((tmp_path / RUN_REPORT).read_text())["status"] == "running"
     close_report(trainer)
-    report = json.loads((tmp_path / REPORT).read_text())
+    report = json.loads((tmp_path / RUN_REPORT).read_text())
     assert report["status"] == "finished" and report["steps"] == {"done": 4, "total": 4}
     assert report["log"] == trainer.state.log_history
     assert [view["step"] for view in report["tokens"]] == [0, 4]
@@ -64,30 +65,33 @@ def test_a_run_writes_its_report_and_its_page(tmp_path, numbered):
     assert [end for _, _, end in first["tokens"]] == [index == END for index in ids]
     labels = with_end_token(8)[0]["labels"]
     assert [p is not None for _, p, _ in first["tokens"]] == [False, *(label != -100 for label in labels[1:])]
-    assert "finished" in (tmp_path / PAGE).read_text() and (tmp_path / PICTURE).stat().st_size > 10_000
+    assert (
+        "finished" in (tmp_path / REPORT_PAGE).read_text()
+        and (tmp_path / REPORT_PICTURE).stat().st_size > 10_000
+    )
 
 
 def test_a_resumed_run_keeps_the_conversations_of_the_first_evaluation(tmp_path, numbered, monkeypatch):
     monkeypatch.setattr("dft.report.pages.run.write_report_page", lambda report, folder: None)
     trained(tmp_path, numbered, save_strategy="steps", save_steps=2).train()
-    before = json.loads((tmp_path / REPORT).read_text())["tokens"][0]
+    before = json.loads((tmp_path / RUN_REPORT).read_text())["tokens"][0]
     again = trained(tmp_path, numbered)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    after = json.loads((tmp_path / REPORT).read_text())["tokens"]
+    after = json.loads((tmp_path / RUN_REPORT).read_text())["tokens"]
     assert after[0] == before and before["step"] == 0 and after[1]["step"] == 4
 
 
 def test_a_broken_report_does_not_prevent_resuming(tmp_path, numbered, monkeypatch, capsys):
     monkeypatch.setattr("dft.report.pages.run.write_report_page", lambda report, folder: None)
     trained(tmp_path, numbered, save_strategy="steps", save_steps=2).train()
-    (tmp_path / REPORT).write_text('{"status": "ru')
+    (tmp_path / RUN_REPORT).write_text('{"status": "ru')
     trained(tmp_path, numbered).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert "the report starts over at step 2" in capsys.readouterr().out
-    assert [view["step"] for view in json.loads((tmp_path / REPORT).read_text())["tokens"]][-1] == 4
+    assert [view["step"] for view in json.loads((tmp_path / RUN_REPORT).read_text())["tokens"]][-1] == 4
 
 
 def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, numbered, capsys):
-    (tmp_path / REPORT).mkdir()
+    (tmp_path / RUN_REPORT).mkdir()
     trainer = trained(tmp_path, numbered)
     trainer.train()
     assert trainer.state.global_step == 4

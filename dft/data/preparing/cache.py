@@ -21,10 +21,10 @@ from dft.data.preparing.digests import sampled_digest
 from dft.errors import UserError
 from dft.files import flush_to_disk
 
-REPORT = "data_report.json"
+DATA_REPORT = "data_report.json"
 CONTENTS = "contents.json"
 """Name of the file with the sizes and digests of all files in a folder, used to detect damage."""
-REQUIRED = {REPORT, "train.arrow", "train.order.npy"}
+REQUIRED = {DATA_REPORT, "train.arrow", "train.order.npy"}
 """Files that every folder of prepared data has."""
 STAGING = re.compile(r"([0-9a-f]{32})\.[a-z0-9_]{8}")
 """Name of a folder that is being filled: the cache key and the suffix added by `tempfile.mkdtemp`."""

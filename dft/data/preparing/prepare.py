@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from dft.data.batches.dataset import Sequences
 from dft.data.conversations.faults import Faults
-from dft.data.preparing.cache import REPORT, check_private, is_complete, remove_abandoned, seal
+from dft.data.preparing.cache import DATA_REPORT, check_private, is_complete, remove_abandoned, seal
 from dft.data.preparing.cache_key import cache_key
 from dft.data.preparing.conversation_counts import ConversationCounts
 from dft.data.preparing.data_report import add_file_names, build_report, file_group
@@ -74,7 +74,7 @@ class PreparedData:
                 write_atomically(folder / REJECTED, self._rejected_lines())
             else:
                 (folder / REJECTED).unlink(missing_ok=True)  # left by an earlier run
-            write_atomically(folder / REPORT, [json.dumps(self.report, indent=2, ensure_ascii=False)])
+            write_atomically(folder / DATA_REPORT, [json.dumps(self.report, indent=2, ensure_ascii=False)])
 
     def _rejected_lines(self) -> Iterator[str]:
         """Yield the lines of rejected.jsonl, with file names in place of file numbers."""
@@ -141,7 +141,7 @@ def prepare(
         if not is_complete(target):
             _prepare_once(target, _Preparation(sources, contents, encoder, options, workers))
     names = {group: [source.name for source in members] for group, members in sources.items()}
-    report = add_file_names(json.loads((target / REPORT).read_text(encoding="utf-8")), names)
+    report = add_file_names(json.loads((target / DATA_REPORT).read_text(encoding="utf-8")), names)
     report["prepared_path"] = str(target)
     splits: list[str] = [split for split in ("train", "eval") if split in report]
     datasets = {split: _load_split(target, split, names) for split in splits}
@@ -260,7 +260,7 @@ def _fill(folder: Path, preparation: _Preparation) -> None:
     weights = options.data_weights or (1,) * (1 + max(entries))
     report = build_report(splits, counts, unused, options.max_length, [weights[entry] for entry in entries])
     report["options"] = asdict(options)
-    (folder / REPORT).write_text(json.dumps(report), encoding="utf-8")
+    (folder / DATA_REPORT).write_text(json.dumps(report), encoding="utf-8")
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

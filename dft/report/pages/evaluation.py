@@ -5,7 +5,6 @@ from typing import Any
 
 from dft.report.pages.run import render
 
-PAGE = "report.html"
 MAX_TEXT = 1500
 """Number of characters of a question or an answer that are shown."""
 MAX_NAME = 60

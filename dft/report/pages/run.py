@@ -26,7 +26,7 @@ from dft.report.pages.history import (
 from dft.report.pages.images import inline_svg, write_png
 from dft.report.pages.tokens import SHADES, conversation_views
 
-PAGE = "report.html"
+REPORT_PAGE = "report.html"
 TEMPLATES = Path(__file__).parent
 
 
@@ -40,7 +40,7 @@ def write_report_page(report: dict[str, Any], folder: Path) -> None:
     Raises:
         OSError: the folder cannot be written to.
     """
-    write_page(run_page(report, folder), run_picture(report), folder / PAGE)
+    write_page(run_page(report, folder), run_picture(report), folder / REPORT_PAGE)
 
 
 def write_page(html: str, picture: Figure, file: Path) -> None:
@@ -66,8 +66,8 @@ def run_page(report: dict[str, Any], folder: Path) -> str:
         report=report,
         summary=sections.summary_rows(report, folder),
         notes=sections.notes(report),
-        evaluated=sections.spans(log, EVAL),
-        trained=sections.spans(log, ""),
+        evaluated=sections.logged_metrics(log, EVAL),
+        trained=sections.logged_metrics(log, ""),
         curves=curve_panels(log, CURVES),
         further=curve_panels(log, FURTHER_CURVES),
         histogram=histogram_panel(log),

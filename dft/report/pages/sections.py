@@ -20,7 +20,7 @@ NEAR_ONE = 0.5
 """Minimum alpha at which a simultaneous rise of nll and acc is attributed to DFT."""
 MAX_LISTED_STEPS = 8
 """Number of steps that a sentence lists."""
-FILES = {
+RUN_FILES = {
     "model.safetensors": "the model; AutoModelForCausalLM.from_pretrained loads this folder",
     "model.safetensors.index.json": "the model; AutoModelForCausalLM.from_pretrained loads this folder",
     "adapter_model.safetensors": "the adapters",
@@ -67,7 +67,7 @@ def summary_rows(report: Mapping[str, Any], folder: Path) -> list[Row]:
 
 def existing_files(folder: Path) -> list[Row]:
     """Return the files of a run that are in its folder, with their descriptions."""
-    rows = [(name, meaning) for name, meaning in FILES.items() if (folder / name).is_file()]
+    rows = [(name, meaning) for name, meaning in RUN_FILES.items() if (folder / name).is_file()]
     checkpoints = sorted(
         (path.name for path in folder.glob("checkpoint-*") if path.is_dir()),
         key=lambda name: (len(name), name),
@@ -113,7 +113,7 @@ def _rising_nll(log: Log) -> str | None:
 
 
 @dataclass(frozen=True)
-class Span:
+class LoggedMetric:
     """A metric over a run.
 
     Attributes:
@@ -127,7 +127,7 @@ class Span:
     best: tuple[float, int] | None
 
 
-def spans(log: Log, prefix: str) -> list[Span]:
+def logged_metrics(log: Log, prefix: str) -> list[LoggedMetric]:
     """Return the logged metrics of the model.
 
     Args:
@@ -135,7 +135,7 @@ def spans(log: Log, prefix: str) -> list[Span]:
         prefix: "" for training metrics, "eval_" for evaluation metrics.
     """
     logged = ((metric, series(log, prefix + metric.name)) for metric in QUALITY)
-    return [Span(metric, values, values.best(metric)) for metric, values in logged if len(values)]
+    return [LoggedMetric(metric, values, values.best(metric)) for metric, values in logged if len(values)]
 
 
 def histogram_caption(before: Histogram | None, after: Histogram) -> str:

@@ -13,7 +13,7 @@ from dft.data.preparing.prepare import REJECTED
 from dft.labels import IGNORE_INDEX
 
 SUPERVISED, OTHER = ">> |", "   |"
-FILES = 20
+MAX_LISTED_FILES = 20
 """Number of files of a split that are listed; data_report.json lists all."""
 BAR = 40
 """Width of the longest bar of a histogram, in characters."""
@@ -64,12 +64,12 @@ def _split_lines(split: str, report: Mapping[str, Any]) -> list[str]:
         lines.append(f"            {repeated:,} of the conversations are duplicates")
     files = numbers["files"]
     if len(files) > 1:
-        for entry in files[:FILES]:
+        for entry in files[:MAX_LISTED_FILES]:
             weight = entry.get("weight", 1)
             times = "" if weight == 1 else f", taken {weight:g} times"
             lines.append(f"            {entry['file']}: {_numbers(entry)}{times}")
-        if len(files) > FILES:
-            lines.append(f"            ... and {len(files) - FILES:,} more files")
+        if len(files) > MAX_LISTED_FILES:
+            lines.append(f"            ... and {len(files) - MAX_LISTED_FILES:,} more files")
     return lines
 
 

@@ -17,7 +17,7 @@ from dft.errors import UserError
 from dft.files import DISK_FULL, NOT_WRITABLE, flush_to_disk, free_bytes
 from dft.training.checkpoints.folder import UNFINISHED
 
-WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+WEIGHT_FILE = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 """Pattern of the file names that `save_pretrained` writes weights to."""
 
 
@@ -96,7 +96,7 @@ def move_files(source: Path, target: Path) -> None:
         os.replace(path, place)
     moved = {path.name for path in paths}
     for path in target.iterdir():
-        if WEIGHTS.fullmatch(path.name) and path.name not in moved and path.is_file():
+        if WEIGHT_FILE.fullmatch(path.name) and path.name not in moved and path.is_file():
             path.unlink()
     shutil.rmtree(source)
     flush_to_disk(target)

@@ -13,12 +13,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dft.console import say
 from dft.errors import UserError
-from dft.files import write_atomically
+from dft.files import REPORT_PICTURE, write_atomically
 from dft.training.checkpoints.disk import move_files, sees_the_same, writing_a_save
 from dft.training.checkpoints.folder import UNFINISHED, publish, rotate, seal, unfinished
 from dft.training.model.adapters import has_adapters, write_base_record
 
-CARD, PICTURE = "README.md", "report.png"
+CARD = "README.md"
 CARD_COMMENT = "<!-- model card by train_dft.py -->"
 """Comment in every model card of this program. A README.md without it is not replaced."""
 UNFINISHED_MODEL = f"{UNFINISHED}model"
@@ -146,7 +146,7 @@ def write_card(folder: Path, output_dir: Path, text: Callable[[bool], str]) -> N
     Args:
         text: returns the card, given whether there is a picture.
     """
-    picture = output_dir / PICTURE
+    picture = output_dir / REPORT_PICTURE
     if picture.is_file() and folder != picture.parent:
         shutil.copy(picture, folder)
     write_atomically(folder / CARD, [text(picture.is_file()), CARD_COMMENT, "\n"])

@@ -139,7 +139,7 @@ def end_out_of_memory(
     """End a run that is out of memory. Call this outside the exception handler, which keeps frames alive.
 
     Args:
-        message: description of the memory use, see `advice`.
+        message: description of the memory use, see `memory_advice`.
         requested: (rows per device, accumulation steps) that the user requested, to record a smaller batch
             for the next attempt; None to not record one.
         last: the micro-batch that did not fit.
@@ -164,7 +164,7 @@ def end_out_of_memory(
 # ---- the message ----
 
 
-def advice(
+def memory_advice(
     model: nn.Module,
     args: transformers.TrainingArguments,
     last: MicroBatch,

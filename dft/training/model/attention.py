@@ -4,11 +4,11 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
+from dft.arguments.model import DTYPES
 from dft.arguments.parser import Arguments
 from dft.errors import UserError
 
 FLASH = "flash_attention_2"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_dtype(arguments: Arguments) -> torch.dtype | str:

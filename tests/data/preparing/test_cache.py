@@ -24,7 +24,7 @@ from dft.data.preparing import cache as cache_module
 from dft.data.preparing import digests as digests_module
 from dft.data.preparing import encode as encode_module
 from dft.data.preparing import prepare as prepare_module
-from dft.data.preparing.cache import ABANDONED, REPORT, STAGING, check_private
+from dft.data.preparing.cache import ABANDONED, DATA_REPORT, STAGING, check_private
 from dft.data.preparing.cache_key import cache_key, source_files
 from dft.data.preparing.digests import sampled_digest
 from dft.data.preparing.options import PrepareOptions
@@ -216,7 +216,7 @@ def test_remains_of_a_killed_preparation_are_removed_and_its_workers_end(encoder
     wait_for(lambda: not any(map(is_running, workers)))
 
     folders = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    assert len(folders) == 1 and not (folders[0] / REPORT).exists()
+    assert len(folders) == 1 and not (folders[0] / DATA_REPORT).exists()
     data = prepare([file], [], encoder, PrepareOptions(64), cache_dir=tmp_path / "cache", workers=1)
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [data.path]
     assert len(data.datasets["train"]) == 600
@@ -253,7 +253,7 @@ def test_damaged_folder_is_prepared_again_with_a_note(encoder, tmp_path, damage,
     store, order, contents = (
         first.path / name for name in ("train.arrow", "train.order.npy", "contents.json")
     )
-    report = first.path / REPORT
+    report = first.path / DATA_REPORT
     if damage == "cut":
         os.truncate(store, store.stat().st_size // 2)
     elif damage == "gone":
@@ -376,7 +376,7 @@ def test_report_that_cannot_be_written_raises_and_keeps_the_earlier_one(
     output = tmp_path / "out"
     data.write_report(output)
     earlier = {path.name: path.read_bytes() for path in output.iterdir()}
-    assert sorted(earlier) == [REPORT, "rejected.jsonl"]
+    assert sorted(earlier) == [DATA_REPORT, "rejected.jsonl"]
 
     def failing(*_: object) -> None:
         raise OSError(code, os.strerror(code))
@@ -386,8 +386,8 @@ def test_report_that_cannot_be_written_raises_and_keeps_the_earlier_one(
         data.write_report(output)
     assert ("bytes are free" in str(raised.value)) == (code in (errno.ENOSPC, errno.EDQUOT))
     assert {path.name: path.read_bytes() for path in output.iterdir()} == earlier
-    with pytest.raises(UserError, match=f"--output_dir {output}/{REPORT}: is not a folder"):
-        data.write_report(output / REPORT)
+    with pytest.raises(UserError, match=f"--output_dir {output}/{DATA_REPORT}: is not a folder"):
+        data.write_report(output / DATA_REPORT)
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])

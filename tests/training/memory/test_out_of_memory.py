@@ -13,9 +13,9 @@ from dft.training.memory.estimate import estimate_activations
 from dft.training.memory.out_of_memory import (
     MicroBatch,
     OutOfMemory,
-    advice,
     asked_for,
     convert_memory_errors,
+    memory_advice,
     ran_out,
 )
 
@@ -57,7 +57,7 @@ def test_failed_allocation_is_recognized():
 
 
 def advise(model, args, last: MicroBatch, fused: bool = True) -> str:
-    return advice(model, args, last, fused, RuntimeError(CPU_WORDS), step=3)
+    return memory_advice(model, args, last, fused, RuntimeError(CPU_WORDS), step=3)
 
 
 def test_message_lists_parts_and_remedies_in_order_of_effect(tmp_path):
