@@ -1,4 +1,4 @@
-"""Console output of a run: printing from rank 0 and formatting numbers."""
+"""Helpers for all console output: print lines from rank 0 only, and format durations and numbers."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Check and complete the arguments of a trainer."""
+"""Check and complete what `DFTTrainer` is created with: training arguments and collator."""
 
 from collections.abc import Mapping
 from typing import Any

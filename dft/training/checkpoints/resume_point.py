@@ -1,4 +1,4 @@
-"""Choose and check the checkpoint that a run resumes from."""
+"""Select the checkpoint to resume from and check that it suits the run; `resumer` loads it."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""Find, check and load the checkpoint that a run resumes from."""
+"""Load the checkpoint that `resume_point` selects, in the trainer and on all ranks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Save checkpoints and models: write, check, publish, upload and rotate them in the right order."""
+"""Save the checkpoints and the final model of a run: the sequence of steps, from writing to uploading."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

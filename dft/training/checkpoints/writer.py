@@ -1,4 +1,4 @@
-"""Write checkpoints and models so that each is complete or absent."""
+"""Write one checkpoint or model folder so that it is complete or absent; `saver` calls this."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping

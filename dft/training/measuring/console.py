@@ -1,4 +1,4 @@
-"""Console output of training and evaluation: one row per log record, aligned under a heading.
+"""Callback that prints the metrics of training and evaluation: one row per log record, under a heading.
 
                    epoch    loss     nll       p     acc  grad_norm       lr  tok/s      left
 train step 20/600  0.100  0.2215  2.7412  0.1530  0.4402     1.8321  2.00e-5  31.2k   0:03:12
