@@ -47,7 +47,7 @@ class EvaluatedModel:
 
 
 def parse_models(words: Sequence[str]) -> list[EvaluatedModel]:
-    """Parse the values of --model: `NAME=DIR`, or `DIR`, which is named after its last part.
+    """Parse the values of --model: `NAME=DIR`, or `DIR`, which is named after its last component.
 
     A value that is an existing folder is always a `DIR`, because its name may hold `=`.
 

@@ -158,11 +158,11 @@ def inspect_head(
     """Return a `FusedHead` for the model, or the reason why its head cannot be fused.
 
     The model scores one small batch three times: with its own logits; with known values in place of the
-    head's output, which shows how the model transforms them; and fused, where the result must match the
+    head's output, which shows how the model transforms it; and fused, where the result must match the
     first. Does not consume random numbers. Under ZeRO-3 and FSDP all ranks must call this.
 
     Args:
-        model: has `get_output_embeddings`; in evaluation mode.
+        model: a model in evaluation mode that has `get_output_embeddings`.
         forward: the model, or a wrapper around it.
         inputs: its keyword arguments, including `input_ids` (batch, seq), which also serve as labels.
         dtype: compute dtype of the model.

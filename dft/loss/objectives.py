@@ -44,7 +44,7 @@ class Objective:
     """Base class of the objectives. Fields are parameters; a value out of range raises `ValueError`.
 
     Attributes:
-        name: on the command line.
+        name: name on the command line.
         largest: number of largest logits of each row that `weight` uses.
         kl_weight: factor on the KL divergence from a base model; 0 if the objective needs no base model.
     """

@@ -227,7 +227,7 @@ class Components:
         self.progress.grad_norm = norm.item() if isinstance(norm, Tensor) else norm
 
     def complete_summary(self, logs: dict[str, float], state: TrainerState, train_loss: float) -> None:
-        """Complete the last log line of a run, see `MetricsRecorder.complete_summary`. A collective.
+        """Complete the last log line of a run, see `MetricsRecorder`. This is a collective.
 
         Also wait for uploads: Trainer may remove the newest checkpoint after this line.
         """

@@ -100,7 +100,7 @@ def run_options(
     Args:
         arguments: the parsed flags.
         stop: signals that ask the run to stop.
-        card: returns the text of the model card; None writes none.
+        card: returns the text of the model card; None to not write one.
     """
     return RunOptions(
         stop=stop,

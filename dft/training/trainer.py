@@ -52,7 +52,8 @@ class DFTTrainer(transformers.Trainer):
         args: transformers' TrainingArguments.
         alpha: the weight of a token is alpha * p + (1 - alpha); 1, the default, is the paper's DFT, 0 is SFT.
         objective: another rule for the weight instead of alpha, see `dft.loss.objectives`.
-        alpha_schedule: how alpha rises to its value in training; evaluations use the final value.
+        alpha_schedule: schedule by which alpha rises to its value in training; evaluations use the final
+            value.
         end_of_turn_weight: minimum weight of tokens that end a turn, so that stopping is always learned.
         base_model: a copy of the untrained model, for an objective with a `kl_weight`.
         fused_head: "auto" computes the loss without logits (`dft.linear_dft_loss`) if that is known to equal

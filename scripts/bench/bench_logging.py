@@ -39,7 +39,7 @@ class Steps:
         self.ends: list[float] = []
 
     def seconds(self) -> float:
-        """Return the duration of the measured steps, with the logging between them."""
+        """Return the duration of the measured steps, including the logging between them."""
         return self.ends[-1] - self.ends[WARM_UP - 1]
 
 

@@ -77,8 +77,8 @@ class Score(NamedTuple):
     """The result of a model on one file of problems.
 
     Attributes:
-        right: avg@n over the problems that count, in percent.
-        left_out: number of problems that do not count, because the model was trained on them.
+        right: avg@n in percent over the counted problems.
+        left_out: number of problems that are not counted because the model was trained on them.
     """
 
     right: float

@@ -95,7 +95,7 @@ def conversation(generator: random.Random, task: str, count: int, wrong: float =
     Args:
         generator: source of randomness.
         task: "sums" or "differences".
-        count: how many numbers the problem has.
+        count: number of numbers in the problem.
         wrong: probability of an answer with a wrong step.
     """
     numbers = [generator.randint(10, 99) for _ in range(count)]

@@ -32,7 +32,7 @@ class Sequences(Dataset):
     The file is opened when the first row is read.
 
     Args:
-        path: Arrow stream of `SCHEMA`. `datasets.Dataset.from_file` can read it too.
+        path: Arrow stream of `SCHEMA`. `datasets.Dataset.from_file` can also read it.
         order: (sequences,) indices into that file, row after row.
         offsets: (rows + 1,) row r holds `order[offsets[r]:offsets[r + 1]]`; None for one sequence per row.
         files: names of the data files, indexed by file number.

@@ -43,10 +43,10 @@ def append_answer(row: Row, key: str, answer: str, is_answer: Callable[[dict[str
         row: the parsed row, not validated.
         key: the key of the list of turns.
         answer: the content of the new turn.
-        is_answer: whether a turn is the assistant's.
+        is_answer: returns whether a turn is an assistant turn.
 
     Returns:
-        The new row; the same row if its last turn is the assistant's; None if it has no turns under this key.
+        The new row; the same row if it ends with an assistant turn; None if it has no turns under this key.
     """
     turns = row.get(key)
     if not isinstance(turns, list) or not turns:

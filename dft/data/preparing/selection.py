@@ -31,7 +31,7 @@ class UnusedCounts:
     Attributes:
         repeated: duplicates of earlier conversations, dropped by --dedup from training and evaluation files.
         shared: conversations of the evaluation files that also occur in the training files.
-        not_drawn: conversations not drawn under --data_weights and the sample limits.
+        not_drawn: conversations not selected because of --data_weights or the sample limits.
     """
 
     repeated: int = 0
@@ -54,7 +54,7 @@ def select(
         options: deduplication, validation split, weights, sample limits and packing.
 
     Raises:
-        UserError: no usable conversation is left to train on or to evaluate on.
+        UserError: no usable conversations remain for training or evaluation.
     """
     for group, flag in (("train", "--data_files"), ("eval", "--eval_data_files")):
         if counts[group] and not len(encoded[group]):

@@ -152,7 +152,7 @@ def _handle(style: LineStyle) -> Line2D:
 
 
 def draw_curves(axes: Axes, metric: Metric, lines: Sequence[Line]) -> None:
-    """Draw the lines of a metric; a NaN or infinite value is a cross at the bottom, at its step."""
+    """Draw the lines of a metric; NaN and infinite values are crosses at the bottom, at their steps."""
     for line in lines:
         style, shown = line.style, line.series.thinned(MAX_POINTS)
         # A single record, or one between two gaps, would be invisible without a marker.

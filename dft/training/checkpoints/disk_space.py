@@ -47,7 +47,7 @@ def check_space(model: PreTrainedModel, training: TrainingArguments, rows: int) 
 
 
 def saved_bytes(model: PreTrainedModel, training: TrainingArguments) -> tuple[int, int]:
-    """Return the size in bytes of a saved model and of a checkpoint, at least."""
+    """Return lower bounds on the size in bytes of a saved model and of a checkpoint."""
     parameters = list(model.parameters())
     if has_adapters(model):  # the base model is not saved
         parameters = [parameter for parameter in parameters if parameter.requires_grad]

@@ -124,7 +124,7 @@ class HubPublisher:
         return {upload.folder for upload in self._uploads if not upload.future.done()}
 
     def finish(self, accelerator: Accelerator, beat: Callable[[], None]) -> None:
-        """Wait for all uploads. All ranks must call it; `beat` reports progress in the meantime.
+        """Wait for all uploads, reporting progress with `beat`. All ranks must call this.
 
         Raises:
             UserError: on all ranks, if a model could not be uploaded. For a checkpoint, print a warning.

@@ -215,7 +215,7 @@ def device_with_room(needed: float, args: transformers.TrainingArguments) -> tor
 
 
 def check_tokenizer(loaded: PreTrainedTokenizerBase, expected: PreTrainedTokenizerBase) -> None:
-    """Raise `Damaged` for a tokenizer with another vocabulary or chat template."""
+    """Raise `Damaged` for a tokenizer with a different vocabulary or chat template."""
     if loaded.get_vocab() != expected.get_vocab():
         raise Damaged("its tokenizer has another vocabulary than the one that was trained with")
     if loaded.chat_template != expected.chat_template:

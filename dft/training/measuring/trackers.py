@@ -22,7 +22,7 @@ MAX_CHARACTERS = 2000
 
 
 class SwanLabRunCallback(SwanLabCallback):
-    """transformers' SwanLab callback, started correctly.
+    """SwanLab callback of transformers, with a corrected start.
 
     transformers 5.23 asks for the current run before it starts one, which is an error in swanlab 0.10.
     """

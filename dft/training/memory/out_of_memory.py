@@ -56,7 +56,7 @@ class MicroBatch:
 
     Attributes:
         rows: number of its rows; 0 before the first micro-batch.
-        tokens: number of its tokens with padding.
+        tokens: number of its tokens, including padding.
         is_training: whether it belongs to training rather than evaluation.
     """
 

@@ -219,7 +219,7 @@ def _kinds_of_change(setting: PlanSetting) -> tuple[str, ...]:
 
 
 def device_memory(device: torch.device, local_ranks: int) -> float:
-    """Return the GiB that a rank may use: its GPU, or its share of the machine's memory."""
+    """Return the memory available to a rank in GiB: its GPU, or its share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GIB
     return psutil.virtual_memory().total / local_ranks / GIB

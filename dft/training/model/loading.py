@@ -133,7 +133,7 @@ def _load_checked(arguments: Arguments) -> PreTrainedModel:
 
 
 def _read_weights(arguments: Arguments, name: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Return the model and the loading info of transformers."""
+    """Return the model and transformers' loading info."""
     failure: str | None = None
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(

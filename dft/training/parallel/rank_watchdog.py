@@ -126,7 +126,7 @@ class RankWatchdog:
         """Notify the other ranks that this rank exits with an error.
 
         The first rank to call this prints its error. The others exit with the same code without printing.
-        Rank 0 goes first if all ranks have the same error.
+        Rank 0 prints it if all ranks have the same error.
 
         Args:
             code: exit code.

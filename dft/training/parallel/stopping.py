@@ -86,7 +86,7 @@ class StopRequest:
 
 
 class StopControl:
-    """Agree with all ranks whether to stop, so that they stop after the same step.
+    """Decides with all ranks whether to stop, so that they stop after the same step.
 
     Args:
         request: the signals of this rank; None if no signal stops the run.
