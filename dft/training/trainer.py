@@ -165,8 +165,7 @@ class DFTTrainer(transformers.Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # Private: the warning about weights that are tied to others, and saved with those, cannot be turned
-        # off.
+        # Private: the warning about weights that are saved with those they are tied to cannot be turned off.
         drop_tied_keys(self.model, load_result.missing_keys)
         super()._issue_warnings_after_load(load_result)
 

@@ -87,7 +87,7 @@ def test_answer_column_is_compared_with_the_box_or_the_hashes():
 
 
 def test_reference_without_box_or_hashes_is_an_error():
-    with pytest.raises(UserError, match=r"--grader boxed: the reference 'four' has no \\boxed\{\}; give"):
+    with pytest.raises(UserError, match=r"--grader boxed: the reference 'four' has no \\boxed\{\}; pass"):
         grade("four", r"\boxed{4}", "boxed")
     with pytest.raises(UserError, match="--grader hash: the reference .* has no ####"):
         grade("x" * 100, "#### 4", "hash")

@@ -163,7 +163,7 @@ def test_zero3_stops_before_the_update_and_keeps_the_last_checkpoint(example, po
     assert "Traceback" not in finished.output
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "deepspeed"])
 def test_two_ranks_skip_the_same_step_and_continue(example, poisoned, launcher):
     output = example.folder / f"nonfinite-skip-{launcher}"
     config = ROOT / "ds_config/zero3.json" if launcher == "deepspeed" else None

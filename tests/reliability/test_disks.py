@@ -46,7 +46,7 @@ FAULTS = {
 @pytest.mark.parametrize(
     ("fault", "ranks"),
     mostly_slow(
-        [(fault, ranks) for fault in FAULTS for ranks in (1, 2)], [("FULL", 2), ("READ_ONLY", 1), ("GONE", 1)]
+        [(fault, ranks) for fault in FAULTS for ranks in (1, 2)], [("FULL", 1), ("READ_ONLY", 1), ("GONE", 1)]
     ),
 )
 def test_a_disk_that_fails_during_training(example, forks, disk, fault, ranks):
