@@ -188,6 +188,11 @@ def find_notes(arguments: Arguments) -> list[str]:
     notes, dft, training, watch = [], arguments.dft, arguments.training, arguments.watch
     if watch.preflight_samples != WatchArguments.preflight_samples and not watch.preflight:
         notes.append(f"--preflight_samples {watch.preflight_samples} has no effect without --preflight True")
+    resume = arguments.flags["resume_from_checkpoint"]
+    if arguments.watch.plan and resume is not None and resume.lower() != "false":
+        notes.append(
+            f"--plan True ignores --resume_from_checkpoint {resume}: a resumed run needs the same memory"
+        )
     minimum = minimum_weight(build_objective(dft))
     if 0 < dft.end_of_turn_weight <= minimum:
         notes.append(

@@ -253,3 +253,13 @@ def test_dropping_all_batches_is_rejected(tmp_path):
 def test_a_missing_required_flag_is_named():
     with pytest.raises(UserError, match="--data_files"):
         parse_arguments(["--model_name_or_path", "model"])
+
+
+def test_a_plan_notes_that_it_ignores_the_checkpoint(tmp_path):
+    (tmp_path / "out").mkdir()
+    flags = ["--plan", "True", "--resume_from_checkpoint", "auto"]
+    assert any(
+        "--plan True ignores --resume_from_checkpoint auto" in note
+        for note in checked(tmp_path, *flags).notes
+    )
+    assert not any("ignores" in note for note in checked(tmp_path, "--plan", "True").notes)
