@@ -27,7 +27,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from bench_scaling import free_port
+from bench_scaling import launcher_of
 from make_example import read_conversations, train_tokenizer, write_conversations
 
 ENVIRONMENT = {
@@ -68,16 +68,13 @@ def run(folder: Path, ranks: int, flags: dict[str, object], **more: object) -> s
         "save_strategy": "no", "report": False, "verify_save": False, "per_device_train_batch_size": 8,
         "use_cpu": not ON_GPU, "data_cache_dir": folder / "cache", **flags, **more,
     }  # fmt: skip
-    launcher = [sys.executable]
-    if "deepspeed" in flags:
-        launcher += ["-m", "deepspeed.launcher.runner", f"--num_accelerators={ranks}"]
-        launcher += [f"--master_port={free_port()}"]
-    elif ranks > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-        launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    launcher = launcher_of(ranks, "deepspeed" in flags)
     words = [word for flag, value in settings.items() for word in (f"--{flag}", str(value))]
     done = subprocess.run(
-        [*launcher, str(ROOT / "train_dft.py"), *words], env=ENVIRONMENT, capture_output=True, text=True
+        [*launcher, str(ROOT / "train_dft.py"), *words],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")

@@ -93,6 +93,18 @@ def free_port() -> int:
         return bound.getsockname()[1]
 
 
+def launcher_of(ranks: int, is_deepspeed: bool) -> list[str]:
+    """Return the command that starts a script with a number of ranks on this machine, without the script."""
+    if is_deepspeed:
+        module, options = "deepspeed.launcher.runner", [f"--num_accelerators={ranks}"]
+    elif ranks > 1:
+        module = "torch.distributed.run"
+        options = [f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1"]
+    else:
+        return [sys.executable]
+    return [sys.executable, "-m", module, *options, f"--master_port={free_port()}"]
+
+
 def run(folder: Path, name: str, steps: int) -> tuple[list[dict[str, float]], int]:
     """Return the log records of a run and the bytes sent over the loopback device."""
     ranks, flags = WAYS[name]
@@ -103,13 +115,7 @@ def run(folder: Path, name: str, steps: int) -> tuple[list[dict[str, float]], in
         "verify_save": False, "per_device_train_batch_size": ROWS // ranks, "use_cpu": True,
         "train_sampling_strategy": "sequential", "data_cache_dir": folder / "cache", **flags,
     }  # fmt: skip
-    launcher = [sys.executable]
-    if "deepspeed" in flags:
-        launcher += ["-m", "deepspeed.launcher.runner", f"--num_accelerators={ranks}"]
-        launcher += [f"--master_port={free_port()}"]
-    elif ranks > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-        launcher += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    launcher = launcher_of(ranks, "deepspeed" in flags)
     words = [word for flag, value in settings.items() for word in (f"--{flag}", str(value))]
     counter = "cat /sys/class/net/lo/statistics/tx_bytes"
     if MAY_UNSHARE:
