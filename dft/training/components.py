@@ -29,6 +29,7 @@ from dft.loss.schedule import AlphaSchedule
 from dft.ranks import sequence_parallel_size
 from dft.training.batching import Collator, dataset_files, resolve_end_of_turn_ids
 from dft.training.checkpoints.hub import HubPublisher
+from dft.training.checkpoints.input_folders import check_not_model_folder
 from dft.training.checkpoints.resumer import Resumer
 from dft.training.checkpoints.run_state import RunFacts, RunState, StepProgress
 from dft.training.checkpoints.saver import RunSaver
@@ -161,7 +162,11 @@ class Components:
         Args:
             resume_from: see `Resumer.resolve`.
             model: the model, before FSDP flattens its weights.
+
+        Raises:
+            UserError: the run would write into the folder of its model, or cannot resume.
         """
+        check_not_model_folder(model, Path(self._args.output_dir))
         digest = shapes_digest(model)
         folder = self.resumer.resolve(resume_from, digest)
         self.facts = RunFacts(self._args, self._dataset(), digest)

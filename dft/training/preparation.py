@@ -17,19 +17,29 @@ from dft.training.parallel.sequence_parallel import check_shared_data, resolve_p
 
 
 def prepare_arguments(
-    args: transformers.TrainingArguments, options: Mapping[str, Any], fused_head: str, on_nonfinite: str
+    model: nn.Module | None,
+    args: transformers.TrainingArguments,
+    options: Mapping[str, Any],
+    fused_head: str,
+    on_nonfinite: str,
 ) -> None:
     """Check the arguments of a trainer and set those that have only one valid value.
 
     Args:
+        model: the model to train.
         args: the training arguments.
         options: the other arguments of `transformers.Trainer`.
         fused_head: see `DFTTrainer`.
         on_nonfinite: see `DFTTrainer`.
 
     Raises:
-        ValueError: arguments that would change the meaning of the loss.
+        ValueError: there is no model, or arguments would change the meaning of the loss.
     """
+    if model is None:
+        raise ValueError(
+            "model is None: DFTTrainer needs the model itself, because its loss depends on it; pass "
+            "model=model_init() instead of model_init"
+        )
     check_loss_settings(args)
     if options.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func would replace the DFT loss; use transformers.Trainer instead")

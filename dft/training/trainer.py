@@ -96,7 +96,7 @@ class DFTTrainer(transformers.Trainer):
     ) -> None:
         objective = resolve_objective(alpha, objective, base_model is not None)
         check_schedule(objective, alpha_schedule, end_of_turn_weight)
-        prepare_arguments(args, kwargs, fused_head, on_nonfinite)
+        prepare_arguments(model, args, kwargs, fused_head, on_nonfinite)
         data_collator = resolve_collator(model, args, data_collator, objective, kwargs)
         turns = end_of_turn_weight, end_of_turn_ids
         loss = LossSettings(objective, alpha_schedule, *turns, base_model, fused_head, model.config)

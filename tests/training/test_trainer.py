@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dft import DFTTrainer
 from dft.errors import UserError
@@ -230,6 +230,21 @@ def test_a_custom_loss_function_is_rejected(tmp_path):
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(ValueError, match="compute_loss_func would replace the DFT loss"):
         DFTTrainer(tiny(), arguments, compute_loss_func=lambda *_: torch.tensor(0.0))
+
+
+def test_a_model_that_is_yet_to_be_created_is_rejected(tmp_path):
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=r"model is None: .* pass model=model_init\(\)"):
+        DFTTrainer(None, arguments, model_init=tiny)
+
+
+@pytest.mark.parametrize("place", ["model", "model/run"])
+def test_training_does_not_write_into_the_folder_of_the_model(tmp_path, place):
+    tiny().save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    run = trainer(tmp_path / place, conversations(2), model=model)
+    with pytest.raises(UserError, match="is in the folder that the model was loaded from"):
+        run.train()
 
 
 def test_a_batch_without_labels_is_rejected(tmp_path):

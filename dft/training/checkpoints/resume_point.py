@@ -22,19 +22,22 @@ from dft.training.checkpoints.folder import (
     reading,
     unfinished_folders,
 )
+from dft.training.checkpoints.input_folders import check_input_folders
 
 
 def prepare_output_folder(arguments: Arguments) -> None:
     """Create the output directory and check that it can be written to.
 
     Raises:
-        UserError: it cannot be written to, or flags about checkpoints contradict each other.
+        UserError: it cannot be written to, the run reads from it, or flags about checkpoints contradict each
+            other.
     """
     training = arguments.training
     if arguments.flags["output_dir"] is None:
         raise UserError("--output_dir is missing: name the folder to write to")
     if not training.output_dir:
         raise UserError("--output_dir '': name the folder to write to")
+    check_input_folders(arguments)
     folder = Path(training.output_dir)
     existing = folder
     while not existing.exists():
