@@ -80,7 +80,9 @@ def main() -> None:
     prepared = prepare(
         data.data_files,
         data.eval_data_files,
-        ChatEncoder(tokenizer, stops, template_variables(data), template_date(data)),
+        ChatEncoder(
+            tokenizer, stops, template_variables(data), template_date(data), data.use_generation_tags
+        ),
         prepare_options(data, show.seed),
         cache_dir=Path(data.data_cache_dir).expanduser(),
         workers=data.preprocessing_num_workers,

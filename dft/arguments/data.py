@@ -66,6 +66,13 @@ class DataArguments(DataOptions, DataFiles):
             "that the same data gives the same tokens on any day."
         },
     )
+    use_generation_tags: bool = field(
+        default=False,
+        metadata={
+            "help": "Supervise only what the generation blocks of the chat template mark inside the text "
+            "that the model generates. By default all of that text is supervised, whatever the blocks mark."
+        },
+    )
     preprocessing_num_workers: Annotated[int, Bounds(above=0, maximum=1024)] = field(
         default=min(os.cpu_count() or 1, 8), metadata={"help": "Number of processes that tokenize."}
     )

@@ -64,7 +64,9 @@ def load_encoder(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, ChatEnc
         name, chat_template=flags.chat_template, trust_remote_code=trust_remote_code
     )
     stops = stop_token_ids(name, trust_remote_code)
-    encoder = ChatEncoder(tokenizer, stops, template_variables(flags), template_date(flags))
+    encoder = ChatEncoder(
+        tokenizer, stops, template_variables(flags), template_date(flags), flags.use_generation_tags
+    )
     arguments.notes.extend(notes)
     if encoder.template.writes_date:
         arguments.notes.append(

@@ -48,6 +48,7 @@ def cache_key(
         "today": str(template.today) if template.writes_date else None,
         "special_tokens": template.special_tokens,
         "stops": encoder.renderer.stops,
+        "use_generation_tags": encoder.renderer.use_generation_tags,
         "files": [
             [(source.kind, source.compression, source.entry, source.rows_before) for source in group]
             for group in sources.values()

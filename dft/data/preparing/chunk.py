@@ -138,6 +138,8 @@ def encode_chunk(encoder: ChatEncoder, options: PrepareOptions, chunk: RecordChu
             continue
         remaining = [example for example in truncated if example is not None]
         _count(conversation, examples, remaining, counts, options)
+        for rendering, _ in sequences:
+            counts.add_remarks(rendering.remarks, f"{chunk.file}:{record.line}")
         usable.append((record, sequences))
         if remaining:
             digests = _conversation_digests(examples)

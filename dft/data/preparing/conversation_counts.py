@@ -1,6 +1,7 @@
 """Counters for the outcome of each conversation of a data file."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 
@@ -20,6 +21,8 @@ class ConversationCounts:
         unknown: unknown tokens, which represent text outside the vocabulary.
         roles: turns by role.
         turns: conversations by number of turns.
+        remarks: sequences by properties that the user should know about.
+        remark_examples: the first sequence of each remark, as `file:line, messages[index]`.
     """
 
     read: int = 0
@@ -33,7 +36,21 @@ class ConversationCounts:
     unknown: int = 0
     roles: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
+    remark_examples: dict[str, str] = field(default_factory=dict)
 
     def __add__(self, other: "ConversationCounts") -> "ConversationCounts":
-        names = [attribute.name for attribute in fields(self)]
-        return ConversationCounts(*(vars(self)[name] + vars(other)[name] for name in names))
+        names = [attribute.name for attribute in fields(self) if attribute.name != "remark_examples"]
+        sums = {name: vars(self)[name] + vars(other)[name] for name in names}
+        return ConversationCounts(**sums, remark_examples={**other.remark_examples, **self.remark_examples})
+
+    def add_remarks(self, remarks: Mapping[str, str], place: str) -> None:
+        """Count the remarks of a sequence.
+
+        Args:
+            remarks: kind and example of each remark.
+            place: file and line of the conversation.
+        """
+        for kind, example in remarks.items():
+            self.remarks[kind] += 1
+            self.remark_examples.setdefault(kind, f"{place}, {example}")

@@ -49,6 +49,10 @@ def build_report(
         "turns_without_stop_token": endings.pop(None, 0),
         "end_of_turn_tokens": endings,
         "unknown_tokens": total.unknown,
+        "remarks": [
+            {"remark": remark, "sequences": count, "example": total.remark_examples[remark]}
+            for remark, count in total.remarks.most_common()
+        ],
         "roles": dict(total.roles.most_common()),
         "turns_per_conversation": percentiles(turns),
         "files": {name: [_file_counts(part) for part in group] for name, group in counts.items() if group},

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
@@ -16,10 +16,19 @@ from dft.data.sandbox.limits import MAX_RENDERED_CHARACTERS, limit_memory
 from dft.data.templates.renderer import ConversationRenderer
 from dft.data.templates.rendering import Rendering
 from dft.data.templates.template import DATE, ChatTemplate
-from dft.data.templates.text_tokenizer import TextTokenizer, piece_at
+from dft.data.templates.text_tokenizer import TextTokenizer, TokenizedText
 from dft.errors import UserError
 from dft.labels import IGNORE_INDEX
 
+NO_CONTINUATION = (
+    "the tokenizer merges the beginning of an answer with every text before it, so the answer cannot be "
+    "tokenized as the model would generate it; use a tokenizer that adds no space before a text"
+)
+SEPARATE_TOKENS = (
+    "a token would straddle a prompt and its completion, so they are tokenized separately, as at inference"
+)
+QUOTED = 20
+"""Number of characters that a remark quotes on each side of a boundary."""
 BATCH_TEXT = 1 << 20
 """Number of characters that are tokenized at once."""
 
@@ -51,6 +60,7 @@ class ChatEncoder:
         variables: variables of the template for all conversations, for example `{"enable_thinking": False}`.
             The variables of a conversation take precedence.
         today: the date for templates that write today's date.
+        use_generation_tags: whether to supervise only what the {% generation %} blocks of the template mark.
 
     Attributes:
         template: the chat template.
@@ -68,6 +78,7 @@ class ChatEncoder:
         stop_token_ids: Sequence[int] = (),
         variables: Mapping[str, Any] | None = None,
         today: date = DATE,
+        use_generation_tags: bool = False,
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
@@ -79,7 +90,7 @@ class ChatEncoder:
         added = tokenizer.added_tokens_decoder
         self.text_tokenizer = TextTokenizer(self.backend, frozenset(added))
         stop_ids = sorted({tokenizer.eos_token_id, *stop_token_ids} - {None})
-        stops = {self.backend.id_to_token(index): index for index in stop_ids}
+        stops = [self.backend.id_to_token(index) for index in stop_ids]
         self.template = ChatTemplate(
             template_source(tokenizer),
             {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -88,8 +99,9 @@ class ChatEncoder:
         )
         self.renderer = ConversationRenderer(
             self.template,
-            {token: index for token, index in stops.items() if token},
-            {token.content for token in added.values() if token.special},
+            [token for token in stops if token],
+            [token.content for token in added.values()],
+            use_generation_tags,
         )
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[Example] | BadLine]:
@@ -112,12 +124,18 @@ class ChatEncoder:
         rendered = self.render(conversations)
         renderings = [item for group in rendered if not isinstance(group, BadLine) for item in group]
         examples = self._examples(renderings)
-        return [
-            group if isinstance(group, BadLine) else [(rendering, next(examples)) for rendering in group]
-            for group in rendered
-        ]
+        encoded: list[list[tuple[Rendering, Example]] | BadLine] = []
+        for group in rendered:
+            if isinstance(group, BadLine):
+                encoded.append(group)
+                continue
+            sequences = [next(examples) for _ in group]
+            errors = [item for item in sequences if isinstance(item, BadLine)]
+            pairs = [pair for item in sequences if not isinstance(item, BadLine) for pair in item]
+            encoded.append(errors[0] if errors else pairs)
+        return encoded
 
-    def _examples(self, renderings: list[Rendering]) -> Iterator[Example]:
+    def _examples(self, renderings: list[Rendering]) -> Iterator[list[tuple[Rendering, Example]] | BadLine]:
         """Tokenize in batches of about `BATCH_TEXT`, since an encoding takes hundreds of bytes per token."""
         batch, size = [], 0
         for number, rendering in enumerate(renderings, 1):
@@ -126,7 +144,7 @@ class ChatEncoder:
             if size >= BATCH_TEXT or number == len(renderings):
                 texts = [item.text for item in batch]
                 encodings = self.backend.encode_batch(texts, add_special_tokens=False)
-                yield from map(self.example, batch, encodings)
+                yield from map(self._tokenize, batch, encodings)
                 batch, size = [], 0
 
     def render(self, conversations: Sequence[Conversation]) -> list[list[Rendering] | BadLine]:
@@ -146,37 +164,72 @@ class ChatEncoder:
                     rendered.append(error)
         return rendered
 
-    def example(self, rendering: Rendering, encoding: Encoding) -> Example:
-        """Convert a rendering to token ids and labels.
+    def _tokenize(
+        self, rendering: Rendering, encoding: Encoding
+    ) -> list[tuple[Rendering, Example]] | BadLine:
+        """Convert a rendering to examples: one, and another one for each turn that needs its own sequence.
 
-        A token is supervised if its first character is inside a span. So an end token that absorbs the
-        white space after it (`rstrip`) is still supervised.
-
-        The encoding of the whole text is used if every span begins with the tokens of its prompt alone, as at
-        inference. Otherwise (for example if the newline of a header and the first newline of the answer form
-        one token) the text is split at the start of the span and tokenized in pieces.
+        A turn stays in the sequence if its prompt and its completion are tokenized in it as at inference.
+        Otherwise, for example if the newline of a header and the first newline of the answer form one token,
+        it gets a sequence in which the two are tokenized separately.
 
         Args:
             rendering: text and spans.
             encoding: the encoding of the whole text.
         """
-        pieces = self.text_tokenizer.split(rendering.text, encoding, rendering.spans)
-        ids = pieces[0].ids if len(pieces) == 1 else [token for piece in pieces for token in piece.own_ids]
-        if rendering.stop_id is not None:
-            ids = [*ids, rendering.stop_id]
-        input_ids = np.array(ids, dtype=np.int32)
-        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
-        ends = []
-        for start, end in rendering.spans:
-            first = piece_at(pieces, start).token_at(start)
-            after = piece_at(pieces, end).token_at(end)
-            labels[first:after] = input_ids[first:after]
-            ends.append(after - 1)
-        if rendering.stop_id is not None:
-            labels[-1] = input_ids[-1]
-            ends[-1] = len(ids) - 1
-        labels[:1] = IGNORE_INDEX  # the first token has no predecessor to predict it
-        return Example(input_ids, labels, tuple(rendering.endings), np.array(ends, dtype=np.int32))
+        text = TokenizedText(rendering.text, encoding)
+        is_joint = [self.text_tokenizer.is_joint(text, start, end) for start, end in rendering.spans]
+        if all(is_joint):
+            return [(rendering, self.example(rendering, text))]
+        turns = list(zip(rendering.spans, rendering.endings, is_joint, strict=True))
+        joint = [(span, ending) for span, ending, joins in turns if joins]
+        sequences = []
+        if joint:
+            main = replace(rendering, spans=[span for span, _ in joint], endings=[end for _, end in joint])
+            sequences.append((main, self.example(main, text)))
+        for (start, end), ending, joins in turns:
+            if joins:
+                continue
+            prompt = self.text_tokenizer.token_ids(rendering.text[:start])
+            completion = self.text_tokenizer.continuation_ids(rendering.text[start:end])
+            if completion is None:
+                return BadLine(NO_CONTINUATION, "an answer that cannot be tokenized")
+            around = repr(rendering.text[max(0, start - QUOTED) : start + QUOTED])
+            remarks = {**rendering.remarks, SEPARATE_TOKENS: around}
+            single = replace(
+                rendering,
+                text=rendering.text[:end],
+                spans=[(start, end)],
+                endings=[ending],
+                in_pieces=True,
+                remarks=remarks,
+            )
+            sequences.append((single, _make_example(prompt + completion, [(len(prompt), None)], (ending,))))
+        sequences.sort(key=lambda pair: pair[0].spans[0])
+        return sequences
+
+    def example(self, rendering: Rendering, text: TokenizedText) -> Example:
+        """Return the token ids and labels of a rendering that is tokenized as a whole.
+
+        A token is supervised if its first character is inside a span. So an end token that absorbs the
+        white space after it (`rstrip`) is still supervised.
+        """
+        spans = [(text.token_at(start), text.token_at(end)) for start, end in rendering.spans]
+        return _make_example(text.ids, spans, tuple(rendering.endings))
+
+
+def _make_example(
+    ids: list[int], spans: Sequence[tuple[int, int | None]], endings: tuple[str | None, ...]
+) -> Example:
+    """Return an example with [first, after) ranges of supervised tokens; None as `after` means the end."""
+    input_ids = np.array(ids, dtype=np.int32)
+    labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
+    ends = []
+    for first, after in spans:
+        labels[first:after] = input_ids[first:after]
+        ends.append((len(ids) if after is None else after) - 1)
+    labels[:1] = IGNORE_INDEX  # the first token has no predecessor to predict it
+    return Example(input_ids, labels, endings, np.array(ends, dtype=np.int32))
 
 
 def check_total_text(renderings: list[Rendering]) -> None:

@@ -1,23 +1,24 @@
-"""Renderer of conversations as text with supervised spans, for any chat template.
+"""Renderer of conversations as training sequences, for any chat template.
 
-The model is trained on exactly the text it has to generate. A supervised span begins where the prompt at
-inference, `render(messages[:i], add_generation_prompt=True)`, ends, and it includes the token that stops
-generation. Spans are found by comparing renderings, so no text inside a message can open or close one.
+The context of an assistant turn is its prompt at inference, the rendering of the messages before it with
+`add_generation_prompt=True`. The supervised span after it is what the model has to generate, including the
+token that ends the turn. A conversation is one sequence if each prompt begins with the previous prompt and
+completion. Otherwise it unrolls into several sequences.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from dft.data.conversations.conversation import Conversation
-from dft.data.templates.lost_content import (
-    check_calls,
-    check_tools,
-    find_lost_content,
-    unrendered_role_error,
-)
+from dft.data.templates.completion import Completion, CompletionFinder
+from dft.data.templates.context import check_context
+from dft.data.templates.generation_tags import GenerationTags
+from dft.data.templates.lost_content import check_tools, unrendered_role_error
+from dft.data.templates.markers import Markers, common_prefix_length
 from dft.data.templates.rendering import Rendering
-from dft.data.templates.spans import TurnBounds
 from dft.data.templates.template import AdaptedChat, ChatTemplate
+
+QUOTED = 40
+"""Number of characters of a text that a reason quotes."""
 
 
 class ConversationRenderer:
@@ -25,104 +26,114 @@ class ConversationRenderer:
 
     Args:
         template: the chat template.
-        stops: the tokens that stop generation, with their ids.
-        special_tokens: all special tokens of the vocabulary. If no stop token follows a turn, the first of
-            these that does ends the turn.
+        stops: the tokens that stop generation.
+        added_tokens: all added tokens of the vocabulary.
+        use_generation_tags: whether to supervise only what the {% generation %} blocks of the template mark.
     """
 
-    def __init__(self, template: ChatTemplate, stops: Mapping[str, int], special_tokens: set[str]) -> None:
+    def __init__(
+        self,
+        template: ChatTemplate,
+        stops: Iterable[str],
+        added_tokens: Iterable[str],
+        use_generation_tags: bool = False,
+    ) -> None:
         self.template = template
-        self.stops = dict(stops)
-        longest_first = sorted({*special_tokens, *stops}, key=lambda token: (-len(token), token))
-        matches_nothing = "(?!)"
-        self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or matches_nothing)
-        self.turn_bounds = TurnBounds(template, self.stops, self.special_pattern)
+        self.stops = sorted(stops)
+        self.use_generation_tags = use_generation_tags
+        markers = Markers([*added_tokens, *self.stops], template.source)
+        self.finder = CompletionFinder(template, markers, self.stops)
 
     def render(self, conversation: Conversation) -> list[Rendering]:
         """Return the training sequences of a conversation.
 
-        There is one sequence, or several if the template rewrites earlier turns as the conversation
-        continues. The list is empty if no turn is supervised.
-
         Raises:
-            BadLine: the template raises an error on these messages, or drops part of their content.
+            BadLine: the template raises an error on these messages, drops part of their content, or renders
+                a turn so that it is not clear what the model has to generate.
             LimitExceeded: the template exceeds a limit of `dft.data.sandbox.limits`.
         """
         if self.template.unrendered_role is not None:
             raise unrendered_role_error(self.template.unrendered_role)
         chat = AdaptedChat(self.template, conversation)
-        tagged = self._render_tagged(chat) if self.template.compiled.has_generation_tags else None
-        text = chat.render() if tagged is None else tagged.text
-        if conversation.tools and not self.template.renders_tools:
-            check_tools(chat, text)
-        if self.template.call_style is None:
-            check_calls(chat)
-        if tagged is not None:
-            return [tagged] if tagged.spans else []
-        return self._render_compared(chat, text)
+        builder = SequenceBuilder(chat, self.finder, self.use_generation_tags)
+        for index, is_supervised in enumerate(conversation.supervised):
+            if is_supervised:
+                builder.add(index)
+        return builder.finish()
 
-    def _render_compared(self, chat: AdaptedChat, text: str) -> list[Rendering]:
-        """Find spans by comparing renderings.
 
-        Args:
-            chat: the conversation.
-            text: the rendering of all its messages.
-        """
-        sequences = [Rendering(text)]
-        count = len(chat.messages)
-        # Process turns from last to first: an earlier turn joins a sequence that begins like its transcript.
-        for index in reversed([index for index in range(count) if chat.conversation.supervised[index]]):
-            # Rendering of the conversation up to and including this turn.
-            transcript = text if index + 1 == count else chat.render(index + 1)
-            start = self.turn_bounds.start(chat, index, transcript)
-            error = find_lost_content(chat, index, transcript[start:])
-            if error is not None:
-                raise error
-            end, ending = self.turn_bounds.end(chat, index, transcript, start)
-            sequence = next((item for item in sequences if item.text.startswith(transcript[:end])), None)
-            if sequence is None:
-                sequence = Rendering(transcript)
-                sequences.append(sequence)
-            if ending is None:
-                end, ending = self.turn_bounds.stop_after(chat, index, sequence, end)
-            sequence.spans.insert(0, (start, end))
-            sequence.endings.insert(0, ending)
-        return [sequence for sequence in reversed(sequences) if sequence.spans]
+class SequenceBuilder:
+    """Joins the turns of one conversation to sequences.
 
-    def _render_tagged(self, chat: AdaptedChat) -> Rendering | None:
-        """Take spans from the {% generation %} blocks of the template.
+    Args:
+        chat: the conversation.
+        finder: finds the completions of the turns.
+        use_generation_tags: see `ConversationRenderer`.
+    """
 
-        Some published templates also tag the header or the newline after the end token; these are removed
-        from the span, since the model does not generate them.
+    def __init__(self, chat: AdaptedChat, finder: CompletionFinder, use_generation_tags: bool) -> None:
+        self.chat = chat
+        self.finder = finder
+        has_tags = chat.template.compiled.has_generation_tags
+        self.tags = GenerationTags(chat, use_generation_tags) if has_tags else None
+        self.sequences: list[Rendering] = []
+        self.turns: list[int] = []
+        self.transcript = ""
 
-        Returns:
-            None if the blocks do not correspond to the assistant turns one by one, or if a supervised turn
-            lost its reasoning or tool calls, possibly because it is not the last turn.
-        """
-        conversation = chat.conversation
-        text, tagged = self.template.render_tagged(chat.messages, chat.context)
-        turns = [at for at, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        if len(turns) != len(tagged):
-            return None
-        rendering = Rendering(text)
-        for index, (start, end) in zip(turns, tagged, strict=True):
-            if not conversation.supervised[index]:
-                continue
-            if find_lost_content(chat, index, text[start:end], *chat.messages[index + 1 :]) is not None:
-                return None
-            start = min(start + self.template.tagged_header_length, end)
-            end, ending = self._tagged_end(text, start, end)
-            rendering.spans.append((start, end))
-            rendering.endings.append(ending)
-        return rendering
+    def add(self, index: int) -> None:
+        """Add a supervised turn."""
+        completion = self.finder.find(self.chat, index)
+        sequence = self.sequences[-1] if self.sequences else None
+        if sequence is None or not completion.prompt.startswith(sequence.text):
+            self._complete()
+            reason = "" if sequence is None else difference(sequence.text, completion.prompt)
+            sequence = Rendering("", reason=reason)
+            self.sequences.append(sequence)
+            self.turns = []
+        start, end = len(completion.prompt), len(completion.prompt) + len(completion.text)
+        if self.tags is not None:
+            start, end = self.tags.span(index, completion, sequence)
+        sequence.text = completion.prompt + completion.text
+        sequence.spans.append((start, end))
+        sequence.endings.append(completion.ending if end == len(sequence.text) else None)
+        self._add_remarks(index, completion, sequence)
+        self.turns.append(index)
+        self.transcript = completion.transcript
 
-    def _tagged_end(self, text: str, start: int, end: int) -> tuple[int, str | None]:
-        """Return the end of a tagged span, after its last special token, and that token if there is one."""
-        for match in self.special_pattern.finditer(text, start, end):
-            if not text[match.end() : end].strip():
-                return match.end(), match.group()
-        # Only the content is tagged, but the model generates the stop token too.
-        following = self.special_pattern.match(text, end)
-        if following and following.group() in self.stops:
-            return following.end(), following.group()
-        return end, None
+    def _add_remarks(self, index: int, completion: Completion, sequence: Rendering) -> None:
+        """Note properties of a turn that the user should know about."""
+        if completion.is_open:
+            kind = (
+                f"the prompt of a turn without reasoning ends with {completion.prompt_only.strip()!r}, as at "
+                "inference, so the model learns to answer inside of that block"
+            )
+            sequence.remarks[kind] = f"messages[{index}]"
+
+    def _complete(self) -> None:
+        """Check the context of the current sequence, and add the text that follows its last turn."""
+        if not self.turns:
+            return
+        chat, last = self.chat, self.turns[-1]
+        profile = self.finder.profile(chat)
+        if chat.conversation.tools and not chat.template.renders_tools:
+            check_tools(chat, last, self.sequences[-1].text[: self.sequences[-1].spans[-1][0]])
+        check_context(profile, chat, last, self.turns[:-1])
+        if self.transcript.startswith(self.sequences[-1].text):
+            self.sequences[-1].text = self.transcript
+
+    def finish(self) -> list[Rendering]:
+        """Return the sequences of all turns that were added."""
+        self._complete()
+        if self.turns and self.turns[-1] + 1 < len(self.chat.messages):
+            text = self.chat.render()
+            if text.startswith(self.sequences[-1].text):
+                self.sequences[-1].text = text
+        return self.sequences
+
+
+def difference(before: str, after: str) -> str:
+    """Return a sentence on how a text is rendered differently once the conversation continues."""
+    position = common_prefix_length((before, after))
+    start = max(0, position - QUOTED // 2)
+    old, new = before[start : position + QUOTED], after[start : position + QUOTED]
+    return f"the chat template renders {old!r} as {new!r} once the conversation continues"

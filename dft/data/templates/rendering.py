@@ -9,12 +9,18 @@ class Rendering:
 
     Attributes:
         text: the text to tokenize.
-        spans: [start, end) character ranges of `text` that are supervised, in order and disjoint.
-        stop_id: a stop token to append and supervise, for templates whose last turn has none.
-        endings: stop token at the end of each span, or None if there is none.
+        spans: [start, end) character ranges of `text` that are supervised, in order and disjoint. What
+            precedes a span is the prompt of its turn at inference.
+        endings: end-of-turn token at the end of each span, or None if there is none.
+        reason: why the sequence does not continue the previous one of its conversation; "" for the first one.
+        in_pieces: whether the only span is tokenized separately from its prompt, as at inference, because a
+            token would straddle its start or end otherwise.
+        remarks: properties of the sequence that the user should know about, by kind, each with an example.
     """
 
     text: str
     spans: list[tuple[int, int]] = field(default_factory=list)
-    stop_id: int | None = None
     endings: list[str | None] = field(default_factory=list)
+    reason: str = ""
+    in_pieces: bool = False
+    remarks: dict[str, str] = field(default_factory=dict)

@@ -24,7 +24,6 @@ def check_conversation(encoder: ChatEncoder, sequences: Sequence[tuple[Rendering
     Raises:
         UserError: a sequence is wrong. The message does not name the file and line.
     """
-    check_endings([ending for rendering, _ in sequences for ending in rendering.endings])
     for rendering, example in sequences:
         check_sequence(encoder, rendering, example)
 
@@ -33,18 +32,13 @@ def check_sequence(encoder: ChatEncoder, rendering: Rendering, example: Example)
     """Check one sequence.
 
     - Every span has supervised tokens of its own, which represent its text. No other token is supervised.
-    - Every span that ends with a stop token has the id of that token last. Either all spans or none end with
-    a stop token.
-    - The tokens before each span equal those of the preceding text on its own, as at inference. For a later
-    turn
-      they may also be the ids of the earlier turns followed by the tokens of the text after these, which
-      differ only if an earlier turn had to be split off (see `ChatEncoder.example`).
-    - All ids together represent the text.
+    - Every span that ends with an end-of-turn token has the id of that token last.
+    - The tokens before each span are those of its prompt, tokenized alone as at inference.
+    - All ids together represent the text, and no added token is split into ordinary ones.
 
     Raises:
         UserError: a check fails. The message does not name the file and line.
     """
-    check_endings(rendering.endings)
     ids = example.input_ids.tolist()
     supervised = np.flatnonzero(example.labels != IGNORE_INDEX)
     if not np.array_equal(example.labels[supervised], example.input_ids[supervised]):
@@ -61,16 +55,7 @@ def check_sequence(encoder: ChatEncoder, rendering: Rendering, example: Example)
                 f"assistant turn {number} has no supervised token of its own, or a gap between them; {CAUSE}"
             )
         counted += last - max(first, 1) + 1
-        tokens = ids[first : last + 1]
-        _check_ending(encoder, number, tokens[-1], ending)
-        is_appended = rendering.stop_id is not None and number == len(rendering.spans)
-        text = rendering.text[start:end]
-        if not _represents(encoder, tokens[:-1] if is_appended else tokens, text):
-            decoded = encoder.backend.decode(tokens, skip_special_tokens=False)
-            raise UserError(
-                f"the supervised tokens of assistant turn {number} are {_quote(decoded)}, but it is rendered "
-                f"as {_quote(text)}; {CAUSE}"
-            )
+        _check_turn(encoder, number, ids[first : last + 1], rendering.text[start:end], ending)
         if not _is_prompt(encoder, rendering, number - 1, ids[:first], checked):
             raise UserError(
                 f"the tokens before assistant turn {number} are not those of its prompt, "
@@ -79,22 +64,42 @@ def check_sequence(encoder: ChatEncoder, rendering: Rendering, example: Example)
         checked, previous_end = first, last
     if counted != len(supervised):
         raise UserError(f"tokens outside of the assistant turns are supervised; {CAUSE}")
-    _check_text(encoder, ids if rendering.stop_id is None else ids[:-1], rendering.text)
-
-
-def check_endings(endings: Sequence[str | None]) -> None:
-    """Check that all turns end with a stop token or none does.
-
-    Raises:
-        UserError: some turns end without a stop token.
-    """
-    stop_tokens = sorted({ending for ending in endings if ending is not None})
-    if stop_tokens and None in endings:
-        number = list(endings).index(None) + 1
+    if not _represents(encoder, ids, rendering.text):
+        decoded = encoder.backend.decode(ids, skip_special_tokens=False)
         raise UserError(
-            f"the chat template ends assistant turns with {' or '.join(stop_tokens)}, but turn {number} "
-            "without a stop token, so the model would not learn to stop there; pass a template that ends all "
-            "turns (--chat_template)"
+            f"the tokens of the conversation decode to {_quote(decoded)} and not to "
+            f"{_quote(rendering.text)}, and are not the tokens of that text; {CAUSE}"
+        )
+    _check_added_tokens(encoder, ids, rendering.text)
+
+
+def _check_turn(encoder: ChatEncoder, number: int, tokens: list[int], text: str, ending: str | None) -> None:
+    """Check the supervised tokens of a turn against its text and its end-of-turn token."""
+    if ending is not None and tokens[-1] != encoder.backend.token_to_id(ending):
+        actual = encoder.backend.id_to_token(tokens[-1])
+        raise UserError(
+            f"assistant turn {number} should end with the token {ending}, but its last supervised token is "
+            f"{actual!r}; {CAUSE}"
+        )
+    if not _represents(encoder, tokens, text):
+        decoded = encoder.backend.decode(tokens, skip_special_tokens=False)
+        raise UserError(
+            f"the supervised tokens of assistant turn {number} are {_quote(decoded)}, but it is rendered "
+            f"as {_quote(text)}; {CAUSE}"
+        )
+
+
+def _check_added_tokens(encoder: ChatEncoder, ids: list[int], text: str) -> None:
+    """Check that the sequence has the added tokens of its text, whole and in the same order.
+
+    Decoded text does not show whether a special token was split into ordinary tokens.
+    """
+    added = encoder.text_tokenizer.added_ids
+    expected = [token for token in encoder.text_tokenizer.token_ids(text) if token in added]
+    if [token for token in ids if token in added] != expected:
+        raise UserError(
+            f"a special token of the text {_quote(text)} is split into several tokens, or several texts form "
+            f"one; {CAUSE}"
         )
 
 
@@ -107,24 +112,6 @@ def _first_of_run(supervised: np.ndarray, previous_end: int, last: int) -> int |
     return first if last - first == high - 1 - low else None
 
 
-def _check_ending(encoder: ChatEncoder, number: int, token: int, ending: str | None) -> None:
-    if ending is not None and token != encoder.backend.token_to_id(ending):
-        actual = encoder.backend.id_to_token(token)
-        raise UserError(
-            f"assistant turn {number} should end with the token {ending}, but its last supervised token is "
-            f"{actual!r}; {CAUSE}"
-        )
-
-
-def _check_text(encoder: ChatEncoder, ids: list[int], text: str) -> None:
-    if not _represents(encoder, ids, text):
-        decoded = encoder.backend.decode(ids, skip_special_tokens=False)
-        raise UserError(
-            f"the tokens of the conversation decode to {_quote(decoded)} and not to {_quote(text)}, and are "
-            f"not the tokens of that text; {CAUSE}"
-        )
-
-
 def _is_prompt(encoder: ChatEncoder, rendering: Rendering, turn: int, ids: list[int], checked: int) -> bool:
     """Return whether `ids` are the tokens of the text before a turn.
 
@@ -135,15 +122,10 @@ def _is_prompt(encoder: ChatEncoder, rendering: Rendering, turn: int, ids: list[
     start = rendering.spans[turn][0]
     # Tokenize only the new part first: tokenizing the whole prompt for every turn takes quadratic time.
     if turn:
-        piece = encoder.text_tokenizer.tokenize_continuation(
-            rendering.text[rendering.spans[turn - 1][0] : start]
-        )
-        if piece is not None and ids[checked:] == piece.own_ids:
+        since = encoder.text_tokenizer.continuation_ids(rendering.text[rendering.spans[turn - 1][0] : start])
+        if since is not None and ids[checked:] == since:
             return True
-    if ids == encoder.text_tokenizer.token_ids(rendering.text[:start]):
-        return True
-    # If the tokenizer cannot continue a text, a token that straddles the start belongs to the prompt.
-    return encoder.text_tokenizer.tokenize_continuation(rendering.text[start:]) is None
+    return ids == encoder.text_tokenizer.token_ids(rendering.text[:start])
 
 
 def _represents(encoder: ChatEncoder, ids: list[int], text: str) -> bool:

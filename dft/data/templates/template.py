@@ -1,12 +1,10 @@
 """Chat template, with probes that determine the message format it expects."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from itertools import product
-from os.path import commonprefix
 from typing import Any
 
 from dft.data.conversations.conversation import Conversation
@@ -67,7 +65,6 @@ class ChatTemplate:
         self.writes_date = "strftime_now" in source
         self.compiled = CompiledTemplate(source)
         self.defaults = self.context()
-        self._generation_prompts: dict[str, str] = {}
 
     def context(
         self, variables: Mapping[str, Any] | None = None, tools: list[dict[str, Any]] | None = None
@@ -136,7 +133,9 @@ class ChatTemplate:
     @cached_property
     def roles_in_parts(self) -> frozenset[str]:
         """Roles whose content must be a list of parts, since the template fails on or drops a string."""
-        earlier_roles = {"user": (), "assistant": ("user",), "system": (), "tool": ("user", "assistant")}
+        earlier_roles = {
+            "user": (), "assistant": ("user",), "system": (), "developer": (), "tool": ("user", "assistant")
+        }  # fmt: skip
         in_parts: set[str] = set()
 
         def message(role: str, text: str, parts: bool) -> Message:
@@ -144,7 +143,7 @@ class ChatTemplate:
 
         for role, before in earlier_roles.items():
             history = [message(earlier, ".", earlier in in_parts) for earlier in before]
-            after = [message("user", ".", "user" in in_parts)] if role == "system" else []
+            after = [message("user", ".", "user" in in_parts)] if role in ("system", "developer") else []
             shows_text, shows_parts = (
                 self.shows(PLACEHOLDER, [*history, message(role, PLACEHOLDER, parts), *after], self.defaults)
                 for parts in (False, True)
@@ -198,29 +197,6 @@ class ChatTemplate:
         context = self.context(tools=[{"type": "function", "function": function}])
         return self.shows(PLACEHOLDER, [self.turn("user", ".")], context)
 
-    def generation_prompt(self, variables: Mapping[str, Any]) -> str:
-        """Return the text that `add_generation_prompt` adds; "" if it adds none."""
-        key = json.dumps(variables, sort_keys=True) if variables else ""
-        if key not in self._generation_prompts:
-            question, context = [self.turn("user", ".")], self.context(variables)
-            try:
-                prompt, base = self.render(question, context, True), self.render(question, context)
-            except BadLine:
-                prompt = base = ""
-            self._generation_prompts[key] = prompt[len(commonprefix([prompt, base])) :]
-        return self._generation_prompts[key]
-
-    @cached_property
-    def tagged_header_length(self) -> int:
-        """Number of characters of the generation prompt inside the {% generation %} block."""
-        header = self.generation_prompt({})
-        try:
-            messages = [self.turn("user", "."), self.turn("assistant", PLACEHOLDER)]
-            text, spans = self.render_tagged(messages, self.defaults)
-        except BadLine:
-            return 0
-        return len(header) if spans and header and text.startswith(header, spans[0][0]) else 0
-
 
 class AdaptedChat:
     """A conversation with its messages adapted to a chat template.
@@ -258,3 +234,7 @@ class AdaptedChat:
         if more:
             messages = [*messages, *more]
         return self.template.render(messages, self.context, prompt)
+
+    def render_tagged(self, count: int) -> tuple[str, list[tuple[int, int]]]:
+        """Like `render` of the first messages, with the character ranges of {% generation %} blocks."""
+        return self.template.render_tagged(self.messages[:count], self.context)

@@ -120,6 +120,11 @@ def _ending_lines(report: Mapping[str, Any]) -> list[str]:
             f"warning     {_count(count, 'turn')} without a stop token, so the model does not learn to stop "
             "there; check the chat template and the eos token of the tokenizer"
         )
+    for entry in report["remarks"]:
+        lines.append(
+            f"note        {_count(entry['sequences'], 'sequence')}: {entry['remark']}; for example "
+            f"{entry['example']}"
+        )
     if count := report["unknown_tokens"]:
         lines.append(
             f"warning     {_count(count, 'unknown token')} for text outside the tokenizer's vocabulary"

@@ -261,10 +261,15 @@ def test_reasoning_after_a_prompt_that_closes_thinking_is_an_error(tokenizer_jso
     assert sequences(encoder, talk([ASKED, turn("assistant", "one")]))
 
 
-def test_two_assistant_turns_in_a_row_need_an_end_of_turn_token(tokenizer_json):
+def test_two_assistant_turns_in_a_row_unroll_without_an_end_of_turn_token(tokenizer_json):
     twice = talk([ASKED, turn("assistant", "one"), turn("assistant", "two")])
-    error = error_of(encoder_for(tokenizer_json, "next_header_ends"), twice)
-    assert str(error).startswith("messages[1] and messages[2] are both assistant turns, ")
+    start = "[gMASK]<sop><|user|>\nq<|assistant|>\n"
+    check(
+        encoder_for(tokenizer_json, "next_header_ends"),
+        twice,
+        (start, Supervised("one<|user|>")),
+        (f"{start}one<|assistant|>\n", Supervised("two<|user|>")),
+    )
     assert sequences(encoder_for(tokenizer_json, "no_end"), twice)  # it ends no turn at all
 
 
@@ -329,8 +334,16 @@ def test_text_equals_the_rendering_of_transformers(tokenizer_json, family):
         **encoder.template.special_tokens,
     )  # fmt: skip
     rendered = encoder.renderer.render(talk(PLAIN))[-1]
-    # Only what follows the last turn may be cut off, for its stop token to be put there.
-    assert text.startswith(rendered.text) and not text[len(rendered.text) :].strip()
+    (prompt,), _ = render_jinja_template(
+        [messages[:-1]], chat_template=encoder.template.source, date_string="1 May",
+        add_generation_prompt=True, **encoder.template.special_tokens,
+    )  # fmt: skip
+    start, end = rendered.spans[-1]
+    assert rendered.text[:start] == prompt
+    # The token that stops generation may be the first one of the next turn.
+    assert text.rstrip().endswith(
+        (rendered.text[start:].rstrip(), rendered.text[start:end].rpartition("<")[0])
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

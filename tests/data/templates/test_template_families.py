@@ -84,11 +84,13 @@ def test_first_token_is_never_supervised(tokenizer_json):
 @pytest.mark.parametrize("answer", ["<b>bold", "<think", "t", "plain"])
 def test_answer_may_begin_like_the_think_tag_of_the_prompt(tokenizer_json, answer):
     encoder = encoder_of(tokenizer_json, OPENS_THINKING, "<|end|>", eos_token="<|endoftext|>")
+    opened = "<|assistant|><think>\n"
     assert encode(encoder, ("user", "q"), ("assistant", answer), ("user", "r"), ("assistant", "t")) == [
+        expected(encoder.tokenizer, "<|user|>q" + opened, Supervised(answer + "<|end|>")),
         expected(
-            encoder.tokenizer, "<|user|>q<|assistant|>", Supervised(answer + "<|end|>"),
-            "<|user|>r<|assistant|>", Supervised("t<|end|>"),
-        )
+            encoder.tokenizer, f"<|user|>q<|assistant|>{answer}<|end|><|user|>r{opened}",
+            Supervised("t<|end|>"),
+        ),
     ]  # fmt: skip
 
 
@@ -207,10 +209,10 @@ def test_default_system_turn_is_not_supervised_if_the_assistant_begins(tokenizer
     ]  # fmt: skip
 
 
-def test_question_that_is_rewritten_once_answered_is_not_supervised(tokenizer_json):
+def test_question_that_is_rewritten_once_answered_is_context_as_at_inference(tokenizer_json):
     encoder = encoder_of(tokenizer_json, REWRITES_QUESTION, "<|end|>", eos_token="<|endoftext|>")
     assert encode(encoder, ("user", "question"), ("assistant", "answer")) == [
-        expected(encoder.tokenizer, "<|user|>question<|assistant|>", Supervised("answer<|end|>"))
+        expected(encoder.tokenizer, "<|user|>now: question<|assistant|>", Supervised("answer<|end|>"))
     ]
 
 
@@ -261,8 +263,6 @@ EXACT = {
         "### Instruction:\n\nq\n\n### Response:\n\n", Supervised("a b</s>"),
         "### Instruction:\n\nr\n\n### Response:\n\n", Supervised("c</s>"),
     ],
-    # The last space of the prompt is a separate token and does not merge with the following word.
-    "colon_space": ["USER: q ASSISTANT: ", Supervised("a b</s>"), "USER: r ASSISTANT: ", Supervised("c</s>")],
 }  # fmt: skip
 
 
@@ -271,3 +271,13 @@ def test_headers_and_ends_of_a_family_are_not_part_of_the_answer(tokenizer_json,
     encoder = encoder_for(tokenizer_json, family)
     conversation = ("user", "q"), ("assistant", "a b"), ("user", "r"), ("assistant", "c")
     assert encode(encoder, *conversation) == [expected(encoder.tokenizer, *EXACT[family])]
+
+
+def test_space_at_the_end_of_the_prompt_is_a_separate_token_as_at_inference(tokenizer_json):
+    """In the second prompt that space is part of the answer's first token, so the conversation unrolls."""
+    encoder = encoder_for(tokenizer_json, "colon_space")
+    conversation = ("user", "q"), ("assistant", "a b"), ("user", "r"), ("assistant", "c")
+    assert encode(encoder, *conversation) == [
+        expected(encoder.tokenizer, "USER: q ASSISTANT: ", Supervised("a b</s>")),
+        expected(encoder.tokenizer, "USER: q ASSISTANT: a b</s>USER: r ASSISTANT: ", Supervised("c</s>")),
+    ]

@@ -39,16 +39,19 @@ def test_offsets_without_white_space_do_not_move_the_span(tokenizer_json):
     ]
 
 
-def test_text_is_split_where_a_token_would_straddle_header_and_answer(tokenizer_json):
+def test_conversation_unrolls_where_a_token_would_straddle_header_and_answer(tokenizer_json):
     backend = Tokenizer.from_str(tokenizer_json)
     backend.add_tokens([AddedToken("\n\n", normalized=False)])
     encoder = encoder_of(backend.to_str(), CHATML_LINES, eos_token=END)
     conversation = ("user", "\n\nq"), ("assistant", "\nword\n\nx"), ("user", "r"), ("assistant", "\n")
     assert encode(encoder, *conversation) == [
         expected(
-            encoder.tokenizer, USER + "\n\nq" + END + "\n" + ASSISTANT, Supervised("\nword\n\nx" + END),
-            "\n" + USER + "r" + END + "\n" + ASSISTANT, Supervised("\n" + END), "\n",
-        )
+            encoder.tokenizer, USER + "\n\nq" + END + "\n" + ASSISTANT, Supervised("\nword\n\nx" + END)
+        ),
+        expected(
+            encoder.tokenizer, USER + "\n\nq" + END + "\n" + ASSISTANT + "\nword\n\nx" + END + "\n" + USER
+            + "r" + END + "\n" + ASSISTANT, Supervised("\n" + END),
+        ),
     ]  # fmt: skip
 
 
@@ -98,7 +101,8 @@ def test_tokenizer_without_a_template_raises(tokenizer_json):
 def test_tokenizer_that_adds_a_space_before_text_is_masked_exactly(tokenizer_json):
     backend = Tokenizer.from_str(tokenizer_json)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    encoder = encoder_of(backend.to_str(), OPENS_THINKING, "<|end|>", eos_token="<|endoftext|>")
+    template = OPENS_THINKING.replace("<think>\\n", "")
+    encoder = encoder_of(backend.to_str(), template, "<|end|>", eos_token="<|endoftext|>")
     assert encode(encoder, ("user", "q"), ("assistant", "word")) == [
         expected(encoder.tokenizer, "<|user|>q<|assistant|>", Supervised("word<|end|>"))
     ]

@@ -1,0 +1,184 @@
+"""Where a turn begins in the rendering of a conversation, compared with its prompt at inference."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dft.data.conversations.faults import BadLine
+from dft.data.templates.markers import Markers
+from dft.data.templates.messages import PLACEHOLDER
+from dft.data.templates.probes import Probe, ProbeMaker
+from dft.data.templates.template import AdaptedChat, ChatTemplate
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start of a turn in a rendering that ends with the turn.
+
+    Attributes:
+        position: index of the first character that the model has to generate.
+        prompt_only: end of the prompt that the rendering does not have there, for example an opened think
+            block; "" if the rendering continues the prompt.
+    """
+
+    position: int
+    prompt_only: str = ""
+
+
+class Aligner:
+    """Finds the starts of turns under one chat template, for one set of variables.
+
+    Args:
+        template: the chat template.
+        markers: special tokens and tags.
+        maker: makes messages with placeholders.
+        context: everything besides the messages that is needed to render a conversation.
+
+    Attributes:
+        header: the part of the generation prompt that the rendering of an answer begins with too, "" if the
+            template has no generation prompt.
+    """
+
+    def __init__(
+        self, template: ChatTemplate, markers: Markers, maker: ProbeMaker, context: Mapping[str, Any]
+    ) -> None:
+        self.template = template
+        self.markers = markers
+        self.maker = maker
+        self.header = ""
+        question, answer = template.turn("user", PLACEHOLDER), template.turn("assistant", PLACEHOLDER)
+        try:
+            prompt = template.render([question], context, True)
+            base = template.render([question], context)
+            answered = template.render([question, answer], context)
+        except BadLine:
+            return  # the template expects another kind of conversation
+        before = answered[: answered.rfind(PLACEHOLDER)]
+        if prompt.count(PLACEHOLDER) == base.count(PLACEHOLDER) == before.count(PLACEHOLDER) == 1:
+            prompt, base, before = (text.partition(PLACEHOLDER)[2] for text in (prompt, base, before))
+            self.header = prompt[markers.shared_prefix(prompt, base) : markers.shared_prefix(prompt, before)]
+
+    def start(self, chat: AdaptedChat, index: int, prompt: str, probed: str, probe: Probe) -> Start:
+        """Return the start of a turn that is not the first message, in a rendering with placeholders.
+
+        Args:
+            chat: the conversation.
+            index: index of the turn.
+            prompt: its prompt at inference.
+            probed: the rendering up to and including the turn, with placeholders as the texts of the turn.
+            probe: the turn with these placeholders; at least one of them is in `probed`.
+
+        Raises:
+            BadLine: the prompt and the rendering of the turn have different headers.
+        """
+        first = probe.first(probed)
+        if len(prompt) <= first and probed.startswith(prompt):
+            self._check_header(index, probed[len(prompt) : first], prompt)
+            return Start(len(prompt))
+        prompt_end, base_end, opening = self._after_previous(chat, index, probe)
+        header = prompt_end[self.markers.shared_prefix(prompt_end, base_end) :]
+        shared = self.markers.shared_prefix(prompt_end, opening)
+        prompt_only = prompt_end[shared:]
+        if header and len(prompt_only) >= len(header):
+            prompt_only, opening = self._after_header(header, opening, index)
+        else:
+            opening = opening[shared:]
+        is_cut = bool(prompt_only) and opening[:1].isalnum()
+        if is_cut or not prompt.endswith(prompt_end) or not probed.endswith(opening, 0, first):
+            raise misaligned(index)
+        return Start(first - len(opening), prompt_only)
+
+    def first_start(self, chat: AdaptedChat, probed: str, probe: Probe) -> tuple[str | None, Start]:
+        """Return the start of a turn that is the first message.
+
+        There is no inference without a message, so templates may fail on an empty conversation, or render it
+        without a header. Then everything before the turn's own text is its context.
+
+        Args:
+            chat: the conversation.
+            probed: the rendering of the turn, with placeholders as the texts of the turn.
+            probe: the turn with these placeholders; at least one of them is in `probed`.
+
+        Returns:
+            The prompt at inference, None if there is none, and the start.
+        """
+        before = probed[: probe.first(probed)]
+        try:
+            prompt = chat.render(0, prompt=True)
+        except BadLine:
+            prompt = ""
+        position = prompt.rfind(self.header) if self.header else -1
+        if position >= 0:
+            end = position + len(self.header)
+            if before.startswith(prompt):
+                return prompt, Start(len(prompt))
+            if before.startswith(prompt[:end]):
+                return prompt, Start(end, prompt[end:])
+        position = before.rfind(self.header) if self.header else -1
+        return None, Start(len(before) if position < 0 else position + len(self.header))
+
+    def _check_header(self, index: int, opening: str, prompt: str) -> None:
+        """Check that the header is part of the prompt, if the template has a generation prompt."""
+        if self.header and opening.startswith(self.header) and not prompt.endswith(self.header):
+            raise BadLine(
+                f"messages[{index}]: the chat template adds no generation prompt after "
+                f"messages[{index - 1}], so the model would have to generate the header of its own turn; "
+                "remove the turn, or pass another template (--chat_template)",
+                "no generation prompt",
+            )
+
+    def _after_previous(self, chat: AdaptedChat, index: int, probe: Probe) -> tuple[str, str, str]:
+        """Render with placeholders in the message before the turn, and return what follows the last of them.
+
+        The history may be rendered differently once it continues, but between the previous message and the
+        turn the renderings are alike.
+
+        Returns:
+            The text that follows in the prompt, in the prompt without the generation prompt, and in the
+            rendering of the turn up to its first placeholder.
+
+        Raises:
+            BadLine: the previous message has no text, or the renderings do not have it.
+        """
+        previous = self.maker.probe(chat.conversation.messages[index - 1], number=1)
+        before = [*chat.messages[: index - 1], self.template.adapt(previous.message)]
+        turn = self.template.adapt(probe.message)
+        try:
+            prompt = self.template.render(before, chat.context, True)
+            base = self.template.render(before, chat.context)
+            answered = self.template.render([*before, turn], chat.context)
+        except BadLine:  # the template accepts the message itself, but not placeholders in it
+            raise misaligned(index) from None
+        first = probe.first(answered)
+        texts = [item.text for item in previous.placeholders]
+        texts = [text for text in texts if text in prompt and text in base and text in answered]
+        if not texts or first < 0:
+            raise misaligned(index)
+        last = max(texts, key=prompt.rfind)
+        prompt, base, answered = (text.rpartition(last)[2] for text in (prompt, base, answered[:first]))
+        return prompt, base, answered
+
+    def _after_header(self, header: str, opening: str, index: int) -> tuple[str, str]:
+        """Return what follows the header in the prompt and in the rendering of the turn.
+
+        Used if the two differ before the header already. The header may end in an opened think block that the
+        turn does not have.
+
+        Raises:
+            BadLine: the rendering of the turn does not have the header.
+        """
+        ends = [len(header), *(match.start() for match in reversed([*self.markers.pattern.finditer(header)]))]
+        for end in ends:
+            position = opening.rfind(header[:end])
+            if end and position >= 0:
+                return header[end:], opening[position + end :]
+        raise misaligned(index)
+
+
+def misaligned(index: int) -> BadLine:
+    """Return the error for a turn whose start cannot be found."""
+    return BadLine(
+        f"messages[{index}]: the chat template renders the turn behind another header than the generation "
+        "prompt, so it is not clear what the model has to generate; pass another template (--chat_template)",
+        "another header than in the prompt",
+    )
