@@ -31,6 +31,7 @@ from dft.training.batching import Collator, dataset_files, resolve_end_of_turn_i
 from dft.training.checkpoints.hub import HubPublisher
 from dft.training.checkpoints.input_folders import check_not_model_folder
 from dft.training.checkpoints.resumer import Resumer
+from dft.training.checkpoints.run_settings import model_settings, training_settings
 from dft.training.checkpoints.run_state import RunFacts, RunState, StepProgress
 from dft.training.checkpoints.saver import RunSaver
 from dft.training.measuring.console import ConsoleCallback
@@ -168,8 +169,9 @@ class Components:
         """
         check_not_model_folder(model, Path(self._args.output_dir))
         digest = shapes_digest(model)
-        folder = self.resumer.resolve(resume_from, digest)
-        self.facts = RunFacts(self._args, self._dataset(), digest)
+        settings = training_settings(self._args, self.resumer.creates_optimizer) | model_settings(model)
+        folder = self.resumer.resolve(resume_from, digest, settings)
+        self.facts = RunFacts(self._args, self._dataset(), digest, settings=settings)
         self.progress = StepProgress()
         self.guard.reset()
         self.recorder.training.reset()  # an earlier run may have ended in the middle of a window

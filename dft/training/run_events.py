@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dft.console import say
 from dft.training.checkpoints.folder import reading
+from dft.training.checkpoints.optimizer_options import learning_rate
+from dft.training.checkpoints.run_settings import changes_metric
 from dft.training.checkpoints.run_state import (
     LastStep,
     PendingEvents,
@@ -26,14 +29,12 @@ class RunFunctions:
     """Operations of the trainer that the callback needs.
 
     Attributes:
-        learning_rate: returns the learning rate of the update that was just made.
         restore_totals: continues the sums of the loss from a checkpoint.
         load_random_state: sets the random number generators to their state in a checkpoint.
         run_events: logs, evaluates and saves according to the control, reporting the values of the last step.
         end_epoch: calls the callbacks for the end of an epoch.
     """
 
-    learning_rate: Callable[[], float]
     restore_totals: Callable[[RunState], None]
     load_random_state: Callable[[str], None]
     run_events: Callable[[LastStep], None]
@@ -84,6 +85,8 @@ class RunEvents(TrainerCallback):
         self._run.recorder.load_training(saved.meter)
         for line in self._run.facts.differences(checkpoint.facts):
             say(line)
+        if changes_metric(checkpoint.facts.get("settings", {}), self._run.facts.settings):
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         with reading(checkpoint.path):
             self._trainer.load_random_state(str(checkpoint.path))  # saves among the pending events record it
         self._capture_random_state(args)
@@ -103,10 +106,17 @@ class RunEvents(TrainerCallback):
     ) -> None:
         self._progress.due = PendingEvents()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: AcceleratedOptimizer,
+        **kwargs: Any,
     ) -> None:
-        self._progress.learning_rate = self._trainer.learning_rate()
+        """Record the learning rate of this step, before any library advances the schedule."""
+        self._progress.learning_rate = learning_rate(optimizer)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from dft.data.batches.sampler import WithBlank
 from dft.loss.objectives import Objective, resolve_objective
 from dft.loss.schedule import CONSTANT, AlphaSchedule, check_schedule
-from dft.training.batching import padding_id
+from dft.training.batching import COLUMNS, padding_id
 from dft.training.checkpoints.folder import reading
 from dft.training.checkpoints.resumer import drop_tied_keys
 from dft.training.checkpoints.run_state import LastStep, PendingEvents, RunState
@@ -37,9 +37,6 @@ from dft.training.run_events import RunEvents, RunFunctions
 from dft.training.run_options import RunOptions
 from dft.training.samplers import DataOrder
 
-COLUMNS = ("labels", "seq_lengths", "origins")
-"""Dataset columns that the collator and the loss read, regardless of what the model's forward accepts."""
-
 
 class DFTTrainer(transformers.Trainer):
     """Train a causal language model by Dynamic Fine-Tuning (arXiv 2508.05629, Eq. 9).
@@ -52,28 +49,26 @@ class DFTTrainer(transformers.Trainer):
         args: transformers' TrainingArguments.
         alpha: the weight of a token is alpha * p + (1 - alpha); 1, the default, is the paper's DFT, 0 is SFT.
         objective: another rule for the weight instead of alpha, see `dft.loss.objectives`.
-        alpha_schedule: schedule by which alpha rises to its value in training; evaluations use the final
-            value.
+        alpha_schedule: schedule by which alpha rises in training; evaluations use its final value.
         end_of_turn_weight: minimum weight of tokens that end a turn, so that stopping is always learned.
         base_model: a copy of the untrained model, for an objective with a `kl_weight`.
-        fused_head: "auto" computes the loss without logits (`dft.linear_dft_loss`) if that is known to equal
-            the loss of the model's own logits, and prints why if not; "on" requires it; "off" disables it.
+        fused_head: "auto" computes the loss without logits (`dft.linear_dft_loss`) if that equals the loss of
+            the model's own logits, and prints why if not; "on" requires it; "off" disables it.
         end_of_turn_ids: tokens that end a turn. Default: the end token of `processing_class`.
-        log_per_file: whether evaluations report nll and avg_p_correct of each file (for datasets with
-            `files`, and examples with `origins`).
-        on_nonfinite: how to handle a non-finite loss or gradient: "stop" the run or "skip" the update. In
-            both cases it does not reach the weights.
+        log_per_file: whether evaluations report metrics of each file (datasets with `files` and `origins`).
+        on_nonfinite: "stop" the run at a non-finite loss or gradient, or "skip" the update. It never reaches
+            the weights.
         data_collator: makes input_ids, labels (-100 where unsupervised, not shifted) and, with padding,
-            attention_mask, each (batch, seq), of examples; instead of the mask, `num_tokens` may give the
-            number of tokens that are not padding. Default: see `choose_collator`.
+            attention_mask, each (batch, seq), or the number of tokens `num_tokens`. Default: see
+            `choose_collator`.
         options: settings of the run.
         **kwargs: all other arguments of `transformers.Trainer`. Datasets hold `input_ids` and `labels`,
-            `seq_lengths` if an example consists of several sequences, and optionally `origins`, the file and
-            line of each.
+            `seq_lengths` if an example has several sequences, and optionally `origins`, the file and line of
+            each.
 
     Raises:
-        ValueError: arguments that contradict each other or would change the meaning of the loss, or packed
-            data for a model that does not keep packed conversations separate. `train` may raise it as well.
+        ValueError: arguments that contradict each other or change the meaning of the loss, or packed data for
+            a model that does not keep packed conversations separate. `train` may raise it as well.
     """
 
     def __init__(
@@ -116,7 +111,8 @@ class DFTTrainer(transformers.Trainer):
         self.label_names: list[str] = [*dict.fromkeys([*self.label_names, *COLUMNS])]
         replace_callbacks(self.callback_handler, args, self.options)
         functions = (self._restore_totals, self._load_rng_state, self._run_events, self._end_epoch)
-        self._events = RunEvents(run, RunFunctions(self._get_learning_rate, *functions))
+        self._events = RunEvents(run, RunFunctions(*functions))
+        run.resumer.creates_optimizer = self.optimizer is self.lr_scheduler is None
 
     # ---- one run ----
 
@@ -151,8 +147,16 @@ class DFTTrainer(transformers.Trainer):
         self._run.recorder.inspect_model(self.model, self.args)
         with self._run.resumer.loading(resume_from_checkpoint, lambda: self.deepspeed) as folder:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, folder)
+        self._run.resumer.apply_options(self.optimizer, self.lr_scheduler)
         self._run.loss.inspect_model(self.model, self.model_wrapped)
         return prepared
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the learning-rate schedule, which is the last step before a checkpoint is loaded."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if optimizer is None:  # DeepSpeed passes its own and calls this from a copy of the trainer
+            self._run.resumer.read_options(self.optimizer)
+        return scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Private: the public train() loads and trains, and only errors of loading concern the checkpoint.
@@ -219,6 +223,10 @@ class DFTTrainer(transformers.Trainer):
         )
         return (loss, outputs) if return_outputs else loss
 
+    def _get_learning_rate(self) -> float:
+        # Private: it reads the schedule, which DeepSpeed advances before the step is logged.
+        return self._run.progress.learning_rate or 0.0
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         # Private: the callback before the optimizer's update does not get the norm.
         norm = super()._get_grad_norm(model, grad_norm)
@@ -258,30 +266,22 @@ class DFTTrainer(transformers.Trainer):
         raise self._run.stop.stopped(0, None)
 
     def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any
     ) -> EvalLoopOutput:
         """Run Trainer's loop, with metrics weighted by token instead of a mean over batches."""
-        recorder = self._run.recorder
+        recorder, prefix = self._run.recorder, kwargs.get("metric_key_prefix", "eval")
         if not self.is_in_train:
             self._run.loss.forget_head()
         with recorder.evaluating(dataloader):
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
             # Trackers get numbers only of a prediction.
-            output.metrics.update(recorder.evaluation_metrics(metric_key_prefix, description == "Evaluation"))
+            output.metrics.update(recorder.evaluation_metrics(prefix, description == "Evaluation"))
         return output
 
     def score(self, dataset: Any) -> TokenTable:
         """Score every supervised token of a dataset with the current model. Every rank gets all tokens.
 
-        Raises:
-            ValueError: the trainer's collator may not identify the contents of its batches.
+        Raises `ValueError` if the trainer's collator may not identify the contents of its batches.
         """
         with self._run.recorder.scoring() as tables:
             self.evaluation_loop(self.get_eval_dataloader(dataset), "Scoring", prediction_loss_only=True)

@@ -29,6 +29,7 @@ OVERRIDDEN = {
         "dataloader_key: str | None = None) -> torch.utils.data.dataloader.DataLoader"
     ),
     "_get_grad_norm": "(self, model, grad_norm=None)",
+    "_get_learning_rate": "(self) -> float",
     "_issue_warnings_after_load": "(self, load_result: Any) -> None",
     "_load_from_checkpoint": f"(self, resume_from_checkpoint: str, model: {MODULE} | None = None) -> None",
     "_load_optimizer_and_scheduler": "(self, checkpoint: str | None) -> None",
@@ -43,7 +44,6 @@ OVERRIDDEN = {
 """The private methods of transformers.Trainer that DFTTrainer overrides, with their signatures."""
 
 CALLED = {
-    "_get_learning_rate": "(self) -> float",
     "_get_output_dir": f"(self, trial: {TRIAL}) -> str",
     "_load_rng_state": "(self, checkpoint: str | None) -> None",
     "_maybe_log_save_evaluate": (

@@ -23,6 +23,7 @@ from dft.training.checkpoints.folder import (
     unfinished_folders,
 )
 from dft.training.checkpoints.input_folders import check_input_folders
+from dft.training.checkpoints.run_settings import check_settings, training_settings
 
 
 def prepare_output_folder(arguments: Arguments) -> None:
@@ -205,6 +206,7 @@ def check_same_run(checkpoint: Checkpoint, training: transformers.TrainingArgume
         )
     with reading(checkpoint.path):
         state = transformers.TrainerState.load_from_json(str(checkpoint.path / TRAINER_STATE_NAME))
+    check_settings(checkpoint.path, facts.get("settings", {}), training_settings(training))
     rows = rows_per_step(training)
     if facts["rows_per_step"] != rows:
         raise UserError(

@@ -1,11 +1,12 @@
 """Load the checkpoint that `resume_point` selects, in the trainer and on all ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,8 +19,10 @@ from dft.training.checkpoints.folder import (
     open_checkpoint,
     reading,
 )
+from dft.training.checkpoints.optimizer_options import apply_options, read_options
 from dft.training.checkpoints.resharding import resharded
 from dft.training.checkpoints.resume_point import check_owner, check_same_model, named_checkpoint
+from dft.training.checkpoints.run_settings import check_settings
 from dft.training.checkpoints.run_state import RunState
 from dft.training.patches import fix_zero3_universal_load
 
@@ -35,6 +38,8 @@ class Resumer:
 
     Attributes:
         checkpoint: folder of the checkpoint whose events are still pending; None if there is none.
+        creates_optimizer: whether optimizer and schedule are created from the arguments; otherwise they keep
+            the settings of the checkpoint.
     """
 
     def __init__(
@@ -45,22 +50,27 @@ class Resumer:
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.checkpoint: Path | None = None
+        self.creates_optimizer = True
+        self._options: list[dict[str, Any]] = []
         self._accelerator = accelerator
         self._output_dir = output_dir
         self._trust_checkpoint = trust_checkpoint
         self._beat = beat
 
-    def resolve(self, resume_from: str | bool | None, model_digest: str) -> str | None:
+    def resolve(
+        self, resume_from: str | bool | None, model_digest: str, settings: Mapping[str, Any] | None = None
+    ) -> str | None:
         """Return the folder to resume from, after checking that it is trusted and can be loaded.
 
         Args:
             resume_from: a folder; True for the newest complete checkpoint of the output directory; None or
                 False to start a new run.
             model_digest: digest of the names and shapes of the model's weights.
+            settings: those of this run, see `run_settings`.
 
         Raises:
             UserError: there is no such checkpoint, others may have written it, or it belongs to another
-                model.
+                model or was saved with settings that must not change.
         """
         self.checkpoint = None
         if not resume_from:
@@ -68,6 +78,7 @@ class Resumer:
         checkpoint = self._newest() if resume_from is True else named_checkpoint(Path(resume_from))
         check_owner(checkpoint.path, self._trust_checkpoint)
         check_same_model(checkpoint, model_digest)
+        check_settings(checkpoint.path, checkpoint.facts.get("settings", {}), settings or {})
         self.checkpoint = checkpoint.path
         return str(checkpoint.path)
 
@@ -104,6 +115,15 @@ class Resumer:
                 yield str(universal)
                 if engine().zero_optimization_partition_weights():
                     fix_zero3_universal_load(engine().optimizer, universal)
+
+    def read_options(self, optimizer: AcceleratedOptimizer) -> None:
+        """Remember the options of the new optimizer, which loading a checkpoint replaces."""
+        self._options = read_options(optimizer)
+
+    def apply_options(self, optimizer: AcceleratedOptimizer, scheduler: Any) -> None:
+        """Give the optimizer and schedule of the checkpoint the settings of this run."""
+        if self.checkpoint is not None and self.creates_optimizer:
+            apply_options(optimizer, scheduler, self._options)
 
     def take_state(self) -> tuple[RunState, Checkpoint]:
         """Return the state of the run in the checkpoint, whose pending events are handled by the caller."""

@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 from dft.files import write_atomically
 from dft.ranks import describe_parallelism, rows_per_step
 from dft.training.batching import sequence_lengths
+from dft.training.checkpoints.run_settings import change_lines
 
 RUN_STATE = "run_state.json"
 """The file of a checkpoint that holds a `RunState`."""
@@ -187,15 +188,22 @@ class RunFacts:
         dataset: the training data, if any.
         model_digest: digest of the names and shapes of the model's weights.
         method: description of the training objective; equal for runs with the same objective.
+        settings: see `dft.training.checkpoints.run_settings`.
     """
 
     def __init__(
-        self, args: transformers.TrainingArguments, dataset: Any, model_digest: str = "", method: str = ""
+        self,
+        args: transformers.TrainingArguments,
+        dataset: Any,
+        model_digest: str = "",
+        method: str = "",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.args = args
         self.dataset = dataset
         self.model_digest = model_digest
         self.method = method
+        self.settings = dict(settings or {})
 
     @cached_property
     def order(self) -> dict[str, Any]:
@@ -225,6 +233,7 @@ class RunFacts:
             "order": self.order,
             "model": self.model_digest,
             "method": self.method,
+            "settings": self.settings,
         }
 
     def differences(self, facts: Mapping[str, Any]) -> list[str]:
@@ -245,6 +254,7 @@ class RunFacts:
             lines.append(
                 f"warning     the checkpoint was trained by {method}, and this run continues by {self.method}"
             )
+        lines.extend(change_lines(facts.get("settings", {}), self.settings, facts["step"]))
         before, now = facts["order"], self.order
         if (before["rows"], before["lengths"]) != (now["rows"], now["lengths"]):
             lines.append(
