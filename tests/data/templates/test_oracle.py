@@ -13,6 +13,7 @@ from tests.data.templates.chat_templates import (
     ids_of,
     with_template,
 )
+from tests.data.templates.corpus import CONVERSATIONS, PLAIN
 from tests.data.templates.oracle import Fault, Oracle
 
 USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
@@ -202,3 +203,12 @@ def test_header_of_the_next_turn_can_end_a_turn(tokenizer_json):
     prompt = "[gMASK]<sop><|user|>\nTwo plus two?<|assistant|>\n"
     assert verdict(oracle, prompt, Supervised("Four.<|user|>"), row=row) == []
     assert verdict(oracle, prompt, Supervised("Four."), row=row) == [(judge.NO_END_TOKEN, 1)]
+
+
+def test_corpus_is_large_and_its_names_are_known():
+    assert len(CONVERSATIONS) >= 56
+    assert set(PLAIN) <= set(CONVERSATIONS)
+
+
+def test_plain_conversations_have_no_obstacle_under_chatml(chatml):
+    assert {name: chatml.obstacles(CONVERSATIONS[name]) for name in PLAIN} == dict.fromkeys(PLAIN, [])
