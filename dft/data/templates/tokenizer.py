@@ -5,6 +5,7 @@ import json
 import re
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import jinja2
 from huggingface_hub.errors import StrictDataclassError
@@ -57,7 +58,8 @@ def load_tokenizer(
             template_source(tokenizer), f"--model_name_or_path {name_or_path}: chat template", ", line "
         )
     else:
-        notes += _use_chatml(tokenizer)
+        tokenizer, added = _use_chatml(tokenizer, name_or_path, trust_remote_code)
+        notes += added
     vocabulary = tokenizer.get_vocab()
     unknown = sorted(set(SPECIAL_MARKER.findall(template_source(tokenizer))) - vocabulary.keys())
     if unknown:
@@ -153,19 +155,72 @@ def stop_token_ids(name_or_path: str, trust_remote_code: bool = False) -> list[i
     return [stop_id for stop_id in stop_ids if stop_id >= 0]  # -1 means none
 
 
-def _use_chatml(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Set plain ChatML as the template, add its tokens, and return notes."""
+def _use_chatml(
+    tokenizer: PreTrainedTokenizerBase, name_or_path: str, trust_remote_code: bool
+) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """Set plain ChatML as the template and add its tokens. Return the tokenizer and notes."""
     tokenizer.chat_template = CHATML
     notes = ["chat template: the tokenizer has none; plain ChatML is used, and saved with the model"]
     missing = [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
+    end = CHATML_TOKENS[1]
+    previous_end = tokenizer.eos_token
     if missing:
         tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
         notes.append(f"added to the vocabulary: {' '.join(missing)}")
-    end = CHATML_TOKENS[1]
-    if tokenizer.eos_token != end:
-        notes.append(f"end of turn: {end} (was {tokenizer.eos_token}), so that generation stops there")
-        tokenizer.eos_token = end
-    return notes
+    tokenizer.eos_token = end
+    if missing:
+        first_ids = tokenizer.convert_tokens_to_ids(missing)
+        tokenizer = _with_saved_ids(tokenizer, name_or_path, trust_remote_code)
+        ids = tokenizer.convert_tokens_to_ids(missing)
+        if ids != first_ids:
+            notes.append(
+                f"ids of the added tokens: {' '.join(map(str, ids))}, as in the saved tokenizer, whose "
+                f"vocabulary has unused ids (before saving: {' '.join(map(str, first_ids))})"
+            )
+    if previous_end != end:
+        notes.append(f"end of turn: {end} (was {previous_end}), so that generation stops there")
+    return tokenizer, notes
+
+
+def _with_saved_ids(
+    tokenizer: PreTrainedTokenizerBase, name_or_path: str, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """Return a tokenizer whose ids are the same after saving and loading it.
+
+    If the vocabulary has unused ids (o200k), tokens are added after the highest id, but when the saved
+    tokenizer is loaded they get the first unused ids. A model trained with the former would not fit the
+    latter.
+
+    Raises:
+        UserError: the saved tokenizer cannot be loaded, or gives other ids each time it is saved and loaded.
+    """
+    flag = f"--model_name_or_path {name_or_path}"
+    remedy = "pass a --chat_template whose tokens the vocabulary contains"
+    for _ in range(2):
+        try:
+            with TemporaryDirectory() as folder:
+                tokenizer.save_pretrained(folder)
+                loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except UNLOADABLE as error:
+            raise UserError(
+                f"{flag}: with {' '.join(CHATML_TOKENS)} added, the tokenizer cannot be saved and loaded "
+                f"({_first_line(error)}); {remedy}"
+            ) from None
+        if _same_ids(tokenizer, loaded):
+            return tokenizer
+        loaded.name_or_path = tokenizer.name_or_path
+        tokenizer = loaded
+    raise UserError(
+        f"{flag}: with {' '.join(CHATML_TOKENS)} added, the tokenizer gives other ids each time it is saved "
+        f"and loaded; {remedy}"
+    )
+
+
+def _same_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Return whether two tokenizers have the same vocabulary and the same ids for a sample text."""
+    sample = "".join(f"{token}user\n\n Is 1+1 = 2? \u00c4\u4f60\n" for token in CHATML_TOKENS)
+    encoded = (tokenizer.encode(sample, add_special_tokens=False) for tokenizer in (first, second))
+    return first.get_vocab() == second.get_vocab() and next(encoded) == next(encoded)
 
 
 def _load(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -63,12 +63,12 @@ def load_base_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) ->
     """
     with without_zero3_partitioning(arguments.training):
         model = _load_checked(arguments)
-    missing = len(tokenizer) - model.config.get_text_config().vocab_size
-    if missing > 0:
+    new_ids = _ids_without_embedding(model, tokenizer)
+    if new_ids:
         raise UserError(
-            f"--objective {arguments.dft.objective}: the base model has no embeddings for {missing} tokens "
-            "of the tokenizer, so it cannot predict them; use a --chat_template whose tokens it has, or "
-            "another objective"
+            f"--objective {arguments.dft.objective}: the base model has no embeddings for {len(new_ids)} "
+            "tokens of the tokenizer, so it cannot predict them; use a --chat_template whose tokens it has, "
+            "or another objective"
         )
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / GIB
     arguments.notes.append(
@@ -184,7 +184,7 @@ def resize_embeddings(
             the run trains adapters, which would leave new embeddings random.
     """
     rows = model.config.get_text_config().vocab_size
-    new_ids = [token_id for token_id in tokenizer.get_vocab().values() if token_id >= rows]
+    new_ids = _ids_without_embedding(model, tokenizer)
     if not new_ids:
         return
     if not set(new_ids) <= set(tokenizer.added_tokens_decoder):
@@ -202,3 +202,12 @@ def resize_embeddings(
     arguments.notes.append(
         f"embeddings: {rows} -> {max(new_ids) + 1} rows, for the tokens added to the tokenizer"
     )
+
+
+def _ids_without_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids of the tokenizer that are past the last embedding.
+
+    The largest id counts, not the number of tokens: a vocabulary may have unused ids.
+    """
+    rows = model.config.get_text_config().vocab_size
+    return [token_id for token_id in tokenizer.get_vocab().values() if token_id >= rows]

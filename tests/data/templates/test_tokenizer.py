@@ -1,13 +1,14 @@
 """Loading of the tokenizer, its chat template and the stop tokens, with notes and errors."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dft.data.templates.encoder import ChatEncoder
-from dft.data.templates.tokenizer import CHATML, load_tokenizer, stop_token_ids
+from dft.data.templates.tokenizer import CHATML, CHATML_TOKENS, load_tokenizer, stop_token_ids
 from dft.errors import UserError
 from tests.data.templates.chat_templates import CHATML_LINES, Supervised, encode, expected, with_template
 
@@ -53,6 +54,76 @@ def test_tokenizer_without_template_gets_chatml_with_its_tokens(tokenizer_json, 
     again, notes = load_tokenizer(str(tmp_path / "trained"))
     assert notes == [] and again.eos_token_id == end and again.chat_template == tokenizer.chat_template
     assert encode(ChatEncoder(again), ("user", "q"), ("assistant", "i")) == [(ids, labels)]
+
+
+def save_with_unused_ids(folder: Path, tokenizer_json: str) -> int:
+    """Save a tokenizer without template whose two special tokens have ids above unused ones, as o200k.
+
+    Returns:
+        The first unused id.
+    """
+    plain = json.loads(tokenizer_json)
+    kept = ("<|endoftext|>", "<|end|>")
+    special = {token["content"] for token in plain["added_tokens"]}
+    vocabulary = [token for token in plain["model"]["vocab"] if token not in special]
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    special_ids = {kept[0]: len(ids) + 1, kept[1]: len(ids) + 20}
+    plain["model"]["vocab"] = {**ids, **special_ids}
+    plain["added_tokens"] = [
+        {**token, "id": special_ids[token["content"]]}
+        for token in plain["added_tokens"]
+        if token["content"] in kept
+    ]
+    save(folder, json.dumps(plain), eos_token="<|endoftext|>")
+    return len(ids)
+
+
+def test_added_tokens_have_the_ids_of_the_saved_tokenizer_if_the_vocabulary_has_unused_ids(
+    tokenizer_json, tmp_path
+):
+    unused = save_with_unused_ids(tmp_path / "base", tokenizer_json)
+    tokenizer, notes = load_tokenizer(str(tmp_path / "base"))
+    assert notes == [
+        "chat template: the tokenizer has none; plain ChatML is used, and saved with the model",
+        "added to the vocabulary: <|im_start|> <|im_end|>",
+        f"ids of the added tokens: {unused + 2} {unused + 3}, as in the saved tokenizer, whose vocabulary "
+        f"has unused ids (before saving: {unused + 21} {unused + 22})",
+        "end of turn: <|im_end|> (was <|endoftext|>), so that generation stops there",
+    ]
+    assert tokenizer.convert_tokens_to_ids(list(CHATML_TOKENS)) == [unused + 2, unused + 3]
+    assert tokenizer.eos_token_id == unused + 3
+    assert tokenizer.name_or_path == str(tmp_path / "base")
+    ((ids, labels),) = encode(ChatEncoder(tokenizer), ("user", "q"), ("assistant", "i"))
+    assert labels[-3:-1] == tokenizer.encode("i<|im_end|>")
+
+    tokenizer.save_pretrained(tmp_path / "trained")
+    again, notes = load_tokenizer(str(tmp_path / "trained"))
+    assert notes == [] and again.get_vocab() == tokenizer.get_vocab()
+    assert encode(ChatEncoder(again), ("user", "q"), ("assistant", "i")) == [(ids, labels)]
+
+
+def test_tokenizer_with_other_ids_after_every_save_is_an_error(tokenizer_json, tmp_path, monkeypatch):
+    save_with_unused_ids(tmp_path / "base", tokenizer_json)
+    monkeypatch.setattr("dft.data.templates.tokenizer._same_ids", lambda _first, _second: False)
+    message = (
+        f"--model_name_or_path {tmp_path}/base: with <|im_start|> <|im_end|> added, the tokenizer gives "
+        "other ids each time it is saved and loaded; pass a --chat_template whose tokens the vocabulary "
+        "contains"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        load_tokenizer(str(tmp_path / "base"))
+
+
+def test_tokenizer_that_cannot_be_loaded_after_saving_is_an_error(tokenizer_json, tmp_path, monkeypatch):
+    save_with_unused_ids(tmp_path / "base", tokenizer_json)
+    monkeypatch.setattr(
+        PreTrainedTokenizerBase,
+        "save_pretrained",
+        lambda _self, folder: Path(folder, "tokenizer.json").touch(),
+    )
+    message = "with <|im_start|> <|im_end|> added, the tokenizer cannot be saved and loaded ("
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_tokenizer(str(tmp_path / "base"))
 
 
 def test_complete_tokenizer_is_not_changed(tokenizer_folder):

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dft.errors import UserError
-from dft.training.model.loading import load_model
+from dft.training.model.loading import load_base_model, load_model
 from tests.training.model.loading_helpers import arguments, load
 
 
@@ -49,6 +49,38 @@ def test_tokens_added_to_the_tokenizer_get_embeddings_and_a_note(folder):
     assert (
         flags.notes[-1] == f"embeddings: {before} -> {before + 1} rows, for the tokens added to the tokenizer"
     )
+
+
+@pytest.fixture
+def tokenizer_with_unused_ids(folder):
+    """The tokenizer of `folder` with one token more, whose id leaves 10 ids before it unused."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    high = len(content["model"]["vocab"]) + 10
+    content["model"]["vocab"]["<|high|>"] = high
+    content["added_tokens"].append({**content["added_tokens"][0], "id": high, "content": "<|high|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_embeddings_reach_up_to_the_largest_id_of_a_tokenizer_with_unused_ids(
+    folder, tokenizer_with_unused_ids
+):
+    tokenizer = tokenizer_with_unused_ids
+    high = tokenizer.convert_tokens_to_ids("<|high|>")
+    assert high == len(tokenizer) + 9
+    model = load_model(arguments(folder), tokenizer)
+    assert model.get_input_embeddings().weight.shape[0] == high + 1
+    assert torch.isfinite(model(torch.tensor([[high]])).logits).all()
+
+
+def test_base_model_without_an_embedding_of_the_largest_id_is_an_error(folder, tokenizer_with_unused_ids):
+    """The base model has more embeddings than the tokenizer has tokens, but not for the largest id."""
+    config = AutoConfig.from_pretrained(folder)
+    config.vocab_size = len(tokenizer_with_unused_ids) + 5
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    flags = arguments(folder, "--objective", "asft")
+    with pytest.raises(UserError, match="the base model has no embeddings for 1 tokens of the tokenizer"):
+        load_base_model(flags, tokenizer_with_unused_ids)
 
 
 def test_tokenizer_of_a_different_model_is_an_error(folder):
