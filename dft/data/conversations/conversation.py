@@ -11,7 +11,7 @@ from typing import Any
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.forms import describe_forms, find_form
 from dft.data.conversations.row_json import parse_json, parse_json_string
-from dft.data.conversations.turns import Row, Turn
+from dft.data.conversations.turns import SYSTEM_ROLES, Row, Turn, without_empty_system_turns
 from dft.strict_json import json_type_name, shorten
 
 RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt")
@@ -46,7 +46,8 @@ class Conversation:
 def parse_conversation(text: bytes) -> Conversation:
     """Parse a JSON object in any of the forms of `dft.data.conversations.forms`.
 
-    Columns that are null count as absent, and unknown columns are ignored.
+    Columns that are null and system or developer turns that are empty count as absent, and unknown columns
+    are ignored.
 
     Raises:
         BadLine: broken JSON, a wrong type, an unknown form, role or content part, an empty turn, or no
@@ -62,7 +63,7 @@ def parse_conversation(text: bytes) -> Conversation:
     if form is None:
         keys = f"the keys are {shorten(sorted(row))}" if row else "the object is empty"
         raise BadLine(f"no conversation; {keys}, expected {describe_forms()}", "no conversation")
-    turns = _add_system(row, form.read(row))
+    turns = _add_system(row, without_empty_system_turns(form.read(row)))
     if not any(message["role"] == "assistant" for message, _ in turns):
         raise BadLine("no assistant turn, so there is nothing to learn from", "no assistant turn")
     supervised = tuple(is_supervised for _, is_supervised in turns)
@@ -81,7 +82,7 @@ def _add_system(row: Row, turns: list[Turn]) -> list[Turn]:
     system = row.get("system", "")
     if not isinstance(system, str):
         raise BadLine(f"'system' must be a string, got {json_type_name(system)}", "'system' is not a string")
-    if not system.strip() or any(message["role"] in ("system", "developer") for message, _ in turns):
+    if not system.strip() or any(message["role"] in SYSTEM_ROLES for message, _ in turns):
         return turns
     return [({"role": "system", "content": system}, False), *turns]
 

@@ -8,6 +8,8 @@ from dft.data.conversations.row_json import parse_json_string
 from dft.strict_json import json_type_name, shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM_ROLES = ("system", "developer")
+"""Roles of turns that count as absent if they are empty, as many data sets have them."""
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message may hold its reasoning. The first one that is present is used."""
 
@@ -65,7 +67,8 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
         text_key: the key that the row itself uses for the content, for error messages.
 
     Returns:
-        The message without null values, `train` and `weight`, and whether it is supervised.
+        The message without null values, `train` and `weight`, and whether it is supervised. The content of
+        an empty system or developer turn is "", see `without_empty_system_turns`.
 
     Raises:
         BadLine: a wrong type, an unknown role or an empty turn.
@@ -95,15 +98,23 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
     may_be_empty = role == "assistant" and (has_calls or has_reasoning)
     if isinstance(content, list):
         content = message["content"] = _join_parts(where, text_key, content)
-    if content is None and may_be_empty:
-        message["content"] = ""  # templates read it unconditionally
-        return message, supervised
+    if content is None and (may_be_empty or (role in SYSTEM_ROLES and "content" in turn)):
+        content = message["content"] = ""  # templates read it unconditionally
     if not isinstance(content, str):
         got = json_type_name(content) if "content" in turn else "nothing"
         raise BadLine(f"{where}: '{text_key}' must be a string, got {got}", f"'{text_key}' is not a string")
     if role != "tool" and not may_be_empty and not content.strip():
-        raise BadLine(f"{where}: empty {role} turn", "empty turn")
+        if role not in SYSTEM_ROLES:
+            raise BadLine(f"{where}: empty {role} turn", "empty turn")
+        if others := [key for key, value in message.items() if value and key not in ("role", "content")]:
+            raise BadLine(f"{where}: empty {role} turn with {shorten(sorted(others))}", "empty turn")
+        message["content"] = ""
     return message, supervised
+
+
+def without_empty_system_turns(turns: list[Turn]) -> list[Turn]:
+    """Return validated turns without the system and developer turns that are empty."""
+    return [turn for turn in turns if turn[0]["content"] or turn[0]["role"] not in SYSTEM_ROLES]
 
 
 def _has_reasoning(where: str, message: dict[str, Any]) -> bool:

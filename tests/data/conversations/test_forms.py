@@ -252,6 +252,34 @@ def test_system_column_becomes_the_first_turn_unless_there_is_a_system_turn():
     assert error_of(system=["s"], messages=[USER, ANSWER]) == "'system' must be a string, got a list"
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("content", ["", " \n\t", None, [], [{"type": "text", "text": " "}]])
+def test_empty_system_turn_counts_as_absent_in_every_row_form(role, content):
+    empty = {"role": role, "content": content}
+    answer = {**ANSWER, "train": False}
+    messages = [empty, USER, answer, {**empty, "weight": 0, "name": None, "tools": []}, USER, ANSWER]
+    conversation = parse(messages=messages)
+    assert conversation.messages == [USER, ANSWER, USER, ANSWER]
+    assert conversation.supervised == (False, False, False, True)
+    named = {"from": role, "value": content}
+    assert parse(conversations=[named, USER, answer, empty, USER, ANSWER]) == conversation
+    assert parse(prompt=[empty, USER, answer, USER], completion=[empty, ANSWER]) == conversation
+
+
+def test_system_column_is_used_if_the_system_turn_is_empty():
+    messages = [{"role": "system", "content": " "}, USER, ANSWER]
+    assert parse(system="s", messages=messages).messages == [{"role": "system", "content": "s"}, USER, ANSWER]
+
+
+def test_conversation_of_only_empty_system_turns_is_an_error():
+    empty = {"role": "system", "content": ""}
+    for row in ({"messages": [empty, empty]}, {"conversations": [empty]}):
+        assert error_of(**row) == "no assistant turn, so there is nothing to learn from"
+    message = error_of(prompt=[empty], completion=[empty])
+    assert message == "no assistant turn in 'completion', so there is nothing to learn from"
+    assert error_of(messages=[{"role": "system"}]) == "messages[0]: 'content' must be a string, got nothing"
+
+
 def test_chat_template_kwargs_must_be_an_object():
     variables = {"enable_thinking": False, "date": None}
     assert parse(messages=[USER, ANSWER], chat_template_kwargs=variables).variables == variables
@@ -278,7 +306,7 @@ def test_chat_template_kwargs_must_be_an_object():
         ({"content": "", "train": False}, "empty assistant turn"),
         ({"content": []}, "empty assistant turn"),
         ({"content": [{"type": "text", "text": " "}]}, "empty assistant turn"),
-        ({"role": "system", "content": ""}, "empty system turn"),
+        ({"role": "system", "content": "", "tools": ["f"]}, "empty system turn with ['tools']"),
         ({"role": "user", "content": "", "reasoning_content": "r"}, "empty user turn"),
         ({"content": "", "reasoning_content": " "}, "empty assistant turn"),
         (
