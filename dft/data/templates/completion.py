@@ -17,6 +17,8 @@ MAX_FRAMES = 16
 """Number of frames to remember for each set of template variables."""
 MAX_PROFILES = 256
 """Number of sets of template variables to remember."""
+QUOTED = 30
+"""Number of characters of a text that an error message quotes."""
 NESTED_TEXT = 24
 """Minimum length, in characters, of a text whose occurrence in another text is not a coincidence."""
 
@@ -154,7 +156,7 @@ class CompletionFinder:
             raise lost(index, PROMPT_CLOSES_THINKING)
         check_rendered(index, message, probe, probed[start.position :])
         closing = probed[probe.end(probed) :]
-        end = self._end(chat, index, probe, closing)
+        end = self._end(chat, index, probe, probed)
         self._check_own_text(chat, index, probe, probed[start.position : len(probed) - len(closing)])
         completion = self._locate(index, prompt, transcript, probed[:first], start, closing, end)
         if len(message) == 2 and index and not start.prompt_only and message["content"].strip() in transcript:
@@ -170,19 +172,19 @@ class CompletionFinder:
         """
         return chat.render(index, self.template.adapt(probe.message))
 
-    def _end(self, chat: AdaptedChat, index: int, probe: Probe, closing: str) -> TurnEnd:
-        """Return the end of a turn, given the text after it in a rendering with placeholders.
+    def _end(self, chat: AdaptedChat, index: int, probe: Probe, probed: str) -> TurnEnd:
+        """Return the end of a turn, given its rendering with placeholders.
 
         Raises:
             BadLine: the turn has no end-of-turn token, although others do.
         """
-        following = None
+        following, closing = None, probed[probe.end(probed) :]
         for turn in next_turns(chat, index):
             try:
                 longer = chat.render(index, self.template.adapt(probe.message), turn)
             except BadLine:
                 continue  # the template does not accept such a turn here
-            end = probe.end(longer)
+            end = probe.same_end(probed, longer)
             if end >= 0:
                 following = longer[end:]
                 break
@@ -191,9 +193,10 @@ class CompletionFinder:
             plain = self.profile(chat).ends.plain
             assert plain is not None, "without a plain end, every turn has an end"
             raise BadLine(
-                f"messages[{index}]: the chat template ends plain turns with {plain.token} but not this one, "
-                "so the model would not learn to stop there; pass a template that ends all turns "
-                "(--chat_template), or remove the turn",
+                f"messages[{index}]: the chat template ends plain turns with {plain.token}, but writes "
+                f"{closing.strip()[:QUOTED]!r} after this one, where generation would not stop; if it should stop "
+                "there, add that token to eos_token_id in generation_config.json, otherwise pass another "
+                "template (--chat_template) or remove the turn",
                 "a turn without an end-of-turn token",
             )
         return turn_end

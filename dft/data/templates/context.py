@@ -3,17 +3,21 @@
 from collections.abc import Sequence
 
 from dft.data.conversations.faults import BadLine
-from dft.data.templates.completion import TemplateProfile
+from dft.data.templates.completion import NESTED_TEXT, TemplateProfile
 from dft.data.templates.lost_content import KINDS, NO_CALLS, REMEDY
 from dft.data.templates.messages import Message
 from dft.data.templates.probes import CALL, CONTENT, Placeholder, Probe
 from dft.data.templates.template import AdaptedChat
 
+LONG_CONVERSATION = 32
+"""Number of messages from which on the texts are searched in the prompt first."""
 MAX_SHAPES = 4096
 """Number of shapes of conversations to remember for each set of template variables."""
 
 
-def check_context(profile: TemplateProfile, chat: AdaptedChat, count: int, supervised: Sequence[int]) -> None:
+def check_context(
+    profile: TemplateProfile, chat: AdaptedChat, count: int, supervised: Sequence[int], prompt: str
+) -> None:
     """Check that the prompt of a turn contains the texts of all its messages, in their order.
 
     Reasoning of earlier turns is not checked, since templates drop it at inference as well.
@@ -23,12 +27,13 @@ def check_context(profile: TemplateProfile, chat: AdaptedChat, count: int, super
         chat: the conversation.
         count: number of messages that the prompt consists of.
         supervised: indices of the supervised turns among them in the same sequence.
+        prompt: the prompt.
 
     Raises:
         BadLine: a text is missing.
     """
     messages = chat.conversation.messages[:count]
-    if not messages:
+    if not messages or _has_all_texts(profile, messages, prompt):
         return
     shape = "\n".join([_shape(profile, message) for message in messages])
     shape = f"{shape}\n{bool(chat.conversation.tools)}{list(supervised)}"
@@ -50,6 +55,25 @@ def check_context(profile: TemplateProfile, chat: AdaptedChat, count: int, super
     if len(profile.contexts) >= MAX_SHAPES:
         profile.contexts.clear()
     profile.contexts.add(shape)
+
+
+def _has_all_texts(profile: TemplateProfile, messages: Sequence[Message], prompt: str) -> bool:
+    """Return whether a long prompt contains all texts in order, each of them too long for a coincidence.
+
+    The shapes of long conversations are hardly ever equal, so remembering them would save nothing.
+    """
+    if len(messages) < LONG_CONVERSATION:
+        return False
+    position = 0
+    for message in messages:
+        text = message["content"].strip()
+        if len(message) != 2 or len(text) < NESTED_TEXT or profile.maker.markers.occur_in(text):
+            return False
+        position = prompt.find(text, position)
+        if position < 0:
+            return False
+        position += len(text)
+    return True
 
 
 def _shape(profile: TemplateProfile, message: Message) -> str:

@@ -55,6 +55,20 @@ class Probe:
         ends = [at + len(item.text) for item in self.placeholders if (at := rendered.rfind(item.text)) >= 0]
         return max(ends, default=-1)
 
+    def same_end(self, rendered: str, longer: str) -> int:
+        """Return the position in a longer rendering that corresponds to `end(rendered)`, -1 if there is none.
+
+        A later message may repeat a placeholder, such as the name of the function that was called.
+        """
+        end = self.end(rendered)
+        last = next(item.text for item in self.placeholders if rendered.endswith(item.text, 0, end))
+        position = -1
+        for _ in range(rendered.count(last)):
+            position = longer.find(last, position + 1)
+            if position < 0:
+                return -1
+        return position + len(last)
+
 
 class ProbeMaker:
     """Makes messages with placeholders that keep the structure a chat template looks for.

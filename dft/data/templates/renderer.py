@@ -14,6 +14,7 @@ from dft.data.templates.context import check_context
 from dft.data.templates.generation_tags import GenerationTags
 from dft.data.templates.lost_content import check_tools, unrendered_role_error
 from dft.data.templates.markers import Markers, common_prefix_length
+from dft.data.templates.prediction import TurnPredictor
 from dft.data.templates.rendering import Rendering
 from dft.data.templates.template import AdaptedChat, ChatTemplate
 
@@ -55,11 +56,23 @@ class ConversationRenderer:
         if self.template.unrendered_role is not None:
             raise unrendered_role_error(self.template.unrendered_role)
         chat = AdaptedChat(self.template, conversation)
-        builder = SequenceBuilder(chat, self.finder, self.use_generation_tags)
-        for index, is_supervised in enumerate(conversation.supervised):
+        predictor = TurnPredictor(chat, self.finder)
+        try:
+            return self._build(chat, predictor)
+        except WrongPrediction:
+            return self._build(chat, None)
+
+    def _build(self, chat: AdaptedChat, predictor: TurnPredictor | None) -> list[Rendering]:
+        """Return the sequences of a conversation, with or without predicted turns."""
+        builder = SequenceBuilder(chat, self.finder, self.use_generation_tags, predictor)
+        for index, is_supervised in enumerate(chat.conversation.supervised):
             if is_supervised:
                 builder.add(index)
         return builder.finish()
+
+
+class WrongPrediction(Exception):
+    """Raised when the predicted turns of a conversation turn out to be wrong."""
 
 
 class SequenceBuilder:
@@ -69,9 +82,16 @@ class SequenceBuilder:
         chat: the conversation.
         finder: finds the completions of the turns.
         use_generation_tags: see `ConversationRenderer`.
+        predictor: predicts turns of long conversations; None to render all of them.
     """
 
-    def __init__(self, chat: AdaptedChat, finder: CompletionFinder, use_generation_tags: bool) -> None:
+    def __init__(
+        self,
+        chat: AdaptedChat,
+        finder: CompletionFinder,
+        use_generation_tags: bool,
+        predictor: TurnPredictor | None,
+    ) -> None:
         self.chat = chat
         self.finder = finder
         has_tags = chat.template.compiled.has_generation_tags
@@ -79,12 +99,24 @@ class SequenceBuilder:
         self.sequences: list[Rendering] = []
         self.turns: list[int] = []
         self.transcript = ""
+        self.prompt_length = 0
+        self.predictor = None if has_tags else predictor
+        self.has_predictions = False
 
     def add(self, index: int) -> None:
-        """Add a supervised turn."""
-        completion = self.finder.find(self.chat, index)
+        """Add a supervised turn.
+
+        Raises:
+            WrongPrediction: a turn that was rendered does not continue a turn that was predicted.
+        """
         sequence = self.sequences[-1] if self.sequences else None
-        if sequence is None or not completion.prompt.startswith(sequence.text):
+        completion = self._predict(index) or self.finder.find(self.chat, index)
+        if sequence is not None and completion.prompt.startswith(sequence.text):
+            if self.predictor is not None:
+                self.predictor.learn(self.turns[-1], index, completion.prompt[len(sequence.text) :])
+        else:
+            if self.has_predictions:
+                raise WrongPrediction
             self._complete()
             reason = "" if sequence is None else difference(sequence.text, completion.prompt)
             sequence = Rendering("", reason=reason)
@@ -99,6 +131,15 @@ class SequenceBuilder:
         self._add_remarks(index, completion, sequence)
         self.turns.append(index)
         self.transcript = completion.transcript
+        self.prompt_length = len(completion.prompt)
+
+    def _predict(self, index: int) -> Completion | None:
+        """Return the predicted completion of a turn, None if it must be rendered."""
+        if self.predictor is None or not self.turns:
+            return None
+        completion = self.predictor.predict(self.turns[-1], index, self.sequences[-1].text)
+        self.has_predictions = self.has_predictions or completion is not None
+        return completion
 
     def _add_remarks(self, index: int, completion: Completion, sequence: Rendering) -> None:
         """Note properties of a turn that the user should know about."""
@@ -115,9 +156,10 @@ class SequenceBuilder:
             return
         chat, last = self.chat, self.turns[-1]
         profile = self.finder.profile(chat)
+        prompt = self.sequences[-1].text[: self.prompt_length]
         if chat.conversation.tools and not chat.template.renders_tools:
-            check_tools(chat, last, self.sequences[-1].text[: self.sequences[-1].spans[-1][0]])
-        check_context(profile, chat, last, self.turns[:-1])
+            check_tools(chat, last, prompt)
+        check_context(profile, chat, last, self.turns[:-1], prompt)
         if self.transcript.startswith(self.sequences[-1].text):
             self.sequences[-1].text = self.transcript
 

@@ -86,19 +86,13 @@ class TurnEnds:
         for match in self.markers.token_matches(closing):
             if match.end() <= shared and match.group() in self.tokens:
                 return TurnEnd(closing[: match.end()], match.group())
-        # The last turn may end with another token than earlier ones, which the longer rendering lacks.
-        for match in self._first_token(closing):
+        # The last turn may end with another token, or other white space, than in a longer rendering.
+        for match in self._first_token(closing[shared:]):
             if match.group() in self.tokens:
-                return TurnEnd(closing[: match.end()], match.group())
+                return TurnEnd(closing[: shared + match.end()], match.group())
         if following is not None and (end := self._next_header(closing, following)):
             return end
-        own = closing[:shared].rstrip()
-        last = None
-        for match in self.markers.token_matches(own):
-            last = match
-        if last is not None and last.end() == len(own) and not closing[shared:].strip():
-            return TurnEnd(own, last.group())
-        return TurnEnd(own, None) if self.plain is None else None
+        return TurnEnd(closing[:shared].rstrip(), None) if self.plain is None else None
 
     def _first_token(self, text: str) -> list[re.Match[str]]:
         """Return the match of an added token at the start of a text, after any white space, as a list."""
