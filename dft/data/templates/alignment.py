@@ -115,7 +115,8 @@ class Aligner:
             if before.startswith(prompt[:end]):
                 return prompt, Start(end, prompt[end:])
         position = before.rfind(self.header) if self.header else -1
-        return None, Start(len(before) if position < 0 else position + len(self.header))
+        # Without a header, white space before the turn's own text is generated, as in later turns.
+        return None, Start(len(before.rstrip()) if position < 0 else position + len(self.header))
 
     def _check_header(self, index: int, opening: str, prompt: str) -> None:
         """Check that the header is part of the prompt, if the template has a generation prompt."""

@@ -194,9 +194,9 @@ class CompletionFinder:
             assert plain is not None, "without a plain end, every turn has an end"
             raise BadLine(
                 f"messages[{index}]: the chat template ends plain turns with {plain.token}, but writes "
-                f"{closing.strip()[:QUOTED]!r} after this one, where generation would not stop; if it should stop "
-                "there, add that token to eos_token_id in generation_config.json, otherwise pass another "
-                "template (--chat_template) or remove the turn",
+                f"{closing.strip()[:QUOTED]!r} after this one, where generation would not stop; if it "
+                "should stop there, add that token to eos_token_id in generation_config.json, otherwise pass "
+                "another template (--chat_template) or remove the turn",
                 "a turn without an end-of-turn token",
             )
         return turn_end

@@ -20,8 +20,8 @@ NO_CONTENT = (
 REMOVES_CONTENT = f"removes part of the 'content'; change it, or {REMEDY}"
 PROMPT_CLOSES_THINKING = (
     "closes the thinking block in the prompt already, as with enable_thinking false, so the model would be "
-    "trained on reasoning that it never starts; remove the reasoning, or let the template open the block (with "
-    "many templates by --chat_template_kwargs '{\"enable_thinking\": true}')"
+    "trained on reasoning that it never starts; remove the reasoning, or let the template open the block "
+    "(with many templates by --chat_template_kwargs '{\"enable_thinking\": true}')"
 )
 KINDS = {
     NO_CALLS: "tool calls are not rendered",
