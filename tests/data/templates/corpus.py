@@ -288,6 +288,13 @@ CONVERSATIONS: dict[str, Row] = {
     ),
 }  # fmt: skip
 
+# Some templates render calls but no tool definitions.
+CONVERSATIONS |= {
+    f"{name}, no tools": {key: value for key, value in row.items() if key != "tools"}
+    for name, row in CONVERSATIONS.items()
+    if "tools" in row and any("tool_calls" in message for message in row["messages"])
+}
+
 PLAIN = (
     "question", "one word", "one letter", "one digit", "two questions", "long", "same answer twice",
     "answer repeats the question", "several lines", "code", "markup", "json answer", "braces", "umlauts",

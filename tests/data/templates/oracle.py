@@ -9,6 +9,7 @@ header and turn end is found by rendering placeholders.
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -360,7 +361,7 @@ class Chat:
         if not completions:
             yield Fault(NO_END, index, layout.tail)
             return
-        missing = [text for text in texts_of(turn) if not holds(body, text)]
+        missing = [text for text in texts_of(turn) if not holds(completions[0], text)]
         if missing:
             yield Fault(LOST_IN_TURN, index, f"{missing[0]!r} is changed")
         self.expected[index] = self._expected(index, layout, start, completions)
@@ -471,7 +472,7 @@ class Chat:
                 faults.append(Fault(LABELS))
                 continue
             faults += self._cut_tokens(ids)
-            for start, stop in runs(labels):
+            for start, stop in self._runs(ids, labels):
                 index, fault = self._judge_run(ids, start, stop)
                 if index is not None:
                     counts[index] = counts.get(index, 0) + 1
@@ -479,6 +480,18 @@ class Chat:
         faults += [Fault(MISSING, index) for index, count in counts.items() if count == 0]
         faults += [Fault(TWICE, index) for index, count in counts.items() if count > 1]
         return faults
+
+    def _runs(self, ids: list[int], labels: list[int]) -> Iterator[tuple[int, int]]:
+        """Yield [start, end) of each run of supervised tokens, cut where another turn begins at once."""
+        for start, stop in runs(labels):
+            bounds = {len(expected.context) for expected in self._contexts_in(ids)}
+            cuts = [start, *sorted(bound for bound in bounds if start < bound < stop), stop]
+            yield from pairwise(cuts)
+
+    def _contexts_in(self, ids: list[int]) -> Iterator[Expected]:
+        for expected in self.expected.values():
+            if expected.context and ids[: len(expected.context)] == expected.context:
+                yield expected
 
     def _cut_tokens(self, ids: list[int]) -> Iterator[Fault]:
         text = self.renderer.decode(ids)
