@@ -403,8 +403,13 @@ class Chat:
         """Return the token that ends a plain answer, and whether it is the beginning of the next header."""
         render, question, answer = self.renderer.text, Turn("user", "Hi"), Turn("assistant", ANSWER)
         tail = after(render([question, answer]), ANSWER)
-        match = self.oracle.added_pattern.search(tail)
-        if match:
+        matches = list(self.oracle.added_pattern.finditer(tail))
+        if matches:
+            # A template may write several tokens at the end of a turn. Generation stops at a stop token.
+            closing = tail[: len(tail) - len(tail.lstrip())] + (tail.split() or [""])[0]
+            in_closing = self.oracle.added_pattern.finditer(closing)
+            stops = [match for match in in_closing if match.group() in self.oracle.stops]
+            match = (stops or matches)[0]
             behind = tail[match.end() :]
             if not behind or behind[0].isspace() or self.oracle.added_pattern.match(behind):
                 return match.group(), False
@@ -415,7 +420,7 @@ class Chat:
     def _endings(self, index: int, masked: Turn, layout: Layout, end: str, is_header: bool) -> Iterator[str]:
         """Yield what may follow the last text of a turn up to the end of its end-of-turn token."""
         tail = layout.tail
-        following = list(self._following(index, masked, layout.leaves))
+        following = list(self._following(index, masked, layout))
         if is_header:
             for text in following:
                 match = self.oracle.added_pattern.match(text, len(text) - len(text.lstrip()))
@@ -444,8 +449,11 @@ class Chat:
         if not following:
             yield before + end
 
-    def _following(self, index: int, masked: Turn, leaves: tuple[str, ...]) -> Iterator[str]:
+    def _following(self, index: int, masked: Turn, layout: Layout) -> Iterator[str]:
         """Yield what follows the last text of a turn when the conversation goes on."""
+        rendered = layout.masked[: layout.last]
+        leaf = next(leaf for leaf in layout.leaves if rendered.endswith(leaf))
+        count = rendered.count(leaf)  # the result of a call can repeat its name
         call_id = next((call["id"] for call in masked.calls if "id" in call), None)
         result = Turn("tool", "ok", extra={"tool_call_id": call_id} if call_id else {})
         replies = [result] if masked.calls else [Turn("user", "Hi")]
@@ -455,9 +463,9 @@ class Chat:
                 text = self.renderer.text([*self.turns[:index], masked, reply])
             except Unrenderable:
                 continue
-            last = max((text.rfind(leaf) + len(leaf) for leaf in leaves if leaf in text), default=None)
-            if last is not None:
-                yield text[last:]
+            pieces = text.split(leaf, count)
+            if len(pieces) == count + 1:
+                yield pieces[-1]
 
     # Sequences.
 
@@ -484,9 +492,9 @@ class Chat:
     def _runs(self, ids: list[int], labels: list[int]) -> Iterator[tuple[int, int]]:
         """Yield [start, end) of each run of supervised tokens, cut where another turn begins at once."""
         for start, stop in runs(labels):
-            bounds = {len(expected.context) for expected in self._contexts_in(ids)}
-            cuts = [start, *sorted(bound for bound in bounds if start < bound < stop), stop]
-            yield from pairwise(cuts)
+            bounds = sorted({len(expected.context) for expected in self._contexts_in(ids)})
+            inside = [bound for bound in bounds if start < bound < stop] if start in bounds else []
+            yield from pairwise([start, *inside, stop])
 
     def _contexts_in(self, ids: list[int]) -> Iterator[Expected]:
         for expected in self.expected.values():
