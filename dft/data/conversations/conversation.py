@@ -30,12 +30,22 @@ class Conversation:
         supervised: for each message whether it is supervised. Only assistant turns can be.
         tools: tool definitions for the template, or None.
         variables: further variables for the template, from `chat_template_kwargs` of the row.
+        places: for each message where the row has it ("conversations[0]"); () if `messages` is the row's.
     """
 
     messages: list[dict[str, Any]]
     supervised: tuple[bool, ...]
     tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] = field(default_factory=dict)
+    places: tuple[str, ...] = field(default=(), compare=False)
+
+    def place(self, index: int) -> str:
+        """Return where the row has a message, for error messages.
+
+        A row may have a message elsewhere than at its index in `messages`: empty system turns are left out,
+        the system column is put in front, and each row form has keys of its own.
+        """
+        return self.places[index] if self.places else f"messages[{index}]"
 
     def last_turn_only(self) -> "Conversation":
         """Return a copy of the conversation in which only the last supervised turn is supervised."""
@@ -64,13 +74,18 @@ def parse_conversation(text: bytes) -> Conversation:
         keys = f"the keys are {shorten(sorted(row))}" if row else "the object is empty"
         raise BadLine(f"no conversation; {keys}, expected {describe_forms()}", "no conversation")
     turns = _add_system(row, without_empty_system_turns(form.read(row)))
-    if not any(message["role"] == "assistant" for message, _ in turns):
+    if not any(turn.message["role"] == "assistant" for turn in turns):
         raise BadLine("no assistant turn, so there is nothing to learn from", "no assistant turn")
-    supervised = tuple(is_supervised for _, is_supervised in turns)
+    supervised = tuple(turn.is_supervised for turn in turns)
     if True not in supervised:
         raise BadLine("no assistant turn is trained: all have train false or weight 0", "nothing is trained")
-    variables = _read_variables(row)
-    conversation = Conversation([message for message, _ in turns], supervised, _read_tools(row), variables)
+    conversation = Conversation(
+        [turn.message for turn in turns],
+        supervised,
+        _read_tools(row),
+        _read_variables(row),
+        tuple(turn.place for turn in turns),
+    )
     # In valid UTF-8, an unpaired surrogate can only appear as an escape.
     if SURROGATE_ESCAPE.search(text):
         _check_surrogates(conversation)
@@ -82,9 +97,9 @@ def _add_system(row: Row, turns: list[Turn]) -> list[Turn]:
     system = row.get("system", "")
     if not isinstance(system, str):
         raise BadLine(f"'system' must be a string, got {json_type_name(system)}", "'system' is not a string")
-    if not system.strip() or any(message["role"] in SYSTEM_ROLES for message, _ in turns):
+    if not system.strip() or any(turn.message["role"] in SYSTEM_ROLES for turn in turns):
         return turns
-    return [({"role": "system", "content": system}, False), *turns]
+    return [Turn({"role": "system", "content": system}, False, "'system'"), *turns]
 
 
 def _read_variables(row: Row) -> dict[str, Any]:
@@ -111,9 +126,12 @@ def _read_tools(row: Row) -> list[dict[str, Any]] | None:
 
 
 def _check_surrogates(conversation: Conversation) -> None:
-    messages = {f"messages[{index}]": message for index, message in enumerate(conversation.messages)}
-    columns = {"'tools'": conversation.tools, "'chat_template_kwargs'": conversation.variables}
-    for where, part in {**messages, **columns}.items():
+    parts: list[tuple[str, Any]] = [
+        *zip(conversation.places, conversation.messages, strict=True),
+        ("'tools'", conversation.tools),
+        ("'chat_template_kwargs'", conversation.variables),
+    ]
+    for where, part in parts:
         try:
             json.dumps(part, ensure_ascii=False).encode()
         except UnicodeEncodeError:

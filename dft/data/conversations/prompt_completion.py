@@ -22,9 +22,9 @@ def _read(row: Row) -> list[Turn]:
             f"{json_type_name(prompt)} and {json_type_name(completion)}",
             "wrong 'prompt' and 'completion'",
         )
-    context = [(message, False) for message, _ in read_turns("prompt", prompt, read_turn)]
+    context = [turn._replace(is_supervised=False) for turn in read_turns("prompt", prompt, read_turn)]
     turns = read_turns("completion", completion, read_turn)
-    if not any(message["role"] == "assistant" for message, _ in turns):
+    if not any(turn.message["role"] == "assistant" for turn in turns):
         raise BadLine(
             "no assistant turn in 'completion', so there is nothing to learn from", "no assistant turn"
         )

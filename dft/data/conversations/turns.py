@@ -1,7 +1,7 @@
 """Validation of turns, shared by all row forms."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.row_json import parse_json_string
@@ -15,8 +15,20 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 Row = dict[str, Any]
 """A parsed row of a data file."""
-Turn = tuple[dict[str, Any], bool]
-"""A validated message, and whether it is supervised."""
+
+
+class Turn(NamedTuple):
+    """A validated message.
+
+    Attributes:
+        message: an object with `role` and `content`.
+        is_supervised: whether it is supervised.
+        place: where the row has it ("messages[0]"), for error messages.
+    """
+
+    message: dict[str, Any]
+    is_supervised: bool
+    place: str
 
 
 def read_turns(key: str, turns: Any, read: Callable[[str, Any], Turn]) -> list[Turn]:
@@ -67,8 +79,8 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
         text_key: the key that the row itself uses for the content, for error messages.
 
     Returns:
-        The message without null values, `train` and `weight`, and whether it is supervised. The content of
-        an empty system or developer turn is "", see `without_empty_system_turns`.
+        The turn, whose message has no null values, `train` and `weight`. The content of an empty system or
+        developer turn is "", see `without_empty_system_turns`.
 
     Raises:
         BadLine: a wrong type, an unknown role or an empty turn.
@@ -90,7 +102,7 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
     supervised = _pop_supervision(where, role, message)
     content = message.get("content")
     if len(message) == 2 and isinstance(content, str) and content.strip():
-        return message, supervised  # fast path: most turns have no other keys
+        return Turn(message, supervised, where)  # fast path: most turns have no other keys
     if "function_call" in message:  # the key used by OpenAI's format before 'tool_calls'
         message["tool_calls"] = [message.pop("function_call")]
     has_calls = "tool_calls" in message and _normalize_tool_calls(where, message)
@@ -109,12 +121,12 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
         if others := [key for key, value in message.items() if value and key not in ("role", "content")]:
             raise BadLine(f"{where}: empty {role} turn with {shorten(sorted(others))}", "empty turn")
         message["content"] = ""
-    return message, supervised
+    return Turn(message, supervised, where)
 
 
 def without_empty_system_turns(turns: list[Turn]) -> list[Turn]:
     """Return validated turns without the system and developer turns that are empty."""
-    return [turn for turn in turns if turn[0]["content"] or turn[0]["role"] not in SYSTEM_ROLES]
+    return [turn for turn in turns if turn.message["content"] or turn.message["role"] not in SYSTEM_ROLES]
 
 
 def _has_reasoning(where: str, message: dict[str, Any]) -> bool:

@@ -92,6 +92,20 @@ def test_half_a_surrogate_pair_is_an_error_in_every_used_column():
     assert parse_error(turn(tool_calls=calls)) == f"messages[1]: {HALF}"
 
 
+def test_errors_name_the_place_of_a_turn_in_the_row():
+    """Empty system turns, the system column and other row forms move messages to other indices."""
+    empty, broken = {"role": "system", "content": ""}, {"role": "assistant", "content": "\ud83d"}
+    assert error_of(messages=[empty, USER, empty, broken]) == f"messages[3]: {HALF}"
+    assert error_of(system="s", messages=[USER, broken]) == f"messages[1]: {HALF}"
+    assert error_of(system="\ud83d", messages=[USER, ANSWER]) == f"'system': {HALF}"
+    assert error_of(**sharegpt(("human", "q"), ("gpt", "\ud83d"))) == f"conversations[1]: {HALF}"
+    assert error_of(prompt=[empty, USER], completion=[broken]) == f"completion[0]: {HALF}"
+    assert error_of(prompt="\ud83d", completion="a") == f"prompt: {HALF}"
+    conversation = parse(messages=[empty, USER, empty, ANSWER])
+    assert [conversation.place(index) for index in (0, 1)] == ["messages[1]", "messages[3]"]
+    assert Conversation([USER, ANSWER], (False, True)).place(1) == "messages[1]"
+
+
 def test_escaped_surrogate_pair_is_one_character():
     assert "\\ud83d" in turn(content="😀")
     assert second(content="😀")["content"] == "😀"
