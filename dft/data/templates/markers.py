@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 TAG = re.compile(r"<[|/]?[A-Za-z_][^<>\s{}'\"]*>|\[/?[A-Z][A-Z_]+\]")
 """Matches tags that chat templates write or search for, such as `<think>` and `[/INST]`."""
@@ -74,10 +75,31 @@ class Markers:
 
 
 def compile_any(texts: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that matches any of the texts, the longest first."""
-    longest_first = sorted(texts, key=lambda text: (-len(text), text))
+    """Return a pattern that matches any of the texts, the longest one that is possible.
+
+    The texts are arranged by their beginnings, since an alternation of the thousands of added tokens of some
+    tokenizers would be tried one by one at each `<`.
+    """
+    tree: dict[str, Any] = {}
+    for text in texts:
+        node = tree
+        for letter in text:
+            node = node.setdefault(letter, {})
+        node[""] = {}
     matches_nothing = "(?!)"
-    return re.compile("|".join(map(re.escape, longest_first)) or matches_nothing)
+    return re.compile(_alternatives(tree) or matches_nothing)
+
+
+def _alternatives(tree: dict[str, Any]) -> str:
+    """Return the source of a pattern for the texts of a tree of letters, in which "" marks an end."""
+    branches = []
+    for letter, node in sorted(tree.items()):
+        if letter:
+            branches.append(re.escape(letter) + _alternatives(node))
+    if not branches:
+        return ""
+    pattern = branches[0] if len(branches) == 1 and "" not in tree else f"(?:{'|'.join(branches)})"
+    return f"{pattern}?" if "" in tree else pattern
 
 
 def common_prefix_length(texts: tuple[str, ...]) -> int:
