@@ -37,9 +37,9 @@ def describe_parallelism(training: transformers.TrainingArguments, ranks: int | 
         training: arguments of the run.
         ranks: number of ranks; default: those of the run.
     """
-    if training.deepspeed:
-        method = f"DeepSpeed ZeRO-{training.hf_deepspeed_config.get_value('zero_optimization.stage', 0)}"
-    elif training.fsdp:
+    if training.deepspeed_plugin is not None:  # also where accelerate launch sets it, without a flag
+        method = f"DeepSpeed ZeRO-{training.deepspeed_plugin.zero_stage}"
+    elif training.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         method = "FSDP 2"
     else:
         method = "DDP" if (ranks or world_size()) > 1 else "single process"

@@ -23,11 +23,18 @@ SECTIONS = (
 """Sections that transformers and accelerate read without checking their type."""
 
 
-def zero_stage(config: str) -> int:
+def deepspeed_flag(config: str | dict[str, Any]) -> str:
+    """Return the flag and its value for the beginning of messages."""
+    return (
+        f"--deepspeed {config}" if isinstance(config, str) else "the DeepSpeed settings of accelerate launch"
+    )
+
+
+def zero_stage(config: str | dict[str, Any]) -> int:
     """Return the ZeRO stage of a DeepSpeed configuration.
 
     Args:
-        config: the path of a file, or JSON.
+        config: the path of a file, JSON, or a configuration that is already parsed.
 
     Raises:
         UserError: the configuration cannot be read.

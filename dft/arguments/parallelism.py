@@ -2,7 +2,7 @@
 
 import transformers
 
-from dft.arguments.deepspeed_file import check_parts
+from dft.arguments.deepspeed_file import check_parts, deepspeed_flag
 from dft.errors import UserError
 from dft.ranks import can_shard, sequence_parallel_size
 
@@ -17,7 +17,7 @@ def check_fsdp(training: transformers.TrainingArguments, planned_ranks: int | No
         return
     if training.deepspeed:
         raise UserError(
-            f"--fsdp and --deepspeed {training.deepspeed} both shard the model; remove one of them"
+            f"--fsdp and {deepspeed_flag(training.deepspeed)} both shard the model; remove one of them"
         )
     if not can_shard() and planned_ranks is None:
         raise UserError(
@@ -42,7 +42,7 @@ def check_deepspeed(training: transformers.TrainingArguments) -> None:
     """Raise `UserError` for a DeepSpeed configuration that contradicts the flags or is not supported."""
     if not training.deepspeed:
         return
-    config, flag = training.hf_deepspeed_config, f"--deepspeed {training.deepspeed}"
+    config, flag = training.hf_deepspeed_config, deepspeed_flag(training.deepspeed)
     check_parts(config.config, flag)
     if config.mismatches:
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
+from dft.arguments.accelerate_launch import launched_flags, launched_note
 from dft.arguments.config_file import SECRETS, expand_config
 from dft.arguments.data import DataArguments, resolve_validation_split
 from dft.arguments.deepspeed_file import zero_stage
@@ -87,10 +88,11 @@ class Parser(HfArgumentParser):
             raise UserError(self._unknown_flag_message(unknown))
         flags = vars(namespace)
         del flags["config"]
-        ignored = ignored_flags(flags)
+        implied = launched_flags(flags)
+        ignored = ignored_flags({**flags, **implied})
         try:
             model, data, dft, lora, watch, training = self.parse_dict(
-                {**flags, **ignored}, allow_extra_keys=False
+                {**flags, **implied, **ignored}, allow_extra_keys=False
             )
         except UserError:
             raise
@@ -106,8 +108,7 @@ class Parser(HfArgumentParser):
             check_bounds(group)
         arguments = Arguments(model, data, dft, lora, watch, training, flags, [])
         arguments.notes.extend(apply_resolved_values(arguments, ignored))
-        repeated = repeated_flags_note(argv)
-        arguments.notes[:0] = [repeated] if repeated else []
+        arguments.notes[:0] = [note for note in (repeated_flags_note(argv), launched_note(implied)) if note]
         return arguments
 
     def _unknown_flag_message(self, unknown: list[str]) -> str:
@@ -143,7 +144,7 @@ def apply_resolved_values(arguments: Arguments, ignored: dict[str, Any]) -> list
     notes = list(training.notes)
     kind = "--prepare_only" if data.prepare_only else "--preflight"
     if ignored:
-        names = ", ".join(f"--{name} {arguments.flags[name]}" for name in ignored)
+        names = ", ".join(f"--{name} {arguments.flags[name] or ''}".strip() for name in ignored)
         reason = (
             "it only prepares the data"
             if data.prepare_only

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from dft.arguments.batch_search import BATCH_FILE, load_batch
-from dft.arguments.deepspeed_file import read_deepspeed
+from dft.arguments.deepspeed_file import deepspeed_flag, read_deepspeed
 from dft.bounds import Bounds, check_bounds
 from dft.errors import UserError
 from dft.metrics import LOWER, selection
@@ -149,7 +149,7 @@ class TrainingArguments(transformers.TrainingArguments):
             read_deepspeed(self.deepspeed)
             if not is_launched():
                 raise UserError(
-                    f"--deepspeed {self.deepspeed}: DeepSpeed needs a launcher, even for a single rank; "
+                    f"{deepspeed_flag(self.deepspeed)}: DeepSpeed needs a launcher, even for a single rank; "
                     "start the run with `deepspeed train_dft.py ...` instead of python"
                 )
             mute_deepspeed()

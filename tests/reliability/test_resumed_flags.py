@@ -35,7 +35,9 @@ def train(example, forks, tmp_path_factory):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.0}))
 
-    def run(output: Path, kind: str, **flags: object) -> str:
+    def run(
+        output: Path, kind: str, code: int = 0, env: dict[str, str] | None = None, **flags: object
+    ) -> str:
         ranks, more = KINDS[kind]
         words = example.words(
             output,
@@ -44,8 +46,8 @@ def train(example, forks, tmp_path_factory):
                 "save_strategy": "steps", "eval_data_files": None, "use_cpu": True, **BEFORE, **more, **flags,
             },
         )  # fmt: skip
-        codes, printed = forks.run(words, ranks)
-        assert not any(codes), printed
+        codes, printed = forks.run(words, ranks, **(env or {}))
+        assert codes[0] == code, printed
         return printed
 
     return run
@@ -75,3 +77,66 @@ def test_changed_flags_have_the_same_effect_under_every_parallelism(train, expec
     for name, weight in reference.items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=2e-5)
         assert not torch.allclose(weights[name], unchanged[name], rtol=1e-3, atol=2e-5), name
+
+
+ACCELERATE = {
+    "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true", "ACCELERATE_MIXED_PRECISION": "no",
+}  # fmt: skip
+"""The environment of `accelerate launch` with a configuration for ZeRO-3."""
+
+
+def test_a_checkpoint_of_accelerate_launch_is_resumed_by_the_parallelism_that_it_has(train, tmp_path):
+    """accelerate's own configuration runs ZeRO-3, although the command line names no DeepSpeed file."""
+    printed = train(tmp_path / "whole", "ddp", env=ACCELERATE)
+    assert "note        set by the configuration of accelerate launch: --deepspeed (ZeRO-3)" in printed
+    assert "2 x cpu, DeepSpeed ZeRO-3, computes in" in printed
+    resume = {"resume_from_checkpoint": tmp_path / "whole/checkpoint-2"}
+    printed = train(tmp_path / "ddp", "ddp", code=2, **resume)
+    assert "saved under DeepSpeed ZeRO-3, and this run is DDP; resume as it was saved" in printed
+    train(tmp_path / "zero3", "zero3", **resume)
+    expected = load_file(tmp_path / "whole/model.safetensors")
+    for name, weight in load_file(tmp_path / "zero3/model.safetensors").items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_an_optimizer_in_the_deepspeed_file_logs_the_learning_rate_of_the_step(train, tmp_path):
+    """DeepSpeed advances the schedule within the step, before it is logged."""
+    config = json.loads((ROOT / "ds_config/zero3.json").read_text())
+    params = {"lr": "auto", "weight_decay": "auto", "betas": "auto", "eps": "auto", "torch_adam": True}
+    file = tmp_path / "with_optimizer.json"
+    file.write_text(json.dumps({**config, "optimizer": {"type": "AdamW", "params": params}}))
+    printed = train(tmp_path / "before", "ddp", deepspeed=file)
+    rates = [record["learning_rate"] for record in train_records(tmp_path / "before")]
+    assert rates == pytest.approx([0.0, 2e-3, 4e-3 / 3, 2e-3 / 3])
+    resume = {"deepspeed": file, "resume_from_checkpoint": tmp_path / "before/checkpoint-2"}
+    printed = train(tmp_path / "after", "ddp", **resume, **CHANGED)
+    assert "note        --adam_beta1: from 0.9 to 0.5, from step 3 on" in printed
+    rates = [record["learning_rate"] for record in train_records(tmp_path / "after")]
+    assert rates == pytest.approx([0.0, 2e-3, *[5e-4] * 4])
+
+
+@pytest.mark.slow
+def test_a_schedule_in_the_deepspeed_file_takes_new_settings(train, tmp_path):
+    file = tmp_path / "with_schedule.json"
+
+    def write(total: int) -> None:
+        config = json.loads((ROOT / "ds_config/zero2.json").read_text())
+        params: dict[str, object] = {"lr": "auto", "weight_decay": "auto", "betas": "auto", "eps": "auto"}
+        optimizer = {"type": "AdamW", "params": {**params, "torch_adam": True}}
+        params = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": 2}
+        params |= {"total_num_steps": total, "warmup_type": "linear"}
+        schedule = {"type": "WarmupDecayLR", "params": params}
+        file.write_text(json.dumps({**config, "optimizer": optimizer, "scheduler": schedule}))
+
+    write(total=4)
+    flags = {"deepspeed": file, "warmup_steps": 2}
+    train(tmp_path / "before", "ddp", **flags)
+    write(total=6)
+    resume = {"resume_from_checkpoint": tmp_path / "before/checkpoint-2", "max_steps": 6}
+    train(tmp_path / "after", "ddp", **flags, **resume, learning_rate=4e-3)
+    train(tmp_path / "whole", "ddp", **flags, max_steps=6, learning_rate=4e-3)
+    rates, whole = (
+        [record["learning_rate"] for record in train_records(tmp_path / name)] for name in ("after", "whole")
+    )
+    assert rates[2:] == pytest.approx(whole[2:]) and len(set(rates)) > 3

@@ -124,6 +124,22 @@ def test_resuming_checks_owner_and_model_before_anything_is_loaded(tmp_path, acc
     assert Resumer(accelerator, tmp_path, trust_checkpoint=True).resolve(True, "digest") == str(folder)
 
 
+def test_a_checkpoint_with_the_optimizer_of_deepspeed_alone_does_not_start_a_new_optimizer(
+    tmp_path, accelerator, args
+):
+    folder = write_checkpoint(tmp_path / "checkpoint-1", accelerator, args, "digest")
+    (folder / "scheduler.pt").touch()
+    resumer = Resumer(accelerator, tmp_path)
+    with resumer.loading(str(folder), lambda: None) as loaded:
+        assert loaded == str(folder)
+    (folder / "optimizer.pt").rename(folder / "global_step1")
+    with (
+        pytest.raises(UserError, match="has no optimizer and schedule that a run without DeepSpeed can load"),
+        resumer.loading(str(folder), lambda: None),
+    ):
+        raise AssertionError("loaded")
+
+
 def test_resuming_without_a_checkpoint(tmp_path, accelerator):
     resumer = Resumer(accelerator, tmp_path)
     assert resumer.resolve(None, "") is None and resumer.resolve(False, "") is None

@@ -10,6 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer import SCHEDULER_NAME
 
 from dft.errors import UserError
 from dft.training.checkpoints.folder import (
@@ -104,6 +105,7 @@ class Resumer:
             return
         with reading(Path(folder), NO_PICKLE):
             if self._accelerator.distributed_type != DistributedType.DEEPSPEED:
+                check_optimizer_file(Path(folder))
                 yield folder
                 return
             checkpoint = open_checkpoint(Path(folder))
@@ -137,6 +139,18 @@ def drop_tied_keys(model: nn.Module, missing: list[str]) -> None:
     """Remove tied weights, which are saved with the weights they are tied to, from a list of missing ones."""
     if isinstance(model, PreTrainedModel):
         missing[:] = [name for name in missing if name not in model.all_tied_weights_keys]
+
+
+def check_optimizer_file(folder: Path) -> None:
+    """Raise `UserError` for a checkpoint without an optimizer that is not DeepSpeed's.
+
+    Trainer would start with a new optimizer and a new schedule.
+    """
+    if not any(folder.glob("optimizer*")) or not (folder / SCHEDULER_NAME).is_file():
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: has no optimizer and schedule that a run without DeepSpeed "
+            f"can load; resume with --deepspeed, or start a new run with --model_name_or_path {folder}"
+        )
 
 
 def check_whole(checkpoint: Checkpoint) -> None:
