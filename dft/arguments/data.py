@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from dft.bounds import Bounds
 from dft.data.conversations.conversation import RESERVED_VARIABLES
+from dft.data.preparing.file_rules import column_flags
 from dft.data.preparing.options import DataOptions, PrepareOptions
 from dft.data.templates.template import DATE
 from dft.errors import UserError
@@ -103,6 +104,7 @@ def check_data_arguments(data: DataArguments) -> None:
             f"--data_weights {weights}: {len(data.data_weights)} weights for {len(data.data_files)} entries "
             "of --data_files; pass one weight for each entry, in the same order"
         )
+    column_flags(data)
     template_variables(data)
     template_date(data)
 

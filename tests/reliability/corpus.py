@@ -68,7 +68,7 @@ DATA = [
         "data-parquet-cut", "a.parquet", parquet({"prompt": ["q"] * 99}, -30), "the parquet file is damaged"
     ),
     data(
-        "data-parquet-columns", "a.parquet", parquet({"text": ["q"]}), "no conversation; the columns are text"
+        "data-parquet-columns", "a.parquet", parquet({"body": ["q"]}), "no conversation; the columns are body"
     ),
     data("data-unknown-suffix", "a.csv", LINE, "a.csv: expected a file that ends in"),
     data("data-300-mb-line", "a.jsonl", long_line, "a.jsonl:1: longer than 256 MiB"),

@@ -17,8 +17,8 @@ from dft.arguments.deepspeed_file import check_parts, read_deepspeed
 from dft.arguments.parser import Parser
 from dft.data.conversations.conversation import parse_conversation
 from dft.data.conversations.faults import BadLine
+from dft.data.reading.data_file import DataFile, split_suffix
 from dft.data.reading.reader import read_batches
-from dft.data.reading.sources import DataFile, split_suffix
 from dft.data.sandbox.limits import LimitExceeded
 from dft.data.templates.renderer import ConversationRenderer
 from dft.data.templates.template import ChatTemplate

@@ -8,11 +8,16 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dft.data.conversations.column_meanings import check_meanings
+from dft.data.conversations.column_rules import apply_rules
 from dft.data.conversations.faults import BadLine
-from dft.data.conversations.forms import describe_forms, find_form
+from dft.data.conversations.forms import describe_forms, find_form, no_form, unread_columns
+from dft.data.conversations.parts import tools_in_parts
+from dft.data.conversations.preferences import take_chosen
 from dft.data.conversations.row_json import parse_json, parse_json_string
+from dft.data.conversations.row_rules import NO_RULES, RowRules
 from dft.data.conversations.turns import SYSTEM_ROLES, Row, Turn, without_empty_system_turns
-from dft.strict_json import json_type_name, shorten
+from dft.strict_json import json_type_name
 
 RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt")
 """Variables that the trainer itself sets for every rendering, so `chat_template_kwargs` must not set them."""
@@ -31,6 +36,8 @@ class Conversation:
         tools: tool definitions for the template, or None.
         variables: further variables for the template, from `chat_template_kwargs` of the row.
         places: for each message where the row has it ("conversations[0]"); () if `messages` is the row's.
+        unread: columns of the row that are not part of the conversation.
+        named: columns of the row that its rules name.
     """
 
     messages: list[dict[str, Any]]
@@ -38,6 +45,8 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] = field(default_factory=dict)
     places: tuple[str, ...] = field(default=(), compare=False)
+    unread: tuple[str, ...] = field(default=(), compare=False)
+    named: tuple[str, ...] = field(default=(), compare=False)
 
     def place(self, index: int) -> str:
         """Return where the row has a message, for error messages.
@@ -53,15 +62,19 @@ class Conversation:
         return replace(self, supervised=tuple(index == last for index in range(len(self.supervised))))
 
 
-def parse_conversation(text: bytes) -> Conversation:
+def parse_conversation(text: bytes, rules: RowRules = NO_RULES) -> Conversation:
     """Parse a JSON object in any of the forms of `dft.data.conversations.forms`.
 
-    Columns that are null and system or developer turns that are empty count as absent, and unknown columns
-    are ignored.
+    Columns that are null and system or developer turns that are empty count as absent.
+
+    Args:
+        text: the JSON text of the row.
+        rules: how the columns of its file are read.
 
     Raises:
-        BadLine: broken JSON, a wrong type, an unknown form, role or content part, an empty turn, or no
-            supervised turn.
+        BadLine: broken JSON, a wrong type, an unknown form, role or content part, an empty turn, a column
+            that changes what the row means, or no supervised turn.
+        RowLeftOut: the row does not fulfil a condition of the rules.
     """
     row = parse_json(text)
     if not isinstance(row, dict):
@@ -69,10 +82,14 @@ def parse_conversation(text: bytes) -> Conversation:
             f"expected a JSON object with {describe_forms()}, got {json_type_name(row)}", "not a JSON object"
         )
     row = {key: value for key, value in row.items() if value is not None}
+    named: tuple[str, ...] = ()
+    left_out, last_only = named, False
+    if len(row) > 1 or rules.change_rows:
+        named = tuple(key for key in row if key in rules.named)
+        row, left_out, last_only = _apply_rules(row, rules)
     form = find_form(row)
     if form is None:
-        keys = f"the keys are {shorten(sorted(row))}" if row else "the object is empty"
-        raise BadLine(f"no conversation; {keys}, expected {describe_forms()}", "no conversation")
+        raise no_form(row)
     turns = _add_system(row, without_empty_system_turns(form.read(row)))
     if not any(turn.message["role"] == "assistant" for turn in turns):
         raise BadLine("no assistant turn, so there is nothing to learn from", "no assistant turn")
@@ -85,21 +102,45 @@ def parse_conversation(text: bytes) -> Conversation:
         _read_tools(row),
         _read_variables(row),
         tuple(turn.place for turn in turns),
+        unread=left_out + (unread_columns(row, form) if len(row) > 1 else ()),
+        named=named,
     )
     # In valid UTF-8, an unpaired surrogate can only appear as an escape.
     if SURROGATE_ESCAPE.search(text):
         _check_surrogates(conversation)
-    return conversation
+    return conversation.last_turn_only() if last_only else conversation
+
+
+def _apply_rules(row: Row, rules: RowRules) -> tuple[Row, tuple[str, ...], bool]:
+    """Rename and check the columns of a row.
+
+    Returns:
+        The row, its columns that the rules leave out, and whether only its last turn is to be supervised.
+    """
+    left_out: tuple[str, ...] = ()
+    if rules.change_rows:
+        row, left_out = apply_rules(row, rules)
+    last_only = False
+    if rules.use_chosen:
+        row, last_only = take_chosen(row)
+    check_meanings(row, rules)
+    return row, left_out, last_only
 
 
 def _add_system(row: Row, turns: list[Turn]) -> list[Turn]:
     """Insert the `system` column as the first turn, unless there is a system or developer turn."""
     system = row.get("system", "")
+    if isinstance(system, list) and all(_is_text_block(block) for block in system):
+        system = "".join(block["text"] for block in system)  # as in Anthropic's format
     if not isinstance(system, str):
         raise BadLine(f"'system' must be a string, got {json_type_name(system)}", "'system' is not a string")
     if not system.strip() or any(turn.message["role"] in SYSTEM_ROLES for turn in turns):
         return turns
     return [Turn({"role": "system", "content": system}, False, "'system'"), *turns]
+
+
+def _is_text_block(block: Any) -> bool:
+    return isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str)
 
 
 def _read_variables(row: Row) -> dict[str, Any]:
@@ -114,15 +155,40 @@ def _read_variables(row: Row) -> dict[str, Any]:
 
 
 def _read_tools(row: Row) -> list[dict[str, Any]] | None:
-    tools = row.get("tools") or []
+    """Return the tool definitions of a row in the form that chat templates expect."""
+    sources = {
+        "tools": row.get("tools"),
+        "functions": row.get("functions"),  # the key used by OpenAI's format before 'tools'
+        "the part of type 'tools'": tools_in_parts(row.get("messages", row.get("conversations"))),
+    }
+    names = [name for name, value in sources.items() if value]
+    if len(names) > 1:
+        raise BadLine(f"{' and '.join(map(_quoted, names))} both define tools", "tools are defined twice")
+    if not names:
+        return None
+    (name,) = names
+    tools = sources[name]
     if isinstance(tools, str):
-        tools = parse_json_string("'tools'", tools) if tools.strip() else []
+        tools = parse_json_string(_quoted(name), tools) if tools.strip() else []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadLine(
-            f"'tools' must be a list of objects or a JSON string of such a list, got {json_type_name(tools)}",
+            f"{_quoted(name)} must be a list of objects or a JSON string of such a list, got "
+            f"{json_type_name(tools)}",
             "wrong 'tools'",
         )
-    return tools or None
+    return [_function_tool(tool) for tool in tools] or None
+
+
+def _quoted(name: str) -> str:
+    return name if " " in name else f"'{name}'"
+
+
+def _function_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool definition as `{"type": "function", "function": {...}}`, where it is the inner object."""
+    if "function" in tool or "type" in tool or not isinstance(tool.get("name"), str):
+        return tool
+    names = {"input_schema": "parameters"}  # Anthropic's name for it
+    return {"type": "function", "function": {names.get(key, key): value for key, value in tool.items()}}
 
 
 def _check_surrogates(conversation: Conversation) -> None:

@@ -5,7 +5,8 @@ Only the completion is supervised.
 
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.row_form import RowForm
-from dft.data.conversations.turns import Row, Turn, read_turn, read_turns
+from dft.data.conversations.turn_styles import read_conversation
+from dft.data.conversations.turns import Row, Turn, read_turn
 from dft.strict_json import json_type_name
 
 
@@ -22,8 +23,8 @@ def _read(row: Row) -> list[Turn]:
             f"{json_type_name(prompt)} and {json_type_name(completion)}",
             "wrong 'prompt' and 'completion'",
         )
-    context = [turn._replace(is_supervised=False) for turn in read_turns("prompt", prompt, read_turn)]
-    turns = read_turns("completion", completion, read_turn)
+    context = [turn._replace(is_supervised=False) for turn in read_conversation("prompt", prompt)]
+    turns = read_conversation("completion", completion)
     if not any(turn.message["role"] == "assistant" for turn in turns):
         raise BadLine(
             "no assistant turn in 'completion', so there is nothing to learn from", "no assistant turn"

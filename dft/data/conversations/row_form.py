@@ -18,6 +18,9 @@ class RowForm:
             evaluation data with the answer in a separate column. Returns the row unchanged if it
             already ends with an assistant turn, and None if it does not have this form.
         example: a row of this form.
+        optional: further columns that `read` uses if the row has them.
+        is_list: whether the form holds a whole conversation as a list of turns. The text of other forms is
+            spread over columns, so an unread column may be a forgotten part of the conversation.
     """
 
     name: str
@@ -25,3 +28,10 @@ class RowForm:
     read: Callable[[Row], list[Turn]]
     append_answer: Callable[[Row, str], Row | None]
     example: Row
+    optional: tuple[str, ...] = ()
+    is_list: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that `read` uses."""
+        return self.keys + self.optional

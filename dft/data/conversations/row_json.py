@@ -40,6 +40,17 @@ def parse_json_string(where: str, text: str) -> Any:
         raise BadLine(f"{where}: {error}", f"{BROKEN} within a string") from None
 
 
+def parse_list(where: str, value: Any) -> Any:
+    """Return a value, parsed if it is a list written as JSON text, as in a table whose cells are strings.
+
+    Raises:
+        BadLine: a text that begins like a list is not strict JSON.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        return parse_json_string(where, value)
+    return value
+
+
 def _decode(text: str) -> Any:
     try:
         return DECODER.decode(text)

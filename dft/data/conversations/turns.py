@@ -1,15 +1,23 @@
 """Validation of turns, shared by all row forms."""
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dft.data.conversations.faults import BadLine
+from dft.data.conversations.parts import read_parts
 from dft.data.conversations.row_json import parse_json_string
 from dft.strict_json import json_type_name, shorten
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SYSTEM_ROLES = ("system", "developer")
 """Roles of turns that count as absent if they are empty, as many data sets have them."""
+SWITCHES = ("train", "loss")
+"""Keys of a message that say whether it is supervised."""
+WEIGHTS = ("weight", "loss_weight", "loss_scale")
+"""Keys of a message with the weight of its loss, of which only 0 and 1 are supported."""
+ARGUMENT_KEYS = ("arguments", "parameters", "input")
+"""Keys under which a tool call may hold its arguments. The first one that is present is used."""
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message may hold its reasoning. The first one that is present is used."""
 
@@ -29,25 +37,6 @@ class Turn(NamedTuple):
     message: dict[str, Any]
     is_supervised: bool
     place: str
-
-
-def read_turns(key: str, turns: Any, read: Callable[[str, Any], Turn]) -> list[Turn]:
-    """Validate the list of turns under a key of a row.
-
-    Args:
-        key: the key, for error messages.
-        turns: its value.
-        read: validates one turn, given its place in the row ("messages[0]") and its value.
-
-    Raises:
-        BadLine: the value is not a list or is empty, or a turn is invalid.
-    """
-    if not isinstance(turns, list) or not turns:
-        raise BadLine(
-            f"'{key}' must be a list of at least one turn, got {json_type_name(turns)}",
-            f"'{key}' is not a list of turns",
-        )
-    return [read(f"{key}[{index}]", turn) for index, turn in enumerate(turns)]
 
 
 def append_answer(row: Row, key: str, answer: str, is_answer: Callable[[dict[str, Any]], bool]) -> Row | None:
@@ -79,8 +68,8 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
         text_key: the key that the row itself uses for the content, for error messages.
 
     Returns:
-        The turn, whose message has no null values, `train` and `weight`. The content of an empty system or
-        developer turn is "", see `without_empty_system_turns`.
+        The turn, whose message has no null values, `SWITCHES` and `WEIGHTS`. The content of an empty system
+        or developer turn is "", see `without_empty_system_turns`.
 
     Raises:
         BadLine: a wrong type, an unknown role or an empty turn.
@@ -99,17 +88,18 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
         raise BadLine(
             f"{where}: unknown role {shorten(role)}; the roles are {', '.join(ROLES)}", "unknown role"
         )
-    supervised = _pop_supervision(where, role, message)
     content = message.get("content")
     if len(message) == 2 and isinstance(content, str) and content.strip():
-        return Turn(message, supervised, where)  # fast path: most turns have no other keys
+        return Turn(message, role == "assistant", where)  # fast path: most turns have no other keys
+    supervised = _pop_supervision(where, role, message)
     if "function_call" in message:  # the key used by OpenAI's format before 'tool_calls'
         message["tool_calls"] = [message.pop("function_call")]
+    if isinstance(content, list):
+        read_parts(where, text_key, message)
+        content = message["content"]
     has_calls = "tool_calls" in message and _normalize_tool_calls(where, message)
     has_reasoning = _has_reasoning(where, message)
     may_be_empty = role == "assistant" and (has_calls or has_reasoning)
-    if isinstance(content, list):
-        content = message["content"] = _join_parts(where, text_key, content)
     if content is None and (may_be_empty or (role in SYSTEM_ROLES and "content" in turn)):
         content = message["content"] = ""  # templates read it unconditionally
     if not isinstance(content, str):
@@ -148,42 +138,28 @@ def _has_reasoning(where: str, message: dict[str, Any]) -> bool:
 
 
 def _pop_supervision(where: str, role: str, message: dict[str, Any]) -> bool:
-    """Remove `train` and `weight` from a message. Return whether it is supervised."""
-    train, weight = message.pop("train", None), message.pop("weight", None)
-    if train is None and weight is None:
-        return role == "assistant"
-    if train is not None and not isinstance(train, bool):
-        raise BadLine(f"{where}: 'train' must be true or false, got {shorten(train)}", "wrong 'train'")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise BadLine(f"{where}: 'weight' must be 0 or 1, got {shorten(weight)}", "wrong 'weight'")
+    """Remove the keys that say whether a message is supervised. Return whether it is."""
+    switches = {key: message.pop(key) for key in SWITCHES if key in message}
+    weights = {key: message.pop(key) for key in WEIGHTS if key in message}
+    for key, value in switches.items():
+        if not isinstance(value, bool):
+            raise BadLine(f"{where}: '{key}' must be true or false, got {shorten(value)}", f"wrong '{key}'")
+        # Some exporters write weight 1 on every turn. A switch, in contrast, is always set deliberately.
+        if value and role != "assistant":
+            raise BadLine(
+                f"{where}: '{key}' is true on a {role} turn; only assistant turns are trained",
+                f"wrong '{key}'",
+            )
+    for key, value in weights.items():
+        if isinstance(value, bool) or value not in (0, 1):
+            raise BadLine(f"{where}: '{key}' must be 0 or 1, got {shorten(value)}", f"wrong '{key}'")
     if role != "assistant":
-        # Some exporters write weight 1 on every turn. `train`, in contrast, is always set deliberately.
-        if train:
-            raise BadLine(
-                f"{where}: 'train' is true on a {role} turn; only assistant turns are trained",
-                "wrong 'train'",
-            )
         return False
-    if train is not None and weight is not None and train != bool(weight):
-        raise BadLine(f"{where}: 'train' is {str(train).lower()} but 'weight' is {weight}", "wrong 'train'")
-    return bool(weight) if train is None else train
-
-
-def _join_parts(where: str, text_key: str, parts: list[Any]) -> str:
-    """Concatenate content that is a list of text parts."""
-    texts = []
-    for index, part in enumerate(parts):
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
-        if not isinstance(text, str):
-            has_type = isinstance(part, dict) and "type" in part
-            got = f"a part of type {shorten(part['type'])}" if has_type else json_type_name(part)
-            if has_type and part["type"] == "text":
-                got = "a part without text"
-            raise BadLine(
-                f"{where}: '{text_key}[{index}]' must be a text part, got {got}", "a part that is not text"
-            )
-        texts.append(text)
-    return "".join(texts)
+    values = {**switches, **weights}
+    if len({bool(value) for value in values.values()}) > 1:
+        texts = [f"'{key}' is {json.dumps(value)}" for key, value in values.items()]
+        raise BadLine(f"{where}: {' but '.join(texts)}", f"wrong '{next(iter(values))}'")
+    return all(values.values())
 
 
 def _normalize_tool_calls(where: str, message: dict[str, Any]) -> bool:
@@ -207,26 +183,29 @@ def _normalize_tool_call(where: str, call: dict[str, Any]) -> dict[str, Any]:
     """Return a call as templates expect it: `{"type": "function", "function": {"name", "arguments": {}}}`."""
     call = {key: value for key, value in call.items() if value is not None}
     if "function" not in call:
-        bare = {key: call.pop(key) for key in ("name", "arguments") if key in call}
+        bare = {key: call.pop(key) for key in ("name", *ARGUMENT_KEYS) if key in call}
         call = {"type": "function", **call, "function": bare}
     function = call["function"]
     if not isinstance(function, dict):
         raise BadLine(
             f"{where}: 'function' must be an object, got {json_type_name(function)}", "wrong 'tool_calls'"
         )
-    name, arguments = function.get("name"), function.get("arguments")
+    name = function.get("name")
+    argument_key = next((key for key in ARGUMENT_KEYS if key in function), "arguments")
+    arguments = function.get(argument_key)
     if not isinstance(name, str) or not name.strip():
         got = "nothing" if name is None else json_type_name(name)
         got = "an empty string" if isinstance(name, str) else got
         raise BadLine(f"{where}: 'name' must be the name of a function, got {got}", "wrong 'tool_calls'")
     if isinstance(arguments, str):
-        arguments = parse_json_string(f"{where}: 'arguments'", arguments)
+        arguments = parse_json_string(f"{where}: '{argument_key}'", arguments)
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
         raise BadLine(
-            f"{where}: 'arguments' must be an object or a JSON string of an object, got "
+            f"{where}: '{argument_key}' must be an object or a JSON string of an object, got "
             f"{json_type_name(arguments)}",
             "wrong 'tool_calls'",
         )
-    return {**call, "function": {**function, "arguments": arguments}}
+    others = {key: value for key, value in function.items() if key != argument_key}
+    return {**call, "function": {**others, "arguments": arguments}}

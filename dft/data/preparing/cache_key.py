@@ -11,7 +11,7 @@ import transformers
 
 import dft.data
 from dft.data.preparing.options import PrepareOptions
-from dft.data.reading.sources import DataFile
+from dft.data.reading.data_file import DataFile
 from dft.data.templates.encoder import ChatEncoder
 
 
@@ -50,9 +50,13 @@ def cache_key(
         "stops": encoder.renderer.stops,
         "use_generation_tags": encoder.renderer.use_generation_tags,
         "files": [
-            [(source.kind, source.compression, source.entry, source.rows_before) for source in group]
+            [
+                (source.kind, source.compression, source.entry, source.rows_before, source.member)
+                for source in group
+            ]
             for group in sources.values()
         ],
+        "rules": [[repr(source.rules) for source in group] for group in sources.values()],
         "contents": contents,
     }
     digest.update(json.dumps(described, sort_keys=True).encode())

@@ -1,6 +1,7 @@
 """Encoding of a chunk of records: parse, render, tokenize, mask, truncate, check and count."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from dft.data.conversations.conversation import Conversation, parse_conversation
 from dft.data.conversations.faults import BadLine
+from dft.data.conversations.row_rules import NO_RULES, RowLeftOut, RowRules
 from dft.data.preparing.conversation_counts import ConversationCounts
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.truncation import count_supervised, truncate
@@ -53,11 +55,15 @@ class RecordChunk:
         file: name of the file, for error messages.
         number: number of the chunk within the file, from 0.
         records: the records, at least one.
+        rules: how the rows of the file are read.
+        unread: number of values of columns that are not in the records.
     """
 
     file: str
     number: int
     records: list[Record]
+    rules: RowRules = NO_RULES
+    unread: dict[str, int] = field(default_factory=dict)
 
     def limit_error(self, excess: str) -> UserError:
         """Return the error to raise when rendering exceeds a limit; `excess` names the limit."""
@@ -114,14 +120,16 @@ def encode_chunk(encoder: ChatEncoder, options: PrepareOptions, chunk: RecordChu
         UserError: the chat template exceeds a limit of `dft.data.sandbox.limits`, or the self-check found a
             conversation whose supervision is wrong.
     """
-    parsed = [_parse(record, options) for record in chunk.records]
+    parsed = [_parse(record, chunk.rules, options) for record in chunk.records]
     try:
-        encoded = iter(encoder.sequences([item for item in parsed if not isinstance(item, BadLine)]))
+        encoded = iter(encoder.sequences([item for item in parsed if isinstance(item, Conversation)]))
     except LimitExceeded as error:
         raise chunk.limit_error(str(error)) from None
     conversations: list[_EncodedConversation] = []
-    usable, rejected, counts = [], [], ConversationCounts(read=len(parsed))
+    usable, rejected, counts = [], [], _count_columns(chunk, parsed)
     for index, (record, conversation) in enumerate(zip(chunk.records, parsed, strict=True)):
+        if isinstance(conversation, RowLeftOut):
+            continue
         try:
             if isinstance(conversation, BadLine):
                 raise conversation
@@ -155,16 +163,35 @@ def encode_chunk(encoder: ChatEncoder, options: PrepareOptions, chunk: RecordChu
     return result
 
 
-def _parse(record: Record, options: PrepareOptions) -> Conversation | BadLine:
-    """Return the conversation of a record, or the error that makes it unusable."""
+def _parse(record: Record, rules: RowRules, options: PrepareOptions) -> Conversation | BadLine | RowLeftOut:
+    """Return the conversation of a record, or the reason why it has none that is used."""
     if record.flaw is not None:
         return BadLine(record.flaw.reason, record.flaw.kind)
     text = record.text.rstrip(b"\r")  # otherwise JSON errors would point at the end of the line
     try:
-        conversation = parse_conversation(text.removeprefix(BOM) if record.line == 1 else text)
-    except BadLine as error:
+        conversation = parse_conversation(text.removeprefix(BOM) if record.line == 1 else text, rules)
+    except (BadLine, RowLeftOut) as error:
         return error
     return conversation.last_turn_only() if options.train_on_last_turn_only else conversation
+
+
+def _count_columns(
+    chunk: RecordChunk, parsed: list[Conversation | BadLine | RowLeftOut]
+) -> ConversationCounts:
+    """Return counts of the records, of those left out, and of the columns that are not read."""
+    counts = ConversationCounts(read=len(parsed), unread=Counter(chunk.unread))
+    counts.named.update(
+        {column: count for column, count in chunk.unread.items() if column in chunk.rules.named}
+    )
+    for item in parsed:
+        if isinstance(item, Conversation):
+            if item.unread or item.named:
+                counts.unread.update(item.unread)
+                counts.named.update(item.named)
+        elif isinstance(item, RowLeftOut):
+            counts.left_out[str(item)] += 1
+            counts.named.update(chunk.rules.kept_columns)
+    return counts
 
 
 def _reject(index: int, record: Record, error: BadLine, options: PrepareOptions) -> RejectedRecord:

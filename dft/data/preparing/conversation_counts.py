@@ -23,6 +23,9 @@ class ConversationCounts:
         turns: conversations by number of turns.
         remarks: sequences by properties that the user should know about.
         remark_examples: the first sequence of each remark, as `file:line, messages[index]`.
+        left_out: rows that a condition of --keep_rows leaves out, by the condition.
+        unread: values of the columns that are not part of a conversation, by column.
+        named: rows of usable conversations that have a column which a flag names, by column.
     """
 
     read: int = 0
@@ -38,6 +41,9 @@ class ConversationCounts:
     turns: Counter[int] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
     remark_examples: dict[str, str] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    named: Counter[str] = field(default_factory=Counter)
 
     def __add__(self, other: "ConversationCounts") -> "ConversationCounts":
         names = [attribute.name for attribute in fields(self) if attribute.name != "remark_examples"]

@@ -53,6 +53,8 @@ def build_report(
             {"remark": remark, "sequences": count, "example": total.remark_examples[remark]}
             for remark, count in total.remarks.most_common()
         ],
+        "rows_left_out": dict(total.left_out.most_common()),
+        "unread_columns": dict(total.unread.most_common()),
         "roles": dict(total.roles.most_common()),
         "turns_per_conversation": percentiles(turns),
         "files": {name: [_file_counts(part) for part in group] for name, group in counts.items() if group},

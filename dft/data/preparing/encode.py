@@ -14,8 +14,8 @@ from dft.data.preparing.conversation_counts import ConversationCounts
 from dft.data.preparing.encoded_sequences import EncodedSequences, SequenceWriter
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.rejected_texts import RejectedTexts, rejected_line
+from dft.data.reading.data_file import DataFile
 from dft.data.reading.reader import read_batches
-from dft.data.reading.sources import DataFile
 from dft.data.sandbox.limits import EXCEEDS_TIME
 from dft.data.sandbox.workers import WorkerLost, map_in_processes, without_tokenizer_threads
 from dft.data.templates.encoder import ChatEncoder
@@ -78,9 +78,12 @@ def _encoded_chunks(
     Raises:
         UserError: the chat template exceeds a limit, or a worker process was killed.
     """
-    size = sum(source.path.stat().st_size for source in sources)
+    size = sum(source.size for source in sources)
     tasks = (
-        ((index, batch.consumed, spans), RecordChunk(source.name, number, records))
+        (
+            (index, batch.consumed, spans),
+            RecordChunk(source.name, number, records, source.rules, batch.unread),
+        )
         for index, source in enumerate(sources)
         for number, batch in enumerate(read_batches(source))
         for records, spans in [texts.remove_from(batch.records)]

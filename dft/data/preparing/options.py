@@ -51,6 +51,30 @@ class DataOptions:
     dedup: bool = field(
         default=False, metadata={"help": "Drop conversations whose tokens equal those of an earlier one."}
     )
+    columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Names for columns, as NAME=COLUMN: instruction=question output=answer reads the column "
+            "question as instruction. FILE:NAME=COLUMN is for one file."
+        },
+    )
+    ignore_columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Columns to leave out, also those that would be an error. FILE:COLUMN is for one file."
+        },
+    )
+    keep_rows: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Use only the rows that fulfil these conditions, as COLUMN=VALUE: label=true. A column "
+            "given twice may have either value. FILE:COLUMN=VALUE is for one file."
+        },
+    )
+    use_chosen: bool = field(
+        default=False,
+        metadata={"help": "Train on the chosen answer of preference pairs, which are an error otherwise."},
+    )
     on_bad_data: str = field(
         default="error",
         metadata={

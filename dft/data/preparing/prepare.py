@@ -31,9 +31,11 @@ from dft.data.preparing.data_report import add_file_names, build_report, file_gr
 from dft.data.preparing.digests import DIGESTS, content_digests
 from dft.data.preparing.encode import encode_sources
 from dft.data.preparing.encoded_sequences import EncodedSequences
+from dft.data.preparing.file_rules import assign_rules, check_columns_used
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.selection import select
-from dft.data.reading.sources import DataFile, resolve_sources
+from dft.data.reading.data_file import DataFile
+from dft.data.reading.sources import resolve_sources
 from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
 from dft.files import DISK_FULL, convert_write_errors, flush_to_disk, write_atomically
@@ -91,10 +93,12 @@ class _Preparation:
 
     Attributes:
         sources: the "train" and the "eval" files.
+        values: the values of the flags that name them.
         contents: content digest of each file, taken before they are read.
     """
 
     sources: dict[str, list[DataFile]]
+    values: dict[str, list[str]]
     contents: list[str]
     encoder: ChatEncoder
     options: PrepareOptions
@@ -128,10 +132,12 @@ def prepare(
             with a total per reason); no conversation is left to train or evaluate on; or the cache folder
             cannot be written, or can be written by other users.
     """
+    values = {"train": data_files, "eval": eval_data_files}
     sources = {
         "train": resolve_sources(data_files, "--data_files"),
         "eval": resolve_sources(eval_data_files, "--eval_data_files"),
     }
+    sources = assign_rules(sources, values, options)
     with _cache_errors(cache_dir, sources):
         cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         check_private(cache_dir / DIGESTS, cache_dir)
@@ -139,7 +145,7 @@ def prepare(
         target = cache_dir / cache_key(sources, contents, encoder, options)
         check_private(target, cache_dir)
         if not is_complete(target):
-            _prepare_once(target, _Preparation(sources, contents, encoder, options, workers))
+            _prepare_once(target, _Preparation(sources, values, contents, encoder, options, workers))
     names = {group: [source.name for source in members] for group, members in sources.items()}
     report = add_file_names(json.loads((target / DATA_REPORT).read_text(encoding="utf-8")), names)
     report["prepared_path"] = str(target)
@@ -249,6 +255,8 @@ def _fill(folder: Path, preparation: _Preparation) -> None:
                 rejects,
             )
     faults.raise_if_any()  # applies to "skip" as well: unreadable records cannot be saved
+    named = {group: [part.named for part in parts] for group, parts in counts.items()}
+    check_columns_used(sources, preparation.values, options, named)
     entries = [source.entry for source in sources["train"]]
     splits, unused = select(encoded, counts, entries, options)
     if not sources["eval"]:

@@ -52,10 +52,12 @@ class Batch(NamedTuple):
     Attributes:
         records: 1 to `MAX_BATCH_RECORDS` records, in the order of the file.
         consumed: bytes of the file on disk that were read since the previous batch.
+        unread: number of values of columns that were not read at all, since the previous batch.
     """
 
     records: list[Record]
     consumed: int
+    unread: dict[str, int] = {}
 
 
 NO_CONVERSATION = Flaw("there is no conversation in this file", "there is no conversation in this file")

@@ -1,9 +1,11 @@
 """Split text files into records. The records are not parsed; `dft.data.conversations` does that."""
 
+import zipfile
 import zlib
 from collections.abc import Iterator
 from itertools import chain
 
+from dft.data.reading.data_file import DataFile
 from dft.data.reading.decompress import READERS, TrailingBytes
 from dft.data.reading.json_array import BLANKS, UNCLOSED_STRING, ArrayScanner, PartialRecord
 from dft.data.reading.records import (
@@ -14,7 +16,6 @@ from dft.data.reading.records import (
     Record,
     unreadable_from_here,
 )
-from dft.data.reading.sources import DataFile
 from dft.data.reading.text_format import TextFormat, detect_format
 
 NEEDS_MEMORY = "requires too much memory"
@@ -35,9 +36,13 @@ class TextReader:
         """Return the number of bytes of the file on disk that were read so far."""
         return self._position
 
+    def take_unread(self) -> dict[str, int]:
+        """Return no columns: a text is always read as a whole."""
+        return {}
+
     def records(self) -> Iterator[Record]:
         """Yield the records in order. Errors between them are yielded as records with a flaw."""
-        text_format, pieces = detect_format(self.source.kind, self._pieces())
+        text_format, pieces = detect_format(self.source.kind, self.pieces())
         if text_format is TextFormat.ARRAY:
             yield from self._read_array(pieces)
         elif text_format is TextFormat.LINES:
@@ -47,18 +52,33 @@ class TextReader:
         if self._trailing:
             yield self._trailing_record()
 
-    def _pieces(self) -> Iterator[bytes]:
-        """Yield the decompressed bytes of the file. At the first unreadable byte, stop and set `_damage`."""
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the decompressed bytes of the file. An unreadable byte ends them, see `final_flaws`."""
         compression = self.source.compression
         try:
-            with open(self.source.path, "rb") as file:
-                for piece in READERS[compression](file):
-                    self._position = file.tell()
+            with self.source.open() as file:
+                for piece in READERS[compression](file.stream):
+                    self._position = file.position()
                     yield piece
         except TrailingBytes as error:
             self._trailing = error.data
+        except zipfile.BadZipFile as error:
+            kind = "the zip archive is damaged"
+            self._damage = unreadable_from_here(f"{kind} ({error})", kind)
         except (OSError, EOFError, zlib.error) as error:
             self._damage = _damage_flaw(error, compression)
+
+    def final_flaws(self, line: int) -> Iterator[Record]:
+        """Yield the errors of a file whose pieces have all been read.
+
+        Args:
+            line: the line after the last record.
+        """
+        if self._damage is not None:
+            yield Record(line, b"", self._damage)
+        self._end = line
+        if self._trailing:
+            yield self._trailing_record()
 
     def _trailing_record(self) -> Record:
         size = len(self._trailing)

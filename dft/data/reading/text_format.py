@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import Any
 
-from dft.data.conversations.forms import find_form
+from dft.data.conversations.forms import matching_forms
 from dft.data.reading.json_array import BLANKS, ArrayScanner
 from dft.data.reading.records import BOM, MAX_RECORD_BYTES
 
@@ -114,7 +114,7 @@ def _has_conversation_line(head: list[bytes], pieces: Iterator[bytes]) -> bool:
 
 def _is_conversation(text: bytes) -> bool:
     value = _parse(text)
-    return isinstance(value, dict) and find_form(value) is not None
+    return isinstance(value, dict) and bool(matching_forms(value))
 
 
 def _parse(text: bytes) -> Any:

@@ -15,6 +15,8 @@ from dft.labels import IGNORE_INDEX
 SUPERVISED, OTHER = ">> |", "   |"
 MAX_LISTED_FILES = 20
 """Number of files of a split that are listed; data_report.json lists all."""
+MAX_LISTED_COLUMNS = 8
+"""Number of columns that are not read that are listed; data_report.json lists all."""
 BAR = 40
 """Width of the longest bar of a histogram, in characters."""
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -31,7 +33,7 @@ def data_summary(report: Mapping[str, Any], folder: str | None = None) -> list[s
     for split in ("train", "eval"):
         if split in report:
             lines += _split_lines(split, report)
-    return lines + _lost_lines(report, folder) + _ending_lines(report)
+    return lines + _unread_lines(report) + _lost_lines(report, folder) + _ending_lines(report)
 
 
 def data_details(report: Mapping[str, Any], folder: str | None = None) -> list[str]:
@@ -73,6 +75,17 @@ def _split_lines(split: str, report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _unread_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return a line on the columns that are not read."""
+    columns = report.get("unread_columns", {})  # absent from the reports of earlier versions
+    if not columns:
+        return []
+    shown = ", ".join(f"{name} ({count:,})" for name, count in list(columns.items())[:MAX_LISTED_COLUMNS])
+    more = len(columns) - MAX_LISTED_COLUMNS
+    others = f" and {more:,} more, see data_report.json" if more > 0 else ""
+    return [f"not read    {_count(len(columns), 'column')}: {shown}{others}"]
+
+
 def _lost_lines(report: Mapping[str, Any], folder: str | None) -> list[str]:
     """Return lines on rejected, truncated, dropped and unused conversations."""
     lines = []
@@ -80,6 +93,8 @@ def _lost_lines(report: Mapping[str, Any], folder: str | None) -> list[str]:
         reasons = ", ".join(f"{number:,} x {kind}" for kind, number in report["rejected_by_reason"].items())
         copied = "" if folder is None else f", copied to {Path(folder) / REJECTED}"
         lines.append(f"rejected    {_count(count, 'line')}{copied}: {reasons}")
+    for condition, count in report.get("rows_left_out", {}).items():
+        lines.append(f"left out    {_count(count, 'row')} by {condition}")
     lines += _length_limit_lines(report)
     if count := report["repeated_conversations_dropped"]:
         lines.append(f"dropped     {_count(count, 'conversation')} as duplicates of earlier ones (--dedup)")
@@ -120,7 +135,7 @@ def _ending_lines(report: Mapping[str, Any]) -> list[str]:
             f"warning     {_count(count, 'turn')} without a stop token, so the model does not learn to stop "
             "there; check the chat template and the eos token of the tokenizer"
         )
-    for entry in report["remarks"]:
+    for entry in report.get("remarks", []):  # absent from the reports of earlier versions
         lines.append(
             f"note        {_count(entry['sequences'], 'sequence')}: {entry['remark']}; for example "
             f"{entry['example']}"

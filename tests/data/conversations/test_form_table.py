@@ -9,10 +9,11 @@ import pytest
 
 from dft.data.conversations import forms
 from dft.data.conversations.conversation import parse_conversation
+from dft.data.conversations.faults import BadLine
 from dft.data.conversations.row_form import RowForm
 from dft.data.conversations.turns import Row, Turn, read_turn
+from dft.data.reading.data_file import DataFile
 from dft.data.reading.reader import read_batches
-from dft.data.reading.sources import DataFile
 from dft.evaluation.problems import read_problems
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
@@ -31,6 +32,8 @@ def append_reply(row: Row, answer: str) -> Row | None:
 
 PAIR = RowForm("question and reply", ("question", "reply"), read_pair, append_reply, {"question": "2 + 2?"})
 
+OWN_FORMS = "'messages', 'conversations', 'conversation', 'instruction' with 'output', 'response'"
+
 
 @pytest.fixture
 def with_pair(monkeypatch) -> None:
@@ -48,7 +51,9 @@ def test_the_example_of_a_form_is_a_row_of_that_form(form):
 def test_an_answer_is_appended_to_the_first_form_that_the_row_has(form):
     example = form.example
     turns = {key: value[:1] for key, value in example.items() if isinstance(value, list)}
-    row = turns or {"prompt": example["prompt"]}
+    row = turns or {key: value for key, value in example.items() if value != "4"}
+    if form is forms.QUESTION_ANSWER_PAIRS:
+        row = {"conversation": [{"human": "2 + 2?"}]}
     answered = forms.append_answer(row, "4")
     assert parse_conversation(json.dumps(answered).encode()).messages == [USER, ANSWER]
     assert forms.append_answer({"text": "x"}, "4") == {"text": "x"}
@@ -56,9 +61,10 @@ def test_an_answer_is_appended_to_the_first_form_that_the_row_has(form):
 
 def test_the_keys_of_all_forms_are_columns_that_are_read():
     assert forms.columns() == (
-        "messages", "conversations", "prompt", "completion", "tools", "system", "chat_template_kwargs",
+        "messages", "conversations", "conversation", "instruction", "output", "input", "history", "response",
+        "query", "prompt", "completion", "tools", "functions", "system", "chat_template_kwargs",
     )  # fmt: skip
-    assert forms.describe_forms() == "'messages', 'conversations' or 'prompt' with 'completion'"
+    assert forms.describe_forms() == f"{OWN_FORMS} or 'prompt' with 'completion'"
 
 
 def records(path: Path, kind: str) -> list[bytes]:
@@ -85,8 +91,7 @@ def test_a_form_that_is_added_to_the_table_is_read_from_every_kind_of_file(with_
 
 
 def test_a_form_that_is_added_to_the_table_is_named_in_errors(with_pair):
-    assert forms.describe_forms() == (
-        "'messages', 'conversations', 'prompt' with 'completion' or 'question' with 'reply'"
-    )
-    assert forms.find_form({"question": "q", "reply": "r", "messages": []}) is forms.FORMS[0]
+    assert forms.describe_forms() == f"{OWN_FORMS}, 'prompt' with 'completion' or 'question' with 'reply'"
+    with pytest.raises(BadLine, match="by 'messages' and 'question' with 'reply'"):
+        forms.find_form({"question": "q", "reply": "r", "messages": []})
     assert forms.find_form({"question": "q"}) is None

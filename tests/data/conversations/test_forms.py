@@ -13,7 +13,15 @@ ANSWER = {"role": "assistant", "content": "a"}
 LINE = json.dumps({"messages": [USER, ANSWER]})
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 ROLES = "the roles are system, developer, user, assistant, tool"
-FORMS = "'messages', 'conversations' or 'prompt' with 'completion'"
+FORMS = (
+    "'messages', 'conversations', 'conversation', 'instruction' with 'output', 'response' or 'prompt' with "
+    "'completion'"
+)
+RENAME = "--columns NAME=COLUMN reads a column under another name"
+PRETRAINING = (
+    "'text' without turns is text for pretraining, but this trainer fine-tunes on conversations and learns "
+    f"only their answers; {RENAME}"
+)
 HALF = "holds half a surrogate pair (\\ud800 to \\udfff), which is not a character"
 
 
@@ -161,21 +169,38 @@ def test_only_turns_of_the_completion_list_are_supervised():
     assert conversation.supervised == (False, False, False, True, False, False, True)
 
 
-def test_first_form_whose_columns_are_not_null_is_used():
+def test_columns_that_are_null_count_as_absent():
     nothing = dict.fromkeys(columns())
-    other = [USER, {"role": "assistant", "content": "b"}]
-    assert parse(**nothing | {"messages": [USER, ANSWER], "conversations": other}).messages[1] == ANSWER
-    assert parse(**nothing | {"conversations": other, "prompt": "q", "completion": "c"}).messages == other
-    assert parse(**nothing | {"prompt": "q", "completion": "a"}) == parse(messages=[USER, ANSWER])
+    rows = (
+        {"messages": [USER, ANSWER]},
+        {"conversations": [USER, ANSWER]},
+        {"conversation": [{"human": "q", "assistant": "a"}]},
+        {"instruction": "q", "output": "a"},
+        {"query": "q", "response": "a"},
+        {"prompt": "q", "completion": "a"},
+    )
+    for row in rows:
+        assert parse(**nothing | row) == parse(messages=[USER, ANSWER])
+
+
+def test_row_that_has_the_keys_of_two_forms_is_an_error_that_names_both():
+    two = {"messages": [USER, ANSWER], "conversations": [USER, ANSWER]}
+    assert error_of(**two) == (
+        "the row can be read in 2 ways, by 'messages' and 'conversations'; leave the columns of the others "
+        "out with --ignore_columns"
+    )
+    assert "in 2 ways, by 'instruction' with 'output' and 'response';" in error_of(
+        instruction="q", output="a", response="a"
+    )
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({}, f"no conversation; the object is empty, expected {FORMS}"),
-        ({"text": "", "id": 1}, f"no conversation; the keys are ['id', 'text'], expected {FORMS}"),
-        ({"messages": None}, f"no conversation; the object is empty, expected {FORMS}"),
-        ({"prompt": "q"}, f"no conversation; the keys are ['prompt'], expected {FORMS}"),
+        ({}, f"no conversation; the object is empty, expected {FORMS}; {RENAME}"),
+        ({"text": "", "id": 1}, PRETRAINING),
+        ({"messages": None}, f"no conversation; the object is empty, expected {FORMS}; {RENAME}"),
+        ({"prompt": "q"}, f"no conversation; the keys are ['prompt'], expected {FORMS}; {RENAME}"),
         ({"messages": []}, "'messages' must be a list of at least one turn, got an empty list"),
         ({"messages": {}}, "'messages' must be a list of at least one turn, got an object"),
         ({"messages": "hi"}, "'messages' must be a list of at least one turn, got a string"),
@@ -190,7 +215,8 @@ def test_first_form_whose_columns_are_not_null_is_used():
         (
             sharegpt(("robot", "x")),
             "conversations[0]: unknown from 'robot'; it must be one of system, developer, user, assistant, "
-            "tool, human, gpt, chatgpt, bing, bard, model, observation, function_response, function_call",
+            "tool, human, gpt, chatgpt, bing, bard, model, observation, function_response, tool_response, "
+            "function, function_call, tool_call",
         ),
         (
             sharegpt(("function_call", "f(1)")),

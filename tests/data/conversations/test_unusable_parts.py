@@ -203,9 +203,10 @@ def test_file_that_cannot_be_read_to_its_end_is_always_an_error(encoder, tmp_pat
 
 def test_table_without_conversation_columns_is_always_an_error(encoder, tmp_path):
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": ["a", "b"]}), path)
+    pq.write_table(pa.table({"body": ["a", "b"]}), path)
     for mode in ("error", "skip"):
         assert faults_of(encoder, path, mode) == [
-            "1: no conversation; the columns are text, expected 'messages', 'conversations' or 'prompt' with "
-            "'completion'"
+            "1: no conversation; the columns are body, expected 'messages', 'conversations', 'conversation', "
+            "'instruction' with 'output', 'response' or 'prompt' with 'completion'; --columns NAME=COLUMN "
+            "reads a column under another name"
         ]

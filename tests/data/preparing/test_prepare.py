@@ -284,13 +284,14 @@ def test_files_without_supervised_tokens_within_the_limit_raise(prepared):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_bad_lines_of_all_files_are_reported_together_in_order(prepared, tmp_path, workers, monkeypatch):
     monkeypatch.setattr(encode_module, "SMALL", 0)
-    rows = [*numbered(300), {"text": "x"}, conversation("q", ""), *numbered(300)]
+    rows = [*numbered(300), {"body": "x"}, conversation("q", ""), *numbered(300)]
     with pytest.raises(UserError) as raised:
         prepared(rows, [{"messages": []}], workers=workers)
     assert str(raised.value).splitlines() == [
         "3 conversations cannot be used:",
-        f"  {tmp_path}/train.jsonl:301: no conversation; the keys are ['text'], expected 'messages', "
-        "'conversations' or 'prompt' with 'completion'",
+        f"  {tmp_path}/train.jsonl:301: no conversation; the keys are ['body'], expected 'messages', "
+        "'conversations', 'conversation', 'instruction' with 'output', 'response' or 'prompt' with "
+        "'completion'; --columns NAME=COLUMN reads a column under another name",
         f"  {tmp_path}/train.jsonl:302: messages[1]: empty assistant turn",
         f"  {tmp_path}/eval.jsonl:1: 'messages' must be a list of at least one turn, got an empty list",
     ]

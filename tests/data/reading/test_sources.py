@@ -9,12 +9,13 @@ import httpx
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
+from dft.data.reading.data_file import DataFile
 from dft.data.reading.reader import read_batches
-from dft.data.reading.sources import DataFile, resolve_sources
+from dft.data.reading.sources import resolve_sources
 from dft.errors import UserError
 
 LINE = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
-ENDINGS = ".jsonl or .json (both also with .gz or .zst) or .parquet"
+ENDINGS = ".jsonl, .ndjson, .json, .csv or .tsv (each also with .gz or .zst), .parquet, .arrow or .zip"
 
 
 def touch(folder: Path, *names: str) -> list[str]:
@@ -46,7 +47,11 @@ def names(*values: str) -> list[str]:
         ("a.json.gz", "json", "gzip"),
         ("a.jsonl.zst", "jsonl", "zstd"),
         ("a.json.zst", "json", "zstd"),
+        ("a.ndjson", "jsonl", None),
+        ("a.csv", "csv", None),
+        ("a.tsv.gz", "tsv", "gzip"),
         ("a.parquet", "parquet", None),
+        ("a.arrow", "arrow", None),
         ("A.JSONL.GZ", "jsonl", "gzip"),
     ],
 )
@@ -68,7 +73,7 @@ def test_files_keep_their_order_and_may_be_repeated(tmp_path, monkeypatch):
 def test_folder_means_all_data_files_below_it_except_hidden_ones(tmp_path):
     files = touch(tmp_path, "b.jsonl", "a/x.parquet", "a/b/y.json.gz")
     touch(
-        tmp_path, "README.md", ".hidden.jsonl", ".cache/z.jsonl", "a/.ipynb_checkpoints/x.jsonl", "c.csv.gz"
+        tmp_path, "README.md", ".hidden.jsonl", ".cache/z.jsonl", "a/.ipynb_checkpoints/x.jsonl", "c.txt.gz"
     )
     assert names(str(tmp_path)) == sorted(files)
     assert [source.entry for source in resolve_sources([files[0], str(tmp_path)], "--x")] == [0, 1, 1, 1]
@@ -109,12 +114,12 @@ def test_existing_file_is_not_taken_as_a_pattern(tmp_path):
 def test_unusable_files_are_errors_with_their_name(tmp_path):
     (good,) = touch(tmp_path, "good.jsonl")
     (tmp_path / "empty.parquet").touch()
-    (csv,) = touch(tmp_path, "data.csv")
+    (pages,) = touch(tmp_path, "data.pdf")
     cases = {
         str(tmp_path / "none.jsonl"): f"no such file (looked in {tmp_path})",
         f"{good}/x.jsonl": f"no such file (looked in {good})",
         str(tmp_path / "empty.parquet"): "the file is empty; it should hold at least one conversation",
-        csv: f"expected a file that ends in {ENDINGS}",
+        pages: f"expected a file that ends in {ENDINGS}",
         str(tmp_path / ("x" * 300 + ".jsonl")): "cannot be read (File name too long)",
         "/dev/null": f"is not a regular file; pass a file that ends in {ENDINGS}",
     }

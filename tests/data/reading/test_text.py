@@ -15,9 +15,9 @@ import pytest
 from dft.data.conversations.faults import Fault, Faults
 from dft.data.reading import decompress, json_array, text_format
 from dft.data.reading import text as text_reader
+from dft.data.reading.data_file import DataFile, split_suffix
 from dft.data.reading.reader import read_batches
 from dft.data.reading.records import MAX_TEXT_BYTES, Batch, Flaw, Record
-from dft.data.reading.sources import DataFile, split_suffix
 from dft.errors import UserError
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -25,7 +25,10 @@ LINE = json.dumps({"messages": TURNS})
 NOTHING = "there is no conversation in this file"
 NOT_UTF8 = Flaw("not valid UTF-8 (invalid start byte at byte 0 of a string)", "not valid UTF-8")
 MORE = "the rest of the file cannot be read"
-FORMS = "'messages', 'conversations' or 'prompt' with 'completion'"
+FORMS = (
+    "'messages', 'conversations', 'conversation', 'instruction' with 'output', 'response' or 'prompt' with "
+    "'completion'; --columns NAME=COLUMN reads a column under another name"
+)
 TOO_LONG = "longer than 256 MiB, too long to be copied; take it out of the file"
 MiB = 1 << 20
 
@@ -433,8 +436,8 @@ def test_tables_are_read_in_batches(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_table_without_conversation_columns_is_a_flaw(tmp_path, name):
-    path = write_table(tmp_path / name, [{"text": "a", "prompt": "b"}])
-    reason = f"no conversation; the columns are text, prompt, expected {FORMS}"
+    path = write_table(tmp_path / name, [{"body": "a", "prompt": "b"}])
+    reason = f"no conversation; the columns are body, prompt, expected {FORMS}"
     assert read(path) == [Record(1, b"", Flaw(reason, "no conversation in the columns", skippable=False))]
     empty = write_table(tmp_path / name, [], pa.schema({"messages": pa.string()}))
     assert read(empty) == [Record(1, b"", Flaw(NOTHING, NOTHING))]

@@ -1,0 +1,150 @@
+"""The table of columns that change what a row means, although no row form reads them.
+
+A row that has such a column must not be trained on as if it did not.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dft.data.conversations.faults import BadLine
+from dft.data.conversations.row_rules import RowRules
+from dft.strict_json import shorten
+
+Row = dict[str, Any]
+TRAIN_SPLITS = ("train", "training")
+
+
+@dataclass(frozen=True)
+class ColumnMeaning:
+    """Columns with a meaning, and what to do about them.
+
+    Attributes:
+        columns: names of the columns.
+        kind: category that the error is counted under.
+        matters: returns whether the value of such a column means anything, given the rules of the file.
+        reason: returns what the value means and the remedy, given the column and its value.
+    """
+
+    columns: tuple[str, ...]
+    kind: str
+    matters: Callable[[Any, RowRules], bool]
+    reason: Callable[[str, Any], str]
+
+
+def _is_filled(value: Any, _: RowRules) -> bool:
+    return value not in ("", [], {}, 0, False)
+
+
+def _always(_value: Any, _rules: RowRules) -> bool:
+    return True
+
+
+def _describe(value: Any) -> str:
+    """Return a short description of a value in an error message."""
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else shorten(value)
+
+
+def _media(column: str, _: Any) -> str:
+    return (
+        f"'{column}' holds {column.removesuffix('s')} data, and this trainer reads only text; --on_bad_data "
+        f"skip leaves such rows out, --ignore_columns {column} trains on their text alone"
+    )
+
+
+def _judged(column: str, value: Any) -> str:
+    good = "true" if isinstance(value, bool) else "VALUE"
+    return (
+        f"'{column}' is {_describe(value)}: it says whether an answer is good, and this trainer learns "
+        f"every answer; --keep_rows {column}={good} trains on the good ones, --ignore_columns {column} on all"
+    )
+
+
+def _reward(column: str, value: Any) -> str:
+    return (
+        f"'{column}' is {_describe(value)}: it says how good an answer is, and this trainer learns "
+        f"every answer; remove the bad ones and pass --ignore_columns {column}"
+    )
+
+
+def _pair(column: str, _: Any) -> str:
+    return (
+        f"'{column}' makes this a preference pair; --use_chosen True trains on the chosen answer, or "
+        f"--ignore_columns leaves out the columns of the pair"
+    )
+
+
+def _weight(column: str, value: Any) -> str:
+    return (
+        f"'{column}' is {_describe(value)}: weights of single rows are not supported; --keep_rows "
+        f"{column}=1 trains on the rows of weight 1, --ignore_columns {column} on all; --data_weights "
+        f"weighs whole files"
+    )
+
+
+def _split(column: str, value: Any) -> str:
+    return (
+        f"'{column}' is {_describe(value)}, so the row belongs to another part of the data; "
+        f"--keep_rows {column}=VALUE takes the rows of one part, --ignore_columns {column} takes all"
+    )
+
+
+def _is_weighted(value: Any, _: RowRules) -> bool:
+    return isinstance(value, bool) or value not in (1, "1", "1.0")
+
+
+def _is_other_split(value: Any, rules: RowRules) -> bool:
+    is_train = isinstance(value, str) and value.lower() in TRAIN_SPLITS
+    return is_train if rules.evaluation else not is_train
+
+
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+MEANINGS: tuple[ColumnMeaning, ...] = (
+    ColumnMeaning(
+        MEDIA,
+        "images, videos or audio",
+        _is_filled,
+        _media,
+    ),
+    ColumnMeaning(("label", "labels", "kto_tag"), "an answer that is judged", _always, _judged),
+    ColumnMeaning(("reward", "rewards"), "an answer with a reward", _always, _reward),
+    ColumnMeaning(
+        ("chosen", "rejected", "chosen_messages", "rejected_messages", "rejected_response"),
+        "a preference pair",
+        _is_filled,
+        _pair,
+    ),
+    ColumnMeaning(
+        ("weight", "loss_weight", "loss_scale", "sample_weight"), "a weighted row", _is_weighted, _weight
+    ),
+    ColumnMeaning(("split",), "a row of another split", _is_other_split, _split),
+)
+"""Every column with a meaning. docs/data.md lists the same."""
+MEANING_OF = {column: meaning for meaning in MEANINGS for column in meaning.columns}
+PLACEHOLDERS = ("<image>", "<video>", "<audio>")
+"""Texts that stand for an image, a video or a recording in the turns of a row with such a column."""
+
+
+def check_meanings(row: Row, rules: RowRules) -> None:
+    """Check that no column changes the meaning of a row.
+
+    A column that `--keep_rows` names has been dealt with.
+
+    Raises:
+        BadLine: there is such a column. The reason names it, its meaning and the flag to pass.
+    """
+    for name, value in row.items():
+        meaning = MEANING_OF.get(name)
+        if meaning is None:
+            continue
+        column = dict(rules.columns).get(name, name)
+        if column in rules.kept_columns or not meaning.matters(value, rules):
+            continue
+        reason = meaning.reason(column, value)
+        if name in MEDIA:
+            text = json.dumps(row, default=str)
+            marks = [mark for mark in PLACEHOLDERS if mark in text]
+            reason += f", with {' and '.join(marks)} left in it" if marks else ""
+        raise BadLine(reason, meaning.kind)

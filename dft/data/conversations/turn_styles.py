@@ -1,0 +1,133 @@
+"""Lists of turns in the styles that public data sets use, read into validated messages.
+
+A turn is `role` and `content` (OpenAI), `from` and `value` (ShareGPT), or a pair of texts `human` and
+`assistant`. Which of them it is follows from its keys alone.
+"""
+
+from typing import Any
+
+from dft.data.conversations.faults import BadLine
+from dft.data.conversations.parts import split_tool_results
+from dft.data.conversations.row_json import parse_json_string, parse_list
+from dft.data.conversations.turns import ROLES, Turn, read_turn
+from dft.strict_json import json_type_name, shorten
+
+CALL_ROLES = ("function_call", "tool_call")
+"""Roles of turns whose text is the JSON of one tool call or of a list of them."""
+SHAREGPT_ROLES = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("observation", "function_response", "tool_response", "function"), "tool"),
+    **dict.fromkeys(CALL_ROLES, "assistant"),
+}
+"""Role of a message by the name that public data sets use for it."""
+QUESTION, ANSWER = "human", "assistant"
+"""Keys of a pair of texts."""
+
+
+def read_conversation(key: str, turns: Any, is_sharegpt: bool = False) -> list[Turn]:
+    """Validate the list of turns under a key of a row.
+
+    Args:
+        key: the key, for error messages.
+        turns: its value, a list or the JSON text of a list.
+        is_sharegpt: whether error messages describe turns with `from` and `value`.
+
+    Raises:
+        BadLine: the value is not a list or is empty, or a turn is invalid.
+    """
+    turns = parse_list(f"'{key}'", turns)
+    if not isinstance(turns, list) or not turns:
+        raise BadLine(
+            f"'{key}' must be a list of at least one turn, got {json_type_name(turns)}",
+            f"'{key}' is not a list of turns",
+        )
+    messages: list[Turn] = []
+    for index, raw in enumerate(turns):
+        for turn in _split(raw):
+            message = _read_turn(f"{key}[{index}]", turn, is_sharegpt)
+            if _role_name(turn) in CALL_ROLES and messages and _continues(messages[-1], message):
+                messages[-1].message.setdefault("tool_calls", []).extend(message.message["tool_calls"])
+            else:
+                messages.append(message)
+    return messages
+
+
+def is_answer(turn: dict[str, Any]) -> bool:
+    """Return whether a turn in any style, not validated, is an assistant turn."""
+    name = _role_name(turn)
+    return (isinstance(name, str) and SHAREGPT_ROLES.get(name) == "assistant") or (
+        name is None and turn.get(ANSWER) is not None
+    )
+
+
+def _role_name(turn: Any) -> Any:
+    return turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+
+
+def _split(turn: Any) -> list[Any]:
+    """Return the turns that an element of the list stands for: several for a pair or for tool results."""
+    if not isinstance(turn, dict) or type(turn.get("content")) is str:
+        return [turn]
+    if QUESTION in turn and "from" not in turn and "role" not in turn:
+        pair = {"user": turn[QUESTION], "assistant": turn.get(ANSWER)}
+        others = {key: value for key, value in turn.items() if key not in (QUESTION, ANSWER)}
+        return [
+            {"role": role, "content": text, **(others if role == "assistant" else {})}
+            for role, text in pair.items()
+            if text is not None
+        ]
+    return split_tool_results(turn)
+
+
+def _continues(previous: Turn, message: Turn) -> bool:
+    """Return whether tool calls written as a separate turn belong to the assistant turn before them."""
+    return previous.message["role"] == "assistant" and previous.is_supervised == message.is_supervised
+
+
+def _read_turn(where: str, turn: Any, is_sharegpt: bool) -> Turn:
+    if not isinstance(turn, dict):
+        if not is_sharegpt:
+            return read_turn(where, turn)
+        raise BadLine(
+            f"{where} must be an object with 'from' and 'value', got {json_type_name(turn)}",
+            "a turn that is not an object",
+        )
+    role = turn.get("role")
+    if "from" in turn:
+        return _read_named_turn(where, turn, "from", "value")
+    if is_sharegpt and role is None:
+        raise BadLine(f"{where}: no 'from'; the keys are {shorten(sorted(turn))}", "no 'from'")
+    if isinstance(role, str) and role in ROLES:
+        return read_turn(where, turn)
+    if is_sharegpt or (isinstance(role, str) and role in SHAREGPT_ROLES):
+        return _read_named_turn(where, turn, "role", "content")
+    return read_turn(where, turn)
+
+
+def _read_named_turn(where: str, turn: dict[str, Any], role_key: str, text_key: str) -> Turn:
+    """Validate a turn whose role may have one of the names of `SHAREGPT_ROLES`."""
+    name = turn[role_key]
+    if not isinstance(name, str) or name not in SHAREGPT_ROLES:
+        names = ", ".join(SHAREGPT_ROLES)
+        raise BadLine(
+            f"{where}: unknown {role_key} {shorten(name)}; it must be one of {names}", "unknown role"
+        )
+    message = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+    message["role"] = SHAREGPT_ROLES[name]
+    if text_key in turn:
+        message["content"] = turn[text_key]
+    if name in CALL_ROLES:
+        message |= {"content": "", "tool_calls": _read_calls(where, text_key, name, message.get("content"))}
+    return read_turn(where, message, text_key=text_key)
+
+
+def _read_calls(where: str, text_key: str, name: str, calls: Any) -> Any:
+    """Parse the tool calls in the text of a function_call turn; a single call becomes a list."""
+    where = f"{where}: '{text_key}' of a {name}"
+    if isinstance(calls, str):
+        calls = parse_json_string(where, calls)
+    if not calls:
+        raise BadLine(f"{where} holds no call", f"a {name} without calls")
+    return [calls] if isinstance(calls, dict) else calls
