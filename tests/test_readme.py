@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from dft.arguments.parser import Parser, default_flags
+from dft.data.conversations.column_meanings import MEANINGS
 from dft.data.conversations.conversation import parse_conversation
+from dft.data.conversations.forms import FORMS
 from dft.metrics import CONSOLE, metrics_named
 from dft.training.measuring import console
 from tests.launching import ROOT
@@ -204,10 +206,23 @@ def test_rows_shown_in_the_data_page_are_accepted():
     text = text_of("docs/data.md")
     rows = [row for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL) for row in block.splitlines()]
     conversations = [parse_conversation(row.encode()) for row in rows]
-    assert len(rows) == 7
     supervised = [conversation.supervised.count(True) for conversation in conversations]
-    assert supervised == [1, 1, 1, 1, 1, 1, 2]
+    assert supervised == [1, 1, 2, 2, 2, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2]
     assert all(conversation.messages[-1]["content"] == "4" for conversation in conversations)
+    call = {"name": "add", "arguments": {"a": 2, "b": 2}}
+    for conversation in conversations[10:14]:
+        assert conversation.messages[1]["tool_calls"][0]["function"] == call
+    shown = {form.name for form in FORMS for row in rows if all(f'"{key}":' in row for key in form.keys)}
+    assert shown == {form.name for form in FORMS}
+
+
+def test_data_page_names_every_row_form_and_every_column_with_a_meaning():
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", text_of("docs/data.md"), re.MULTILINE)
+    cells = dict(rows)
+    for form in FORMS:
+        assert all(f"`{key}`" in cells[form.name] for key in form.columns)
+    for meaning in MEANINGS:
+        assert ", ".join(f"`{column}`" for column in meaning.columns) in cells
 
 
 # ---- messages that docs/troubleshooting.md quotes ----

@@ -32,8 +32,9 @@ class DataFiles:
 
     data_files: list[str] = field(
         metadata={
-            "help": "Conversations to train on: .jsonl or .json files (also .gz, .zst), .parquet files, "
-            "folders, globs, or hub datasets as owner/name[:split]. Several are merged."
+            "help": "Conversations to train on: .jsonl, .json, .csv, .tsv files (also .gz, .zst), .parquet, "
+            ".arrow or .zip files, folders, globs, hub datasets as owner/name[:split], or entries of a "
+            "dataset_info.json as FILE:NAME. Several are merged."
         },
     )
     eval_data_files: list[str] = field(
