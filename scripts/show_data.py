@@ -1,4 +1,4 @@
-"""Print the conversations that a model would be trained on, supervised parts marked, and the data report.
+"""Print the sequences that a model would be trained on, prompts and completions, and the data report.
 
     python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl
     python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl --count 5 --shuffle True

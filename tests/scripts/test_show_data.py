@@ -28,9 +28,10 @@ def test_conversations_and_the_data_report_are_printed(tokenizer_folder, tmp_pat
     assert shown.returncode == 0, shown.stderr
     printed = shown.stdout.splitlines()
     first = next(index for index, line in enumerate(printed) if line.startswith(f"{tmp_path}/a.jsonl:1, "))
-    assert printed[first + 1 : first + 7] == [
-        "   | <|im_start|>user\\n", "   | q\\tx<|im_end|>\\n", "   | <|im_start|>assistant\\n",
-        ">> | one\\n", ">> | two<|im_end|>", "   | \\n",
+    assert printed[first + 1 : first + 10] == [
+        "prompt", "   | <|im_start|>user\\n", "   | q\\tx<|im_end|>\\n", "   | <|im_start|>assistant\\n",
+        "completion 1", ">> | one\\n", ">> | two<|im_end|>",
+        "after the last completion", "   | \\n",
     ]  # fmt: skip
     assert any(line.startswith(f"{tmp_path}/a.jsonl:3, ") for line in printed)
     report = json.loads((output / "data_report.json").read_text())

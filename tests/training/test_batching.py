@@ -344,7 +344,7 @@ def prepared(tmp_path, offsets=None) -> Sequences:
     """Return a dataset of three sequences with 3, 2 and 1 tokens, packed at `offsets`."""
     columns = {
         "input_ids": [[1, 2], [3, 4, 5], [6]], "labels": [[-100, 2], [-100, 4, 5], [-100]],
-        "source": [0, 0, 0], "line": [1, 2, 3],
+        "source": [0, 0, 0], "line": [1, 2, 3], "part": [0, 0, 0], "reason": ["", "", ""],
     }  # fmt: skip
     with pa.OSFile(str(tmp_path / "data.arrow"), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         writer.write_table(pa.table(columns, schema=SCHEMA))

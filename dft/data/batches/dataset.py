@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +15,24 @@ SCHEMA = pa.schema(
         "labels": pa.list_(pa.int32()),
         "source": pa.int32(),  # index of the data file, in the order of the data report
         "line": pa.int64(),
+        "part": pa.int32(),  # index of the sequence in its conversation
+        "reason": pa.string(),  # why it does not continue the previous sequence of its conversation, or ""
     }
 )
+
+
+class Part(NamedTuple):
+    """A sequence as a part of its conversation.
+
+    Attributes:
+        number: its number among the sequences of the conversation, from 1.
+        total: number of sequences of the conversation.
+        reason: why it does not continue the previous sequence; "" for the first one.
+    """
+
+    number: int
+    total: int
+    reason: str
 
 
 class Sequences(Dataset):
@@ -105,6 +121,11 @@ class Sequences(Dataset):
         members = [row] if self.offsets is None else range(self.offsets[row], self.offsets[row + 1])
         return [self._store.origin(self.order[member]) for member in members]
 
+    def part(self, row: int) -> Part:
+        """Return which part of its conversation a row is. The dataset must not be packed."""
+        assert self.offsets is None
+        return self._store.part(int(self.order[row]))
+
     @cached_property
     def _store(self) -> "_Store":
         return _Store(self.path)
@@ -122,6 +143,7 @@ class _Store:
             batches = list(reader)
         self.first = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self.ids, self.labels, self.offsets = [], [], []
+        self.parts = [(batch.column("part"), batch.column("reason")) for batch in batches]
         for batch in batches:
             ids, labels = batch.column("input_ids"), batch.column("labels")
             self.ids.append(ids.values.to_numpy())
@@ -153,6 +175,19 @@ class _Store:
         batch, position = self._locate(index)
         files, lines = self.origins[batch]
         return int(files[position]), int(lines[position])
+
+    def part(self, index: int) -> Part:
+        """Return which part of its conversation a sequence is; the parts are stored one after the other."""
+        position, reason = self._part(index)
+        after = index + 1
+        while after < self.first[-1] and self._part(after)[0] > 0:
+            after += 1
+        return Part(position + 1, position + after - index, reason)
+
+    def _part(self, index: int) -> tuple[int, str]:
+        batch, position = self._locate(index)
+        numbers, reasons = self.parts[batch]
+        return numbers[position].as_py(), reasons[position].as_py()
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Return the record batch that holds a sequence, and its position in that batch."""

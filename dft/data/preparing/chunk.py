@@ -15,7 +15,8 @@ from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.truncation import count_supervised, truncate
 from dft.data.reading.records import BOM, Record
 from dft.data.sandbox.limits import LimitExceeded
-from dft.data.templates.encoder import ChatEncoder, Example
+from dft.data.templates.encoder import SEPARATE_TOKENS, ChatEncoder, Example
+from dft.data.templates.rendering import Rendering
 from dft.data.templates.selfcheck import check_conversation
 from dft.errors import UserError
 from dft.labels import IGNORE_INDEX
@@ -85,6 +86,8 @@ class EncodedChunk:
         supervised: (sequences,) int64, supervised tokens of each sequence.
         conversations: (sequences,) int64, index of the record within the chunk.
         lines: (sequences,) int64, line number of the record.
+        parts: (sequences,) int32, index of each sequence in its conversation.
+        reasons: for each sequence why it does not continue the previous one of its conversation, or "".
         token_digests: (sequences,) digest of the token ids of the whole conversation.
         label_digests: (sequences,) digest of the token ids and labels of the whole conversation.
         rejected: the unusable records.
@@ -97,6 +100,8 @@ class EncodedChunk:
     supervised: np.ndarray
     conversations: np.ndarray
     lines: np.ndarray
+    parts: np.ndarray
+    reasons: list[str]
     token_digests: np.ndarray
     label_digests: np.ndarray
     rejected: list[RejectedRecord]
@@ -109,6 +114,7 @@ class _EncodedConversation(NamedTuple):
     record_index: int
     line: int
     examples: list[Example]
+    reasons: list[str]
     token_digest: bytes
     label_digest: bytes
 
@@ -145,13 +151,18 @@ def encode_chunk(encoder: ChatEncoder, options: PrepareOptions, chunk: RecordChu
             rejected.append(_reject(index, record, error, options))
             continue
         remaining = [example for example in truncated if example is not None]
+        reasons = [
+            reason
+            for reason, example in zip(_reasons(sequences), truncated, strict=True)
+            if example is not None
+        ]
         _count(conversation, examples, remaining, counts, options)
         for rendering, _ in sequences:
             counts.add_remarks(rendering.remarks, f"{chunk.file}:{record.line}")
         usable.append((record, sequences))
         if remaining:
             digests = _conversation_digests(examples)
-            conversations.append(_EncodedConversation(index, record.line, remaining, *digests))
+            conversations.append(_EncodedConversation(index, record.line, remaining, reasons, *digests))
     for record, sequences in usable[: CHECKED_PER_CHUNK if chunk.number else CHECKED_IN_FIRST_CHUNK]:
         try:
             check_conversation(encoder, sequences)
@@ -198,6 +209,14 @@ def _reject(index: int, record: Record, error: BadLine, options: PrepareOptions)
     """Return a rejected record, including its text if it is to be saved."""
     keep = options.keep_rejected and (record.flaw is None or record.flaw.skippable)
     return RejectedRecord(index, record.line, error.kind, str(error), record.text if keep else None)
+
+
+def _reasons(sequences: list[tuple[Rendering, Example]]) -> list[str]:
+    """Return for each sequence of a conversation why it does not continue the previous one."""
+    return [
+        rendering.reason if number == 0 or (rendering.reason and not rendering.in_pieces) else SEPARATE_TOKENS
+        for number, (rendering, _) in enumerate(sequences)
+    ]
 
 
 def _count(
@@ -253,6 +272,8 @@ def _concatenate(
         np.add.reduceat(labels != IGNORE_INDEX, starts, dtype=np.int64) if examples else lengths,
         per_sequence([item.record_index for item in conversations], np.int64),
         per_sequence([item.line for item in conversations], np.int64),
+        np.concatenate([np.arange(count, dtype=np.int32) for count in repeats] or empty),
+        [reason for item in conversations for reason in item.reasons],
         per_sequence([item.token_digest for item in conversations], DIGEST_DTYPE),
         per_sequence([item.label_digest for item in conversations], DIGEST_DTYPE),
         rejected,

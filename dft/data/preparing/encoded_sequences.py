@@ -112,6 +112,8 @@ class SequenceWriter:
                 pa.ListArray.from_arrays(offsets, labels),
                 files,
                 np.concatenate([chunk.lines for chunk in chunks]),
+                np.concatenate([chunk.parts for chunk in chunks]),
+                [reason for chunk in chunks for reason in chunk.reasons],
             ]
             self.stream.write_batch(pa.record_batch(columns, schema=SCHEMA))
         self.pending, self.pending_tokens = [], 0

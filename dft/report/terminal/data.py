@@ -1,7 +1,7 @@
 """Text summaries of the prepared data, and a view of single sequences."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -187,31 +187,54 @@ def show_sequences(
     *,
     color: bool = False,
 ) -> str:
-    r"""Return sequences as decoded text, each line marked as supervised or not.
+    r"""Return sequences as decoded text, in blocks: prompt, completion, prompt continued, and so on.
 
-    A line ends where the text has a newline (shown as \n) or where supervision begins or ends.
+    Completions are what is supervised; their lines are marked. A line ends where the text has a newline
+    (shown as \n) or where a block ends. Special tokens are shown.
 
     Args:
         dataset: an unpacked dataset; see `Sequences.unpacked`.
+        tokenizer: decodes the tokens.
         which: rows to show; rows past the end are skipped.
         color: whether to print supervised lines in green.
     """
-    shown = []
+    shown: list[str] = []
     for row in which:
-        if row >= len(dataset):
-            continue
-        ids, labels = dataset[row]["input_ids"], dataset[row]["labels"]
-        supervised = int((labels != IGNORE_INDEX).sum())
-        ((file, line),) = dataset.origins(row)
-        counts = f"{len(ids):,} tokens, {supervised:,} supervised (marked >>)"
-        shown.append(f"{dataset.files[file]}:{line}, sequence {row}: {counts}")
-        pairs = zip(ids.tolist(), labels.tolist(), strict=True)
-        for is_supervised, group in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
-            text = tokenizer.decode(
-                [index for index, _ in group], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-            shown += [_line(part, is_supervised, color) for part in text.splitlines(keepends=True)]
+        if row < len(dataset):
+            shown += _sequence_lines(dataset, tokenizer, row, color)
     return "\n".join(shown)
+
+
+def _sequence_lines(
+    dataset: Sequences, tokenizer: PreTrainedTokenizerBase, row: int, color: bool
+) -> Iterator[str]:
+    ids, labels = dataset[row]["input_ids"], dataset[row]["labels"]
+    supervised = int((labels != IGNORE_INDEX).sum())
+    ((file, line),) = dataset.origins(row)
+    part = dataset.part(row)
+    yield (
+        f"{dataset.files[file]}:{line}, sequence {part.number} of {part.total} of this conversation: "
+        f"{len(ids):,} tokens, {supervised:,} supervised (marked >>)"
+    )
+    if part.reason:
+        yield f"starts a new sequence because {part.reason}"
+    pairs = zip(ids.tolist(), labels.tolist(), strict=True)
+    blocks = [
+        (is_supervised, [token for token, _ in group])
+        for is_supervised, group in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX)
+    ]
+    completions = 0
+    for number, (is_supervised, tokens) in enumerate(blocks, 1):
+        completions += is_supervised
+        if is_supervised:
+            yield f"completion {completions}"
+        elif completions == 0:
+            yield "prompt"
+        else:
+            yield "prompt, continued" if number < len(blocks) else "after the last completion"
+        text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for text_line in text.splitlines(keepends=True):
+            yield _line(text_line, is_supervised, color)
 
 
 def _line(text: str, is_supervised: bool, color: bool) -> str:

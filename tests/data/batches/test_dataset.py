@@ -9,6 +9,9 @@ import pytest
 
 from dft.data.batches.dataset import SCHEMA, Sequences
 
+PARTS = (0, 0, 1, 2, 3, 0, 1)
+"""Index of each sequence of `store` in its conversation."""
+
 
 @pytest.fixture
 def store(tmp_path) -> Path:
@@ -20,6 +23,8 @@ def store(tmp_path) -> Path:
             "labels": [-100] + [10 * number + k for k in range(1, number + 1)],
             "source": number % 2,
             "line": 100 + number,
+            "part": PARTS[number],
+            "reason": "changed" if PARTS[number] else "",
         }
         for number in range(7)
     ]
@@ -44,6 +49,14 @@ def test_rows_follow_the_given_order(store):
     for row in (4, -1):
         with pytest.raises(IndexError):
             dataset[row]
+
+
+def test_part_of_a_conversation_is_counted_across_record_batches(store):
+    dataset = Sequences(store, np.arange(7))
+    assert [dataset.part(row)[:2] for row in range(7)] == [
+        (1, 1), (1, 4), (2, 4), (3, 4), (4, 4), (1, 2), (2, 2),
+    ]  # fmt: skip
+    assert [dataset.part(row).reason for row in (1, 2)] == ["", "changed"]
 
 
 def test_packed_rows_concatenate_their_sequences(store):

@@ -40,12 +40,13 @@ def check_counts(data: PreparedData, split: str) -> None:
 def test_prepared_file_opens_with_datasets_and_holds_the_origin_of_sequences(prepared, encoder):
     data = prepared(numbered(3), numbered(2, start=10))
     loaded = Dataset.from_file(f"{data.report['prepared_path']}/train.arrow")
-    assert loaded.column_names == ["input_ids", "labels", "source", "line"]
+    assert loaded.column_names == ["input_ids", "labels", "source", "line", "part", "reason"]
     ids, labels = expected(
         encoder.tokenizer, "<|im_start|>user\nquestion 1<|im_end|>\n<|im_start|>assistant\n",
         Supervised("answer 1<|im_end|>"), "\n",
     )  # fmt: skip
-    assert loaded[1] == {"input_ids": ids, "labels": labels, "source": 0, "line": 2}
+    origin = {"source": 0, "line": 2, "part": 0, "reason": ""}
+    assert loaded[1] == {"input_ids": ids, "labels": labels, **origin}
     row = data.datasets["train"][1]
     assert (row["input_ids"].tolist(), row["labels"].tolist()) == (ids, labels)
     assert data.datasets["train"].origins(1) == [(0, 2)]

@@ -1,14 +1,12 @@
-"""Summaries of the prepared data and the view of single sequences."""
+"""Summaries of the prepared data."""
 
 import json
 from pathlib import Path
 
-import pytest
-
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.prepare import PreparedData, prepare
 from dft.data.templates.encoder import ChatEncoder
-from dft.report.terminal.data import data_summary, show_sequences
+from dft.report.terminal.data import data_summary
 from tests.data.rows import column
 
 
@@ -103,28 +101,3 @@ def test_turns_without_a_stop_token_cause_a_warning(tokenizer, tmp_path):
     report = {**data.report, "turns_without_stop_token": 1200, "end_of_turn_tokens": {}}
     assert data_summary(report)[-1].startswith("warning     1,200 turns without a stop token, ")
     assert len(data_summary(report)) == 3
-
-
-@pytest.mark.parametrize("color", [False, True])
-def test_shown_sequences_mark_exactly_the_supervised_text(tokenizer, tmp_path, color):
-    rows = [conversation("q", "one\n\nßtwo\x1b"), conversation("r", "a"), conversation("s", "a")]
-    data = prepared(tmp_path, tokenizer, [rows], [conversation("t", "b")], 60)
-    data.datasets["train"].files = ["a.jsonl"]
-    shown = show_sequences(data.datasets["train"], tokenizer, color=color)
-    green, plain = ("\033[32m", "\033[0m") if color else ("", "")
-    lines = shown.splitlines()
-    length = len(data.datasets["train"][0]["input_ids"])
-    supervised = sum(label != -100 for label in data.datasets["train"][0]["labels"])
-    assert lines[:9] == [
-        f"a.jsonl:1, sequence 0: {length} tokens, {supervised} supervised (marked >>)",
-        "   | <|im_start|>user\\n",
-        "   | q<|im_end|>\\n",
-        "   | <|im_start|>assistant\\n",
-        f"{green}>> | one\\n{plain}",
-        f"{green}>> | \\n{plain}",
-        f"{green}>> | ßtwo\\x1b<|im_end|>{plain}",
-        "   | \\n",
-        lines[8],
-    ]
-    assert lines[8].startswith("a.jsonl:2, sequence 1: ")
-    assert not any("s<|im_end|>" in line for line in lines), "only two sequences are shown by default"
