@@ -2,15 +2,22 @@
 
     python scripts/bench/bench_data.py --corpus GSM8K/train.chatml.jsonl               # the comparison
     python scripts/bench/bench_data.py --corpus GSM8K/train.chatml.jsonl --scale 10000 100000 1000000
+    python scripts/bench/bench_data.py --corpus GSM8K/train.chatml.jsonl --tokenizer tokenizers/qwen3
+    python scripts/bench/bench_data.py --corpus GSM8K/train.chatml.jsonl --turns 10 100 1000
 
 floor: `encode_batch` of the tokenizers library on texts that are already rendered, with all cores.
 ours:  `dft.data.preparing.prepare.prepare`, from the file to the dataset on disk, with an empty cache.
 again: the same again, from the cache.
 trl:   the preparation of TRL's SFTTrainer with assistant_only_loss, if trl can be imported (pip install trl).
 
---scale measures ours alone on 10,000, 100,000 and 1,000,000 conversations. Each measurement runs in a
-separate process, and the kinds take turns, so that other load on the machine slows all of them equally.
-Imports and writing the input file are not included.
+--tokenizer uses the tokenizer in a folder with its own chat template, instead of one with 4,096 entries and
+ChatML that is trained on the corpus. trl is left out then, since it would need another template.
+--scale measures ours alone on 10,000, 100,000 and 1,000,000 conversations.
+--turns measures how long one conversation of so many turns takes to encode, next to the same conversation
+rendered and tokenized once. It has no sequences if it is refused, for example because of its size.
+
+Each measurement runs in a separate process, and the kinds take turns, so that other load on the machine
+slows all of them equally. Imports and writing the input file are not included.
 """
 
 import argparse
@@ -110,11 +117,43 @@ def measure_trl(folder: Path, workers: int) -> dict[str, float]:
     return {"seconds": seconds, "tokens": tokens}
 
 
+def measure_turns(folder: Path, workers: int) -> dict[str, float]:
+    """Encode one conversation, and render and tokenize it once. Probes of the template are not included."""
+    from transformers import AutoTokenizer
+
+    from dft.data.conversations.conversation import parse_conversation
+    from dft.data.templates.encoder import ChatEncoder
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    encoder = ChatEncoder(tokenizer)
+    conversation = parse_conversation((folder / "data.jsonl").read_bytes())
+    first = parse_conversation(json.dumps({"messages": conversation.messages[:2]}).encode())
+    encoder.encode([first])
+    tokenizer.apply_chat_template(first.messages)
+    started = time.perf_counter()
+    (examples,) = encoder.encode([conversation])
+    seconds = time.perf_counter() - started
+    if not isinstance(examples, list):
+        print(f"refused: {examples}", file=sys.stderr)
+        examples = []
+    started = time.perf_counter()
+    tokenizer.apply_chat_template(conversation.messages)
+    return {
+        "seconds": seconds,
+        "once": time.perf_counter() - started,
+        "sequences": len(examples),
+        "tokens": sum(len(example.input_ids) for example in examples),
+    }
+
+
 MEASURES: dict[str, Callable[..., dict[str, float]]] = {
     "floor": measure_floor,
     "ours": measure_ours,
     "trl": measure_trl,
+    "turns": measure_turns,
 }
+KINDS = ("floor", "ours", "trl")
+"""The kinds of measurements that are compared."""
 
 
 def peak_memory(stop: threading.Event, peak: list[int]) -> None:
@@ -197,14 +236,51 @@ def scale(corpus: Path, folder: Path, sizes: list[int], workers: int) -> None:
         )
 
 
+def write_conversation(corpus: Path, folder: Path, turns: int) -> None:
+    """Write a data file with one conversation of so many turns, joined from those of the corpus."""
+    messages: list[dict[str, str]] = []
+    for line in cycle(corpus.read_text(encoding="utf-8").splitlines()):
+        messages += [turn for turn in json.loads(line)["messages"] if turn["role"] in ("user", "assistant")]
+        if len(messages) >= turns:
+            break
+    (folder / "data.jsonl").write_text(json.dumps({"messages": messages[:turns]}), encoding="utf-8")
+
+
+def turn_counts(corpus: Path, folder: Path, counts: list[int], rounds: int, workers: int) -> None:
+    """Measure conversations of several numbers of turns and print the table, with the median of seconds."""
+    print("| turns | seconds | rendered and tokenized once, seconds | sequences | tokens |")
+    print("|---|---|---|---|---|")
+    for turns in counts:
+        write_conversation(corpus, folder, turns)
+        runs = [measure_in_subprocess("turns", folder, workers) for _ in range(rounds)]
+        seconds, once = (statistics.median(run[name] for run in runs) for name in ("seconds", "once"))
+        numbers = f"{runs[0]['sequences']:,} | {runs[0]['tokens']:,}"
+        print(f"| {turns:,} | {seconds:.3f} | {once:.3f} | {numbers} |", flush=True)
+
+
+def save_model(arguments: argparse.Namespace, folder: Path) -> None:
+    """Save the tokenizer that is measured, and a tiny model for it unless it is not ours."""
+    from make_example import read_conversations, tiny_model, train_tokenizer
+    from transformers import AutoTokenizer
+
+    if arguments.tokenizer is not None:
+        AutoTokenizer.from_pretrained(arguments.tokenizer).save_pretrained(folder / "model")
+        return
+    tokenizer = train_tokenizer(read_conversations(arguments.corpus), VOCABULARY)
+    tokenizer.save_pretrained(folder / "model")
+    tiny_model(tokenizer).save_pretrained(folder / "model")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, help="ChatML .jsonl to repeat")
     parser.add_argument("--repeat", type=int, default=8, help="number of times the corpus is repeated")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each kind")
     parser.add_argument("--scale", type=int, nargs="+", help="measure only ours, on so many conversations")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer with a chat template")
+    parser.add_argument("--turns", type=int, nargs="+", help="measure only conversations of so many turns")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--kinds", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -214,21 +290,21 @@ def main() -> None:
     if arguments.corpus is None:
         parser.error("--corpus is required")
 
-    from make_example import read_conversations, tiny_model, train_tokenizer
-
     with tempfile.TemporaryDirectory(prefix="bench-data-") as name:
         folder = Path(name)
-        tokenizer = train_tokenizer(read_conversations(arguments.corpus), VOCABULARY)
-        tokenizer.save_pretrained(folder / "model")
-        tiny_model(tokenizer).save_pretrained(folder / "model")
+        save_model(arguments, folder)
+        if arguments.turns:
+            turn_counts(arguments.corpus, folder, arguments.turns, arguments.rounds, arguments.workers)
+            return
         if arguments.scale:
             scale(arguments.corpus, folder, arguments.scale, arguments.workers)
             return
         lines = len(arguments.corpus.read_bytes().splitlines())
         write_data(arguments.corpus, folder, lines * arguments.repeat)
         kinds = list(arguments.kinds)
-        if "trl" in kinds and importlib.util.find_spec("trl") is None:
-            print("trl cannot be imported and is skipped", file=sys.stderr)
+        if "trl" in kinds and (arguments.tokenizer or importlib.util.find_spec("trl") is None):
+            reason = "needs another template" if arguments.tokenizer else "cannot be imported"
+            print(f"trl {reason} and is skipped", file=sys.stderr)
             kinds.remove("trl")
         compare(folder, kinds, arguments.rounds, arguments.workers)
 
