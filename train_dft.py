@@ -76,7 +76,7 @@ def main() -> None:
         return
     check_batches(arguments, len(data.datasets["train"]))
     if arguments.watch.plan:
-        say(*plan_lines(arguments, load_meta_model(arguments), data.report))
+        say(*plan_lines(arguments, load_meta_model(arguments), data.report), *new_notes(arguments))
         return
     models = load_models(arguments, tokenizer, data)
     record: dict[str, Any] = {}  # describes the arguments as resolved by the trainer, so it is filled later

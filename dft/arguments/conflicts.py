@@ -19,6 +19,12 @@ from dft.errors import UserError
 from dft.metrics import selectable
 from dft.ranks import data_parallel_size, sequence_parallel_size, world_size
 
+UNSCALABLE = (
+    "with --fp16 True: the gradients of float16 weights cannot be unscaled; use float32 weights "
+    "(--torch_dtype float32), or --deepspeed, which keeps float32 master weights"
+)
+"""Why float16 weights cannot be trained, and what to do."""
+
 
 def check_arguments(arguments: Arguments) -> None:
     """Raise `UserError` for flags that contradict one another. Does not modify the arguments."""
@@ -146,13 +152,13 @@ def has_evaluation(arguments: Arguments) -> bool:
 
 
 def check_precision(arguments: Arguments) -> None:
-    """Raise `UserError` for dtypes that do not support training."""
+    """Raise `UserError` for flags of dtypes that do not support training.
+
+    `dft.training.model.precision` checks the weights as they are loaded.
+    """
     training = arguments.training
     if not training.deepspeed and arguments.model.torch_dtype == "float16" and training.fp16:
-        raise UserError(
-            "--torch_dtype float16 with --fp16 True: the gradients of float16 weights cannot be unscaled; "
-            "use float32 weights (--torch_dtype float32), or --deepspeed, which keeps float32 master weights"
-        )
+        raise UserError(f"--torch_dtype float16 {UNSCALABLE}")
 
 
 def check_packages(training: transformers.TrainingArguments) -> None:
@@ -215,12 +221,4 @@ def find_notes(arguments: Arguments) -> list[str]:
                 "the same --save_strategy and --eval_strategy, and a multiple of --eval_steps as "
                 "--save_steps"
             )
-    upcast = training.fsdp and training.mixed_precision != "no"  # accelerate keeps float32 master weights
-    half = arguments.model.torch_dtype in ("float16", "bfloat16")
-    if half and not training.deepspeed and not upcast:
-        notes.append(
-            f"--torch_dtype {arguments.model.torch_dtype} without --deepspeed: there are no float32 master "
-            "weights, and updates below about 1/256 of a weight are lost; for small learning rates use "
-            "float32 weights with --bf16 True"
-        )
     return notes

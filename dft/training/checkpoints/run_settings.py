@@ -130,8 +130,8 @@ def model_settings(model: PreTrainedModel) -> dict[str, Any]:
         WEIGHTS: str(model.dtype).removeprefix("torch."),
     }
     if has_adapters(model):
-        config = model.peft_config["default"]
-        settings |= {LORA_ALPHA: config.lora_alpha, LORA_DROPOUT: config.lora_dropout}
+        config = next(iter(model.peft_config.values())).to_dict()  # other adapters than LoRA lack these
+        settings |= {flag: config.get(flag.removeprefix("--")) for flag in (LORA_ALPHA, LORA_DROPOUT)}
     return settings
 
 

@@ -17,6 +17,7 @@ from dft.ranks import first_failure
 from dft.training.model.adapters import add_adapters, pack_linear, resolve_quantization
 from dft.training.model.attention import resolve_attention, resolve_dtype
 from dft.training.model.generation import resolve_generation_config
+from dft.training.model.precision import check_trained_dtype, dtype_notes
 from dft.training.model.weight_checks import (
     check_causal,
     check_finite,
@@ -48,9 +49,11 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     model.generation_config, note = resolve_generation_config(model.generation_config, name)
     if note is not None:
         arguments.notes.append(note)
-    if arguments.lora.lora_r is None:
-        return model
-    return add_adapters(model, arguments.lora, arguments.training, name)
+    if arguments.lora.lora_r is not None:
+        model = add_adapters(model, arguments.lora, arguments.training, name)
+    check_trained_dtype(model, arguments)
+    arguments.notes.extend(dtype_notes(model, arguments))
+    return model
 
 
 def load_base_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -99,12 +102,13 @@ def load_meta_model(arguments: Arguments) -> PreTrainedModel:
     except (*UNLOADABLE, *CONFIG_ERRORS) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"--model_name_or_path {name}: cannot be planned: {reason}") from None
-    if arguments.lora.lora_r is None:
-        return model
     if arguments.lora.load_in_4bit:
         pack_linear(model)
-    with torch.device("meta"):
-        return add_adapters(model, arguments.lora, arguments.training, name)
+    if arguments.lora.lora_r is not None:
+        with torch.device("meta"):
+            model = add_adapters(model, arguments.lora, arguments.training, name)
+    arguments.notes.extend(dtype_notes(model, arguments))
+    return model
 
 
 @contextmanager
