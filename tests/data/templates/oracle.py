@@ -53,6 +53,9 @@ NO_END = "the turn has no end-of-turn token"
 CONTINUES = "the turn continues behind an end-of-turn token"
 CLOSED = "the prompt closes the thinking of a turn with reasoning"
 UNCLEAR = "rendering depends on more than the text of the turn"
+# Doubts: reasons why a conversation may be refused, although it has an exact sequence.
+NO_STOP = "the turn ends with a token at which generation does not stop"
+LOST_LATER = "text of an earlier turn not in the context of a later answer"
 
 
 class Fault(NamedTuple):
@@ -226,13 +229,18 @@ class Oracle:
             verdicts.append((has_obstacle, severity(faults), faults))
         return min(verdicts, key=lambda verdict: verdict[:2])[2]
 
-    def obstacles(self, row: Mapping[str, Any]) -> list[Fault]:
-        """Return why the row has to be refused; an empty list if it has an exact sequence."""
+    def obstacles(self, row: Mapping[str, Any], doubts: bool = False) -> list[Fault]:
+        """Return why the row has to be refused; an empty list if it has an exact sequence.
+
+        Args:
+            row: the row.
+            doubts: whether to return also why it may be refused.
+        """
         fewest: list[Fault] = []
         for chat in self._chats(row):
             obstacles = chat.obstacles()
             if not obstacles:
-                return []
+                return chat.doubts() if doubts else []
             fewest = min(fewest or obstacles, obstacles, key=severity)
         return fewest
 
@@ -251,13 +259,15 @@ class Oracle:
     def split(self, text: str) -> list[str]:
         return self.atoms.findall(text)
 
-    def align(self, prompt: str, decoration: str) -> tuple[int, int]:
+    def align(self, prompt: str, decoration: str) -> tuple[int, int, str]:
         """Return where the longest text that both share ends in each, between whole tokens and tags.
+
+        The text itself is returned as well.
 
         Of several, the last in the prompt is taken.
         """
         if decoration.startswith(prompt):
-            return len(prompt), len(prompt)
+            return len(prompt), len(prompt), prompt
         left, right = self.split(prompt), self.split(decoration)
         best, ends = 0, (0, 0)
         lengths = [0] * (len(right) + 1)
@@ -267,7 +277,8 @@ class Oracle:
                 before, lengths[column] = lengths[column], before + len(atom) if atom == other else 0
                 if lengths[column] >= best > 0 or lengths[column] > best:
                     best, ends = lengths[column], (row, column)
-        return sum(map(len, left[: ends[0]])), sum(map(len, right[: ends[1]]))
+        cut, start = len("".join(left[: ends[0]])), len("".join(right[: ends[1]]))
+        return cut, start, prompt[cut - best : cut]
 
 
 class Chat:
@@ -296,6 +307,23 @@ class Chat:
             except Unrenderable as error:
                 self._obstacles = [Fault(UNRENDERABLE, None, str(error)[:300])]
         return self._obstacles
+
+    def doubts(self) -> list[Fault]:
+        """Return why a row without obstacles may be refused."""
+        doubts = []
+        for answer in self.trained:
+            prompt = self.renderer.text(self.turns[:answer], True) if answer else ""
+            doubts += [
+                Fault(LOST_LATER, index, turn.content[:60])
+                for index, turn in enumerate(self.turns[:answer])
+                if turn.role != "assistant" and not holds(prompt, turn.content)
+            ]
+            end = self._plain_end()
+            completions = self.expected[answer].completions
+            endings = {self.oracle.added_pattern.findall(text)[-1] for text in completions}
+            if end and not endings & {end[0], *self.oracle.stops}:
+                doubts.append(Fault(NO_STOP, answer, " ".join(endings)))
+        return doubts
 
     # Context.
 
@@ -343,7 +371,11 @@ class Chat:
         if not is_same_shape(layout):
             yield Fault(UNCLEAR, index, f"{layout.real[-300:]!r} against {layout.masked[-300:]!r}")
             return
-        cut, start = self.oracle.align(layout.prompt, layout.decoration)
+        cut, start, shared = self.oracle.align(layout.prompt, layout.decoration)
+        if index == 0 and not shared.strip():
+            # There is no header, so the turn begins behind the first token of the text.
+            tokens = list(self.oracle.added_pattern.finditer(layout.decoration))
+            start = tokens[-1].end() if tokens else 0
         unshared = layout.prompt[cut:]
         if has_reasoning(turn) and "</think>" in unshared:
             yield Fault(CLOSED, index, unshared)
