@@ -76,16 +76,14 @@ class Expected(NamedTuple):
     """What is right for an assistant turn.
 
     Attributes:
-        context: ids before the supervised ones.
+        contexts: ids before the supervised ones, any of which is right.
         text: the prompt as text.
         completions: texts any of which may be supervised.
-        header: the end of the prompt, to recognize a supervised header.
     """
 
-    context: list[int]
+    contexts: list[list[int]]
     text: str
     completions: list[str]
-    header: str
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def masked_turn(turn: Turn) -> tuple[Turn, tuple[str, ...]]:
         if not text.strip():
             return text
         leaves.append(f"Zq{len(leaves) + 2}Leaf{len(leaves) + 2}qZ")
-        return leaves[-1]
+        return text.replace(text.strip(), leaves[-1])  # white space around it can be part of a header
 
     def mask(value: Any) -> Any:
         if isinstance(value, str):
@@ -401,11 +399,15 @@ class Chat:
     def _expected(self, index: int, layout: Layout, start: int, completions: list[str]) -> Expected:
         if index:
             text = self.renderer.text(self.turns[:index], True)
-            context = self.renderer.prompt_ids(self.turns[:index])
-        else:  # there is no prompt at inference: the context is what the template writes before the turn
-            text = layout.real[:start]
-            context = self.renderer.ids(text)
-        return Expected(context, text, completions, layout.decoration[:start])
+            return Expected([self.renderer.prompt_ids(self.turns[:index])], text, completions)
+        # There is no prompt at inference. The context is what the template writes before the turn, or what it
+        # writes for an empty conversation, if that has the same header.
+        text = layout.real[:start]
+        contexts = [self.renderer.ids(text)]
+        empty = self.renderer.empty_prompt()
+        if empty and self.oracle.align(empty, layout.decoration)[1] == start:
+            contexts.append(self.renderer.ids(empty))
+        return Expected(contexts, text, completions)
 
     def _layout(self, index: int, masked: Turn, leaves: tuple[str, ...]) -> Layout:
         """Render a turn behind the nearest earlier message whose text shows in prompt and rendering."""
@@ -524,14 +526,15 @@ class Chat:
     def _runs(self, ids: list[int], labels: list[int]) -> Iterator[tuple[int, int]]:
         """Yield [start, end) of each run of supervised tokens, cut where another turn begins at once."""
         for start, stop in runs(labels):
-            bounds = sorted({len(expected.context) for expected in self._contexts_in(ids)})
+            bounds = sorted({len(context) for context in self._contexts_in(ids)})
             inside = [bound for bound in bounds if start < bound < stop] if start in bounds else []
             yield from pairwise([start, *inside, stop])
 
-    def _contexts_in(self, ids: list[int]) -> Iterator[Expected]:
+    def _contexts_in(self, ids: list[int]) -> Iterator[list[int]]:
         for expected in self.expected.values():
-            if expected.context and ids[: len(expected.context)] == expected.context:
-                yield expected
+            yield from (
+                context for context in expected.contexts if context and ids[: len(context)] == context
+            )
 
     def _cut_tokens(self, ids: list[int]) -> Iterator[Fault]:
         text = self.renderer.decode(ids)
@@ -544,9 +547,9 @@ class Chat:
     def _judge_run(self, ids: list[int], start: int, stop: int) -> tuple[int | None, Fault | None]:
         """Return the turn that supervised ids belong to, and what is wrong with them."""
         for index, expected in self.expected.items():
-            begin = start - 1 if start == 1 and not expected.context else start
-            if ids[:begin] == expected.context:
-                return index, self._judge_completion(index, expected, ids[begin:stop])
+            begin = start - 1 if start == 1 and [] in expected.contexts else start
+            if ids[:begin] in expected.contexts:
+                return index, self._judge_completion(index, expected, ids[:begin], ids[begin:stop])
         text, before = self.renderer.decode(ids[start:stop]), self.renderer.decode(ids[:start])
         for index in self.answers:
             if (
@@ -564,10 +567,12 @@ class Chat:
                     return index, Fault(CONTEXT, index, f"{before!r} instead of {expected.text!r}")
         return None, Fault(OTHER_TEXT, None, f"{before!r} + {text!r}")
 
-    def _judge_completion(self, index: int, expected: Expected, ids: list[int]) -> Fault | None:
+    def _judge_completion(
+        self, index: int, expected: Expected, context: list[int], ids: list[int]
+    ) -> Fault | None:
         text = self.renderer.decode(ids)
         for completion in expected.completions:
-            if self._are_ids_of(ids, completion, expected):
+            if self._are_ids_of(ids, completion, context, expected.text):
                 return None
         for completion in expected.completions:
             if text == completion:
@@ -579,12 +584,11 @@ class Chat:
                 return Fault(NO_END_TOKEN, index, end)
         return Fault(OTHER_TEXT, index, f"{text!r} instead of {expected.completions!r}")
 
-    def _are_ids_of(self, ids: list[int], completion: str, expected: Expected) -> bool:
+    def _are_ids_of(self, ids: list[int], completion: str, context: list[int], text: str) -> bool:
         """Return whether ids are those that the tokenizer gives to a completion behind its prompt."""
-        whole = self.renderer.ids(expected.text + completion)
-        size = len(expected.context)
-        if whole[:size] == expected.context:
-            return ids == whole[size:]
+        whole = self.renderer.ids(text + completion)
+        if whole[: len(context)] == context:
+            return ids == whole[len(context) :]
         # Prompt and completion share a token, so the completion is tokenized behind the prompt as it is.
         anchor = next(iter(self.oracle.added.values()))
         anchored = self.renderer.ids(anchor + completion)[1:]

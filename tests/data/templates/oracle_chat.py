@@ -165,6 +165,13 @@ class Renderer:
         """
         return list(self._apply(turns, True, tokenize=True))
 
+    def empty_prompt(self) -> str | None:
+        """Return the generation prompt of an empty conversation; None if the template raises an error."""
+        try:
+            return self._render([], True)
+        except Exception:  # a template can raise anything
+            return None
+
     def _apply(self, turns: Sequence[Turn], prompt: bool, tokenize: bool) -> Any:
         messages = [turn.message(self.form) for turn in turns]
         try:
