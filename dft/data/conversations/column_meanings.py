@@ -10,6 +10,7 @@ from typing import Any
 
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.row_rules import RowRules
+from dft.data.conversations.turns import MEDIA
 from dft.strict_json import shorten
 
 Row = dict[str, Any]
@@ -46,10 +47,14 @@ def _describe(value: Any) -> str:
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else shorten(value)
 
 
+def _is_false(value: Any, _: RowRules) -> bool:
+    return value is False
+
+
 def _media(column: str, _: Any) -> str:
     return (
-        f"'{column}' holds {column.removesuffix('s')} data, and this trainer reads only text; --on_bad_data "
-        f"skip leaves such rows out, --ignore_columns {column} trains on their text alone"
+        f"'{column}' holds {MEDIA[column]}, and this trainer reads only text; --on_bad_data skip leaves such "
+        f"rows out, --ignore_columns {column} trains on their text alone"
     )
 
 
@@ -99,16 +104,15 @@ def _is_other_split(value: Any, rules: RowRules) -> bool:
     return is_train if rules.evaluation else not is_train
 
 
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-
 MEANINGS: tuple[ColumnMeaning, ...] = (
     ColumnMeaning(
-        MEDIA,
+        tuple(MEDIA),
         "images, videos or audio",
         _is_filled,
         _media,
     ),
     ColumnMeaning(("label", "labels", "kto_tag"), "an answer that is judged", _always, _judged),
+    ColumnMeaning(("is_correct", "correct"), "an answer that is judged", _is_false, _judged),
     ColumnMeaning(("reward", "rewards"), "an answer with a reward", _always, _reward),
     ColumnMeaning(
         ("chosen", "rejected", "chosen_messages", "rejected_messages", "rejected_response"),

@@ -37,7 +37,7 @@ class Conversation:
         variables: further variables for the template, from `chat_template_kwargs` of the row.
         places: for each message where the row has it ("conversations[0]"); () if `messages` is the row's.
         unread: columns of the row that are not part of the conversation.
-        named: columns of the row that its rules name.
+        named: columns of the row that its rules name, also those that are null.
     """
 
     messages: list[dict[str, Any]]
@@ -81,11 +81,11 @@ def parse_conversation(text: bytes, rules: RowRules = NO_RULES) -> Conversation:
         raise BadLine(
             f"expected a JSON object with {describe_forms()}, got {json_type_name(row)}", "not a JSON object"
         )
+    named = tuple(key for key in row if key in rules.named) if rules.named else ()
     row = {key: value for key, value in row.items() if value is not None}
-    named: tuple[str, ...] = ()
-    left_out, last_only = named, False
+    left_out: tuple[str, ...] = ()
+    last_only = False
     if len(row) > 1 or rules.change_rows:
-        named = tuple(key for key in row if key in rules.named)
         row, left_out, last_only = _apply_rules(row, rules)
     form = find_form(row)
     if form is None:

@@ -42,6 +42,8 @@ def find_form(row: Row) -> RowForm | None:
         BadLine: the row has the keys of several forms, or a column that its form would leave out and that is
             probably part of the conversation.
     """
+    if len(row) == 1 and MESSAGES.keys[0] in row:
+        return MESSAGES  # fast path: most rows have no other column
     forms = matching_forms(row)
     if not forms:
         return None

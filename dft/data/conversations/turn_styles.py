@@ -45,6 +45,9 @@ def read_conversation(key: str, turns: Any, is_sharegpt: bool = False) -> list[T
         )
     messages: list[Turn] = []
     for index, raw in enumerate(turns):
+        if _is_usual(raw):
+            messages.append(read_turn(f"{key}[{index}]", raw))
+            continue
         for turn in _split(raw):
             message = _read_turn(f"{key}[{index}]", turn, is_sharegpt)
             if _role_name(turn) in CALL_ROLES and messages and _continues(messages[-1], message):
@@ -52,6 +55,16 @@ def read_conversation(key: str, turns: Any, is_sharegpt: bool = False) -> list[T
             else:
                 messages.append(message)
     return messages
+
+
+def _is_usual(turn: Any) -> bool:
+    """Return whether a turn has a role of a chat template and a text: the fast path."""
+    return (
+        type(turn) is dict
+        and turn.get("role") in ROLES
+        and type(turn.get("content")) is str
+        and "from" not in turn
+    )
 
 
 def is_answer(turn: dict[str, Any]) -> bool:

@@ -18,6 +18,14 @@ WEIGHTS = ("weight", "loss_weight", "loss_scale")
 """Keys of a message with the weight of its loss, of which only 0 and 1 are supported."""
 ARGUMENT_KEYS = ("arguments", "parameters", "input")
 """Keys under which a tool call may hold its arguments. The first one that is present is used."""
+MEDIA = {
+    **dict.fromkeys(("images", "image", "image_path", "image_url"), "an image"),
+    **dict.fromkeys(("videos", "video", "video_path"), "a video"),
+    **dict.fromkeys(("audios", "audio", "audio_path"), "audio"),
+}
+"""What a row or a message has besides text, by the key that holds it."""
+PARTIAL_KEYS = ("train_detail", "loss_mask")
+"""Keys under which other trainers select parts of a message to train on."""
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message may hold its reasoning. The first one that is present is used."""
 
@@ -91,6 +99,7 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
     content = message.get("content")
     if len(message) == 2 and isinstance(content, str) and content.strip():
         return Turn(message, role == "assistant", where)  # fast path: most turns have no other keys
+    _check_meanings(where, message)
     supervised = _pop_supervision(where, role, message)
     if "function_call" in message:  # the key used by OpenAI's format before 'tool_calls'
         message["tool_calls"] = [message.pop("function_call")]
@@ -117,6 +126,23 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
 def without_empty_system_turns(turns: list[Turn]) -> list[Turn]:
     """Return validated turns without the system and developer turns that are empty."""
     return [turn for turn in turns if turn.message["content"] or turn.message["role"] not in SYSTEM_ROLES]
+
+
+def _check_meanings(where: str, message: dict[str, Any]) -> None:
+    """Raise `BadLine` if a key of a message says that it is more, or less, than its text."""
+    for key, value in message.items():
+        if key in MEDIA and value:
+            raise BadLine(
+                f"{where}: '{key}' holds {MEDIA[key]}, and this trainer reads only text; --on_bad_data skip "
+                "leaves such rows out",
+                "images, videos or audio",
+            )
+        if key in PARTIAL_KEYS:
+            raise BadLine(
+                f"{where}: '{key}' selects parts of a message, but only whole messages can be selected, "
+                f"with 'train'",
+                "a part of a message",
+            )
 
 
 def _has_reasoning(where: str, message: dict[str, Any]) -> bool:

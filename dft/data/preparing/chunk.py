@@ -192,7 +192,7 @@ def _count_columns(
     """Return counts of the records, of those left out, and of the columns that are not read."""
     counts = ConversationCounts(read=len(parsed), unread=Counter(chunk.unread))
     counts.named.update(
-        {column: count for column, count in chunk.unread.items() if column in chunk.rules.named}
+        {column: max(count, 1) for column, count in chunk.unread.items() if column in chunk.rules.named}
     )
     for item in parsed:
         if isinstance(item, Conversation):

@@ -42,7 +42,7 @@ def error_of(row: dict[str, object], **rules: object) -> str:
         (
             "images",
             ["1.jpg"],
-            "'images' holds image data, and this trainer reads only text; --on_bad_data skip leaves such "
+            "'images' holds an image, and this trainer reads only text; --on_bad_data skip leaves such "
             "rows out, --ignore_columns images trains on their text alone",
         ),
         (
@@ -82,13 +82,13 @@ def test_a_column_that_changes_the_meaning_is_an_error_unless_it_is_ignored(colu
 def test_every_column_with_a_meaning_is_refused_in_every_form(column):
     for row in (TALK, {"instruction": "q", "output": "a"}, {"response": "a"}):
         with pytest.raises(BadLine):
-            parse({**row, column: "x"})
+            parse({**row, column: False if "correct" in column else "x"})
 
 
 @pytest.mark.parametrize(
     ("column", "value"),
     [("images", []), ("image", ""), ("weight", 1), ("weight", 1.0), ("split", "train"), ("rejected", ""),
-     ("chosen", []), ("loss_weight", "1"), ("label", None)],
+     ("chosen", []), ("loss_weight", "1"), ("label", None), ("is_correct", True), ("correct", "4")],
 )  # fmt: skip
 def test_values_that_mean_nothing_are_no_errors(column, value):
     assert parse({**TALK, column: value}).messages == TALK["messages"]
@@ -99,6 +99,22 @@ def test_the_placeholder_of_an_image_is_named():
     assert error_of(row).endswith("trains on their text alone, with <image> left in it")
     del row["images"]
     assert parse(row).messages == row["messages"]  # text about HTML may have such a tag
+
+
+def test_keys_of_a_message_that_change_its_meaning_are_errors():
+    talk = {"messages": [{**USER, "images": ["1.jpg"]}, ANSWER]}
+    assert error_of(talk) == (
+        "messages[0]: 'images' holds an image, and this trainer reads only text; --on_bad_data skip leaves "
+        "such rows out"
+    )
+    assert parse({"messages": [{**USER, "images": []}, ANSWER]}).messages[0]["images"] == []
+    talk = {
+        "messages": [USER, {**ANSWER, "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}]
+    }
+    assert error_of(talk) == (
+        "messages[1]: 'train_detail' selects parts of a message, but only whole messages can be selected, "
+        "with 'train'"
+    )
 
 
 def test_rows_for_evaluation_may_be_of_any_split_but_that_for_training():

@@ -81,9 +81,14 @@ def test_a_column_that_no_row_has_is_an_error(run, tmp_path):
         message = f"--{flag} {value}: no row that is used has a column '{name}'"
         assert error_of(run, file, **{flag: [value]}) == message
     assert run(file, ignore_columns=["id"]).report["unread_columns"] == {"id": 1}
+    empty = save(tmp_path / "null.jsonl", conversation("q", images=None))
+    assert run(empty, ignore_columns=["images"]).report["unread_columns"] == {}
     table = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist([conversation("q", id=1)]), table)
     assert run(str(table), ignore_columns=["id"]).report["unread_columns"] == {"id": 1}
+    schema = pa.schema([*pa.Table.from_pylist([conversation("q")]).schema, ("images", pa.string())])
+    pq.write_table(pa.Table.from_pylist([conversation("q")], schema=schema), table)
+    assert run(str(table), ignore_columns=["images"]).report["unread_columns"] == {}
 
 
 def test_kept_rows_are_those_that_fulfil_the_condition(run, tmp_path):
@@ -95,11 +100,17 @@ def test_kept_rows_are_those_that_fulfil_the_condition(run, tmp_path):
     lines = data_summary(report)
     assert "left out    4 rows by --keep_rows label=true" in lines
     assert "not read    1 column: label (2)" in lines
+    rows = [conversation("q", label=False)]
+    message = (
+        "--data_files: no conversation is left of 1: left out 1 by --keep_rows label=true; check the value "
+        "and its column"
+    )
+    assert error_of(run, save(tmp_path / "b.jsonl", *rows), keep_rows=["label=true"]) == message
 
 
 def test_a_column_with_a_meaning_is_an_error_with_file_and_line(run, tmp_path):
     file = save(tmp_path / "a.jsonl", conversation("q"), conversation("q2", images=["1.jpg"]))
-    assert error_of(run, file).splitlines()[1].startswith(f"  {file}:2: 'images' holds image data, and this")
+    assert error_of(run, file).splitlines()[1].startswith(f"  {file}:2: 'images' holds an image, and this")
     assert run(file, ignore_columns=["images"]).report["train"]["conversations"] == 2
     report = run(file, on_bad_data="skip").report
     assert report["rejected_by_reason"] == {"images, videos or audio": 1}

@@ -187,7 +187,7 @@ def test_judged_answers_pairs_and_images_are_errors_in_described_files_too(tmp_p
     pairs = {"ranking": True, "columns": {"prompt": "question", "chosen": "better", "rejected": "worse"}}
     with pytest.raises(BadLine, match="^'better' makes this a preference pair; --use_chosen True trains on"):
         described(tmp_path, pairs, {"question": "q", "better": "a", "worse": "b"})
-    with pytest.raises(BadLine, match="^'images' holds image data"):
+    with pytest.raises(BadLine, match="^'images' holds an image"):
         described(tmp_path, {}, {"instruction": "q", "output": "a", "images": ["1.jpg"]})
 
 
