@@ -94,7 +94,10 @@ def _nothing_left(flag: str, counts: ConversationCounts, options: PrepareOptions
     """Return the error message for files without any usable sequence."""
     if counts.left_out and counts.left_out.total() + counts.rejected.total() == counts.read:
         left_out = "; ".join(f"{count} by {condition}" for condition, count in counts.left_out.most_common())
-        return f"{flag}: no conversation is left of {counts.read}: left out {left_out}; check the value and its column"
+        return (
+            f"{flag}: no conversation is left of {counts.read}: left out {left_out}; check the value and its "
+            "column"
+        )
     if counts.rejected.total() == counts.read:
         reasons = "; ".join(f"{count} x {kind}" for kind, count in counts.rejected.most_common(3))
         return f"{flag}: none of the {counts.read} conversations can be used ({reasons})"
