@@ -154,7 +154,7 @@ def render(raw: bytes, folder: Path) -> None:
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
         template = ChatTemplate(source, {"eos_token": "<|im_end|>"})
-        renderer = ConversationRenderer(template, {"<|im_end|>": 1}, {"<|im_start|>"})
+        renderer = ConversationRenderer(template, ["<|im_end|>"], ["<|im_start|>"])
         for rendering in renderer.render(conversation):
             ends = [0, *(place for span in rendering.spans for place in span), len(rendering.text)]
             assert ends == sorted(ends) and rendering.spans

@@ -169,7 +169,7 @@ def test_templates_render_or_are_rejected(source, rows):
         conversation = parse_conversation(text.encode())
         check_parsed(source)
         template = ChatTemplate(source, {})
-        renderings = ConversationRenderer(template, {"<|im_end|>": 1}, {"<|im_start|>"}).render(conversation)
+        renderings = ConversationRenderer(template, ["<|im_end|>"], ["<|im_start|>"]).render(conversation)
     except (BadLine, UserError, LimitExceeded):
         return
     for rendering in renderings:

@@ -73,19 +73,19 @@ class Aligner:
         """
         first = probe.first(probed)
         if len(prompt) <= first and probed.startswith(prompt):
-            self._check_header(index, probed[len(prompt) : first], prompt)
+            self._check_header(chat, index, probed[len(prompt) : first], prompt)
             return Start(len(prompt))
         prompt_end, base_end, opening = self._after_previous(chat, index, probe)
         header = prompt_end[self.markers.shared_prefix(prompt_end, base_end) :]
         shared = self.markers.shared_prefix(prompt_end, opening)
         prompt_only = prompt_end[shared:]
         if header and len(prompt_only) >= len(header):
-            prompt_only, opening = self._after_header(header, opening, index)
+            prompt_only, opening = self._after_header(header, opening, chat, index)
         else:
             opening = opening[shared:]
         is_cut = bool(prompt_only) and opening[:1].isalnum()
         if is_cut or not prompt.endswith(prompt_end) or not probed.endswith(opening, 0, first):
-            raise misaligned(index)
+            raise misaligned(chat.place(index))
         return Start(first - len(opening), prompt_only)
 
     def first_start(self, chat: AdaptedChat, probed: str, probe: Probe) -> tuple[str | None, Start]:
@@ -118,13 +118,13 @@ class Aligner:
         # Without a header, white space before the turn's own text is generated, as in later turns.
         return None, Start(len(before.rstrip()) if position < 0 else position + len(self.header))
 
-    def _check_header(self, index: int, opening: str, prompt: str) -> None:
+    def _check_header(self, chat: AdaptedChat, index: int, opening: str, prompt: str) -> None:
         """Check that the header is part of the prompt, if the template has a generation prompt."""
         if self.header and opening.startswith(self.header) and not prompt.endswith(self.header):
             raise BadLine(
-                f"messages[{index}]: the chat template adds no generation prompt after "
-                f"messages[{index - 1}], so the model would have to generate the header of its own turn; "
-                "remove the turn, or pass another template (--chat_template)",
+                f"{chat.place(index)}: the chat template adds no generation prompt after "
+                f"{chat.place(index - 1)}, so the model would have to generate the header of its own "
+                "turn; remove the turn, or pass another template (--chat_template)",
                 "no generation prompt",
             )
 
@@ -149,17 +149,17 @@ class Aligner:
             base = self.template.render(before, chat.context)
             answered = self.template.render([*before, turn], chat.context)
         except BadLine:  # the template accepts the message itself, but not placeholders in it
-            raise misaligned(index) from None
+            raise misaligned(chat.place(index)) from None
         first = probe.first(answered)
         texts = [item.text for item in previous.placeholders]
         texts = [text for text in texts if text in prompt and text in base and text in answered]
         if not texts or first < 0:
-            raise misaligned(index)
+            raise misaligned(chat.place(index))
         last = max(texts, key=prompt.rfind)
         prompt, base, answered = (text.rpartition(last)[2] for text in (prompt, base, answered[:first]))
         return prompt, base, answered
 
-    def _after_header(self, header: str, opening: str, index: int) -> tuple[str, str]:
+    def _after_header(self, header: str, opening: str, chat: AdaptedChat, index: int) -> tuple[str, str]:
         """Return what follows the header in the prompt and in the rendering of the turn.
 
         Used if the two differ before the header already. The header may end in an opened think block that the
@@ -173,13 +173,13 @@ class Aligner:
             position = opening.rfind(header[:end])
             if end and position >= 0:
                 return header[end:], opening[position + end :]
-        raise misaligned(index)
+        raise misaligned(chat.place(index))
 
 
-def misaligned(index: int) -> BadLine:
+def misaligned(place: str) -> BadLine:
     """Return the error for a turn whose start cannot be found."""
     return BadLine(
-        f"messages[{index}]: the chat template renders the turn behind another header than the generation "
+        f"{place}: the chat template renders the turn behind another header than the generation "
         "prompt, so it is not clear what the model has to generate; pass another template (--chat_template)",
         "another header than in the prompt",
     )

@@ -142,23 +142,24 @@ class CompletionFinder:
     def _verify(self, chat: AdaptedChat, index: int, prompt: str | None, transcript: str) -> Completion:
         """Find a completion by comparing renderings that have placeholders in place of the turn's texts."""
         profile, message = self.profile(chat), chat.conversation.messages[index]
+        place = chat.place(index)
         probe = profile.maker.probe(message)
         probed = self._render_probe(chat, index, probe)
         first = probe.first(probed)
         if first < 0:
-            check_rendered(index, message, probe, "")
-            raise misaligned(index)
+            check_rendered(place, message, probe, "")
+            raise misaligned(place)
         if prompt is None:
             prompt, start = profile.aligner.first_start(chat, probed, probe)
         else:
             start = profile.aligner.start(chat, index, prompt, probed, probe)
         if reasoning_of(message) and self.markers.ends_closed(start.prompt_only):
-            raise lost(index, PROMPT_CLOSES_THINKING)
-        check_rendered(index, message, probe, probed[start.position :])
+            raise lost(place, PROMPT_CLOSES_THINKING)
+        check_rendered(place, message, probe, probed[start.position :])
         closing = probed[probe.end(probed) :]
         end = self._end(chat, index, probe, probed)
         self._check_own_text(chat, index, probe, probed[start.position : len(probed) - len(closing)])
-        completion = self._locate(index, prompt, transcript, probed[:first], start, closing, end)
+        completion = self._locate(place, prompt, transcript, probed[:first], start, closing, end)
         if len(message) == 2 and index and not start.prompt_only and message["content"].strip() in transcript:
             profile.frames.insert(0, Frame(probed[start.position : first], closing, end))
             del profile.frames[MAX_FRAMES:]
@@ -193,7 +194,7 @@ class CompletionFinder:
             plain = self.profile(chat).ends.plain
             assert plain is not None, "without a plain end, every turn has an end"
             raise BadLine(
-                f"messages[{index}]: the chat template ends plain turns with {plain.token}, but writes "
+                f"{chat.place(index)}: the chat template ends plain turns with {plain.token}, but writes "
                 f"{closing.strip()[:QUOTED]!r} after this one, where generation would not stop; if it "
                 "should stop there, add that token to eos_token_id in generation_config.json, otherwise pass "
                 "another template (--chat_template) or remove the turn",
@@ -216,8 +217,8 @@ class CompletionFinder:
         token = self.profile(chat).ends.written_before(written)
         if token is not None:
             raise BadLine(
-                f"messages[{index}]: the chat template writes {token}, at which generation stops, before the "
-                "end of the turn, so the model would never generate what follows it; split the turn into "
+                f"{chat.place(index)}: the chat template writes {token}, at which generation stops, before "
+                "the end of the turn, so the model would never generate what follows it; split the turn into "
                 "several, or pass another template (--chat_template)",
                 "text after the end-of-turn token",
             )
@@ -227,14 +228,14 @@ class CompletionFinder:
         for text in others:
             if len(text) >= NESTED_TEXT and text in written:
                 raise BadLine(
-                    f"messages[{index}]: the chat template repeats text of another turn inside this turn; "
-                    "pass another template (--chat_template)",
+                    f"{chat.place(index)}: the chat template repeats text of another turn inside this "
+                    "one; pass another template (--chat_template)",
                     "text of another turn inside a turn",
                 )
 
     def _locate(
         self,
-        index: int,
+        place: str,
         prompt: str | None,
         transcript: str,
         before: str,
@@ -245,7 +246,7 @@ class CompletionFinder:
         """Locate a turn in the rendering of the real conversation.
 
         Args:
-            index: index of the turn.
+            place: where the row has the turn, for error messages.
             prompt: its prompt at inference, None if there is none.
             transcript: the rendering up to and including the turn.
             before: the text before the first placeholder in the rendering with placeholders.
@@ -258,22 +259,22 @@ class CompletionFinder:
         """
         position, length = start.position, len(transcript) - len(closing)
         if not transcript.startswith(before[:position]):
-            raise misaligned(index)
+            raise misaligned(place)
         if length >= position and transcript.endswith(closing):
             text = transcript[position:length] + end.text
         else:
-            text = self._until_only_end(index, transcript, position, closing[len(end.text) :], end)
+            text = self._until_only_end(place, transcript, position, closing[len(end.text) :], end)
         is_open = self.markers.ends_open(start.prompt_only) and not any(
             self.markers.ends_closed(match.group()) for match in self.markers.pattern.finditer(text)
         )
         context = transcript[:position] if prompt is None else prompt
         return Completion(context, text, end.token, transcript, position, start.prompt_only, is_open)
 
-    def _until_only_end(self, index: int, transcript: str, position: int, after: str, end: TurnEnd) -> str:
+    def _until_only_end(self, place: str, transcript: str, position: int, after: str, end: TurnEnd) -> str:
         """Return the text of a turn whose closing text depends on its content.
 
         Args:
-            index: index of the turn.
+            place: where the row has the turn, for the error message.
             transcript: the rendering up to and including the turn.
             position: the start of the turn.
             after: the text after the end of the turn, in a rendering with placeholders.
@@ -293,7 +294,7 @@ class CompletionFinder:
             or transcript[stop:] != after
         ):
             raise BadLine(
-                f"messages[{index}] contains special tokens of the tokenizer, and the end of the turn cannot "
+                f"{place} contains special tokens of the tokenizer, and the end of the turn cannot "
                 "be found in what the chat template renders; remove the special tokens",
                 "special tokens inside a turn",
             )

@@ -50,8 +50,8 @@ def check_context(
         for placeholder in _required(messages[index], probe):
             is_rendered = placeholder.text in rendered
             if not is_rendered and not _is_rendered_alone(chat, index, count, probe, placeholder):
-                raise _not_rendered(index, messages[index], placeholder)
-    _check_order(messages, probes, supervised, rendered)
+                raise _not_rendered(chat.place(index), messages[index], placeholder)
+    _check_order(chat, probes, supervised, rendered)
     if len(profile.contexts) >= MAX_SHAPES:
         profile.contexts.clear()
     profile.contexts.add(shape)
@@ -107,12 +107,12 @@ def _is_rendered_alone(
 
 
 def _check_order(
-    messages: Sequence[Message], probes: Sequence[Probe], supervised: Sequence[int], rendered: str
+    chat: AdaptedChat, probes: Sequence[Probe], supervised: Sequence[int], rendered: str
 ) -> None:
     """Check that no message of the context of a supervised turn is rendered after the turn."""
     last_end = 0
     ends = []
-    for message, probe in zip(messages, probes, strict=True):
+    for message, probe in zip(chat.conversation.messages, probes, strict=False):
         if message["role"] != "assistant":
             last_end = max(last_end, probe.end(rendered))
         ends.append(last_end)
@@ -120,19 +120,19 @@ def _check_order(
         first = probes[turn].first(rendered)
         if 0 <= first < ends[turn]:
             raise BadLine(
-                f"messages[{turn}]: the chat template renders an earlier message after this turn; "
+                f"{chat.place(turn)}: the chat template renders an earlier message after this turn; "
                 "pass another template (--chat_template)",
                 "a message is rendered after its answer",
             )
 
 
-def _not_rendered(index: int, message: Message, placeholder: Placeholder) -> BadLine:
+def _not_rendered(place: str, message: Message, placeholder: Placeholder) -> BadLine:
     """Return the error for a message that the prompt lacks."""
     if placeholder.kind == CALL:
-        return BadLine(f"messages[{index}]: the chat template {NO_CALLS}", KINDS[NO_CALLS])
+        return BadLine(f"{place}: the chat template {NO_CALLS}", KINDS[NO_CALLS])
     role = message["role"]
     return BadLine(
-        f"messages[{index}]: the chat template does not render the text of this {role} turn, or only part of "
+        f"{place}: the chat template does not render the text of this {role} turn, or only part of "
         f"it; remove it, write it into another turn, or {REMEDY}",
         f"{role} turn is not rendered",
     )

@@ -44,8 +44,8 @@ class GenerationTags:
         if self.are_used:
             if tagged is None:
                 raise BadLine(
-                    f"messages[{index}]: no {{% generation %}} block of the chat template marks any of this "
-                    "turn; leave out --use_generation_tags, or mark it in the template",
+                    f"{self.chat.place(index)}: no {{% generation %}} block of the chat template marks any of "
+                    "this turn; leave out --use_generation_tags, or mark it in the template",
                     "no {% generation %} block",
                 )
             # The header and what follows the end-of-turn token are never generated.
@@ -54,7 +54,8 @@ class GenerationTags:
         if tagged is None or text[tagged[0] : tagged[1]].strip() != completion.text.strip():
             shown = "nothing" if tagged is None else _quote(text[tagged[0] : tagged[1]])
             sequence.remarks[TAGS_DIFFER] = (
-                f"messages[{index}]: the blocks mark {shown}, the model generates {_quote(completion.text)}"
+                f"{self.chat.place(index)}: the blocks mark {shown}, the model generates "
+                f"{_quote(completion.text)}"
             )
         return whole[0] + shift, whole[1] + shift
 

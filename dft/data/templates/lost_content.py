@@ -52,11 +52,11 @@ def check_tools(chat: AdaptedChat, count: int, prompt: str) -> None:
         )
 
 
-def check_rendered(index: int, message: Message, probe: Probe, rendered: str) -> None:
+def check_rendered(place: str, message: Message, probe: Probe, rendered: str) -> None:
     """Check that the rendering of a turn contains all its placeholders.
 
     Args:
-        index: index of the turn.
+        place: where the row has the turn, for the error message.
         message: the turn.
         probe: the turn with placeholders.
         rendered: the rendering of `probe`, from the start of the turn.
@@ -66,7 +66,7 @@ def check_rendered(index: int, message: Message, probe: Probe, rendered: str) ->
     """
     for placeholder, position in zip(probe.placeholders, probe.positions(rendered), strict=True):
         if position < 0:
-            raise lost(index, _reason(message, placeholder))
+            raise lost(place, _reason(message, placeholder))
 
 
 def _reason(message: Message, placeholder: Placeholder) -> str:
@@ -81,9 +81,9 @@ def _reason(message: Message, placeholder: Placeholder) -> str:
     return NO_CONTENT if has_more else REMOVES_CONTENT
 
 
-def lost(index: int, reason: str) -> BadLine:
+def lost(place: str, reason: str) -> BadLine:
     """Return the error for a turn of which something is not rendered; `reason` is a key of `KINDS`."""
-    return BadLine(f"messages[{index}]: the chat template {reason}", KINDS[reason])
+    return BadLine(f"{place}: the chat template {reason}", KINDS[reason])
 
 
 def unrendered_role_error(role: str) -> BadLine:

@@ -148,7 +148,7 @@ class SequenceBuilder:
                 f"the prompt of a turn without reasoning ends with {completion.prompt_only.strip()!r}, as at "
                 "inference, so the model learns to answer inside of that block"
             )
-            sequence.remarks[kind] = f"messages[{index}]"
+            sequence.remarks[kind] = self.chat.place(index)
 
     def _complete(self) -> None:
         """Check the context of the current sequence, and add the text that follows its last turn."""

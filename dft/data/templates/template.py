@@ -218,6 +218,10 @@ class AdaptedChat:
         self.messages = [template.adapt(message) for message in conversation.messages]
         self.context = template.context(conversation.variables, conversation.tools)
 
+    def place(self, index: int) -> str:
+        """Return where the row has a message, for error messages."""
+        return self.conversation.place(index)
+
     def render(self, count: int | None = None, *more: Message, prompt: bool = False) -> str:
         """Return the rendering of the first `count` messages followed by others.
 
