@@ -77,16 +77,36 @@ class Aligner:
             return Start(len(prompt))
         prompt_end, base_end, opening = self._after_previous(chat, index, probe)
         header = prompt_end[self.markers.shared_prefix(prompt_end, base_end) :]
-        shared = self.markers.shared_prefix(prompt_end, opening)
-        prompt_only = prompt_end[shared:]
-        if header and len(prompt_only) >= len(header):
-            prompt_only, opening = self._after_header(header, opening, chat, index)
-        else:
-            opening = opening[shared:]
-        is_cut = bool(prompt_only) and opening[:1].isalnum()
-        if is_cut or not prompt.endswith(prompt_end) or not probed.endswith(opening, 0, first):
+        aligned = self._align(prompt_end, header, opening)
+        if aligned is None or not prompt.endswith(prompt_end):
             raise misaligned(chat.place(index))
-        return Start(first - len(opening), prompt_only)
+        position, prompt_only = aligned
+        if not probed.endswith(opening[position:], 0, first):
+            raise misaligned(chat.place(index))
+        return Start(first - len(opening) + position, prompt_only)
+
+    def _align(self, prompt: str, header: str, opening: str) -> tuple[int, str] | None:
+        """Return where a turn begins in a text that starts at the same place as the end of its prompt.
+
+        Args:
+            prompt: the end of the prompt.
+            header: the part of it that is the generation prompt.
+            opening: the text before the turn's own text.
+
+        Returns:
+            The position in `opening` and the end of the prompt that `opening` lacks, None if there is no
+            common header.
+        """
+        shared = self.markers.shared_prefix(prompt, opening)
+        is_cut = len(prompt) > shared and opening[shared : shared + 1].isalnum()
+        if not is_cut and (not header or len(prompt) - shared < len(header)):
+            return shared, prompt[shared:]
+        # The two differ before the header already.
+        position, size = self._header_end(header, opening)
+        if position:
+            return position, header[size:]
+        position = common_header(prompt, opening)  # the prompt may have more text before the header
+        return (position, "") if position else None
 
     def first_start(self, chat: AdaptedChat, probed: str, probe: Probe) -> tuple[str | None, Start]:
         """Return the start of a turn that is the first message.
@@ -107,16 +127,10 @@ class Aligner:
             prompt = chat.render(0, prompt=True)
         except BadLine:
             prompt = ""
-        position = prompt.rfind(self.header) if self.header else -1
-        if position >= 0:
-            end = position + len(self.header)
-            if before.startswith(prompt):
-                return prompt, Start(len(prompt))
-            if before.startswith(prompt[:end]):
-                return prompt, Start(end, prompt[end:])
-        position = before.rfind(self.header) if self.header else -1
+        if self.header and self.header in prompt and before.startswith(prompt):
+            return prompt, Start(len(prompt))
         # Without a header, white space before the turn's own text is generated, as in later turns.
-        return None, Start(len(before.rstrip()) if position < 0 else position + len(self.header))
+        return None, Start(self._header_end(self.header, before)[0] or len(before.rstrip()))
 
     def _check_header(self, chat: AdaptedChat, index: int, opening: str, prompt: str) -> None:
         """Check that the header is part of the prompt, if the template has a generation prompt."""
@@ -159,21 +173,31 @@ class Aligner:
         prompt, base, answered = (text.rpartition(last)[2] for text in (prompt, base, answered[:first]))
         return prompt, base, answered
 
-    def _after_header(self, header: str, opening: str, chat: AdaptedChat, index: int) -> tuple[str, str]:
-        """Return what follows the header in the prompt and in the rendering of the turn.
+    def _header_end(self, header: str, text: str) -> tuple[int, int]:
+        """Return where the last header in a text ends, and how much of the header it is.
 
-        Used if the two differ before the header already. The header may end in an opened think block that the
-        turn does not have.
+        The header may end in an opened think block that the text does not have.
 
-        Raises:
-            BadLine: the rendering of the turn does not have the header.
+        Returns:
+            The position in the text and that in the header, (0, 0) if the text does not have the header.
         """
-        ends = [len(header), *(match.start() for match in reversed([*self.markers.pattern.finditer(header)]))]
-        for end in ends:
-            position = opening.rfind(header[:end])
+        cuts = [match.start() for match in self.markers.pattern.finditer(header)]
+        for end in (len(header), *reversed(cuts)):
+            position = text.rfind(header[:end])
             if end and position >= 0:
-                return header[end:], opening[position + end :]
-        raise misaligned(chat.place(index))
+                return position + end, end
+        return 0, 0
+
+
+def common_header(prompt: str, opening: str) -> int:
+    """Return the length of the longest text that ends a prompt and begins the rendering of a turn.
+
+    White space alone does not count.
+    """
+    for size in range(min(len(prompt), len(opening)), 0, -1):
+        if prompt.endswith(opening[:size]) and opening[:size].strip():
+            return size
+    return 0
 
 
 def misaligned(place: str) -> BadLine:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from dft.data.conversations.faults import BadLine
 from dft.data.templates.alignment import Aligner, Start, misaligned
-from dft.data.templates.lost_content import PROMPT_CLOSES_THINKING, check_rendered, lost
+from dft.data.templates.lost_content import PROMPT_CLOSES_THINKING, check_rendered, check_written, lost
 from dft.data.templates.markers import Markers, compile_any
 from dft.data.templates.messages import reasoning_of
 from dft.data.templates.probes import Probe, ProbeMaker
@@ -107,11 +107,12 @@ class CompletionFinder:
 
     def profile(self, chat: AdaptedChat) -> TemplateProfile:
         """Return the properties of the template for the variables of a conversation."""
-        variables = chat.conversation.variables
-        key = json.dumps(variables, sort_keys=True) if variables else ""
+        variables, tools = chat.conversation.variables, chat.conversation.tools
+        # Some templates require tools, and some end turns differently if there are any.
+        key = f"{json.dumps(variables, sort_keys=True) if variables else ''}{bool(tools)}"
         profile = self._profiles.get(key)
         if profile is None:
-            context = self.template.context(variables)
+            context = self.template.context(variables, tools)
             ends = TurnEnds(self.template, self.markers, self.stops, context)
             structure = {text for text in self.markers.source_texts if text not in ends.tokens}
             maker = ProbeMaker(compile_any(structure), self.markers)
@@ -160,6 +161,7 @@ class CompletionFinder:
         end = self._end(chat, index, probe, probed)
         self._check_own_text(chat, index, probe, probed[start.position : len(probed) - len(closing)])
         completion = self._locate(place, prompt, transcript, probed[:first], start, closing, end)
+        check_written(place, message, probe, completion.text)
         if len(message) == 2 and index and not start.prompt_only and message["content"].strip() in transcript:
             profile.frames.insert(0, Frame(probed[start.position : first], closing, end))
             del profile.frames[MAX_FRAMES:]
@@ -179,19 +181,22 @@ class CompletionFinder:
         Raises:
             BadLine: the turn has no end-of-turn token, although others do.
         """
-        following, closing = None, probed[probe.end(probed) :]
+        ends, closing = self.profile(chat).ends, probed[probe.end(probed) :]
+        turn_end, has_following = None, False
         for turn in next_turns(chat, index):
             try:
                 longer = chat.render(index, self.template.adapt(probe.message), turn)
             except BadLine:
                 continue  # the template does not accept such a turn here
             end = probe.same_end(probed, longer)
-            if end >= 0:
-                following = longer[end:]
-                break
-        turn_end = self.profile(chat).ends.find(closing, following)
+            has_following = has_following or end >= 0
+            turn_end = ends.find(closing, longer[end:]) if end >= 0 else None
+            if turn_end is not None:
+                return turn_end
+        if not has_following:
+            turn_end = ends.find(closing, None)
         if turn_end is None:
-            plain = self.profile(chat).ends.plain
+            plain = ends.plain
             assert plain is not None, "without a plain end, every turn has an end"
             raise BadLine(
                 f"{chat.place(index)}: the chat template ends plain turns with {plain.token}, but writes "

@@ -44,8 +44,8 @@ class GenerationTags:
         if self.are_used:
             if tagged is None:
                 raise BadLine(
-                    f"{self.chat.place(index)}: no {{% generation %}} block of the chat template marks any of "
-                    "this turn; leave out --use_generation_tags, or mark it in the template",
+                    f"{self.chat.place(index)}: no {{% generation %}} block of the chat template marks any "
+                    "of this turn; leave out --use_generation_tags, or mark it in the template",
                     "no {% generation %} block",
                 )
             # The header and what follows the end-of-turn token are never generated.

@@ -5,6 +5,8 @@ conversations are rejected. Whether a text is rendered is tested with a placehol
 short texts also occur in a rendering by chance.
 """
 
+import json
+
 from dft.data.conversations.faults import BadLine
 from dft.data.templates.messages import Message, reasoning_field
 from dft.data.templates.probes import CALL, REASONING, Placeholder, Probe
@@ -18,6 +20,7 @@ NO_CONTENT = (
     f"does not render the 'content' of a turn that also has tool calls or reasoning; remove it, or {REMEDY}"
 )
 REMOVES_CONTENT = f"removes part of the 'content'; change it, or {REMEDY}"
+CHANGES_TEXT = f"changes the text of this turn; change what the template treats specially, or {REMEDY}"
 PROMPT_CLOSES_THINKING = (
     "closes the thinking block in the prompt already, as with enable_thinking false, so the model would be "
     "trained on reasoning that it never starts; remove the reasoning, or let the template open the block "
@@ -29,6 +32,7 @@ KINDS = {
     REMOVES_REASONING: "reasoning is not rendered",
     NO_CONTENT: "content next to tool calls or reasoning is not rendered",
     REMOVES_CONTENT: "part of the content is not rendered",
+    CHANGES_TEXT: "the text is changed",
     PROMPT_CLOSES_THINKING: "reasoning after a prompt that closes it",
 }
 
@@ -67,6 +71,38 @@ def check_rendered(place: str, message: Message, probe: Probe, rendered: str) ->
     for placeholder, position in zip(probe.placeholders, probe.positions(rendered), strict=True):
         if position < 0:
             raise lost(place, _reason(message, placeholder))
+
+
+def check_written(place: str, message: Message, probe: Probe, text: str) -> None:
+    """Check that a completion contains the content and the reasoning of its turn unchanged.
+
+    Placeholders show what a template does to any text, but not what it does to special ones.
+
+    Args:
+        place: where the row has the turn, for the error message.
+        message: the turn.
+        probe: the turn with placeholders.
+        text: the completion.
+
+    Raises:
+        BadLine: a text is missing.
+    """
+    for placeholder in probe.placeholders:
+        if placeholder.kind != CALL and not is_written(placeholder.original, text):
+            raise lost(place, _reason(message, placeholder))
+
+
+def is_written(text: str, rendered: str) -> bool:
+    """Return whether a rendering contains a text, apart from white space and the escapes of JSON."""
+    text = text.strip()
+    if text in rendered:
+        return True
+    variants = [json.dumps(text, ensure_ascii=ensure_ascii)[1:-1] for ensure_ascii in (False, True)]
+    return any(variant in rendered for variant in variants) or _letters(text) in _letters(rendered)
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split())
 
 
 def _reason(message: Message, placeholder: Placeholder) -> str:

@@ -22,11 +22,13 @@ class Placeholder:
     Attributes:
         text: the placeholder.
         kind: `CONTENT`, `REASONING` or `CALL`.
+        original: the text that it replaces.
         before: the tag that follows it in the content, for example `</think>`; "" if none does.
     """
 
     text: str
     kind: str
+    original: str
     before: str = ""
 
 
@@ -133,7 +135,7 @@ class _Replacer:
         if not body:
             return text
         name = f"Zq7{self.number}x{len(self.probe.placeholders)}Placeholder7qZ"
-        self.probe.placeholders.append(Placeholder(name, kind, before))
+        self.probe.placeholders.append(Placeholder(name, kind, body, before))
         return f"{head}{name}{tail}"
 
     def replace_call(self, call: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from dft.data.conversations.conversation import Conversation
 from dft.data.templates.completion import Completion, CompletionFinder
-from dft.data.templates.context import check_context
+from dft.data.templates.context import ContextChecker
 from dft.data.templates.generation_tags import GenerationTags
 from dft.data.templates.lost_content import check_tools, unrendered_role_error
 from dft.data.templates.markers import Markers, common_prefix_length
@@ -96,6 +96,7 @@ class SequenceBuilder:
         self.finder = finder
         has_tags = chat.template.compiled.has_generation_tags
         self.tags = GenerationTags(chat, use_generation_tags) if has_tags else None
+        self.context = ContextChecker(finder.profile(chat), chat)
         self.sequences: list[Rendering] = []
         self.turns: list[int] = []
         self.transcript = ""
@@ -110,7 +111,10 @@ class SequenceBuilder:
             WrongPrediction: a turn that was rendered does not continue a turn that was predicted.
         """
         sequence = self.sequences[-1] if self.sequences else None
-        completion = self._predict(index) or self.finder.find(self.chat, index)
+        completion = self._predict(index)
+        if completion is None:
+            completion = self.finder.find(self.chat, index)
+            self.context.check(index, completion.prompt)
         if sequence is not None and completion.prompt.startswith(sequence.text):
             if self.predictor is not None:
                 self.predictor.learn(self.turns[-1], index, completion.prompt[len(sequence.text) :])
@@ -151,15 +155,12 @@ class SequenceBuilder:
             sequence.remarks[kind] = self.chat.place(index)
 
     def _complete(self) -> None:
-        """Check the context of the current sequence, and add the text that follows its last turn."""
+        """Check that the current sequence has its tools, and add the text that follows its last turn."""
         if not self.turns:
             return
         chat, last = self.chat, self.turns[-1]
-        profile = self.finder.profile(chat)
-        prompt = self.sequences[-1].text[: self.prompt_length]
         if chat.conversation.tools and not chat.template.renders_tools:
-            check_tools(chat, last, prompt)
-        check_context(profile, chat, last, self.turns[:-1], prompt)
+            check_tools(chat, last, self.sequences[-1].text[: self.prompt_length])
         if self.transcript.startswith(self.sequences[-1].text):
             self.sequences[-1].text = self.transcript
 
