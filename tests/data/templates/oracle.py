@@ -9,7 +9,7 @@ header and turn end is found by rendering placeholders.
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -318,9 +318,11 @@ class Chat:
             ]
             end = self._plain_end()
             completions = self.expected[answer].completions
-            endings = {self.oracle.added_pattern.findall(text)[-1] for text in completions}
-            if end and not endings & {end[0], *self.oracle.stops}:
-                doubts.append(Fault(NO_STOP, answer, " ".join(endings)))
+            endings = {
+                token for text in completions for token in self.oracle.added_pattern.findall(text)[-1:]
+            }
+            if not endings & {*end[:1], *self.oracle.stops}:
+                doubts.append(Fault(NO_STOP if end else NO_END, answer, " ".join(endings)))
         return doubts
 
     # Context.
@@ -347,10 +349,14 @@ class Chat:
             return
         without = Renderer(self.renderer.tokenizer, None, self.renderer.variables, self.renderer.form)
         prompts = [index for index in self.answers if index and index <= self.trained[-1]]
-        if all(
-            self.renderer.text(self.turns[:index], True) == without.text(self.turns[:index], True)
-            for index in prompts
-        ):
+        try:
+            is_shown = any(
+                self.renderer.text(self.turns[:index], True) != without.text(self.turns[:index], True)
+                for index in prompts
+            )
+        except Unrenderable:  # the template demands tools
+            return
+        if not is_shown:
             yield Fault(LOST_CONTEXT, None, "tools")
 
     # The turn.
@@ -379,10 +385,7 @@ class Chat:
             yield Fault(CLOSED, index, unshared)
         inside = layout.masked[start : layout.last]
         end = self._plain_end()
-        if end is None:
-            yield Fault(NO_END, index, "the template has no end-of-turn token")
-            return
-        stop = next((token for token in {end[0], *self.oracle.stops} if token in inside), None)
+        stop = next((token for token in {*end[:1], *self.oracle.stops} if token in inside), None)
         if stop is not None:
             yield Fault(CONTINUES, index, f"{stop} in {inside!r}")
             return
@@ -433,8 +436,11 @@ class Chat:
 
     # Its end.
 
-    def _plain_end(self) -> tuple[str, bool] | None:
-        """Return the token that ends a plain answer, and whether it is the beginning of the next header."""
+    def _plain_end(self) -> tuple[str, bool] | tuple[()]:
+        """Return the token that ends a plain answer, and whether it is the beginning of the next header.
+
+        The result is empty if the template ends no turn by a token.
+        """
         render, question, answer = self.renderer.text, Turn("user", "Hi"), Turn("assistant", ANSWER)
         tail = after(render([question, answer]), ANSWER)
         matches = list(self.oracle.added_pattern.finditer(tail))
@@ -449,18 +455,23 @@ class Chat:
                 return match.group(), False
         tail = after(render([question, answer, question]), ANSWER).lstrip()
         match = self.oracle.added_pattern.match(tail)
-        return (match.group(), True) if match and match.group() in self.oracle.stops else None
+        return (match.group(), True) if match and match.group() in self.oracle.stops else ()
 
-    def _endings(self, index: int, masked: Turn, layout: Layout, end: str, is_header: bool) -> Iterator[str]:
+    def _endings(
+        self, index: int, masked: Turn, layout: Layout, end: str = "", is_header: bool = False
+    ) -> Iterator[str]:
         """Yield what may follow the last text of a turn up to the end of its end-of-turn token."""
         tail = layout.tail
+        if not end:  # white space behind the turn may be taught or not
+            blank = len(tail) - len(tail.lstrip())
+            yield from (tail[:size] for size in range(blank + 1))
+            return
         following = list(self._following(index, masked, layout))
         if is_header:
             for text in following:
-                match = self.oracle.added_pattern.match(text, len(text) - len(text.lstrip()))
-                match = match or self.oracle.added_pattern.search(text)
-                if match and match.group() in self.oracle.stops:
-                    yield text[: match.end()]
+                matches = self.oracle.added_pattern.finditer(text)
+                stops = (match.end() for match in matches if match.group() in self.oracle.stops)
+                yield from (text[:position] for position in islice(stops, 1))
             return
         matches = list(self.oracle.added_pattern.finditer(tail))
         stops = [match for match in matches if match.group() in {end, *self.oracle.stops}]
@@ -579,9 +590,8 @@ class Chat:
                 return Fault(OTHER_IDS, index, f"{self.oracle.tokenizer.convert_ids_to_tokens(ids)}")
             if text.startswith(completion):
                 return Fault(FOLLOWING, index, text[len(completion) :])
-            end = self.oracle.added_pattern.findall(completion)[-1]
-            if completion.startswith(text) and completion.endswith(end) and text + end == completion:
-                return Fault(NO_END_TOKEN, index, end)
+            if self.oracle.added_pattern.findall(completion)[-1:] == [completion.removeprefix(text)]:
+                return Fault(NO_END_TOKEN, index, completion.removeprefix(text))
         return Fault(OTHER_TEXT, index, f"{text!r} instead of {expected.completions!r}")
 
     def _are_ids_of(self, ids: list[int], completion: str, context: list[int], text: str) -> bool:

@@ -102,7 +102,9 @@ def read_turn(raw: Mapping[str, Any]) -> Turn:
     calls = message.pop("tool_calls", None) or ()
     if "function_call" in message:
         calls = [message.pop("function_call")]
-    extra = {key: value for key, value in message.items() if key not in (*REASONING, "role")}
+    # An empty reasoning stays under its key, since templates test whether the key is there.
+    dropped = {"role", *(key for key in REASONING if message.get(key))}
+    extra = {key: value for key, value in message.items() if key not in dropped}
     trained = raw["role"] == "assistant" and train is not False and weight != 0
     return Turn(raw["role"], content, reasoning, tuple(map(read_call, calls)), trained, extra)
 

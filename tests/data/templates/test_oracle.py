@@ -176,7 +176,7 @@ def obstacles(tokenizer_json: str, template: str, row: dict, *stops: str) -> lis
         (CHATML_LINES, {**ROW, "tools": [CALL]}, [(judge.LOST_CONTEXT, None)]),
         (PARTS, ROW, []),
         (STRING_ARGUMENTS, CALLS, []),
-        (NO_END, ROW, [(judge.NO_END, 2), (judge.NO_END, 4)]),
+        (NO_END, ROW, []),
         # The system turn is dropped.
         (
             CHATML_LINES.replace("for m in messages", "for m in messages if m.role != 'system'"),
