@@ -17,7 +17,8 @@ ChatML that is trained on the corpus. trl is left out then, since it would need 
 rendered and tokenized once. It has no sequences if it is refused, for example because of its size.
 
 Each measurement runs in a separate process, and the kinds take turns, so that other load on the machine
-slows all of them equally. Imports and writing the input file are not included.
+slows all of them equally. CPU seconds, of the process and its workers, depend less on such load. Imports and
+writing the input file are not included.
 """
 
 import argparse
@@ -46,6 +47,28 @@ TAGGED_CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
+class Stopwatch:
+    """Context manager that measures wall-clock time, and CPU time of this process and its workers.
+
+    Attributes:
+        times: "seconds" and "cpu_seconds".
+    """
+
+    times: dict[str, float]
+
+    def __enter__(self) -> "Stopwatch":
+        self.started = time.perf_counter(), self._cpu_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, cpu = self.started
+        self.times = {"seconds": time.perf_counter() - wall, "cpu_seconds": self._cpu_seconds() - cpu}
+
+    @staticmethod
+    def _cpu_seconds() -> float:
+        return sum(os.times()[:4])
+
+
 def measure_floor(folder: Path, workers: int) -> dict[str, float]:
     """Tokenize rendered texts with the tokenizers library alone."""
     from transformers import AutoTokenizer
@@ -58,10 +81,9 @@ def measure_floor(folder: Path, workers: int) -> dict[str, float]:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     os.environ["RAYON_NUM_THREADS"] = str(workers)
     backend = tokenizer.backend_tokenizer
-    started = time.perf_counter()
-    encodings = backend.encode_batch(texts, add_special_tokens=False)
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "tokens": sum(len(encoding) for encoding in encodings)}
+    with Stopwatch() as watch:
+        encodings = backend.encode_batch(texts, add_special_tokens=False)
+    return {**watch.times, "tokens": sum(len(encoding) for encoding in encodings)}
 
 
 def measure_ours(folder: Path, workers: int) -> dict[str, float]:
@@ -76,14 +98,13 @@ def measure_ours(folder: Path, workers: int) -> dict[str, float]:
     options = PrepareOptions(MAX_LENGTH)
 
     def run(cache: str) -> dict[str, float]:
-        started = time.perf_counter()
-        data = prepare(
-            [str(folder / "data.jsonl")], [], encoder, options, cache_dir=Path(cache), workers=workers
-        )
-        len(data.datasets["train"])
-        data.datasets["train"][0]
-        seconds = time.perf_counter() - started
-        return {"seconds": seconds, "tokens": data.report["train"]["tokens"]}
+        with Stopwatch() as watch:
+            data = prepare(
+                [str(folder / "data.jsonl")], [], encoder, options, cache_dir=Path(cache), workers=workers
+            )
+            len(data.datasets["train"])
+            data.datasets["train"][0]
+        return {**watch.times, "tokens": data.report["train"]["tokens"]}
 
     with tempfile.TemporaryDirectory(dir=folder) as cache:
         first = run(cache)
@@ -109,12 +130,11 @@ def measure_trl(folder: Path, workers: int) -> dict[str, float]:
         bf16=False,
         report_to="none",
     )
-    started = time.perf_counter()
-    dataset = load_dataset("json", data_files=str(folder / "data.jsonl"), split="train")
-    trainer = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer)
-    seconds = time.perf_counter() - started
+    with Stopwatch() as watch:
+        dataset = load_dataset("json", data_files=str(folder / "data.jsonl"), split="train")
+        trainer = SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer)
     tokens = sum(len(ids) for ids in trainer.train_dataset.with_format("numpy")["input_ids"])
-    return {"seconds": seconds, "tokens": tokens}
+    return {**watch.times, "tokens": tokens}
 
 
 def measure_turns(folder: Path, workers: int) -> dict[str, float]:
@@ -130,17 +150,16 @@ def measure_turns(folder: Path, workers: int) -> dict[str, float]:
     first = parse_conversation(json.dumps({"messages": conversation.messages[:2]}).encode())
     encoder.encode([first])
     tokenizer.apply_chat_template(first.messages)
-    started = time.perf_counter()
-    (examples,) = encoder.encode([conversation])
-    seconds = time.perf_counter() - started
+    with Stopwatch() as watch:
+        (examples,) = encoder.encode([conversation])
     if not isinstance(examples, list):
         print(f"refused: {examples}", file=sys.stderr)
         examples = []
-    started = time.perf_counter()
-    tokenizer.apply_chat_template(conversation.messages)
+    with Stopwatch() as once:
+        tokenizer.apply_chat_template(conversation.messages)
     return {
-        "seconds": seconds,
-        "once": time.perf_counter() - started,
+        **watch.times,
+        "once": once.times["seconds"],
         "sequences": len(examples),
         "tokens": sum(len(example.input_ids) for example in examples),
     }
@@ -209,14 +228,20 @@ def compare(folder: Path, kinds: list[str], rounds: int, workers: int) -> None:
         for kind in kinds:
             results[kind].append(measure_in_subprocess(kind, folder, workers))
             print(f"round {number + 1}: {kind} {results[kind][-1]['seconds']:.2f} s", file=sys.stderr)
-    print("| | seconds, median | to the floor, median of rounds | tokens | peak memory, MiB |")
-    print("|---|---|---|---|---|")
+    print(
+        "| | seconds, median | to the floor, median of rounds | tokens | peak memory, MiB | "
+        "CPU seconds, to the floor |"
+    )
+    print("|---|---|---|---|---|---|")
     for kind, runs in results.items():
-        ratios = [run["seconds"] / base["seconds"] for run, base in zip(runs, results["floor"], strict=True)]
+        ratios, cpu_ratios = (
+            [run[name] / base[name] for run, base in zip(runs, results["floor"], strict=True)]
+            for name in ("seconds", "cpu_seconds")
+        )
         print(
             f"| {kind} | {statistics.median(run['seconds'] for run in runs):.2f} "
             f"| {statistics.median(ratios):.2f} | {runs[0]['tokens']:,} "
-            f"| {max(run['peak_bytes'] for run in runs) >> 20:,} |"
+            f"| {max(run['peak_bytes'] for run in runs) >> 20:,} | {statistics.median(cpu_ratios):.2f} |"
         )
     again = statistics.median(run["again"] for run in results["ours"])
     print(f"\nours again, from the cache: {again:.2f} s")
