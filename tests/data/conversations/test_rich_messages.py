@@ -1,10 +1,13 @@
 """Tools, tool calls, reasoning, content parts and unsupervised turns with different chat templates."""
 
+import json
 from datetime import date
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dft.data.conversations.conversation import parse_conversation
+from dft.data.conversations.faults import BadLine
 from dft.data.templates.encoder import ChatEncoder
 from tests.data.templates.chat_templates import (
     FAMILIES,
@@ -24,6 +27,8 @@ from tests.data.templates.chat_templates import (
 
 IM_USER, IM_ASSISTANT, IM_END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
 ASKED = turn("user", "q")
+EMPTY_SYSTEM = turn("system", "")
+REASONED = turn("assistant", "a", reasoning_content="r")
 TOOL = '{"type": "function", "function": {"name": "f", "description": "d", "parameters": '
 TOOL += '{"type": "object", "properties": {}}}}'
 
@@ -375,3 +380,18 @@ def test_batch_size_of_tokenization_does_not_change_the_sequences(tokenizer_json
     expected = [[plain(example) for example in group] for group in encoder.encode(conversations)]
     monkeypatch.setattr("dft.data.templates.encoder.BATCH_TEXT", 60)
     assert [[plain(example) for example in group] for group in encoder.encode(conversations)] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        ({"messages": [EMPTY_SYSTEM, ASKED, EMPTY_SYSTEM, REASONED]}, "messages[3]"),
+        ({"messages": [ASKED, REASONED], "system": "s"}, "messages[1]"),
+        ({"conversations": [{"from": "human", "value": "q"}, REASONED]}, "conversations[1]"),
+        ({"prompt": [EMPTY_SYSTEM, ASKED], "completion": [REASONED]}, "completion[0]"),
+    ],
+)
+def test_error_of_the_chat_template_names_the_place_in_the_row(encoder, row, place):
+    (error,) = encoder.encode([parse_conversation(json.dumps(row).encode())])
+    assert isinstance(error, BadLine)
+    assert str(error).startswith(f"{place}: the chat template does not render its reasoning; ")
