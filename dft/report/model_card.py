@@ -24,21 +24,35 @@ LISTED_FLAGS = (
 """Flags that the card lists; run_args.yaml has all flags that were given."""
 
 
-def saved_model_card(record: dict[str, Any], state: TrainerState, has_picture: bool) -> str:
-    """Return the text of the model card of a saved model, given the trainer's state; see `model_card`."""
-    return model_card(record, state.log_history, state.global_step, state.max_steps, has_picture)
+def saved_model_card(record: dict[str, Any], state: TrainerState, step: int, has_picture: bool) -> str:
+    """Return the text of the model card of a saved model.
+
+    Args:
+        record: see `model_card`.
+        state: the trainer's state.
+        step: the optimizer step of the weights, which is not the last one if the best model was loaded.
+        has_picture: see `model_card`.
+    """
+    log = [entry for entry in state.log_history if entry["step"] <= step]
+    origin = f"Saved after step {step:,} of {state.max_steps:,}."
+    if step != state.global_step:
+        metric = f"{record['arguments']['metric_for_best_model']} {state.best_metric:.4g}"
+        origin = (
+            f"The weights are those after step {step:,} of {state.global_step:,}, the best of the run "
+            f"({metric})."
+        )
+    return model_card(record, log, origin, has_picture)
 
 
 def model_card(
-    record: Mapping[str, Any], log: Sequence[Mapping[str, Any]], step: int, steps: int, has_picture: bool
+    record: Mapping[str, Any], log: Sequence[Mapping[str, Any]], origin: str, has_picture: bool
 ) -> str:
     """Return the card as Markdown, headed by the metadata that the Hugging Face Hub reads.
 
     Args:
         record: `dft.report.run_record.run_record`.
-        log: `log_history` of the trainer's state.
-        step: the optimizer step of this checkpoint.
-        steps: optimizer steps of the whole run.
+        log: `log_history` of the trainer's state, up to the step of the weights.
+        origin: sentence about the step of the weights.
         has_picture: whether report.png is saved in the same folder.
     """
     name = record["model"]["name"]
@@ -61,7 +75,7 @@ def model_card(
             f"# {record['name']}",
             "",
             f"Fine-tuned from `{Path(name).name if is_local else name}`, {method_text(record)}.",
-            f"Saved after step {step:,} of {steps:,}.",
+            origin,
             "",
             *lora_lines(flags),
             "## Metrics",

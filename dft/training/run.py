@@ -95,7 +95,7 @@ def load_models(
 
 
 def run_options(
-    arguments: Arguments, stop: StopRequest, card: Callable[[TrainerState, bool], str] | None
+    arguments: Arguments, stop: StopRequest, card: Callable[[TrainerState, int, bool], str] | None
 ) -> RunOptions:
     """Return the options of a run.
 

@@ -19,8 +19,8 @@ class RunOptions:
         heartbeat: reports progress to the watchdog over the other ranks.
         requested_batch: (rows per device, accumulation steps) as requested by the user; if set, running out
             of memory records a smaller batch for the next attempt (`--auto_find_batch_size`).
-        card: returns the text of a saved model's README.md, given the trainer's state and whether the picture
-            of the report is in the same folder; None to not write a card.
+        card: returns the text of a saved model's README.md, given the trainer's state, the step of the
+            weights, and whether the picture of the report is in the same folder; None to not write a card.
         verify_save: "True" reloads the final model and reads the files of checkpoints, "all" reloads both,
             "False" disables the check.
         trust_remote_code: whether to run code that comes with the model when it is reloaded.
@@ -31,7 +31,7 @@ class RunOptions:
     stop: StopRequest | None = None
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     requested_batch: tuple[int, int] | None = None
-    card: Callable[[TrainerState, bool], str] | None = None
+    card: Callable[[TrainerState, int, bool], str] | None = None
     verify_save: str = "True"
     trust_remote_code: bool = False
     trust_checkpoint: bool = False

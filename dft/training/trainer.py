@@ -313,9 +313,9 @@ class DFTTrainer(transformers.Trainer):
     # ---- saving ----
 
     def _saved_run(self) -> SavedRun:
+        run = (self.model, self.model_wrapped, self.state, self.is_in_train)
         callbacks = [*self.callback_handler.callbacks, self.control]
-        functions = (self._write_model, self._write_training_state)
-        return SavedRun(self.model, self.model_wrapped, self.state, callbacks, *functions)
+        return SavedRun(*run, callbacks, self._write_model, self._write_training_state)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, check it, and push it if the arguments ask for it."""

@@ -1,6 +1,8 @@
 """The model card (README.md) written with every saved model."""
 
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.launching import eval_records, train_records
 
@@ -43,3 +45,23 @@ def test_a_readme_that_the_user_wrote_is_kept(example, forks, tmp_path):
     (code,), printed = forks.run(example.words(tmp_path, max_steps=1, eval_data_files=None))
     assert code == 0 and "was not written by this program" in printed
     assert (tmp_path / "README.md").read_text() == "# My notes\n"
+
+
+def test_the_card_of_the_best_model_describes_its_weights_and_not_the_last_step(example, forks, tmp_path):
+    """With a learning rate that destroys the model, the first evaluation is the best one."""
+    flags = {"max_steps": 6, "learning_rate": 0.5, "per_device_train_batch_size": 32}
+    flags |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    flags |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_nll"}
+    (code,), printed = forks.run(example.words(tmp_path, **flags))
+    assert code == 0, printed
+    saved, best = (load_file(tmp_path / name / "model.safetensors") for name in (".", "checkpoint-2"))
+    assert all(torch.equal(saved[name], best[name]) for name in best)
+    nll = {record["step"]: record["eval_nll"] for record in eval_records(tmp_path)}
+    assert min(nll, key=nll.get) == 2 and nll[6] > 1.1 * nll[2]
+    text = (tmp_path / "README.md").read_text()
+    assert f"The weights are those after step 2 of 6, the best of the run (eval_nll {nll[2]:.4g})." in text
+    assert "| | train, step 2 | eval, step 2 |" in text
+    assert f"| nll | {train_records(tmp_path)[1]['nll']:.4g} | {nll[2]:.4g} |" in text
+    assert f"model       {tmp_path}, with the weights of step 2 (AutoModelForCausalLM" in printed
+    last = (tmp_path / "checkpoint-6/README.md").read_text()
+    assert "Saved after step 6 of 6." in last and f"| {nll[6]:.4g} |" in last

@@ -20,6 +20,7 @@ from dft.ranks import (
     sequence_parallel_size,
     world_size,
 )
+from dft.training.measuring.best import weights_step
 from dft.training.memory.estimate import estimate_memory
 from dft.training.model.adapters import has_adapters
 from dft.training.parallel.stopping import Stopped
@@ -161,13 +162,15 @@ def final_lines(
         adapters: whether the run trained adapters.
     """
     folder, metric = training.output_dir, training.metric_for_best_model
+    step = weights_step(state, training, is_training=False)
+    place = folder if step == state.global_step else f"{folder}, with the weights of step {step:,}"
     if adapters:
         lines = [
-            f"adapters    {folder} (AutoModelForCausalLM.from_pretrained loads them with their base model; "
+            f"adapters    {place} (AutoModelForCausalLM.from_pretrained loads them with their base model; "
             f"scripts/merge_lora.py {folder} NEW merges both into one model)"
         ]
     else:
-        lines = [f"model       {folder} (AutoModelForCausalLM.from_pretrained loads it)"]
+        lines = [f"model       {place} (AutoModelForCausalLM.from_pretrained loads it)"]
     if state.best_model_checkpoint:
         lines.append(f"best        {state.best_model_checkpoint} ({metric} {state.best_metric:.4g})")
     lines.append(f"records     {folder}/trainer_state.json, {folder}/data_report.json, {folder}/{RUN_ARGS}")

@@ -24,6 +24,7 @@ from dft.training.checkpoints.writer import (
     note_best_checkpoint,
     write_card,
 )
+from dft.training.measuring.best import weights_step
 from dft.training.parallel.stopping import Stopped
 from dft.training.parallel.waiting import wait_until
 from dft.training.run_options import RunOptions
@@ -37,6 +38,7 @@ class SavedRun:
         model: the model.
         forward: the same, wrapped for training.
         state: the trainer's state.
+        is_training: whether it is saved in training; afterwards, the model may be the best one.
         callbacks: whose state is saved.
         write_model: writes the model and its tokenizer to a folder, on all ranks.
         write_training_state: writes everything else that resuming needs to a folder, on all ranks.
@@ -45,6 +47,7 @@ class SavedRun:
     model: nn.Module
     forward: nn.Module
     state: TrainerState
+    is_training: bool
     callbacks: Iterable[Any]
     write_model: Callable[[Path], None]
     write_training_state: Callable[[Path], None]
@@ -144,7 +147,8 @@ class RunSaver:
             return
         complete_model_folder(folder, run.model, model_digest)
         if self._options.card is not None:
-            text = partial(self._options.card, run.state)
+            step = weights_step(run.state, self._args, run.is_training)
+            text = partial(self._options.card, run.state, step)
             write_card(folder, Path(self._args.output_dir), text)
 
     def finish_uploads(self) -> None:
