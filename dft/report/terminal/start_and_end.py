@@ -20,7 +20,7 @@ from dft.ranks import (
     sequence_parallel_size,
     world_size,
 )
-from dft.training.measuring.best import weights_step
+from dft.training.checkpoints.run_state import weights_step
 from dft.training.memory.estimate import estimate_memory
 from dft.training.model.adapters import has_adapters
 from dft.training.parallel.stopping import Stopped

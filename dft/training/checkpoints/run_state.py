@@ -180,6 +180,19 @@ def ends_epoch(state: TrainerState) -> bool:
     return float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
 
 
+def weights_step(state: TrainerState, args: transformers.TrainingArguments, is_training: bool) -> int:
+    """Return the optimizer step of the model's weights.
+
+    Args:
+        state: the trainer's state.
+        args: the training arguments.
+        is_training: whether the run has not ended; at its end, Trainer loads the best model if asked to.
+    """
+    if args.load_best_model_at_end and not is_training and state.best_model_checkpoint is not None:
+        return state.best_global_step
+    return state.global_step
+
+
 class RunFacts:
     """Properties of a run that a checkpoint's manifest records, to check that another run can resume it.
 

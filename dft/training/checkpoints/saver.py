@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from dft.training.checkpoints.hub import HubPublisher
-from dft.training.checkpoints.run_state import RunFacts, StepProgress, export_callbacks
+from dft.training.checkpoints.run_state import RunFacts, StepProgress, export_callbacks, weights_step
 from dft.training.checkpoints.verify import SaveVerifier
 from dft.training.checkpoints.writer import (
     CheckpointWriter,
@@ -24,7 +24,6 @@ from dft.training.checkpoints.writer import (
     note_best_checkpoint,
     write_card,
 )
-from dft.training.measuring.best import weights_step
 from dft.training.parallel.stopping import Stopped
 from dft.training.parallel.waiting import wait_until
 from dft.training.run_options import RunOptions

@@ -1,10 +1,9 @@
-"""Decide whether an evaluation is eligible for the best checkpoint, and whether it was loaded."""
+"""Decide whether an evaluation is eligible for the best checkpoint."""
 
 import math
 from collections.abc import Mapping
 
 import transformers
-from transformers import TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from dft.console import say
@@ -26,16 +25,3 @@ def can_be_best(metrics: Mapping[str, float], args: transformers.TrainingArgumen
         return False
     # If nll is not finite, acc may still be finite but is meaningless.
     return math.isfinite(metrics.get("eval_nll", 0.0))
-
-
-def weights_step(state: TrainerState, args: transformers.TrainingArguments, is_training: bool) -> int:
-    """Return the optimizer step of the model's weights.
-
-    Args:
-        state: the trainer's state.
-        args: the training arguments.
-        is_training: whether the run has not ended; at its end, Trainer loads the best model if asked to.
-    """
-    if args.load_best_model_at_end and not is_training and state.best_model_checkpoint is not None:
-        return state.best_global_step
-    return state.global_step
