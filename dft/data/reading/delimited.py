@@ -3,6 +3,7 @@
 import codecs
 import csv
 import json
+import re
 from collections.abc import Iterator
 
 from dft.data.conversations.column_rules import renamed_columns
@@ -12,6 +13,9 @@ from dft.data.reading.records import MAX_RECORD_BYTES, Flaw, Record, unreadable_
 from dft.data.reading.text import TextReader
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
+OTHER_DELIMITERS = (";", "\t", "|", ",")
+"""Delimiters to look for in a first row that is a single cell."""
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class DelimitedReader:
@@ -23,6 +27,7 @@ class DelimitedReader:
     def __init__(self, source: DataFile) -> None:
         self.source = source
         self._reader = TextReader(source)
+        self._delimiter = DELIMITERS[source.kind]
         self._line = 1  # of the file, on which the next row begins
 
     def position(self) -> int:
@@ -36,7 +41,7 @@ class DelimitedReader:
     def records(self) -> Iterator[Record]:
         """Yield the rows in order. Errors of the file are yielded as records with a flaw."""
         csv.field_size_limit(MAX_RECORD_BYTES)
-        rows = csv.reader(self._lines(), delimiter=DELIMITERS[self.source.kind], strict=True)
+        rows = csv.reader(self._lines(), delimiter=self._delimiter, strict=True)
         names = None
         while True:
             line = self._line
@@ -61,13 +66,20 @@ class DelimitedReader:
         yield from self._reader.final_flaws(self._line)
 
     def _header_flaw(self, names: list[str]) -> Flaw | None:
+        if any(SURROGATE.search(name) for name in names):
+            kind = "not valid UTF-8"
+            return Flaw(f"the first row is {kind}", kind, skippable=False)
         repeated = next((name for index, name in enumerate(names) if name in names[:index]), None)
         if repeated is not None:
             kind = "a column name that appears twice"
             return Flaw(f"the column '{repeated}' appears twice in the first row", kind, skippable=False)
         if not may_hold_conversation(renamed_columns(names, self.source.rules), self.source.rules):
             error = no_form(names, is_table=True)
-            return Flaw(str(error), error.kind, skippable=False)
+            other = next((mark for mark in OTHER_DELIMITERS if len(names) == 1 and mark in names[0]), None)
+            hint = (
+                "" if other is None else f"; its cells are separated by {other!r}, not by {self._delimiter!r}"
+            )
+            return Flaw(f"{error}{hint}", error.kind, skippable=False)
         return None
 
     def _record(self, line: int, names: list[str], cells: list[str]) -> Record:

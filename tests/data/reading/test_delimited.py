@@ -81,6 +81,13 @@ def test_long_files_are_read_in_pieces(tmp_path):
              "'conversation', 'instruction' with 'output', 'response' or 'prompt' with 'completion'; "
              "--columns NAME=COLUMN reads a column under another name", False)
         ]),
+        ("a;b\n1;2\n", [
+            (1, "no conversation; the columns are a;b, expected 'messages', 'conversations', "
+             "'conversation', 'instruction' with 'output', 'response' or 'prompt' with 'completion'; "
+             "--columns NAME=COLUMN reads a column under another name; its cells are separated by ';', not "
+             "by ','", False)
+        ]),
+        ("query,response\nq,a\n".encode("utf-16"), [(1, "the first row is not valid UTF-8", False)]),
     ],
 )  # fmt: skip
 def test_unusable_rows_are_flaws(tmp_path, text, flaws):
