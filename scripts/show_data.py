@@ -3,6 +3,7 @@
     python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl
     python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl --count 5 --shuffle True
     python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl --lines 12 40
+    python scripts/show_data.py --model_name_or_path MODEL --data_files train.jsonl --html d.html --count 99
 
 Takes all data flags of train_dft.py. The prepared data is cached, and train_dft.py reuses it.
 """
@@ -26,11 +27,14 @@ from dft.arguments.data import (
 )
 from dft.bounds import check_bounds
 from dft.data.batches.dataset import Sequences
-from dft.data.preparing.prepare import prepare
+from dft.data.preparing.data_report import file_group
+from dft.data.preparing.lookup import read_conversations
+from dft.data.preparing.prepare import PreparedData, find_sources, prepare
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
-from dft.files import convert_write_errors
+from dft.files import convert_write_errors, write_atomically
+from dft.report.pages.data import data_page
 from dft.report.terminal.data import data_details, show_sequences
 
 
@@ -52,6 +56,13 @@ class ShowArguments:
     lines: list[int] = field(
         default_factory=list,
         metadata={"help": "Show the sequences of these lines of the data files instead."},
+    )
+    html: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write a page with the sequences to this file instead of printing them: each beside its "
+            "conversation, those with problems first."
+        },
     )
     seed: int = field(default=42, metadata={"help": "Seed of splits, samples and --shuffle."})
     output_dir: str | None = field(
@@ -77,12 +88,13 @@ def main() -> None:
         show.model_name_or_path, chat_template=data.chat_template, trust_remote_code=show.trust_remote_code
     )
     stops = stop_token_ids(show.model_name_or_path, show.trust_remote_code)
+    encoder = ChatEncoder(
+        tokenizer, stops, template_variables(data), template_date(data), data.use_generation_tags
+    )
     prepared = prepare(
         data.data_files,
         data.eval_data_files,
-        ChatEncoder(
-            tokenizer, stops, template_variables(data), template_date(data), data.use_generation_tags
-        ),
+        encoder,
         prepare_options(data, show.seed),
         cache_dir=Path(data.data_cache_dir).expanduser(),
         workers=data.preprocessing_num_workers,
@@ -92,10 +104,40 @@ def main() -> None:
     if show.split not in prepared.datasets:
         raise UserError("--split eval needs --eval_data_files or --validation_split_percentage")
     dataset = prepared.datasets[show.split].unpacked()
-    print(show_sequences(dataset, tokenizer, select_rows(dataset, show), color=sys.stdout.isatty()))
-    print()
-    for line in (*(f"note        {note}" for note in notes), *data_details(prepared.report, show.output_dir)):
-        print(line)
+    rows = select_rows(dataset, show)
+    lines = [*(f"note        {note}" for note in notes), *data_details(prepared.report, show.output_dir)]
+    if show.html is not None:
+        write_page(Path(show.html), data, show, prepared, encoder, rows, lines)
+        print(f"wrote       {show.html}: {len(rows):,} sequences")
+    else:
+        print(show_sequences(dataset, tokenizer, rows, color=sys.stdout.isatty()))
+        print()
+    print("\n".join(lines))
+
+
+def write_page(
+    path: Path,
+    data: DataArguments,
+    show: ShowArguments,
+    prepared: PreparedData,
+    encoder: ChatEncoder,
+    rows: list[int],
+    lines: list[str],
+) -> None:
+    """Write the page of some sequences.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    dataset = prepared.datasets[show.split].unpacked()
+    values = {"train": data.data_files, "eval": data.eval_data_files}
+    sources = find_sources(values, prepare_options(data, show.seed))
+    origins = {dataset.origins(row)[0] for row in rows}
+    conversations = read_conversations(sources[file_group(show.split, prepared.names)], origins)
+    stops = encoder.tokenizer.convert_tokens_to_ids(encoder.renderer.stops)
+    page = data_page(dataset, rows, conversations, encoder.tokenizer, stops, lines, prepared.rejected_rows())
+    with convert_write_errors(path, "--html"):
+        write_atomically(path, [page])
 
 
 def select_rows(dataset: Sequences, show: ShowArguments) -> list[int]:

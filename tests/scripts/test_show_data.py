@@ -57,3 +57,30 @@ def test_output_folder_that_is_a_file_is_an_error_before_the_data_are_prepared(t
         message = f"error: --output_dir {path}: is not a folder; remove it or name another"
         assert refused.stderr.splitlines()[-1] == message and "Traceback" not in refused.stderr
     assert not (tmp_path / "cache").exists()
+
+
+def test_page_shows_sequences_beside_their_conversations_with_problems_first(tokenizer_folder, tmp_path):
+    lines = [
+        json.dumps({"system": "s", "query": "q <b>\tx", "response": "one\n\ntwo", "id": 1}),
+        json.dumps({"instruction": "r", "output": "word " * 40}),
+        "{",
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    page = tmp_path / "pages" / "data.html"
+    shown = show(
+        tmp_path, tokenizer_folder, "--on_bad_data", "skip", "--max_length", "48", "--html", str(page),
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith(f"wrote       {page}: 2 sequences\n")
+    text = page.read_text()
+    assert "2 sequences as a model is trained on them, 1 of them with something to check." in text
+    assert "broken JSON: Expecting property name" in text
+    first, second = text.split('<section class="conversation">')[1:]
+    assert "a.jsonl:2</h3>" in first and "it ends within a supervised turn" in first
+    assert "a.jsonl:1</h3>" in second and "something" not in second
+    assert '<tr><th scope="row">user</th><td><div class="tokens">q &lt;b&gt;\tx</div></td></tr>' in second
+    assert (
+        '<b class="p6">one<i>↵</i></b><br><b class="p6"><i>↵</i></b><br><b class="p6">two</b>'
+        '<b class="p6 end">&lt;|im_end|&gt;</b><span class="u"><i>↵</i></span>'
+    ) in second
+    assert "<script" not in text

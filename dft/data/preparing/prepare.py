@@ -64,6 +64,10 @@ class PreparedData:
         """Number of tokens of the longest sequence."""
         return max(self.report[split]["length_percentiles"]["100"] for split in self.datasets)
 
+    def rejected_rows(self) -> list[dict[str, Any]]:
+        """Return the rows of rejected.jsonl."""
+        return [json.loads(line) for line in self._rejected_lines()]
+
     def write_report(self, folder: Path) -> None:
         """Write `data_report.json` and, if records were rejected, `rejected.jsonl` to the output directory.
 
@@ -133,11 +137,7 @@ def prepare(
             cannot be written, or can be written by other users.
     """
     values = {"train": data_files, "eval": eval_data_files}
-    sources = {
-        "train": resolve_sources(data_files, "--data_files"),
-        "eval": resolve_sources(eval_data_files, "--eval_data_files"),
-    }
-    sources = assign_rules(sources, values, options)
+    sources = find_sources(values, options)
     with _cache_errors(cache_dir, sources):
         cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         check_private(cache_dir / DIGESTS, cache_dir)
@@ -152,6 +152,18 @@ def prepare(
     splits: list[str] = [split for split in ("train", "eval") if split in report]
     datasets = {split: _load_split(target, split, names) for split in splits}
     return PreparedData(datasets, report, target, names)
+
+
+def find_sources(values: dict[str, list[str]], options: PrepareOptions) -> dict[str, list[DataFile]]:
+    """Return the "train" and the "eval" files with the rules for their rows.
+
+    Args:
+        values: the values of --data_files and --eval_data_files, by these names.
+        options: the flags that make the rules.
+    """
+    flags = {"train": "--data_files", "eval": "--eval_data_files"}
+    sources = {group: resolve_sources(values[group], flag) for group, flag in flags.items()}
+    return assign_rules(sources, values, options)
 
 
 def digests_of(sources: dict[str, list[DataFile]], cache_dir: Path) -> list[str]:
