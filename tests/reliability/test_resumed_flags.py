@@ -18,6 +18,7 @@ KINDS = {
     "zero2": (2, {"deepspeed": ROOT / "ds_config/zero2.json"}),
     "zero3": (2, {"deepspeed": ROOT / "ds_config/zero3.json"}),
     "fsdp": (2, {"fsdp": True}),
+    "zero3 on one rank": (1, {"deepspeed": ROOT / "ds_config/zero3.json", "per_device_train_batch_size": 4}),
 }
 """Ranks and flags of each form of parallelism."""
 BEFORE: dict[str, object] = {"learning_rate": 2e-3, "weight_decay": 0.0, "warmup_steps": 1, "max_steps": 4}
@@ -65,7 +66,10 @@ def changed_run(train, folder: Path, kind: str) -> tuple[Path, str]:
     return folder / "after", printed
 
 
-@pytest.mark.parametrize("kind", mostly_slow([kind for kind in KINDS if kind != "single"], ["zero3", "fsdp"]))
+SHARED = [kind for kind, (ranks, _) in KINDS.items() if ranks > 1]
+
+
+@pytest.mark.parametrize("kind", mostly_slow(SHARED, ["zero3", "fsdp"]))
 def test_changed_flags_have_the_same_effect_under_every_parallelism(train, expected, kind, tmp_path):
     output, printed = changed_run(train, tmp_path, kind)
     assert "note        --learning_rate: from 0.002 to 0.0005, from step 3 on" in printed
@@ -77,6 +81,18 @@ def test_changed_flags_have_the_same_effect_under_every_parallelism(train, expec
     for name, weight in reference.items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=2e-5)
         assert not torch.allclose(weights[name], unchanged[name], rtol=1e-3, atol=2e-5), name
+
+
+@pytest.mark.slow
+def test_changed_flags_have_the_same_effect_on_another_number_of_ranks(train, expected, tmp_path):
+    """The checkpoint is converted, which loses the options of parameter groups."""
+    train(tmp_path / "before", "zero3")
+    resume = {"resume_from_checkpoint": tmp_path / "before/checkpoint-2", "gradient_accumulation_steps": 2}
+    printed = train(tmp_path / "after", "zero3 on one rank", **resume, **CHANGED)
+    assert "note        --gradient_accumulation_steps: from 1 to 2, from step 3 on" in printed
+    weights = load_file(tmp_path / "after/model.safetensors")
+    for name, weight in load_file(expected / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=2e-5)
 
 
 ACCELERATE = {
