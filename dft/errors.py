@@ -1,6 +1,7 @@
 """User errors and how they are reported."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -118,3 +119,17 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name} {value!r}: must be one of {', '.join(choices)}")
+
+
+def describe_loading_error(error: Exception) -> str:
+    """Return the type and message of an error that transformers raised while loading a model, as one line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    unsupported = re.search(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)'>", text)
+    if unsupported is None:
+        return text
+    # transformers lists the more than hundred classes that it supports.
+    return (
+        f"its architecture ({unsupported[1]}) is not one that transformers loads as a causal language model; "
+        "of multimodal models, only those are supported whose text part transformers loads, such as Gemma 3 "
+        "or Qwen3.5"
+    )

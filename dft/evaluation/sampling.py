@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dft.data.templates.tokenizer import UNLOADABLE
-from dft.errors import UserError
+from dft.errors import UserError, describe_loading_error
 
 BACKENDS = ("auto", "transformers", "vllm")
 
@@ -228,7 +228,5 @@ def load_for_sampling(name: str, dtype: str, trust_remote_code: bool) -> PreTrai
             use_safetensors=True,
         )
     except (*UNLOADABLE, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"--model {name}: cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from None
+        raise UserError(f"--model {name}: cannot be loaded: {describe_loading_error(error)}") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,6 @@
 """Components to which `DFTTrainer` delegates its work. None of them depends on transformers.Trainer."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +34,7 @@ from dft.training.checkpoints.input_folders import check_not_model_folder
 from dft.training.checkpoints.resumer import Resumer
 from dft.training.checkpoints.run_settings import model_settings, training_settings
 from dft.training.checkpoints.run_state import RunFacts, RunState, StepProgress
-from dft.training.checkpoints.saver import RunSaver
+from dft.training.checkpoints.saver import RunSaver, SavedRun
 from dft.training.measuring.console import ConsoleCallback
 from dft.training.measuring.nonfinite import NonfiniteGuard
 from dft.training.measuring.recorder import MetricsRecorder
@@ -233,13 +234,22 @@ class Components:
         self.guard.handle_gradient(norm, step, model, optimizer, files, self.recorder.training.sums, loss_sum)
         self.progress.grad_norm = norm.item() if isinstance(norm, Tensor) else norm
 
-    def complete_summary(self, logs: dict[str, float], state: TrainerState, train_loss: float) -> None:
+    def complete_summary(self, logs: dict[str, float], state: TrainerState, total_loss: float) -> None:
         """Complete the last log line of a run, see `MetricsRecorder`. This is a collective.
 
         Also wait for uploads: Trainer may remove the newest checkpoint after this line.
+
+        Args:
+            total_loss: the sum of the loss over all steps.
         """
         self.saver.finish_uploads()
-        self.recorder.complete_summary(logs, state, train_loss)
+        self.recorder.complete_summary(logs, state, total_loss / max(1, state.global_step))
+
+    def save_checkpoint(self, folder: Path, run: SavedRun) -> None:
+        """Save a checkpoint, see `RunSaver.save_checkpoint`. Its time does not count as training."""
+        started = time.perf_counter()
+        self.saver.save_checkpoint(folder, run, self.facts, self.progress)
+        self.recorder.exclude_time(time.perf_counter() - started)
 
     def roll_back_step(self, model: nn.Module, step: int, loss_sum: Tensor) -> bool:
         """Discard an unfinished step, so that the last completed step can be saved.

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from transformers import PreTrainedModel
+from transformers.core_model_loading import PrefixChange
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,15 @@ PATCHES = (
         "DFTTrainer takes them from the arguments, and the warning cannot be switched off",
     ),
     LibraryPatch(
+        where="dft.training.patches.keep_source_names",
+        package="transformers",
+        version="5.23",
+        changes="PreTrainedModel._weight_conversions",
+        reason="saving reverts the conversions recorded there. Under ZeRO-3 they include those that loading "
+        "did not use, and a base prefix that the files lack is not among them, so saved weights would get "
+        "other names than the loaded ones",
+    ),
+    LibraryPatch(
         where="dft.ranks.enable_cpu_sharding",
         package="accelerate",
         version="1.15",
@@ -101,6 +112,27 @@ def fix_zero3_universal_load(optimizer: Any, folder: Path) -> None:
     for parameter_state in inner.state.values():
         if isinstance(parameter_state["step"], torch.Tensor):
             parameter_state["step"] = parameter_state["step"].clone()
+
+
+def keep_source_names(model: PreTrainedModel, source: frozenset[str] | None) -> None:
+    """Make `save_pretrained` write weights under the names that they were loaded from.
+
+    Args:
+        model: a model that `from_pretrained` returned.
+        source: names of the weights in its files; None if they are not known.
+    """
+    conversions = vars(model).get("_weight_conversions")
+    if conversions is not None:
+        conversions = [conversion for conversion in conversions if conversion.was_used()]
+        model._weight_conversions = conversions
+    prefix = model.base_model_prefix
+    if conversions or source is None or not prefix:
+        return
+    new = set(model.state_dict()) - source - model.all_tied_weights_keys.keys()
+    if new and all(name.startswith(f"{prefix}.") for name in new):
+        stripped = {name.removeprefix(f"{prefix}.") for name in new}
+        if stripped <= source:
+            model._weight_conversions = [PrefixChange(prefix_to_add=prefix)]
 
 
 def set_step_skipped(optimizer: AcceleratedOptimizer, skipped: bool) -> None:

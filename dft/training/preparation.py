@@ -1,9 +1,11 @@
 """Check and complete what `DFTTrainer` is created with: training arguments and collator."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import transformers
+from accelerate.utils.constants import FSDP_AUTO_WRAP_POLICY
 from torch import nn
 
 from dft.arguments.loss_settings import check_cache, check_loss_settings, layer_kernels
@@ -14,6 +16,9 @@ from dft.loss.objectives import Objective
 from dft.ranks import sequence_parallel_size
 from dft.training.batching import choose_collator, is_packed, longest_row, padding_id
 from dft.training.parallel.sequence_parallel import check_shared_data, resolve_parallel_collator
+
+LAYERS_VARIABLE = "FSDP_TRANSFORMER_CLS_TO_WRAP"
+"""Environment variable of accelerate that names the layer classes."""
 
 
 def prepare_arguments(
@@ -41,6 +46,13 @@ def prepare_arguments(
             "model=model_init() instead of model_init"
         )
     check_loss_settings(args)
+    if (
+        args.fsdp_plugin_args is not None
+        and args.fsdp_plugin_args["auto_wrap_policy"] == FSDP_AUTO_WRAP_POLICY[0]
+    ):
+        names = args.fsdp_plugin_args.get("transformer_cls_names_to_wrap") or os.environ.get(LAYERS_VARIABLE)
+        layers = resolve_sharded_layers(model, names.split(",") if names else None)
+        args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(layers)
     if options.get("compute_loss_func") is not None:
         raise ValueError("compute_loss_func would replace the DFT loss; use transformers.Trainer instead")
     if args.auto_find_batch_size:
@@ -55,6 +67,37 @@ def prepare_arguments(
         args.accelerator_config.dispatch_batches = False
     if args.use_liger_kernel:
         args.liger_kernel_config = layer_kernels(args.liger_kernel_config)
+
+
+def resolve_sharded_layers(model: nn.Module, names: list[str] | None) -> list[str]:
+    """Return the names of the layer classes that FSDP shards one by one.
+
+    transformers lists those of all parts that an architecture may have, and accelerate requires that the
+    model has each of them. The text part of a multimodal architecture does not.
+
+    Args:
+        model: the model to train.
+        names: names that the user set; None to use those that transformers lists.
+
+    Raises:
+        ValueError: the model has no layer of such a class.
+    """
+    classes = {type(module).__name__ for module in model.modules()}
+    unknown = sorted(set(names or ()) - classes)
+    if unknown:
+        raise ValueError(
+            f"--fsdp_config: transformer_layer_cls_to_wrap names {unknown[0]}, and the model has no such "
+            "layer; leave it out, or name the class of its decoder layers"
+        )
+    listed: Any = model._no_split_modules
+    layers = names or sorted(classes & set(listed or ()))
+    if not layers:
+        raise ValueError(
+            f"--fsdp True: transformers does not know the decoder layers of {type(model).__name__}; name "
+            "their class as transformer_layer_cls_to_wrap in --fsdp_config, or use --deepspeed "
+            "ds_config/zero3.json"
+        )
+    return layers
 
 
 def resolve_collator(

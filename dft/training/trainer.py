@@ -1,8 +1,7 @@
 """DFTTrainer: transformers' Trainer with the DFT loss, exact resumption and token-weighted metrics.
 
 This is the only file that overrides or calls transformers.Trainer. Each override delegates to components that
-do not depend on Trainer. tests/training/test_contract.py checks the private methods used here against the
-installed transformers.
+do not depend on it. tests/training/test_contract.py checks the private methods that are used here.
 """
 
 import time
@@ -22,7 +21,6 @@ from dft.loss.objectives import Objective, resolve_objective
 from dft.loss.schedule import CONSTANT, AlphaSchedule, check_schedule
 from dft.training.batching import COLUMNS, padding_id
 from dft.training.checkpoints.folder import reading
-from dft.training.checkpoints.resumer import drop_tied_keys
 from dft.training.checkpoints.run_state import LastStep, PendingEvents, RunState
 from dft.training.checkpoints.saver import SavedRun
 from dft.training.checkpoints.writer import saved_use_cache
@@ -30,6 +28,7 @@ from dft.training.components import Components, LossSettings, replace_callbacks
 from dft.training.measuring.best import can_be_best
 from dft.training.measuring.scoring import TokenTable
 from dft.training.memory.out_of_memory import MEMORY_ERRORS
+from dft.training.model.weight_names import without_tied
 from dft.training.parallel.stopping import StoppedEvaluation
 from dft.training.patches import hidden_argument_mismatch
 from dft.training.preparation import prepare_arguments, resolve_collator
@@ -161,17 +160,18 @@ class DFTTrainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Private: the public train() loads and trains, and only errors of loading concern the checkpoint.
         with reading(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not self._run.resumer.load_model(self.model, resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        # Private: as above.
+        if not self._run.resumer.load_model(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Private: as above.
         with reading(Path(checkpoint or "")):
             super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # Private: the warning about weights that are saved with those they are tied to cannot be turned off.
-        drop_tied_keys(self.model, load_result.missing_keys)
-        super()._issue_warnings_after_load(load_result)
 
     def _restore_totals(self, saved: RunState) -> None:
         self._tr_loss += saved.loss_of_rank(self.args.process_index, self.args.world_size)
@@ -293,8 +293,7 @@ class DFTTrainer(transformers.Trainer):
             logs = self._run.recorder.complete_window(logs, self.state)
         if "train_loss" in logs:
             # Trainer's own value counts from the resumption.
-            mean = self._total_loss_scalar / max(1, self.state.global_step)
-            self._run.complete_summary(logs, self.state, mean)
+            self._run.complete_summary(logs, self.state, self._total_loss_scalar)
         lists = {name: value for name, value in logs.items() if isinstance(value, list)}
         numbers = {name: value for name, value in logs.items() if name not in lists}
         super().log(numbers, start_time)
@@ -335,16 +334,17 @@ class DFTTrainer(transformers.Trainer):
             super().save_model(str(folder), _internal_call=True)
         self._run.saver.complete_model(folder, self._saved_run(), self._run.facts.model_digest)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # Private: the weights that FSDP gathers hold tied ones twice, and nothing public lies between.
+        super()._save(output_dir, without_tied(self.model, state_dict))
+
     def _write_training_state(self, folder: Path) -> None:
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
+        for save in (self._save_optimizer_and_scheduler, self._save_scaler, self._save_rng_state):
+            save(str(folder))
         losses = self.accelerator.gather(self._tr_loss.detach()[None]).tolist()
         self._run.write_state(folder, losses, self._total_loss_scalar)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Private: Trainer writes directly to the final folder and has no hook around that.
-        started = time.perf_counter()
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._run.saver.save_checkpoint(folder, self._saved_run(), self._run.facts, self._run.progress)
-        self._run.recorder.exclude_time(time.perf_counter() - started)
+        self._run.save_checkpoint(folder, self._saved_run())

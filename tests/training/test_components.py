@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dft.data.batches.sampler import WithBlank
 from dft.errors import UserError
 from dft.training.checkpoints.folder import open_checkpoint, unfinished_folders
-from dft.training.checkpoints.resumer import Resumer, check_optimizer_file, drop_tied_keys
+from dft.training.checkpoints.resumer import Resumer, check_optimizer_file
 from dft.training.checkpoints.run_state import (
     LastStep,
     PendingEvents,
@@ -142,11 +143,16 @@ def test_resuming_without_a_checkpoint(tmp_path, accelerator):
         resumer.resolve(True, "")
 
 
-def test_tied_weights_are_not_missing():
-    model, missing = tiny(), ["lm_head.weight", "model.norm.weight"]
-    model.all_tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    drop_tied_keys(model, missing)
-    assert missing == ["model.norm.weight"]
+def test_a_checkpoint_that_lacks_weights_is_not_resumed(accelerator, tmp_path):
+    resumer, model = Resumer(accelerator, tmp_path), tiny()
+    model.save_pretrained(tmp_path)
+    assert resumer.load_model(model, str(tmp_path))
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="its files lack 1 weights of the model, including model.norm.weight"):
+        resumer.load_model(model, str(tmp_path))
+    assert not resumer.load_model(torch.nn.Linear(1, 1), str(tmp_path)), "left to transformers"
 
 
 def test_changed_data_and_seed_are_reported(tmp_path, args):

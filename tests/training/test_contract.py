@@ -11,6 +11,7 @@ import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
+from transformers import core_model_loading
 
 import dft.training.trainer
 from dft import DFTTrainer
@@ -30,7 +31,7 @@ OVERRIDDEN = {
     ),
     "_get_grad_norm": "(self, model, grad_norm=None)",
     "_get_learning_rate": "(self) -> float",
-    "_issue_warnings_after_load": "(self, load_result: Any) -> None",
+    "_load_best_model": "(self) -> None",
     "_load_from_checkpoint": f"(self, resume_from_checkpoint: str, model: {MODULE} | None = None) -> None",
     "_load_optimizer_and_scheduler": "(self, checkpoint: str | None) -> None",
     "_prepare_for_training": "(self, max_steps, train_dataloader, resume_from_checkpoint)",
@@ -39,6 +40,7 @@ OVERRIDDEN = {
         "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, "
         "steps_trained_in_current_epoch)"
     ),
+    "_save": "(self, output_dir: str | None = None, state_dict: dict | None = None) -> None",
     "_save_checkpoint": f"(self, model: {MODULE}, trial: {TRIAL}) -> None",
 }
 """The private methods of transformers.Trainer that DFTTrainer overrides, with their signatures."""
@@ -132,6 +134,15 @@ def test_accelerate_reports_a_step_as_skipped_by_the_patched_attribute():
     set_step_skipped(optimizer, True)
     assert optimizer.step_was_skipped, "accelerate no longer reads AcceleratedOptimizer._is_overflow"
     assert "step_was_skipped" in inspect.getsource(Accelerator.optimizer_step_was_skipped.fget)
+
+
+def test_transformers_reverts_the_patched_conversions_when_it_saves():
+    source = inspect.getsource(core_model_loading.revert_weight_conversion)
+    assert "_weight_conversions" in source, "conversions are recorded elsewhere: adapt keep_source_names"
+    conversion = core_model_loading.PrefixChange(prefix_to_add="model")
+    assert not conversion.was_used()
+    assert conversion.rename_source_key("norm.weight")[0] == "model.norm.weight" and conversion.was_used()
+    assert conversion.reverse_transform().rename_source_key("model.norm.weight")[0] == "norm.weight"
 
 
 def test_transformers_warns_about_other_arguments_in_the_hidden_words():

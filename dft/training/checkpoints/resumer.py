@@ -25,6 +25,7 @@ from dft.training.checkpoints.resharding import resharded
 from dft.training.checkpoints.resume_point import check_owner, check_same_model, named_checkpoint
 from dft.training.checkpoints.run_settings import check_settings
 from dft.training.checkpoints.run_state import RunState
+from dft.training.model.weight_names import load_weights
 from dft.training.patches import fix_zero3_universal_load
 
 
@@ -89,6 +90,27 @@ class Resumer:
             raise UserError(f"there is no complete checkpoint in {self._output_dir}")
         return checkpoint
 
+    def load_model(self, model: nn.Module, folder: str) -> bool:
+        """Load the weights of a checkpoint, if the model is complete on this rank and has no adapters.
+
+        Returns:
+            Whether they were loaded. Otherwise transformers has to load them.
+
+        Raises:
+            UserError: the checkpoint lacks weights of the model.
+        """
+        is_sharded = self._accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        if is_sharded or not isinstance(model, PreTrainedModel):
+            return False
+        missing = load_weights(model, Path(folder))
+        if missing:
+            raise UserError(
+                f"--resume_from_checkpoint {folder}: its files lack {len(missing)} weights of the model, "
+                f"including {missing[0]}; it is damaged: remove it, and --resume_from_checkpoint auto "
+                "resumes from the one before"
+            )
+        return True
+
     @contextmanager
     def loading(self, folder: str | None, engine: Callable[[], Any]) -> Iterator[str | None]:
         """Yield the folder to load optimizer and scheduler from, resharded if the number of ranks changed.
@@ -133,12 +155,6 @@ class Resumer:
         folder, self.checkpoint = self.checkpoint, None
         with reading(folder):
             return RunState.read(folder), open_checkpoint(folder)
-
-
-def drop_tied_keys(model: nn.Module, missing: list[str]) -> None:
-    """Remove tied weights, which are saved with the weights they are tied to, from a list of missing ones."""
-    if isinstance(model, PreTrainedModel):
-        missing[:] = [name for name in missing if name not in model.all_tied_weights_keys]
 
 
 def check_optimizer_file(folder: Path) -> None:

@@ -29,6 +29,8 @@ from dft.console import say
 from dft.data.templates.tokenizer import UNLOADABLE
 from dft.errors import UserError
 from dft.ranks import first_failure
+from dft.training.model.adapters import has_adapters
+from dft.training.model.weight_names import expected_names
 from dft.training.parameters import GIB
 
 PROBE_TOKENS = 16
@@ -54,12 +56,14 @@ class Expected:
         logits: (tokens, vocab), float32, of the probe under the model in memory; None to check the files
             only.
         quantization: quantization of the frozen weights (QLoRA), without which the logits would differ.
+        names: names of the weights in the files that the model was loaded from; None to allow any.
     """
 
     dtypes: frozenset[torch.dtype]
     tokenizer: PreTrainedTokenizerBase | None
     logits: Tensor | None
     quantization: QuantizationConfigMixin | None = None
+    names: frozenset[str] | None = None
 
 
 def dtypes_of(model: nn.Module) -> frozenset[torch.dtype]:
@@ -78,20 +82,39 @@ def dtypes_of(model: nn.Module) -> frozenset[torch.dtype]:
 
 
 def check_files(folder: Path, expected: Expected) -> None:
-    """Raise `Damaged` for a missing file, or a tensor that is empty, has a wrong dtype or is not finite."""
+    """Check the files of a saved model, without loading it.
+
+    Raises:
+        Damaged: a file is missing, or a tensor is empty, not finite, or has a wrong dtype or name.
+    """
     is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
     config = folder / (ADAPTER_CONFIG_NAME if is_adapter else CONFIG_NAME)
     if not config.is_file():
         raise Damaged(f"it has no {config.name}")
     if expected.tokenizer is not None and not (folder / TOKENIZER_CONFIG_FILE).is_file():
         raise Damaged(f"it has no {TOKENIZER_CONFIG_FILE}")
-    count = 0
+    names = set()
     for file in weight_files(folder, "adapter_model" if is_adapter else "model"):
         for name, tensor in tensors_of(file):
-            count += 1
+            names.add(name)
             check_tensor(name, tensor, expected.dtypes)
-    if not count:
+    if not names:
         raise Damaged("it has no weights (*.safetensors)")
+    if not is_adapter and expected.names is not None:
+        check_names(names, expected.names)
+
+
+def check_names(names: set[str], expected: frozenset[str]) -> None:
+    """Raise `Damaged` for weights with other names than in the loaded model, which other programs expect.
+
+    The loaded model may have more weights: vision towers that were not loaded, or tied weights saved twice.
+    """
+    new = sorted(names - expected)
+    if new:
+        raise Damaged(
+            f"{len(new)} of {len(names)} weights have names that the loaded model does not have, such as "
+            f"{new[0]}; other programs would not find them"
+        )
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
@@ -302,7 +325,8 @@ class SaveVerifier:
     def _fault(self, staging: Path, model: PreTrainedModel, logits: Tensor | None) -> str | None:
         """Return the fault of a saved model, or None. Reloads the model if `logits` are given."""
         quantization = vars(model.config).get("quantization_config")
-        expected = Expected(dtypes_of(model), self._tokenizer, logits, quantization)
+        names = None if has_adapters(model) else expected_names(model)
+        expected = Expected(dtypes_of(model), self._tokenizer, logits, quantization, names)
         try:
             check_files(staging, expected)
             if logits is not None:

@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from dft.arguments.parser import Arguments
 from dft.data.templates.tokenizer import UNLOADABLE
-from dft.errors import UserError
+from dft.errors import UserError, describe_loading_error
 from dft.ranks import first_failure
 from dft.training.model.adapters import add_adapters, pack_linear, resolve_quantization
 from dft.training.model.attention import resolve_attention, resolve_dtype
@@ -25,7 +25,9 @@ from dft.training.model.weight_checks import (
     check_weight_files,
     unused_weights_note,
 )
+from dft.training.model.weight_names import source_names
 from dft.training.parameters import GIB
+from dft.training.patches import keep_source_names
 
 CONFIG_ERRORS = (ArithmeticError, LookupError)
 """Exceptions raised when building a model from nonsensical values in config.json."""
@@ -100,8 +102,9 @@ def load_meta_model(arguments: Arguments) -> PreTrainedModel:
                 trust_remote_code=trust_remote_code,
             )
     except (*UNLOADABLE, *CONFIG_ERRORS) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--model_name_or_path {name}: cannot be planned: {reason}") from None
+        raise UserError(
+            f"--model_name_or_path {name}: cannot be planned: {describe_loading_error(error)}"
+        ) from None
     if arguments.lora.load_in_4bit:
         pack_linear(model)
     if arguments.lora.lora_r is not None:
@@ -160,12 +163,13 @@ def _read_weights(arguments: Arguments, name: str) -> tuple[PreTrainedModel, dic
     failure = first_failure(failure)
     if failure is not None:
         raise UserError(failure)
+    keep_source_names(model, source_names(name))
     return model, loading
 
 
 def _loading_failure(error: Exception, name: str) -> str:
     """Return the message for a model that cannot be loaded."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = describe_loading_error(error)
     if isinstance(error, SafetensorError):
         reason += "; the file is damaged, or its download is incomplete"
     if isinstance(error, (*CONFIG_ERRORS, RuntimeError)):

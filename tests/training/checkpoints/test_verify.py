@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,17 @@ def test_missing_files_are_detected(saved, name, message):
     (folder / name).unlink()
     with pytest.raises(Damaged, match=message):
         check(folder, expected)
+
+
+def test_renamed_weights_are_detected(saved):
+    folder, expected = saved
+    names = frozenset(load_file(folder / "model.safetensors")) | {"model.visual.weight", "mtp.weight"}
+    check(folder, replace(expected, names=names))
+    rewritten(folder, lambda weights: weights.update({f"language_model.{NORM}": weights.pop(NORM)}))
+    with pytest.raises(
+        Damaged, match=rf"1 of \d+ weights have names .* such as language_model.{NORM}; other"
+    ):
+        check_files(folder, replace(expected, names=names))
 
 
 def test_missing_and_truncated_shards_are_detected(saved):

@@ -8,7 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dft.errors import UserError
-from dft.training.model.loading import load_base_model, load_model
+from dft.evaluation.sampling import load_for_sampling
+from dft.training.model.loading import load_base_model, load_meta_model, load_model
+from tests.families import make_family
 from tests.training.model.loading_helpers import arguments, load
 
 
@@ -102,3 +104,17 @@ def test_out_of_memory_while_loading_keeps_its_traceback(folder, monkeypatch):
     monkeypatch.setattr("dft.training.model.loading.AutoModelForCausalLM.from_pretrained", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         load(folder)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "mistral3"])
+def test_an_architecture_that_is_not_a_language_model_is_named_in_one_line(
+    tokenizer_folder, tmp_path, family
+):
+    """transformers' message lists more than a hundred classes."""
+    folder = make_family(family, tokenizer_folder, tmp_path / family)
+    for attempt in (load, lambda folder: load_meta_model(arguments(folder))):
+        with pytest.raises(UserError, match=r"its architecture \(\w+Config\) is not one that") as raised:
+            attempt(folder)
+        assert len(str(raised.value)) < 500
+    with pytest.raises(UserError, match=r"--model \S+: cannot be loaded: its architecture"):
+        load_for_sampling(str(folder), "auto", False)

@@ -1,0 +1,94 @@
+"""Models whose weights are named, fused or wrapped differently on disk and in memory."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.families import make_family, weight_names
+from tests.launching import ROOT, train_records
+from tests.reliability.selecting import mostly_slow
+
+FORMS: dict[str, tuple[int, dict[str, object]]] = {
+    "single": (1, {}),
+    "ddp": (2, {}),
+    "zero3": (2, {"deepspeed": ROOT / "ds_config/zero3.json"}),
+    "fsdp": (2, {"fsdp": True}),
+}
+TEXT = ("llama", "gpt2", "qwen3_moe", "deepseek_v3")
+
+
+@pytest.fixture(scope="module")
+def train(example, forks, tmp_path_factory):
+    """Train a family in a parallel form, and return the folder of the model that it began with."""
+    models = tmp_path_factory.mktemp("families")
+
+    def run(family: str, form: str, output: Path, **flags: object) -> Path:
+        model = models / family
+        if not model.exists():
+            make_family(family, example.model, model)
+        ranks, more = FORMS[form]
+        settings = {
+            "model_name_or_path": model, "eval_data_files": None, "max_steps": 1, "use_cpu": True,
+            "per_device_train_batch_size": 16 // ranks, "max_train_samples": 64, **more, **flags,
+        }  # fmt: skip
+        codes, printed = forks.run(example.words(output, **settings), ranks)
+        assert not any(codes), printed
+        return model
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    mostly_slow(
+        [(family, form) for family in (*TEXT, "gemma3") for form in FORMS],
+        [("gpt2", "fsdp"), ("gemma3", "zero3"), ("qwen3_moe", "zero3")],
+    ),
+)
+def test_saved_weights_have_the_names_of_the_loaded_model(train, tmp_path, family, form):
+    model = train(family, form, tmp_path / "run")
+    assert weight_names(tmp_path / "run") == weight_names(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    mostly_slow(
+        [
+            (family, form)
+            for family in ("gpt2", "qwen3_moe", "gemma3")
+            for form in FORMS
+            # FSDP loads no optimizer without a state of every weight, and images never came.
+            if (family, form) != ("gemma3", "fsdp")
+        ],
+        [("qwen3_moe", "single")],
+    ),
+)
+def test_weights_that_are_converted_when_loaded_are_resumed(train, tmp_path, family, form):
+    """Trainer alone would resume with the weights that the run began with."""
+    flags = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    train(family, form, tmp_path / "whole", max_steps=4, **flags)
+    train(family, form, tmp_path / "run", max_steps=2, **flags)
+    train(family, form, tmp_path / "run", max_steps=4, resume_from_checkpoint="auto", **flags)
+    whole, resumed = (train_records(tmp_path / name) for name in ("whole", "run"))
+    assert [record["nll"] for record in resumed] == [record["nll"] for record in whole]
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    for name, weight in load_file(tmp_path / "whole" / "model.safetensors").items():
+        assert torch.equal(weights[name], weight), name
+
+
+@pytest.mark.parametrize("family", mostly_slow(["qwen3_moe", "gemma3", "gpt2"], ["qwen3_moe"]))
+def test_the_best_model_is_loaded_with_converted_weights(train, example, tmp_path, family):
+    train(
+        family, "single", tmp_path, max_steps=4, learning_rate=0.3, save_strategy="steps", save_steps=1,
+        eval_strategy="steps", eval_steps=1, eval_data_files=example.eval, max_eval_samples=8,
+        load_best_model_at_end=True, metric_for_best_model="eval_nll", lr_scheduler_type="constant",
+    )  # fmt: skip
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert best.name != "checkpoint-4"
+    weights = load_file(tmp_path / "model.safetensors")
+    for name, weight in load_file(best / "model.safetensors").items():
+        assert torch.equal(weights[name], weight), name
