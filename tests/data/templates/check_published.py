@@ -166,7 +166,7 @@ def check_template(
                 try:
                     sequences = encode(encoder, row)
                 except (BadLine, UserError) as error:
-                    add(name, "refused", str(error), avoidable=not oracle.obstacles(row))
+                    add(name, "refused", str(error), avoidable=not oracle.obstacles(row, doubts=True))
                 except Exception as error:  # a traceback is an outcome here
                     add(name, "wrong", f"{type(error).__name__}: {error}")
                 else:
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of NAME.jinja files, with or without an index.json")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer.json")
     parser.add_argument("--only", default="", help="regular expression that selects templates by name")
-    parser.add_argument("--results", type=Path, help="write every pair to this file, as JSON lines")
+    parser.add_argument("--results", type=Path, help="append every pair to this file, as JSON lines")
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     vocabulary = plain_vocabulary((options.tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
@@ -259,8 +259,8 @@ def main() -> None:
         show(results, time.monotonic() - start)
         pairs += results
         if options.results:
-            lines = [json.dumps(pair._asdict(), ensure_ascii=False) + "\n" for pair in pairs]
-            options.results.write_text("".join(lines), encoding="utf-8")
+            with options.results.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(pair._asdict(), ensure_ascii=False) + "\n" for pair in results)
     counts = Counter(pair.outcome for pair in pairs)
     print(f"\n{len(templates)} templates, {len(pairs)} pairs: {dict(counts)}\n\n{table(pairs)}")
 
