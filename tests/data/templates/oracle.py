@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -267,6 +268,9 @@ class Oracle:
         if decoration.startswith(prompt):
             return len(prompt), len(prompt), prompt
         left, right = self.split(prompt), self.split(decoration)
+        same = sum(map(len, commonprefix([left, right])))
+        if 2 * same > max(len(prompt), len(decoration)):
+            return same, same, prompt[:same]  # any other is shorter
         best, ends = 0, (0, 0)
         lengths = [0] * (len(right) + 1)
         for row, atom in enumerate(left, 1):
