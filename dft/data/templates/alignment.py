@@ -98,15 +98,51 @@ class Aligner:
             common header.
         """
         shared = self.markers.shared_prefix(prompt, opening)
-        is_cut = len(prompt) > shared and opening[shared : shared + 1].isalnum()
-        if not is_cut and (not header or len(prompt) - shared < len(header)):
-            return shared, prompt[shared:]
-        # The two differ before the header already.
         position, size = self._header_end(header, opening)
-        if position:
-            return position, header[size:]
-        position = common_header(prompt, opening)  # the prompt may have more text before the header
-        return (position, "") if position else None
+        # The prompt may have more text before the header than the rendering of the turn.
+        suffix = common_header(prompt, opening)
+        for end, prompt_only in (
+            (shared, prompt[shared:]),
+            (position, header[size:]),
+            (suffix, ""),
+        ):
+            end, prompt_only = self._after_last_shared(prompt_only, opening, end)
+            covers_header = not header or (end > 0 and len(prompt_only) < len(header))
+            if covers_header and self._is_boundary(prompt_only, opening[end:]):
+                return end, prompt_only
+        return None
+
+    def _is_boundary(self, prompt_only: str, opening: str) -> bool:
+        """Return whether a prompt and the rendering of a turn may differ like this after their header.
+
+        Args:
+            prompt_only: the end of the prompt, for example an opened think block.
+            opening: the text that the rendering has instead.
+        """
+        if prompt_only and opening[:1].isalnum():
+            return False  # inside of a word
+        repeated, written = (
+            {match.group() for match in self.markers.pattern.finditer(text)}
+            for text in (prompt_only, opening)
+        )
+        return not repeated & written
+
+    def _after_last_shared(self, prompt_only: str, opening: str, position: int) -> tuple[int, str]:
+        """Move the start of a turn behind the last marker of the prompt that the rendering has as well.
+
+        Args:
+            prompt_only: the end of the prompt, from where the two differ.
+            opening: the text before the turn's own text.
+            position: where the two differ in `opening`.
+
+        Returns:
+            The new position and the end of the prompt from there.
+        """
+        for match in reversed([*self.markers.pattern.finditer(prompt_only)]):
+            start = opening.find(match.group(), position)
+            if start >= 0:
+                return start + len(match.group()), prompt_only[match.end() :]
+        return position, prompt_only
 
     def first_start(self, chat: AdaptedChat, probed: str, probe: Probe) -> tuple[str | None, Start]:
         """Return the start of a turn that is the first message.

@@ -39,6 +39,7 @@ class TurnEnds:
     Attributes:
         plain: the end of a turn of plain text, None if the template has no end-of-turn tokens.
         tokens: tokens that end a turn: those at which generation stops and that of `plain`.
+        header_tokens: added tokens in the headers of turns.
     """
 
     def __init__(
@@ -54,12 +55,17 @@ class TurnEnds:
             template.turn("user", "."),
         ]
         try:
-            closing = _after_placeholder(template.render(turns[:2], context))
+            answered = template.render(turns[:2], context)
+            closing = _after_placeholder(answered)
             following = _after_placeholder(template.render(turns, context))
         except BadLine:
             return  # the template expects another kind of conversation
         if closing is None:
             return
+        headers = (answered.partition(PLACEHOLDER)[0], following or "")
+        self.header_tokens = frozenset(
+            match.group() for text in headers for match in markers.token_matches(text)
+        )
         end = self._plain_end(closing, closing if following is None else following)
         if end is not None:
             self.plain = end
@@ -92,6 +98,12 @@ class TurnEnds:
                 return TurnEnd(closing[: shared + match.end()], match.group())
         if following is not None and (end := self._next_header(closing, following)):
             return end
+        # The template may render the turn differently once it is followed by another one.
+        for match in self.markers.token_matches(closing):
+            if match.group() in self.tokens:
+                return TurnEnd(closing[: match.end()], match.group())
+            if match.group() in self.header_tokens:
+                break
         return TurnEnd(closing[:shared].rstrip(), None) if self.plain is None else None
 
     def _first_token(self, text: str) -> list[re.Match[str]]:

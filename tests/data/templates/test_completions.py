@@ -128,6 +128,55 @@ def test_prompt_may_have_more_text_before_the_same_header(tokenizer_json):
     ]
 
 
+# The prompt opens and closes a think block, of which the rendering of an answer has only the end (DeepSeek).
+CLOSES_ONLY = """{% for m in messages %}
+{{- '<|' + m.role + '|>' + ('</think>' if m.role == 'assistant' else '') }}
+{{- m.content + ('<|end|>' if m.role == 'assistant' else '') }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|><think></think>' }}{% endif %}"""
+
+# White space around the header differs between the prompt and the rendering of an answer.
+SPACED = """{% for m in messages %}
+{{- '<|' + m.role + '|>  ' if m.role == 'user' else '  <|assistant|>    </think>  ' }}
+{{- m.content + ('<|end|>' if m.role == 'assistant' else '') }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>  </think>' }}{% endif %}"""
+
+# A call gets an identifier once it is followed by its result.
+IDENTIFIED = """{% for m in messages %}{% if m.tool_calls %}
+{{- '<|assistant|>[' + m.tool_calls[0].function.name + m.tool_calls[0].function.arguments | tojson }}
+{{- '' if loop.last else ', 1' }}{{ ']\\n<|end|>' }}
+{%- else %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+
+def test_call_that_is_rendered_differently_once_it_has_a_result(tokenizer_json):
+    encoder = encoder_of(tokenizer_json, IDENTIFIED, eos_token=END)
+    first, second = encoder.encode([talk([ASKED, CALLED, turn("tool", "3"), turn("assistant", "a")])])[0]
+    body = 'f{"city": "Rome", "days": 2}'
+    assert plain(first) == expected(
+        encoder.tokenizer, f"{USER}q{END}{ASSISTANT}", Supervised(f"[{body}]\n{END}")
+    )
+    assert plain(second) == expected(
+        encoder.tokenizer, f"{USER}q{END}{ASSISTANT}[{body}, 1]\n{END}<|tool|>3{END}{ASSISTANT}",
+        Supervised(f"a{END}"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "completion"),
+    [
+        (CLOSES_ONLY, "<|user|>q<|assistant|><think></think>", "a<|end|>"),
+        (SPACED, "<|user|>  q<|assistant|>  </think>", "  a<|end|>"),
+    ],
+)
+def test_completion_begins_behind_the_last_tag_that_prompt_and_rendering_share(
+    tokenizer_json, template, prompt, completion
+):
+    encoder = encoder_of(tokenizer_json, template, eos_token=END)
+    assert encode(encoder, ("user", "q"), ("assistant", "a")) == [
+        expected(encoder.tokenizer, prompt, Supervised(completion))
+    ]
+
+
 def test_turn_before_a_late_system_turn_ends_like_other_turns(tokenizer_json):
     encoder = encoder_of(tokenizer_json, NEXT_HEADER, USER, eos_token="<|endoftext|>")
     messages = ("user", "q"), ("assistant", "a"), ("system", "s"), ("user", "r"), ("assistant", "b")
