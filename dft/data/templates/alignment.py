@@ -141,7 +141,9 @@ class Aligner:
         for match in reversed([*self.markers.pattern.finditer(prompt_only)]):
             start = opening.find(match.group(), position)
             if start >= 0:
-                return start + len(match.group()), prompt_only[match.end() :]
+                start += len(match.group())
+                shared = self.markers.shared_prefix(prompt_only[match.end() :], opening[start:])
+                return start + shared, prompt_only[match.end() + shared :]
         return position, prompt_only
 
     def first_start(self, chat: AdaptedChat, probed: str, probe: Probe) -> tuple[str | None, Start]:
@@ -157,6 +159,9 @@ class Aligner:
 
         Returns:
             The prompt at inference, None if there is none, and the start.
+
+        Raises:
+            BadLine: the turn has no header, although others do.
         """
         before = probed[: probe.first(probed)]
         try:
@@ -165,8 +170,13 @@ class Aligner:
             prompt = ""
         if self.header and self.header in prompt and before.startswith(prompt):
             return prompt, Start(len(prompt))
-        # Without a header, white space before the turn's own text is generated, as in later turns.
-        return None, Start(self._header_end(self.header, before)[0] or len(before.rstrip()))
+        if not self.header:
+            # White space before the turn's own text is generated, as in later turns.
+            return None, Start(len(before.rstrip()))
+        end = self._header_end(self.header, before)[0]
+        if not end:
+            raise misaligned(chat.place(0))
+        return None, Start(end)
 
     def _check_header(self, chat: AdaptedChat, index: int, opening: str, prompt: str) -> None:
         """Check that the header is part of the prompt, if the template has a generation prompt."""

@@ -94,7 +94,7 @@ class ContextChecker:
             for placeholder in _required(messages[index], probe):
                 is_rendered = placeholder.text in rendered
                 if not is_rendered and not _is_rendered_alone(chat, index, count, probe, placeholder):
-                    raise _not_rendered(chat.place(index), messages[index], placeholder)
+                    raise _not_rendered(chat, index, count, placeholder)
 
 
 def _required(message: Message, probe: Probe) -> list[Placeholder]:
@@ -120,13 +120,13 @@ def _is_rendered_alone(
         return placeholder.kind == CONTENT and content in chat.render(count, prompt=True)
 
 
-def _not_rendered(place: str, message: Message, placeholder: Placeholder) -> BadLine:
-    """Return the error for a message that the prompt lacks."""
+def _not_rendered(chat: AdaptedChat, index: int, count: int, placeholder: Placeholder) -> BadLine:
+    """Return the error for a message that the prompt of a later turn lacks."""
+    place, role = chat.place(index), chat.messages[index]["role"]
     if placeholder.kind == CALL:
         return BadLine(f"{place}: the chat template {NO_CALLS}", KINDS[NO_CALLS])
-    role = message["role"]
     return BadLine(
-        f"{place}: the chat template does not render the text of this {role} turn, or only part of "
-        f"it; remove it, write it into another turn, or {REMEDY}",
+        f"{place}: the chat template does not render the text of this {role} turn, or only part of it, in "
+        f"the prompt of {chat.place(count)}; remove it, write it into another turn, or {REMEDY}",
         f"{role} turn is not rendered",
     )

@@ -177,6 +177,15 @@ def test_completion_begins_behind_the_last_tag_that_prompt_and_rendering_share(
     ]
 
 
+def test_first_turn_without_a_header_is_an_error(tokenizer_json):
+    template = """{% for m in messages %}{% if loop.first and m.role != 'user' %}{{ m.content + '<|end|>' }}
+{%- else %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+    encoder = encoder_of(tokenizer_json, template, eos_token=END)
+    error = error_of(encoder, talk([turn("assistant", "Welcome."), ASKED, turn("assistant", "a")]))
+    assert str(error).startswith("messages[0]: the chat template renders the turn behind another header")
+
+
 def test_turn_before_a_late_system_turn_ends_like_other_turns(tokenizer_json):
     encoder = encoder_of(tokenizer_json, NEXT_HEADER, USER, eos_token="<|endoftext|>")
     messages = ("user", "q"), ("assistant", "a"), ("system", "s"), ("user", "r"), ("assistant", "b")
