@@ -74,3 +74,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder / "model")
     (folder / "a.jsonl").write_bytes(LINE * 2)
     return folder / "model"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say in one line that tests are skipped because the tokenizers of published models are not there."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if any("test_real_tokenizers" in report.nodeid for report in skipped):
+        terminalreporter.write_line(
+            "skipped: tests on real tokenizers; python scripts/get_tokenizers.py fetches them"
+        )

@@ -594,8 +594,10 @@ class Chat:
                 return Fault(OTHER_IDS, index, f"{self.oracle.tokenizer.convert_ids_to_tokens(ids)}")
             if text.startswith(completion):
                 return Fault(FOLLOWING, index, text[len(completion) :])
-            if self.oracle.added_pattern.findall(completion)[-1:] == [completion.removeprefix(text)]:
-                return Fault(NO_END_TOKEN, index, completion.removeprefix(text))
+            for end in self.oracle.added_pattern.findall(completion)[-1:]:
+                with_end = [*ids, self.oracle.tokenizer.convert_tokens_to_ids(end)]
+                if self._are_ids_of(with_end, completion, context, expected.text):
+                    return Fault(NO_END_TOKEN, index, end)
         return Fault(OTHER_TEXT, index, f"{text!r} instead of {expected.completions!r}")
 
     def _are_ids_of(self, ids: list[int], completion: str, context: list[int], text: str) -> bool:
