@@ -12,6 +12,7 @@ from dft.data.conversations.faults import BadLine
 from dft.data.conversations.row_rules import NO_RULES, RowLeftOut, RowRules
 from dft.data.preparing.conversation_counts import ConversationCounts
 from dft.data.preparing.options import PrepareOptions
+from dft.data.preparing.traits import Markers, traits_of
 from dft.data.preparing.truncation import count_supervised, truncate
 from dft.data.reading.records import BOM, Record
 from dft.data.sandbox.limits import LimitExceeded
@@ -90,6 +91,7 @@ class EncodedChunk:
         reasons: for each sequence why it does not continue the previous one of its conversation, or "".
         token_digests: (sequences,) digest of the token ids of the whole conversation.
         label_digests: (sequences,) digest of the token ids and labels of the whole conversation.
+        traits: (sequences,) traits of the conversation, see `dft.data.preparing.traits`.
         rejected: the unusable records.
         counts: counts of what happened to the records.
     """
@@ -104,6 +106,7 @@ class EncodedChunk:
     reasons: list[str]
     token_digests: np.ndarray
     label_digests: np.ndarray
+    traits: np.ndarray
     rejected: list[RejectedRecord]
     counts: ConversationCounts
 
@@ -132,6 +135,7 @@ def encode_chunk(encoder: ChatEncoder, options: PrepareOptions, chunk: RecordChu
     except LimitExceeded as error:
         raise chunk.limit_error(str(error)) from None
     conversations: list[_EncodedConversation] = []
+    described: list[tuple[Conversation, list[Example]]] = []
     usable, rejected, counts = [], [], _count_columns(chunk, parsed)
     for index, (record, conversation) in enumerate(zip(chunk.records, parsed, strict=True)):
         if isinstance(conversation, RowLeftOut):
@@ -163,12 +167,15 @@ def encode_chunk(encoder: ChatEncoder, options: PrepareOptions, chunk: RecordChu
         if remaining:
             digests = _conversation_digests(examples)
             conversations.append(_EncodedConversation(index, record.line, remaining, reasons, *digests))
+            described.append((conversation, examples))
     for record, sequences in usable[: CHECKED_PER_CHUNK if chunk.number else CHECKED_IN_FIRST_CHUNK]:
         try:
             check_conversation(encoder, sequences)
         except UserError as error:
             raise UserError(f"{chunk.file}:{record.line}: {error}") from None
-    result = _concatenate(conversations, rejected, counts)
+    special = [token.content for token in encoder.tokenizer.added_tokens_decoder.values() if token.special]
+    traits = traits_of(described, Markers.of(special))
+    result = _concatenate(conversations, traits, rejected, counts)
     if encoder.text_tokenizer.unknown_ids:
         counts.unknown = int(np.isin(result.input_ids, [*encoder.text_tokenizer.unknown_ids]).sum())
     return result
@@ -252,7 +259,10 @@ def _conversation_digests(examples: list[Example]) -> tuple[bytes, bytes]:
 
 
 def _concatenate(
-    conversations: list[_EncodedConversation], rejected: list[RejectedRecord], counts: ConversationCounts
+    conversations: list[_EncodedConversation],
+    traits: np.ndarray,
+    rejected: list[RejectedRecord],
+    counts: ConversationCounts,
 ) -> EncodedChunk:
     """Concatenate the sequences of all conversations of a chunk."""
     examples = [example for conversation in conversations for example in conversation.examples]
@@ -276,6 +286,7 @@ def _concatenate(
         [reason for item in conversations for reason in item.reasons],
         per_sequence([item.token_digest for item in conversations], DIGEST_DTYPE),
         per_sequence([item.label_digest for item in conversations], DIGEST_DTYPE),
+        np.repeat(traits, repeats),
         rejected,
         counts,
     )

@@ -7,6 +7,7 @@ import numpy as np
 from dft.data.preparing.conversation_counts import ConversationCounts
 from dft.data.preparing.encoded_sequences import EncodedSequences
 from dft.data.preparing.packing import density
+from dft.data.preparing.quality import find_warnings
 from dft.data.preparing.selection import Split, UnusedCounts
 
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)
@@ -58,6 +59,7 @@ def build_report(
         "roles": dict(total.roles.most_common()),
         "turns_per_conversation": percentiles(turns),
         "files": {name: [_file_counts(part) for part in group] for name, group in counts.items() if group},
+        "warnings": find_warnings({name: split.encoded for name, split in splits.items()}),
         **{name: _split_report(split, max_length) for name, split in splits.items()},
     }
     for entry, weight in zip(report["files"]["train"], weights, strict=True):
@@ -122,6 +124,15 @@ def add_file_names(report: dict[str, Any], names: dict[str, list[str]]) -> dict[
         group: [{"file": name, **entry} for name, entry in zip(names[group], entries, strict=True)]
         for group, entries in report["files"].items()
     }
+    named_report["warnings"] = [
+        {
+            **entry,
+            "examples": [
+                _place(place, names[file_group(entry["split"], names)]) for place in entry["examples"]
+            ],
+        }
+        for entry in report["warnings"]
+    ]
     for split in ("train", "eval"):
         if split in report:
             group_names = names[file_group(split, names)]
@@ -131,6 +142,10 @@ def add_file_names(report: dict[str, Any], names: dict[str, list[str]]) -> dict[
             }
             named_report[split] = {**report[split], **named_entries}
     return named_report
+
+
+def _place(place: dict[str, int], names: list[str]) -> str:
+    return f"{names[place['file']]}:{place['line']}"
 
 
 def _file_counts(counts: ConversationCounts) -> dict[str, int]:

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from dft.data.batches.dataset import SCHEMA
 from dft.data.preparing.chunk import DIGEST_DTYPE, EncodedChunk
+from dft.data.preparing.traits import TRAITS_DTYPE
 
 BATCH_TOKENS = 1 << 22
 """Tokens per record batch of the Arrow file; large batches are faster to write and to look up."""
@@ -23,6 +24,7 @@ class EncodedSequences:
         conversations: number of the conversation that the sequence comes from.
         token_digests: digest of the token ids of that conversation; equal for equal conversations.
         label_digests: digest of its token ids and labels.
+        traits: its traits, see `dft.data.preparing.traits`.
         sources: file number.
         lines: line number.
         lengths: tokens.
@@ -34,6 +36,7 @@ class EncodedSequences:
     conversations: np.ndarray
     token_digests: np.ndarray
     label_digests: np.ndarray
+    traits: np.ndarray
     sources: np.ndarray
     lines: np.ndarray
     lengths: np.ndarray
@@ -122,6 +125,7 @@ class SequenceWriter:
         """Return all sequences written."""
         digest = np.dtype(DIGEST_DTYPE)
         dtypes = {"token_digests": digest, "label_digests": digest, "sources": np.dtype(np.int32)}
+        dtypes["traits"] = TRAITS_DTYPE
         columns = {
             name: np.concatenate([np.zeros(0, dtype=dtypes.get(name, np.dtype(np.int64))), *parts])
             for name, parts in self.columns.items()

@@ -17,6 +17,7 @@ MAX_LISTED_FILES = 20
 """Number of files of a split that are listed; data_report.json lists all."""
 MAX_LISTED_COLUMNS = 8
 """Number of columns that are not read that are listed; data_report.json lists all."""
+MAX_WARNINGS = 10
 BAR = 40
 """Width of the longest bar of a histogram, in characters."""
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -33,7 +34,8 @@ def data_summary(report: Mapping[str, Any], folder: str | None = None) -> list[s
     for split in ("train", "eval"):
         if split in report:
             lines += _split_lines(split, report)
-    return lines + _unread_lines(report) + _lost_lines(report, folder) + _ending_lines(report)
+    lines += _unread_lines(report) + _lost_lines(report, folder) + _ending_lines(report)
+    return lines + _warning_lines(report)
 
 
 def data_details(report: Mapping[str, Any], folder: str | None = None) -> list[str]:
@@ -73,6 +75,16 @@ def _split_lines(split: str, report: Mapping[str, Any]) -> list[str]:
         if len(files) > MAX_LISTED_FILES:
             lines.append(f"            ... and {len(files) - MAX_LISTED_FILES:,} more files")
     return lines
+
+
+def _warning_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return a line for each warning about the data, at most `MAX_WARNINGS`."""
+    warnings = report.get("warnings", [])  # absent from the reports of earlier versions
+    return [
+        f"check       {entry['conversations']:,} {entry['text']} ({100 * entry['share']:.1f} %), such as "
+        f"{' and '.join(entry['examples'])}"
+        for entry in warnings[:MAX_WARNINGS]
+    ]
 
 
 def _unread_lines(report: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,162 @@
+"""Warnings about data that can be trained on, but probably should not be as it is."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dft.data.preparing.encoded_sequences import EncodedSequences
+from dft.data.preparing.traits import HASHES, SCRIPTS, Flag
+
+MINIMUM = 20
+"""Number of conversations below which shares mean nothing."""
+EXAMPLES = 2
+MIN_CUT_TOKENS, MIN_CUT_CHARACTERS = 64, 200
+"""Length below which answers of the same length are no sign of a limit."""
+MIN_REPEATED_CHARACTERS = 20
+"""Length below which repeated answers are ordinary, such as the answers to yes/no questions."""
+BANDS = 4
+"""Parts of a signature. Conversations of which one part is equal are compared."""
+NEARLY_EQUAL = 0.8
+"""Share of equal entries of the signatures from which conversations count as nearly equal."""
+MAX_BUCKET = 50
+"""Number of training conversations with an equal part of the signature that are compared."""
+
+
+class Warned(NamedTuple):
+    """Something to check.
+
+    Attributes:
+        text: what it is.
+        split: "train" or "eval".
+        members: index of the first sequence of each conversation that has it.
+    """
+
+    text: str
+    split: str
+    members: np.ndarray
+
+
+def find_warnings(splits: dict[str, EncodedSequences]) -> list[dict[str, Any]]:
+    """Return what is unusual about the conversations of the splits, the most frequent first.
+
+    Args:
+        splits: "train" and, if any, "eval".
+
+    Returns:
+        For each warning its text, split, number of conversations, share of the split and examples, which are
+        pairs of a file number and a line.
+    """
+    distinct = {name: _first_sequences(encoded) for name, encoded in splits.items()}
+    train = distinct["train"]
+    warned = [*_flag_warnings(train), *_length_warnings(train), *_repeated_answers(train)]
+    if "eval" in distinct:
+        warned += _nearly_equal(train, distinct["eval"])
+    warned.sort(key=lambda item: -len(item.members))
+    return [_entry(item, distinct[item.split]) for item in warned]
+
+
+def _first_sequences(encoded: EncodedSequences) -> EncodedSequences:
+    """Return the first sequence of each conversation."""
+    _, first = np.unique(encoded.conversations, return_index=True)
+    return encoded.take(first)
+
+
+def _entry(item: Warned, encoded: EncodedSequences) -> dict[str, Any]:
+    return {
+        "text": item.text,
+        "split": item.split,
+        "conversations": len(item.members),
+        "share": len(item.members) / len(encoded),
+        "examples": [
+            {"file": int(encoded.sources[index]), "line": int(encoded.lines[index])}
+            for index in item.members[:EXAMPLES]
+        ],
+    }
+
+
+def _flag_warnings(train: EncodedSequences) -> Iterator[Warned]:
+    """Yield the warnings about properties of single conversations."""
+    flags, total = train.traits["flags"], len(train)
+
+    def having(flag: Flag) -> np.ndarray:
+        return np.flatnonzero(flags & flag)
+
+    if len(found := having(Flag.MARKERS)):
+        yield Warned("answers contain special tokens of the tokenizer as text", "train", found)
+    if 0 < len(found := having(Flag.EMPTY_REASONING)) < total:
+        yield Warned("answers have empty reasoning, others do not", "train", found)
+    if len(found := having(Flag.REFUSAL)) >= max(1, total / 200):
+        yield Warned("answers are refusals or speak of an AI model", "train", found)
+    if total < MINIMUM:
+        return
+    if total / 10 <= len(found := having(Flag.SYSTEM_PROMPT)) <= total * 9 / 10:
+        yield Warned("conversations have a system prompt, the others have none", "train", found)
+    if len(found := having(Flag.OTHER_SCRIPT)) >= max(2, total / 100):
+        yield Warned("answers are in another script than their question", "train", found)
+    scripts = train.traits["script"]
+    counts = np.bincount(scripts, minlength=len(SCRIPTS))
+    counts[0] = 0
+    rare = [script for script in np.flatnonzero(counts) if max(2, total / 1000) <= counts[script] < total / 5]
+    if rare:
+        names = ", ".join(f"{[*SCRIPTS][script]} {counts[script]:,}" for script in rare)
+        yield Warned(
+            f"answers are in a rare script ({names})", "train", np.flatnonzero(np.isin(scripts, rare))
+        )
+
+
+def _length_warnings(train: EncodedSequences) -> Iterator[Warned]:
+    """Yield a warning if many answers have the greatest length of all: they were generated with a limit."""
+    for name, unit, minimum in (
+        ("answer_tokens", "tokens", MIN_CUT_TOKENS),
+        ("answer_characters", "characters", MIN_CUT_CHARACTERS),
+    ):
+        lengths = train.traits[name]
+        longest = lengths.max()
+        members = np.flatnonzero(lengths == longest)
+        distinct = len(np.unique(train.traits["answer"][members]))
+        if longest >= minimum and distinct >= max(3, len(train) / 200) and len(members) < len(train):
+            yield Warned(
+                f"answers have exactly {longest:,} {unit}, the greatest length: probably cut off",
+                "train",
+                members,
+            )
+            return
+
+
+def _repeated_answers(train: EncodedSequences) -> Iterator[Warned]:
+    answers, number, counts = np.unique(train.traits["answer"], return_inverse=True, return_counts=True)
+    is_long = train.traits["answer_characters"] >= MIN_REPEATED_CHARACTERS
+    is_frequent = counts >= max(5, len(train) / 100)
+    members = np.flatnonzero(is_frequent[number] & is_long)
+    if len(members):
+        kinds = len(np.unique(answers[number[members]]))
+        what = "have the same answer" if kinds == 1 else f"share {kinds:,} answers"
+        yield Warned(f"conversations {what}", "train", members)
+
+
+def _nearly_equal(train: EncodedSequences, held_out: EncodedSequences) -> Iterator[Warned]:
+    """Yield a warning about evaluation conversations that are nearly equal to one for training."""
+    rows = HASHES // BANDS
+    train_signatures, signatures = train.traits["signature"], held_out.traits["signature"]
+    is_near = np.zeros(len(held_out), dtype=bool)
+    for start in range(0, HASHES, rows):
+        band = slice(start, start + rows)
+        wanted: dict[bytes, list[int]] = defaultdict(list)
+        for index in np.flatnonzero(~is_near).tolist():
+            wanted[signatures[index, band].tobytes()].append(index)
+        keys = np.ascontiguousarray(train_signatures[:, band]).view(f"V{4 * rows}")[:, 0]
+        shared = np.flatnonzero(np.isin(keys, np.array([*wanted], dtype=f"V{4 * rows}")))
+        seen: dict[bytes, int] = defaultdict(int)
+        for candidate in shared:
+            key = keys[candidate].tobytes()
+            seen[key] += 1
+            if seen[key] > MAX_BUCKET:
+                continue
+            for index in wanted[key]:
+                equal = np.mean(train_signatures[candidate] == signatures[index])
+                is_near[index] |= bool(equal >= NEARLY_EQUAL)
+    members = np.flatnonzero(is_near)
+    if len(members):
+        yield Warned("evaluation conversations are nearly equal to one for training", "eval", members)

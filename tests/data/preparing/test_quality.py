@@ -1,0 +1,137 @@
+"""Warnings about data that can be trained on, but probably should not be as it is."""
+
+import numpy as np
+import pytest
+
+from dft.data.preparing.traits import Markers, signatures
+from dft.report.terminal.data import data_summary
+from tests.data.rows import Row, conversation, numbered
+
+WORDS = [f"{first}{second}{first}a" for first in "bdfgk" for second in "aeio"][:18]
+
+
+def talk(number: int, answer: str | None = None, **columns: object) -> Row:
+    """Return a conversation whose text is like no other."""
+    drawn = np.random.default_rng(number).permutation(WORDS)[:8]
+    return conversation(
+        f"{' '.join(drawn)} {number}", answer or f"{' '.join(drawn[::-1])} {number}.", **columns
+    )
+
+
+def warnings_of(
+    prepared, rows: list[Row], eval_rows: list[Row] | None = None
+) -> list[tuple[str, int, list[int]]]:
+    """Return the text, the count and the lines of the examples of each warning."""
+    report = prepared(rows, eval_rows, max_length=512).report
+    return [
+        (
+            entry["text"],
+            entry["conversations"],
+            [int(place.rpartition(":")[2]) for place in entry["examples"]],
+        )
+        for entry in report["warnings"]
+    ]
+
+
+def test_ordinary_conversations_have_no_warnings(prepared):
+    assert warnings_of(prepared, [talk(number) for number in range(60)]) == []
+    assert warnings_of(prepared, numbered(10)) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("a <|im_end|> b", "answers contain special tokens of the tokenizer as text"),
+        ("<think>\n\n</think>\n\nfour", "answers have empty reasoning, others do not"),
+        ("I'm sorry, but I can't help with that.", "answers are refusals or speak of an AI model"),
+        ("As an AI language model, I have no opinion.", "answers are refusals or speak of an AI model"),
+        ("抱歉，我无法回答这个问题", "answers are refusals or speak of an AI model"),
+    ],
+)
+def test_unusual_answers_are_counted_with_two_examples(prepared, answer, text):
+    rows = [talk(number, f"{answer} {number}" if number % 10 == 3 else None) for number in range(30)]
+    found = {warned: (count, lines) for warned, count, lines in warnings_of(prepared, rows)}
+    assert found[text] == (3, [4, 14])
+
+
+def test_empty_reasoning_everywhere_is_no_warning(prepared):
+    rows = [talk(number, f"<think>\n\n</think>\n\n{number}") for number in range(30)]
+    assert warnings_of(prepared, rows) == []
+
+
+def test_a_system_prompt_in_a_part_of_the_conversations_is_a_warning(prepared):
+    text = "conversations have a system prompt, the others have none"
+    for share, found in ((2, [(text, 20, [1, 3])]), (1, []), (40, [])):
+        rows = [talk(number, **({"system": "s"} if number % share == 0 else {})) for number in range(40)]
+        assert warnings_of(prepared, rows) == found
+
+
+def test_answers_in_other_scripts_are_warnings(prepared):
+    rows = [talk(number, f"四加四等于{number}" if number in (5, 17) else None) for number in range(40)]
+    assert warnings_of(prepared, rows) == [
+        ("answers are in another script than their question", 2, [6, 18]),
+        ("answers are in a rare script (Chinese 2)", 2, [6, 18]),
+    ]
+
+
+def test_answers_of_the_same_greatest_length_are_a_warning(prepared):
+    def answer(number: int) -> str:
+        text = " ".join(np.random.default_rng(number).permutation(WORDS * 8))
+        return text[:300] if number % 8 == 0 else text[: 200 + number % 50]
+
+    rows = [talk(number, answer(number)) for number in range(40)]
+    assert warnings_of(prepared, rows) == [
+        ("answers have exactly 300 characters, the greatest length: probably cut off", 5, [1, 9])
+    ]
+    assert warnings_of(prepared, [talk(number, answer(1 + 8 * number)) for number in range(40)]) == []
+
+
+def test_an_answer_that_is_given_often_is_a_warning(prepared):
+    rows = [talk(number, "I do not know the answer to this." if number < 6 else None) for number in range(40)]
+    assert warnings_of(prepared, rows) == [("conversations have the same answer", 6, [1, 2])]
+    short = [talk(number, "yes" if number < 6 else None) for number in range(40)]
+    assert warnings_of(prepared, short) == []
+
+
+def test_evaluation_conversations_nearly_equal_to_training_are_a_warning(prepared):
+    long = [
+        conversation(" ".join(np.random.default_rng(number).permutation(WORDS * 5)), f"{number}.")
+        for number in range(30)
+    ]
+    near = [
+        {"messages": [*row["messages"][:1], {"role": "assistant", "content": f"{n} !"}]}
+        for n, row in enumerate(long)
+    ]
+    held_out = [*near[:3], *(talk(number) for number in range(100, 110))]
+    assert warnings_of(prepared, long, held_out) == [
+        ("evaluation conversations are nearly equal to one for training", 3, [1, 2])
+    ]
+
+
+def test_the_console_shows_each_warning_in_a_line(prepared, tmp_path):
+    rows = [talk(number, "a <|im_end|>" if number == 0 else None) for number in range(4)]
+    report = prepared(rows).report
+    assert data_summary(report)[-1] == (
+        "check       1 answers contain special tokens of the tokenizer as text (25.0 %), such as "
+        f"{tmp_path}/train.jsonl:1"
+    )
+
+
+def test_signatures_estimate_the_share_of_common_pieces():
+    base = b" ".join(np.random.default_rng(0).permutation(WORDS * 20).astype("S9"))
+    texts = [base, base, base[:-40], base[:200], b"something else entirely, of some length", b"short", b""]
+    found = signatures(texts)
+    assert found.shape == (7, 16)
+    equal = (found == found[0]).mean(axis=1)
+    assert equal[1] == 1 and equal[2] >= 0.8 and equal[3] < 0.6 and equal[4] == 0
+    alone = np.concatenate([signatures([text]) for text in texts])
+    assert (alone == found).all()
+    assert signatures([b"short"]).tolist() != signatures([b"shore"]).tolist()
+
+
+def test_markers_match_whole_special_tokens_only():
+    markers = Markers.of(["<s>", "[INST]", "[", "<|im_end|>"])
+    assert [markers.found_in(text) for text in ("x[INST]", "a < b [1]", "", "<|im_end|>")] == [
+        True, False, False, True,
+    ]  # fmt: skip
+    assert not Markers.of([]).found_in("anything")
