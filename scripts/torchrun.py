@@ -5,8 +5,11 @@
 This lets scripts/train.sh distinguish 75 (stopped with everything saved) from an error. It signals the ranks
 directly: a launcher that is signalled itself gives them only half a minute, and exits with the signal's
 number.
+
+Under nohup, a run goes on when the terminal closes. torchrun itself would end the ranks.
 """
 
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -14,8 +17,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        arguments = ["--signals_to_handle", "SIGTERM,SIGINT,SIGQUIT", *arguments]
     try:
-        main()
+        main(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode  # below 0: the number of the signal that ended it

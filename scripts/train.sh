@@ -250,8 +250,8 @@ ask_to_stop() {
     stop_signal=$1
     [[ -n $job ]] || exit "$((128 + $(kill -l "$stop_signal")))"
     echo "SIG$stop_signal: finishing the step and saving, within $GRACE s; a second signal ends the run at once" >&2
-    # Ranks do not handle SIGHUP. Without ranks, training has not begun and there is nothing to save.
-    signal_ranks "${stop_signal/HUP/TERM}" || end_all
+    # Without ranks, training has not begun and there is nothing to save.
+    signal_ranks "$stop_signal" || end_all
 }
 trap 'ask_to_stop INT' INT
 trap 'ask_to_stop TERM' TERM

@@ -21,6 +21,7 @@ from dft.data.templates.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
 from dft.training.checkpoints.folder import newest_checkpoint
 from dft.training.checkpoints.hub import HUB_ERRORS
+from dft.training.checkpoints.output_lock import lock_output_dir
 from dft.training.checkpoints.resume_point import prepare_output_folder
 from dft.training.measuring.tracker_setup import finish_trackers, prepare_trackers
 from dft.training.memory.out_of_memory import SHARD, convert_memory_errors
@@ -37,13 +38,15 @@ from dft.training.trainer import DFTTrainer
 
 
 def prepare_run(arguments: Arguments) -> None:
-    """Check the arguments and create the output folder, before the data is prepared.
+    """Check the arguments, and create and lock the output folder, before the data is prepared.
 
     Raises:
-        UserError: an argument is wrong, or the output folder cannot be written to.
+        UserError: an argument is wrong, or the output folder cannot be written to or belongs to a live run.
     """
     check_arguments(arguments)
     prepare_output_folder(arguments)
+    if not arguments.watch.preflight and not arguments.watch.plan:
+        lock_output_dir(Path(arguments.training.output_dir))
     if not arguments.data.prepare_only:
         check_optimizer(arguments.training)
         resolve_attention(arguments)  # raises if the attention implementation is not available

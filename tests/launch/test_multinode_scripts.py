@@ -222,6 +222,31 @@ def test_a_stopped_launcher_reports_the_signal(tmp_path):
     assert "the launcher was stopped by SIGTERM" in errors and "Traceback" not in errors
 
 
+def test_a_launcher_under_nohup_goes_on_when_the_terminal_closes(tmp_path):
+    program, started, port = tmp_path / "rank.py", tmp_path / "started", free_port()
+    program.write_text(
+        f"import pathlib, time; started = pathlib.Path({str(started)!r}); started.touch()\n"
+        "while started.exists(): time.sleep(0.1)"
+    )
+    launcher = subprocess.Popen(
+        ["nohup", sys.executable, ROOT / "scripts/torchrun.py", "--nproc_per_node=1", f"--master_port={port}",
+         program],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + LIMIT
+        while not started.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(launcher.pid, signal.SIGHUP)  # as the kernel does
+        time.sleep(1)
+        started.unlink()
+        output = launcher.communicate(timeout=LIMIT)[0]
+    finally:
+        end(launcher)
+    assert launcher.returncode == 0, output
+
+
 @pytest.mark.parametrize(
     ("ends", "codes"),
     [

@@ -1,5 +1,6 @@
 """Full, read-only and missing disks: one error, and earlier checkpoints are kept."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import pytest
 
 from dft.errors import EXIT_USER_ERROR
 from dft.training.checkpoints.folder import newest_checkpoint
+from dft.training.checkpoints.output_lock import LOCK_FILE, lock_output_dir
 from tests.launching import ROOT
 from tests.reliability.selecting import mostly_slow
 
@@ -101,3 +103,18 @@ def test_old_checkpoints_are_removed_only_after_a_newer_one_is_complete(example,
     assert code == 0, printed
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-8"]
     shutil.rmtree(output)
+
+
+@pytest.mark.parametrize("ranks", mostly_slow([1, 2], [2]))
+def test_a_folder_that_a_live_run_writes_to_is_refused_on_every_rank(example, forks, tmp_path, ranks):
+    output = tmp_path / "run"
+    output.mkdir()
+    lock_output_dir(output)  # by this process
+    flags = {"max_steps": 1, "use_cpu": True, "data_cache_dir": tmp_path / "cache"}
+    codes, printed = forks.run(example.words(output, **flags), ranks)
+    assert codes[0] == EXIT_USER_ERROR and all(codes), printed
+    assert printed.count("error:") == 1, printed
+    assert f"another run is writing to it (process {os.getpid()} on " in printed
+    assert [path.name for path in output.iterdir()] == [LOCK_FILE]
+    codes, printed = forks.run(example.words(output, plan=True, **flags))
+    assert codes == [0], printed  # a plan writes nothing

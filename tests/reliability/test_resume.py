@@ -159,10 +159,12 @@ REQUESTS = [
     ("SIGTERM", "micro 9.2", "by_epoch"),  # the last step, followed by the end of training
     ("SIGTERM", "saving 6 model", "plain"),
     ("SIGTERM", "micro 7.1", "workers"),
+    ("SIGHUP", "micro 4.1", "plain"),  # the terminal is closed
+    ("SIGHUP", "micro 7.1", "workers"),
 ]
 QUICK_REQUESTS = [
     ("SIGUSR1", "micro 5.2", "plain", "zero3"), ("SIGINT", "evaluating 3", "plain", "single"),
-    ("SIGTERM", "micro 7.1", "workers", "single"),
+    ("SIGTERM", "micro 7.1", "workers", "single"), ("SIGHUP", "micro 4.1", "plain", "zero3"),
 ]  # fmt: skip
 
 

@@ -1,7 +1,10 @@
 """Components of the trainer, each tested without a trainer."""
 
 import math
+import os
 import random
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +32,7 @@ from dft.training.checkpoints.writer import CheckpointWriter, saved_use_cache
 from dft.training.components import Components
 from dft.training.measuring.best import can_be_best
 from dft.training.measuring.nonfinite import NonfiniteGuard
-from dft.training.parallel.stopping import StopControl, StoppedEvaluation, StopRequest
+from dft.training.parallel.stopping import SIGNALS, StopControl, StoppedEvaluation, StopRequest
 from dft.training.samplers import DataOrder
 from tests.training.test_trainer import conversations, tiny
 
@@ -176,6 +179,44 @@ def test_an_evaluation_is_stopped_at_the_next_check(accelerator):
         for _ in range(20):
             control.stop_evaluation_if_requested()
     assert str(control.stopped(3, "checkpoint-3")) == "stopped by SIGTERM after step 3"
+
+
+@pytest.fixture
+def signals():
+    """Restore the handlers of signals and the output streams after a test."""
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
+    streams = sys.stdout, sys.stderr
+    yield
+    sys.stdout, sys.stderr = streams
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signals_that_nohup_ignores_stay_ignored(signals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request = StopRequest()
+    request.listen()
+    request.begin_training()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert request.number == 0
+    request.end_training()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_output_errors_are_ignored_once_the_terminal_is_closed(signals):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    reader, writer = os.pipe()
+    sys.stdout = os.fdopen(writer, "w")
+    os.close(reader)
+    request = StopRequest()
+    request.begin_training()
+    with pytest.raises(BrokenPipeError):
+        print("line", flush=True)
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGHUP)  # from the launcher, too
+    print("line", flush=True)
+    assert request.number == signal.SIGHUP and sys.stdout.fileno() == writer
 
 
 def test_a_run_without_signals_is_never_asked_to_stop(accelerator):

@@ -1,8 +1,11 @@
-"""Save a checkpoint and stop when a signal arrives: Ctrl-C, SIGTERM, or a cluster's notice."""
+"""Save a checkpoint and stop at a signal: Ctrl-C, SIGTERM, a closed terminal, or a cluster's notice."""
 
 import os
 import signal
+import sys
+from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,9 +13,11 @@ from accelerate import Accelerator
 from dft.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from dft.ranks import is_main_process
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""SIGUSR1 is sent by SLURM's --signal and others some time before the end. SIGINT is added when training
-begins; until then Ctrl-C ends the program immediately (`dft.errors`)."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""SIGUSR1 is sent by SLURM's --signal and others some time before the end, SIGHUP when the terminal closes.
+SIGINT is added when training begins; until then Ctrl-C ends the program immediately (`dft.errors`)."""
+FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)
+"""Signals that a terminal sends to all of its processes, and that nohup and shells may have ignored."""
 BATCHES_PER_CHECK = 10
 """Batches of an evaluation between two checks of the stop signal, each of which waits for the device."""
 
@@ -48,31 +53,35 @@ class StopRequest:
     def listen(self) -> None:
         """Listen for signals. Before training they end the program, because there is nothing to save."""
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if not _is_ignored(number):
+                signal.signal(number, self._note)
 
     def begin_training(self) -> None:
         """Make signals save a checkpoint after the current step."""
         self._is_training = True
         self.listen()
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored by background jobs of a shell
+        if not _is_ignored(signal.SIGINT):
             signal.signal(signal.SIGINT, self._note)
 
     def end_training(self) -> None:
         """Restore the default effect of signals."""
         self._is_training = False
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) == self._note:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker has nothing to save
-            if number == signal.SIGINT:
-                return  # Ctrl-C reaches all processes of a terminal; the parent ends its workers itself
+            if number in FROM_TERMINAL:
+                return  # they reach all processes of a terminal; the parent ends its workers itself
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         name = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            ignore_output_errors()
         if not self._is_training:
             _print_line(f"stopped by {name} before training began; the same command starts again")
             raise SystemExit(EXIT_STOPPED)
@@ -132,6 +141,43 @@ class StopControl:
         return Stopped(self._signal_name, step, checkpoint)
 
 
+def _is_ignored(number: int) -> bool:
+    """Return whether nohup, or the shell that started this process, ignores a signal of the terminal."""
+    return number in FROM_TERMINAL and signal.getsignal(number) is signal.SIG_IGN
+
+
+class ClosableOutput:
+    """Output stream that ignores errors, because its terminal, or the end of its pipe, may be closed.
+
+    Args:
+        stream: the stream to write to.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def ignore_output_errors() -> None:
+    """Keep a run from failing because its output can no longer be written."""
+    sys.stdout, sys.stderr = (
+        stream if isinstance(stream, ClosableOutput) else ClosableOutput(stream)
+        for stream in (sys.stdout, sys.stderr)
+    )
+
+
 def _print_line(line: str) -> None:
     if is_main_process():
-        os.write(2, f"{line}\n".encode())  # print is not reentrant in a signal handler
+        with suppress(OSError):  # the terminal may be closed
+            os.write(2, f"{line}\n".encode())  # print is not reentrant in a signal handler
