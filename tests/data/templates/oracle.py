@@ -259,18 +259,25 @@ class Oracle:
         return self.atoms.findall(text)
 
     def align(self, prompt: str, decoration: str) -> tuple[int, int, str]:
-        """Return where the longest text that both share ends in each, between whole tokens and tags.
+        """Return where the text that both share last ends in each, between whole tokens and tags.
 
-        The text itself is returned as well.
-
-        Of several, the last in the prompt is taken.
+        It is the text around the last token or tag of the decoration that the prompt has as well, or
+        without such a token it is the longest text. The text itself is returned as well.
         """
         if decoration.startswith(prompt):
             return len(prompt), len(prompt), prompt
         left, right = self.split(prompt), self.split(decoration)
-        same = sum(map(len, commonprefix([left, right])))
-        if 2 * same > max(len(prompt), len(decoration)):
-            return same, same, prompt[:same]  # any other is shorter
+        for column, atom in reversed([*enumerate(right)]):
+            if len(atom) > 1 and atom in left:
+                row = len(left) - 1 - left[::-1].index(atom)
+                count = len(commonprefix([left[row:], right[column:]]))
+                before = len(commonprefix([left[:row][::-1], right[:column][::-1]]))
+                cut, start = len("".join(left[: row + count])), len("".join(right[: column + count]))
+                return cut, start, "".join(left[row - before : row + count])
+        return self._longest(left, right)
+
+    def _longest(self, left: list[str], right: list[str]) -> tuple[int, int, str]:
+        """Like `align`, for the longest text that both share; of several, the last in the prompt."""
         best, ends = 0, (0, 0)
         lengths = [0] * (len(right) + 1)
         for row, atom in enumerate(left, 1):
@@ -280,7 +287,7 @@ class Oracle:
                 if lengths[column] >= best > 0 or lengths[column] > best:
                     best, ends = lengths[column], (row, column)
         cut, start = len("".join(left[: ends[0]])), len("".join(right[: ends[1]]))
-        return cut, start, prompt[cut - best : cut]
+        return cut, start, "".join(left[: ends[0]])[cut - best :]
 
 
 class Chat:
@@ -603,9 +610,9 @@ class Chat:
     def _are_ids_of(self, ids: list[int], completion: str, context: list[int], text: str) -> bool:
         """Return whether ids are those that the tokenizer gives to a completion behind its prompt."""
         whole = self.renderer.ids(text + completion)
-        if whole[: len(context)] == context:
-            return ids == whole[len(context) :]
-        # Prompt and completion share a token, so the completion is tokenized behind the prompt as it is.
+        if whole[: len(context)] == context and ids == whole[len(context) :]:
+            return True
+        # The tokens at the border depend on both, so the completion is tokenized behind the prompt as it is.
         anchor = next(iter(self.oracle.added.values()))
         anchored = self.renderer.ids(anchor + completion)[1:]
         return ids in (anchored, self.renderer.ids(completion))

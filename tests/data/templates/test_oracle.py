@@ -205,6 +205,28 @@ def test_header_of_the_next_turn_can_end_a_turn(tokenizer_json):
     assert verdict(oracle, prompt, Supervised("Four."), row=row) == [(judge.NO_END_TOKEN, 1)]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "decoration", "cut", "start"),
+    [
+        # The same header, behind another end of the turn before it.
+        ("<|end_of_text|><|assistant|>\n", "<|end_of_text|>\n<|assistant|>\n", "", ""),
+        ("<|endoftext|><|im_start|>\n", "<|endoftext|><|turn|><|im_start|>", "\n", ""),
+        # An opened or a closed block of thinking that the rendering lacks.
+        ("<|im_start|>a\n<think>\n", "<|im_start|>a\n", "<think>\n", ""),
+        ("<|im_start|>a\n<think></think>", "<|im_start|>a\n<think>", "</think>", ""),
+        ("<|im_start|><think>", "<|im_start|></think>", "<think>", "</think>"),
+        # Other white space.
+        ("<|im_start|>   </think>", "  <|im_start|> </think>  ", "", "  "),
+        # A long equal beginning, and no token.
+        ("Be good. <|im_start|>a b", "Be good. <|im_start|>a c", "b", "c"),
+        (" /off ASSISTANT:", " ASSISTANT:", "", ""),
+    ],
+)
+def test_header_ends_where_prompt_and_rendering_share_a_text_last(chatml, prompt, decoration, cut, start):
+    ends = chatml.align(prompt, decoration)
+    assert (prompt[ends[0] :], decoration[ends[1] :]) == (cut, start)
+
+
 def test_corpus_is_large_and_its_names_are_known():
     assert len(CONVERSATIONS) >= 56
     assert set(PLAIN) <= set(CONVERSATIONS)
