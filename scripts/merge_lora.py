@@ -51,6 +51,9 @@ from dft.training.checkpoints.verify import (
     weight_files,
 )
 from dft.training.model.adapters import base_model_mismatch
+from dft.training.model.companion_files import copy_companions
+from dft.training.model.weight_names import source_names
+from dft.training.patches import keep_source_names
 
 CPU = torch.device("cpu")
 UNREADABLE = (*UNLOADABLE, RuntimeError, SafetensorError)
@@ -174,6 +177,7 @@ def load_base_model(name: str, dtype: str, trust_remote_code: bool) -> PreTraine
         raise UserError(
             f"{name}: has no {min(loading['missing_keys'])} in its files; name a complete model by --base"
         )
+    keep_source_names(model, source_names(name))
     return model
 
 
@@ -282,6 +286,7 @@ def write_verified(
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        copy_companions(model.config.name_or_path, folder)
         for path in folder.iterdir():
             flush_to_disk(path)
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -53,6 +53,23 @@ def test_saved_weights_have_the_names_of_the_loaded_model(train, tmp_path, famil
     assert weight_names(tmp_path / "run") == weight_names(model)
 
 
+def test_files_of_the_model_are_saved_and_what_is_left_out_is_reported(example, forks, tmp_path):
+    model = make_family("qwen3_5", example.model, tmp_path / "model")
+    files = {"preprocessor_config.json": '{"image_processor_type": "Own"}', "LICENSE": "the license"}
+    for name, content in files.items():
+        (model / name).write_text(content)
+    flags = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "max_train_samples": 16}
+    words = example.words(tmp_path / "run", model_name_or_path=model, eval_data_files=None, **flags)
+    codes, printed = forks.run(words)
+    assert codes == [0], printed
+    assert "21 weights that its text part does not use (model.visual)" in printed
+    for name, content in files.items():
+        for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+            assert (folder / name).read_text() == content
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3_5ForCausalLM"]
+
+
 @pytest.mark.parametrize(
     ("family", "form"),
     mostly_slow(

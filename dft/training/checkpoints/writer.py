@@ -17,6 +17,7 @@ from dft.files import REPORT_PICTURE, write_atomically
 from dft.training.checkpoints.disk import move_files, sees_the_same, writing_a_save
 from dft.training.checkpoints.folder import UNFINISHED, publish, rotate, seal, unfinished
 from dft.training.model.adapters import has_adapters, write_base_record
+from dft.training.model.companion_files import copy_companions
 
 CARD = "README.md"
 CARD_COMMENT = "<!-- model card by train_dft.py -->"
@@ -135,7 +136,9 @@ def complete_model_folder(folder: Path, model: PreTrainedModel, model_digest: st
     The pickle is not needed, and it contains the hub's access token.
     """
     (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # absent where weights are saved in shards
-    if has_adapters(model):
+    if not has_adapters(model):
+        copy_companions(model.config.name_or_path, folder)
+    else:
         write_base_record(folder, model, model_digest)
         model.generation_config.save_pretrained(folder)  # the end-of-turn tokens, for the merged model
 

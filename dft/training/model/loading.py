@@ -16,6 +16,7 @@ from dft.errors import UserError, describe_loading_error
 from dft.ranks import first_failure
 from dft.training.model.adapters import add_adapters, pack_linear, resolve_quantization
 from dft.training.model.attention import resolve_attention, resolve_dtype
+from dft.training.model.companion_files import fetch_companions, left_out_note
 from dft.training.model.generation import resolve_generation_config
 from dft.training.model.precision import check_trained_dtype, dtype_notes
 from dft.training.model.weight_checks import (
@@ -53,6 +54,10 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
         arguments.notes.append(note)
     if arguments.lora.lora_r is not None:
         model = add_adapters(model, arguments.lora, arguments.training, name)
+    else:
+        fetch_companions(name)
+        note = left_out_note(name, model, source_names(name))
+        arguments.notes.extend([note] if note else [])
     check_trained_dtype(model, arguments)
     arguments.notes.extend(dtype_notes(model, arguments))
     return model
