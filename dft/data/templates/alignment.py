@@ -1,5 +1,6 @@
 """Where a turn begins in the rendering of a conversation, compared with its prompt at inference."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from dft.data.templates.markers import Markers
 from dft.data.templates.messages import PLACEHOLDER
 from dft.data.templates.probes import Probe, ProbeMaker
 from dft.data.templates.template import AdaptedChat, ChatTemplate
+
+WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Aligner:
     Attributes:
         header: the part of the generation prompt that the rendering of an answer begins with too, "" if the
             template has no generation prompt.
+        between: the text between the texts of a question and of the answer to it that the model does not
+            generate.
     """
 
     def __init__(
@@ -45,7 +50,7 @@ class Aligner:
         self.template = template
         self.markers = markers
         self.maker = maker
-        self.header = ""
+        self.header = self.between = ""
         question, answer = template.turn("user", PLACEHOLDER), template.turn("assistant", PLACEHOLDER)
         try:
             prompt = template.render([question], context, True)
@@ -56,7 +61,10 @@ class Aligner:
         before = answered[: answered.rfind(PLACEHOLDER)]
         if prompt.count(PLACEHOLDER) == base.count(PLACEHOLDER) == before.count(PLACEHOLDER) == 1:
             prompt, base, before = (text.partition(PLACEHOLDER)[2] for text in (prompt, base, before))
-            self.header = prompt[markers.shared_prefix(prompt, base) : markers.shared_prefix(prompt, before)]
+            self.header = prompt[markers.shared_prefix(prompt, base) :]
+            position, prompt_only = self._align(prompt, self.header, before) or (0, prompt)
+            self.header = self.header[: max(0, len(self.header) - len(prompt_only))]
+            self.between = before[:position]
 
     def start(self, chat: AdaptedChat, index: int, prompt: str, probed: str, probe: Probe) -> Start:
         """Return the start of a turn that is not the first message, in a rendering with placeholders.
@@ -170,13 +178,12 @@ class Aligner:
             prompt = ""
         if self.header and self.header in prompt and before.startswith(prompt):
             return prompt, Start(len(prompt))
-        if not self.header:
-            # White space before the turn's own text is generated, as in later turns.
-            return None, Start(len(before.rstrip()))
-        end = self._header_end(self.header, before)[0]
-        if not end:
+        end = self._last_header_end(self.between, before)
+        has_header = self.header or WORD.search(self.markers.pattern.sub("", self.between))
+        if not end and has_header:
             raise misaligned(chat.place(0))
-        return None, Start(end)
+        # Without a header, white space before the turn's own text is generated, as in later turns.
+        return None, Start(end or len(before.rstrip()))
 
     def _check_header(self, chat: AdaptedChat, index: int, opening: str, prompt: str) -> None:
         """Check that the header is part of the prompt, if the template has a generation prompt."""
@@ -219,20 +226,41 @@ class Aligner:
         prompt, base, answered = (text.rpartition(last)[2] for text in (prompt, base, answered[:first]))
         return prompt, base, answered
 
+    def _header_ends(self, header: str) -> list[int]:
+        """Return where a header may end: at its own end, or before the tags of an opened think block."""
+        cuts = [match.start() for match in self.markers.pattern.finditer(header)]
+        without_words = [
+            cut for cut in cuts if cut and not WORD.search(self.markers.pattern.sub("", header[cut:]))
+        ]
+        return [len(header), *reversed(without_words)]
+
     def _header_end(self, header: str, text: str) -> tuple[int, int]:
         """Return where the last header in a text ends, and how much of the header it is.
-
-        The header may end in an opened think block that the text does not have.
 
         Returns:
             The position in the text and that in the header, (0, 0) if the text does not have the header.
         """
-        cuts = [match.start() for match in self.markers.pattern.finditer(header)]
-        for end in (len(header), *reversed(cuts)):
+        for end in self._header_ends(header):
             position = text.rfind(header[:end])
             if end and position >= 0:
                 return position + end, end
         return 0, 0
+
+    def _last_header_end(self, between: str, before: str) -> int:
+        """Return where the header of a first turn ends, 0 if it has none.
+
+        Args:
+            between: the text before later turns, from the end of the previous message.
+            before: the text before the first turn's own text.
+        """
+        for end in self._header_ends(between):
+            words = [match.start() for match in self.markers.pattern.finditer(between[:end])]
+            words += [match.start() for match in WORD.finditer(between[:end])]
+            for start in range(max(words, default=-1) + 1):
+                position = before.rfind(between[start:end])
+                if position >= 0:
+                    return position + end - start
+        return 0
 
 
 def common_header(prompt: str, opening: str) -> int:

@@ -70,7 +70,7 @@ def check_sequence(encoder: ChatEncoder, rendering: Rendering, example: Example)
             f"the tokens of the conversation decode to {_quote(decoded)} and not to "
             f"{_quote(rendering.text)}, and are not the tokens of that text; {CAUSE}"
         )
-    _check_added_tokens(encoder, ids, rendering.text)
+    _check_added_tokens(encoder, ids, rendering)
 
 
 def _check_turn(encoder: ChatEncoder, number: int, tokens: list[int], text: str, ending: str | None) -> None:
@@ -89,13 +89,15 @@ def _check_turn(encoder: ChatEncoder, number: int, tokens: list[int], text: str,
         )
 
 
-def _check_added_tokens(encoder: ChatEncoder, ids: list[int], text: str) -> None:
+def _check_added_tokens(encoder: ChatEncoder, ids: list[int], rendering: Rendering) -> None:
     """Check that the sequence has the added tokens of its text, whole and in the same order.
 
     Decoded text does not show whether a special token was split into ordinary tokens.
     """
-    added = encoder.text_tokenizer.added_ids
-    expected = [token for token in encoder.text_tokenizer.token_ids(text) if token in added]
+    added, text = encoder.text_tokenizer.added_ids, rendering.text
+    cut = rendering.spans[0][0] if rendering.in_pieces else 0
+    parts = [encoder.text_tokenizer.token_ids(part) for part in (text[:cut], text[cut:])]
+    expected = [token for part in parts for token in part if token in added]
     if [token for token in ids if token in added] != expected:
         raise UserError(
             f"a special token of the text {_quote(text)} is split into several tokens, or several texts form "

@@ -101,6 +101,13 @@ def test_tokens_that_absorb_white_space_pass(tokenizer_json):
     check_all(encoder, [random_conversation(generator) for _ in range(60)])
 
 
+def test_added_token_that_straddles_prompt_and_completion_passes(tokenizer_json):
+    backend = Tokenizer.from_str(tokenizer_json)
+    backend.add_tokens([AddedToken("\n\n", normalized=False)])
+    encoder = encoder_for(backend.to_str(), "chatml")
+    check_all(encoder, [talk([turn("user", "q"), turn("assistant", "\nb")])])
+
+
 @pytest.fixture
 def correct(tokenizer_json):
     """Return an encoder with the rendering and the example of one correct conversation."""
