@@ -8,14 +8,22 @@ from pathlib import Path
 from dft.data.conversations.column_meanings import MEANING_OF, MEDIA
 from dft.data.conversations.conversation import Conversation, parse_conversation
 from dft.data.conversations.faults import BadLine
-from dft.data.conversations.forms import append_answer
+from dft.data.conversations.forms import append_answer, columns
 from dft.data.conversations.row_rules import RowRules
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.template import AdaptedChat
 from dft.errors import UserError
 
-PROBLEM_RULES = RowRules(ignored=tuple(column for column in MEANING_OF if column not in MEDIA))
-"""Whether an answer is good, or which split a row is of, does not matter for the prompt."""
+
+def problem_rules() -> RowRules:
+    """Return the rules for rows of problems.
+
+    Whether an answer is good, or which split a row is of, does not matter for a prompt. A row may repeat the
+    question that its conversation asks.
+    """
+    meaningless = [column for column in MEANING_OF if column not in MEDIA]
+    repeated = [column for column in ("question", "context") if column not in columns()]
+    return RowRules(ignored=(*meaningless, *repeated))
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ def parse_problem(line: bytes, file: Path, number: int) -> Problem:
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise BadLine(f"'answer' must be a string or a number, got {answer!r}", "wrong 'answer'")
         line = json.dumps(append_answer(row, str(answer) or "-")).encode()
-    conversation = parse_conversation(line, PROBLEM_RULES)
+    conversation = parse_conversation(line, problem_rules())
     if conversation.messages[-1]["role"] != "assistant":
         raise BadLine(
             "the last turn is not the assistant's and there is no 'answer', so nothing to grade against",

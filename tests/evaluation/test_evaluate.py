@@ -474,3 +474,18 @@ def test_generated_text_is_escaped_in_the_page(monkeypatch, tiny, tmp_path, prob
     run(monkeypatch, *short(tiny, write(tmp_path, [row], "odd.jsonl"), tmp_path / "out"))
     page = (tmp_path / "out/report.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;x" in page
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2 + 2?", "answer": 4, "question": "2 + 2?", "split": "test", "label": "easy"},
+        {"instruction": "2 + 2?", "answer": "4", "context": "sums", "reward": 0.5},
+        {"query": "2 + 2?", "answer": "4", "id": 7},
+        {"conversation": [{"human": "2 + 2?"}], "answer": "4"},
+    ],
+)
+def test_problems_may_have_any_row_form_and_other_columns(row, tmp_path):
+    (tmp_path / "problems.jsonl").write_text(json.dumps(row))
+    (problem,) = read_problems(tmp_path / "problems.jsonl")
+    assert (problem.question, problem.reference) == ("2 + 2?", "4")

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dft.data.conversations.faults import BadLine
+from dft.data.conversations.preferences import CHOSEN, REJECTED
 from dft.data.conversations.row_rules import RowRules
 from dft.data.conversations.turns import MEDIA
 from dft.strict_json import shorten
 
 Row = dict[str, Any]
-TRAIN_SPLITS = ("train", "training")
+TRAIN_SPLIT = "train"
+"""Beginning of the names of splits to train on, such as "train", "training" and "train_sft"."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _is_weighted(value: Any, _: RowRules) -> bool:
 
 
 def _is_other_split(value: Any, rules: RowRules) -> bool:
-    is_train = isinstance(value, str) and value.lower() in TRAIN_SPLITS
+    is_train = isinstance(value, str) and value.lower().startswith(TRAIN_SPLIT)
     return is_train if rules.evaluation else not is_train
 
 
@@ -115,7 +117,7 @@ MEANINGS: tuple[ColumnMeaning, ...] = (
     ColumnMeaning(("is_correct", "correct"), "an answer that is judged", _is_false, _judged),
     ColumnMeaning(("reward", "rewards"), "an answer with a reward", _always, _reward),
     ColumnMeaning(
-        ("chosen", "rejected", "chosen_messages", "rejected_messages", "rejected_response"),
+        (*CHOSEN, *REJECTED),
         "a preference pair",
         _is_filled,
         _pair,

@@ -10,8 +10,8 @@ from dft.strict_json import json_type_name
 
 Row = dict[str, Any]
 SUPERVISION_KEYS = (*SWITCHES, *WEIGHTS)
-CHOSEN = ("chosen", "chosen_messages")
-REJECTED = ("rejected", "rejected_messages", "rejected_response")
+CHOSEN = ("chosen", "chosen_messages", "preferred_output")
+REJECTED = ("rejected", "rejected_messages", "rejected_response", "non_preferred_output")
 LISTS = ("messages", "conversations", "conversation")
 """Columns that hold the turns before the answer."""
 ANSWERS = {"instruction": "output", "query": "response", "prompt": "completion"}
@@ -31,6 +31,10 @@ def take_chosen(row: Row) -> tuple[Row, bool]:
     pair = {key: row[key] for key in (*CHOSEN, *REJECTED) if key in row}
     if not pair:
         return row, False
+    if isinstance(
+        row.get("input"), dict
+    ):  # OpenAI's format: the conversation before the answers, and its tools
+        row = {**row["input"], **{key: value for key, value in row.items() if key != "input"}}
     others = {key: value for key, value in row.items() if key not in pair}
     key = next((key for key in CHOSEN if key in pair), None)
     if key is None:

@@ -1,6 +1,6 @@
 """Lists of turns in the styles that public data sets use, read into validated messages.
 
-A turn is `role` and `content` (OpenAI), `from` and `value` (ShareGPT), or a pair of texts `human` and
+A turn is `role` and `content` (OpenAI), `from` and `value` (ShareGPT), or a pair of texts such as `human` and
 `assistant`. Which of them it is follows from its keys alone.
 """
 
@@ -22,8 +22,10 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(CALL_ROLES, "assistant"),
 }
 """Role of a message by the name that public data sets use for it."""
-QUESTION, ANSWER = "human", "assistant"
-"""Keys of a pair of texts."""
+PAIRS = {"human": "assistant", "user": "assistant", "input": "output"}
+"""Key of the answer of a pair of texts, by the key of its question."""
+PAIR_SWITCH = "output_with_loss"
+"""Key of a pair that says whether its answer is supervised, as in XTuner."""
 
 
 def read_conversation(key: str, turns: Any, is_sharegpt: bool = False) -> list[Turn]:
@@ -70,9 +72,10 @@ def _is_usual(turn: Any) -> bool:
 def is_answer(turn: dict[str, Any]) -> bool:
     """Return whether a turn in any style, not validated, is an assistant turn."""
     name = _role_name(turn)
-    return (isinstance(name, str) and SHAREGPT_ROLES.get(name) == "assistant") or (
-        name is None and turn.get(ANSWER) is not None
-    )
+    if name is None:
+        keys = _pair_keys(turn)
+        return keys is not None and turn.get(keys[1]) is not None
+    return isinstance(name, str) and SHAREGPT_ROLES.get(name) == "assistant"
 
 
 def _role_name(turn: Any) -> Any:
@@ -83,15 +86,26 @@ def _split(turn: Any) -> list[Any]:
     """Return the turns that an element of the list stands for: several for a pair or for tool results."""
     if not isinstance(turn, dict) or type(turn.get("content")) is str:
         return [turn]
-    if QUESTION in turn and "from" not in turn and "role" not in turn:
-        pair = {"user": turn[QUESTION], "assistant": turn.get(ANSWER)}
-        others = {key: value for key, value in turn.items() if key not in (QUESTION, ANSWER)}
-        return [
-            {"role": role, "content": text, **(others if role == "assistant" else {})}
-            for role, text in pair.items()
-            if text is not None
-        ]
-    return split_tool_results(turn)
+    keys = _pair_keys(turn)
+    if keys is None:
+        return split_tool_results(turn)
+    question, answer = keys
+    texts = {"system": turn.get("system"), "user": turn[question], "assistant": turn.get(answer)}
+    others = {key: value for key, value in turn.items() if key not in (*keys, "system", PAIR_SWITCH)}
+    if PAIR_SWITCH in turn:
+        others["train"] = turn[PAIR_SWITCH]
+    return [
+        {"role": role, "content": text, **(others if role == "assistant" else {})}
+        for role, text in texts.items()
+        if text is not None
+    ]
+
+
+def _pair_keys(turn: dict[str, Any]) -> tuple[str, str] | None:
+    """Return the keys of the question and the answer, if a turn is a pair of texts."""
+    if "from" in turn or "role" in turn:
+        return None
+    return next(((question, answer) for question, answer in PAIRS.items() if question in turn), None)
 
 
 def _continues(previous: Turn, message: Turn) -> bool:

@@ -165,7 +165,9 @@ def _matching_files(pattern: str, label: str) -> list[str]:
     matched = [file for file in glob.glob(pattern, recursive=True) if not os.path.isdir(file)]
     if not matched:
         raise UserError(f"{label}: no file matches this pattern (looked from {Path.cwd()})")
-    files = sorted(file for file in matched if _is_readable(file))
+    files = sorted(
+        file for file in matched if _is_readable(file) and os.path.basename(file) not in DESCRIPTIONS
+    )
     if not files:
         raise UserError(f"{label}: no file that matches this pattern ends in {SUFFIXES_IN_WORDS}")
     return files

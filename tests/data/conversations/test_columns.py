@@ -87,7 +87,8 @@ def test_every_column_with_a_meaning_is_refused_in_every_form(column):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("images", []), ("image", ""), ("weight", 1), ("weight", 1.0), ("split", "train"), ("rejected", ""),
+    [("images", []), ("image", ""), ("weight", 1), ("weight", 1.0), ("split", "train"),
+     ("split", "train_sft"), ("rejected", ""),
      ("chosen", []), ("loss_weight", "1"), ("label", None), ("is_correct", True), ("correct", "4")],
 )  # fmt: skip
 def test_values_that_mean_nothing_are_no_errors(column, value):
@@ -210,6 +211,9 @@ def test_turns_may_use_other_names():
          "rejected_messages": [{**USER, "loss_weight": 0.0}, BAD]},
         {"messages": [USER, ANSWER], "rejected_response": "b"},
         {"query": "q", "response": "a", "rejected_response": "b"},
+        {"input": {"messages": [USER], "tools": []}, "preferred_output": [ANSWER],
+         "non_preferred_output": [BAD]},
+        {"conversation": [{"input": "q"}], "chosen": "a", "rejected": "b"},
         TALK,
     ],
 )  # fmt: skip

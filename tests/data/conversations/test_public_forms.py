@@ -55,6 +55,11 @@ def error_of(**row: object) -> str:
             [SYSTEM, *EARLIER, USER, ANSWER],
         ),
         ({"conversation": [USER, ANSWER]}, [USER, ANSWER]),
+        (
+            {"conversation": [{"system": "s", "input": "q0", "output": "a0"}, {"input": "q", "output": "a"}]},
+            [SYSTEM, *EARLIER, USER, ANSWER],
+        ),
+        ({"messages": [{"system": "", "user": "q", "assistant": "a"}]}, [USER, ANSWER]),
         ({"messages": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]}, [USER, ANSWER]),
         ({"messages": json.dumps([USER, ANSWER])}, [USER, ANSWER]),
         ({"messages": [USER, ANSWER], "parallel_tool_calls": False}, [USER, ANSWER]),
@@ -284,5 +289,12 @@ def test_weights_of_turns_other_than_0_and_1_are_errors(fields, reason):
 )
 def test_turns_without_loss_are_context(fields):
     conversation = parse(messages=[USER, {**ANSWER, **fields}, USER, {**ANSWER, "loss_weight": 1.0}])
+    assert conversation.messages == [USER, ANSWER, USER, ANSWER]
+    assert conversation.supervised == (False, False, False, True)
+
+
+def test_a_pair_may_say_whether_its_answer_is_trained_on():
+    pairs = [{"input": "q", "output": "a", "output_with_loss": False}, {"input": "q", "output": "a"}]
+    conversation = parse(conversation=pairs)
     assert conversation.messages == [USER, ANSWER, USER, ANSWER]
     assert conversation.supervised == (False, False, False, True)

@@ -43,6 +43,7 @@ def test_saved_dataset_is_read_in_order_across_its_shards(tmp_path):
     datasets.Dataset.from_list(rows(5)).save_to_disk(folder, num_shards=2)
     expected = [(str(folder), number + 1, f"q{number}") for number in range(5)]
     assert read(folder) == expected
+    assert [line for _, line, _ in read(f"{folder}/*")] == [1, 2, 3, 1, 2]  # the files, not the dataset
     assert read(f"{folder}/") == [(f"{folder}/".rstrip("/"), line, query) for _, line, query in expected]
     (tmp_path / "other.jsonl").write_text(json.dumps({"query": "x", "response": "a"}))
     assert read(tmp_path) == [(str(tmp_path / "other.jsonl"), 1, "x"), *expected]
