@@ -156,3 +156,16 @@ def test_a_schedule_in_the_deepspeed_file_takes_new_settings(train, tmp_path):
         [record["learning_rate"] for record in train_records(tmp_path / name)] for name in ("after", "whole")
     )
     assert rates[2:] == pytest.approx(whole[2:]) and len(set(rates)) > 3
+
+
+@pytest.mark.parametrize("kind", mostly_slow(["zero2", "zero3"], ["zero3"]))
+def test_another_precision_under_deepspeed_is_refused(train, tmp_path, kind):
+    train(tmp_path / "before", kind)
+    resume = {"resume_from_checkpoint": tmp_path / "before/checkpoint-2", "bf16": True}
+    printed = train(tmp_path / "after", kind, code=2, **resume)
+    assert (
+        "saved with precision under DeepSpeed (--bf16, --fp16) float32, and this run has precision under "
+        "DeepSpeed (--bf16, --fp16) bf16: DeepSpeed stores the optimizer of each precision differently; use "
+        f"the former, or start a new run with --model_name_or_path {tmp_path}/before/checkpoint-2"
+    ) in printed
+    assert "Traceback" not in printed

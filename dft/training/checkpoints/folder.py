@@ -18,6 +18,7 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from dft.console import say
 from dft.errors import UserError
@@ -151,6 +152,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if missing:
         raise IncompleteCheckpoint(f"its {MANIFEST} does not contain {', '.join(sorted(missing))}")
     return Checkpoint(folder, facts)
+
+
+def new_run_advice(folder: Path) -> str:
+    """Return how to train the model of a checkpoint in a new run, with a new optimizer."""
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return (
+            f"merge its adapters (python scripts/merge_lora.py {folder} NEW) and start a new run with "
+            "--model_name_or_path NEW"
+        )
+    return f"start a new run with --model_name_or_path {folder}"
 
 
 def _files(folder: Path) -> Iterator[Path]:

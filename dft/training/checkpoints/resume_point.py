@@ -17,6 +17,7 @@ from dft.training.checkpoints.folder import (
     UNFINISHED,
     Checkpoint,
     IncompleteCheckpoint,
+    new_run_advice,
     newest_checkpoint,
     open_checkpoint,
     reading,
@@ -170,7 +171,7 @@ def named_checkpoint(path: Path) -> Checkpoint:
     if not checkpoint.facts["resumable"]:
         raise UserError(
             f"--resume_from_checkpoint {path}: holds the model alone (saved with --save_only_model True), "
-            f"not the state of the optimizer; start a new run with --model_name_or_path {path}"
+            f"not the state of the optimizer; {new_run_advice(path)}"
         )
     return checkpoint
 
@@ -196,7 +197,7 @@ def check_same_run(checkpoint: Checkpoint, training: transformers.TrainingArgume
     if facts["parallelism"] != now and any(kind in facts["parallelism"] + now for kind in incompatible):
         raise UserError(
             f"{flag}: saved under {facts['parallelism']}, and this run is {now}; resume as it was saved, "
-            f"or start a new run with --model_name_or_path {checkpoint.path}"
+            f"or {new_run_advice(checkpoint.path)}"
         )
     if not (checkpoint.path / TRAINER_STATE_NAME).is_file():
         raise UserError(

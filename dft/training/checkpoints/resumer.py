@@ -16,6 +16,7 @@ from dft.errors import UserError
 from dft.training.checkpoints.folder import (
     NO_PICKLE,
     Checkpoint,
+    new_run_advice,
     newest_checkpoint,
     open_checkpoint,
     reading,
@@ -165,7 +166,7 @@ def check_optimizer_file(folder: Path) -> None:
     if not any(folder.glob("optimizer*")) or not (folder / SCHEDULER_NAME).is_file():
         raise UserError(
             f"--resume_from_checkpoint {folder}: has no optimizer and schedule that a run without DeepSpeed "
-            f"can load; resume with --deepspeed, or start a new run with --model_name_or_path {folder}"
+            f"can load; resume with --deepspeed, or {new_run_advice(folder)}"
         )
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import SchedulerType
 
 from dft.errors import UserError
+from dft.training.checkpoints.folder import new_run_advice
 from dft.training.model.adapters import has_adapters
 
 CONTROLLED_OPTIONS = ("lr", "betas", "eps", "weight_decay")
@@ -79,7 +80,14 @@ TRAINING_SETTINGS = (
     Setting("--max_grad_norm", lambda args: args.max_grad_norm),
     Setting("--per_device_train_batch_size", lambda args: args.per_device_train_batch_size),
     Setting("--gradient_accumulation_steps", lambda args: args.gradient_accumulation_steps),
-    Setting("mixed precision (--bf16, --fp16)", lambda args: args.mixed_precision),
+    Setting(
+        "mixed precision (--bf16, --fp16)", lambda args: None if args.deepspeed else args.mixed_precision
+    ),
+    Setting(
+        "precision under DeepSpeed (--bf16, --fp16)",
+        lambda args: args.mixed_precision.replace("no", "float32") if args.deepspeed else None,
+        "DeepSpeed stores the optimizer of each precision differently",
+    ),
     Setting("--neftune_noise_alpha", lambda args: args.neftune_noise_alpha),
     Setting(METRIC, lambda args: args.metric_for_best_model),
     Setting("--greater_is_better", lambda args: args.greater_is_better),
@@ -159,8 +167,8 @@ def check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, An
         if name in refusals:
             raise UserError(
                 f"--resume_from_checkpoint {folder}: saved with {_described(name, before[name])}, and this "
-                f"run has {_described(name, now[name])}: {refusals[name]}; use the former, or start a new "
-                f"run with --model_name_or_path {folder}"
+                f"run has {_described(name, now[name])}: {refusals[name]}; use the former, or "
+                f"{new_run_advice(folder)}"
             )
 
 

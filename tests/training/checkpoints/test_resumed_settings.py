@@ -288,6 +288,11 @@ def test_an_adaptive_schedule_keeps_its_learning_rate(flag, tmp_path):
 def test_adapters_are_not_scaled_differently(tmp_path):
     with pytest.raises(UserError, match="--lora_alpha 8, and this run has --lora_alpha 16: the adapters"):
         check_settings(tmp_path, {LORA_ALPHA: 8}, {LORA_ALPHA: 16})
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(
+        UserError, match=r"merge its adapters \(python scripts/merge_lora.py .* NEW\) and start"
+    ):
+        check_settings(tmp_path, {LORA_ALPHA: 8}, {LORA_ALPHA: 16})
     lines = change_lines({LORA_ALPHA: 8, LORA_DROPOUT: 0.1}, {LORA_ALPHA: 8, LORA_DROPOUT: 0.5}, 3)
     assert lines == [f"note        {LORA_DROPOUT}: from 0.1 to 0.5, from step 4 on"]
 
