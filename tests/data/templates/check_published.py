@@ -126,9 +126,21 @@ def read_folder(folder: Path, only: str) -> list[Published]:
     ]
 
 
-def plain_vocabulary(tokenizer_json: str) -> str:
-    """Return the text of a tokenizer.json without its added tokens and its post-processor."""
-    return json.dumps({**json.loads(tokenizer_json), "added_tokens": [], "post_processor": None})
+def plain_vocabulary(tokenizer_json: str, merges: int | None = None) -> str:
+    """Return the text of a tokenizer.json without its added tokens and its post-processor.
+
+    Args:
+        tokenizer_json: the text of the file.
+        merges: number of merges of a byte-level BPE to keep, None for all. With fewer, it loads faster.
+    """
+    content = json.loads(tokenizer_json) | {"added_tokens": [], "post_processor": None}
+    if merges is not None:
+        model = content["model"]
+        model["merges"] = model["merges"][:merges]
+        merged = {"".join(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]}
+        tokens = (token for token in model["vocab"] if len(token) == 1 or token in merged)
+        model["vocab"] = {token: index for index, token in enumerate(tokens)}
+    return json.dumps(content)
 
 
 @contextmanager
@@ -243,11 +255,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of NAME.jinja files, with or without an index.json")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer.json")
+    parser.add_argument(
+        "--merges", type=int, help="use the first merges of the tokenizer only; it loads faster"
+    )
     parser.add_argument("--only", default="", help="regular expression that selects templates by name")
     parser.add_argument("--results", type=Path, help="append every pair to this file, as JSON lines")
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    vocabulary = plain_vocabulary((options.tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    file = options.tokenizer / "tokenizer.json"
+    vocabulary = plain_vocabulary(file.read_text(encoding="utf-8"), options.merges)
     config = json.loads((options.tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
     templates = read_folder(options.folder, options.only)
     if not templates:

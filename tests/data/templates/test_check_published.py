@@ -81,6 +81,12 @@ def test_tokenizer_has_the_tokens_of_the_index_and_of_the_source_and_no_others(v
     assert "<|im_end|>" not in tokenizer.tokenize("<|im_end|>")
 
 
+def test_tokenizer_can_be_cut_to_its_first_merges(tokenizer_json):
+    tokenizer = Published("own", "").tokenizer(plain_vocabulary(tokenizer_json, 10), "</s>")
+    assert len(tokenizer) == 256 + 10 + 1
+    assert tokenizer.decode(tokenizer("Grüße, 日本").input_ids) == "Grüße, 日本"
+
+
 def test_folder_with_and_without_an_index(tmp_path: Path):
     (tmp_path / "a-1.jinja").write_text("A")
     (tmp_path / "b-1.jinja").write_text("B")
