@@ -267,8 +267,10 @@ class Oracle:
         if decoration.startswith(prompt):
             return len(prompt), len(prompt), prompt
         left, right = self.split(prompt), self.split(decoration)
+        same = len(commonprefix([left, right]))
         for column, atom in reversed([*enumerate(right)]):
-            if len(atom) > 1 and atom in left:
+            # What follows an equal beginning is not compared with it, which holds tokens of earlier turns.
+            if len(atom) > 1 and atom in (left[same:] if column >= same else left):
                 row = len(left) - 1 - left[::-1].index(atom)
                 count = len(commonprefix([left[row:], right[column:]]))
                 before = len(commonprefix([left[:row][::-1], right[:column][::-1]]))

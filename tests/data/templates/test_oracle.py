@@ -217,6 +217,9 @@ def test_header_of_the_next_turn_can_end_a_turn(tokenizer_json):
         ("<|im_start|><think>", "<|im_start|></think>", "<think>", "</think>"),
         # Other white space.
         ("<|im_start|>   </think>", "  <|im_start|> </think>  ", "", "  "),
+        # A tag of an earlier turn, and an instruction behind the messages.
+        ("<turn></think>a<turn><think>", "<turn></think>a<turn></think>", "<think>", "</think>"),
+        ("<|turn|>system<|turn|>a", "<|turn|>a", "", ""),
         # A long equal beginning, and no token.
         ("Be good. <|im_start|>a b", "Be good. <|im_start|>a c", "b", "c"),
         (" /off ASSISTANT:", " ASSISTANT:", "", ""),
