@@ -8,6 +8,7 @@
 Takes all data flags of train_dft.py. The prepared data is cached, and train_dft.py reuses it.
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,8 @@ def main() -> None:
         raise UserError(f"unknown argument {unknown[0]} (show_data.py --help lists every flag)")
     if show.count < 1:
         raise UserError(f"--count {show.count}: must be greater than 0")
+    show.model_name_or_path = os.path.expanduser(show.model_name_or_path)
+    data.chat_template = os.path.expanduser(data.chat_template) if data.chat_template else None
     check_bounds(data)
     check_data_arguments(data)
     if show.output_dir is not None:

@@ -3,6 +3,7 @@
 import enum
 import json
 from collections import Counter
+from collections.abc import Collection, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,15 @@ class FlagDumper(yaml.SafeDumper):
         return True
 
 
-def expand_config(argv: list[str]) -> list[str]:
+def expand_config(argv: list[str], choices: Mapping[str, Collection[Any]] | None = None) -> list[str]:
     """Replace every `--config FILE.yaml` with the flags in the file.
 
     The flags of files are inserted at the front, so that flags on the command line take precedence. Later
     files take precedence over earlier ones.
+
+    Args:
+        argv: the words of the command line.
+        choices: the allowed values of flags that have only some, by name.
     """
     from_files: list[str] = []
     words: list[str] = []
@@ -59,22 +64,69 @@ def expand_config(argv: list[str]) -> list[str]:
     for word in remaining:
         name, equals, value = word.partition("=")
         if name == "--config":
-            from_files += config_flags(value if equals else next(remaining, ""))
+            from_files += config_flags(value if equals else next(remaining, ""), choices or {})
         else:
             words.append(word)
     return from_files + words
 
 
-def config_flags(file: str) -> list[str]:
+def config_flags(file: str, choices: Mapping[str, Collection[Any]]) -> list[str]:
     """Return the flags of a YAML file as command-line words. null and [] leave a flag at its default.
+
+    Values are taken as they are written, so that a name like 010 is not read as a number. Only `yes`, `no`,
+    `on` and `off` stand for True and False, unless the flag has a choice of that name.
+
+    Args:
+        file: path of the file.
+        choices: see `expand_config`.
 
     Raises:
         UserError: there is no such file, or it is not a YAML mapping of flags to values.
     """
-    if not Path(file).is_file():
+    content, nodes = _read_yaml(file)
+    words: list[str] = []
+    for name, value in content.items():
+        if value is None or value == []:
+            continue
+        node, allowed = nodes[name], choices.get(str(name), ())
+        if isinstance(value, list):
+            if not all(isinstance(item, SCALARS) for item in value):
+                raise UserError(f"--config {file}: {name}: expected a value or a list of values")
+            texts = [_text(item, of, allowed) for item, of in zip(value, node.value, strict=True)]
+            if any(text.startswith("--") for text in texts):
+                raise UserError(f"--config {file}: {name}: a value in a list must not begin with --")
+            words += [f"--{name}", *texts]
+        else:
+            text = json.dumps(value, default=str) if isinstance(value, dict) else _text(value, node, allowed)
+            # A single word, so that a value that begins with a dash is not parsed as a flag.
+            words.append(f"--{name}={text}")
+    if any("\0" in word for word in words):
+        raise UserError(f"--config {file}: contains a NUL character")
+    return words
+
+
+def _text(value: Any, node: yaml.Node, allowed: Collection[Any]) -> str:
+    """Return a value as a word of the command line."""
+    if isinstance(value, bool):
+        word = str(node.value).lower()
+        return word if word in allowed else str(value)
+    return str(node.value) if isinstance(value, SCALARS) else str(value)
+
+
+def _read_yaml(file: str) -> tuple[dict[Any, Any], dict[Any, yaml.Node]]:
+    """Return the content of a YAML file, and the node of each of its values."""
+    path = Path(file).expanduser()
+    if not path.is_file():
         raise UserError(f"--config {file or '(nothing)'}: no such file")
     try:
-        content = yaml.load(Path(file).read_text(encoding="utf-8"), FlagLoader)
+        loader = FlagLoader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        content = None if root is None else loader.construct_document(root)
+        if not isinstance(content, dict):
+            raise UserError(f"--config {file}: expected a mapping such as 'learning_rate: 2.0e-6'")
+        nodes = dict(zip(content, (value for _, value in root.value), strict=True))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"--config {file}: cannot be read ({error.strerror})") from None
     except RecursionError:
@@ -82,27 +134,10 @@ def config_flags(file: str) -> list[str]:
     # Invalid tags raise LookupError and AttributeError.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
         raise UserError(f"--config {file}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {file}: expected a mapping such as 'learning_rate: 2.0e-6'")
-    words: list[str] = []
     for name in ("config", "help"):
         if name in content:
             raise UserError(f"--config {file}: contains {name!r}; pass --{name} on the command line instead")
-    for name, value in content.items():
-        if value is None or value == []:
-            continue
-        if isinstance(value, list):
-            if not all(isinstance(item, SCALARS) for item in value):
-                raise UserError(f"--config {file}: {name}: expected a value or a list of values")
-            if any(str(item).startswith("--") for item in value):
-                raise UserError(f"--config {file}: {name}: a value in a list must not begin with --")
-            words += [f"--{name}", *map(str, value)]
-        else:
-            # A single word, so that a value that begins with a dash is not parsed as a flag.
-            words.append(f"--{name}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
-    if any("\0" in word for word in words):
-        raise UserError(f"--config {file}: contains a NUL character")
-    return words
+    return content, nodes
 
 
 def plain(value: Any) -> Any:

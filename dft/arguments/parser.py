@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -23,6 +24,11 @@ from dft.errors import UserError
 
 GROUPS = (ModelArguments, DataArguments, DFTArguments, LoraArguments, WatchArguments, TrainingArguments)
 """The dataclasses of flags, in the order of --help."""
+PATHS = (
+    "model_name_or_path", "chat_template", "output_dir", "data_cache_dir", "logging_dir", "deepspeed",
+    "resume_from_checkpoint",
+)  # fmt: skip
+"""Flags that name a file or folder, apart from data files, which keep the names that the user wrote."""
 SECRET_FLAGS = [f"--{flag}" for name in SECRETS for flag in (name, name.replace("_", "-"))]
 DEVICE_DEFAULTS = {"deepspeed": None, "tf32": None, "fsdp": None, "bf16": False, "fp16": False}
 """Defaults of the flags that a machine without a GPU may reject and that do not affect the data."""
@@ -83,11 +89,14 @@ class Parser(HfArgumentParser):
             UserError: a flag is unknown, or a value cannot be parsed or is out of range.
         """
         check_no_secrets(argv)
-        namespace, unknown = self.parse_known_args(expand_config(argv))
+        choices = {action.dest: action.choices for action in self._actions if action.choices is not None}
+        namespace, unknown = self.parse_known_args(expand_config(argv, choices))
         if unknown:
             raise UserError(self._unknown_flag_message(unknown))
         flags = vars(namespace)
         del flags["config"]
+        # Shells expand ~ only at the beginning of a word, so not in --flag=~/folder.
+        flags.update({name: os.path.expanduser(flags[name]) for name in PATHS if flags[name] is not None})
         implied = launched_flags(flags)
         ignored = ignored_flags({**flags, **implied})
         try:

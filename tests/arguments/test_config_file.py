@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from dft.arguments.config_file import write_run_args
+from dft.arguments.config_file import plain, write_run_args
 from dft.arguments.parser import default_flags, own_flags, parse_arguments
 from dft.errors import UserError
 from tests.arguments.command import words
@@ -35,6 +35,52 @@ def test_an_invalid_config_file_is_one_line(tmp_path, text, message):
     (tmp_path / "flags.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         parse_arguments([*words(tmp_path), "--config", str(tmp_path / "flags.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("save_strategy: no", "save_strategy", "no"),
+        ("eval_strategy: No", "eval_strategy", "no"),
+        ("logging_strategy: no", "logging_strategy", "no"),
+        ("fused_head: off", "fused_head", "off"),
+        ("fused_head: on", "fused_head", "on"),
+        ("report: off", "report", False),
+        ("packing: yes", "packing", True),
+        ("resume_from_checkpoint: no", "resume_from_checkpoint", "False"),
+        ("verify_save: no", "verify_save", "False"),
+        ("run_name: 010", "run_name", "010"),
+        ("run_name: 12:30:00", "run_name", "12:30:00"),
+        ("run_name: '~'", "run_name", "~"),
+        ("run_name: ~", "run_name", None),
+        ("learning_rate: 1e-5", "learning_rate", 1e-5),
+        ("data_files: [010, 1_0]", "data_files", ["010", "1_0"]),
+        ("lr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs", '{"num_cycles": 2}'),
+    ],
+)
+def test_values_are_taken_as_they_are_written(tmp_path, line, name, value):
+    (tmp_path / "flags.yaml").write_text(line)
+    config = ["--config", str(tmp_path / "flags.yaml")]
+    flags = parse_arguments([*config, *(words(tmp_path) if name != "data_files" else own(tmp_path))]).flags
+    assert plain(flags[name]) == value
+
+
+def own(folder) -> list[str]:
+    """Return a command line without data files."""
+    return [*words(folder)[:2], *words(folder)[5:]]
+
+
+@pytest.mark.parametrize("form", ["--{}={}", "yaml"])
+@pytest.mark.parametrize(
+    "name", ["model_name_or_path", "chat_template", "output_dir", "data_cache_dir", "resume_from_checkpoint"]
+)
+def test_a_tilde_is_expanded_where_the_shell_does_not(tmp_path, monkeypatch, name, form):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "flags.yaml").write_text(f"{name}: ~/some\n")
+    more = [form.format(name, "~/some")] if form != "yaml" else ["--config=~/flags.yaml"]
+    required = ["--data_files", "a.jsonl", "--use_cpu", "True"]
+    required += [] if name == "model_name_or_path" else ["--model_name_or_path", "model"]
+    assert parse_arguments([*required, *more]).flags[name] == str(tmp_path / "some")
 
 
 def test_dates_are_read_and_enumerations_are_written_as_text(tmp_path):
