@@ -1,5 +1,6 @@
 """Definition of the loss: Dynamic Fine-Tuning (DFT, Wu et al., arXiv 2508.05629, Eq. 9) and its variants."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,12 @@ class TokenStats(NamedTuple):
     Attributes:
         nll: (tokens,) negative log-likelihood of the target, in nats.
         p_correct: (tokens,) probability of the target, exp(-nll).
-        weight: (tokens,) of the objective; for DFT alpha * p_correct + (1 - alpha).
+        weight: (tokens,) of the objective, for DFT alpha * p_correct + (1 - alpha), times `loss_weight`.
         correct: (tokens,) bool, whether the target is the argmax.
         entropy: (tokens,) of the model's distribution, in nats.
         target: (tokens,) int64, the token to predict.
         kl: (tokens,) KL(model || base) in nats, 0 without a base model.
+        loss_weight: (tokens,) weight that the data gives to the token; None if it gives none.
     """
 
     nll: Tensor
@@ -30,6 +32,7 @@ class TokenStats(NamedTuple):
     entropy: Tensor
     target: Tensor
     kl: Tensor
+    loss_weight: Tensor | None = None
 
 
 def dft_loss(
@@ -40,6 +43,7 @@ def dft_loss(
     objective: Objective | None = None,
     num_items: Tensor | float | None = None,
     min_weight: Tensor | None = None,
+    loss_weight: Tensor | None = None,
     base_logits: Tensor | None = None,
     shifted: bool = False,
 ) -> tuple[Tensor, TokenStats]:
@@ -55,9 +59,9 @@ def dft_loss(
         labels: (batch, seq), not shifted: logits[:, t] predicts labels[:, t + 1]. Unsupervised: -100.
         alpha: share of the dynamic weight, in [0, 1]; by default 1.
         objective: another rule for w_t instead of alpha, see `dft.loss.objectives`.
-        num_items: N, the supervised tokens of the whole optimizer step (all micro-batches, all ranks).
-            Default: those of this batch.
+        num_items: N, the supervised tokens of the whole optimizer step, on all ranks. Default: of this batch.
         min_weight: (batch, seq), aligned with the labels: lower bound on the weight of each token.
+        loss_weight: (batch, seq), like it: factor on all that each token adds to the loss; N counts tokens.
         base_logits: (batch, seq, vocab) of the frozen base model, for an objective with a `kl_weight`, which
             adds kl_weight * sum_t KL(model || base)_t / N.
         shifted: whether logits[:, t] predicts labels[:, t], as where sequences are split between ranks.
@@ -70,9 +74,10 @@ def dft_loss(
         ValueError: shapes that do not match, alpha outside [0, 1] or given together with an objective, a base
             model that is missing or not used.
     """
-    _check_shapes(logits, labels)
+    _check_shapes(logits, labels, min_weight, loss_weight)
     objective = resolve_objective(alpha, objective, base_logits is not None)
     keep, targets = aligned_targets(labels) if shifted else shifted_targets(labels)
+    min_weight, loss_weight = (_of_targets(values, keep) for values in (min_weight, loss_weight))
     rows = logits[:, : keep.shape[1]][keep]  # (tokens, vocab)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     log_probs = F.log_softmax(rows, dim=-1)
@@ -81,37 +86,57 @@ def dft_loss(
     with torch.no_grad():
         entropy = torch.special.entr(log_probs.exp()).sum(-1)
         correct = rows.argmax(-1) == targets
-        largest = rows.topk(min(objective.largest, rows.shape[-1])).values if objective.largest else None
-        weight = objective.weight(TokenRows(nll.detach(), p_correct, entropy, largest))
-        weight = apply_floor(weight, _floors(min_weight, labels, keep, shifted))
+        weight = objective.weight(TokenRows(nll.detach(), p_correct, entropy, _largest(rows, objective)))
+        weight = times(apply_floor(weight, min_weight), loss_weight)
     total = (weight * nll).sum()
     kl = torch.zeros_like(p_correct)
     if base_logits is not None:
         kl = _kl(log_probs, base_logits.detach()[:, : keep.shape[1]][keep])
-        total = total + objective.kl_weight * kl.sum()
-    loss = total / normalizer(num_items, targets)
-    return loss, TokenStats(nll.detach(), p_correct, weight, correct, entropy, targets, kl.detach())
+        total = total + objective.kl_weight * times(kl, loss_weight).sum()
+    stats = (nll.detach(), p_correct, weight, correct, entropy, targets, kl.detach(), loss_weight)
+    return total / normalizer(num_items, targets), TokenStats(*stats)
 
 
-def _check_shapes(logits: Tensor, labels: Tensor) -> None:
-    """Raise ValueError unless there is one row of logits per label."""
+def _check_shapes(
+    logits: Tensor, labels: Tensor, min_weight: Tensor | None, loss_weight: Tensor | None
+) -> None:
+    """Raise ValueError unless there is one row of logits per label, and one weight where there are any."""
     if logits.ndim != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
             f"logits must be (batch, seq, vocab) and labels (batch, seq), got {tuple(logits.shape)} "
             f"and {tuple(labels.shape)}"
         )
+    check_aligned("min_weight", min_weight, labels)
+    check_aligned("loss_weight", loss_weight, labels)
 
 
-def _floors(min_weight: Tensor | None, labels: Tensor, keep: Tensor, shifted: bool) -> Tensor | None:
-    """Return the (tokens,) lower bounds of the supervised tokens."""
-    if min_weight is None:
-        return None
-    if min_weight.shape != labels.shape:
-        raise ValueError(
-            f"min_weight must be (batch, seq) like the labels, got {tuple(min_weight.shape)} and "
-            f"{tuple(labels.shape)}"
-        )
-    return (min_weight if shifted else min_weight[:, 1:])[keep]
+def _of_targets(values: Tensor | None, keep: Tensor) -> Tensor | None:
+    """Return the (tokens,) values of the supervised tokens, given one value per label or none."""
+    return None if values is None else values[:, values.shape[1] - keep.shape[1] :][keep]
+
+
+def check_aligned(name: str, values: Tensor | None, labels: Tensor) -> None:
+    """Raise ValueError unless there is one value per label, or none at all."""
+    if values is not None and values.shape != labels.shape:
+        shapes = f"{tuple(values.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"{name} must be (batch, seq) like the labels, got {shapes}")
+
+
+def times(values: Tensor, loss_weight: Tensor | None) -> Tensor:
+    """Return the (tokens,) values, multiplied by the weights of the tokens if there are any."""
+    return values if loss_weight is None else values * loss_weight.to(values.dtype)
+
+
+def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
+    """Return the statistics of all parts, at least one, as one."""
+    columns = [torch.cat(column) for column in zip(*(part[:-1] for part in parts), strict=True)]
+    weights = [part.loss_weight for part in parts if part.loss_weight is not None]
+    return TokenStats(*columns)._replace(loss_weight=torch.cat(weights) if weights else None)
+
+
+def _largest(rows: Tensor, objective: Objective) -> Tensor | None:
+    """Return the largest logits of each row that the objective uses, (tokens, largest), or None for none."""
+    return rows.topk(min(objective.largest, rows.shape[-1])).values if objective.largest else None
 
 
 def _kl(log_probs: Tensor, base_rows: Tensor) -> Tensor:

@@ -123,6 +123,7 @@ def score_logits(
         objective=options.objective,
         num_items=options.num_items,
         min_weight=options.min_weight,
+        loss_weight=options.loss_weight,
         base_logits=options.base,
         shifted=options.shifted,
     )

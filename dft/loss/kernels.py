@@ -1,8 +1,8 @@
 """Triton kernels of the fused head: reads the logits of a row twice and writes their gradient once.
 
-If the weight of a token is a * p + b, a single kernel does everything. Otherwise one kernel computes the
-statistics, the objective computes the weights from them in torch, and a second kernel writes the gradient, so
-that no objective needs its own kernel.
+If the weight of a token is a * p + b, a single kernel does everything. Otherwise, or if tokens have a lower
+bound or a weight in the data, one kernel computes the statistics, the objective computes the weights from
+them in torch, and a second kernel writes the gradient, so that no objective needs its own kernel.
 
 `TRITON_INTERPRET=1` runs the kernels on the CPU; the tests do so if there is no GPU.
 """
@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dft.loss.dft import TokenStats
-from dft.loss.objectives import TokenRows, apply_floor
-from dft.loss.rows import RowOptions
+from dft.loss.objectives import TokenRows
+from dft.loss.rows import NO_WEIGHTS, RowOptions, RowWeights
 
 BLOCK = 4096
 """Number of logits processed at a time."""
@@ -122,14 +122,14 @@ def score_rows(
     row_scale: Tensor | None,
     options: RowOptions,
     out: Tensor | None = None,
-    min_weight: Tensor | None = None,
+    weights: RowWeights = NO_WEIGHTS,
 ) -> tuple[TokenStats, Tensor | None]:
     """Compute `dft.loss.tiles.score_rows` for float32 tiles without a base model."""
     rows = len(tile)
     gradient = None
     if row_scale is not None:
         gradient = tile if out is None else out
-    affine = options.objective.affine if min_weight is None else None
+    affine = options.objective.affine if all(values is None for values in weights) else None
     nll, p_correct, weight, entropy = (tile.new_empty(rows) for _ in range(4))
     top, total = (tile.new_empty(rows if affine is None else 0) for _ in range(2))
     correct = torch.empty(rows, dtype=torch.bool, device=tile.device)
@@ -137,11 +137,12 @@ def score_rows(
     _launch_rows(tile, targets, options, outputs, affine, row_scale, gradient)
     if affine is None:
         statistics = TokenRows(nll, p_correct, entropy, _largest(tile, options))
-        weight = apply_floor(options.objective.weight(statistics), min_weight)
+        weight = weights.apply(options.objective.weight(statistics))
         if row_scale is not None and gradient is not None:
             factors = weight * row_scale * options.scale
             _launch_gradients(tile, targets, options, factors, top, total, gradient)
-    return TokenStats(nll, p_correct, weight, correct, entropy, targets, torch.zeros_like(nll)), gradient
+    kl = torch.zeros_like(nll)
+    return TokenStats(nll, p_correct, weight, correct, entropy, targets, kl, weights.loss), gradient
 
 
 def _launch_rows(

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from dft.labels import loss_positions
-from dft.loss.dft import TokenStats, normalizer
+from dft.loss.dft import TokenStats, check_aligned, normalizer, times
 from dft.loss.objectives import Objective, resolve_objective
 from dft.loss.options import BaseHead, LossOptions
 from dft.loss.products import product_dtype, scaled
 from dft.loss.rows import LogitTransform, RowOptions
-from dft.loss.tiles import HeadWeights, NeedsGrad, RowExtras, run_tiles
+from dft.loss.tiles import HeadWeights, NeedsGrad, RowExtras, RowWeights, run_tiles
 
 
 def linear_dft_loss(
@@ -48,8 +48,8 @@ def linear_dft_loss(
         alpha, objective: as of `dft_loss`.
         bias: (vocab,).
         logit_scale, logit_softcap: the logits are cap * tanh(scale * z / cap), or scale * z without a cap.
-        **options: the other fields of `LossOptions`: `num_items`, `min_weight`, `base` (a `BaseHead`),
-            `shifted`, `positions`.
+        **options: the other fields of `LossOptions`: `num_items`, `min_weight`, `loss_weight`, `base` (a
+            `BaseHead`), `shifted`, `positions`.
 
     Returns:
         (loss, stats) as `dft_loss`. The loss supports a first derivative only, computed once.
@@ -81,7 +81,12 @@ def fused_loss(
         positions = loss_positions(labels, options.shifted)
     target_positions = positions if options.shifted else positions + 1
     targets = labels.flatten()[target_positions]
-    min_weight = None if options.min_weight is None else options.min_weight.flatten()[target_positions]
+    weights = RowWeights(
+        *(
+            None if values is None else values.flatten()[target_positions]
+            for values in (options.min_weight, options.loss_weight)
+        )
+    )
     wide = torch.promote_types(hidden.dtype, torch.float32)
     count = normalizer(options.num_items, targets)
     # Filled on the device, because copying a number to it would synchronize.
@@ -89,7 +94,7 @@ def fused_loss(
     needs = NeedsGrad(*(_needs_grad(tensor) for tensor in (hidden, weight, bias)))
     rows = RowOptions(options.objective, *transform)
     loss, *stats = _LinearDFT.apply(
-        hidden, weight, bias, positions, targets, scale, rows, needs, min_weight, base
+        hidden, weight, bias, positions, targets, scale, rows, needs, weights, base
     )
     return loss, TokenStats(*stats)
 
@@ -115,14 +120,11 @@ def _check_shapes(
 
 def _check_options(labels: Tensor, options: LossOptions) -> None:
     """Raise ValueError if the shape of an option does not match the labels."""
-    count, floor = options.num_items, options.min_weight
+    count = options.num_items
     if isinstance(count, Tensor) and count.ndim:
         raise ValueError(f"num_items must be a scalar, got a tensor of shape {tuple(count.shape)}")
-    if floor is not None and floor.shape != labels.shape:
-        raise ValueError(
-            f"min_weight must be (batch, seq) like the labels, got {tuple(floor.shape)} and "
-            f"{tuple(labels.shape)}"
-        )
+    check_aligned("min_weight", options.min_weight, labels)
+    check_aligned("loss_weight", options.loss_weight, labels)
 
 
 def _needs_grad(tensor: Tensor | None) -> bool:
@@ -143,28 +145,28 @@ class _LinearDFT(torch.autograd.Function):
         scale: Tensor,
         options: RowOptions,
         needs: NeedsGrad,
-        min_weight: Tensor | None,
+        weights: RowWeights,
         base: BaseHead | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         dtype = product_dtype(hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
             rows = selected(hidden, positions, dtype)
             head = HeadWeights(
                 weight.detach().to(dtype), None if bias is None else bias.detach(), weight.dtype
             )
-            extras = RowExtras(min_weight)
+            extras = RowExtras(weights)
             if base is not None:
                 base_head = HeadWeights(base.weight.to(dtype), base.bias, base.weight.dtype)
-                extras = RowExtras(min_weight, selected(base.hidden, positions, dtype), base_head)
+                extras = RowExtras(weights, selected(base.hidden, positions, dtype), base_head)
             stats, gradients = run_tiles(rows, head, targets, scale, options, needs, extras)
             total = (stats.weight * stats.nll).sum()
             if base is not None:
-                total += options.objective.kl_weight * stats.kl.sum()
+                total += options.objective.kl_weight * times(stats.kl, weights.loss).sum()
             loss = total * scale
         ctx.gradients, ctx.positions = gradients, positions
         ctx.shape = hidden.shape
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(*stats)
+        ctx.mark_non_differentiable(*(column for column in stats if column is not None))
         return loss, *stats
 
     @staticmethod

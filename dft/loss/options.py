@@ -33,6 +33,8 @@ class LossOptions:
         num_items: N, the number of supervised tokens of the whole optimizer step (all micro-batches, all
             ranks), a number or a scalar tensor. Default: the supervised tokens of the batch.
         min_weight: (batch, seq), aligned with the labels: lower bound on the weight of each token.
+        loss_weight: (batch, seq), aligned with the labels, at least 0: factor on everything that each token
+            adds to the loss. It does not change N.
         base: the frozen base model's output for an objective with a `kl_weight`: its logits
             (batch, seq, vocab) where the loss is computed from logits, its `BaseHead` where it is fused.
         shifted: whether position t predicts labels[:, t] instead of labels[:, t + 1]. Used where sequences
@@ -48,6 +50,7 @@ class LossOptions:
     objective: Objective = Dft()
     num_items: Tensor | float | None = None
     min_weight: Tensor | None = None
+    loss_weight: Tensor | None = None
     base: Tensor | BaseHead | None = None
     shifted: bool = False
     positions: Tensor | None = None

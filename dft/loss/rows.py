@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dft.loss.dft import TokenStats
+from dft.loss.dft import TokenStats, concatenate, times
 from dft.loss.objectives import Dft, Objective, TokenRows, apply_floor
 
 CACHED_BYTES = 4 * 2**20
@@ -44,12 +44,35 @@ class RowOptions(NamedTuple):
     softcap: float | None = None
 
 
+class RowWeights(NamedTuple):
+    """What determines the weights of rows besides the objective.
+
+    Attributes:
+        floor: (rows,) lower bounds on the weights of the objective, or None.
+        loss: (rows,) weights that the data gives to the tokens, or None.
+    """
+
+    floor: Tensor | None = None
+    loss: Tensor | None = None
+
+    def rows(self, start: int, end: int) -> "RowWeights":
+        """Return the weights of the rows from `start` to `end`."""
+        return RowWeights(*(None if values is None else values[start:end] for values in self))
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return the (rows,) weights of the tokens from those of the objective."""
+        return times(apply_floor(weight, self.floor), self.loss)
+
+
+NO_WEIGHTS = RowWeights()
+
+
 def score_rows_torch(
     tile: Tensor,
     targets: Tensor,
     row_scale: Tensor | None,
     options: RowOptions,
-    min_weight: Tensor | None = None,
+    weights: RowWeights = NO_WEIGHTS,
     log_base: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
     """Compute `dft.loss.tiles.score_rows` in plain torch, a few rows at a time."""
@@ -59,11 +82,10 @@ def score_rows_torch(
     parts = []
     for start in range(0, rows, step):
         block = slice(start, start + step)
-        floor = None if min_weight is None else min_weight[block]
+        own = weights.rows(start, start + step)
         base = None if log_base is None else log_base[block]
-        parts.append(_score_block(tile[block], targets[block], row_scale, options, buffer, floor, base))
-    stats = TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    return stats, None if row_scale is None else tile
+        parts.append(_score_block(tile[block], targets[block], row_scale, options, buffer, own, base))
+    return concatenate(parts), None if row_scale is None else tile
 
 
 def _score_block(
@@ -72,7 +94,7 @@ def _score_block(
     row_scale: Tensor | None,
     options: RowOptions,
     buffer: Tensor,
-    min_weight: Tensor | None,
+    weights: RowWeights,
     log_base: Tensor | None,
 ) -> TokenStats:
     """Return the statistics of a block of rows and overwrite its logits with their gradient."""
@@ -94,7 +116,7 @@ def _score_block(
     entropy = log_total - _expectation(softmax, tile)
     objective = options.objective
     largest = tile.topk(min(objective.largest, tile.shape[1])).values if objective.largest else None
-    weight = apply_floor(objective.weight(TokenRows(nll, p_correct, entropy, largest)), min_weight)
+    weight = weights.apply(objective.weight(TokenRows(nll, p_correct, entropy, largest)))
     log_ratio, kl = None, torch.zeros_like(nll)
     if log_base is not None:
         log_ratio = log_base.neg_().add_(tile).sub_(log_total[:, None])  # log p - log base
@@ -105,6 +127,8 @@ def _score_block(
         factor = target_factor
         if log_ratio is not None:
             kl_scale = objective.kl_weight * row_scale * options.scale
+            if weights.loss is not None:
+                kl_scale = times(kl_scale.expand_as(kl), weights.loss)[:, None]
             factor = log_ratio.sub_(kl[:, None]).mul_(kl_scale).add_(target_factor)
         if options.softcap is None:
             torch.mul(softmax, factor, out=tile)
@@ -112,7 +136,8 @@ def _score_block(
         else:
             softmax.mul_(factor).scatter_add_(1, target_column, -target_factor)
             tile.add_(top).div_(options.softcap).square_().neg_().add_(1).mul_(softmax)
-    return TokenStats(nll, p_correct, weight, argmax.squeeze(1) == targets, entropy, targets, kl)
+    correct = argmax.squeeze(1) == targets
+    return TokenStats(nll, p_correct, weight, correct, entropy, targets, kl, weights.loss)
 
 
 def _expectation(softmax: Tensor, values: Tensor) -> Tensor:

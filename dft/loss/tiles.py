@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dft.loss.dft import TokenStats
+from dft.loss.dft import TokenStats, concatenate
 from dft.loss.products import accumulated, product, wide_product
-from dft.loss.rows import RowOptions, score_rows_torch
+from dft.loss.rows import NO_WEIGHTS, RowOptions, RowWeights, score_rows_torch
 
 TILE_BYTES = {"cpu": 384 * 2**20, "cuda": 1024 * 2**20}
 """Maximum size of one tile of logits, regardless of batch and vocabulary; a tile has at least one row. Large
@@ -19,7 +19,7 @@ more than one group the float32 sum is stored, and read and written once per gro
 HALF_SCALE = 2.0**14
 """Factor on the gradients of float16 rows. float16 underflows below 6e-8, where most gradients are, and
 overflows at 65,504. The gradients of a row sum to at most 2 before the division by N, so they are scaled up
-by this factor and divided by N afterwards in float32."""
+by this factor and divided by N afterwards in float32. Data weights above 1 reduce the factor."""
 LARGEST_GAP = 64.0
 """Largest log-ratio (in nats) between model and base at a token for which the gradient of the KL divergence,
 which is proportional to it, still fits float16."""
@@ -51,12 +51,12 @@ class RowExtras(NamedTuple):
     """Optional per-token inputs of the supervised tokens.
 
     Attributes:
-        min_weight: (tokens,) lower bounds on the weights.
+        weights: lower bounds on the weights of the tokens, and their weights in the data.
         base_rows: (tokens, base hidden) hidden states of the base model, in the dtype of the products.
         base_head: the head that belongs to `base_rows`.
     """
 
-    min_weight: Tensor | None = None
+    weights: RowWeights = NO_WEIGHTS
     base_rows: Tensor | None = None
     base_head: HeadWeights | None = None
 
@@ -88,7 +88,7 @@ def run_tiles(
         dtype. None where no gradient is needed.
     """
     vocab, wide = len(head.weight), torch.promote_types(rows.dtype, torch.float32)
-    row_scale, unscale = _row_scale(rows.dtype, scale, options)
+    row_scale, unscale = _row_scale(rows.dtype, scale, options, extras.weights.loss)
     spans = tiles(len(rows), vocab, wide.itemsize, rows.device.type)
     buffer = None
     if rows.device.type == "cpu" and spans:  # on a GPU, torch's allocator reuses the memory of the last tile
@@ -103,12 +103,12 @@ def run_tiles(
         for start, end in group:
             tile = _head_output(rows[start:end], head, buffer)
             out = gradient[start - first : end - first] if gradient is not None else None
-            floor = None if extras.min_weight is None else extras.min_weight[start:end]
+            weights = extras.weights.rows(start, end)
             log_base = None
             if extras.base_rows is not None and extras.base_head is not None:
                 log_base = log_probabilities(extras.base_rows[start:end], extras.base_head, options)
             stats, written = score_rows(
-                tile, targets[start:end], row_scale if any(needs) else None, options, out, floor, log_base
+                tile, targets[start:end], row_scale if any(needs) else None, options, out, weights, log_base
             )
             parts.append(stats)
             if gradient is None:
@@ -117,7 +117,7 @@ def run_tiles(
         if gradient is not None:
             sums.add(gradient, first, last)
         del gradient
-    return _concatenated(parts, targets, wide), sums.gradients(unscale)
+    return _concatenated(parts, targets, wide, extras.weights), sums.gradients(unscale)
 
 
 class _GradientSums:
@@ -159,7 +159,9 @@ class _GradientSums:
         return sums
 
 
-def _row_scale(dtype: torch.dtype, scale: Tensor, options: RowOptions) -> tuple[Tensor, Tensor | None]:
+def _row_scale(
+    dtype: torch.dtype, scale: Tensor, options: RowOptions, loss_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Return the factor to apply to each row's gradient, and the factor to apply to the sums (None for 1).
 
     float16 gradients are scaled up to stay within its range, and scaled back in float32.
@@ -168,15 +170,19 @@ def _row_scale(dtype: torch.dtype, scale: Tensor, options: RowOptions) -> tuple[
         return scale, None
     room = max(1.0, abs(options.scale)) * (1 + LARGEST_GAP * options.objective.kl_weight)
     row_scale = torch.full_like(scale, HALF_SCALE / room)
+    if loss_weight is not None and len(loss_weight):
+        row_scale = row_scale / loss_weight.max().clamp(min=1)
     return row_scale, scale / row_scale
 
 
-def _concatenated(parts: list[TokenStats], targets: Tensor, wide: torch.dtype) -> TokenStats:
+def _concatenated(
+    parts: list[TokenStats], targets: Tensor, wide: torch.dtype, weights: RowWeights
+) -> TokenStats:
     """Return the statistics of all tiles as one; (0,) tensors if there are none."""
     if not parts:
         empty = targets.new_zeros(0, dtype=wide)
-        return TokenStats(empty, empty, empty, empty.bool(), empty, targets, empty)
-    return TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return TokenStats(empty, empty, empty, empty.bool(), empty, targets, empty, weights.loss)
+    return concatenate(parts)
 
 
 def _head_output(rows: Tensor, head: HeadWeights, buffer: Tensor | None) -> Tensor:
@@ -224,7 +230,7 @@ def score_rows(
     row_scale: Tensor | None,
     options: RowOptions,
     out: Tensor | None = None,
-    min_weight: Tensor | None = None,
+    weights: RowWeights = NO_WEIGHTS,
     log_base: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
     """Compute the statistics of rows of a head's output, and the gradient of the loss on it.
@@ -237,7 +243,7 @@ def score_rows(
         row_scale: scalar; None to compute the statistics only.
         out: (rows, vocab) in half precision on a GPU, which receives the gradient. Default: the gradient
             overwrites the tile, as on a CPU, whose products with float32 sums need it in float32.
-        min_weight: (rows,) lower bounds on the weights.
+        weights: lower bounds on the weights of the rows, and their weights in the data.
         log_base: (rows, vocab) log-probabilities of the base model, in the tile's dtype. It is overwritten.
 
     Returns:
@@ -247,8 +253,8 @@ def score_rows(
     if tile.is_cuda and tile.dtype == torch.float32 and log_base is None:
         from dft.loss.kernels import score_rows as score_rows_triton  # triton comes with CUDA builds of torch
 
-        return score_rows_triton(tile, targets, row_scale, options, out, min_weight)
-    stats, gradient = score_rows_torch(tile, targets, row_scale, options, min_weight, log_base)
+        return score_rows_triton(tile, targets, row_scale, options, out, weights)
+    stats, gradient = score_rows_torch(tile, targets, row_scale, options, weights, log_base)
     if gradient is not None and out is not None:
         gradient = out.copy_(gradient)
     return stats, gradient

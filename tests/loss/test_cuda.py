@@ -200,9 +200,10 @@ def test_training_gives_the_same_losses_with_and_without_the_fused_head(tmp_path
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.title)
 @pytest.mark.parametrize("floored", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", [(1.0, None), (2.0, 5.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_objective_matches_float64(monkeypatch, dtype, shape, floored, objective):
+def test_every_objective_matches_float64(monkeypatch, dtype, shape, floored, weighted, objective):
     monkeypatch.setitem(tiles.TILE_BYTES, "cuda", 4 * VOCAB * 7)
     monkeypatch.setattr(tiles, "GROUP_BYTES", 2 * VOCAB * 20)
     hidden, weight, bias, labels = case(dtype)
@@ -210,8 +211,10 @@ def test_every_objective_matches_float64(monkeypatch, dtype, shape, floored, obj
     other_hidden, other_weight, other_bias, _ = (tensor.detach() for tensor in case(dtype, seed=1))
     how = {"objective": objective, "num_items": 50}
     floors = 0.4 * (labels % 3 == 0).float() if floored else None
+    factors = 0.25 * (1 + labels % 4) if weighted else None
     loss, stats = linear_dft_loss(
         hidden, weight, labels, bias=bias, logit_scale=shape[0], logit_softcap=shape[1], min_weight=floors,
+        loss_weight=factors,
         base=BaseHead(other_hidden, other_weight, other_bias) if anchored else None, **how,
     )  # fmt: skip
     exact = [tensor.detach().double().cpu().requires_grad_() for tensor in (hidden, weight, bias)]
@@ -221,7 +224,8 @@ def test_every_objective_matches_float64(monkeypatch, dtype, shape, floored, obj
         shaped = [shape[1] * torch.tanh(logits / shape[1]) for logits in shaped]
     expected, expected_stats = dft_loss(
         shaped[0], labels.cpu(), base_logits=shaped[1] if anchored else None,
-        min_weight=None if floors is None else floors.cpu(), **how,
+        min_weight=None if floors is None else floors.cpu(),
+        loss_weight=None if factors is None else factors.cpu(), **how,
     )  # fmt: skip
     if objective.name != "threshold":  # rounding may move a p across the threshold
         torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-3, atol=1e-4)
@@ -241,6 +245,7 @@ def test_no_objective_synchronizes_with_the_device(name):
     how = {
         "positions": loss_positions(labels), "num_items": torch.tensor(50, device="cuda"),
         "objective": make_objective(name), "min_weight": torch.zeros(labels.shape, device="cuda"),
+        "loss_weight": torch.ones(labels.shape, device="cuda"),
     }  # fmt: skip
     linear_dft_loss(hidden, weight, labels, **how)[0].backward()  # compiles the kernels
     torch.cuda.synchronize()

@@ -13,7 +13,7 @@ from dft.loss import rows, tiles
 from dft.loss.head import inspect_head, run_base_model
 from dft.loss.objectives import OBJECTIVES, floored_potential
 from dft.loss.options import BaseHead, LossOptions
-from dft.loss.rows import RowOptions, score_rows_torch
+from dft.loss.rows import NO_WEIGHTS, RowOptions, RowWeights, score_rows_torch
 from dft.loss.schedule import AlphaSchedule, alpha_of, check_schedule, scheduled
 
 WIDTH, VOCAB = 16, 61
@@ -67,7 +67,7 @@ def test_every_objective_has_a_case():
 
 
 def batch(dtype=torch.float64, seed=0):
-    """Return (hidden, weight, bias), the same of a base model, labels, and lower bounds on weights."""
+    """Return (hidden, weight, bias), the same of a base model, labels, lower bounds and weights."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(3, 9, WIDTH, generator=generator)
     weight = 0.7 * torch.randn(VOCAB, WIDTH, generator=generator)
@@ -82,10 +82,13 @@ def batch(dtype=torch.float64, seed=0):
     )
     floors = 0.4 * (labels % 5 == 0).float()
     trained = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight, bias)]
-    return trained, base, labels, floors
+    return trained, base, labels, floors, torch.tensor([1.0, 0.3, 2.5])[labels % 3]
 
 
-def by_formula(case: Case, logits: Tensor, base: Tensor, labels: Tensor, floors: Tensor | None, total: float):
+def by_formula(
+    case: Case, logits: Tensor, base: Tensor, labels: Tensor, floors: Tensor | None, factors: Tensor | None,
+    total: float,
+):  # fmt: skip
     """Compute (loss, gradient on the logits) token by token from the formulas.
 
     The gradient is w (softmax - onehot), plus that of the KL divergence by autograd.
@@ -99,30 +102,33 @@ def by_formula(case: Case, logits: Tensor, base: Tensor, labels: Tensor, floors:
         weight = case.weight(distribution, p)
         if floors is not None:
             weight = max(weight, floors[row, column + 1].item())
+        factor = 1.0 if factors is None else factors[row, column + 1].item()
+        weight *= factor
         loss -= weight * math.log(p)
         gradient[row, column] += weight * distribution.detach()
         gradient[row, column, target] -= weight
         if case.objective.kl_weight:
             other = torch.softmax(base[row, column], -1)
             kl = (distribution * (distribution.log() - other.log())).sum()
-            loss += case.objective.kl_weight * kl.item()
-            gradient += case.objective.kl_weight * torch.autograd.grad(kl, logits)[0]
+            loss += factor * case.objective.kl_weight * kl.item()
+            gradient += factor * case.objective.kl_weight * torch.autograd.grad(kl, logits)[0]
     return loss / total, gradient / total
 
 
 @every_case
 @pytest.mark.parametrize("floored", [False, True])
-def test_loss_and_gradient_match_the_formulas(case, floored):
-    (hidden, weight, bias), base, labels, floors = batch()
+@pytest.mark.parametrize("weighted", [False, True])
+def test_loss_and_gradient_match_the_formulas(case, floored, weighted):
+    (hidden, weight, bias), base, labels, floors, factors = batch()
     logits = (hidden @ weight.t() + bias).detach().requires_grad_()
     base_logits = base.hidden @ base.weight.t() + base.bias
-    floors = floors if floored else None
+    floors, factors = floors if floored else None, factors if weighted else None
     loss, stats = dft_loss(
-        logits, labels, objective=case.objective, num_items=40, min_weight=floors,
+        logits, labels, objective=case.objective, num_items=40, min_weight=floors, loss_weight=factors,
         base_logits=base_logits if case.objective.kl_weight else None,
     )  # fmt: skip
     loss.backward()
-    expected, gradient = by_formula(case, logits, base_logits, labels, floors, 40)
+    expected, gradient = by_formula(case, logits, base_logits, labels, floors, factors, 40)
     assert loss.item() == pytest.approx(expected, rel=1e-10)
     torch.testing.assert_close(logits.grad, gradient, rtol=1e-9, atol=1e-12)
     assert (stats.kl.sum() > 0) == (case.objective.kl_weight > 0)
@@ -134,9 +140,9 @@ def test_loss_and_gradient_match_the_formulas(case, floored):
 def test_the_fused_head_matches_the_logits(monkeypatch, case, dtype, close, shape):
     monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 4 * VOCAB * 4)  # several tiles
     monkeypatch.setattr(rows, "CACHED_BYTES", 4 * VOCAB * 3)
-    trained, base, labels, floors = batch(dtype)
+    trained, base, labels, floors, factors = batch(dtype)
     anchored = case.objective.kl_weight > 0
-    how = {"objective": case.objective, "min_weight": floors, "num_items": torch.tensor(40)}
+    how = {"objective": case.objective, "min_weight": floors, "loss_weight": factors, "num_items": 40.0}
     loss, stats = linear_dft_loss(
         trained[0], trained[1], labels, bias=trained[2], logit_scale=shape[0], logit_softcap=shape[1],
         base=base if anchored else None, **how,
@@ -161,7 +167,8 @@ def test_the_fused_head_matches_the_logits(monkeypatch, case, dtype, close, shap
 @every_case
 @pytest.mark.parametrize("shape", [(1.0, None), (-0.5, None), (2.0, 5.0)])
 @pytest.mark.parametrize("floored", [False, True])
-def test_the_kernel_matches_plain_torch(monkeypatch, case, shape, floored):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_kernel_matches_plain_torch(monkeypatch, case, shape, floored, weighted):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("test_cuda.py runs the kernel itself")
@@ -174,16 +181,59 @@ def test_the_kernel_matches_plain_torch(monkeypatch, case, shape, floored):
     tile = 3 * torch.randn(7, VOCAB, generator=generator)
     targets = torch.randint(VOCAB, (7,), generator=generator)
     floors = 0.4 * (targets % 2 == 0).float() if floored else None
+    weights = RowWeights(floors, 0.5 + targets % 3 if weighted else None)
     row_scale, options = torch.tensor(0.37), RowOptions(case.objective, *shape)
-    exact_floors = None if floors is None else floors.double()
-    expected, gradient = score_rows_torch(tile.double(), targets, row_scale.double(), options, exact_floors)
+    expected, gradient = score_rows_torch(tile.double(), targets, row_scale.double(), options, weights)
     for out in (None, torch.empty(7, VOCAB)):
-        stats, actual = kernels.score_rows(tile.clone(), targets, row_scale, options, out, floors)
+        stats, actual = kernels.score_rows(tile.clone(), targets, row_scale, options, out, weights)
         torch.testing.assert_close(actual.double(), gradient, rtol=1e-5, atol=2e-6)
-        for value, reference in zip(stats, expected, strict=True):
+        for value, reference in zip(stats[:-1], expected[:-1], strict=True):
             torch.testing.assert_close(value.double(), reference.double(), rtol=1e-5, atol=2e-5)
-    alone, none = kernels.score_rows(tile.clone(), targets, None, options, None, floors)
+    alone, none = kernels.score_rows(tile.clone(), targets, None, options, None, weights)
     assert none is None and torch.equal(alone.weight, stats.weight)
+
+
+@every_case
+@pytest.mark.parametrize("fused", [False, True])
+def test_data_weights_multiply_what_a_token_adds_to_the_loss(case, fused):
+    """Tokens of weight 0 equal unsupervised ones at the same N, and half the weight is half the gradient."""
+    (hidden, weight, bias), base, labels, _, _ = batch()
+    base = base if case.objective.kl_weight else None
+
+    def gradients(labels, factors):
+        inputs = [tensor.detach().clone().requires_grad_() for tensor in (hidden, weight, bias)]
+        how = {"objective": case.objective, "num_items": 40, "loss_weight": factors}
+        if fused:
+            loss, _ = linear_dft_loss(inputs[0], inputs[1], labels, bias=inputs[2], base=base, **how)
+        else:
+            base_logits = None if base is None else base.hidden @ base.weight.t() + base.bias
+            logits = inputs[0] @ inputs[1].t() + inputs[2]
+            loss, _ = dft_loss(logits, labels, base_logits=base_logits, **how)
+        loss.backward()
+        return [loss.detach(), *(tensor.grad for tensor in inputs)]
+
+    chosen = labels % 2 == 0
+    of_chosen, of_others = labels.masked_fill(~chosen, -100), labels.masked_fill(chosen, -100)
+    without = gradients(labels, chosen.double())
+    for value, expected in zip(without, gradients(of_chosen, None), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+    mixed = gradients(labels, 0.5 + 0.5 * chosen.double())
+    rest = gradients(of_others, None)
+    for value, full, half in zip(mixed, without, rest, strict=True):
+        torch.testing.assert_close(value, full + 0.5 * half, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("largest", [1.0, 50.0, 1e5])
+def test_large_data_weights_do_not_overflow_float16(largest):
+    (hidden, weight, _), _, labels, _, factors = batch(torch.float16)
+    loss, _ = linear_dft_loss(hidden, weight, labels, num_items=40, loss_weight=largest * factors)
+    loss.backward()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    linear_dft_loss(*exact, labels, num_items=40, loss_weight=factors)[0].backward()
+    if largest * exact[1].grad.abs().max() < torch.finfo(torch.float16).max:  # the gradient itself fits
+        error = (weight.grad.double() / largest - exact[1].grad).norm()
+        assert error < 5e-3 * exact[1].grad.norm()
+        assert hidden.grad.isfinite().all()
 
 
 @every_case
@@ -231,7 +281,7 @@ def test_unknown_objectives_and_parameters_raise():
 
 
 def test_incompatible_arguments_raise():
-    (hidden, weight, _), base, labels, floors = batch()
+    (hidden, weight, _), base, labels, floors, _ = batch()
     with pytest.raises(ValueError, match=r"alpha 0.5 and the objective Sft\(\) both set the token weight"):
         linear_dft_loss(hidden, weight, labels, alpha=0.5, objective=make_objective("sft"))
     with pytest.raises(ValueError, match="needs the logits or hidden states of a base model"):
@@ -241,12 +291,12 @@ def test_incompatible_arguments_raise():
     wrong = base._replace(weight=base.weight[1:])
     with pytest.raises(ValueError, match="the base's hidden must be"):
         linear_dft_loss(hidden, weight, labels, objective=make_objective("asft"), base=wrong)
-    for loss in (
-        lambda: linear_dft_loss(hidden, weight, labels, min_weight=floors[:, 1:]),
-        lambda: dft_loss(hidden @ weight.t(), labels, min_weight=floors[:, 1:]),
-    ):
-        with pytest.raises(ValueError, match=r"min_weight must be \(batch, seq\) like the labels"):
-            loss()
+    for name in ("min_weight", "loss_weight"):
+        wrong = {name: floors[:, 1:]}
+        with pytest.raises(ValueError, match=rf"{name} must be \(batch, seq\) like the labels"):
+            linear_dft_loss(hidden, weight, labels, **wrong)
+        with pytest.raises(ValueError, match=rf"{name} must be \(batch, seq\) like the labels"):
+            dft_loss(hidden @ weight.t(), labels, **wrong)
 
 
 def test_tokens_that_both_models_exclude_do_not_change_the_kl():
@@ -263,7 +313,9 @@ def test_tokens_that_both_models_exclude_do_not_change_the_kl():
     assert logits.grad.isfinite().all()
     tile, log_base = logits.detach()[0, :1].clone(), torch.log_softmax(base, -1)[0, :1].clone()
     row_scale = torch.tensor(1.0, dtype=torch.float64)
-    stats, gradient = score_rows_torch(tile, labels[0, 1:], row_scale, RowOptions(objective), None, log_base)
+    stats, gradient = score_rows_torch(
+        tile, labels[0, 1:], row_scale, RowOptions(objective), NO_WEIGHTS, log_base
+    )
     torch.testing.assert_close(gradient, logits.grad[0, :1])
 
 
