@@ -53,6 +53,8 @@ ADDED_TOKEN = re.compile(r"</?(?:think|tool_call|tool_response)>")
 OUTCOMES = ("exact", "refused", "wrong")
 MAX_NAMED = 6
 """Number of conversations that are named with each reason."""
+MAX_REASON = 90
+"""Number of characters of a reason that are printed."""
 SECONDS = 180.0
 """Time that all conversations of one template may take together."""
 
@@ -213,8 +215,11 @@ def describe(fault: Fault) -> str:
 
 
 def reason_kind(reason: str) -> str:
-    """Return a reason without what differs from one conversation to the next."""
-    return re.sub(r"messages\[\d+\](?: and messages\[\d+\])?", "a turn", re.split(r"; | \(", reason)[0])[:160]
+    """Return a reason without its remedy and what differs from one conversation to the next."""
+    kind = re.split(r"; | \(|, in the prompt of ", reason)[0]
+    kind = re.sub(r"^messages\[\d+\](?: and messages\[\d+\])?: |^the chat template ", "", kind)
+    kind = re.sub(r"messages\[\d+\]", "a turn", kind.removeprefix("the chat template "))
+    return re.sub(r", but writes .* after this one", "", kind)[:MAX_REASON]
 
 
 def table(pairs: list[Pair]) -> str:
@@ -232,7 +237,9 @@ def table(pairs: list[Pair]) -> str:
         reasons = Counter(reason_kind(pair.reason) for pair in refused)
         cells = [family, len({pair.template for pair in items}), counts["exact"], counts["refused"]]
         cells += [sum(pair.avoidable for pair in refused), counts["wrong"]]
-        cells.append("; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(2)))
+        cells.append(
+            "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(2)).replace("|", "\\|")
+        )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

@@ -123,10 +123,17 @@ def test_time_limit_ends_with_its_context():
 def test_table_has_a_line_for_each_family():
     pairs = [
         Pair("a1", "A", "question", "exact", "", False),
-        Pair("a2", "A", "question", "refused", "messages[3]: no tools; remove them", True),
+        Pair(
+            "a2",
+            "A",
+            "question",
+            "refused",
+            "messages[3]: the chat template ends with <|x|>; put it",
+            True,
+        ),
         Pair("b", "B", "question", "wrong", "messages[1]: wrong context (x)", False),
     ]
     assert table(pairs).splitlines()[2:] == [
-        "| A | 2 | 1 | 1 | 1 | 0 | a turn: no tools (1) |",
+        "| A | 2 | 1 | 1 | 1 | 0 | ends with <\\|x\\|> (1) |",
         "| B | 1 | 0 | 0 | 0 | 1 |  |",
     ]
