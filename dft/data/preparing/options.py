@@ -1,7 +1,7 @@
 """Options of the data preparation."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from dft.bounds import Bounds
 
@@ -48,8 +48,12 @@ class DataOptions:
             "uses half of its conversations, 2 uses all of them twice. Default: 1 for each."
         },
     )
-    dedup: bool = field(
-        default=False, metadata={"help": "Drop conversations whose tokens equal those of an earlier one."}
+    dedup: Literal[False, True, "near"] = field(
+        default=False,
+        metadata={
+            "help": "Drop conversations whose tokens equal those of an earlier one (True), or that also "
+            "share most of their text with an earlier one (near)."
+        },
     )
     columns: list[str] = field(
         default_factory=list,

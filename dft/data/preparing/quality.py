@@ -1,13 +1,13 @@
 """Warnings about data that can be trained on, but probably should not be as it is."""
 
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dft.data.preparing.encoded_sequences import EncodedSequences
-from dft.data.preparing.traits import HASHES, SCRIPTS, Flag
+from dft.data.preparing.near_duplicates import has_near_twin
+from dft.data.preparing.traits import SCRIPTS, Flag
 
 MINIMUM = 20
 """Number of conversations below which shares mean nothing."""
@@ -16,12 +16,6 @@ MIN_CUT_TOKENS, MIN_CUT_CHARACTERS = 64, 200
 """Length below which answers of the same length are no sign of a limit."""
 MIN_REPEATED_CHARACTERS = 20
 """Length below which repeated answers are ordinary, such as the answers to yes/no questions."""
-BANDS = 4
-"""Parts of a signature. Conversations of which one part is equal are compared."""
-NEARLY_EQUAL = 0.8
-"""Share of equal entries of the signatures from which conversations count as nearly equal."""
-MAX_BUCKET = 50
-"""Number of training conversations with an equal part of the signature that are compared."""
 
 
 class Warned(NamedTuple):
@@ -138,25 +132,6 @@ def _repeated_answers(train: EncodedSequences) -> Iterator[Warned]:
 
 def _nearly_equal(train: EncodedSequences, held_out: EncodedSequences) -> Iterator[Warned]:
     """Yield a warning about evaluation conversations that are nearly equal to one for training."""
-    rows = HASHES // BANDS
-    train_signatures, signatures = train.traits["signature"], held_out.traits["signature"]
-    is_near = np.zeros(len(held_out), dtype=bool)
-    for start in range(0, HASHES, rows):
-        band = slice(start, start + rows)
-        wanted: dict[bytes, list[int]] = defaultdict(list)
-        for index in np.flatnonzero(~is_near).tolist():
-            wanted[signatures[index, band].tobytes()].append(index)
-        keys = np.ascontiguousarray(train_signatures[:, band]).view(f"V{4 * rows}")[:, 0]
-        shared = np.flatnonzero(np.isin(keys, np.array([*wanted], dtype=f"V{4 * rows}")))
-        seen: dict[bytes, int] = defaultdict(int)
-        for candidate in shared:
-            key = keys[candidate].tobytes()
-            seen[key] += 1
-            if seen[key] > MAX_BUCKET:
-                continue
-            for index in wanted[key]:
-                equal = np.mean(train_signatures[candidate] == signatures[index])
-                is_near[index] |= bool(equal >= NEARLY_EQUAL)
-    members = np.flatnonzero(is_near)
+    members = np.flatnonzero(has_near_twin(held_out.traits["signature"], train.traits["signature"]))
     if len(members):
         yield Warned("evaluation conversations are nearly equal to one for training", "eval", members)

@@ -6,6 +6,7 @@ import numpy as np
 
 from dft.data.preparing.conversation_counts import ConversationCounts
 from dft.data.preparing.encoded_sequences import EncodedSequences
+from dft.data.preparing.near_duplicates import near_repeats
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.packing import pack
 from dft.errors import UserError
@@ -64,6 +65,8 @@ def select(
     if options.dedup:
         before = _count_all(train, held_out)
         train, held_out = drop_duplicates(train), drop_duplicates(held_out)
+        if options.dedup == "near":
+            train, held_out = drop_near_duplicates(train), drop_near_duplicates(held_out)
         repeated = before - _count_all(train, held_out)
     if len(held_out):
         is_shared = np.isin(held_out.token_digests, train.token_digests)
@@ -116,6 +119,15 @@ def drop_duplicates(encoded: EncodedSequences) -> EncodedSequences:
     _, first, number = np.unique(encoded.label_digests, return_index=True, return_inverse=True)
     first_conversations = encoded.conversations[first]  # all sequences of a conversation share one digest
     return encoded.take(encoded.conversations == first_conversations[number])
+
+
+def drop_near_duplicates(encoded: EncodedSequences) -> EncodedSequences:
+    """Return the sequences of conversations that share less text with each earlier one that is returned."""
+    if not len(encoded):
+        return encoded
+    _, first, number = np.unique(encoded.conversations, return_index=True, return_inverse=True)
+    is_repeat = near_repeats(encoded.traits["signature"][first])
+    return encoded.take(~is_repeat[number])
 
 
 def hold_out(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dft.data.preparing.near_duplicates import has_near_twin, near_repeats
 from dft.data.preparing.traits import Markers, signatures
 from dft.report.terminal.data import data_summary
 from tests.data.rows import Row, conversation, numbered
@@ -106,6 +107,42 @@ def test_evaluation_conversations_nearly_equal_to_training_are_a_warning(prepare
     assert warnings_of(prepared, long, held_out) == [
         ("evaluation conversations are nearly equal to one for training", 3, [1, 2])
     ]
+
+
+def test_near_duplicates_are_dropped_if_asked_for(prepared):
+    def long(number: int, end: str) -> Row:
+        text = " ".join(np.random.default_rng(number).permutation(WORDS * 5))
+        return conversation(text, f"{number}. {end}")
+
+    rows = [long(1, "a"), long(2, "a"), long(1, "b"), long(1, "c"), long(3, "a"), long(2, "a")]
+    for dedup, lines in ((False, [1, 2, 3, 4, 5, 6]), (True, [1, 2, 3, 4, 5]), ("near", [1, 2, 5])):
+        data = prepared(rows, max_length=512, dedup=dedup)
+        train = data.datasets["train"]
+        assert [train.origins(row)[0][1] for row in range(len(train))] == lines
+        assert data.report["repeated_conversations_dropped"] == 6 - len(lines)
+
+
+def test_near_duplicates_are_found_as_by_comparing_all_pairs():
+    generator = np.random.default_rng(0)
+    found = generator.integers(0, 2**32, (300, 16), dtype=np.uint32)
+    for index in range(100, 300, 2):  # copies that differ in 0 to 5 of 16 entries
+        found[index] = found[generator.integers(0, 100)]
+        found[index, generator.permutation(16)[: index % 6]] = 7 * index
+    repeats = near_repeats(found)
+    kept: list[int] = []
+    for index, signature in enumerate(found):
+        near = any((found[other] == signature).mean() >= 0.8 for other in kept)
+        assert repeats[index] == near or (near and not shares_a_band(signature, found[kept]))
+        if not repeats[index]:
+            kept.append(index)
+    assert 60 < repeats.sum() < 100
+    near = has_near_twin(found[200:], found[:100])
+    assert (near <= ((found[200:, None] == found[None, :100]).mean(axis=2) >= 0.8).any(axis=1)).all()
+    assert near.sum() >= 30
+
+
+def shares_a_band(signature: np.ndarray, others: np.ndarray) -> bool:
+    return bool((others == signature).reshape(len(others), 4, 4).all(axis=2).any())
 
 
 def test_the_console_shows_each_warning_in_a_line(prepared, tmp_path):
