@@ -10,6 +10,7 @@ from transformers import TrainerState
 from dft.files import REPORT_PICTURE
 from dft.metrics import QUALITY
 from dft.report.terminal.data import data_summary
+from dft.training.checkpoints.run_settings import CHANGES
 
 PAPER = "https://arxiv.org/abs/2508.05629"
 LISTED_FLAGS = (
@@ -33,7 +34,8 @@ def saved_model_card(record: dict[str, Any], state: TrainerState, step: int, has
         step: the optimizer step of the weights, which is not the last one if the best model was loaded.
         has_picture: see `model_card`.
     """
-    log = [entry for entry in state.log_history if entry["step"] <= step]
+    # Flags that changed after a step do not concern the weights of that step.
+    log = [entry for entry in state.log_history if entry["step"] + (CHANGES in entry) <= step]
     origin = f"Saved after step {step:,} of {state.max_steps:,}."
     if step != state.global_step:
         metric = f"{record['arguments']['metric_for_best_model']} {state.best_metric:.4g}"
@@ -95,10 +97,21 @@ def model_card(
             "|---|---|",
             *rows,
             "",
+            *changed_flags(log),
             ", ".join(f"{key} {value}" for key, value in machine.items()),
             "",
         ]
     )
+
+
+def changed_flags(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a paragraph for each time that the run was resumed with other flags."""
+    lines = []
+    for entry in log:
+        if CHANGES in entry:
+            changes = [f"`{name}` from {old} to {new}" for name, (old, new) in entry[CHANGES].items()]
+            lines += [f"Changed after step {entry['step']:,}: {', '.join(changes)}.", ""]
+    return lines
 
 
 def method_text(record: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dft.console import say
 from dft.training.checkpoints.folder import reading
 from dft.training.checkpoints.optimizer_options import learning_rate
-from dft.training.checkpoints.run_settings import changes_metric
+from dft.training.checkpoints.run_settings import changes_metric, changes_record
 from dft.training.checkpoints.run_state import (
     LastStep,
     PendingEvents,
@@ -85,7 +85,12 @@ class RunEvents(TrainerCallback):
         self._run.recorder.load_training(saved.meter)
         for line in self._run.facts.differences(checkpoint.facts):
             say(line)
-        if changes_metric(checkpoint.facts.get("settings", {}), self._run.facts.settings):
+        before, now = checkpoint.facts.get("settings", {}), self._run.facts.settings
+        methods = {"objective": checkpoint.facts.get("method")}, {"objective": self._run.facts.method}
+        changes = changes_record(before | methods[0], now | methods[1], checkpoint.step) if before else None
+        if changes is not None:
+            state.log_history.append(changes)
+        if changes_metric(before, now):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         with reading(checkpoint.path):
             self._trainer.load_random_state(str(checkpoint.path))  # saves among the pending events record it

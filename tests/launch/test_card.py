@@ -65,3 +65,25 @@ def test_the_card_of_the_best_model_describes_its_weights_and_not_the_last_step(
     assert f"model       {tmp_path}, with the weights of step 2 (AutoModelForCausalLM" in printed
     last = (tmp_path / "checkpoint-6/README.md").read_text()
     assert "Saved after step 6 of 6." in last and f"| {nll[6]:.4g} |" in last
+
+
+def test_the_card_of_a_resumed_run_names_the_flags_that_changed(example, forks, tmp_path):
+    flags = {"per_device_train_batch_size": 32, "eval_data_files": None, "save_strategy": "steps"}
+    flags |= {"save_steps": 2, "report": True}
+    assert forks.run(example.words(tmp_path, **flags, max_steps=4))[0] == [0]
+    resume = {"resume_from_checkpoint": tmp_path / "checkpoint-2", "learning_rate": 1e-5, "max_steps": 6}
+    resume |= {"dft_alpha": 0.5}
+    (code,), printed = forks.run(example.words(tmp_path, **flags, **resume))
+    assert code == 0, printed
+    text = (tmp_path / "README.md").read_text()
+    changes = (
+        "Changed after step 2: `--learning_rate` from 0.002 to 1e-05, `--max_steps` from 4 to 6, `objective` "
+        "from DFT, alpha 1 to DFT, alpha 0.5."
+    )
+    assert "| learning_rate | 1e-05 |" in text and changes in text
+    assert "Changed after" not in (tmp_path / "checkpoint-2/README.md").read_text()
+    # The record is part of the state, so it outlives the next checkpoint.
+    resume |= {"resume_from_checkpoint": tmp_path / "checkpoint-4", "learning_rate": 1e-4}
+    assert forks.run(example.words(tmp_path, **flags, **resume))[0] == [0]
+    text = (tmp_path / "README.md").read_text()
+    assert changes in text and "Changed after step 4: `--learning_rate` from 1e-05 to 0.0001." in text

@@ -25,6 +25,8 @@ ADAPTIVE_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU.value, SchedulerType.GREED
 ADAPTIVE_FLAGS = ("--learning_rate", "--lr_scheduler_kwargs")
 """Flags that cannot be changed under an adaptive schedule."""
 METRIC = "--metric_for_best_model"
+CHANGES = "changed_flags"
+"""Key of an entry of the log history that holds the flags with which a run was resumed, before and after."""
 
 STATE_OF_OPTIMIZER = "the state of the optimizer would not fit"
 
@@ -196,6 +198,14 @@ def change_lines(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -
         f"{remarks.get(name, '')}"
         for name in changed_settings(before, now)
     ]
+
+
+def changes_record(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> dict[str, Any] | None:
+    """Return an entry of the log history for the settings that change after `step`; None if none does."""
+    changed = changed_settings(before, now)
+    if not changed:
+        return None
+    return {"step": step, CHANGES: {name: [_shown(before[name]), _shown(now[name])] for name in changed}}
 
 
 def changes_metric(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
