@@ -25,6 +25,37 @@ def is_launched() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
+def launch_fault() -> str | None:
+    """Describe incomplete environment variables of a launcher, such as leftovers; None if there are none.
+
+    With some of them, processes wait for others that do not exist, or train separately.
+    """
+    needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    present = [name for name in needed if name in os.environ]
+    missing = [name for name in needed if name not in os.environ]
+    if not missing or not set(present) & set(needed[:3]):
+        return None
+    return (
+        f"the environment sets {', '.join(present)}, but not {', '.join(missing)}: no launcher started this "
+        f"process; unset them (env {' '.join(f'-u {name}' for name in present)} python train_dft.py ...), or "
+        "start it with torchrun or deepspeed"
+    )
+
+
+def port_fault(error: Exception) -> str:
+    """Describe why the ranks of a run cannot connect to each other."""
+    address, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return (
+            f"port {port} of {address} is in use, probably by another run; give this one another port: "
+            "deepspeed --master_port N, torchrun --master_port N"
+        )
+    return (
+        f"rank {os.environ.get('RANK', '?')} cannot connect to {address}:{port} (MASTER_ADDR, MASTER_PORT): "
+        f"{' '.join(str(error).split())}"
+    )
+
+
 def is_main_process() -> bool:
     """Return whether this is rank 0."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -12,6 +12,7 @@ Under nohup, a run goes on when the terminal closes. torchrun itself would end t
 import signal
 import sys
 
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
@@ -28,6 +29,13 @@ if __name__ == "__main__":
         code = code if code > 0 else 128 - code
         print(f"rank {rank} (process {failure.pid}) ended with code {code}", file=sys.stderr)
         sys.exit(code)
+    except DistNetworkError as error:
+        print(
+            f"error: {' '.join(str(error).split())}; if another run uses the port, give this one another: "
+            "--master_port N",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except SignalException as stopped:
         print(f"the launcher was stopped by {stopped.sigval.name}, and has ended its ranks", file=sys.stderr)
         sys.exit(128 + stopped.sigval)

@@ -61,6 +61,14 @@ def check_steps(arguments: Arguments) -> None:
         raise UserError("--eval_steps 0: must be greater than 0; leave it out to use --logging_steps")
     if training.max_steps == 0:
         raise UserError("--max_steps 0: must be greater than 0, or -1 to train for --num_train_epochs")
+    if training.dataloader_num_workers == 0:
+        for name in ("dataloader_multiprocessing_context", "dataloader_persistent_workers"):
+            value = arguments.flags[name]
+            if value:
+                raise UserError(
+                    f"--{name} {value} concerns the processes that load batches, and there are none; add "
+                    "--dataloader_num_workers 2, or remove it"
+                )
     for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "liger_kernel_config"):
         value = vars(training)[name]
         if value is not None and not isinstance(value, dict):

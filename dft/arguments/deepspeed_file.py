@@ -110,6 +110,15 @@ def check_parts(content: dict[str, Any], flag: str) -> None:
         if kind not in vars(torch.optim):
             raise UserError(f"{flag}: DeepSpeed has no optimizer {kind!r}")
         _check_names(flag, "optimizer", params, set(), vars(torch.optim)[kind])
+    if (
+        kind is not None
+        and kind.lower() == config.MUON_OPTIMIZER
+        and content.get("zero_optimization", {}).get("stage", 0) == 3
+    ):
+        raise UserError(
+            f"{flag}: Muon under ZeRO-3 fails, or clips gradients to other norms than --max_grad_norm says; "
+            "use AdamW, or ZeRO-2"
+        )
     kind, params = _part(content, "scheduler")
     if kind is not None:
         schedulers = vars(torch.optim.lr_scheduler) | vars(lr_schedules)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from transformers import HfArgumentParser
 
 from dft.arguments.accelerate_launch import launched_flags, launched_note
@@ -21,6 +22,7 @@ from dft.arguments.training import TrainingArguments
 from dft.arguments.watch import WatchArguments
 from dft.bounds import check_bounds
 from dft.errors import UserError
+from dft.ranks import launch_fault, port_fault
 
 GROUPS = (ModelArguments, DataArguments, DFTArguments, LoraArguments, WatchArguments, TrainingArguments)
 """The dataclasses of flags, in the order of --help."""
@@ -105,6 +107,8 @@ class Parser(HfArgumentParser):
             )
         except UserError:
             raise
+        except torch.distributed.DistNetworkError as error:
+            raise UserError(port_fault(error)) from None
         except (ValueError, ImportError, OSError) as error:  # transformers raises it for invalid values
             raise UserError(" ".join(str(error).split())) from None
         for group in (
@@ -224,7 +228,14 @@ def own_flags() -> set[str]:
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """Parse this process's command line; `dft.arguments.conflicts` checks it for contradictions.
 
+    Args:
+        argv: another command line, for which the environment of this process is not checked.
+
     Raises:
-        UserError: a flag is unknown, or a value cannot be parsed or is out of range.
+        UserError: a flag is unknown, a value cannot be parsed or is out of range, or the environment is that
+            of half a launcher.
     """
+    fault = launch_fault() if argv is None else None
+    if fault is not None:
+        raise UserError(fault)
     return Parser().parse(sys.argv[1:] if argv is None else argv)

@@ -10,24 +10,39 @@ from dft.arguments.training import TrainingArguments
 from dft.errors import UserError
 from dft.training.trainer import DFTTrainer
 
-WHOLE_MODEL_OPTIMIZERS = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
-"""Optimizers that need a complete model and cannot be created for a single parameter."""
+UNSUPPORTED_OPTIMIZERS = (
+    OptimizerNames.LOMO, OptimizerNames.ADALOMO, OptimizerNames.GALORE_ADAMW_LAYERWISE,
+    OptimizerNames.GALORE_ADAMW_8BIT_LAYERWISE, OptimizerNames.GALORE_ADAFACTOR_LAYERWISE,
+    OptimizerNames.APOLLO_ADAMW_LAYERWISE,
+)  # fmt: skip
+"""Optimizers that update weights before the gradient norm of the step is known."""
 
 
 def check_optimizer(training: TrainingArguments) -> None:
     """Raise `UserError` if the optimizer or the learning-rate schedule does not accept its arguments.
 
-    Both are created for a dummy parameter. Optimizers that need a model, and --optim_target_modules, cannot
-    be checked this way.
+    Both are created for a dummy parameter. With --optim_target_modules, only the package is checked.
     """
-    if training.optim in WHOLE_MODEL_OPTIMIZERS or training.optim_target_modules:
+    flag = f"--optim {training.optim.value}"
+    if training.optim in UNSUPPORTED_OPTIMIZERS:
+        raise UserError(
+            f"{flag}: updates the weights during the backward pass, before the gradient is known to be "
+            "finite; choose another, such as adafactor or adamw_8bit, which need little memory as well"
+        )
+    if training.optim_target_modules:
+        try:
+            DFTTrainer.get_optimizer_cls_and_kwargs(training, torch.nn.Linear(1, 1))
+        except ImportError as error:
+            raise UserError(f"{flag}: {' '.join(str(error).split())}") from None
+        except ValueError:
+            pass  # the layer has no such modules
         return
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     try:
         optimizer_class, options = DFTTrainer.get_optimizer_cls_and_kwargs(training)
         optimizer = optimizer_class([parameter], **options)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"--optim {training.optim.value}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{flag}: {' '.join(str(error).split())}") from None
     try:
         transformers.get_scheduler(
             training.lr_scheduler_type,

@@ -49,6 +49,20 @@ def test_unknown_deepspeed_optimizers_are_rejected(tmp_path, monkeypatch):
     unset_hf_deepspeed_config()
 
 
+@pytest.mark.parametrize("settings", [{}, {"reduce_scatter": False}])
+def test_muon_is_rejected_under_zero3(tmp_path, monkeypatch, settings):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("dft.arguments.training.init_cpu_deepspeed", lambda: None)
+    content = {
+        "optimizer": {"type": "Muon", "params": {"lr": "auto"}},
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, **settings},
+        **AUTO,
+    }
+    with pytest.raises(UserError, match="Muon under ZeRO-3 fails, or clips gradients to other norms"):
+        checked(tmp_path, *deepspeed_file(tmp_path, **content))
+    unset_hf_deepspeed_config()
+
+
 def test_invalid_json_is_rejected(tmp_path):
     (tmp_path / "ds.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):

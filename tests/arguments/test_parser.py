@@ -1,14 +1,17 @@
 """Parsing of the command line, and flags that are invalid or contradict each other."""
 
 import json
+import socket
 
 import pytest
+import torch
 
 from dft.arguments.conflicts import check_batches
 from dft.arguments.objective import build_objective
 from dft.arguments.parser import parse_arguments
 from dft.errors import UserError
 from dft.loss.objectives import Sft
+from dft.ranks import launch_fault
 from tests.arguments.command import checked
 
 
@@ -22,6 +25,63 @@ def test_flags_are_parsed_into_their_groups(tmp_path):
     assert arguments.training.learning_rate == 2e-6
     assert arguments.training.activation_checkpointing is True
     assert arguments.training.get_warmup_steps(200) == 10
+
+
+@pytest.mark.parametrize(
+    ("present", "missing"),
+    [
+        ({"LOCAL_RANK": "0"}, "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "LOCAL_RANK"),
+    ],
+)
+def test_leftovers_of_a_launcher_are_rejected(monkeypatch, present, missing):
+    """A process would wait for ranks that do not exist, or train apart from the others."""
+    for name, value in present.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as raised:
+        parse_arguments()
+    assert f"sets {', '.join(present)}, but not {missing}: no launcher started this" in str(raised.value)
+    for name in present:
+        assert f"-u {name} " in str(raised.value)
+    for name in (*present, *missing.split(", ")):
+        monkeypatch.setenv(name, "0")
+    assert launch_fault() is None
+    monkeypatch.undo()
+    monkeypatch.setenv("MASTER_PORT", "1")  # for a launcher to come
+    assert launch_fault() is None
+
+
+def test_a_port_in_use_is_one_error(tmp_path, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+
+        def connect() -> None:
+            torch.distributed.TCPStore("127.0.0.1", port, 2, True)
+
+        monkeypatch.setattr("dft.arguments.training.divide_cores", connect)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=rf"port {port} of 127.0.0.1 is in use, .*--master_port N"):
+            checked(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optim", "lomo"], "--optim lomo: updates the weights during the backward pass"),
+        (["--optim", "adalomo"], "--optim adalomo: updates the weights during the backward pass"),
+        (["--optim", "galore_adamw_layerwise", "--optim_target_modules", "mlp"], "during the backward pass"),
+        (["--optim", "galore_adamw", "--optim_target_modules", "mlp"], "install"),
+        (["--dataloader_multiprocessing_context", "fork"], "fork concerns the processes that load batches"),
+        (["--dataloader_persistent_workers", "True"], "add --dataloader_num_workers 2, or remove it"),
+    ],
+)
+def test_settings_that_would_fail_after_the_model_is_loaded_are_rejected(tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        checked(tmp_path, *words)
 
 
 def test_defaults(tmp_path):

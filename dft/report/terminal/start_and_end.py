@@ -80,7 +80,6 @@ def start_lines(
     training, settings = arguments.training, resolved_settings(arguments, model)
     train = report["train"]
     steps = count_optimizer_steps(training, train["rows"])
-    warmup = training.get_warmup_steps(steps)
     memory = estimate_memory(model, training, _tokens_per_micro_batch(arguments, train))
     lines = [
         f"model       {arguments.model.model_name_or_path}: {get_model_param_count(model) / 1e6:,.1f} M "
@@ -90,8 +89,7 @@ def start_lines(
         f"machine     {settings['ranks']} x {settings['device']}, {settings['parallelism']}, computes in "
         f"{settings['computes_in']}",
         f"step        {_step_size(training, train)}; {batching}",
-        f"schedule    {steps:,} optimizer steps ({warmup:,} for warm-up), "
-        f"{training.lr_scheduler_type.value}, learning rate {training.learning_rate:g}",
+        *_schedule_lines(training, steps),
         f"memory      {memory}",
         f"output      {training.output_dir}; trackers: {', '.join(training.report_to) or 'none'}",
     ]
@@ -99,6 +97,22 @@ def start_lines(
         lines.append(
             f"note        --logging_steps {training.logging_steps:g}: the run has only {steps} steps, so no "
             "training metrics are logged"
+        )
+    return lines
+
+
+def _schedule_lines(training: TrainingArguments, steps: int) -> list[str]:
+    """Return the lines on the learning-rate schedule of a run of `steps` optimizer steps."""
+    warmup, rate = training.get_warmup_steps(steps), training.learning_rate
+    kind = training.lr_scheduler_type.value
+    lines = [
+        f"schedule    {steps:,} optimizer steps ({min(warmup, steps):,} for warm-up), {kind}, learning rate "
+        f"{rate:g}"
+    ]
+    if warmup >= steps:
+        lines.append(
+            f"note        --warmup_steps {warmup}: the run has only {steps} steps, so its learning rate "
+            f"never reaches {rate:g}"
         )
     return lines
 

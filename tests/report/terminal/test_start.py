@@ -1,0 +1,20 @@
+"""Lines that are printed before the first step."""
+
+import pytest
+import transformers
+
+from dft.report.terminal.start_and_end import _schedule_lines
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "shown", "has_note"),
+    [(0, 3, 0, False), (2, 3, 2, False), (3, 3, 3, True), (10, 3, 3, True), (0.1, 20, 2, False)],
+)
+def test_a_warm_up_as_long_as_the_run_is_reported(tmp_path, warmup, steps, shown, has_note):
+    training = transformers.TrainingArguments(str(tmp_path), use_cpu=True, warmup_steps=warmup)
+    line, *notes = _schedule_lines(training, steps)
+    assert line == (f"schedule    {steps} optimizer steps ({shown} for warm-up), linear, learning rate 5e-05")
+    expected = (
+        f"--warmup_steps {warmup}: the run has only {steps} steps, so its learning rate never reaches 5e-05"
+    )
+    assert notes == ([f"note        {expected}"] if has_note else [])
