@@ -80,11 +80,13 @@ class Expected(NamedTuple):
         contexts: ids before the supervised ones, any of which is right.
         text: the prompt as text.
         completions: texts any of which may be supervised.
+        unshared: the end of the prompt that the rendering of the turn does not have.
     """
 
     contexts: list[list[int]]
     text: str
     completions: list[str]
+    unshared: str
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,8 @@ class Oracle:
         self.variables = dict(variables or {})
         self.atoms = atoms_pattern(tokenizer)
         self.added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
-        longest_first = sorted(self.added.values(), key=len, reverse=True)
+        visible = [content for content in self.added.values() if content.strip()]
+        longest_first = sorted(visible, key=len, reverse=True)
         self.added_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         stop_ids = {tokenizer.eos_token_id, *stop_token_ids}
         self.stops = {self.added[index] for index in stop_ids if index in self.added}
@@ -336,6 +339,8 @@ class Chat:
             }
             if not endings & {*end[:1], *self.oracle.stops}:
                 doubts.append(Fault(NO_STOP if end else NO_END, answer, " ".join(endings)))
+            if has_reasoning(self.turns[answer]) and self.expected[answer].unshared.strip():
+                doubts.append(Fault(CLOSED, answer, self.expected[answer].unshared))
         return doubts
 
     # Context.
@@ -403,19 +408,33 @@ class Chat:
             yield Fault(CONTINUES, index, f"{stop} in {inside!r}")
             return
         body = layout.real[start : len(layout.real) - len(layout.tail)]
-        completions = [body + ending for ending in self._endings(index, masked, layout, *end)]
+        bodies = [body, body[self._behind_shared(unshared, layout.decoration[start:]) :]]
+        endings = list(self._endings(index, masked, layout, *end))
+        completions = [text + ending for text in dict.fromkeys(bodies) for ending in endings]
         if not completions:
             yield Fault(NO_END, index, layout.tail)
             return
-        missing = [text for text in texts_of(turn) if not holds(completions[0], text)]
+        missing = [text for text in texts_of(turn) if not holds(max(completions, key=len), text)]
         if missing:
             yield Fault(LOST_IN_TURN, index, f"{missing[0]!r} is changed")
-        self.expected[index] = self._expected(index, layout, start, completions)
+        self.expected[index] = self._expected(index, layout, start, completions)._replace(unshared=unshared)
+
+    def _behind_shared(self, unshared: str, opening: str) -> int:
+        """Return where a text ends that a turn has in common with the end of its prompt, 0 if there is none.
+
+        The turn may have other text of the template before it, as if the prompt was answered twice.
+        """
+        for token in reversed([atom for atom in self.oracle.split(unshared) if len(atom) > 1]):
+            if token in opening:
+                position = opening.find(token) + len(token)
+                behind = unshared[unshared.rfind(token) + len(token) :]
+                return position + len(commonprefix([behind, opening[position:]]))
+        return 0
 
     def _expected(self, index: int, layout: Layout, start: int, completions: list[str]) -> Expected:
         if index:
             text = self.renderer.text(self.turns[:index], True)
-            return Expected([self.renderer.prompt_ids(self.turns[:index])], text, completions)
+            return Expected([self.renderer.prompt_ids(self.turns[:index])], text, completions, "")
         # There is no prompt at inference. The context is what the template writes before the turn, or what it
         # writes for an empty conversation, if that has the same header.
         text = layout.real[:start]
@@ -423,7 +442,7 @@ class Chat:
         empty = self.renderer.empty_prompt()
         if empty and self.oracle.align(empty, layout.decoration)[1] == start:
             contexts.append(self.renderer.ids(empty))
-        return Expected(contexts, text, completions)
+        return Expected(contexts, text, completions, "")
 
     def _layout(self, index: int, masked: Turn, leaves: tuple[str, ...]) -> Layout:
         """Render a turn behind the nearest earlier message whose text shows in prompt and rendering."""
@@ -475,9 +494,11 @@ class Chat:
     ) -> Iterator[str]:
         """Yield what may follow the last text of a turn up to the end of its end-of-turn token."""
         tail = layout.tail
-        if not end:  # white space behind the turn may be taught or not
+        if not end:  # what the template writes behind the turn may be taught or not
             blank = len(tail) - len(tail.lstrip())
             yield from (tail[:size] for size in range(blank + 1))
+            if any(text.startswith(tail.rstrip()) for text in self._following(index, masked, layout)):
+                yield from (tail.rstrip(), tail)
             return
         following = list(self._following(index, masked, layout))
         if is_header:
@@ -562,8 +583,10 @@ class Chat:
 
     def _cut_tokens(self, ids: list[int]) -> Iterator[Fault]:
         text = self.renderer.decode(ids)
-        whole = [token for token in self.renderer.ids(text) if token in self.oracle.added]
-        actual = [token for token in ids if token in self.oracle.added]
+        # Runs of white space can be added tokens too. A prompt may end within one.
+        visible = {token for token, content in self.oracle.added.items() if content.strip()}
+        whole = [token for token in self.renderer.ids(text) if token in visible]
+        actual = [token for token in ids if token in visible]
         if whole != actual:
             cut = [self.oracle.added[token] for token in whole if whole.count(token) != actual.count(token)]
             yield Fault(CUT, None, " ".join(dict.fromkeys(cut)))
@@ -617,7 +640,16 @@ class Chat:
         # The tokens at the border depend on both, so the completion is tokenized behind the prompt as it is.
         anchor = next(iter(self.oracle.added.values()))
         anchored = self.renderer.ids(anchor + completion)[1:]
-        return ids in (anchored, self.renderer.ids(completion))
+        alone = self.renderer.ids(completion)
+        if ids in (anchored, alone):
+            return True
+        # The prompt ends within a token, for example with a space that is part of the first word.
+        is_within = whole[: len(context)] != context
+        same_text = self.renderer.decode([*context, *ids]) == self.renderer.decode(whole)
+        return is_within and same_text and self._added(ids) == self._added(alone)
+
+    def _added(self, ids: list[int]) -> list[int]:
+        return [token for token in ids if self.oracle.added.get(token, "").strip()]
 
 
 def severity(faults: Sequence[Fault]) -> tuple[bool, int]:

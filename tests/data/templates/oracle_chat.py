@@ -208,7 +208,8 @@ class Renderer:
 
 def atoms_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Return a pattern that splits text into added tokens, tags and single characters."""
-    added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len)
+    contents = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    added = sorted((content for content in contents if content.strip()), key=len)
     return re.compile("|".join([*map(re.escape, reversed(added)), MARKUP, r"(?s:.)"]))
 
 
