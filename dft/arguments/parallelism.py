@@ -80,8 +80,9 @@ def check_deepspeed(training: transformers.TrainingArguments) -> None:
         "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     ):
         raise UserError(
-            f"{flag}: set 'stage3_gather_16bit_weights_on_model_save: true' in 'zero_optimization'; without "
-            "it no model can be saved that from_pretrained loads"
+            f"{flag}: set 'stage3_gather_16bit_weights_on_model_save: true' in 'zero_optimization' (in "
+            "accelerate's configuration, 'zero3_save_16bit_model: true'); without it no model can be saved "
+            "that from_pretrained loads"
         )
     if training.save_only_model and training.load_best_model_at_end:
         raise UserError(

@@ -173,6 +173,30 @@ def test_without_a_change_nothing_is_reported_and_the_run_is_exact(saved, tmp_pa
     assert torch.equal(weights(resumed), weights(whole)) and rates(resumed) == rates(whole)
 
 
+@pytest.mark.parametrize(
+    "schedule", ["cosine_with_restarts", "polynomial", "inverse_sqrt", "reduce_lr_on_plateau", "greedy"]
+)
+def test_every_schedule_continues_exactly_and_a_flag_beside_it_takes_effect(schedule, tmp_path, capsys):
+    """The adaptive schedules keep the learning rate that they have reached."""
+    flags = {"lr_scheduler_type": schedule, "eval_strategy": "steps", "eval_steps": 1}
+    flags |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+    if schedule == "reduce_lr_on_plateau":
+        flags["lr_scheduler_kwargs"] = {"patience": 0, "threshold": 1.0}  # reduces at every evaluation
+    data = {"eval_dataset": Dataset.from_list(ROWS)}
+    whole = trainer(tmp_path / "whole", flags, **data)
+    whole.train()
+    checkpoint = str(tmp_path / f"whole/checkpoint-{SAVED}")
+    resumed = trainer(tmp_path / "resumed", flags, **data)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert torch.equal(weights(resumed), weights(whole)) and rates(resumed) == rates(whole)
+    resumed = trainer(tmp_path / "changed", flags | {"weight_decay": 0.9}, **data)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.9
+    assert not torch.equal(weights(resumed), weights(whole))
+    if schedule == "reduce_lr_on_plateau":
+        assert rates(resumed) == rates(whole) and rates(whole)[-1] < PEAK / 100
+
+
 def test_another_split_of_the_batch_is_reported_and_gives_the_same_weights(saved, tmp_path, capsys):
     whole = trainer(tmp_path / "whole", {})
     whole.train()
