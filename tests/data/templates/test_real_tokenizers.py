@@ -122,3 +122,67 @@ def test_oracle_recognizes_sequences_that_are_off_by_a_token(model):
     assert verdict([*labels[: first - 1], ids[first - 1], *labels[first:]]) & {judge.HEADER, judge.OTHER_TEXT}
     assert verdict([*labels[:last], -100, *labels[last + 1 :]]) == {judge.NO_END_TOKEN}
     assert verdict([*labels[:first], -100, *labels[first + 1 :]]) & {judge.CONTEXT, judge.OTHER_TEXT}
+
+
+CALL = {"name": "add", "arguments": {"a": 2, "b": 2}}
+TOOL = {"name": "add", "description": "Add two numbers.", "parameters": {"type": "object", "properties": {}}}
+CALLED: dict[str, Any] = {
+    "tools": [{"type": "function", "function": TOOL}],
+    "messages": [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "reasoning_content": "Add them.", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "Four."},
+    ],
+}
+ASKED, RESULT, FINAL = CALLED["messages"][0], CALLED["messages"][2], CALLED["messages"][3]
+TALK = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": "Add.\n2, 2"},
+        {"role": "assistant", "content": "Four."},
+    ]
+}
+PARTS = [{"type": "reasoning", "value": "Add them."}, {"type": "tool_call", "value": json.dumps(CALL)}]
+BLOCKS = [
+    {"type": "thinking", "thinking": "Add them.", "signature": "x"},
+    {"type": "tool_use", "name": "add", "input": CALL["arguments"]},
+]
+OTHER_FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (TALK, {"system": "Be brief.", "instruction": "Add.", "input": "2, 2", "output": "Four.",
+            "history": [["1 + 1?", "Two."]]}),
+    (TALK, {"system": "Be brief.", "query": "Add.\n2, 2", "response": "Four.",
+            "history": [["1 + 1?", "Two."]]}),
+    (TALK, {"system": "Be brief.", "conversation": [
+        {"human": "1 + 1?", "assistant": "Two."}, {"human": "Add.\n2, 2", "assistant": "Four."}]}),
+    (TALK, {"conversations": [
+        {"from": turn["role"], "value": turn["content"]} for turn in TALK["messages"]]}),
+    (CALLED, {"tools": json.dumps([TOOL]), "messages": [
+        ASKED, {"role": "assistant", "content": PARTS}, RESULT, FINAL]}),
+    (CALLED, {"tools": [{"name": "add", "description": TOOL["description"],
+                         "input_schema": TOOL["parameters"]}],
+              "messages": [ASKED, {"role": "assistant", "content": BLOCKS},
+                           {"role": "user", "content": [{"type": "tool_result", "content": "4"}]}, FINAL]}),
+    (CALLED, {"functions": [TOOL], "conversations": [
+        {"from": "human", "value": "2 + 2?"},
+        {"from": "function_call", "value": json.dumps(CALL), "reasoning_content": "Add them."},
+        {"from": "observation", "value": "4"}, {"from": "gpt", "value": "Four."}]}),
+]  # fmt: skip
+"""Rows of other forms, each after the row of messages that it stands for."""
+
+
+@pytest.mark.parametrize("number", range(len(OTHER_FORMS)))
+def test_rows_of_every_form_are_trained_on_as_the_messages_they_stand_for(model, number):
+    _, encoder, oracle = model
+    row, other = OTHER_FORMS[number]
+    expected, result = encode(encoder, row), encode(encoder, other)
+    if isinstance(expected, BadLine):
+        assert isinstance(result, BadLine) and result.kind == expected.kind
+        assert expected.kind in ALLOWED and oracle.obstacles(row, doubts=True)
+        return
+    assert not isinstance(result, BadLine)
+    sequences = [(example.input_ids.tolist(), example.labels.tolist()) for example in result]
+    assert sequences == [(example.input_ids.tolist(), example.labels.tolist()) for example in expected]
+    assert oracle.judge(row, sequences) == []
