@@ -473,7 +473,14 @@ class Chat:
 
         The result is empty if the template ends no turn by a token.
         """
-        render, question, answer = self.renderer.text, Turn("user", "Hi"), Turn("assistant", ANSWER)
+        question, answer = Turn("user", "Hi"), Turn("assistant", ANSWER)
+
+        def render(turns: list[Turn]) -> str:
+            try:
+                return self.renderer.text(turns)
+            except Unrenderable:  # the template requires a system turn
+                return self.renderer.text([Turn("system", "Hi"), *turns])
+
         tail = after(render([question, answer]), ANSWER)
         matches = list(self.oracle.added_pattern.finditer(tail))
         if matches:
@@ -517,12 +524,16 @@ class Chat:
     def _stable(self, before: str, end: str, following: list[str]) -> Iterator[str]:
         """Yield an ending, unless the text before its token vanishes when the conversation goes on.
 
-        The token itself can be another one then, and have other white space before it.
+        The token itself can be another one then, and have other white space before it. The text before it can
+        be longer, for example by the id of a call.
         """
         shared = before.rstrip()
         for text in following:
             behind = text[len(shared) :].lstrip()
-            if text.startswith(shared) and self.oracle.added_pattern.match(behind):
+            longer = text[: max(text.find(end), 0)]
+            if (text.startswith(shared) and self.oracle.added_pattern.match(behind)) or is_inserted(
+                shared, longer
+            ):
                 yield before + end
                 return
         if not following:
@@ -660,6 +671,13 @@ def severity(faults: Sequence[Fault]) -> tuple[bool, int]:
 def has_reasoning(turn: Turn) -> bool:
     match = THINK.fullmatch(turn.content)
     return bool(turn.reasoning.strip() or (match and match["thought"].strip()))
+
+
+def is_inserted(text: str, longer: str) -> bool:
+    """Return whether a text becomes another one if something is inserted somewhere inside."""
+    longer = longer.rstrip()
+    common = len(commonprefix([text, longer])), len(commonprefix([text[::-1], longer[::-1]]))
+    return all(common) and len(text) <= min(sum(common), len(longer))
 
 
 def after(text: str, mark: str) -> str:

@@ -230,6 +230,19 @@ def test_header_ends_where_prompt_and_rendering_share_a_text_last(chatml, prompt
     assert (prompt[ends[0] :], decoration[ends[1] :]) == (cut, start)
 
 
+def test_call_that_gets_an_id_in_history_has_an_end(tokenizer_json):
+    template = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+{%- for call in m.tool_calls or [] %}{{ call.function | tojson + (']' if messages[-1] == m else ', 1]') }}
+{%- endfor %}{{ (m.content or '') + '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+    assert obstacles(tokenizer_json, template, CALLS) == []
+
+
+def test_template_that_requires_a_system_turn_has_an_end(tokenizer_json):
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML_LINES
+    assert obstacles(tokenizer_json, template, ROW) == []
+
+
 def test_corpus_is_large_and_its_names_are_known():
     assert len(CONVERSATIONS) >= 56
     assert set(PLAIN) <= set(CONVERSATIONS)
