@@ -154,7 +154,7 @@ class CompletionFinder:
             prompt, start = profile.aligner.first_start(chat, probed, probe)
         else:
             start = profile.aligner.start(chat, index, prompt, probed, probe)
-        if reasoning_of(message) and self.markers.ends_closed(start.prompt_only):
+        if prompt and index and reasoning_of(message) and self._closes_thinking(chat, index, prompt):
             raise lost(place, PROMPT_CLOSES_THINKING)
         check_rendered(place, message, probe, probed[start.position :])
         closing = probed[probe.end(probed) :]
@@ -166,6 +166,11 @@ class CompletionFinder:
             profile.frames.insert(0, Frame(probed[start.position : first], closing, end))
             del profile.frames[MAX_FRAMES:]
         return completion
+
+    def _closes_thinking(self, chat: AdaptedChat, index: int, prompt: str) -> bool:
+        """Return whether the generation prompt of a turn ends with the end of a block, such as `</think>`."""
+        base = chat.render(index)
+        return self.markers.ends_closed(prompt[self.markers.shared_prefix(prompt, base) :])
 
     def _render_probe(self, chat: AdaptedChat, index: int, probe: Probe) -> str:
         """Render a conversation up to a turn with placeholders.

@@ -114,7 +114,7 @@ class ChatTemplate:
         if len(message) == 2 and not self.roles_in_parts:
             return message  # common case: only role and content
         adapted = dict(message)
-        if any(adapted.get(name) for name in REASONING_KEYS):
+        if any(name in adapted for name in REASONING_KEYS):
             adapted = alias_reasoning(adapted)
         if adapted.get("tool_calls"):
             style = self.call_style or CallStyle()

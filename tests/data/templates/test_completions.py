@@ -177,6 +177,24 @@ def test_completion_begins_behind_the_last_tag_that_prompt_and_rendering_share(
     ]
 
 
+@pytest.mark.parametrize("template", [CLOSES_ONLY, SPACED])
+def test_inline_reasoning_after_a_prompt_that_closes_thinking_is_an_error(tokenizer_json, template):
+    encoder = encoder_of(tokenizer_json, template, eos_token=END)
+    error = error_of(encoder, talk([ASKED, turn("assistant", "<think>hm</think>a")]))
+    assert "closes the thinking block in the prompt already" in str(error)
+
+
+def test_empty_reasoning_is_passed_to_the_template_under_all_its_keys(tokenizer_json):
+    template = """{% for m in messages %}{{ '<|' + m.role + '|>' }}
+{%- if m.thinking is defined %}{{ '<think>' + m.thinking + '</think>' }}{% endif %}{{ m.content + '<|end|>' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+    encoder = encoder_of(tokenizer_json, template, eos_token=END)
+    ((example,),) = encoder.encode([talk([ASKED, turn("assistant", "a", reasoning_content="")])])
+    assert plain(example) == expected(
+        encoder.tokenizer, f"{USER}q{END}{ASSISTANT}", Supervised(f"<think></think>a{END}")
+    )
+
+
 def test_first_turn_without_a_header_is_an_error(tokenizer_json):
     template = """{% for m in messages %}{% if loop.first and m.role != 'user' %}{{ m.content + '<|end|>' }}
 {%- else %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}
