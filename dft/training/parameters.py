@@ -37,6 +37,25 @@ def compute_dtype(args: transformers.TrainingArguments, model: PreTrainedModel) 
     return model.dtype
 
 
+def freeze_unused_parts(model: PreTrainedModel) -> list[str]:
+    """Freeze the parts of a multimodal model that text does not reach. Return their names.
+
+    They never get a gradient. DeepSpeed would apply weight decay to them all the same, and FSDP could not
+    resume an optimizer without a state for them.
+    """
+    if model.config.get_text_config() is model.config:
+        return []
+    used = {id(parameter) for parameter in model.get_decoder().parameters()}
+    head = model.get_output_embeddings()
+    used.update(id(parameter) for parameter in (head.parameters() if head is not None else ()))
+    names = set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in used:
+            parameter.requires_grad_(False)
+            names.add(name.removeprefix(f"{model.base_model_prefix}.").split(".")[0])
+    return sorted(names)
+
+
 def resolve_find_unused_parameters(
     model: PreTrainedModel, training: transformers.TrainingArguments
 ) -> bool | None:

@@ -73,14 +73,8 @@ def test_files_of_the_model_are_saved_and_what_is_left_out_is_reported(example, 
 @pytest.mark.parametrize(
     ("family", "form"),
     mostly_slow(
-        [
-            (family, form)
-            for family in ("gpt2", "qwen3_moe", "gemma3")
-            for form in FORMS
-            # FSDP loads no optimizer without a state of every weight, and images never came.
-            if (family, form) != ("gemma3", "fsdp")
-        ],
-        [("qwen3_moe", "single")],
+        [(family, form) for family in ("gpt2", "qwen3_moe", "gemma3") for form in FORMS],
+        [("qwen3_moe", "single"), ("gemma3", "fsdp")],
     ),
 )
 def test_weights_that_are_converted_when_loaded_are_resumed(train, tmp_path, family, form):
@@ -109,3 +103,13 @@ def test_the_best_model_is_loaded_with_converted_weights(train, example, tmp_pat
     weights = load_file(tmp_path / "model.safetensors")
     for name, weight in load_file(best / "model.safetensors").items():
         assert torch.equal(weights[name], weight), name
+
+
+@pytest.mark.parametrize("form", mostly_slow(FORMS, ["zero3"]))
+def test_parts_that_text_does_not_reach_stay_as_they_are(train, tmp_path, form):
+    """DeepSpeed applies weight decay to weights without a gradient, too."""
+    model = train("gemma3", form, tmp_path / "run", weight_decay=0.5, learning_rate=0.1)
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "run"))
+    unchanged = {name for name, weight in before.items() if torch.equal(weight, after[name])}
+    parts = ("vision_tower.", "multi_modal_projector.")
+    assert unchanged == {name for name in before if name.startswith(parts)}

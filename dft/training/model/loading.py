@@ -27,7 +27,7 @@ from dft.training.model.weight_checks import (
     unused_weights_note,
 )
 from dft.training.model.weight_names import source_names
-from dft.training.parameters import GIB
+from dft.training.parameters import GIB, freeze_unused_parts
 from dft.training.patches import keep_source_names
 
 CONFIG_ERRORS = (ArithmeticError, LookupError)
@@ -58,6 +58,9 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
         fetch_companions(name)
         note = left_out_note(name, model, source_names(name))
         arguments.notes.extend([note] if note else [])
+        frozen = freeze_unused_parts(model)
+        if frozen:
+            arguments.notes.append(f"frozen, because text does not reach them: {', '.join(frozen)}")
     check_trained_dtype(model, arguments)
     arguments.notes.extend(dtype_notes(model, arguments))
     return model
