@@ -263,6 +263,11 @@ CASES: dict[str, Case] = {
         rows(Q, A),
         [(ASKED + "<|im_start|>system\nList your actions.<|im_end|>\n" + ASSISTANT, S("Mars." + END))],
     ),
+    "assistant first, with an instruction behind the messages": Case(
+        TRAILING_INSTRUCTION,
+        rows(A),
+        [(ASSISTANT, S("Mars." + END))],
+    ),
     "instruction behind a call without an end": Case(
         TRAILING_INSTRUCTION, rows(Q, CALL), "a turn without an end-of-turn token"
     ),

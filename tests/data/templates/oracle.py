@@ -23,6 +23,7 @@ from tests.data.templates.oracle_chat import (
     Unrenderable,
     atoms_pattern,
     holds,
+    is_visible,
     read_row,
     read_tools,
     strings_in,
@@ -205,7 +206,7 @@ class Oracle:
         self.variables = dict(variables or {})
         self.atoms = atoms_pattern(tokenizer)
         self.added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
-        visible = [content for content in self.added.values() if content.strip()]
+        visible = [content for content in self.added.values() if is_visible(content)]
         longest_first = sorted(visible, key=len, reverse=True)
         self.added_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         stop_ids = {tokenizer.eos_token_id, *stop_token_ids}
@@ -595,7 +596,7 @@ class Chat:
     def _cut_tokens(self, ids: list[int]) -> Iterator[Fault]:
         text = self.renderer.decode(ids)
         # Runs of white space can be added tokens too. A prompt may end within one.
-        visible = {token for token, content in self.oracle.added.items() if content.strip()}
+        visible = {token for token, content in self.oracle.added.items() if is_visible(content)}
         whole = [token for token in self.renderer.ids(text) if token in visible]
         actual = [token for token in ids if token in visible]
         if whole != actual:
@@ -660,7 +661,7 @@ class Chat:
         return is_within and same_text and self._added(ids) == self._added(alone)
 
     def _added(self, ids: list[int]) -> list[int]:
-        return [token for token in ids if self.oracle.added.get(token, "").strip()]
+        return [token for token in ids if is_visible(self.oracle.added.get(token, ""))]
 
 
 def severity(faults: Sequence[Fault]) -> tuple[bool, int]:

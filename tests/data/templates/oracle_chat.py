@@ -206,10 +206,15 @@ class Renderer:
         return self.tokenizer.decode(list(ids), **options)
 
 
+def is_visible(token: str) -> bool:
+    """Return whether an added token is more than a run of white space, which SentencePiece writes as "▁"."""
+    return bool(token.strip(" \t\r\n▁"))
+
+
 def atoms_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Return a pattern that splits text into added tokens, tags and single characters."""
     contents = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    added = sorted((content for content in contents if content.strip()), key=len)
+    added = sorted((content for content in contents if is_visible(content)), key=len)
     return re.compile("|".join([*map(re.escape, reversed(added)), MARKUP, r"(?s:.)"]))
 
 

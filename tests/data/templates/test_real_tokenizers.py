@@ -7,6 +7,7 @@ import json
 from typing import Any, NamedTuple
 
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from dft.data.conversations.conversation import parse_conversation
@@ -15,7 +16,7 @@ from dft.data.templates.encoder import ChatEncoder, Example
 from scripts.get_tokenizers import DEFAULT_FOLDER, PACKAGES, is_complete
 from tests.data.templates import oracle as judge
 from tests.data.templates.case_templates import CHATML
-from tests.data.templates.chat_templates import ANALYSIS, BRACKETS
+from tests.data.templates.chat_templates import ANALYSIS, BRACKETS, FAMILIES
 from tests.data.templates.corpus import CONVERSATIONS, PLAIN
 from tests.data.templates.oracle import Oracle
 
@@ -89,22 +90,47 @@ def encode(encoder: ChatEncoder, row: dict[str, Any]) -> list[Example] | BadLine
     return result
 
 
-def test_conversations_are_exact_or_refused_for_a_reason(model):
-    chosen, encoder, oracle = model
+def compare(encoder: ChatEncoder, oracle: Oracle) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Return the wrong conversations, those refused without a good reason, and the number of exact ones."""
     wrong, refused, exact = {}, {}, 0
     for name, row in CONVERSATIONS.items():
         result = encode(encoder, row)
         if isinstance(result, BadLine):
-            if name in PLAIN or result.kind not in ALLOWED or not oracle.obstacles(row, doubts=True):
+            if name in PLAIN or not oracle.obstacles(row, doubts=True):
                 refused[name] = str(result)
+            elif result.kind not in ALLOWED:
+                refused[name] = result.kind
             continue
         sequences = [(example.input_ids.tolist(), example.labels.tolist()) for example in result]
         faults = oracle.judge(row, sequences)
         exact += not faults
         if faults:
             wrong[name] = faults
+    return wrong, refused, exact
+
+
+def test_conversations_are_exact_or_refused_for_a_reason(model):
+    chosen, encoder, oracle = model
+    wrong, refused, exact = compare(encoder, oracle)
     assert (wrong, refused) == ({}, {})
     assert exact >= chosen.exact
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama2", "gemma3"])
+def test_templates_of_families_on_vocabularies_with_joint_white_space(name):
+    tokenizer = AutoTokenizer.from_pretrained(DEFAULT_FOLDER / name)
+    names = ("colon_space", "brackets", "blank_line", "parts", "nothink")
+    families = {family: FAMILIES[family] for family in names}
+    tokens = {token for family in families.values() for token in (*family.stops, *family.names.values())}
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in sorted(tokens)])
+    for family in families.values():
+        tokenizer.chat_template = family.template
+        tokenizer.add_special_tokens(family.names)
+        stops = tokenizer.convert_tokens_to_ids(list(family.stops))
+        wrong, refused, exact = compare(ChatEncoder(tokenizer, stops), Oracle(tokenizer, stops))
+        assert (wrong, refused) == ({}, {})
+        assert exact >= len(PLAIN)
 
 
 def test_oracle_recognizes_sequences_that_are_off_by_a_token(model):
