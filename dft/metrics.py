@@ -81,7 +81,8 @@ METRICS = (
         "loss",
         "The DFT loss, mean of w * nll. Not a measure of quality: it is small both for tokens the model "
         "considers hopeless and for tokens it has mastered, and with alpha 1 it is largest at p = 1/e. It "
-        "may rise while the model improves.",
+        "may rise while the model improves. Weights of the data are part of w here, in objective and in "
+        "effective_tokens; in all other metrics each supervised token counts once.",
         unit="nats",
         show=MAIN,
         selects=LOWER,

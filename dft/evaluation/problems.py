@@ -10,6 +10,7 @@ from dft.data.conversations.conversation import Conversation, parse_conversation
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.forms import append_answer, columns
 from dft.data.conversations.row_rules import RowRules
+from dft.data.conversations.row_weight import WEIGHT_COLUMNS
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.template import AdaptedChat
 from dft.errors import UserError
@@ -23,7 +24,7 @@ def problem_rules() -> RowRules:
     """
     meaningless = [column for column in MEANING_OF if column not in MEDIA]
     repeated = [column for column in ("question", "context") if column not in columns()]
-    return RowRules(ignored=(*meaningless, *repeated))
+    return RowRules(ignored=(*meaningless, *repeated, *WEIGHT_COLUMNS))
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from dft.errors import UserError
 Collator = PaddedCollator | PackedCollator | FlatCollator
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layer types whose only access to other tokens is through the attention mask."""
-COLUMNS = ("labels", "seq_lengths", "origins")
+COLUMNS = ("labels", "seq_lengths", "origins", "loss_weights")
 """Dataset columns that the collator and the loss read, regardless of what the model's forward accepts."""
-NON_MODEL_KEYS = ("labels", "num_tokens", "loss_positions", "sequence_ids", "origins")
+NON_MODEL_KEYS = ("labels", "num_tokens", "loss_positions", "sequence_ids", "origins", "loss_weights")
 """Entries of a batch that the loss and its metrics use. They are not passed to the model."""
 PROBE_LENGTHS = (7, 8)
 """Tokens of the two sequences of the isolation check; unequal, so that offsets do not cancel out."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dft.console import say
-from dft.data.batches.collator import FlatCollator, PackedCollator
+from dft.data.batches.collator import FlatCollator, PackedCollator, loss_weights_of
 from dft.errors import UserError
 from dft.loss.dft import TokenStats, normalizer
 from dft.loss.head import FusedHead, inspect_head, score_logits
@@ -164,6 +164,7 @@ class StepLoss:
             objective=objective,
             num_items=num_items,
             min_weight=self._min_weight(labels),
+            loss_weight=loss_weights_of(inputs),
             base=base,
             shifted=shifted,
             # A custom collator may change labels without updating the positions.

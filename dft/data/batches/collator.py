@@ -2,7 +2,9 @@
 
 An example holds one sequence, `input_ids` (tokens,) and `labels` (tokens,), or several concatenated
 sequences, with the number of tokens of each in `seq_lengths`. The first token of a sequence is never a
-target. An example may also have `origins`, (sequences, 2): the file number and line number of each sequence.
+target. An example may also have `origins`, (sequences, 2): the file number and line number of each sequence;
+and `loss_weights`, (tokens,) at least 0: the weight of each token in the loss. A token of weight 0 is not
+supervised.
 
 In addition to the model's inputs, every batch contains
 
@@ -10,6 +12,9 @@ In addition to the model's inputs, every batch contains
                     the CPU, so that no training step has to synchronize with the accelerator to count them.
     sequence_ids    (batch, seq) int64, the number of the sequence that each token belongs to, -1 for padding.
     origins         (sequences, 2) int64, if any example has origins; (-1, -1) for examples without.
+    loss_weights    (batch, seq) int32, if any example has weights: the bits of float32 numbers, because
+                    transformers' Trainer converts floating-point inputs to the dtype of DeepSpeed. They are 1
+                    for examples without weights. `loss_weights_of` returns the numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -154,7 +159,7 @@ def _sequence_lengths(example: Mapping[str, Any]) -> list[int]:
 def _add_bookkeeping(
     batch: dict[str, Any], examples: Sequence[Mapping[str, Any]], width: int | None
 ) -> dict[str, Any]:
-    """Add `loss_positions`, `sequence_ids` and, if any example has them, `origins` to a batch.
+    """Add `loss_positions`, `sequence_ids` and, if any example has them, `loss_weights` and `origins`.
 
     Args:
         width: number of tokens that each example is padded to; None if the examples are concatenated in one
@@ -170,6 +175,11 @@ def _add_bookkeeping(
         run_lengths += [*lengths, padding]
         sequences += len(lengths)
     ids = torch.repeat_interleave(torch.tensor(numbers), torch.tensor(run_lengths))
+    if any("loss_weights" in example for example in examples):
+        weights = [_loss_weights(example) for example in examples]
+        whole = torch.cat(weights)[None] if width is None else pad_sequence(weights, True, 1.0)
+        batch["labels"][whole == 0] = IGNORE_INDEX
+        batch["loss_weights"] = whole.view(torch.int32)
     batch |= {
         "loss_positions": loss_positions(batch["labels"]),
         "sequence_ids": ids.view_as(batch["labels"]),
@@ -177,6 +187,26 @@ def _add_bookkeeping(
     if any("origins" in example for example in examples):
         batch["origins"] = torch.cat([_origins(example) for example in examples])
     return batch
+
+
+def _loss_weights(example: Mapping[str, Any]) -> Tensor:
+    """Return the weights of the tokens of an example, (tokens,) float32."""
+    count = len(example["input_ids"])
+    if "loss_weights" not in example:
+        return torch.ones(count)
+    weights = np.array(example["loss_weights"], dtype=np.float32)
+    if weights.shape != (count,) or not (np.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError(
+            f"loss_weights of shape {weights.shape}: must be {count} numbers of at least 0, the weight of "
+            "each token; rename the column if it means something else"
+        )
+    return torch.from_numpy(weights)
+
+
+def loss_weights_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return the weights of the tokens of a batch, (batch, seq) float32, or None if it has none."""
+    weights = batch.get("loss_weights")
+    return weights.view(torch.float32) if weights is not None and weights.dtype == torch.int32 else weights
 
 
 def _origins(example: Mapping[str, Any]) -> Tensor:

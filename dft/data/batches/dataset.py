@@ -20,6 +20,9 @@ SCHEMA = pa.schema(
     }
 )
 
+WEIGHTED_SCHEMA = SCHEMA.append(pa.field("loss_weights", pa.list_(pa.float32())))
+"""Schema of data with weights other than 1. Sequences whose weights are all 1 have null there."""
+
 
 class Part(NamedTuple):
     """A sequence as a part of its conversation.
@@ -44,11 +47,12 @@ class Sequences(Dataset):
         labels       (tokens,) int32, -100 where a token is not supervised
         origins      (sequences, 2) int64, the file number and line number of each sequence
         seq_lengths  list of int, the tokens of each sequence in order; packed rows only
+        loss_weights (tokens,) float32, weight of each token in the loss; only if any of them is not 1
 
     The file is opened when the first row is read.
 
     Args:
-        path: Arrow stream of `SCHEMA`. `datasets.Dataset.from_file` can also read it.
+        path: Arrow stream of `SCHEMA` or `WEIGHTED_SCHEMA`. `datasets.Dataset.from_file` can also read it.
         order: (sequences,) indices into that file, row after row.
         offsets: (rows + 1,) row r holds `order[offsets[r]:offsets[r + 1]]`; None for one sequence per row.
         files: names of the data files, indexed by file number.
@@ -85,15 +89,30 @@ class Sequences(Dataset):
         origins = np.array(self.origins(row), dtype=np.int64)
         if self.offsets is None:
             ids, labels = self._store.sequence(self.order[row])
-            return {"input_ids": ids, "labels": labels, "origins": origins}
+            weights = self._store.loss_weights(self.order[row])
+            others = {} if weights is None else {"loss_weights": weights}
+            return {"input_ids": ids, "labels": labels, "origins": origins, **others}
         members = self.order[self.offsets[row] : self.offsets[row + 1]]
         ids, labels = zip(*map(self._store.sequence, members), strict=True)
+        lengths = [len(sequence) for sequence in ids]
         return {
             "input_ids": np.concatenate(ids),
             "labels": np.concatenate(labels),
-            "seq_lengths": [len(sequence) for sequence in ids],
+            "seq_lengths": lengths,
             "origins": origins,
+            **self._packed_weights(members, lengths),
         }
+
+    def _packed_weights(self, members: np.ndarray, lengths: list[int]) -> dict[str, np.ndarray]:
+        """Return the `loss_weights` of the sequences of a row, {} if all are 1."""
+        weights = [self._store.loss_weights(member) for member in members]
+        if all(weight is None for weight in weights):
+            return {}
+        parts = [
+            np.ones(length, dtype=np.float32) if weight is None else weight
+            for weight, length in zip(weights, lengths, strict=True)
+        ]
+        return {"loss_weights": np.concatenate(parts)}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[row] for row in range(len(self)))
@@ -144,6 +163,8 @@ class _Store:
         self.first = np.cumsum([0, *(batch.num_rows for batch in batches)])
         self.ids, self.labels, self.offsets = [], [], []
         self.parts = [(batch.column("part"), batch.column("reason")) for batch in batches]
+        has_weights = bool(batches) and "loss_weights" in batches[0].schema.names
+        self.weights = [batch.column("loss_weights") for batch in batches] if has_weights else []
         for batch in batches:
             ids, labels = batch.column("input_ids"), batch.column("labels")
             self.ids.append(ids.values.to_numpy())
@@ -169,6 +190,14 @@ class _Store:
         batch, position = self._locate(index)
         span = slice(self.offsets[batch][position], self.offsets[batch][position + 1])
         return self.ids[batch][span], self.labels[batch][span]
+
+    def loss_weights(self, index: int) -> np.ndarray | None:
+        """Return the weights of the tokens of a sequence, (tokens,) float32, or None if all are 1."""
+        if not self.weights:
+            return None
+        batch, position = self._locate(index)
+        weights = self.weights[batch][position].values
+        return None if weights is None else weights.to_numpy()
 
     def origin(self, index: int) -> tuple[int, int]:
         """Return the file number and line number of a sequence."""

@@ -82,23 +82,11 @@ def _pair(column: str, _: Any) -> str:
     )
 
 
-def _weight(column: str, value: Any) -> str:
-    return (
-        f"'{column}' is {_describe(value)}: weights of single rows are not supported; --keep_rows "
-        f"{column}=1 trains on the rows of weight 1, --ignore_columns {column} on all; --data_weights "
-        f"weighs whole files"
-    )
-
-
 def _split(column: str, value: Any) -> str:
     return (
         f"'{column}' is {_describe(value)}, so the row belongs to another part of the data; "
         f"--keep_rows {column}=VALUE takes the rows of one part, --ignore_columns {column} takes all"
     )
-
-
-def _is_weighted(value: Any, _: RowRules) -> bool:
-    return isinstance(value, bool) or value not in (1, "1", "1.0")
 
 
 def _is_other_split(value: Any, rules: RowRules) -> bool:
@@ -121,9 +109,6 @@ MEANINGS: tuple[ColumnMeaning, ...] = (
         "a preference pair",
         _is_filled,
         _pair,
-    ),
-    ColumnMeaning(
-        ("weight", "loss_weight", "loss_scale", "sample_weight"), "a weighted row", _is_weighted, _weight
     ),
     ColumnMeaning(("split",), "a row of another split", _is_other_split, _split),
 )

@@ -7,6 +7,7 @@ from dft.data.conversations.column_meanings import MEANING_OF
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.row_json import parse_list
 from dft.data.conversations.row_rules import RowLeftOut, RowRules, TurnNames
+from dft.data.conversations.row_weight import WEIGHT_COLUMNS
 
 Row = dict[str, Any]
 
@@ -50,7 +51,7 @@ def renamed_columns(columns: Iterable[str], rules: RowRules) -> list[str]:
 def _is_left_out(column: str, rules: RowRules) -> bool:
     if column in rules.ignored:
         return True
-    if not rules.mapped_only or column in MEANING_OF:
+    if not rules.mapped_only or column in MEANING_OF or column in WEIGHT_COLUMNS:
         return False
     return all(column != source for _, source in rules.columns)
 

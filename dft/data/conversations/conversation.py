@@ -16,6 +16,7 @@ from dft.data.conversations.parts import tools_in_parts
 from dft.data.conversations.preferences import take_chosen
 from dft.data.conversations.row_json import parse_json, parse_json_string
 from dft.data.conversations.row_rules import NO_RULES, RowRules
+from dft.data.conversations.row_weight import read_row_weight
 from dft.data.conversations.turns import SYSTEM_ROLES, Row, Turn, without_empty_system_turns
 from dft.strict_json import json_type_name
 
@@ -38,6 +39,7 @@ class Conversation:
         places: for each message where the row has it ("conversations[0]"); () if `messages` is the row's.
         unread: columns of the row that are not part of the conversation.
         named: columns of the row that its rules name, also those that are null.
+        weights: for each message its weight in the loss; () if all are 1.
     """
 
     messages: list[dict[str, Any]]
@@ -47,6 +49,11 @@ class Conversation:
     places: tuple[str, ...] = field(default=(), compare=False)
     unread: tuple[str, ...] = field(default=(), compare=False)
     named: tuple[str, ...] = field(default=(), compare=False)
+    weights: tuple[float, ...] = ()
+
+    def weight(self, index: int) -> float:
+        """Return the weight of a message in the loss."""
+        return self.weights[index] if self.weights else 1.0
 
     def place(self, index: int) -> str:
         """Return where the row has a message, for error messages.
@@ -74,7 +81,7 @@ def parse_conversation(text: bytes, rules: RowRules = NO_RULES) -> Conversation:
     Raises:
         BadLine: broken JSON, a wrong type, an unknown form, role or content part, an empty turn, a column
             that changes what the row means, or no supervised turn.
-        RowLeftOut: the row does not fulfil a condition of the rules.
+        RowLeftOut: the row does not fulfil a condition of the rules, or its weight is 0.
     """
     row = parse_json(text)
     if not isinstance(row, dict):
@@ -90,6 +97,7 @@ def parse_conversation(text: bytes, rules: RowRules = NO_RULES) -> Conversation:
     form = find_form(row)
     if form is None:
         raise no_form(row)
+    row_weight = read_row_weight(row) if len(row) > 1 else 1.0
     turns = _add_system(row, without_empty_system_turns(form.read(row)))
     if not any(turn.message["role"] == "assistant" for turn in turns):
         raise BadLine("no assistant turn, so there is nothing to learn from", "no assistant turn")
@@ -104,11 +112,19 @@ def parse_conversation(text: bytes, rules: RowRules = NO_RULES) -> Conversation:
         tuple(turn.place for turn in turns),
         unread=left_out + (unread_columns(row, form) if len(row) > 1 else ()),
         named=named,
+        weights=_weights(turns, row_weight),
     )
     # In valid UTF-8, an unpaired surrogate can only appear as an escape.
     if SURROGATE_ESCAPE.search(text):
         _check_surrogates(conversation)
     return conversation.last_turn_only() if last_only else conversation
+
+
+def _weights(turns: list[Turn], row_weight: float) -> tuple[float, ...]:
+    """Return the weights of turns in a row with a weight, () if all are 1."""
+    if row_weight == 1 and all(turn.weight == 1 for turn in turns):
+        return ()
+    return tuple(row_weight * turn.weight for turn in turns)
 
 
 def _apply_rules(row: Row, rules: RowRules) -> tuple[Row, tuple[str, ...], bool]:

@@ -13,6 +13,7 @@ from dft.data.conversations.query_response import QUERY_RESPONSE
 from dft.data.conversations.question_answer_pairs import QUESTION_ANSWER_PAIRS
 from dft.data.conversations.row_form import RowForm
 from dft.data.conversations.row_rules import RowRules
+from dft.data.conversations.row_weight import WEIGHT_COLUMNS
 from dft.data.conversations.sharegpt import SHAREGPT
 from dft.data.conversations.turns import Row
 from dft.strict_json import shorten
@@ -26,7 +27,7 @@ FORMS: tuple[RowForm, ...] = (
     PROMPT_COMPLETION,
 )
 """All row forms. A row that has the keys of several forms is an error."""
-SHARED_COLUMNS = ("tools", "functions", "system", "chat_template_kwargs")
+SHARED_COLUMNS = ("tools", "functions", "system", "chat_template_kwargs", *WEIGHT_COLUMNS)
 """Columns that a row of any form may have."""
 TEXT_COLUMNS = ("text", "content", "raw_content")
 """Columns in which pretraining data holds its text."""

@@ -110,7 +110,8 @@ def _pair_keys(turn: dict[str, Any]) -> tuple[str, str] | None:
 
 def _continues(previous: Turn, message: Turn) -> bool:
     """Return whether tool calls written as a separate turn belong to the assistant turn before them."""
-    return previous.message["role"] == "assistant" and previous.is_supervised == message.is_supervised
+    same = previous.is_supervised == message.is_supervised and previous.weight == message.weight
+    return previous.message["role"] == "assistant" and same
 
 
 def _read_turn(where: str, turn: Any, is_sharegpt: bool) -> Turn:

@@ -15,7 +15,9 @@ SYSTEM_ROLES = ("system", "developer")
 SWITCHES = ("train", "loss")
 """Keys of a message that say whether it is supervised."""
 WEIGHTS = ("weight", "loss_weight", "loss_scale")
-"""Keys of a message with the weight of its loss, of which only 0 and 1 are supported."""
+"""Keys of a message with its weight in the loss."""
+MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
+"""Range of weights besides 0. A larger or smaller number is hardly meant as a weight."""
 ARGUMENT_KEYS = ("arguments", "parameters", "input")
 """Keys under which a tool call may hold its arguments. The first one that is present is used."""
 MEDIA = {
@@ -40,11 +42,13 @@ class Turn(NamedTuple):
         message: an object with `role` and `content`.
         is_supervised: whether it is supervised.
         place: where the row has it ("messages[0]"), for error messages.
+        weight: its weight in the loss, above 0.
     """
 
     message: dict[str, Any]
     is_supervised: bool
     place: str
+    weight: float = 1.0
 
 
 def append_answer(row: Row, key: str, answer: str, is_answer: Callable[[dict[str, Any]], bool]) -> Row | None:
@@ -100,7 +104,7 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
     if len(message) == 2 and isinstance(content, str) and content.strip():
         return Turn(message, role == "assistant", where)  # fast path: most turns have no other keys
     _check_meanings(where, message)
-    supervised = _pop_supervision(where, role, message)
+    weight = _pop_weight(where, role, message)
     if "function_call" in message:  # the key used by OpenAI's format before 'tool_calls'
         message["tool_calls"] = [message.pop("function_call")]
     if isinstance(content, list):
@@ -120,7 +124,7 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
         if others := [key for key, value in message.items() if value and key not in ("role", "content")]:
             raise BadLine(f"{where}: empty {role} turn with {shorten(sorted(others))}", "empty turn")
         message["content"] = ""
-    return Turn(message, supervised, where)
+    return Turn(message, weight > 0, where, weight or 1.0)
 
 
 def without_empty_system_turns(turns: list[Turn]) -> list[Turn]:
@@ -163,8 +167,8 @@ def _has_reasoning(where: str, message: dict[str, Any]) -> bool:
     return has_reasoning
 
 
-def _pop_supervision(where: str, role: str, message: dict[str, Any]) -> bool:
-    """Remove the keys that say whether a message is supervised. Return whether it is."""
+def _pop_weight(where: str, role: str, message: dict[str, Any]) -> float:
+    """Remove the keys about the supervision of a message. Return its weight, 0 if it is not supervised."""
     switches = {key: message.pop(key) for key in SWITCHES if key in message}
     weights = {key: message.pop(key) for key in WEIGHTS if key in message}
     for key, value in switches.items():
@@ -177,15 +181,25 @@ def _pop_supervision(where: str, role: str, message: dict[str, Any]) -> bool:
                 f"wrong '{key}'",
             )
     for key, value in weights.items():
-        if isinstance(value, bool) or value not in (0, 1):
-            raise BadLine(f"{where}: '{key}' must be 0 or 1, got {shorten(value)}", f"wrong '{key}'")
+        check_weight(f"{where}: '{key}'", key, value)
     if role != "assistant":
-        return False
+        return 0
     values = {**switches, **weights}
-    if len({bool(value) for value in values.values()}) > 1:
+    if len({bool(value) for value in values.values()}) > 1 or len({*weights.values()}) > 1:
         texts = [f"'{key}' is {json.dumps(value)}" for key, value in values.items()]
         raise BadLine(f"{where}: {' but '.join(texts)}", f"wrong '{next(iter(values))}'")
-    return all(values.values())
+    return float(next(iter(weights.values()), all(switches.values())))
+
+
+def check_weight(where: str, key: str, value: Any) -> None:
+    """Raise `BadLine` unless a value is a weight: 0, or a number from `MIN_WEIGHT` to `MAX_WEIGHT`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (value == 0 or MIN_WEIGHT <= value <= MAX_WEIGHT):
+        raise BadLine(
+            f"{where} must be a weight: 0, or a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:,.0f}, got "
+            f"{shorten(value)}",
+            f"wrong '{key}'",
+        )
 
 
 def _normalize_tool_calls(where: str, message: dict[str, Any]) -> bool:

@@ -89,8 +89,10 @@ class EncodedChunk:
         lines: (sequences,) int64, line number of the record.
         parts: (sequences,) int32, index of each sequence in its conversation.
         reasons: for each sequence why it does not continue the previous one of its conversation, or "".
+        loss_weights: for each sequence the weight of each of its tokens, (tokens,) float32, or None if all
+            are 1.
         token_digests: (sequences,) digest of the token ids of the whole conversation.
-        label_digests: (sequences,) digest of the token ids and labels of the whole conversation.
+        label_digests: (sequences,) digest of its token ids, labels and weights.
         traits: (sequences,) traits of the conversation, see `dft.data.preparing.traits`.
         rejected: the unusable records.
         counts: counts of what happened to the records.
@@ -104,6 +106,7 @@ class EncodedChunk:
     lines: np.ndarray
     parts: np.ndarray
     reasons: list[str]
+    loss_weights: list[np.ndarray | None]
     token_digests: np.ndarray
     label_digests: np.ndarray
     traits: np.ndarray
@@ -248,13 +251,15 @@ def _count(
 
 
 def _conversation_digests(examples: list[Example]) -> tuple[bytes, bytes]:
-    """Return a digest of the token ids of a conversation, and one of its token ids and labels."""
+    """Return a digest of the token ids of a conversation, and one of its token ids, labels and weights."""
     tokens = blake2b(digest_size=np.dtype(DIGEST_DTYPE).itemsize)
     for example in examples:
         tokens.update(len(example.input_ids).to_bytes(8, "little") + example.input_ids.tobytes())
     labels = tokens.copy()
     for example in examples:
         labels.update(example.labels.tobytes())
+        if example.loss_weights is not None:
+            labels.update(example.loss_weights.tobytes())
     return tokens.digest(), labels.digest()
 
 
@@ -284,6 +289,7 @@ def _concatenate(
         per_sequence([item.line for item in conversations], np.int64),
         np.concatenate([np.arange(count, dtype=np.int32) for count in repeats] or empty),
         [reason for item in conversations for reason in item.reasons],
+        [example.loss_weights for example in examples],
         per_sequence([item.token_digest for item in conversations], DIGEST_DTYPE),
         per_sequence([item.label_digest for item in conversations], DIGEST_DTYPE),
         np.repeat(traits, repeats),

@@ -9,6 +9,7 @@ from dft.data.preparing.encoded_sequences import EncodedSequences
 from dft.data.preparing.packing import density
 from dft.data.preparing.quality import find_warnings
 from dft.data.preparing.selection import Split, UnusedCounts
+from dft.data.preparing.weight_counts import count_weights
 
 PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 100)
 HISTOGRAM_BINS = 20
@@ -92,6 +93,8 @@ def _split_report(split: Split, max_length: int) -> dict[str, Any]:
         "rows": len(encoded),
         "files": _split_counts_by_file(encoded),
     }
+    if (weights := count_weights(encoded)) is not None:
+        report["loss_weights"] = weights
     if split.offsets is not None:
         rows = len(split.offsets) - 1
         report |= {"rows": rows, "packing_density": density(encoded.lengths, rows, max_length)}

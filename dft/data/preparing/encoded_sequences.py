@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from dft.data.batches.dataset import SCHEMA
+from dft.data.batches.dataset import SCHEMA, WEIGHTED_SCHEMA
 from dft.data.preparing.chunk import DIGEST_DTYPE, EncodedChunk
 from dft.data.preparing.traits import TRAITS_DTYPE
 
@@ -19,11 +19,11 @@ class EncodedSequences:
     """Sequences stored in an Arrow file, described by arrays with one element per sequence.
 
     Attributes:
-        path: Arrow stream of `dft.data.batches.dataset.SCHEMA`.
+        path: Arrow stream of `SCHEMA` or `WEIGHTED_SCHEMA` of `dft.data.batches.dataset`.
         rows: index into that file.
         conversations: number of the conversation that the sequence comes from.
         token_digests: digest of the token ids of that conversation; equal for equal conversations.
-        label_digests: digest of its token ids and labels.
+        label_digests: digest of its token ids, labels and weights.
         traits: its traits, see `dft.data.preparing.traits`.
         sources: file number.
         lines: line number.
@@ -74,13 +74,20 @@ class SequenceWriter:
         }
 
     def __enter__(self) -> "SequenceWriter":
-        self.sink = pa.OSFile(str(self.path), "wb")
-        self.stream = pa.ipc.new_stream(self.sink, SCHEMA)
+        self._open(SCHEMA)
         return self
+
+    def _open(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self.sink = pa.OSFile(str(self.path), "wb")
+        self.stream = pa.ipc.new_stream(self.sink, schema)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self._flush()
+        self._close()
+
+    def _close(self) -> None:
         self.stream.close()
         self.sink.close()
 
@@ -118,8 +125,25 @@ class SequenceWriter:
                 np.concatenate([chunk.parts for chunk in chunks]),
                 [reason for chunk in chunks for reason in chunk.reasons],
             ]
-            self.stream.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            weights = [sequence for chunk in chunks for sequence in chunk.loss_weights]
+            if self.schema is SCHEMA and any(sequence is not None for sequence in weights):
+                self._add_weights()
+            if self.schema is WEIGHTED_SCHEMA:
+                columns.append(pa.array(weights, type=pa.list_(pa.float32())))
+            self.stream.write_batch(pa.record_batch(columns, schema=self.schema))
         self.pending, self.pending_tokens = [], 0
+
+    def _add_weights(self) -> None:
+        """Add the column of weights to the batches that have been written without it."""
+        self._close()
+        earlier = self.path.with_suffix(".unweighted")
+        self.path.rename(earlier)
+        self._open(WEIGHTED_SCHEMA)
+        with pa.memory_map(str(earlier)) as source, pa.ipc.open_stream(source) as reader:
+            for batch in reader:
+                weights = pa.nulls(batch.num_rows, type=pa.list_(pa.float32()))
+                self.stream.write_batch(pa.record_batch([*batch.columns, weights], schema=WEIGHTED_SCHEMA))
+        earlier.unlink()
 
     def result(self) -> EncodedSequences:
         """Return all sequences written."""

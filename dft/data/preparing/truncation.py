@@ -40,7 +40,10 @@ def truncate(example: Example, options: PrepareOptions, counts: ConversationCoun
     if not after:
         return None
     endings = tuple(ending for ending, is_left in zip(example.endings, complete, strict=True) if is_left)
-    return Example(example.input_ids[start : start + limit], labels, endings, example.ends[complete] - start)
+    weights = example.loss_weights
+    weights = None if weights is None else weights[start : start + limit]
+    ids, ends = example.input_ids[start : start + limit], example.ends[complete] - start
+    return Example(ids, labels, endings, ends, weights)
 
 
 def count_supervised(labels: np.ndarray) -> int:

@@ -42,12 +42,14 @@ class Example:
         labels: (tokens,) int32, the token id where a token is supervised, else -100.
         endings: stop token at the end of each supervised turn, or None if there is none.
         ends: (turns,) int32, index of the last supervised token of each supervised turn.
+        loss_weights: (tokens,) float32, weight of each token in the loss; None if all are 1.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     endings: tuple[str | None, ...]
     ends: np.ndarray
+    loss_weights: np.ndarray | None = None
 
 
 class ChatEncoder:
@@ -181,13 +183,17 @@ class ChatEncoder:
         is_joint = [self.text_tokenizer.is_joint(text, start, end) for start, end in rendering.spans]
         if all(is_joint):
             return [(rendering, self.example(rendering, text))]
-        turns = list(zip(rendering.spans, rendering.endings, is_joint, strict=True))
-        joint = [(span, ending) for span, ending, joins in turns if joins]
+        turns = list(zip(rendering.spans, rendering.endings, rendering.weights, is_joint, strict=True))
         sequences = []
-        if joint:
-            main = replace(rendering, spans=[span for span, _ in joint], endings=[end for _, end in joint])
+        if any(is_joint):
+            main = replace(
+                rendering,
+                spans=[span for span, _, _, joins in turns if joins],
+                endings=[ending for _, ending, _, joins in turns if joins],
+                weights=[weight for _, _, weight, joins in turns if joins],
+            )
             sequences.append((main, self.example(main, text)))
-        for (start, end), ending, joins in turns:
+        for (start, end), ending, weight, joins in turns:
             if joins:
                 continue
             prompt = self.text_tokenizer.token_ids(rendering.text[:start])
@@ -201,10 +207,12 @@ class ChatEncoder:
                 text=rendering.text[:end],
                 spans=[(start, end)],
                 endings=[ending],
+                weights=[weight],
                 in_pieces=True,
                 remarks=remarks,
             )
-            sequences.append((single, _make_example(prompt + completion, [(len(prompt), None)], (ending,))))
+            tokens = prompt + completion
+            sequences.append((single, _make_example(tokens, [(len(prompt), None)], (ending,), [weight])))
         sequences.sort(key=lambda pair: pair[0].spans[0])
         return sequences
 
@@ -215,11 +223,14 @@ class ChatEncoder:
         white space after it (`rstrip`) is still supervised.
         """
         spans = [(text.token_at(start), text.token_at(end)) for start, end in rendering.spans]
-        return _make_example(text.ids, spans, tuple(rendering.endings))
+        return _make_example(text.ids, spans, tuple(rendering.endings), rendering.weights)
 
 
 def _make_example(
-    ids: list[int], spans: Sequence[tuple[int, int | None]], endings: tuple[str | None, ...]
+    ids: list[int],
+    spans: Sequence[tuple[int, int | None]],
+    endings: tuple[str | None, ...],
+    weights: Sequence[float],
 ) -> Example:
     """Return an example with [first, after) ranges of supervised tokens; None as `after` means the end."""
     input_ids = np.array(ids, dtype=np.int32)
@@ -229,7 +240,12 @@ def _make_example(
         labels[first:after] = input_ids[first:after]
         ends.append((len(ids) if after is None else after) - 1)
     labels[:1] = IGNORE_INDEX  # the first token has no predecessor to predict it
-    return Example(input_ids, labels, endings, np.array(ends, dtype=np.int32))
+    loss_weights = None
+    if any(weight != 1 for weight in weights):
+        loss_weights = np.ones(len(ids), dtype=np.float32)
+        for (first, after), weight in zip(spans, weights, strict=True):
+            loss_weights[first:after] = weight
+    return Example(input_ids, labels, endings, np.array(ends, dtype=np.int32), loss_weights)
 
 
 def check_total_text(renderings: list[Rendering]) -> None:

@@ -132,6 +132,7 @@ class SequenceBuilder:
         sequence.text = completion.prompt + completion.text
         sequence.spans.append((start, end))
         sequence.endings.append(completion.ending if end == len(sequence.text) else None)
+        sequence.weights.append(self.chat.conversation.weight(index))
         self._add_remarks(index, completion, sequence)
         self.turns.append(index)
         self.transcript = completion.transcript

@@ -41,12 +41,14 @@ class MessageView:
     Attributes:
         role: its role.
         supervised: whether it is supervised.
+        weight: its weight in the loss.
         parts: (name, text) of its reasoning, its content, its tool calls and its other keys, as far as it has
             them. The content has no name.
     """
 
     role: str
     supervised: bool
+    weight: float
     parts: list[tuple[str, str]]
 
 
@@ -125,8 +127,10 @@ def _view(
         title,
         _problems(ids, labels, stops),
         [
-            MessageView(message["role"], is_supervised, _message_parts(message))
-            for message, is_supervised in zip(conversation.messages, conversation.supervised, strict=True)
+            MessageView(message["role"], is_supervised, conversation.weight(index), _message_parts(message))
+            for index, (message, is_supervised) in enumerate(
+                zip(conversation.messages, conversation.supervised, strict=True)
+            )
         ],
         _as_json(conversation.tools) if conversation.tools else "",
         _token_runs(ids, labels, tokenizer),

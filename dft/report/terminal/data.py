@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dft.data.batches.dataset import Sequences
@@ -18,6 +19,8 @@ MAX_LISTED_FILES = 20
 MAX_LISTED_COLUMNS = 8
 """Number of columns that are not read that are listed; data_report.json lists all."""
 MAX_WARNINGS = 10
+MAX_LISTED_WEIGHTS = 5
+"""Number of weights that are listed; data_report.json lists more."""
 BAR = 40
 """Width of the longest bar of a histogram, in characters."""
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -64,6 +67,8 @@ def _split_lines(split: str, report: Mapping[str, Any]) -> list[str]:
     if "packing_density" in numbers:
         rows, full = _count(numbers["rows"], "row"), 100 * numbers["packing_density"]
         lines.append(f"            in {rows} of {limit:,} tokens, {full:.1f} % full")
+    if weights := numbers.get("loss_weights"):
+        lines.append(f"            {_weights(weights)}")
     if repeated := numbers["conversations"] - numbers["different_conversations"]:
         lines.append(f"            {repeated:,} of the conversations are duplicates")
     files = numbers["files"]
@@ -85,6 +90,15 @@ def _warning_lines(report: Mapping[str, Any]) -> list[str]:
         f"{' and '.join(entry['examples'])}"
         for entry in warnings[:MAX_WARNINGS]
     ]
+
+
+def _weights(weights: Mapping[str, Any]) -> str:
+    """Describe how many supervised tokens have which weight, the most common weights first."""
+    tokens = sorted(weights["tokens"].items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{count:,} of {weight}" for weight, count in tokens[:MAX_LISTED_WEIGHTS])
+    more = weights["different"] - min(len(tokens), MAX_LISTED_WEIGHTS)
+    others = f" and {more:,} other weights" if more > 0 else ""
+    return f"supervised tokens by weight: {shown}{others}; mean weight {weights['mean']:.3g}"
 
 
 def _unread_lines(report: Mapping[str, Any]) -> list[str]:
@@ -220,7 +234,9 @@ def show_sequences(
 def _sequence_lines(
     dataset: Sequences, tokenizer: PreTrainedTokenizerBase, row: int, color: bool
 ) -> Iterator[str]:
-    ids, labels = dataset[row]["input_ids"], dataset[row]["labels"]
+    sequence = dataset[row]
+    ids, labels = sequence["input_ids"], sequence["labels"]
+    weights = sequence.get("loss_weights", np.ones(len(ids)))
     supervised = int((labels != IGNORE_INDEX).sum())
     ((file, line),) = dataset.origins(row)
     part = dataset.part(row)
@@ -230,16 +246,12 @@ def _sequence_lines(
     )
     if part.reason:
         yield f"starts a new sequence because {part.reason}"
-    pairs = zip(ids.tolist(), labels.tolist(), strict=True)
-    blocks = [
-        (is_supervised, [token for token, _ in group])
-        for is_supervised, group in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX)
-    ]
     completions = 0
-    for number, (is_supervised, tokens) in enumerate(blocks, 1):
+    blocks = _blocks(ids, labels, weights)
+    for number, (is_supervised, weight, tokens) in enumerate(blocks, 1):
         completions += is_supervised
         if is_supervised:
-            yield f"completion {completions}"
+            yield f"completion {completions}" + (f", weight {weight:g}" if weight != 1 else "")
         elif completions == 0:
             yield "prompt"
         else:
@@ -247,6 +259,14 @@ def _sequence_lines(
         text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for text_line in text.splitlines(keepends=True):
             yield _line(text_line, is_supervised, color)
+
+
+def _blocks(ids: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> list[tuple[bool, float, list[int]]]:
+    """Return the tokens of a sequence in blocks: whether they are supervised, their weight, and their ids."""
+    keys = [(label != IGNORE_INDEX, weight) for label, weight in zip(labels, weights, strict=True)]
+    keys = [(is_supervised, weight if is_supervised else 1.0) for is_supervised, weight in keys]
+    pairs = zip(keys, ids.tolist(), strict=True)
+    return [(*key, [token for _, token in group]) for key, group in groupby(pairs, key=lambda pair: pair[0])]
 
 
 def _line(text: str, is_supervised: bool, color: bool) -> str:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dft.errors import UserError
-from dft.loss.dft import TokenStats
+from dft.loss.dft import TokenStats, times
 from dft.loss.objectives import Objective, floored_potential
 from dft.metrics import BINS
 from dft.training.batching import attended_pairs, token_count
@@ -24,7 +24,8 @@ SUMS = (
 
 `tokens` excludes padding and `positions` includes it; `pairs` counts the pairs of tokens of which one attends
 to the other. `not_numbers` counts supervised tokens whose p is NaN. `potential` is the function that the
-gradient of the objective descends. All others are sums over the supervised tokens.
+gradient of the objective descends. All others are sums over the supervised tokens. Weights of the data are
+part of `weighted_nll`, `weight` and `potential` only.
 """
 FILE_SUMS = ("supervised", "nll", "p_correct")
 """Names of the sums that are kept for each data file."""
@@ -101,9 +102,15 @@ class TokenMeter:
             "p_end_of_turn": masked_sum(p_correct, ends),
             "aux_loss": nll.new_zeros(()) if aux_loss is None else aux_loss.detach().to(dtype) * count,
             "not_numbers": p_correct.isnan().sum(dtype=dtype),
-            "potential": self._potential(objective, nll, ends),
+            "potential": self._potential(objective, nll, ends, stats.loss_weight),
             "kl": stats.kl.sum(dtype=dtype),
         }
+        if stats.loss_weight is not None and objective.kl_weight:
+            # `means_of` adds the KL part of the loss as for tokens of weight 1.
+            change = objective.kl_weight * ((stats.loss_weight - 1) * stats.kl.to(dtype)).sum()
+            terms["weighted_nll"], terms["potential"] = (
+                terms[name] + change for name in ("weighted_nll", "potential")
+            )
         # Not bincount, which synchronizes with the GPU, nor histc: neither is deterministic there.
         above = (p_correct[:, None] >= self._edges).sum(0, dtype=dtype)  # (BINS - 1,)
         everywhere = torch.cat([(terms["supervised"] - terms["not_numbers"])[None], above])
@@ -114,7 +121,9 @@ class TokenMeter:
             columns = [members.sum(1, dtype=dtype), masked_sum(nll, members), masked_sum(p_correct, members)]
             self._file_sums.add(torch.stack(columns, dim=1).flatten())
 
-    def _potential(self, objective: Objective, nll: Tensor, ends: Tensor) -> Tensor:
+    def _potential(
+        self, objective: Objective, nll: Tensor, ends: Tensor, loss_weight: Tensor | None
+    ) -> Tensor:
         """Return the summed potential of an objective; NaN if its weight is not a function of p."""
         potential = objective.potential(nll)
         if potential is None:
@@ -122,7 +131,7 @@ class TokenMeter:
         if self.end_of_turn_weight:
             floored = floored_potential(objective, nll, self.end_of_turn_weight)
             potential = torch.where(ends, floored, potential)
-        return potential.sum()
+        return times(potential, loss_weight).sum()
 
     def reset(self) -> None:
         """Start a new window."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 
-from dft.data.batches.collator import PaddedCollator
+from dft.data.batches.collator import PaddedCollator, loss_weights_of
 from dft.data.batches.sampler import EpochSampler
 from dft.errors import UserError
 from dft.labels import IGNORE_INDEX
@@ -29,7 +29,15 @@ from dft.ranks import init_cpu_deepspeed
 from dft.training.batching import packing_obstacle
 from dft.training.model.positions import LENGTH_DEPENDENT_ROPE, rope_types
 
-SLICEABLE_KEYS = {"input_ids", "labels", "attention_mask", "loss_positions", "sequence_ids", "origins"}
+SLICEABLE_KEYS = {
+    "input_ids",
+    "labels",
+    "attention_mask",
+    "loss_positions",
+    "sequence_ids",
+    "origins",
+    "loss_weights",
+}
 """Entries that a batch may have; `SequenceParallel.local_slice` can slice only these."""
 
 
@@ -116,8 +124,8 @@ class SequenceParallel:
 
         Returns:
             input_ids, position_ids, labels, sequence_ids: (batch, seq / ranks). `labels` are shifted: each is
-            the target of its own position, which may be the first one of the next rank. num_tokens: number of
-            tokens without padding.
+            the target of its own position, which may be the first one of the next rank, and so is each of
+            the `loss_weights`, if the batch has any. num_tokens: number of tokens without padding.
 
         Raises:
             ValueError: the batch has unknown entries.
@@ -133,11 +141,14 @@ class SequenceParallel:
         padded_width = length * self.size
         own = slice(self.rank * length, (self.rank + 1) * length)
 
-        def cut(tensor: Tensor, fill: int) -> Tensor:
+        def cut(tensor: Tensor, fill: float) -> Tensor:
             return F.pad(tensor, (0, padded_width - tensor.shape[1]), value=fill)[:, own].contiguous()
 
         labels = cut(batch["labels"][:, 1:], IGNORE_INDEX)
         positions = torch.arange(padded_width, device=ids.device).expand(rows, padded_width)
+        others = {name: batch[name] for name in ("origins",) if name in batch}
+        if (weights := loss_weights_of(batch)) is not None:
+            others["loss_weights"] = cut(weights[:, 1:], 1.0)
         return {
             "input_ids": cut(ids, 0),
             "position_ids": positions[:, own].contiguous(),
@@ -145,7 +156,7 @@ class SequenceParallel:
             "loss_positions": (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
             "sequence_ids": cut(batch["sequence_ids"], -1),
             "num_tokens": cut(batch["attention_mask"], 0).sum(),
-            **{name: batch[name] for name in ("origins",) if name in batch},
+            **others,
         }
 
 

@@ -58,12 +58,6 @@ def error_of(row: dict[str, object], **rules: object) -> str:
             "--ignore_columns leaves out the columns of the pair",
         ),
         (
-            "weight",
-            0.5,
-            "'weight' is 0.5: weights of single rows are not supported; --keep_rows weight=1 trains on the "
-            "rows of weight 1, --ignore_columns weight on all; --data_weights weighs whole files",
-        ),
-        (
             "split",
             "test",
             "'split' is 'test', so the row belongs to another part of the data; --keep_rows split=VALUE "
@@ -87,12 +81,57 @@ def test_every_column_with_a_meaning_is_refused_in_every_form(column):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("images", []), ("image", ""), ("weight", 1), ("weight", 1.0), ("split", "train"),
+    [("images", []), ("image", ""), ("split", "train"),
      ("split", "train_sft"), ("rejected", ""),
-     ("chosen", []), ("loss_weight", "1"), ("label", None), ("is_correct", True), ("correct", "4")],
+     ("chosen", []), ("label", None), ("is_correct", True), ("correct", "4")],
 )  # fmt: skip
 def test_values_that_mean_nothing_are_no_errors(column, value):
     assert parse({**TALK, column: value}).messages == TALK["messages"]
+
+
+@pytest.mark.parametrize("column", ["weight", "loss_weight", "loss_scale", "sample_weight"])
+def test_the_weight_of_a_row_is_that_of_its_turns(column):
+    for value in (0.5, 2, "0.5"):  # the cells of .csv files are texts
+        conversation = parse({**TALK, column: value})
+        assert conversation.weights == (float(value),) * len(TALK["messages"])
+        assert conversation.messages == TALK["messages"] and conversation.unread == ()
+        assert parse({"response": "a", column: value}).weights == (float(value),)
+    for value in (1, 1.0, "1", None):
+        assert parse({**TALK, column: value}).weights == ()
+    assert parse({**TALK, column: 0.5}, ignored=(column,)).weights == ()
+    assert parse({**TALK, "quality": 3}, columns=((column, "quality"),)).weights[0] == 3
+    mapped = {"columns": (("messages", "messages"),), "mapped_only": True}
+    assert parse({**TALK, "w": 1, column: 0.5}, **mapped).weights[0] == 0.5
+
+
+def test_weights_of_a_row_and_of_its_turns_are_multiplied():
+    talk = {"messages": [USER, {**ANSWER, "weight": 0.5}, USER, {**ANSWER, "loss_weight": 0}, USER, ANSWER]}
+    conversation = parse({**talk, "weight": 3})
+    assert conversation.supervised == (False, True, False, False, False, True)
+    assert [conversation.weight(index) for index in (1, 5)] == [1.5, 3]
+
+
+@pytest.mark.parametrize("value", [0, 0.0, "0"])
+def test_a_row_of_weight_0_is_left_out(value):
+    with pytest.raises(RowLeftOut, match="^weight 0$"):
+        parse({**TALK, "weight": value})
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(-1, "-1"), (True, "True"), ("x", "'x'"), ("", "''"), ([1], "[1]"), (1e-9, "1e-09"), (2e6, "2000000.0"),
+     ("nan", "nan")],
+)  # fmt: skip
+def test_a_weight_of_a_row_that_is_no_weight_is_an_error(value, shown):
+    expected = f"'weight' must be a weight: 0, or a number from 1e-06 to 1,000,000, got {shown}"
+    assert error_of({**TALK, "weight": value}) == expected
+
+
+def test_weights_of_a_row_that_differ_are_an_error():
+    row = {**TALK, "weight": 0.5, "sample_weight": 2}
+    expected = "'weight' is 0.5 but 'sample_weight' is 2; leave one out with --ignore_columns"
+    assert error_of(row) == expected
+    assert parse({**row, "sample_weight": "0.5"}).weights[0] == 0.5
 
 
 def test_the_placeholder_of_an_image_is_named():

@@ -63,6 +63,7 @@ def test_the_keys_of_all_forms_are_columns_that_are_read():
     assert forms.columns() == (
         "messages", "conversations", "conversation", "instruction", "output", "input", "history", "response",
         "query", "prompt", "completion", "tools", "functions", "system", "chat_template_kwargs",
+        "weight", "loss_weight", "loss_scale", "sample_weight",
     )  # fmt: skip
     assert forms.describe_forms() == f"{OWN_FORMS} or 'prompt' with 'completion'"
 

@@ -12,6 +12,7 @@ USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
 LINE = json.dumps({"messages": [USER, ANSWER]})
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+A_WEIGHT = "a weight: 0, or a number from 1e-06 to 1,000,000"
 ROLES = "the roles are system, developer, user, assistant, tool"
 FORMS = (
     "'messages', 'conversations', 'conversation', 'instruction' with 'output', 'response' or 'prompt' with "
@@ -387,10 +388,12 @@ def test_chat_template_kwargs_must_be_an_object():
         ),
         ({"train": 1}, "'train' must be true or false, got 1"),
         ({"train": "no"}, "'train' must be true or false, got 'no'"),
-        ({"weight": 0.5}, "'weight' must be 0 or 1, got 0.5"),
-        ({"weight": True}, "'weight' must be 0 or 1, got True"),
-        ({"weight": "1"}, "'weight' must be 0 or 1, got '1'"),
-        ({"weight": [0]}, "'weight' must be 0 or 1, got [0]"),
+        ({"weight": -0.5}, f"'weight' must be {A_WEIGHT}, got -0.5"),
+        ({"weight": True}, f"'weight' must be {A_WEIGHT}, got True"),
+        ({"weight": "1"}, f"'weight' must be {A_WEIGHT}, got '1'"),
+        ({"weight": [0]}, f"'weight' must be {A_WEIGHT}, got [0]"),
+        ({"weight": 0.5, "loss_scale": 2}, "'weight' is 0.5 but 'loss_scale' is 2"),
+        ({"train": False, "weight": 0.5}, "'train' is false but 'weight' is 0.5"),
         ({"train": True, "weight": 0}, "'train' is true but 'weight' is 0"),
         ({"train": False, "weight": 1.0}, "'train' is false but 'weight' is 1.0"),
         ({"role": "user", "train": True}, "'train' is true on a user turn; only assistant turns are trained"),
@@ -461,8 +464,23 @@ def test_train_and_weight_select_the_supervised_assistant_turns():
     assert conversation.messages == [USER, *[ANSWER] * 6]
 
 
+def test_weights_of_turns_are_read():
+    fields = [{"weight": 0.25}, {"train": True, "loss_weight": 2}, {"loss_scale": 0.5, "weight": 0.5}, {}]
+    conversation = parse(messages=[USER, *({**ANSWER, **field} for field in fields)])
+    assert conversation.weights == (1, 0.25, 2, 0.5, 1)
+    assert conversation.messages == [USER, *[ANSWER] * 4] and conversation.supervised == (False, *[True] * 4)
+
+
+def test_a_call_of_another_weight_is_a_turn_of_its_own():
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
+    equal = parse(conversations=[USER, {**call, "weight": 0.5}, {**call, "weight": 0.5}])
+    assert len(equal.messages) == 2 and equal.weights == (1, 0.5)
+    different = parse(conversations=[USER, {**call, "weight": 0.5}, call])
+    assert len(different.messages) == 3 and different.weights == (1, 0.5, 1)
+
+
 def test_train_and_weight_are_removed_from_other_turns():
-    for fields in ({"train": False}, {"weight": 1}, {"weight": 0}, {"train": False, "weight": 1}):
+    for fields in ({"train": False}, {"weight": 0.5}, {"weight": 0}, {"train": False, "weight": 1}):
         conversation = parse(messages=[{**USER, **fields}, ANSWER])
         assert (conversation.messages, conversation.supervised) == ([USER, ANSWER], (False, True))
 
