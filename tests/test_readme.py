@@ -32,6 +32,7 @@ FLAGS_OF_OTHER_PROGRAMS = {
     "--no-deps", "--basetemp", "--signal", "--help",  # pip, pytest, Slurm
     "--model_args", "--tasks", "--apply_chat_template",  # lm_eval
     "--include_path", "--output_path", "--device",  # lm_eval
+    "--tokenizer", "--merges",  # tests.data.templates.check_published
     "--enable_dft_loss", "--debug",  # ms-swift, axolotl
     "--minerva",  # of scripts/paper/prepare.py, which makes one flag per benchmark
 }  # fmt: skip
