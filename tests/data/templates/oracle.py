@@ -340,8 +340,10 @@ class Chat:
             }
             if not endings & {*end[:1], *self.oracle.stops}:
                 doubts.append(Fault(NO_STOP if end else NO_END, answer, " ".join(endings)))
-            if has_reasoning(self.turns[answer]) and self.expected[answer].unshared.strip():
-                doubts.append(Fault(CLOSED, answer, self.expected[answer].unshared))
+            expected = self.expected[answer]
+            closes = bool(expected.unshared.strip()) or expected.text.rstrip().endswith("</think>")
+            if has_reasoning(self.turns[answer]) and closes:
+                doubts.append(Fault(CLOSED, answer, expected.text[-60:]))
         return doubts
 
     # Context.
