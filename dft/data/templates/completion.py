@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dft.data.conversations.faults import BadLine
 from dft.data.templates.alignment import Aligner, Start, misaligned
@@ -35,6 +35,7 @@ class Completion:
         start: index of the first character of `text` in `transcript`.
         prompt_only: end of the prompt that the transcript does not have before `start`.
         is_open: whether `prompt_only` opens a block, such as `<think>`, that the turn does not close.
+        changes_space: whether the template changes white space inside of the turn's texts.
     """
 
     prompt: str
@@ -44,6 +45,7 @@ class Completion:
     start: int
     prompt_only: str = ""
     is_open: bool = False
+    changes_space: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ class CompletionFinder:
         end = self._end(chat, index, probe, probed)
         self._check_own_text(chat, index, probe, probed[start.position : len(probed) - len(closing)])
         completion = self._locate(place, prompt, transcript, probed[:first], start, closing, end)
-        check_written(place, message, probe, completion.text)
+        if not check_written(place, message, probe, completion.text):
+            completion = replace(completion, changes_space=True)
         if len(message) == 2 and index and not start.prompt_only and message["content"].strip() in transcript:
             profile.frames.insert(0, Frame(probed[start.position : first], closing, end))
             del profile.frames[MAX_FRAMES:]

@@ -73,7 +73,7 @@ def check_rendered(place: str, message: Message, probe: Probe, rendered: str) ->
             raise lost(place, _reason(message, placeholder))
 
 
-def check_written(place: str, message: Message, probe: Probe, text: str) -> None:
+def check_written(place: str, message: Message, probe: Probe, text: str) -> bool:
     """Check that a completion contains the content and the reasoning of its turn unchanged.
 
     Placeholders show what a template does to any text, but not what it does to special ones.
@@ -84,12 +84,20 @@ def check_written(place: str, message: Message, probe: Probe, text: str) -> None
         probe: the turn with placeholders.
         text: the completion.
 
+    Returns:
+        Whether their white space is unchanged as well.
+
     Raises:
         BadLine: a text is missing.
     """
+    is_exact = True
     for placeholder in probe.placeholders:
-        if placeholder.kind != CALL and not is_written(placeholder.original, text):
+        if placeholder.kind == CALL:
+            continue
+        if not is_written(placeholder.original, text):
             raise lost(place, _reason(message, placeholder))
+        is_exact = is_exact and placeholder.original in text
+    return is_exact
 
 
 def is_written(text: str, rendered: str) -> bool:

@@ -18,6 +18,7 @@ from dft.data.templates.prediction import TurnPredictor
 from dft.data.templates.rendering import Rendering
 from dft.data.templates.template import AdaptedChat, ChatTemplate
 
+CHANGES_SPACE = "the chat template changes white space inside of an answer, which is trained as it renders it"
 QUOTED = 40
 """Number of characters of a text that a reason quotes."""
 
@@ -148,6 +149,8 @@ class SequenceBuilder:
 
     def _add_remarks(self, index: int, completion: Completion, sequence: Rendering) -> None:
         """Note properties of a turn that the user should know about."""
+        if completion.changes_space:
+            sequence.remarks[CHANGES_SPACE] = self.chat.place(index)
         if completion.is_open:
             kind = (
                 f"the prompt of a turn without reasoning ends with {completion.prompt_only.strip()!r}, as at "

@@ -1,5 +1,6 @@
 """A conversation is one sequence if each prompt begins with the previous one; else the reason is noted."""
 
+from dft.data.templates.renderer import CHANGES_SPACE
 from tests.data.templates.chat_templates import (
     CHATML_LINES,
     FORGETS_REASONING,
@@ -41,6 +42,17 @@ def test_answer_inside_an_opened_block_is_noted(tokenizer_json):
         "the prompt of a turn without reasoning ends with '<think>', as at inference, so the model learns to "
         "answer inside of that block": "messages[1]"
     }
+
+
+def test_changed_white_space_inside_of_an_answer_is_noted(tokenizer_json):
+    template = CHATML_LINES.replace("m.content +", "m.content | replace('\\n\\n', '\\n') +")
+    encoder = encoder_of(tokenizer_json, template, eos_token=END)
+    ((sequence,),) = encoder.sequences([talk([turn("user", "q"), turn("assistant", "a\n\nb")])])
+    rendering, _ = sequence
+    assert rendering.text[slice(*rendering.spans[0])] == f"a\nb{END}"
+    assert rendering.remarks == {CHANGES_SPACE: "messages[1]"}
+    ((sequence,),) = encoder.sequences([talk([turn("user", "q"), turn("assistant", " a\nb ")])])
+    assert sequence[0].remarks == {}
 
 
 def test_answer_that_would_share_a_token_with_its_prompt_is_noted(tokenizer_json):
