@@ -84,6 +84,14 @@ class Turn:
         return message
 
 
+def with_all_reasoning_keys(message: Message) -> Message:
+    """Return a message with its reasoning, even an empty one, under the keys that transformers fills."""
+    reasoning = next((message[key] for key in REASONING if message.get(key) is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
 def with_arguments(call: Message, as_text: bool) -> Message:
     function = call["function"]
     arguments = function["arguments"]
@@ -194,6 +202,7 @@ class Renderer:
     def _render(self, messages: list[Message], prompt: bool) -> str:
         """Render as `apply_chat_template`, which itself removes null contents and the function for dates."""
         values = {"strftime_now": DATE.strftime, **self.tokenizer.special_tokens_map, **self.variables}
+        messages = [with_all_reasoning_keys(message) for message in messages]
         return _compile_jinja_template(self.source).render(
             messages=messages, tools=self.tools, documents=None, add_generation_prompt=prompt, **values
         )

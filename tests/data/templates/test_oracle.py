@@ -243,6 +243,15 @@ def test_template_that_requires_a_system_turn_has_an_end(tokenizer_json):
     assert obstacles(tokenizer_json, template, ROW) == []
 
 
+def test_empty_reasoning_is_rendered_as_transformers_does_also_with_a_date(tokenizer_json):
+    template = CHATML_LINES.replace("m.content", "('' if m.thinking is undefined else '[]') + m.content")
+    row = {"messages": [ROW["messages"][1], {**ROW["messages"][2], "reasoning_content": ""}]}
+    for source in (template, "{# strftime_now #}" + template):
+        oracle = Oracle(with_template(tokenizer_json, source, eos_token=END))
+        prompt = f"{USER}Two plus two?{END}\n{ASSISTANT}"
+        assert verdict(oracle, prompt, Supervised("[]Four." + END), row=row) == []
+
+
 def test_corpus_is_large_and_its_names_are_known():
     assert len(CONVERSATIONS) >= 56
     assert set(PLAIN) <= set(CONVERSATIONS)
