@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from dft.console import say
@@ -23,7 +24,7 @@ def lock_output_dir(folder: Path) -> None:
     """Lock an output directory until this process ends. All ranks must call it; rank 0 holds the lock.
 
     The kernel releases the lock when the process ends, however it ends, so a lock that is held is that of a
-    live process. Child processes do not inherit it.
+    live process. Child processes close their copy of it.
 
     Raises:
         UserError: on all ranks, if a process of another run holds the lock.
@@ -35,42 +36,59 @@ def lock_output_dir(folder: Path) -> None:
 
 def _lock(folder: Path) -> str | None:
     """Lock the directory, or return why that is not possible."""
+    path = folder / LOCK_FILE
     try:
-        # Never closed: that would release the lock.
-        handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        path.touch(0o644)
+        # Open for reading, so that the disk can still be made read-only. Never closed in this process.
+        handle = os.open(path, os.O_RDONLY)
     except OSError as error:
         return f"--output_dir {folder}: {LOCK_FILE} cannot be written ({error.strerror})"
+    identity = os.fstat(handle)
+    os.register_at_fork(after_in_child=lambda: _close_copy(handle, identity))
     deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in HELD:
-                say(
-                    f"note        {folder}: this file system has no locks ({error.strerror}); make sure that "
-                    "no other run writes to this folder"
-                )
-                return None
-            if time.monotonic() > deadline:
-                return (
-                    f"--output_dir {folder}: another run is writing to it ({_holder(handle)}); wait for it "
-                    "to end, stop it, or name another folder"
-                )
+    while not _try_lock(handle, path):
+        if time.monotonic() > deadline:
+            return (
+                f"--output_dir {folder}: another run is writing to it ({_holder(path)}); wait for it to end, "
+                "stop it, or name another folder"
+            )
         time.sleep(0.1)
-    holder = json.dumps({"process": os.getpid(), "machine": socket.gethostname()})
     try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, holder.encode(), 0)
+        path.write_text(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}))
     except OSError as error:
         return f"--output_dir {folder}: {LOCK_FILE} cannot be written ({error.strerror})"
     return None
 
 
-def _holder(handle: int) -> str:
+def _try_lock(handle: int, path: Path) -> bool:
+    """Return whether the lock was taken, or cannot be taken on this file system."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EBADF:  # network file systems lock only files that are open for writing
+            writable = os.open(path, os.O_RDWR)
+            os.dup2(writable, handle, inheritable=False)
+            os.close(writable)
+        if error.errno in (*HELD, errno.EBADF):
+            return False
+        say(
+            f"note        {path.parent}: this file system has no locks ({error.strerror}); make sure that no "
+            "other run writes to this folder"
+        )
+    return True
+
+
+def _close_copy(handle: int, identity: os.stat_result) -> None:
+    """Close the lock file in a child process, where the number may belong to another file by now."""
+    with suppress(OSError):
+        if os.path.samestat(os.fstat(handle), identity):
+            os.close(handle)
+
+
+def _holder(path: Path) -> str:
     """Describe the process that holds a lock."""
     try:
-        holder = json.loads(os.pread(handle, 1000, 0))
+        holder = json.loads(path.read_text())
         return f"process {holder['process']} on {holder['machine']}"
     except (ValueError, KeyError, TypeError):  # it is just being written
         return "its process is unknown"

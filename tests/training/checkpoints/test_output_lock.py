@@ -1,5 +1,7 @@
 """Only one live run writes to an output directory."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import time
@@ -47,13 +49,30 @@ def test_a_live_run_is_named_and_a_killed_one_releases_its_lock(tmp_path, holder
     started = time.monotonic()
     lock_output_dir(tmp_path)
     assert time.monotonic() - started < 0.1, "its child does not keep the lock"
-    lock_output_dir(tmp_path)  # the same process may lock it again
     assert f'"process": {os.getpid()}' in (tmp_path / LOCK_FILE).read_text()
 
 
 def test_a_run_that_is_ending_is_waited_for(tmp_path, holder):
     Timer(0.5, holder.kill).start()
     lock_output_dir(tmp_path)
+
+
+def test_a_network_file_system_locks_a_file_open_for_writing(tmp_path, holder, monkeypatch, capsys):
+    flock = fcntl.flock
+
+    def on_network(handle: int, how: int) -> None:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(handle, how)
+
+    monkeypatch.setattr(output_lock.fcntl, "flock", on_network)
+    monkeypatch.setattr(output_lock, "PATIENCE", 0.3)
+    with pytest.raises(UserError, match="another run is writing to it"):
+        lock_output_dir(tmp_path)
+    holder.kill()
+    holder.join()
+    lock_output_dir(tmp_path)
+    assert "no locks" not in capsys.readouterr().out
 
 
 def test_a_lock_that_cannot_be_written_is_an_error(tmp_path):
