@@ -208,7 +208,8 @@ def test_rows_shown_in_the_data_page_are_accepted():
     rows = [row for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL) for row in block.splitlines()]
     conversations = [parse_conversation(row.encode()) for row in rows]
     supervised = [conversation.supervised.count(True) for conversation in conversations]
-    assert supervised == [1, 1, 2, 2, 2, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert supervised == [1, 1, 2, 2, 2, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 1]
+    assert conversations[-1].weights == (0.5, 0.5)
     assert all(conversation.messages[-1]["content"] == "4" for conversation in conversations)
     call = {"name": "add", "arguments": {"a": 2, "b": 2}}
     for conversation in conversations[10:14]:

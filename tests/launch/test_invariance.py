@@ -1,4 +1,7 @@
-"""Loss, gradient norm and weights do not depend on micro-batches, accumulation, ranks, padding or packing."""
+"""Loss, gradient norm and weights do not depend on micro-batches, accumulation, ranks, padding or packing.
+
+The rows of the data, and some of their answers, have weights.
+"""
 
 import shutil
 
@@ -7,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.examples import weighted_copy
 from tests.launching import ROOT, eval_records, launch, train_records
 
 STEPS = 5
@@ -54,7 +58,8 @@ def run(example, name, launcher, flags):
     output = example.folder / f"invariance-{name}"
     words = example.words(
         output, dft_alpha=0.7, num_train_epochs=1, max_train_samples=SAMPLES, eval_strategy="epoch",
-        per_device_eval_batch_size=5, lr_scheduler_type="constant", **{"fused_head": "on", **flags},
+        per_device_eval_batch_size=5, lr_scheduler_type="constant", data_files=weighted_copy(example.train),
+        eval_data_files=weighted_copy(example.eval), **{"fused_head": "on", **flags},
     )  # fmt: skip
     finished = launch(words, folder=example.folder, launcher=launcher)
     assert finished.code == 0, finished.output
@@ -116,7 +121,7 @@ def assert_same(got, expected):
     (train, evaluation), (expected_train, expected_eval) = got, expected
     assert len(train) == len(expected_train) == STEPS
     for step, (record, other) in enumerate(zip(train, expected_train, strict=True), start=1):
-        for metric in ("loss", "nll", "avg_p_correct", "objective", "grad_norm"):
+        for metric in ("loss", "nll", "avg_p_correct", "objective", "effective_tokens", "grad_norm"):
             assert record[metric] == pytest.approx(other[metric], rel=1e-5), f"{metric} at step {step}"
         # Ties in the argmax may be broken differently.
         assert record["acc"] == pytest.approx(other["acc"], abs=0.02)
@@ -146,6 +151,9 @@ def test_new_tokens_are_initialized_equally_on_all_ranks(example, bare_model, wh
 
 def test_the_reference_run_learns(whole):
     """Make sure that the compared metrics change; equal constants would pass the comparison."""
-    train, _ = whole
+    train, evaluation = whole
+    # Without weights in the data, the differences would be 0.
+    shares = [record["effective_tokens"] - 0.7 * record["avg_p_correct"] - 0.3 for record in train]
+    assert max(map(abs, shares)) > 0.01 and evaluation
     assert train[-1]["nll"] < 0.9 * train[0]["nll"]
     assert len({record["grad_norm"] for record in train}) == STEPS

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dft.errors import EXIT_USER_ERROR
 from dft.training.checkpoints.folder import newest_checkpoint
+from tests.examples import weighted_copy
 from tests.launching import ROOT, eval_records, train_records
 
 FLAGS = {
@@ -31,7 +32,8 @@ WAYS = {
 def train(example, forks):
     def run(name, ranks, **flags):
         output = example.folder / f"sequence-parallel-{name}"
-        codes, printed = forks.run(example.words(output, **{**FLAGS, **flags}), ranks)
+        data = {"data_files": weighted_copy(example.train), "eval_data_files": weighted_copy(example.eval)}
+        codes, printed = forks.run(example.words(output, **{**FLAGS, **data, **flags}), ranks)
         return output, codes, printed
 
     return run
