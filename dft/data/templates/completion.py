@@ -8,7 +8,7 @@ from dft.data.conversations.faults import BadLine
 from dft.data.templates.alignment import Aligner, Start, misaligned
 from dft.data.templates.lost_content import PROMPT_CLOSES_THINKING, check_rendered, check_written, lost
 from dft.data.templates.markers import Markers, compile_any
-from dft.data.templates.messages import reasoning_of
+from dft.data.templates.messages import Message, reasoning_of
 from dft.data.templates.probes import Probe, ProbeMaker
 from dft.data.templates.template import AdaptedChat, ChatTemplate
 from dft.data.templates.turn_ends import TurnEnd, TurnEnds, next_turns
@@ -67,8 +67,7 @@ class Frame:
         start, length = len(prompt), len(transcript) - len(self.closing)
         if not (transcript.startswith(self.opening, start) and transcript.endswith(self.closing)):
             return None
-        rendered = transcript[start + len(self.opening) : length]
-        if rendered != content and rendered != content.strip():
+        if transcript[start + len(self.opening) : length] != content:
             return None
         return Completion(prompt, transcript[start:length] + self.end.text, self.end.token, transcript, start)
 
@@ -90,6 +89,12 @@ class TemplateProfile:
     aligner: Aligner
     frames: list[Frame] = field(default_factory=list)
     contexts: set[str] = field(default_factory=set)
+
+
+def is_plain(message: Message) -> bool:
+    """Return whether a message is text only, without white space around it, which a template may remove."""
+    content = message["content"]
+    return len(message) == 2 and content == content.strip()
 
 
 class CompletionFinder:
@@ -135,7 +140,7 @@ class CompletionFinder:
         message = chat.conversation.messages[index]
         transcript = chat.render(index + 1)
         prompt = chat.render(index, prompt=True) if index else None
-        if prompt is not None and len(message) == 2 and transcript.startswith(prompt):
+        if prompt is not None and is_plain(message) and transcript.startswith(prompt):
             for frame in profile.frames:
                 completion = frame.completion(prompt, transcript, message["content"])
                 if completion is not None and not self.markers.occur_in(message["content"]):
@@ -165,7 +170,7 @@ class CompletionFinder:
         completion = self._locate(place, prompt, transcript, probed[:first], start, closing, end)
         if not check_written(place, message, probe, completion.text):
             completion = replace(completion, changes_space=True)
-        if len(message) == 2 and index and not start.prompt_only and message["content"].strip() in transcript:
+        if is_plain(message) and index and not start.prompt_only and message["content"] in transcript:
             profile.frames.insert(0, Frame(probed[start.position : first], closing, end))
             del profile.frames[MAX_FRAMES:]
         return completion

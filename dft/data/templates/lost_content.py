@@ -74,7 +74,7 @@ def check_rendered(place: str, message: Message, probe: Probe, rendered: str) ->
 
 
 def check_written(place: str, message: Message, probe: Probe, text: str) -> bool:
-    """Check that a completion contains the content and the reasoning of its turn unchanged.
+    """Check that a completion contains the content, the reasoning and the arguments of its turn unchanged.
 
     Placeholders show what a template does to any text, but not what it does to special ones.
 
@@ -90,6 +90,10 @@ def check_written(place: str, message: Message, probe: Probe, text: str) -> bool
     Raises:
         BadLine: a text is missing.
     """
+    for call in message.get("tool_calls", ()):
+        # Placeholders stand for strings only, and a template may leave out an argument that is null.
+        if not all(is_written(name, text) for name in call["function"]["arguments"]):
+            raise lost(place, NO_CALLS)
     is_exact = True
     for placeholder in probe.placeholders:
         if placeholder.kind == CALL:

@@ -5,7 +5,7 @@ predicted from the text around earlier ones and compared with one rendering of t
 at regular intervals are rendered and verified as in short conversations.
 """
 
-from dft.data.templates.completion import Completion, CompletionFinder
+from dft.data.templates.completion import Completion, CompletionFinder, is_plain
 from dft.data.templates.template import AdaptedChat
 
 ALWAYS_VERIFIED = 16
@@ -62,7 +62,7 @@ class TurnPredictor:
         """
         texts = self._between.get(self._roles(previous, index))
         message = self.chat.conversation.messages[index]
-        if index not in self.predictable or texts is None or len(message) != 2:
+        if index not in self.predictable or texts is None or not is_plain(message):
             return None
         parts = [texts[0]]
         for between, text in zip(

@@ -106,7 +106,7 @@ class ProbeMaker:
         if message.get("tool_calls"):
             probe.message["tool_calls"] = [replacer.replace_call(call) for call in message["tool_calls"]]
         if not probe.placeholders:  # the content is white space or tags only
-            probe.message["content"] = replacer.replace(".", CONTENT)
+            probe.message["content"] = replacer.add(CONTENT, "")
         return probe
 
     def _replace_content(self, content: str, replacer: "_Replacer") -> str:
@@ -134,9 +134,13 @@ class _Replacer:
         head, body, tail = match.groups()
         if not body:
             return text
+        return f"{head}{self.add(kind, body, before)}{tail}"
+
+    def add(self, kind: str, original: str, before: str = "") -> str:
+        """Return a new placeholder for a text."""
         name = f"Zq7{self.number}x{len(self.probe.placeholders)}Placeholder7qZ"
-        self.probe.placeholders.append(Placeholder(name, kind, body, before))
-        return f"{head}{name}{tail}"
+        self.probe.placeholders.append(Placeholder(name, kind, original, before))
+        return name
 
     def replace_call(self, call: dict[str, Any]) -> dict[str, Any]:
         """Return a tool call with placeholders as its name and as the strings of its arguments."""

@@ -195,6 +195,17 @@ def test_empty_reasoning_is_passed_to_the_template_under_all_its_keys(tokenizer_
     )
 
 
+def test_argument_that_the_template_leaves_out_is_an_error(tokenizer_json):
+    template = REPEATS_NAME.replace(
+        "m.tool_calls[0].function.arguments | tojson",
+        "m.tool_calls[0].function.arguments.items() | rejectattr(1, 'none') | list | tojson",
+    )
+    encoder = encoder_of(tokenizer_json, template, "<|call|>", eos_token=END)
+    assert len(encoder.encode([talk([ASKED, CALLED])])[0]) == 1
+    called = turn("assistant", tool_calls=[call("f", {"city": "Rome", "wet": None})])
+    assert "does not render its tool calls" in str(error_of(encoder, talk([ASKED, called])))
+
+
 def test_first_turn_without_a_header_is_an_error(tokenizer_json):
     template = """{% for m in messages %}{% if loop.first and m.role != 'user' %}{{ m.content + '<|end|>' }}
 {%- else %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}
