@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tempfile
 
 from tests.launching import ROOT
 from tests.reliability.spoiling import (
@@ -111,7 +112,7 @@ DATA = [
     Case("data-missing", lambda ground: {"data_files": ground.folder / "no.jsonl"}, "no.jsonl: no such file"),
     Case(
         "data-empty-folder",
-        lambda ground: {"data_files": ground.folder},
+        lambda ground: {"data_files": tempfile.mkdtemp(dir=ground.folder)},
         "is a folder that holds no file ending in",
     ),
     Case("data-device", lambda _: {"data_files": "/dev/null"}, "/dev/null: is not a regular file"),
