@@ -71,7 +71,7 @@ DATA = [
     data(
         "data-parquet-columns", "a.parquet", parquet({"body": ["q"]}), "no conversation; the columns are body"
     ),
-    data("data-unknown-suffix", "a.csv", LINE, "a.csv: expected a file that ends in"),
+    data("data-unknown-suffix", "a.xls", LINE, "a.xls: expected a file that ends in"),
     data("data-300-mb-line", "a.jsonl", long_line, "a.jsonl:1: longer than 256 MiB"),
     data(
         "data-repeated-key",
@@ -441,7 +441,7 @@ FINE = [
     data(
         "data-blocked-paths",
         "a.jsonl",
-        json.dumps({**GOOD, "image": "/etc/shadow", "path": "file:///etc/passwd"}).encode(),
+        json.dumps({**GOOD, "folder": "/etc/shadow", "path": "file:///etc/passwd"}).encode(),
         "^records",
     ),
     model(

@@ -152,7 +152,7 @@ class CompletionFinder:
         profile, message = self.profile(chat), chat.conversation.messages[index]
         place = chat.place(index)
         probe = profile.maker.probe(message)
-        probed = self._render_probe(chat, index, probe)
+        probed = chat.render(index, self.template.adapt(probe.message))
         first = probe.first(probed)
         if first < 0:
             check_rendered(place, message, probe, "")
@@ -179,14 +179,6 @@ class CompletionFinder:
         """Return whether the generation prompt of a turn ends with the end of a block, such as `</think>`."""
         base = chat.render(index)
         return self.markers.ends_closed(prompt[self.markers.shared_prefix(prompt, base) :])
-
-    def _render_probe(self, chat: AdaptedChat, index: int, probe: Probe) -> str:
-        """Render a conversation up to a turn with placeholders.
-
-        Raises:
-            BadLine: the template raises an error on the placeholders.
-        """
-        return chat.render(index, self.template.adapt(probe.message))
 
     def _end(self, chat: AdaptedChat, index: int, probe: Probe, probed: str) -> TurnEnd:
         """Return the end of a turn, given its rendering with placeholders.
