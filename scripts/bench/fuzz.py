@@ -34,6 +34,7 @@ with atheris.instrument_imports(include=["dft", "jinja2", "yaml", "json"]):
     from dft.arguments.parser import Parser
     from dft.data.conversations.conversation import parse_conversation
     from dft.data.conversations.faults import BadLine
+    from dft.data.conversations.row_rules import RowLeftOut
     from dft.data.reading.data_file import DataFile, split_suffix
     from dft.data.reading.reader import read_batches
     from dft.data.sandbox.limits import LimitExceeded
@@ -121,6 +122,8 @@ def read_lines(raw: bytes, folder: Path) -> None:
                 conversation = parse_conversation(record.text)
             except BadLine as error:
                 assert str(error) and error.kind
+                continue
+            except RowLeftOut:  # a weight of 0
                 continue
             assert any(conversation.supervised)
             assert all(type(message["content"]) is str for message in conversation.messages)

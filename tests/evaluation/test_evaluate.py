@@ -479,7 +479,14 @@ def test_generated_text_is_escaped_in_the_page(monkeypatch, tiny, tmp_path, prob
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": "2 + 2?", "answer": 4, "question": "2 + 2?", "split": "test", "label": "easy"},
+        {
+            "prompt": "2 + 2?",
+            "answer": 4,
+            "question": "2 + 2?",
+            "split": "test",
+            "label": "easy",
+            "weight": 0,
+        },
         {"instruction": "2 + 2?", "answer": "4", "context": "sums", "reward": 0.5},
         {"query": "2 + 2?", "answer": "4", "id": 7},
         {"conversation": [{"human": "2 + 2?"}], "answer": "4"},

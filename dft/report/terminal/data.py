@@ -21,6 +21,8 @@ MAX_LISTED_COLUMNS = 8
 MAX_WARNINGS = 10
 MAX_LISTED_WEIGHTS = 5
 """Number of weights that are listed; data_report.json lists more."""
+NOTABLE_MEAN = 5
+"""Mean weight from which on, or below its inverse, a warning is printed."""
 BAR = 40
 """Width of the longest bar of a histogram, in characters."""
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -38,7 +40,7 @@ def data_summary(report: Mapping[str, Any], folder: str | None = None) -> list[s
         if split in report:
             lines += _split_lines(split, report)
     lines += _unread_lines(report) + _lost_lines(report, folder) + _ending_lines(report)
-    return lines + _warning_lines(report)
+    return lines + _mean_weight_lines(report) + _warning_lines(report)
 
 
 def data_details(report: Mapping[str, Any], folder: str | None = None) -> list[str]:
@@ -99,6 +101,18 @@ def _weights(weights: Mapping[str, Any]) -> str:
     more = weights["different"] - min(len(tokens), MAX_LISTED_WEIGHTS)
     others = f" and {more:,} other weights" if more > 0 else ""
     return f"supervised tokens by weight: {shown}{others}; mean weight {weights['mean']:.3g}"
+
+
+def _mean_weight_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return a line on weights that change the size of the gradient much."""
+    mean = report.get("train", {}).get("loss_weights", {"mean": 1.0})["mean"]
+    if 1 / NOTABLE_MEAN < mean < NOTABLE_MEAN:
+        return []
+    return [
+        f"warning     the mean weight of the supervised tokens is {mean:.3g}: loss and gradient are about "
+        "that many times as large as without weights, which changes what --max_grad_norm does; divide the "
+        "weights by their mean"
+    ]
 
 
 def _unread_lines(report: Mapping[str, Any]) -> list[str]:

@@ -1,12 +1,18 @@
 """Weights of rows and turns in the prepared data: tokens, truncation, packing, duplicates and the report."""
 
+import json
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
 
 from dft.data.batches.collator import FlatCollator, PackedCollator, PaddedCollator, loss_weights_of
 from dft.data.preparing import encoded_sequences
+from dft.data.preparing.options import PrepareOptions
+from dft.data.preparing.prepare import prepare
 from dft.report.terminal.data import data_summary, show_sequences
 from tests.data.rows import conversation, numbered
 
@@ -117,6 +123,38 @@ def test_the_report_counts_supervised_tokens_by_weight(prepared):
         f"supervised tokens by weight: {expected['0.5']} of 0.5, {expected['2']} of 2, {expected['1']} of 1; "
         f"mean weight {mean:.3g}"
     )
+
+
+@pytest.mark.parametrize(("weight", "warns"), [(4.9, False), (80, True), (0.21, False), (0.19, True)])
+def test_weights_with_a_mean_far_from_1_are_warned_about(prepared, weight, warns):
+    data = prepared([{**conversation("a"), "weight": weight}])
+    warnings = [line for line in data_summary(data.report) if line.startswith("warning")]
+    assert (
+        any(f"the mean weight of the supervised tokens is {weight:g}:" in line for line in warnings) == warns
+    )
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "dataset_info"])
+def test_tables_and_descriptions_hold_weights(encoder, tmp_path, kind):
+    rows = [
+        {"instruction": f"q{n}", "output": f"a{n}", "weight": weight} for n, weight in enumerate((1, 0.5))
+    ]
+    path = f"{tmp_path}/a.{kind}"
+    if kind == "csv":
+        (tmp_path / "a.csv").write_text("instruction,output,weight\nq0,a0,1\nq1,a1,0.5\n")
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([{**row, "weight": float(row["weight"])} for row in rows]), path)
+    else:
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        columns = {"prompt": "instruction", "response": "output"}
+        entry = {"file_name": "rows.json", "columns": columns}
+        (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+        path = f"{tmp_path}/dataset_info.json:mine"
+    options = PrepareOptions(max_length=64)
+    data = prepare([path], [], encoder, options, cache_dir=tmp_path / "cache", workers=0)
+    plain, weighted = data.datasets["train"]
+    assert "loss_weights" not in plain and weights_of_targets(weighted) == [0.5]
+    assert data.report["unread_columns"] == {}
 
 
 def test_the_report_counts_the_repetitions_of_data_weights(prepared):
