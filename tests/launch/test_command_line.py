@@ -139,7 +139,9 @@ def test_prepare_only_writes_the_data_and_no_model(example):
     assert finished.code == 0, finished.output
     report = json.loads((output / "data_report.json").read_text())
     assert report["train"]["conversations"] == 297 and report["eval"]["conversations"] == 33
-    assert sorted(path.name for path in output.iterdir()) == ["data_report.json", "run_args.yaml"]
+    assert sorted(path.name for path in output.iterdir()) == [
+        ".run.lock", "data_report.json", "run_args.yaml",
+    ]  # fmt: skip
     assert finished.output.count("--save_safetensors True has no effect") == 1
 
 
