@@ -24,13 +24,13 @@ for argument in "$@"; do
 done
 
 is_recent() {
-    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
 # Prints the Python to create the virtual environment with: python3 if it is recent enough, else a newer one on PATH.
 find_python() {
     local candidate
-    for candidate in ${PYTHON_FOR_VENV:-python3 python3.14 python3.13 python3.12 python3.11 python3.10}; do
+    for candidate in ${PYTHON_FOR_VENV:-python3 python3.14 python3.13 python3.12 python3.11}; do
         if command -v "$candidate" >/dev/null && is_recent "$candidate"; then
             command -v "$candidate"
             return
@@ -38,7 +38,7 @@ find_python() {
     done
     local version
     version=$("${PYTHON_FOR_VENV:-python3}" --version 2>&1 || true)
-    fail "Python 3.10 or newer is required, found: ${version:-none}. Install it (Debian, Ubuntu: apt-get install" \
+    fail "Python 3.11 or newer is required, found: ${version:-none}. Install it (Debian, Ubuntu: apt-get install" \
         "python3 python3-venv), or name an interpreter: PYTHON_FOR_VENV=/path/to/python bash scripts/setup.sh"
 }
 
@@ -56,7 +56,7 @@ check_environment() {
     [[ -x $PYTHON ]] || fail "$ENVIRONMENT is not a Python environment: it has no bin/python. Deactivate it, or" \
         "remove the folder"
     "$PYTHON" -c '' 2>/dev/null || fail "$PYTHON does not start; remove $ENVIRONMENT and run this again"
-    is_recent "$PYTHON" || fail "$ENVIRONMENT has $("$PYTHON" --version), and Python 3.10 or newer is required." \
+    is_recent "$PYTHON" || fail "$ENVIRONMENT has $("$PYTHON" --version), and Python 3.11 or newer is required." \
         "Activate another environment, or deactivate this one to use .venv"
     [[ -w $ENVIRONMENT ]] || fail "$ENVIRONMENT is not writable. Deactivate it to use .venv"
 }
