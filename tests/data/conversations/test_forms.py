@@ -61,7 +61,7 @@ def sharegpt(*turns: tuple[str, object]) -> dict[str, object]:
         ('{"messages": [', "broken JSON: Expecting value (column 15)"),
         ('{"messages": "abc', "broken JSON: Unterminated string starting at (column 14)"),
         (
-            '{\n"a": 1,\n}',
+            '{\n"a": 1,\n2}',
             "broken JSON: Expecting property name enclosed in double quotes (line 3, column 1)",
         ),
         (LINE + "x", f"broken JSON: Extra data (column {len(LINE) + 1})"),
