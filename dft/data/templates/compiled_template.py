@@ -44,6 +44,7 @@ class CompiledTemplate:
         # objects with methods. That takes longer than the rendering, and here all values are plain JSON data,
         # which the sandbox keeps a template from changing.
         self.jinja = _compile_jinja_template(source)
+        self._globals = dict(self.jinja.globals)
         self.has_generation_tags = has_generation_tags(source)
         self.limited = False
 
@@ -54,7 +55,12 @@ class CompiledTemplate:
             BadLine: the template raises an error.
             LimitExceeded: the text is too long.
         """
-        return self._run(lambda: (self.jinja.render(variables), []))[0]
+        return self._run(lambda: (self._render(variables), []))[0]
+
+    def _render(self, variables: Mapping[str, Any]) -> str:
+        """Like `jinja2.Template.render`, which copies the globals from a chain of mappings at each call."""
+        context = self.jinja.new_context({**self._globals, **variables}, shared=True)
+        return "".join(self.jinja.root_render_func(context))
 
     def render_tagged(self, variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
         """Return the rendered text and the [start, end) character ranges of its {% generation %} blocks.
