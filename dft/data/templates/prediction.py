@@ -46,8 +46,10 @@ class TurnPredictor:
             return
         texts = []
         for message in self.chat.conversation.messages[previous + 1 : index]:
+            if not message["content"] or len(message) != 2:
+                return
             before, content, added = added.partition(message["content"])
-            if not content or len(message) != 2:
+            if not content:
                 return
             texts.append(before)
         self._between[self._roles(previous, index)] = [*texts, added]

@@ -123,7 +123,9 @@ class SequenceBuilder:
             if self.has_predictions:
                 raise WrongPrediction
             self._complete()
-            reason = "" if sequence is None else difference(sequence.text, completion.prompt)
+            reason = ""
+            if sequence is not None:
+                reason = difference(self.finder.markers, sequence.text, completion.prompt)
             sequence = Rendering("", reason=reason)
             self.sequences.append(sequence)
             self.turns = []
@@ -178,9 +180,9 @@ class SequenceBuilder:
         return self.sequences
 
 
-def difference(before: str, after: str) -> str:
+def difference(markers: Markers, before: str, after: str) -> str:
     """Return a sentence on how a text is rendered differently once the conversation continues."""
     position = common_prefix_length((before, after))
-    start = max(0, position - QUOTED // 2)
+    start = markers.marker_start(before, max(0, position - QUOTED // 2))
     old, new = before[start : position + QUOTED], after[start : position + QUOTED]
     return f"the chat template renders {old!r} as {new!r} once the conversation continues"

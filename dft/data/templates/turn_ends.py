@@ -49,13 +49,16 @@ class TurnEnds:
         self.stops = frozenset(stops)
         self.plain: TurnEnd | None = None
         self.tokens = self.stops
+        self.header_tokens: frozenset[str] = frozenset()
         turns = [
             template.turn("user", "."),
             template.turn("assistant", PLACEHOLDER),
             template.turn("user", "."),
         ]
+        if not template.shows("", turns, context):  # some templates require a system turn
+            turns = [template.turn("system", "."), *turns]
         try:
-            answered = template.render(turns[:2], context)
+            answered = template.render(turns[:-1], context)
             closing = _after_placeholder(answered)
             following = _after_placeholder(template.render(turns, context))
         except BadLine:

@@ -206,6 +206,21 @@ def test_argument_that_the_template_leaves_out_is_an_error(tokenizer_json):
     assert "does not render its tool calls" in str(error_of(encoder, talk([ASKED, called])))
 
 
+@pytest.mark.parametrize("eos", [END, "<|endoftext|>"])
+def test_ends_are_found_in_a_template_that_requires_a_system_turn(tokenizer_json, eos):
+    template = """{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}
+{%- for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+    encoder = encoder_of(tokenizer_json, template, eos_token=eos)
+    ((example,),) = encoder.encode([talk([turn("system", "S"), ASKED, turn("assistant", "a")])])
+    assert plain(example) == expected(
+        encoder.tokenizer, f"<|system|>S{END}{USER}q{END}{ASSISTANT}", Supervised(f"a{END}")
+    )
+    assert example.endings == (END,)
+    error = error_of(encoder, talk([ASKED, turn("assistant", "a")]))
+    assert str(error) == "the chat template refuses the conversation: no system turn"
+
+
 def test_first_turn_without_a_header_is_an_error(tokenizer_json):
     template = """{% for m in messages %}{% if loop.first and m.role != 'user' %}{{ m.content + '<|end|>' }}
 {%- else %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}

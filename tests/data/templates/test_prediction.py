@@ -60,3 +60,11 @@ def test_predicted_turns_equal_rendered_turns(tokenizer_json, monkeypatch, templ
         assert [plain(example) for example in predicted[0]] == [plain(example) for example in rendered[0]]
     else:
         assert str(predicted[0]) == str(rendered[0])
+
+
+def test_empty_result_of_a_tool_in_a_long_conversation(tokenizer_json):
+    conversation = long_conversation(300)
+    messages = [*conversation.messages]
+    messages[101:101] = [turn("assistant", "calling"), turn("tool", "")]
+    ((example,),) = encoder_of(tokenizer_json, CHATML_LINES, eos_token=END).encode([talk(messages)])
+    assert len(example.ends) == 151

@@ -22,8 +22,9 @@ def test_the_second_sequence_says_what_the_template_renders_differently(tokenize
     (group,) = encoder.sequences([talk(messages)])
     assert [rendering.reason for rendering, _ in group] == [
         "",
-        "the chat template renders 'im_start|>assistant\\n<think>\\nhm\\n</think>\\n\\nOne<|im_end|>\\n' as "
-        "'im_start|>assistant\\nOne<|im_end|>\\n<|im_start|>user\\nr<|im_end' "
+        "the chat template renders "
+        "'<|im_start|>assistant\\n<think>\\nhm\\n</think>\\n\\nOne<|im_end|>\\n' as "
+        "'<|im_start|>assistant\\nOne<|im_end|>\\n<|im_start|>user\\nr<|im_end' "
         "once the conversation continues",
     ]
 

@@ -99,8 +99,9 @@ def test_sequence_of_an_unrolled_conversation_says_why_it_begins_anew(tokenizer_
         "   | \\n",
         f"a.jsonl:1, sequence 2 of 2 of this conversation: {counts(dataset, 1)}",
         r"starts a new sequence because the chat template renders "
-        r"'im_start|>assistant\n<think>\nhm\n</think>\n\none<|im_end|>\n' as "
-        r"'im_start|>assistant\none<|im_end|>\n<|im_start|>user\nr<|im_end' once the conversation continues",
+        r"'<|im_start|>assistant\n<think>\nhm\n</think>\n\none<|im_end|>\n' as "
+        r"'<|im_start|>assistant\none<|im_end|>\n<|im_start|>user\nr<|im_end' "
+        r"once the conversation continues",
         "prompt",
         "   | <|im_start|>user\\n",
         "   | q<|im_end|>\\n",
