@@ -9,8 +9,6 @@ from dft.data.templates.markers import Markers
 from dft.data.templates.messages import PLACEHOLDER
 from dft.data.templates.template import AdaptedChat, ChatTemplate
 
-NO_END = "does not end the turn with an end-of-turn token"
-
 
 @dataclass(frozen=True)
 class TurnEnd:
