@@ -45,7 +45,7 @@ class RowOptions(NamedTuple):
 
 
 class RowWeights(NamedTuple):
-    """What determines the weights of rows besides the objective.
+    """Lower bounds on the weights of rows, and factors from the data.
 
     Attributes:
         floor: (rows,) lower bounds on the weights of the objective, or None.

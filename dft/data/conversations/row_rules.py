@@ -1,4 +1,4 @@
-"""How the rows of a data file are read: renamed, ignored and filtered columns, and names of roles.
+"""Rules for reading the rows of a data file: renamed, ignored and filtered columns, and names of roles.
 
 The rules come from flags and from dataset_info.json. They are part of the cache key.
 """
@@ -51,7 +51,7 @@ class RowRules:
     named: frozenset[str] = field(init=False, repr=False, compare=False)
     """Columns of the file that `columns`, `ignored` or `kept` name."""
     change_rows: bool = field(init=False, repr=False, compare=False)
-    """Whether the rules change anything about a row."""
+    """True if the rules can change a row."""
 
     @property
     def kept_columns(self) -> tuple[str, ...]:

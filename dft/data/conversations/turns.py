@@ -25,7 +25,7 @@ MEDIA = {
     **dict.fromkeys(("videos", "video", "video_path"), "a video"),
     **dict.fromkeys(("audios", "audio", "audio_path"), "audio"),
 }
-"""What a row or a message has besides text, by the key that holds it."""
+"""Kind of media by the key of a row or of a message that holds it."""
 PARTIAL_KEYS = ("train_detail", "loss_mask")
 """Keys under which other trainers select parts of a message to train on."""
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")

@@ -12,7 +12,7 @@ from dft.data.conversations.faults import BadLine
 from dft.data.conversations.row_rules import NO_RULES, RowLeftOut, RowRules
 from dft.data.preparing.conversation_counts import ConversationCounts
 from dft.data.preparing.options import PrepareOptions
-from dft.data.preparing.traits import Markers, traits_of
+from dft.data.preparing.traits import traits_of
 from dft.data.preparing.truncation import count_supervised, truncate
 from dft.data.reading.records import BOM, Record
 from dft.data.sandbox.limits import LimitExceeded
@@ -176,8 +176,7 @@ def encode_chunk(encoder: ChatEncoder, options: PrepareOptions, chunk: RecordChu
             check_conversation(encoder, sequences)
         except UserError as error:
             raise UserError(f"{chunk.file}:{record.line}: {error}") from None
-    special = [token.content for token in encoder.tokenizer.added_tokens_decoder.values() if token.special]
-    traits = traits_of(described, Markers.of(special))
+    traits = traits_of(described, encoder.special_tokens)
     result = _concatenate(conversations, traits, rejected, counts)
     if encoder.text_tokenizer.unknown_ids:
         counts.unknown = int(np.isin(result.input_ids, [*encoder.text_tokenizer.unknown_ids]).sum())

@@ -13,7 +13,7 @@ from dft.errors import UserError
 
 @dataclass(frozen=True)
 class ColumnFlag:
-    """One value of a flag about columns.
+    """A parsed value of --columns, --ignore_columns or --keep_rows.
 
     Attributes:
         flag: the flag and the value, for error messages.

@@ -46,16 +46,16 @@ def near_repeats(signatures: np.ndarray) -> np.ndarray:
     buckets: list[dict[bytes, list[int]]] = [defaultdict(list) for _ in bands]
     frequent = [np.isin(keys, _repeated(keys)) for keys in bands]
     for index in np.flatnonzero(np.any(frequent, axis=0)).tolist():
-        found = [
+        matching = [
             bucket[keys[index].tobytes()]
             for keys, bucket, is_frequent in zip(bands, buckets, frequent, strict=True)
             if is_frequent[index]
         ]
-        earlier = sorted({other for bucket in found for other in bucket})
+        earlier = sorted({other for bucket in matching for other in bucket})
         if earlier and _is_near(signatures[index], signatures[earlier]):
             is_repeat[index] = True
             continue
-        for bucket in found:
+        for bucket in matching:
             if len(bucket) < MAX_BUCKET:
                 bucket.append(index)
     return is_repeat

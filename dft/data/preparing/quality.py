@@ -77,18 +77,18 @@ def _flag_warnings(train: EncodedSequences) -> Iterator[Warned]:
     def having(flag: Flag) -> np.ndarray:
         return np.flatnonzero(flags & flag)
 
-    if len(found := having(Flag.MARKERS)):
-        yield Warned("answers contain special tokens of the tokenizer as text", "train", found)
-    if 0 < len(found := having(Flag.EMPTY_REASONING)) < total:
-        yield Warned("answers have empty reasoning, others do not", "train", found)
-    if len(found := having(Flag.REFUSAL)) >= max(1, total / 200):
-        yield Warned("answers are refusals or speak of an AI model", "train", found)
+    if len(members := having(Flag.MARKERS)):
+        yield Warned("answers contain special tokens of the tokenizer as text", "train", members)
+    if 0 < len(members := having(Flag.EMPTY_REASONING)) < total:
+        yield Warned("answers have empty reasoning, others do not", "train", members)
+    if len(members := having(Flag.REFUSAL)) >= max(1, total / 200):
+        yield Warned("answers are refusals or speak of an AI model", "train", members)
     if total < MINIMUM:
         return
-    if total / 10 <= len(found := having(Flag.SYSTEM_PROMPT)) <= total * 9 / 10:
-        yield Warned("conversations have a system prompt, the others have none", "train", found)
-    if len(found := having(Flag.OTHER_SCRIPT)) >= max(2, total / 100):
-        yield Warned("answers are in another script than their question", "train", found)
+    if total / 10 <= len(members := having(Flag.SYSTEM_PROMPT)) <= total * 9 / 10:
+        yield Warned("conversations have a system prompt, the others have none", "train", members)
+    if len(members := having(Flag.OTHER_SCRIPT)) >= max(2, total / 100):
+        yield Warned("answers are in another script than their question", "train", members)
     scripts = train.traits["script"]
     counts = np.bincount(scripts, minlength=len(SCRIPTS))
     counts[0] = 0

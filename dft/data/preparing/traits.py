@@ -4,8 +4,7 @@ They are computed while a conversation is encoded and counted by `dft.data.prepa
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from enum import IntFlag
 from hashlib import blake2b
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from dft.data.conversations.conversation import Conversation
 from dft.data.conversations.turns import REASONING_KEYS, SYSTEM_ROLES
 from dft.data.templates.encoder import Example
+from dft.data.templates.markers import Markers
 from dft.labels import IGNORE_INDEX
 
 SHINGLE = 16
@@ -68,7 +68,7 @@ SCRIPTS = {
 }
 """Letters of each script."""
 SCRIPT_SAMPLE = 400
-"""Characters of a text by which its script is told."""
+"""Number of characters at the beginning of a text that determine its script."""
 EMPTY_THINK = re.compile(r"<think>\s*</think>")
 REFUSAL = re.compile(
     r"as an ai (?:language )?model|i'?m sorry,? (?:but )?i (?:can(?:no|')t|am (?:unable|not able))"
@@ -76,37 +76,13 @@ REFUSAL = re.compile(
     r"|作为一个?(?:人工智能|ai)|(?:抱歉|对不起)[,，]?\s*我(?:无法|不能)"
 )
 REFUSAL_SAMPLE = 300
-"""Characters of an answer in which a refusal is looked for. It stands at the beginning."""
+"""Number of characters at the beginning of an answer that are searched for a refusal."""
 REFUSAL_HINTS = ("as an ai", "i'm sorry", "im sorry", "i can", "i am unable", "作为", "抱歉", "对不起")
-"""Parts of which every refusal has one. They are faster to look for."""
+"""Texts of which every refusal contains at least one. Searching them first is faster."""
 LETTER = re.compile("[A-Za-z]")
 _GENERATOR = np.random.default_rng(0)
 PIECE_FACTOR = np.uint32(0x9E3779B1)
 HASH_FACTORS = _GENERATOR.integers(1, 2**32, HASHES, dtype=np.uint32) | np.uint32(1)
-
-
-@dataclass(frozen=True)
-class Markers:
-    """Finds special tokens of a tokenizer in a text.
-
-    Attributes:
-        first: the first characters of the tokens.
-        pattern: matches any of the tokens.
-    """
-
-    first: frozenset[str]
-    pattern: re.Pattern[str]
-
-    @classmethod
-    def of(cls, tokens: Iterable[str]) -> "Markers":
-        """Return the markers of these special tokens. Tokens of one or two characters are ordinary text."""
-        tokens = sorted((token for token in tokens if len(token) > 2), key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, tokens)) if tokens else r"(?!)")
-        return cls(frozenset(token[0] for token in tokens), pattern)
-
-    def found_in(self, text: str) -> bool:
-        """Return whether a text has a special token. Most texts do not even have its first character."""
-        return any(letter in text for letter in self.first) and self.pattern.search(text) is not None
 
 
 def traits_of(conversations: Sequence[tuple[Conversation, list[Example]]], markers: Markers) -> np.ndarray:
@@ -138,7 +114,7 @@ def _single_traits(conversation: Conversation, markers: Markers) -> tuple[int, i
         flags |= Flag.SYSTEM_PROMPT.value
     if any(_has_empty_reasoning(message) for message in answers):
         flags |= Flag.EMPTY_REASONING.value
-    if any(markers.found_in(message["content"]) for message in answers):
+    if any(markers.occur_in(message["content"]) for message in answers):
         flags |= Flag.MARKERS.value
     if _is_refusal(answer[:REFUSAL_SAMPLE].lower()):
         flags |= Flag.REFUSAL.value

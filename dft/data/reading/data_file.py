@@ -1,4 +1,4 @@
-"""One file to read, and what the suffix of its name says about it."""
+"""Data files, with their kind and compression according to the file name."""
 
 import os
 import zipfile

@@ -51,11 +51,11 @@ class Aligner:
         self.markers = markers
         self.maker = maker
         self.header = self.between = ""
-        question, answer = template.turn("user", PLACEHOLDER), template.turn("assistant", PLACEHOLDER)
+        question = [*template.opening(context), template.turn("user", PLACEHOLDER)]
         try:
-            prompt = template.render([question], context, True)
-            base = template.render([question], context)
-            answered = template.render([question, answer], context)
+            prompt = template.render(question, context, True)
+            base = template.render(question, context)
+            answered = template.render([*question, template.turn("assistant", PLACEHOLDER)], context)
         except BadLine:
             return  # the template expects another kind of conversation
         before = answered[: answered.rfind(PLACEHOLDER)]

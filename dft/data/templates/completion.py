@@ -1,4 +1,4 @@
-"""What the model has to generate for an assistant turn, and the prompt it is generated after."""
+"""Completions of assistant turns: the text to generate, and the prompt before it."""
 
 import json
 from collections.abc import Iterable

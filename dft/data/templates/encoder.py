@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dft.data.conversations.conversation import Conversation
 from dft.data.conversations.faults import BadLine
 from dft.data.sandbox.limits import MAX_RENDERED_CHARACTERS, limit_memory
+from dft.data.templates.markers import Markers
 from dft.data.templates.renderer import ConversationRenderer
 from dft.data.templates.rendering import Rendering
 from dft.data.templates.template import DATE, ChatTemplate
@@ -69,6 +70,7 @@ class ChatEncoder:
         renderer: renders conversations as text with supervised spans.
         backend: the tokenizer, reduced to converting text to ids.
         text_tokenizer: tokenizes text with `backend`.
+        special_tokens: finds special tokens in texts.
 
     Raises:
         UserError: the tokenizer is a slow one without character offsets, or has no chat template.
@@ -91,6 +93,9 @@ class ChatEncoder:
         self.backend = plain_backend(tokenizer)
         added = tokenizer.added_tokens_decoder
         self.text_tokenizer = TextTokenizer(self.backend, frozenset(added))
+        # Tokens of one or two characters are ordinary text as well.
+        special = [token.content for token in added.values() if token.special and len(token.content) > 2]
+        self.special_tokens = Markers(special)
         stop_ids = sorted({tokenizer.eos_token_id, *stop_token_ids} - {None})
         stops = [self.backend.id_to_token(index) for index in stop_ids]
         self.template = ChatTemplate(

@@ -22,7 +22,7 @@ class Markers:
         source_texts: the markers that occur in the source of the template.
     """
 
-    def __init__(self, tokens: Iterable[str], source: str) -> None:
+    def __init__(self, tokens: Iterable[str], source: str = "") -> None:
         self.tokens = frozenset(token for token in tokens if token.strip())
         texts = {*self.tokens, *TAG.findall(source)}
         self.pattern = compile_any(texts)

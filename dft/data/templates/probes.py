@@ -44,9 +44,9 @@ class Probe:
     message: Message
     placeholders: list[Placeholder] = field(default_factory=list)
 
-    def positions(self, rendered: str, start: int = 0) -> list[int]:
+    def positions(self, rendered: str) -> list[int]:
         """Return the position of each placeholder in a rendering, -1 where it is missing."""
-        return [rendered.find(item.text, start) for item in self.placeholders]
+        return [rendered.find(item.text) for item in self.placeholders]
 
     def first(self, rendered: str) -> int:
         """Return the position of the first placeholder in a rendering, -1 if there is none."""

@@ -130,6 +130,12 @@ class ChatTemplate:
         """Return an adapted message of plain text."""
         return self.adapt({"role": role, "content": content})
 
+    def opening(self, context: Mapping[str, Any]) -> list[Message]:
+        """Return the turns that a conversation must begin with, a system turn for some templates."""
+        question, system = self.turn("user", "."), self.turn("system", ".")
+        accepts_question = self.shows("", [question], context)
+        return [system] if not accepts_question and self.shows("", [system, question], context) else []
+
     @cached_property
     def roles_in_parts(self) -> frozenset[str]:
         """Roles whose content must be a list of parts, since the template fails on or drops a string."""

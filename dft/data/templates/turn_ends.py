@@ -48,13 +48,8 @@ class TurnEnds:
         self.plain: TurnEnd | None = None
         self.tokens = self.stops
         self.header_tokens: frozenset[str] = frozenset()
-        turns = [
-            template.turn("user", "."),
-            template.turn("assistant", PLACEHOLDER),
-            template.turn("user", "."),
-        ]
-        if not template.shows("", turns, context):  # some templates require a system turn
-            turns = [template.turn("system", "."), *turns]
+        question, answer = template.turn("user", "."), template.turn("assistant", PLACEHOLDER)
+        turns = [*template.opening(context), question, answer, question]
         try:
             answered = template.render(turns[:-1], context)
             closing = _after_placeholder(answered)

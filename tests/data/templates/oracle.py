@@ -75,7 +75,7 @@ class Fault(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What is right for an assistant turn.
+    """Expected prompt and completion of an assistant turn.
 
     Attributes:
         contexts: ids before the supervised ones, any of which is right.

@@ -27,7 +27,7 @@ class Unrenderable(Exception):
 
 
 class Form(NamedTuple):
-    """How messages are written for a template.
+    """Form of messages that a template accepts.
 
     Attributes:
         in_parts: roles whose content is a list of parts instead of a string.

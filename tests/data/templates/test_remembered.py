@@ -1,4 +1,4 @@
-"""What an encoder remembers of earlier conversations does not change the sequences of later ones."""
+"""The sequences of a conversation do not depend on the conversations encoded before it."""
 
 import random
 
