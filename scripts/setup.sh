@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Installs the packages that this project needs. Running it again installs only what is missing.
 #
-#   bash scripts/setup.sh [--dev] [--build-flash-attn]
+#   bash scripts/setup.sh [--dev] [--real] [--build-flash-attn]
 #
 #   --dev               also install what scripts/test.sh needs
+#   --real              also install what scripts/get_model.py and scripts/make_problems.py need
 #   --build-flash-attn  build flash-attn from source if there is no prebuilt wheel; needs nvcc and can take an hour
 #
 # Installs into the active virtual or conda environment, or else into .venv in this repository, which is created with
@@ -14,12 +15,14 @@ set -euo pipefail
 help_of "${BASH_SOURCE[0]}" "$@"
 
 dev=false
+real=false
 build_flash_attn=false
 for argument in "$@"; do
     case $argument in
         --dev) dev=true ;;
+        --real) real=true ;;
         --build-flash-attn) build_flash_attn=true ;;
-        *) fail "unknown argument $argument (expected --dev or --build-flash-attn)" ;;
+        *) fail "unknown argument $argument (expected --dev, --real or --build-flash-attn)" ;;
     esac
 done
 
@@ -169,6 +172,7 @@ PROGRESS_INTERVAL=10 # seconds
 check_environment
 requirements=("$ROOT/requirements.txt")
 if $dev; then requirements+=("$ROOT/requirements-dev.txt"); fi
+if $real; then requirements+=("$ROOT/requirements-real.txt"); fi
 install_requirements "${requirements[@]}"
 if has_gpu; then
     install_flash_attn

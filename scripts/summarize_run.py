@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Summarize a finished training run.")
     parser.add_argument("folder", type=Path, help="the --output_dir of the run")
     parser.add_argument("--question", type=Path, help="ask the model the first question of this .jsonl file")
+    parser.add_argument("--before", type=Path, help="folder of the model before training, to ask it, too")
     parser.add_argument("--log", type=Path, help="a log file to list with the other files")
     arguments = parser.parse_args()
     folder = arguments.folder
@@ -82,7 +83,11 @@ def main() -> None:
         prompt, expected = held_out_question(arguments.question)
         print(f"question   {prompt[-1]['content']}")
         print(f"expected   {expected}")
-        print(f"answered   {answer(folder, prompt)}\n")
+        if arguments.before:
+            print(f"before     {answer(arguments.before, prompt)!r}")
+            print(f"after      {answer(folder, prompt)!r}\n")
+        else:
+            print(f"answered   {answer(folder, prompt)}\n")
     print(f"{folder}\n  the model; AutoModelForCausalLM.from_pretrained loads this folder")
     for name, meaning in FILES.items():
         if (folder / name).is_file():

@@ -4,7 +4,7 @@ import logging
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
@@ -15,13 +15,15 @@ from math_verify.errors import TimeoutException
 
 from dft.errors import UserError
 
-GRADERS = ("auto", "boxed", "hash", "exact")
+GRADERS = ("auto", "boxed", "hash", "number", "exact")
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{|\\boxed\s+(?P<bare>[-+.\d\\][^\s$]*)")
 r"""A box, with or without braces: some solutions of MATH have `\boxed 5`."""
 HASH = re.compile(r"####[ \t]*(\S[^\n]*)")
 PLAIN = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][+-]?\d+)?"
 NUMBER = re.compile(PLAIN, re.ASCII)
 """A number without commas or with commas between groups of three digits. `3,5,7` and `1,2` are lists."""
+ANY_NUMBER = re.compile(rf"(?:(?<!\d)[+-])?{PLAIN.removeprefix('[+-]?')}", re.ASCII)
+"""A number anywhere in a text. A sign after a digit is an operator: `7-3` has the numbers 7 and 3."""
 OTHER_VALUE = (
     r"(?:hundred|thousand|[mb]illion|dozen|tens|quarter|hal[fv]|third|squared|cubed|and|or|to|times|pi|[a-z])(?![a-z])"
     r"|(?:hundred|thousand|[mb]illion|dozen|quarter|third)s\b|halves"
@@ -46,8 +48,8 @@ def grade(reference: str, generated: str, grader: str = "auto", has_answer: bool
         generated: the generated text.
         grader: "boxed": the last \boxed{} of the text equals that of the reference, mathematically
             (math-verify). "hash": the texts after the last `####` are equal, as in GSM8K; numbers are
-            compared as numbers, and may be followed by words. "exact": the texts are equal apart from
-            surrounding white space. "auto": chosen to suit the reference; if the reference is only the
+            compared as numbers, and may be followed by words. "number": the last numbers of the texts are
+            equal, wherever they are. "exact": the texts are equal apart from surrounding white space. "auto": chosen to suit the reference; if the reference is only the
             answer, "hash" if the text has `####` and no box, else "boxed".
         has_answer: whether the reference is only the answer.
 
@@ -61,9 +63,11 @@ def grade(reference: str, generated: str, grader: str = "auto", has_answer: bool
     expected = reference_answer(reference, grader, has_answer)
     if grader == "exact":
         return expected == generated.strip()
-    answer = last_boxed(generated) if grader == "boxed" else last_hash(generated)
+    answer = FINDERS[grader](generated)
     if answer is None:
         return False
+    if grader == "number":
+        return same_number(expected, answer)
     if same_number(expected, answer) or same_expression(expected, answer):
         return True
     number = WITH_UNIT.fullmatch(answer) if grader == "hash" else None
@@ -88,11 +92,11 @@ def reference_answer(reference: str, grader: str, has_answer: bool) -> str:
     Raises:
         UserError: the reference does not contain what the grader looks for.
     """
-    if grader not in ("boxed", "hash"):
+    if grader not in FINDERS:
         return reference.strip()
-    answer = last_boxed(reference) if grader == "boxed" else last_hash(reference)
-    if answer is None and not has_answer:
-        mark = r"\boxed{}" if grader == "boxed" else "####"
+    answer = FINDERS[grader](reference)
+    if answer is None and (not has_answer or grader == "number"):
+        mark = {"boxed": r"\boxed{}", "hash": "####", "number": "number"}[grader]
         text = reference if len(reference) <= 60 else f"{reference[:57]}..."
         raise UserError(
             f"--grader {grader}: the reference {text!r} has no {mark}; pass another --grader, or an "
@@ -120,6 +124,20 @@ def last_hash(text: str) -> str | None:
     """Return the text between the last `####` and the end of its line, or None."""
     answers = HASH.findall(text)
     return answers[-1].strip() if answers else None
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number of a text, or None. A minus sign may be the typographic one."""
+    numbers = ANY_NUMBER.findall(text.replace("\u2212", "-"))
+    return numbers[-1] if numbers else None
+
+
+FINDERS: dict[str, Callable[[str], str | None]] = {
+    "boxed": last_boxed,
+    "hash": last_hash,
+    "number": last_number,
+}
+"""What returns the part of a text that a grader compares."""
 
 
 def same_number(text: str, other: str) -> bool:

@@ -20,7 +20,7 @@ from dft.files import write_atomically
 VLLM_PROBLEMS = 64
 """Number of problems to pass to vLLM at once. It forms its own batches of them."""
 GRADERS_IN_WORDS = {
-    "boxed": r"by \boxed{}", "hash": "by ####", "exact": "as exact text",
+    "boxed": r"by \boxed{}", "hash": "by ####", "number": "by the last number", "exact": "as exact text",
     "answer": r"by #### or \boxed{}, whichever is there",
 }  # fmt: skip
 

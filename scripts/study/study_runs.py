@@ -12,23 +12,25 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = {
-    "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+SETTINGS = {"TOKENIZERS_PARALLELISM": "false"}
 """Environment variables of the scripts."""
+CPU_SETTINGS = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+"""Further ones where they run on the CPU, several at a time."""
 FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = ["train_dft", "evaluate", "scripts.study.study_results", "scripts.study.study_task"]
 
 
-def prepare() -> None:
-    """Set environment variables, also for this process. Must be called before the first `run_script`."""
+def prepare(cpu: bool = True) -> None:
+    """Set environment variables, also for this process. Must be called before the first `run_script`.
+
+    Args:
+        cpu: whether the scripts run on the CPU.
+    """
     required = [str(ROOT), str(ROOT / "scripts")]  # to import the preloaded modules
     others = [
         path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", *required)
     ]
-    os.environ.update(SETTINGS, PYTHONPATH=os.pathsep.join(required + others))
+    os.environ.update(SETTINGS | (CPU_SETTINGS if cpu else {}), PYTHONPATH=os.pathsep.join(required + others))
     FORKS.set_forkserver_preload(PRELOADED)
 
 

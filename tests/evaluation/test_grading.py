@@ -73,6 +73,28 @@ def test_answers_after_hashes_are_compared(reference, generated, right):
     assert grade(reference, generated) is right
 
 
+@pytest.mark.parametrize(
+    ("reference", "generated", "right"),
+    [
+        ("8", "4 * 2 = 8", True),
+        ("8", "The answer is 8.", True),
+        ("8", "8 or 9", False),
+        ("-3", "6 - 9 = -3", True),
+        ("-3", "6-9 is \u22123", True),
+        ("3", "10-3", True),
+        ("-3", "10-3", False),
+        ("2", "either 1,2", True),
+        ("12", "either 1,2", False),
+        ("1000", "**$1,000.00** in all", True),
+        ("so 6 * 7 = 42", "42", True),
+        ("8", "eight", False),
+        ("8", "", False),
+    ],
+)
+def test_last_numbers_are_compared(reference, generated, right):
+    assert grade(reference, generated, "number") is right
+
+
 def test_texts_are_compared_exactly():
     assert grade("tree horse", " tree horse\n") and not grade("tree horse", "Tree horse")
     assert not grade("4", "4.0", "exact")
@@ -91,6 +113,8 @@ def test_reference_without_box_or_hashes_is_an_error():
         grade("four", r"\boxed{4}", "boxed")
     with pytest.raises(UserError, match="--grader hash: the reference .* has no ####"):
         grade("x" * 100, "#### 4", "hash")
+    with pytest.raises(UserError, match="--grader number: the reference 'four' has no number"):
+        grade("four", "4", "number", has_answer=True)
 
 
 def test_a_slow_answer_is_wrong_and_not_printed(caplog, monkeypatch):
