@@ -68,8 +68,8 @@ def accuracy_table(results: Results) -> list[str]:
     return [
         *lines,
         "",
-        f"Percent of held-out problems that are right, mean of {results['size']['seeds']} seeds ± half of its "
-        "95 % interval. Greedy decoding.",
+        "Percent of held-out problems that are right by greedy decoding, mean of "
+        f"{results['size']['seeds']} seeds ± half of its 95 % interval.",
     ]
 
 
@@ -108,15 +108,13 @@ def forgetting_table(results: Results) -> list[str]:
     lines.append(f"| | base | {base} |")
     for data in DATA:
         for method in results["methods"]:
-            cells = [
-                cell(score_mean(results, method, data, file, metric), digits=3) for file, metric in keys
-            ]
+            cells = [cell(score_mean(results, method, data, file, metric), digits=3) for file, metric in keys]
             lines.append(f"| {data} | {method} | {' | '.join(cells)} |")
     return [
         *lines,
         "",
-        "Scores of texts that no model was fine-tuned on: held-out problems of GSM8K with their worked answers, "
-        "and the answers of the untouched model to plain questions.",
+        "Scores of texts that no model was fine-tuned on: held-out problems of GSM8K with their worked "
+        "answers, and the answers of the untouched model to plain questions.",
     ]
 
 
@@ -138,8 +136,8 @@ def ending_table(results: Results) -> list[str]:
     return [
         *lines,
         "",
-        "p on the reference answers of the first task of each data set, and the share of the generated answers "
-        "that end before the limit of 48 tokens.",
+        "p on the reference answers of the first task of each data set, and the share of the generated "
+        "answers that end before the limit of 48 tokens.",
     ]
 
 
@@ -157,15 +155,21 @@ def preflight_table(results: Results) -> list[str]:
         best = max(results["methods"], key=total)
         lines.append(
             f"| {data} | {whole['avg_p_correct']:.2f} | {100 * whole['silenced_share']:.0f} % | "
-            f"{100 * whole['gradient_kept']:.0f} % | {whole['p_end_of_turn']:.3f} | {best} ({total(best):.1f}) | "
-            f"{total('DFT') - total('SFT'):+.1f} |"
+            f"{100 * whole['gradient_kept']:.0f} % | {whole['p_end_of_turn']:.3f} | "
+            f"{best} ({total(best):.1f}) | {total('DFT') - total('SFT'):+.1f} |"
         )
     advice = [
         f"- {data}: {item['recommendation']}"
         for data in DATA
         for item in results["base"]["training"][data]["advice"]
     ]
-    return [*lines, "", "What `--preflight True` says about the training data of the first seed:", "", *advice]
+    return [
+        *lines,
+        "",
+        "What `--preflight True` says about the training data of the first seed:",
+        "",
+        *advice,
+    ]
 
 
 def rate_table(results: Results) -> list[str]:
@@ -174,7 +178,7 @@ def rate_table(results: Results) -> list[str]:
     methods = list(dict.fromkeys(trial["method"] for trial in trials))
     lines = header("learning rate: data", methods)
     for data in dict.fromkeys(trial["data"] for trial in trials):
-        for rate in results["size"]["rates"]:
+        for rate in results["size"]["rates"][DATA[data].group]:
             cells = []
             for method in methods:
                 values = [

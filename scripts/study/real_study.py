@@ -5,9 +5,10 @@
     python scripts/study/real_study.py runs/quick --model models/smollm2 --size quick
 
 The problems come from reasoning-gym. The model is fine-tuned with each objective on three data sets: short
-arithmetic that it half knows; the same with three wrong answers in ten; and two tasks that are new to it. Each
-fine-tuned model answers held-out problems of all tasks, greedily, and is scored on texts that it was not
-trained on (GSM8K, and the answers of the untouched model to 200 plain questions), to measure what it forgot.
+arithmetic that it half knows; the same with three wrong answers in ten; and two tasks that are new to it.
+Each fine-tuned model answers held-out problems of all tasks, greedily, and is scored on texts that it was
+not trained on (GSM8K, and the answers of the untouched model to 200 plain questions), to measure what it
+forgot.
 
 The learning rate of each method, and the objectives to compare besides SFT and DFT, are selected on separate
 problems with a separate seed. Other objectives are tried at the rates that are best for SFT and for DFT.
@@ -81,7 +82,7 @@ class Size:
     Attributes:
         rows: conversations in each data set to fine-tune on.
         seeds: number of seeds, each with its own data and order.
-        rates: learning rates to select from.
+        rates: learning rates to select from, by group of data sets.
         candidates: names of the other objectives to try.
         finalists: number of them to compare.
         scored: sequences of GSM8K, and of the plain answers, to score.
@@ -89,16 +90,17 @@ class Size:
 
     rows: int
     seeds: int
-    rates: tuple[float, ...]
+    rates: dict[str, tuple[float, ...]]
     candidates: tuple[str, ...] = tuple(CANDIDATES)
     finalists: int = 2
     scored: int = 200
 
 
+RATES = {"half known": (3e-6, 1e-5, 3e-5, 1e-4), "new": (3e-5, 1e-4, 3e-4, 1e-3)}
 SIZES = {
-    "quick": Size(16, 2, (1e-4,), ("eaft",), 1, 4),
-    "small": Size(256, 3, (3e-5, 1e-4, 3e-4, 1e-3), ("power", "threshold", "eaft"), 1, 50),
-    "full": Size(1_600, 5, (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), scored=400),
+    "quick": Size(16, 2, dict.fromkeys(RATES, (1e-4,)), ("eaft",), 1, 4),
+    "small": Size(256, 3, RATES, ("power", "threshold", "eaft"), 1, 50),
+    "full": Size(1_600, 5, RATES, scored=400),
 }
 
 
@@ -173,8 +175,10 @@ class Study:
     def common_flags(self) -> tuple[object, ...]:
         """Return the flags of every call of train_dft.py."""
         device = () if torch.cuda.is_available() else ("--use_cpu", True)
-        return ("--max_length", 512, "--bf16", True, "--data_cache_dir", self.data / "cache",
-                "--preprocessing_num_workers", 1, "--enable_gradient_checkpointing", False, *device)  # fmt: skip
+        return (
+            "--max_length", 512, "--bf16", True, "--data_cache_dir", self.data / "cache", *device,
+            "--preprocessing_num_workers", 1, "--enable_gradient_checkpointing", False,
+        )  # fmt: skip
 
     def train(self, run: Run, output: Path) -> None:
         """Fine-tune the pretrained model, with four evaluations on validation problems on the way."""
@@ -205,7 +209,7 @@ class Study:
         self.train(run, folder / "model")
         log = json.loads((folder / "model/trainer_state.json").read_text())["log_history"]
         kind = "validation" if run.seed == SELECTION_SEED else "test"
-        tasks = [task for task in DATA[run.data].asked[:2]] if kind == "validation" else list(TASKS)
+        tasks = list(DATA[run.data].asked[:2]) if kind == "validation" else list(TASKS)
         result = {
             **run._asdict(),
             **self.test(run.name, folder / "model", kind, tasks, folder),
@@ -217,7 +221,7 @@ class Study:
         return result
 
     def test(self, name: str, model: Path, kind: str, tasks: Sequence[str], folder: Path) -> dict[str, Any]:
-        """Return the answers of a model to problems, which of them are right, and its scores of other texts."""
+        """Return the answers of a model to problems, their grades, and its scores of other texts."""
         files = [task_file(self.data, kind, task) for task in tasks]
         self.answer(name, model, files, folder / "answers", MAX_NEW_TOKENS)
         answers, right, stopped = {}, {}, {}
@@ -290,7 +294,8 @@ def run_study(study: Study) -> dict[str, Any]:
     trials = study.results(
         [
             Run(method, data, SELECTION_SEED, rate)
-            for data, rate, method in product(groups().values(), size.rates, METHODS)
+            for group, data in groups().items()
+            for rate, method in product(size.rates[group], METHODS)
         ]
     )
     trials += study.results(
@@ -335,7 +340,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--model", type=Path, required=True, help="folder that scripts/get_model.py has made")
-    parser.add_argument("--size", choices=SIZES, default="small", help="quick: almost no data, to test the script")
+    parser.add_argument(
+        "--size", choices=SIZES, default="small", help="quick: almost no data, to test the script"
+    )
     parser.add_argument("--gsm8k", type=Path, help="conversations of GSM8K, to measure what is forgotten")
     options = parser.parse_args()
     for path, flag in ((options.model / "config.json", "--model"), (options.gsm8k, "--gsm8k")):

@@ -45,7 +45,11 @@ PARTS = {
     "spelling": Part("spell_backward", {"min_word_len": 3, "max_word_len": 4}, 3_000, 100, 50, WORD),
 }
 """There are only 100 products of two digits, and 200 sums and differences of two."""
-TASKS = {"short arithmetic": ("products", "short sums"), "long sums": ("long sums",), "spelling": ("spelling",)}
+TASKS = {
+    "short arithmetic": ("products", "short sums"),
+    "long sums": ("long sums",),
+    "spelling": ("spelling",),
+}
 """The parts of each file of problems."""
 
 
@@ -109,7 +113,9 @@ def problems(part: str) -> tuple[Problem, ...]:
     generator, options, draws, *_ = PARTS[part]
     dataset = reasoning_gym.create_dataset(generator, size=draws, seed=0, **options)
     entries = {entry["question"]: entry for entry in dataset}
-    distinct = [Problem(part, question, entry["answer"], entry) for question, entry in sorted(entries.items())]
+    distinct = [
+        Problem(part, question, entry["answer"], entry) for question, entry in sorted(entries.items())
+    ]
     random.Random(f"problems {part}").shuffle(distinct)
     return tuple(distinct)
 
@@ -182,32 +188,37 @@ def verifier(part: str) -> Callable[[str, dict[str, Any]], float]:
 
 
 COUNTRIES = (
-    "Austria Belgium Brazil Canada Chile China Cuba Denmark Egypt England Finland France Germany Greece Hungary India Iran "
-    "Ireland Israel Italy Japan Kenya Mexico Morocco Norway Pakistan Peru Poland Portugal Romania Russia Spain Sweden "
-    "Switzerland Thailand Turkey Ukraine Uruguay Venezuela Vietnam"
-).split()
+    "Austria Belgium Brazil Canada Chile China Cuba Denmark Egypt England Finland France Germany Greece "
+    "Hungary India Iran Ireland Israel Italy Japan Kenya Mexico Morocco Norway Pakistan Peru Poland "
+    "Portugal Romania Russia Spain Sweden Switzerland Thailand Turkey Ukraine Uruguay Venezuela Vietnam"
+)
 WORDS = (
-    "ancient brave calm curious eager fragile generous gentle honest humble idle jealous keen lazy loyal lucky modest "
-    "noble patient polite proud quiet rapid rare rough rude sharp shy silent simple sincere stubborn tender tiny vague "
-    "vivid warm weary wise young"
-).split()
+    "ancient brave calm curious eager fragile generous gentle honest humble idle jealous keen lazy "
+    "loyal lucky modest noble patient polite proud quiet rapid rare rough rude sharp shy silent simple "
+    "sincere stubborn tender tiny vague vivid warm weary wise young"
+)
 THINGS = (
-    "anchor apron axe basket bell blanket bottle bridge broom bucket button candle carpet chisel clock compass "
-    "curtain drum fence fork funnel hammer helmet kettle ladder lamp lens magnet mirror needle oven pillow pump "
-    "rope saddle scissors shovel spoon tent umbrella"
-).split()
+    "anchor apron axe basket bell blanket bottle bridge broom bucket button candle carpet chisel clock "
+    "compass curtain drum fence fork funnel hammer helmet kettle ladder lamp lens magnet mirror needle "
+    "oven pillow pump rope saddle scissors shovel spoon tent umbrella"
+)
 SUBJECTS = (
-    "atoms bees bicycles bread camels clouds coffee computers coral deserts dolphins earthquakes eclipses fireflies "
-    "forests glaciers glass gravity honey islands jazz lightning maps mountains music oceans owls paper penguins "
-    "pianos planets poems rain rainbows rivers salt snow trains volcanoes whales"
-).split()
+    "atoms bees bicycles bread camels clouds coffee computers coral deserts dolphins earthquakes "
+    "eclipses fireflies forests glaciers glass gravity honey islands jazz lightning maps mountains "
+    "music oceans owls paper penguins pianos planets poems rain rainbows rivers salt snow trains "
+    "volcanoes whales"
+)
 PLAIN_QUESTIONS = [
-    *(f"What is the capital of {country}?" for country in COUNTRIES),
-    *(f"What does the word {word} mean?" for word in WORDS),
-    *(f"What is {'an' if thing[0] in 'aeiou' else 'a'} {thing} used for?" for thing in THINGS if thing != "scissors"),
+    *(f"What is the capital of {country}?" for country in COUNTRIES.split()),
+    *(f"What does the word {word} mean?" for word in WORDS.split()),
+    *(
+        f"What is {'an' if thing[0] in 'aeiou' else 'a'} {thing} used for?"
+        for thing in THINGS
+        if thing != "scissors"
+    ),
     "What are scissors used for?",
-    *(f"Tell me one fact about {subject}." for subject in SUBJECTS),
-    *(f"Write one sentence about {subject}." for subject in SUBJECTS),
+    *(f"Tell me one fact about {subject}." for subject in SUBJECTS.split()),
+    *(f"Write one sentence about {subject}." for subject in SUBJECTS.split()),
 ]
 """200 questions that have nothing to do with the tasks, to measure what a model forgets."""
 
