@@ -1,9 +1,12 @@
 """Helpers for all console output: print lines from rank 0 only, and format durations and numbers."""
 
 import math
+import textwrap
 
 from dft.ranks import is_main_process
 
+MAX_COLUMNS = 100
+"""Longest line that is printed, apart from paths and words that are longer."""
 SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
@@ -19,6 +22,26 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def wrap(label: str, text: str, indent: int = 12) -> list[str]:
+    """Return a text as lines of at most `MAX_COLUMNS` characters, the first with a label before it.
+
+    Words that are longer, such as paths, are not broken.
+
+    Args:
+        label: the text in the margin of the first line.
+        text: the text to wrap.
+        indent: width of the margin.
+    """
+    return textwrap.wrap(
+        text,
+        MAX_COLUMNS,
+        initial_indent=f"{label:<{indent}}",
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def short_clock(seconds: float, width: int) -> str:

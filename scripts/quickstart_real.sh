@@ -13,7 +13,6 @@ help_of "${BASH_SOURCE[0]}" "$@"
 folder=$(mkdir -p "${1:-$scripts/../runs/quickstart_real}" && cd "${1:-$scripts/../runs/quickstart_real}" && pwd)
 model=$folder/model train=$folder/data/train.jsonl evaluation=$folder/data/eval.jsonl output=$folder/output
 
-# Prints a heading, and the command that follows it as a user would type it.
 step() {
     printf '\n== %s\n' "$1"
 }
@@ -40,19 +39,19 @@ step "2. Does DFT suit this data? (--preflight True)"
 # 16 conversations per optimizer step on up to 16 processes, so that results are comparable between machines.
 commas=${gpus//[^,]/}
 processes=$([[ -n $gpus ]] && echo $((${#commas} + 1)) || echo 2)
-flags=("${common[@]}" --end_of_turn_weight 0.1 --learning_rate 1e-4 --num_train_epochs 2
+flags=("${common[@]}" --dft_alpha 1 --learning_rate 3e-5 --num_train_epochs 1
     --per_device_train_batch_size $((processes < 16 ? 16 / processes : 1)) --gradient_accumulation_steps 1)
 
 step "3. Does it fit into memory? (--plan True)"
 "$PYTHON" "$ROOT/train_dft.py" "${flags[@]}" --plan True --output_dir "$output" --bf16 True \
     --deepspeed "$ROOT/ds_config/zero3.json" --plan_world_size "$processes" "${device[@]}"
 
-step "4. Train with DFT under ZeRO-3, following the advice of the preflight: --end_of_turn_weight 0.1"
+step "4. Train with DFT under ZeRO-3 (scripts/train.sh)"
 mkdir -p "$ROOT/logs"
 log=$ROOT/logs/train_$(date +%Y-%m-%d_%H-%M-%S)_quickstart_real_$$.log
-SHOW_LOG=1 LOG_FILE=$log MODEL=$model OUTPUT_DIR=$output REPORT_TO=none DFT_ALPHA=1 "$scripts/train.sh" \
+SHOW_LOG=1 LOG_FILE=$log MODEL=$model OUTPUT_DIR=$output REPORT_TO=none "$scripts/train.sh" \
     "${flags[@]}" --eval_data_files "$evaluation" --per_device_eval_batch_size 50 --eval_on_start True \
-    --eval_steps 16 --save_strategy no --logging_steps 4 --generate_samples 2
+    --eval_steps 8 --save_strategy no --logging_steps 2
 
 step "5. Evaluate both models by generation, on problems that were not trained on"
 "$PYTHON" "$scripts/evaluate.py" --model "before=$model" "after=$output" --data "$evaluation" --grader number \

@@ -49,8 +49,9 @@ def grade(reference: str, generated: str, grader: str = "auto", has_answer: bool
         grader: "boxed": the last \boxed{} of the text equals that of the reference, mathematically
             (math-verify). "hash": the texts after the last `####` are equal, as in GSM8K; numbers are
             compared as numbers, and may be followed by words. "number": the last numbers of the texts are
-            equal, wherever they are. "exact": the texts are equal apart from surrounding white space. "auto": chosen to suit the reference; if the reference is only the
-            answer, "hash" if the text has `####` and no box, else "boxed".
+            equal, wherever they are. "exact": the texts are equal apart from surrounding white space.
+            "auto": chosen to suit the reference; if the reference is only the answer, "hash" if the text
+            has `####` and no box, else "boxed".
         has_answer: whether the reference is only the answer.
 
     Raises:

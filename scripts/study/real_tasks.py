@@ -213,7 +213,7 @@ PLAIN_QUESTIONS = [
     *(f"What does the word {word} mean?" for word in WORDS.split()),
     *(
         f"What is {'an' if thing[0] in 'aeiou' else 'a'} {thing} used for?"
-        for thing in THINGS
+        for thing in THINGS.split()
         if thing != "scissors"
     ),
     "What are scissors used for?",

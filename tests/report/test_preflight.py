@@ -134,6 +134,7 @@ def test_advice_before_and_after_training_on_the_data_is_opposite(tmp_path):
 def test_printed_lines_hold_every_statistic_of_every_file():
     report = report_of(table([0.9] * 3 + [0.002] * 3, file=[0] * 3 + [1] * 3))
     lines = preflight_lines(report, "runs/x")
+    assert max(map(len, lines)) <= 100
     rows = [line.split() for line in lines if re.match(r" {12}(all|[ab]\.jsonl) ", line)]
     statistics, shares, silenced = rows[:3], rows[3:6], rows[6:]
     assert [row[0] for row in statistics] == [row[0] for row in shares] == ["all", "a.jsonl", "b.jsonl"]

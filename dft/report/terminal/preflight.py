@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dft.console import wrap
 from dft.report.preflight_advice import SILENCED
 
 
@@ -21,13 +22,12 @@ def preflight_lines(report: dict[str, Any], folder: str) -> list[str]:
             tokens = ", ".join(
                 f"{token['shown']} {token['silenced']:,}/{token['of']:,}" for token in statistics["silenced"]
             )
-            lines.append(f"{'silenced' if name == 'all' else '':<12}{name:<{width}}  {tokens}")
+            label = f"{'silenced' if name == 'all' else '':<12}{name:<{width}}  "
+            lines += wrap(label, tokens, len(label))
     for advice in report["advice"]:
-        lines += [
-            f"advice      {advice['recommendation']}",
-            f"            because: {advice['evidence']}",
-            f"            source: {advice['source']}",
-        ]
+        lines += wrap("advice", advice["recommendation"])
+        lines += wrap("", f"because: {advice['evidence']}")
+        lines += wrap("", f"source: {advice['source']}")
     lines.append(f"report      {folder}/preflight.json, {folder}/preflight.html")
     return lines
 
