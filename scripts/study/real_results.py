@@ -102,7 +102,7 @@ def forgetting_table(results: Results) -> list[str]:
     names = {file: "own answers" if file == OWN_ANSWERS else "GSM8K" for file in unrelated_files(results)}
     columns = [f"{name}: {metric}" for name in names.values() for metric in ("nll", "mean p")]
     lines = header("fine-tuned on | method", columns)
-    lines[1] += "|---"
+    lines[1] = "|---" + lines[1]
     keys = [(file, metric) for file in names for metric in ("nll", "avg_p_correct")]
     base = " | ".join(f"{results['base']['scores'][file][metric]:.3f}" for file, metric in keys)
     lines.append(f"| | base | {base} |")
@@ -121,7 +121,7 @@ def forgetting_table(results: Results) -> list[str]:
 def ending_table(results: Results) -> list[str]:
     """Return the table of how well models end their answers."""
     lines = header("fine-tuned on | method", ["p of end-of-turn tokens", "answers that end"])
-    lines[1] += "|---"
+    lines[1] = "|---" + lines[1]
     for data, of_data in DATA.items():
         task = of_data.asked[0]
         file = task_file(Path(), "test", task).name
@@ -219,7 +219,7 @@ def colors(results: Results) -> dict[str, str]:
 
 def accuracy_figure(results: Results) -> Figure:
     """Draw the means over seeds as bars with intervals, the seeds as dots, and the base model as lines."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
     panels = figure.subplots(
         1, len(DATA), sharey=True, width_ratios=[len(data.asked) for data in DATA.values()]
     )
@@ -241,7 +241,7 @@ def accuracy_figure(results: Results) -> Figure:
                 height, position - 0.46, position + 0.46, color="#8a8a8a", linestyle="--", label=label
             )
         axes.set_xticks(range(len(data.asked)), data.asked, fontsize=8)
-        axes.set_title(f"fine-tuned on: {name}", fontsize=9)
+        axes.set_title("fine-tuned on:\n" + name.replace(", ", ",\n"), fontsize=9)
         axes.set_ylim(0, 100)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("answers right, %")

@@ -133,6 +133,8 @@ def test_tables_and_pictures(tmp_path, capsys):
     assert "| 0.0001: new | 75.0 | 75.0 |" in text and "| 0.001: new |  |  |" in text
     assert "| | base | 1.000 | 0.500 | 1.000 | 0.500 |" in text
     assert "| half known | SFT | 0.250 ± 0.000 | 100 % |" in text
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 6 and all(len({line.count("|") for line in table}) == 1 for table in tables)
     assert text.count("`'") == 3 * 2 * 3 and text.count("✓") == 1 + 3 * 2 * 3
     for name in ("accuracy", "histograms", "curves"):
         with Image.open(tmp_path / f"{name}.png") as picture:
