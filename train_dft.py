@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from dft.arguments.batch_search import check_same_batch
 from dft.arguments.conflicts import check_batches, find_notes
 from dft.arguments.data import prepare_options
@@ -23,6 +21,7 @@ from dft.data.preparing.prepare import PreparedData, prepare
 from dft.data.templates.encoder import ChatEncoder
 from dft.errors import EXIT_STOPPED, report_user_errors
 from dft.ranks import exit_rank, is_launched, is_main_process
+from dft.report.callbacks import add_reports
 from dft.report.model_card import saved_model_card
 from dft.report.preflight import run_preflight
 from dft.report.report_callback import ReportCallback
@@ -41,7 +40,6 @@ from dft.training.checkpoints.disk_space import check_space
 from dft.training.checkpoints.folder import clear_away
 from dft.training.checkpoints.resume_point import resolve_resume
 from dft.training.measuring.console import tag_warnings
-from dft.training.measuring.trackers import RunRecordCallback
 from dft.training.memory.out_of_memory import OutOfMemory
 from dft.training.model.loading import load_meta_model
 from dft.training.parallel.stopping import Stopped, StopRequest
@@ -90,7 +88,7 @@ def main() -> None:
     check_space(models[0], arguments.training, len(data.datasets["train"]))
     if is_main_process():
         record.update(run_record(arguments, models[0], data.report))
-    report = add_reports(arguments, trainer, tokenizer, record)
+    report = add_reports(arguments, trainer, encoder, data, record)
     clear_away(arguments.training)
     write_resolved_arguments(arguments, models[0])
     batching = describe_batching(trainer.data_collator)
@@ -119,18 +117,6 @@ def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
     if flags.debug_data_processing:
         say(show_sequences(data.datasets["train"].unpacked(), encoder.tokenizer))
     return data
-
-
-def add_reports(
-    arguments: Arguments, trainer: DFTTrainer, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]
-) -> ReportCallback | None:
-    """Add the callbacks that report to the trackers and to report.html. Return the latter."""
-    trainer.add_callback(RunRecordCallback(record, trainer.callback_handler))
-    if not arguments.watch.report:
-        return None
-    report = ReportCallback(trainer, record, tokenizer)
-    trainer.add_callback(report)
-    return report
 
 
 def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback | None) -> None:

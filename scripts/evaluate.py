@@ -28,6 +28,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from dft.arguments.data import DataArguments, template_variables
 from dft.data.templates.encoder import ChatEncoder
+from dft.data.templates.stop_tokens import resolve_stop_ids
 from dft.data.templates.tokenizer import load_tokenizer, read_template, stop_token_ids
 from dft.errors import UserError, report_user_errors
 from dft.evaluation.folder import (
@@ -50,7 +51,6 @@ from dft.evaluation.sampling import (
     VllmSampler,
     load_for_sampling,
     resolve_backend,
-    resolve_stop_ids,
 )
 from dft.files import convert_write_errors, write_atomically
 from dft.ranks import quiet_libraries

@@ -43,6 +43,7 @@ def check_arguments(arguments: Arguments) -> None:
         raise UserError(str(error)) from None
     check_sequence_parallel(training, arguments.data.packing, planned_ranks or world_size())
     check_evaluation(arguments)
+    check_samples(arguments)
     check_precision(arguments)
     check_packages(training)
     check_fsdp(training, planned_ranks)
@@ -154,6 +155,23 @@ def check_evaluation(arguments: Arguments) -> None:
         )
 
 
+def check_samples(arguments: Arguments) -> None:
+    """Raise `UserError` if there are no prompts for `--generate_samples`, or no evaluation to use them."""
+    count, training = arguments.watch.generate_samples, arguments.training
+    if not count:
+        return
+    if not has_evaluation(arguments):
+        raise UserError(
+            f"--generate_samples {count} continues prompts of the evaluation data, and there is none; add "
+            "--eval_data_files or --validation_split_percentage"
+        )
+    if training.eval_strategy == IntervalStrategy.NO and not training.eval_on_start:
+        raise UserError(
+            f"--generate_samples {count} generates at each evaluation, and there is none; add "
+            "--eval_strategy steps or epoch, or --eval_on_start True"
+        )
+
+
 def has_evaluation(arguments: Arguments) -> bool:
     """Return whether the run has data to evaluate on."""
     return bool(arguments.data.eval_data_files or arguments.data.validation_split_percentage)
@@ -202,6 +220,9 @@ def find_notes(arguments: Arguments) -> list[str]:
     notes, dft, training, watch = [], arguments.dft, arguments.training, arguments.watch
     if watch.preflight_samples != WatchArguments.preflight_samples and not watch.preflight:
         notes.append(f"--preflight_samples {watch.preflight_samples} has no effect without --preflight True")
+    tokens = watch.generate_samples_max_tokens
+    if tokens != WatchArguments.generate_samples_max_tokens and not watch.generate_samples:
+        notes.append(f"--generate_samples_max_tokens {tokens} has no effect without --generate_samples")
     resume = arguments.flags["resume_from_checkpoint"]
     if arguments.watch.plan and resume is not None and resume.lower() != "false":
         notes.append(

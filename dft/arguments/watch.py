@@ -9,6 +9,8 @@ from dft.metrics import CONSOLE, metrics_named
 
 MAX_PLANNED = 10**6
 """Maximum number of devices, and of GiB per device, to plan for."""
+MAX_SAMPLES = 1000
+"""Maximum number of prompts that are continued at each evaluation."""
 
 NONFINITE_POLICIES = ("stop", "skip")
 """Values of `--on_nonfinite`."""
@@ -34,6 +36,18 @@ class WatchArguments:
     log_per_file: bool = field(
         default=False,
         metadata={"help": "Also report nll and avg_p_correct of each evaluation file."},
+    )
+    generate_samples: Annotated[int, Bounds(minimum=0, maximum=MAX_SAMPLES)] = field(
+        default=0,
+        metadata={
+            "help": "Number of prompts of the evaluation data that the model continues at each evaluation, "
+            "with the most likely token each time. The answers are printed in short, written to "
+            "samples.jsonl, and shown in the report and in trackers beside the reference."
+        },
+    )
+    generate_samples_max_tokens: Annotated[int, Bounds(above=0, maximum=10**6)] = field(
+        default=128,
+        metadata={"help": "Number of tokens after which an answer of --generate_samples is cut off."},
     )
     on_nonfinite: str = field(
         default="stop",

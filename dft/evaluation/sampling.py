@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dft.data.batches.generation import pad_left, split_at_stop
 from dft.data.templates.tokenizer import UNLOADABLE
 from dft.errors import UserError, describe_loading_error
 
@@ -73,37 +74,6 @@ def resolve_backend(backend: str) -> str:
     return "vllm" if installed and torch.cuda.is_available() else "transformers"
 
 
-def resolve_stop_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_stops: Sequence[int], turn_endings: Sequence[str]
-) -> tuple[list[int], list[str]]:
-    """Return the ids of all tokens that end an answer.
-
-    These are the stop tokens of the model's generation_config, of the tokenizer and of the chat template. A
-    base model often has only `<|endoftext|>` in the first two. It would continue past the `<|im_end|>` of its
-    chat template into another turn. Training adds that stop token, so it is added for all models.
-
-    Args:
-        tokenizer: tokenizer of the model.
-        generation_stops: stop token ids of the generation_config.
-        turn_endings: tokens that end turns in the chat template.
-
-    Returns:
-        The ids, and the tokens among them that only the chat template has.
-
-    Raises:
-        UserError: there are none.
-    """
-    ids = {*generation_stops, tokenizer.eos_token_id} - {None}
-    added = [token for token in turn_endings if tokenizer.convert_tokens_to_ids(token) not in ids]
-    ids |= set(tokenizer.convert_tokens_to_ids(added))
-    if not ids:
-        raise UserError(
-            "neither the model's generation_config nor its tokenizer or chat template has a token that ends "
-            "an answer; pass a --chat_template that has one"
-        )
-    return sorted(ids), added
-
-
 class TransformersSampler:
     """Samples with `generate` until a stop token.
 
@@ -159,18 +129,14 @@ class TransformersSampler:
 
     def _generate(self, rows: list[list[int]], seed: int) -> list[Answer]:
         torch.manual_seed(seed)
-        width = max(map(len, rows))
-        device = self.model.device
-        ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        ids, mask = pad_left(rows, self.pad, self.model.device)
         with torch.inference_mode():
             output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=self.config)
-        return [self._answer(row) for row in output[:, width:].tolist()]
+        return [self._answer(row) for row in output[:, ids.shape[1] :].tolist()]
 
     def _answer(self, ids: list[int]) -> Answer:
-        end = next((index for index, token in enumerate(ids) if token in self.stops), None)
-        ids = ids[:end]
-        return Answer(self.tokenizer.decode(ids, skip_special_tokens=True), len(ids), end is not None)
+        ids, stopped = split_at_stop(ids, self.stops)
+        return Answer(self.tokenizer.decode(ids, skip_special_tokens=True), len(ids), stopped)
 
 
 class VllmSampler:

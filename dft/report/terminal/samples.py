@@ -1,0 +1,85 @@
+"""The lines that a run prints about the samples it generates."""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dft.data.preparing.prompts import ReferencePrompt
+
+LINE_WIDTH = 100
+"""Maximum width of a line in columns of a terminal."""
+SHOWN = 3
+"""Number of samples that are printed; samples.jsonl and the report have all of them."""
+GAP = " ... "
+"""Mark for what is left out of a text."""
+
+
+def prompt_lines(prompts: Sequence[ReferencePrompt], max_tokens: int) -> list[str]:
+    """Return the lines that are printed before training: the first prompts and their references.
+
+    Args:
+        prompts: all prompts.
+        max_tokens: maximum number of tokens of an answer.
+    """
+    unit = "prompt is" if len(prompts) == 1 else "prompts are"
+    lines = [
+        f"samples     {len(prompts)} {unit} continued at each evaluation, by at most {max_tokens:,} tokens"
+    ]
+    for number, prompt in enumerate(prompts[:SHOWN], 1):
+        lines += [_line(f"  {number} prompt  ", prompt.question), _line("    answer  ", prompt.reference)]
+    return lines
+
+
+def sample_lines(rows: Sequence[Mapping[str, Any]], step: int, max_steps: int) -> list[str]:
+    """Return the lines that are printed after an evaluation.
+
+    Args:
+        rows: the rows of the evaluation, see `dft.report.samples_file`.
+        step: optimizer step of the evaluation.
+        max_steps: number of optimizer steps of the run.
+    """
+    word = "" if max_steps >= 1_000_000 else "step "
+    mean = sum(row["tokens"] for row in rows) / len(rows)
+    lines = [
+        f"samples {word}{step:>{len(str(max_steps))}}/{max_steps}  {sum(row['ended'] for row in rows)} of "
+        f"{len(rows)} answers ended, {mean:.0f} tokens on average"
+    ]
+    return lines + [_line(f"  {row['sample']} answer  ", row["answer"]) for row in rows[:SHOWN]]
+
+
+def _line(start: str, text: str) -> str:
+    if not text.strip():
+        return start + ("(only white space)" if text else "(empty)")
+    return start + shorten(visible(text.strip()), LINE_WIDTH - len(start))
+
+
+def visible(text: str) -> str:
+    """Return a text with escapes in place of characters that would move the cursor or be invisible."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
+    )
+
+
+def shorten(text: str, width: int) -> str:
+    """Return a text with its middle left out if it is wider than `width` columns of a terminal."""
+    if columns(text) <= width:
+        return text
+    end = (width - len(GAP)) // 3
+    start = width - len(GAP) - end
+    return fitting(text, start).rstrip() + GAP + fitting(text[::-1], end)[::-1].lstrip()
+
+
+def fitting(text: str, width: int) -> str:
+    """Return as much of the start of a text as fits in `width` columns."""
+    used = 0
+    for index, letter in enumerate(text):
+        used += columns(letter)
+        if used > width:
+            return text[:index]
+    return text
+
+
+def columns(text: str) -> int:
+    """Return the number of columns of a terminal that a printable text takes."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(unicodedata.combining(letter) != 0 for letter in text)
