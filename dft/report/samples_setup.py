@@ -77,16 +77,21 @@ def selection_note(selection: PromptSelection, count: int, longest: int) -> str 
         count: value of --generate_samples.
         longest: maximum number of tokens of a prompt.
     """
-    used = len(selection.prompts)
-    reasons = []
-    if selection.too_long:
-        reasons.append(f"{selection.too_long:,} have a prompt of more than {longest:,} tokens")
-    if used < count and selection.unanswered:
-        reasons.append(f"{selection.unanswered:,} do not end with an answer that is trained")
+    used, too_long = len(selection.prompts), selection.too_long
+    if used == count and not too_long:
+        return None
     if used == count:
-        return f"--generate_samples {count}: conversations are passed over: {reasons[0]}" if reasons else None
+        return (
+            f"--generate_samples {count}: {too_long:,} conversations are passed over because their prompts "
+            f"have more than {longest:,} tokens"
+        )
+    reasons = []
+    if too_long:
+        reasons.append(f"{too_long:,} have a prompt of more than {longest:,} tokens")
+    if selection.unanswered:
+        reasons.append(f"{selection.unanswered:,} do not end with an answer that is trained")
     of_them = f" ({', '.join(reasons)})" if reasons else ""
     return (
-        f"--generate_samples {count}: only {used:,} of the {selection.conversations:,} conversations of the "
-        f"evaluation data can be used{of_them}"
+        f"--generate_samples {count}: {f'only {used:,}' if used else 'none'} of the "
+        f"{selection.conversations:,} conversations of the evaluation data can be used{of_them}"
     )

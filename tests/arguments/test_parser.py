@@ -182,6 +182,14 @@ def test_ignored_flags_are_reported(tmp_path, flags, note):
     assert sum(line.startswith(note.format(file=file)) for line in arguments.notes) == 1
 
 
+def test_the_length_of_samples_without_samples_is_noted(tmp_path):
+    note = "--generate_samples_max_tokens 64 has no effect without --generate_samples"
+    assert note in checked(tmp_path, "--generate_samples_max_tokens", "64").notes
+    evaluation = ("--validation_split_percentage", "2", "--eval_on_start", "True")
+    flags = ("--generate_samples_max_tokens", "64", "--generate_samples", "2")
+    assert note not in checked(tmp_path, *flags, *evaluation).notes
+
+
 def test_preflight_samples_without_a_preflight_are_noted(tmp_path):
     note = "--preflight_samples 64 has no effect without --preflight True"
     assert note in checked(tmp_path, "--preflight_samples", "64").notes
@@ -224,6 +232,17 @@ WRONG = [
     ("--eval_strategy steps", "--eval_strategy steps needs --eval_data_files"),
     ("--eval_on_start True", "--eval_on_start True needs --eval_data_files"),
     ("--save_strategy best", "--save_strategy best needs --eval_data_files"),
+    ("--generate_samples -1", "--generate_samples -1: must be at least 0"),
+    ("--generate_samples 1001", "--generate_samples 1001: must be at most 1,000"),
+    ("--generate_samples_max_tokens 0", "--generate_samples_max_tokens 0: must be greater than 0"),
+    (
+        "--generate_samples 4",
+        "--generate_samples 4 continues prompts of the evaluation data, and there is none; add --eval_data_f",
+    ),
+    (
+        "--generate_samples 4 --validation_split_percentage 2",
+        "--generate_samples 4 generates at each evaluation, and there is none; add --eval_strategy steps",
+    ),
     ("--eval_strategy sometimes", "sometimes"),
     ("--torch_dtype float8", "float8"),
     (

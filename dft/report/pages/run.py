@@ -24,7 +24,9 @@ from dft.report.pages.history import (
     series,
 )
 from dft.report.pages.images import inline_svg, write_png
+from dft.report.pages.samples import sample_views
 from dft.report.pages.tokens import SHADES, conversation_views
+from dft.report.samples_file import SAMPLES, read_samples
 
 REPORT_PAGE = "report.html"
 TEMPLATES = Path(__file__).parent
@@ -72,6 +74,7 @@ def run_page(report: dict[str, Any], folder: Path) -> str:
         further=curve_panels(log, FURTHER_CURVES),
         histogram=histogram_panel(log),
         distribution=sections.distribution(histograms(log)),
+        samples=sample_views(read_samples(folder / SAMPLES)[0]),
         conversations=conversation_views(report["tokens"]),
         shades=range(SHADES),
         file_series=file_series(log),

@@ -29,6 +29,7 @@ RUN_FILES = {
     "run_args.yaml": "the flags; train_dft.py --config run_args.yaml --output_dir NEW repeats the run",
     "data_report.json": "how many conversations were read, used, truncated and dropped",
     "rejected.jsonl": "lines that could not be used, with the reasons",
+    "samples.jsonl": "what the model wrote after prompts of the evaluation data, at each evaluation",
     "preflight.json": "scores of the model on the data before training",
 }
 """Files that a run may write, with their descriptions."""

@@ -50,33 +50,36 @@ def sample_lines(rows: Sequence[Mapping[str, Any]], step: int, max_steps: int) -
 def _line(start: str, text: str) -> str:
     if not text.strip():
         return start + ("(only white space)" if text else "(empty)")
-    return start + shorten(visible(text.strip()), LINE_WIDTH - len(start))
-
-
-def visible(text: str) -> str:
-    """Return a text with escapes in place of characters that would move the cursor or be invisible."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
-    )
+    return start + shorten(text.strip(), LINE_WIDTH - len(start))
 
 
 def shorten(text: str, width: int) -> str:
-    """Return a text with its middle left out if it is wider than `width` columns of a terminal."""
-    if columns(text) <= width:
-        return text
+    """Return a text as one line, with its middle left out if it is wider than `width` columns.
+
+    Characters that would move the cursor or be invisible are escaped.
+    """
+    letters = [visible(letter) for letter in text]
+    if sum(map(columns, letters)) <= width:
+        return "".join(letters)
     end = (width - len(GAP)) // 3
     start = width - len(GAP) - end
-    return fitting(text, start).rstrip() + GAP + fitting(text[::-1], end)[::-1].lstrip()
+    first, last = fitting(letters, start), fitting(letters[::-1], end)[::-1]
+    return "".join(first).rstrip() + GAP + "".join(last).lstrip()
 
 
-def fitting(text: str, width: int) -> str:
-    """Return as much of the start of a text as fits in `width` columns."""
+def visible(letter: str) -> str:
+    """Return a character, or its escape if it is not printable."""
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+
+
+def fitting(letters: Sequence[str], width: int) -> Sequence[str]:
+    """Return as many of the first letters, or escapes, as fit in `width` columns."""
     used = 0
-    for index, letter in enumerate(text):
+    for index, letter in enumerate(letters):
         used += columns(letter)
         if used > width:
-            return text[:index]
-    return text
+            return letters[:index]
+    return letters
 
 
 def columns(text: str) -> int:

@@ -151,8 +151,7 @@ class AnswerGenerator:
         # A rank without a prompt takes part in gathering the weights with any prompt.
         prompts = [self._prompts[index] for index in indices or [0]]
         ids, mask = pad_left(prompts, self._config.pad_token_id, self._accelerator.device)
-        # Not in inference mode: tensors that a model or a library keeps could not be used in training.
-        with torch.no_grad(), self._accelerator.autocast():
+        with self._accelerator.autocast():
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
