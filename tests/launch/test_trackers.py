@@ -19,6 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 from dft.report.run_record import git_commit
+from dft.report.samples_callback import COLUMNS
+from dft.report.samples_file import SAMPLES, read_samples
 from tests.launching import ROOT, Finished, history, launch
 
 Series = dict[str, list[tuple[int, float]]]
@@ -29,6 +31,7 @@ OF_THE_RUN = (
 )  # fmt: skip
 """Values that are logged once, which SwanLab and wandb store as summaries."""
 HISTOGRAM = "eval/p_histogram"
+SAMPLES_TABLE = "eval/samples"
 
 
 def logged(output: Path, *, without: tuple[str, ...] = ()) -> Series:
@@ -47,6 +50,15 @@ def histograms(output: Path) -> list[tuple[int, list[int]]]:
         (record["step"], record["eval_p_histogram"])
         for record in history(output)
         if "eval_p_histogram" in record
+    ]
+
+
+def sample_tables(output: Path) -> list[tuple[int, list[list[Any]]]]:
+    """Return the step and the rows of the table of samples of each evaluation, from samples.jsonl."""
+    rows, _ = read_samples(output / SAMPLES)
+    steps = dict.fromkeys(row["step"] for row in rows)
+    return [
+        (step, [[row[name] for name in COLUMNS] for row in rows if row["step"] == step]) for step in steps
     ]
 
 
@@ -87,10 +99,13 @@ def several(example) -> tuple[Path, Path, Finished]:
         max_eval_samples=16,
         log_per_file=True,
         report=True,
+        generate_samples=2,
+        generate_samples_max_tokens=8,
     )
     env = {"SWANLAB_PROJECT": "dft-tests", "WANDB_PROJECT": "dft-tests"}
     finished = launch(words, folder=example.folder, launcher="torchrun", env=env)
     assert finished.code == 0, finished.output
+    assert [(step, len(rows)) for step, rows in sample_tables(output)] == [(2, 2), (4, 2)]
     assert len(histograms(output)) == 2 and "eval/eval.jsonl/nll" in logged(output)
     return output, logs, finished
 
@@ -109,6 +124,15 @@ def test_tensorboard_contains_all_metrics(several):
     assert [(step, list(histogram.bucket)) for step, histogram in shown] == histograms(output)
     assert shown[0][1].bucket_limit == pytest.approx([edge / 20 for edge in range(1, 21)])
 
+    for number in (1, 2):
+        texts = events.Tensors(f"{SAMPLES_TABLE}/{number}/text_summary")
+        for text, (step, rows) in zip(texts, sample_tables(output), strict=True):
+            blocks = [
+                f"**{name}**\n\n```\n{value}\n```"
+                for name, value in zip(COLUMNS, rows[number - 1], strict=True)
+            ]
+            assert (text.step, text.tensor_proto.string_val[0].decode()) == (step, "\n\n".join(blocks))
+
     record = {}
     for name in ("arguments", "data", "environment"):
         (text,) = events.Tensors(f"run/{name}/text_summary")
@@ -122,7 +146,7 @@ def test_wandb_contains_all_metrics(several):
     (file,) = logs.glob("wandb/offline-run-*/run-*.wandb")
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
-    scalars, shown, ended, project = defaultdict(list), [], False, ""
+    scalars, shown, tables, ended, project = defaultdict(list), [], [], False, ""
     for record in wandb_records(file):
         config.update(wandb_items(record.config.update))
         summary.update(wandb_items(record.summary.update))
@@ -130,6 +154,9 @@ def test_wandb_contains_all_metrics(several):
         for name, value in row.items():
             if name == HISTOGRAM:
                 shown.append((row["train/global_step"], value))
+            elif name == SAMPLES_TABLE:
+                table = json.loads((file.parent / "files" / value["path"]).read_text())
+                tables.append((row["train/global_step"], table))
             elif not name.startswith("_") and name != "train/global_step":
                 scalars[name].append((row["train/global_step"], value))
         ended |= record.HasField("exit") and record.exit.exit_code == 0
@@ -137,6 +164,8 @@ def test_wandb_contains_all_metrics(several):
     assert ended and project == "dft-tests"
     assert_same(dict(scalars), logged(output, without=OF_THE_RUN), rel=1e-12)
     assert [(step, histogram["values"]) for step, histogram in shown] == histograms(output)
+    assert [(step, table["data"]) for step, table in tables] == sample_tables(output)
+    assert tables[0][1]["columns"] == list(COLUMNS)
     assert shown[0][1]["bins"] == pytest.approx([edge / 20 for edge in range(21)])
     assert summary["train_loss"] == history(output)[-1]["train_loss"]
     assert_is_the_record(config, output)
@@ -169,7 +198,13 @@ def test_swanlab_offline_contains_all_metrics(several):
     assert finish.state == RunState.RUN_STATE_FINISHED and not finish.error
     assert_same(scalars, swanlab_series(output), rel=1e-12)
 
-    bars = [(step, json.loads((folder / "media/echarts" / name).read_text())) for step, name in charts]
+    bars, tables = (
+        [(step, json.loads((folder / "media/echarts" / name).read_text())) for step, name in charts[key]]
+        for key in (HISTOGRAM, SAMPLES_TABLE)
+    )
+    assert [
+        (step, [list(row.values()) for row in table["rowData"]]) for step, table in tables
+    ] == sample_tables(output)
     assert [(step, chart["series"][0]["data"]) for step, chart in bars] == histograms(output)
     assert bars[0][1]["xAxis"][0]["data"][:2] == ["0.00 to 0.05", "0.05 to 0.10"]
     assert_is_the_record(swanlab_config(folder), output)
@@ -184,10 +219,10 @@ def swanlab_series(output: Path) -> Series:
     return {name: [*dict(points).items()] for name, points in series.items()}
 
 
-def read_swanlab(folder: Path) -> tuple[Series, list[tuple[int, str]], Any, Any]:
-    """Return scalars, chart files and the start and end records of a run."""
+def read_swanlab(folder: Path) -> tuple[Series, dict[str, list[tuple[int, str]]], Any, Any]:
+    """Return scalars, files of each chart, and the start and end records of a run."""
     (file,) = folder.glob("run-*.swanlab")
-    scalars, charts, start, finish = defaultdict(list), [], None, None
+    scalars, charts, start, finish = defaultdict(list), defaultdict(list), None, None
     reader = DataStoreReader()
     reader.open(file)
     while (data := reader.scan()) is not None:
@@ -195,8 +230,8 @@ def read_swanlab(folder: Path) -> tuple[Series, list[tuple[int, str]], Any, Any]
         if record.HasField("scalar") and not record.scalar.key.startswith("__swanlab__"):
             scalars[record.scalar.key].append((record.scalar.step, record.scalar.value.number))
         elif record.HasField("media"):
-            assert record.media.key == HISTOGRAM
-            charts += [(record.media.step, item.filename) for item in record.media.value.items]
+            files = [(record.media.step, item.filename) for item in record.media.value.items]
+            charts[record.media.key] += files
         elif record.HasField("start"):
             start = record.start
         elif record.HasField("finish"):
@@ -239,7 +274,7 @@ def of_home(process: psutil.Process, home: str) -> bool:
 # ---- SwanLab in local mode ----
 
 
-def test_swanlab_local_contains_all_metrics_except_the_histogram(example):
+def test_swanlab_local_contains_all_metrics_except_histogram_and_table(example):
     output, logs = example.folder / "local", example.folder / "local-logs"
     words = example.words(
         output,
@@ -250,6 +285,7 @@ def test_swanlab_local_contains_all_metrics_except_the_histogram(example):
         eval_steps=1,
         max_eval_samples=8,
         report=True,
+        generate_samples=1,
     )
     finished = launch(words, folder=example.folder, env={"SWANLAB_MODE": "local"})
     assert finished.code == 0, finished.output
