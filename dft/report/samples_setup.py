@@ -21,9 +21,13 @@ def make_samples_callback(
     """Return the callback for `--generate_samples`, and note in the arguments which prompts are missing.
 
     Raises:
-        UserError: no prompt can be used, or nothing ends an answer.
+        UserError: the model cannot generate, no prompt can be used, or nothing ends an answer.
     """
     count, max_tokens = arguments.watch.generate_samples, arguments.watch.generate_samples_max_tokens
+    if not trainer.model.can_generate():
+        raise UserError(
+            f"--generate_samples {count}: {type(trainer.model).__name__} cannot generate; remove the flag"
+        )
     options = prepare_options(arguments.data, arguments.data_seed)
     values = {"train": arguments.data.data_files, "eval": arguments.data.eval_data_files}
     sources = find_sources(values, options)[file_group("eval", data.names)]

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, Qwen3ForCausalLM
 from dft.data.batches.generation import pad_left, split_at_stop
 from dft.training.measuring import samples
 from dft.training.measuring.samples import AnswerGenerator, GeneratedAnswer
+from tests.families import FAMILIES
 from tests.training.test_router import CONFIG, make
 from tests.training.test_trainer import VOCAB, tiny
 
@@ -58,6 +59,20 @@ def test_answers_are_those_of_the_most_likely_tokens(accelerator, seed):
     assert [answer.prompt for answer in generated.answers] == list(range(len(PROMPTS)))
     assert generated.failure is None and not generated.is_stopped
     assert len({tuple(ids) for ids, _ in expected}) > 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_of_different_lengths_do_not_change_each_other(accelerator, family):
+    """Shorter prompts are padded: positions, masks and states of the model must not see it."""
+    torch.manual_seed(1)
+    model = FAMILIES[family](64).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)
+    answers = generator(accelerator, stops=[62], batch_size=5).generate(model, lambda: False).answers
+    assert [(answer.ids, answer.ended) for answer in answers] == [
+        by_hand(model, prompt, [62]) for prompt in PROMPTS
+    ]
 
 
 def test_some_answers_end_and_others_are_cut_off(accelerator):
