@@ -51,7 +51,7 @@ mkdir -p "$ROOT/logs"
 log=$ROOT/logs/train_$(date +%Y-%m-%d_%H-%M-%S)_quickstart_real_$$.log
 SHOW_LOG=1 LOG_FILE=$log MODEL=$model OUTPUT_DIR=$output REPORT_TO=none "$scripts/train.sh" \
     "${flags[@]}" --eval_data_files "$evaluation" --per_device_eval_batch_size 50 --eval_on_start True \
-    --eval_steps 8 --save_strategy no --logging_steps 2
+    --eval_steps 8 --save_strategy no --logging_steps 2 --generate_samples 2 --generate_samples_max_tokens 24
 
 step "5. Evaluate both models by generation, on problems that were not trained on"
 "$PYTHON" "$scripts/evaluate.py" --model "before=$model" "after=$output" --data "$evaluation" --grader number \
