@@ -12,7 +12,6 @@ from dft.data.conversations.column_meanings import check_meanings
 from dft.data.conversations.column_rules import apply_rules
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.forms import describe_forms, find_form, no_form, unread_columns
-from dft.data.conversations.parts import tools_in_parts
 from dft.data.conversations.preferences import take_chosen
 from dft.data.conversations.row_json import parse_json, parse_json_string
 from dft.data.conversations.row_rules import NO_RULES, RowRules
@@ -98,7 +97,8 @@ def parse_conversation(text: bytes, rules: RowRules = NO_RULES) -> Conversation:
     if form is None:
         raise no_form(row)
     row_weight = read_row_weight(row) if len(row) > 1 else 1.0
-    turns = _add_system(row, without_empty_system_turns(form.read(row)))
+    read = form.read(row)
+    turns = _add_system(row, without_empty_system_turns(read))
     if not any(turn.message["role"] == "assistant" for turn in turns):
         raise BadLine("no assistant turn, so there is nothing to learn from", "no assistant turn")
     supervised = tuple(turn.is_supervised for turn in turns)
@@ -107,7 +107,7 @@ def parse_conversation(text: bytes, rules: RowRules = NO_RULES) -> Conversation:
     conversation = Conversation(
         [turn.message for turn in turns],
         supervised,
-        _read_tools(row),
+        _read_tools(row, read),
         _read_variables(row),
         tuple(turn.place for turn in turns),
         unread=left_out + (unread_columns(row, form) if len(row) > 1 else ()),
@@ -144,13 +144,26 @@ def _apply_rules(row: Row, rules: RowRules) -> tuple[Row, tuple[str, ...], bool]
 
 
 def _add_system(row: Row, turns: list[Turn]) -> list[Turn]:
-    """Insert the `system` column as the first turn, unless there is a system or developer turn."""
+    """Insert the `system` column as the first turn, unless a system or developer turn has the same text.
+
+    Raises:
+        BadLine: the column is no text, or a system or developer turn has another text.
+    """
     system = row.get("system", "")
     if isinstance(system, list) and all(_is_text_block(block) for block in system):
         system = "".join(block["text"] for block in system)  # as in Anthropic's format
     if not isinstance(system, str):
         raise BadLine(f"'system' must be a string, got {json_type_name(system)}", "'system' is not a string")
-    if not system.strip() or any(turn.message["role"] in SYSTEM_ROLES for turn in turns):
+    if not system.strip():
+        return turns
+    own = [turn for turn in turns if turn.message["role"] in SYSTEM_ROLES]
+    if own:
+        if all(turn.message["content"].strip() != system.strip() for turn in own):
+            raise BadLine(
+                f"'system' and {own[0].place} are different system prompts; --ignore_columns system "
+                "leaves the column out",
+                "two system prompts",
+            )
         return turns
     return [Turn({"role": "system", "content": system}, False, "'system'"), *turns]
 
@@ -170,12 +183,17 @@ def _read_variables(row: Row) -> dict[str, Any]:
     return variables
 
 
-def _read_tools(row: Row) -> list[dict[str, Any]] | None:
-    """Return the tool definitions of a row in the form that chat templates expect."""
+def _read_tools(row: Row, turns: list[Turn]) -> list[dict[str, Any]] | None:
+    """Return the tool definitions of a row in the form that chat templates expect.
+
+    Args:
+        row: the row.
+        turns: its turns, with the empty system turns, which may define tools.
+    """
     sources = {
         "tools": row.get("tools"),
         "functions": row.get("functions"),  # the key used by OpenAI's format before 'tools'
-        "the part of type 'tools'": tools_in_parts(row.get("messages", row.get("conversations"))),
+        **{f"the part of type 'tools' of {turn.place}": turn.tools for turn in turns if turn.tools},
     }
     names = [name for name, value in sources.items() if value]
     if len(names) > 1:
@@ -200,11 +218,17 @@ def _quoted(name: str) -> str:
 
 
 def _function_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool definition as `{"type": "function", "function": {...}}`, where it is the inner object."""
-    if "function" in tool or "type" in tool or not isinstance(tool.get("name"), str):
+    """Return a tool definition as `{"type": "function", "function": {...}}`, where it is the inner object.
+
+    OpenAI's Responses API and Anthropic's Messages API write the type into the inner object.
+    """
+    kind = tool.get("type", "function")
+    is_function = kind == "function" or (kind == "custom" and "input_schema" in tool)
+    if "function" in tool or not is_function or not isinstance(tool.get("name"), str):
         return tool
     names = {"input_schema": "parameters"}  # Anthropic's name for it
-    return {"type": "function", "function": {names.get(key, key): value for key, value in tool.items()}}
+    function = {names.get(key, key): value for key, value in tool.items() if key != "type"}
+    return {"type": "function", "function": function}
 
 
 def _check_surrogates(conversation: Conversation) -> None:

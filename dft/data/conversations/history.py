@@ -1,4 +1,6 @@
-"""Earlier turns in a `history` column, shared by the row forms whose texts are columns."""
+"""Texts and earlier turns in columns, shared by the row forms whose texts are columns."""
+
+from typing import Any
 
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.row_json import parse_list
@@ -31,6 +33,14 @@ def read_history(row: Row) -> list[Turn]:
                 raise BadLine(f"{where} must be {PAIR}, got {json_type_name(text)}", "wrong 'history'")
             turns.append(read_turn(where, {"role": role, "content": text}))
     return turns
+
+
+def read_text(row: Row, name: str) -> str:
+    """Return the text in a column, "" if the row does not have it. Raises `BadLine` if it is no text."""
+    value: Any = row.get(name, "")
+    if not isinstance(value, str):
+        raise BadLine(f"'{name}' must be a string, got {json_type_name(value)}", f"'{name}' is not a string")
+    return value
 
 
 def append_text(row: Row, question: str, answer_key: str, answer: str) -> Row | None:

@@ -13,11 +13,13 @@ from dft.strict_json import json_type_name, shorten
 REASONING_TYPES = {"reasoning": ("value", "text", "reasoning"), "thinking": ("thinking", "value", "text")}
 """Keys that hold the text of a reasoning part, by its type. The first one that is present is used."""
 CALL_TYPES = ("tool_call", "tool_use")
+RESULT_KEYS = ("type", "content", "tool_use_id", "cache_control")
+"""Keys of a `tool_result` block that are read, or that mean nothing to a template."""
 ORDER = ("reasoning", "text", "call")
 """Order in which chat templates write the parts of a turn."""
 
 
-def read_parts(where: str, text_key: str, message: dict[str, Any]) -> None:
+def read_parts(where: str, text_key: str, message: dict[str, Any]) -> Any:
     """Replace the content parts of a message by its text, and add its reasoning and its tool calls.
 
     Args:
@@ -25,16 +27,24 @@ def read_parts(where: str, text_key: str, message: dict[str, Any]) -> None:
         text_key: the key that the row itself uses for the content, for error messages.
         message: the message, whose `content` is a list of parts.
 
+    Returns:
+        The value of its part of type `tools`, or None.
+
     Raises:
         BadLine: a part is invalid, stands where a chat template would not write it, or repeats a key of the
             message.
     """
     texts: dict[str, list[Any]] = {kind: [] for kind in ORDER}
-    last, is_assistant = 0, message["role"] == "assistant"
+    last, is_assistant, tools = 0, message["role"] == "assistant", None
     for index, part in enumerate(message["content"]):
         place = f"{where}: '{text_key}[{index}]'"
         kind, value = _read_part(place, part, is_assistant)
-        if kind is None or value == "":
+        if kind is None:
+            if tools is not None:
+                raise BadLine(f"{place}: a second part of type 'tools'", "tools are defined twice")
+            tools = value
+            continue
+        if value == "":
             continue
         if ORDER.index(kind) < last:
             raise BadLine(
@@ -54,6 +64,7 @@ def read_parts(where: str, text_key: str, message: dict[str, Any]) -> None:
         if message.get(key):
             raise BadLine(f"{where}: {_noun(kind)} in '{text_key}' and in '{key}'", f"'{key}' is given twice")
         message[key] = value
+    return tools
 
 
 def _noun(kind: str) -> str:
@@ -61,7 +72,7 @@ def _noun(kind: str) -> str:
 
 
 def _read_part(place: str, part: Any, is_assistant: bool) -> tuple[str | None, Any]:
-    """Return what a part is, one of `ORDER`, and its text or call; (None, None) for tool definitions."""
+    """Return what a part is, one of `ORDER`, and its text or call; None and its value for tools."""
     if isinstance(part, str):
         return "text", part
     kind = part.get("type") if isinstance(part, dict) else None
@@ -71,7 +82,7 @@ def _read_part(place: str, part: Any, is_assistant: bool) -> tuple[str | None, A
             raise BadLine(f"{place} must be a text part, got a part without text", "a part that is not text")
         return "text", text
     if kind == "tools":
-        return None, None
+        return None, part.get("value")
     if is_assistant and kind in REASONING_TYPES:
         text = next((part[key] for key in REASONING_TYPES[kind] if key in part), None)
         if not isinstance(text, str):
@@ -98,18 +109,31 @@ def _read_call(place: str, kind: str, part: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in part.items() if key not in ("type", "cache_control")}
 
 
-def split_tool_results(turn: Any) -> list[Any]:
+def split_tool_results(where: str, turn: Any) -> list[Any]:
     """Return a turn with `tool_result` blocks as several: a tool turn for each, and one for other parts.
 
     In Anthropic's format the results of tools are blocks of the next user turn, in front of its text.
+
+    Raises:
+        BadLine: the blocks are in another turn, or behind its text.
     """
     content = turn.get("content") if isinstance(turn, dict) else None
     if not isinstance(content, list) or not any(_is_result(part) for part in content):
         return [turn]
+    count = sum(map(_is_result, content))
+    if turn.get("from", turn.get("role")) not in ("user", "human", "tool"):
+        raise BadLine(f"{where}: a tool_result outside of a user turn", "a tool_result in a wrong place")
+    if not all(map(_is_result, content[:count])):
+        raise BadLine(
+            f"{where}: a tool_result behind other parts; results are read as turns of their own in front of "
+            "the text",
+            "a tool_result in a wrong place",
+        )
     turns: list[Any] = []
-    others = [part for part in content if not _is_result(part)]
-    for block in filter(_is_result, content):
-        result = {"role": "tool", "content": block.get("content") or ""}
+    others = content[count:]
+    for block in content[:count]:
+        extra = {key: value for key, value in block.items() if key not in RESULT_KEYS}
+        result = {"role": "tool", "content": block.get("content") or "", **extra}
         if "tool_use_id" in block:
             result["tool_call_id"] = block["tool_use_id"]
         turns.append(result)
@@ -118,13 +142,3 @@ def split_tool_results(turn: Any) -> list[Any]:
 
 def _is_result(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "tool_result"
-
-
-def tools_in_parts(turns: Any) -> Any:
-    """Return the value of the part of type `tools` of a system turn, or None. The turns are not validated."""
-    for turn in turns if isinstance(turns, list) else ():
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-        for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict) and part.get("type") == "tools":
-                return part.get("value")
-    return None

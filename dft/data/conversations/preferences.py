@@ -4,7 +4,7 @@ from typing import Any
 
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.row_json import parse_list
-from dft.data.conversations.turn_styles import is_answer
+from dft.data.conversations.turn_styles import is_answer, role_of
 from dft.data.conversations.turns import SWITCHES, WEIGHTS
 from dft.strict_json import json_type_name
 
@@ -37,6 +37,11 @@ def take_chosen(row: Row) -> tuple[Row, bool]:
         row = {**row["input"], **{key: value for key, value in row.items() if key != "input"}}
     others = {key: value for key, value in row.items() if key not in pair}
     key = next((key for key in CHOSEN if key in pair), None)
+    if several := [other for other in CHOSEN if other != key and pair.get(other)]:
+        raise BadLine(
+            f"'{key}' and '{several[0]}' both hold a chosen answer; leave one out with --ignore_columns",
+            "two chosen answers",
+        )
     if key is None:
         if "rejected" not in pair:  # ms-swift keeps the chosen answer in the conversation itself
             return others, True
@@ -56,10 +61,45 @@ def _begins_with_answer(turns: list[Any]) -> bool:
 
 def _whole_conversation(row: Row, turns: list[Any], rejected: list[Any]) -> Row:
     """Return a row with these turns, of which those that the rejected conversation shares are context."""
+    for name in (*LISTS, "prompt"):
+        if name in row:
+            _check_contained(name, parse_list(f"'{name}'", row[name]), turns)
     others = {name: value for name, value in row.items() if name not in (*LISTS, "prompt")}
     pairs = list(zip(turns, rejected, strict=False))
     shared = next((index for index, (one, other) in enumerate(pairs) if one != other), len(pairs))
     return {**others, "messages": [*map(_as_context, turns[:shared]), *turns[shared:]]}
+
+
+def _check_contained(name: str, context: Any, turns: list[Any]) -> None:
+    """Check that the turns, or the text, in a column are part of the conversation with the chosen answer."""
+    if isinstance(context, list):
+        is_contained = [_role_and_text(turn) for turn in context] == [
+            _role_and_text(turn) for turn in turns[: len(context)]
+        ]
+    else:
+        is_contained = context in [_role_and_text(turn)[1] for turn in turns]
+    if not is_contained:
+        raise BadLine(
+            f"'{name}' is not part of the chosen conversation, which has all turns; --ignore_columns {name} "
+            "leaves it out",
+            f"'{name}' beside a whole chosen conversation",
+        )
+
+
+def _role_and_text(turn: Any) -> tuple[Any, Any]:
+    if not isinstance(turn, dict):
+        return None, turn
+    return role_of(turn), turn.get("content", turn.get("value"))
+
+
+def _check_unanswered(name: str, turns: list[Any]) -> None:
+    """Check that the turns before the chosen answer do not end with an answer."""
+    if turns and isinstance(turns[-1], dict) and is_answer(turns[-1]):
+        raise BadLine(
+            f"'{name}' ends with an answer, so the chosen one cannot follow it; leave one of them out, "
+            "with --ignore_columns",
+            "a chosen answer after an answer",
+        )
 
 
 def _continued(row: Row, key: str, chosen: Any) -> tuple[Row, bool]:
@@ -72,10 +112,17 @@ def _continued(row: Row, key: str, chosen: Any) -> tuple[Row, bool]:
         turns = parse_list(f"'{context}'", row[context])
         answer = {"role": "assistant", "content": chosen} if isinstance(chosen, str) else chosen
         if isinstance(turns, list) and isinstance(answer, dict | list):
+            _check_unanswered(context, turns)
             answers = answer if isinstance(answer, list) else [answer]
             return {**row, context: [*map(_as_context, turns), *answers]}, False
     question = next((name for name in ANSWERS if name in row), None)
     if context is None and question is not None:
+        if row.get(ANSWERS[question], chosen) not in ("", chosen):
+            raise BadLine(
+                f"'{ANSWERS[question]}' and '{key}' are different answers; --ignore_columns "
+                f"{ANSWERS[question]} leaves the first one out",
+                "two chosen answers",
+            )
         if isinstance(chosen, str):
             return {**row, ANSWERS[question]: chosen}, True
         if question == "prompt" and isinstance(chosen, list | dict):

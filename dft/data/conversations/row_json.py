@@ -1,5 +1,6 @@
 """Strict JSON parsing of rows and of strings inside them."""
 
+import codecs
 import json
 from typing import Any, NoReturn
 
@@ -7,6 +8,7 @@ from dft.data.conversations.faults import BadLine
 from dft.strict_json import RepeatedKey, refuse_repeated_keys
 
 BROKEN = "broken JSON"
+UTF16_HINT = "; it looks like UTF-16, which iconv -f UTF-16 -t UTF-8 converts"
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -25,7 +27,23 @@ def parse_json(raw: bytes) -> Any:
     try:
         return _decode(raw.decode())
     except UnicodeDecodeError as error:
-        raise BadLine(f"not valid UTF-8 ({error.reason} at byte {error.start})", "not valid UTF-8") from None
+        hint = UTF16_HINT if _looks_like_utf16(raw) else ""
+        reason = f"not valid UTF-8 ({error.reason} at byte {error.start}){hint}"
+        raise BadLine(reason, "not valid UTF-8") from None
+    except BadLine as error:
+        if _looks_like_utf16(raw):
+            raise BadLine(f"{error}{UTF16_HINT}", error.kind) from None
+        if raw.startswith(codecs.BOM_UTF8):
+            raise BadLine(
+                f"{BROKEN}: the line begins with a byte order mark, as if files had been joined; remove it",
+                BROKEN,
+            ) from None
+        raise
+
+
+def _looks_like_utf16(raw: bytes) -> bool:
+    """Return whether a text has as many NUL bytes as JSON, which is mostly ASCII, has in UTF-16."""
+    return 4 * raw.count(0) >= len(raw) > 0
 
 
 def parse_json_string(where: str, text: str) -> Any:

@@ -50,7 +50,7 @@ def read_conversation(key: str, turns: Any, is_sharegpt: bool = False) -> list[T
         if _is_usual(raw):
             messages.append(read_turn(f"{key}[{index}]", raw))
             continue
-        for turn in _split(raw):
+        for turn in _split(f"{key}[{index}]", raw):
             message = _read_turn(f"{key}[{index}]", turn, is_sharegpt)
             if _role_name(turn) in CALL_ROLES and messages and _continues(messages[-1], message):
                 messages[-1].message.setdefault("tool_calls", []).extend(message.message["tool_calls"])
@@ -78,18 +78,29 @@ def is_answer(turn: dict[str, Any]) -> bool:
     return isinstance(name, str) and SHAREGPT_ROLES.get(name) == "assistant"
 
 
+def role_of(turn: dict[str, Any]) -> Any:
+    """Return the role of a turn in any style, not validated; None for a pair of texts."""
+    name = _role_name(turn)
+    return SHAREGPT_ROLES.get(name, name) if isinstance(name, str) else None
+
+
 def _role_name(turn: Any) -> Any:
     return turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
 
 
-def _split(turn: Any) -> list[Any]:
-    """Return the turns that an element of the list stands for: several for a pair or for tool results."""
+def _split(where: str, turn: Any) -> list[Any]:
+    """Return the turns that an element of the list stands for: several for a pair or for tool results.
+
+    Raises:
+        BadLine: a pair has the keys of two pairs or of an unknown answer, or a tool result is misplaced.
+    """
     if not isinstance(turn, dict) or type(turn.get("content")) is str:
         return [turn]
     keys = _pair_keys(turn)
     if keys is None:
-        return split_tool_results(turn)
+        return split_tool_results(where, turn)
     question, answer = keys
+    _check_pair(where, turn, question, answer)
     texts = {"system": turn.get("system"), "user": turn[question], "assistant": turn.get(answer)}
     others = {key: value for key, value in turn.items() if key not in (*keys, "system", PAIR_SWITCH)}
     if PAIR_SWITCH in turn:
@@ -99,6 +110,22 @@ def _split(turn: Any) -> list[Any]:
         for role, text in texts.items()
         if text is not None
     ]
+
+
+def _check_pair(where: str, turn: dict[str, Any], question: str, answer: str) -> None:
+    """Check that a pair of texts has one question, and one answer unless it is only a question."""
+    names = {*PAIRS, *PAIRS.values(), *SHAREGPT_ROLES, "content", "value"} - {question, answer, "system"}
+    allowed = [question, answer, "system"] if turn.get(answer) is not None else [question, "system"]
+    others = [
+        key
+        for key, value in turn.items()
+        if value is not None and (key in names or (len(allowed) == 2 and key not in (*allowed, answer)))
+    ]
+    if others:
+        raise BadLine(
+            f"{where}: '{others[0]}' beside '{question}'; a pair has '{question}' and '{answer}'",
+            "a pair of texts with another key",
+        )
 
 
 def _pair_keys(turn: dict[str, Any]) -> tuple[str, str] | None:
@@ -142,6 +169,7 @@ def _read_named_turn(where: str, turn: dict[str, Any], role_key: str, text_key: 
         raise BadLine(
             f"{where}: unknown {role_key} {shorten(name)}; it must be one of {names}", "unknown role"
         )
+    _check_other_style(where, turn, role_key, text_key)
     message = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
     message["role"] = SHAREGPT_ROLES[name]
     if text_key in turn:
@@ -149,6 +177,16 @@ def _read_named_turn(where: str, turn: dict[str, Any], role_key: str, text_key: 
     if name in CALL_ROLES:
         message |= {"content": "", "tool_calls": _read_calls(where, text_key, name, message.get("content"))}
     return read_turn(where, message, text_key=text_key)
+
+
+def _check_other_style(where: str, turn: dict[str, Any], role_key: str, text_key: str) -> None:
+    """Check that a turn with the keys of both styles has the same role and the same text under both."""
+    other_role, other_text = ("role", "content") if role_key == "from" else ("from", "value")
+    role, text = turn.get(other_role), turn.get(other_text)
+    if role is not None and SHAREGPT_ROLES.get(str(role)) != SHAREGPT_ROLES[turn[role_key]]:
+        raise BadLine(f"{where}: '{role_key}' and '{other_role}' are different roles", "two roles in a turn")
+    if text is not None and text != turn.get(text_key):
+        raise BadLine(f"{where}: '{text_key}' and '{other_text}' are different texts", "two texts in a turn")
 
 
 def _read_calls(where: str, text_key: str, name: str, calls: Any) -> Any:

@@ -19,15 +19,24 @@ WEIGHTS = ("weight", "loss_weight", "loss_scale")
 MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
 """Range of weights besides 0. A larger or smaller number is hardly meant as a weight."""
 ARGUMENT_KEYS = ("arguments", "parameters", "input")
-"""Keys under which a tool call may hold its arguments. The first one that is present is used."""
+"""Keys under which a tool call may hold its arguments."""
 MEDIA = {
-    **dict.fromkeys(("images", "image", "image_path", "image_url"), "an image"),
-    **dict.fromkeys(("videos", "video", "video_path"), "a video"),
-    **dict.fromkeys(("audios", "audio", "audio_path"), "audio"),
+    f"{name}{suffix}": kind
+    for name, kind in (("image", "an image"), ("video", "a video"), ("audio", "audio"))
+    for suffix in ("s", "", "_path", "_paths", "_url", "_urls")
 }
 """Kind of media by the key of a row or of a message that holds it."""
 PARTIAL_KEYS = ("train_detail", "loss_mask")
 """Keys under which other trainers select parts of a message to train on."""
+OTHER_SWITCHES = ("training", "trainable", "masked", "mask")
+"""Keys under which other trainers say whether a message is supervised."""
+LABELS = ("label", "labels", "kto_tag")
+CORRECTNESS = ("is_correct", "correct")
+REWARDS = ("reward", "rewards")
+JUDGMENTS = (*LABELS, *CORRECTNESS, *REWARDS)
+"""Columns, or keys of an assistant turn, that say how good an answer is."""
+TOOL_KEYS = ("tools", "functions")
+"""Columns with the definitions of tools. In a message, a template would hardly render them."""
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Keys under which a message may hold its reasoning. The first one that is present is used."""
 
@@ -43,12 +52,14 @@ class Turn(NamedTuple):
         is_supervised: whether it is supervised.
         place: where the row has it ("messages[0]"), for error messages.
         weight: its weight in the loss, above 0.
+        tools: the definitions of tools in its content, or None.
     """
 
     message: dict[str, Any]
     is_supervised: bool
     place: str
     weight: float = 1.0
+    tools: Any = None
 
 
 def append_answer(row: Row, key: str, answer: str, is_answer: Callable[[dict[str, Any]], bool]) -> Row | None:
@@ -105,10 +116,10 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
         return Turn(message, role == "assistant", where)  # fast path: most turns have no other keys
     _check_meanings(where, message)
     weight = _pop_weight(where, role, message)
-    if "function_call" in message:  # the key used by OpenAI's format before 'tool_calls'
-        message["tool_calls"] = [message.pop("function_call")]
+    _rename_function_call(where, message)
+    tools = None
     if isinstance(content, list):
-        read_parts(where, text_key, message)
+        tools = read_parts(where, text_key, message)
         content = message["content"]
     has_calls = "tool_calls" in message and _normalize_tool_calls(where, message)
     has_reasoning = _has_reasoning(where, message)
@@ -124,7 +135,7 @@ def read_turn(where: str, turn: Any, text_key: str = "content") -> Turn:
         if others := [key for key, value in message.items() if value and key not in ("role", "content")]:
             raise BadLine(f"{where}: empty {role} turn with {shorten(sorted(others))}", "empty turn")
         message["content"] = ""
-    return Turn(message, weight > 0, where, weight or 1.0)
+    return Turn(message, weight > 0, where, weight or 1.0, tools)
 
 
 def without_empty_system_turns(turns: list[Turn]) -> list[Turn]:
@@ -147,6 +158,34 @@ def _check_meanings(where: str, message: dict[str, Any]) -> None:
                 f"with 'train'",
                 "a part of a message",
             )
+        if key in OTHER_SWITCHES:
+            raise BadLine(
+                f"{where}: '{key}' is {shorten(value)}; this trainer reads 'train', true or false, "
+                "which says whether a turn is trained",
+                f"'{key}' of a message",
+            )
+        if key in TOOL_KEYS and value:
+            raise BadLine(
+                f"{where}: '{key}' stands in a message; make it a column of the row",
+                f"'{key}' of a message",
+            )
+        if key in JUDGMENTS and message["role"] == "assistant" and value is not True:
+            raise BadLine(
+                f"{where}: '{key}' is {shorten(value)}: it says how good an answer is, and this trainer "
+                'learns every answer; remove it, or write "train": false in this turn',
+                "an answer that is judged",
+            )
+        if key == "value" and value != message.get("content"):
+            raise BadLine(f"{where}: 'content' and 'value' are different texts", "two texts in a turn")
+
+
+def _rename_function_call(where: str, message: dict[str, Any]) -> None:
+    """Replace the key that OpenAI's format used before `tool_calls`."""
+    if "function_call" not in message:
+        return
+    if message.get("tool_calls"):
+        raise BadLine(f"{where}: a call in 'function_call' and in 'tool_calls'", "wrong 'tool_calls'")
+    message["tool_calls"] = [message.pop("function_call")]
 
 
 def _has_reasoning(where: str, message: dict[str, Any]) -> bool:
@@ -231,7 +270,11 @@ def _normalize_tool_call(where: str, call: dict[str, Any]) -> dict[str, Any]:
             f"{where}: 'function' must be an object, got {json_type_name(function)}", "wrong 'tool_calls'"
         )
     name = function.get("name")
-    argument_key = next((key for key in ARGUMENT_KEYS if key in function), "arguments")
+    argument_keys = [key for key in ARGUMENT_KEYS if key in function]
+    if len(argument_keys) > 1:
+        names = " and in ".join(f"'{key}'" for key in argument_keys)
+        raise BadLine(f"{where}: arguments in {names}", "wrong 'tool_calls'")
+    argument_key = argument_keys[0] if argument_keys else "arguments"
     arguments = function.get(argument_key)
     if not isinstance(name, str) or not name.strip():
         got = "nothing" if name is None else json_type_name(name)

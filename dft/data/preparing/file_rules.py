@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dft.data.conversations.column_meanings import MEANING_OF
+from dft.data.conversations.forms import columns as form_columns
 from dft.data.conversations.row_rules import RowRules
 from dft.data.preparing.options import DataOptions
 from dft.data.reading.data_file import DataFile
@@ -37,7 +39,7 @@ def column_flags(options: DataOptions) -> dict[str, list[ColumnFlag]]:
     """Return the values of --columns, --ignore_columns and --keep_rows, by the name of the flag.
 
     Raises:
-        UserError: a value is malformed, or gives two columns the same name.
+        UserError: a value is malformed, gives two columns the same name, or a name that nothing reads.
     """
     flags = {
         "columns": [_split_pair("--columns", value, "NAME=COLUMN") for value in options.columns],
@@ -52,6 +54,12 @@ def column_flags(options: DataOptions) -> dict[str, list[ColumnFlag]]:
     for (_, name), count in counts.items():
         if count > 1:
             raise UserError(f"--columns {' '.join(options.columns)}: {name.rstrip('=')!r} appears twice")
+    names = {*form_columns(), *MEANING_OF}
+    for flag in flags["columns"]:
+        if flag.value not in names:
+            raise UserError(
+                f"{flag.flag}: no row form reads {flag.value!r}; the names are {', '.join(form_columns())}"
+            )
     return flags
 
 
@@ -114,7 +122,11 @@ def _rules_for(
         accepted.setdefault(flag.column, []).append(flag.value)
     own = source.rules
     renamed = {flag.column: flag.value for flag in of("columns")}
-    described = [(name, column) for name, column in own.columns if column not in renamed]
+    described = [
+        (name, column)
+        for name, column in own.columns
+        if column not in renamed and name not in renamed.values()
+    ]
     return replace(
         own,
         columns=(*described, *((name, column) for column, name in renamed.items())),

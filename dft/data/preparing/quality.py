@@ -12,6 +12,7 @@ from dft.data.preparing.traits import SCRIPTS, Flag
 MINIMUM = 20
 """Number of conversations below which shares mean nothing."""
 EXAMPLES = 2
+MAX_LISTED_SCRIPTS = 3
 MIN_CUT_TOKENS, MIN_CUT_CHARACTERS = 64, 200
 """Length below which answers of the same length are no sign of a limit."""
 MIN_REPEATED_CHARACTERS = 20
@@ -78,15 +79,17 @@ def _flag_warnings(train: EncodedSequences) -> Iterator[Warned]:
         return np.flatnonzero(flags & flag)
 
     if len(members := having(Flag.MARKERS)):
-        yield Warned("answers contain special tokens of the tokenizer as text", "train", members)
+        yield Warned("answers contain special tokens as text", "train", members)
     if 0 < len(members := having(Flag.EMPTY_REASONING)) < total:
         yield Warned("answers have empty reasoning, others do not", "train", members)
+    if 0 < len(members := having(Flag.NO_QUESTION)) < total:
+        yield Warned("conversations have no user turn, others do", "train", members)
     if len(members := having(Flag.REFUSAL)) >= max(1, total / 200):
         yield Warned("answers are refusals or speak of an AI model", "train", members)
     if total < MINIMUM:
         return
     if total / 10 <= len(members := having(Flag.SYSTEM_PROMPT)) <= total * 9 / 10:
-        yield Warned("conversations have a system prompt, the others have none", "train", members)
+        yield Warned("conversations have a system prompt, others have none", "train", members)
     if len(members := having(Flag.OTHER_SCRIPT)) >= max(2, total / 100):
         yield Warned("answers are in another script than their question", "train", members)
     scripts = train.traits["script"]
@@ -94,7 +97,9 @@ def _flag_warnings(train: EncodedSequences) -> Iterator[Warned]:
     counts[0] = 0
     rare = [script for script in np.flatnonzero(counts) if max(2, total / 1000) <= counts[script] < total / 5]
     if rare:
-        names = ", ".join(f"{[*SCRIPTS][script]} {counts[script]:,}" for script in rare)
+        listed = sorted(rare, key=lambda script: -counts[script])[:MAX_LISTED_SCRIPTS]
+        names = ", ".join(f"{[*SCRIPTS][script]} {counts[script]:,}" for script in listed)
+        names += ", ..." if len(rare) > len(listed) else ""
         yield Warned(
             f"answers are in a rare script ({names})", "train", np.flatnonzero(np.isin(scripts, rare))
         )
@@ -112,7 +117,7 @@ def _length_warnings(train: EncodedSequences) -> Iterator[Warned]:
         distinct = len(np.unique(train.traits["answer"][members]))
         if longest >= minimum and distinct >= max(3, len(train) / 200) and len(members) < len(train):
             yield Warned(
-                f"answers have exactly {longest:,} {unit}, the greatest length: probably cut off",
+                f"answers have exactly {longest:,} {unit}, the maximum: probably cut off",
                 "train",
                 members,
             )
@@ -134,4 +139,4 @@ def _nearly_equal(train: EncodedSequences, held_out: EncodedSequences) -> Iterat
     """Yield a warning about evaluation conversations that are nearly equal to one for training."""
     members = np.flatnonzero(has_near_twin(held_out.traits["signature"], train.traits["signature"]))
     if len(members):
-        yield Warned("evaluation conversations are nearly equal to one for training", "eval", members)
+        yield Warned("evaluation conversations nearly equal one for training", "eval", members)

@@ -51,6 +51,7 @@ class Flag(IntFlag):
     MARKERS = 4
     REFUSAL = 8
     OTHER_SCRIPT = 16
+    NO_QUESTION = 32
 
 
 SCRIPTS = {
@@ -120,6 +121,8 @@ def _single_traits(conversation: Conversation, markers: Markers) -> tuple[int, i
         flags |= Flag.REFUSAL.value
     if script and asked and script != asked:
         flags |= Flag.OTHER_SCRIPT.value
+    if not any(message["role"] == "user" for message in messages):
+        flags |= Flag.NO_QUESTION.value
     digest = blake2b(answer.encode(errors="replace"), digest_size=8).digest()
     return flags, script, int.from_bytes(digest, "little"), len(answer)
 

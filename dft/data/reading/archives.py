@@ -3,7 +3,14 @@
 import zipfile
 from pathlib import Path
 
-from dft.data.reading.data_file import SUFFIXES_IN_WORDS, TABLE_KINDS, DataFile, split_suffix
+from dft.data.reading.data_file import (
+    ARCHIVE,
+    DESCRIPTIONS,
+    SUFFIXES_IN_WORDS,
+    TABLE_KINDS,
+    DataFile,
+    split_suffix,
+)
 from dft.errors import UserError
 
 ENCRYPTED = 1
@@ -14,7 +21,7 @@ def zip_members(path: str, entry: int, label: str) -> list[DataFile]:
     """Return the data files of a zip archive, sorted by name, without hidden ones.
 
     Raises:
-        UserError: the archive is damaged or encrypted, or holds no data file that can be read from it.
+        UserError: the archive is damaged or encrypted, holds another archive or a table, or no data file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -25,10 +32,15 @@ def zip_members(path: str, entry: int, label: str) -> list[DataFile]:
     for info in members:
         suffix = split_suffix(info.filename)
         parts = info.filename.split("/")
-        if suffix is None or info.is_dir() or any(part.startswith((".", "__MACOSX")) for part in parts):
+        if info.is_dir() or parts[-1] in DESCRIPTIONS:
             continue
-        kind, compression = suffix
-        if kind in TABLE_KINDS.values():
+        if any(part.startswith((".", "__MACOSX")) for part in parts):
+            continue
+        is_archive = info.filename.lower().endswith(ARCHIVE)
+        if suffix is None and not is_archive:
+            continue
+        kind, compression = suffix or (ARCHIVE, None)
+        if is_archive or kind in TABLE_KINDS.values():
             raise UserError(
                 f"{label}: holds {info.filename}, which can only be read outside of an archive; extract it"
             )

@@ -12,6 +12,9 @@ from dft.data.conversations.row_rules import NO_RULES, RowRules
 
 TEXT_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
 TABLE_KINDS = {".parquet": "parquet", ".arrow": "arrow"}
+ARCHIVE = ".zip"
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files that describe datasets and hold no rows. They are skipped in folders and archives."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES_IN_WORDS = (
     ".jsonl, .ndjson, .json, .csv or .tsv (each also with .gz or .zst), .parquet, .arrow or .zip"

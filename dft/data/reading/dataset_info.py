@@ -1,5 +1,6 @@
 """Entries of `dataset_info.json`, in which LLaMA-Factory describes its datasets."""
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from dft.errors import UserError
 from dft.strict_json import json_type_name
 
 FILE_NAME = "dataset_info.json"
-READ_KEYS = ("file_name", "hf_hub_url", "subset", "split", "formatting", "ranking", "columns", "tags")
+TEXT_KEYS = ("file_name", "file_sha1", "hf_hub_url", "subset", "split", "formatting")
+READ_KEYS = (*TEXT_KEYS, "ranking", "columns", "tags")
 OTHER_HUBS = ("ms_hub_url", "om_hub_url")
 """Keys that name the same dataset on another hub, which is not needed where there is `hf_hub_url`."""
 ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
@@ -39,11 +41,25 @@ class DatasetEntry:
         path: its file or folder; empty if it is on the hub.
         hub: its name, configuration and split on the hub, or None.
         rules: how its rows are read.
+        sha1: SHA-1 digest that its file must have, or None.
     """
 
     path: str
     hub: tuple[str, str | None, str] | None
     rules: RowRules
+    sha1: str | None = None
+
+    def check_digest(self, label: str) -> None:
+        """Raise `UserError` if the file is not the one that was described."""
+        if self.sha1 is None:
+            return
+        with open(self.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha1").hexdigest()
+        if digest != self.sha1.lower():
+            raise UserError(
+                f"{label}: {self.path} has the SHA-1 digest {digest}, but its entry says {self.sha1}; the "
+                "file was changed or is incomplete. Fetch it again, or remove 'file_sha1' from the entry"
+            )
 
 
 def named_entry(value: str) -> tuple[str, str] | None:
@@ -76,6 +92,10 @@ def dataset_entry(path: str, name: str, label: str) -> DatasetEntry:
             f"{label}: {unknown[0]!r} of this entry is not supported; pass the file itself, with --columns "
             "for its columns"
         )
+    entry = {key: value for key, value in entry.items() if value is not None}
+    for key in TEXT_KEYS:
+        if not isinstance(entry.get(key, ""), str):
+            raise UserError(f"{label}: {key!r} must be a string, got {json_type_name(entry[key])}")
     rules = _rules_of(entry, label)
     if "hf_hub_url" in entry:
         return DatasetEntry(
@@ -85,7 +105,8 @@ def dataset_entry(path: str, name: str, label: str) -> DatasetEntry:
         raise UserError(
             f"{label}: the entry names neither a file (file_name) nor a dataset of the hub (hf_hub_url)"
         )
-    return DatasetEntry(os.path.join(os.path.dirname(path), entry["file_name"]), None, rules)
+    file = os.path.join(os.path.dirname(path), entry["file_name"])
+    return DatasetEntry(file, None, rules, entry.get("file_sha1"))
 
 
 def _read_object(path: str, label: str) -> dict[str, Any]:
@@ -117,6 +138,12 @@ def _rules_of(entry: dict[str, Any], label: str) -> RowRules:
             raise UserError(
                 f"{label}: {key!r} has {unknown[0]!r}; for {formatting} data it may have {', '.join(known)}"
             )
+    if formatting == "alpaca" and tags:
+        raise UserError(f"{label}: 'tags' are for turns, which alpaca data does not have; check 'formatting'")
+    if entry.get("ranking") and columns and "chosen" not in columns:
+        raise UserError(
+            f"{label}: 'ranking' says that the rows are preference pairs, but 'columns' names no 'chosen'"
+        )
     if formatting == "alpaca" and columns and not {"response", "chosen"} & columns.keys():
         raise UserError(
             f"{label}: describes text for pretraining (no response column), but this trainer fine-tunes on "

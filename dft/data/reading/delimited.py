@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from dft.data.conversations.column_rules import renamed_columns
 from dft.data.conversations.forms import may_hold_conversation, no_form
+from dft.data.conversations.row_json import UTF16_HINT
 from dft.data.reading.data_file import DataFile
 from dft.data.reading.records import MAX_RECORD_BYTES, Flaw, Record, unreadable_from_here
 from dft.data.reading.text import TextReader
@@ -56,7 +57,8 @@ class DelimitedReader:
             if not any(cells):
                 continue
             if names is None:
-                names = cells
+                # pandas writes its index under an empty name, which no flag could name.
+                names = [name or f"unnamed_{index}" for index, name in enumerate(cells)]
                 flaw = self._header_flaw(names)
                 if flaw is not None:
                     yield Record(line, b"", flaw)
@@ -68,7 +70,8 @@ class DelimitedReader:
     def _header_flaw(self, names: list[str]) -> Flaw | None:
         if any(SURROGATE.search(name) for name in names):
             kind = "not valid UTF-8"
-            return Flaw(f"the first row is {kind}", kind, skippable=False)
+            hint = UTF16_HINT if any("\0" in name for name in names) else ""
+            return Flaw(f"the first row is {kind}{hint}", kind, skippable=False)
         repeated = next((name for index, name in enumerate(names) if name in names[:index]), None)
         if repeated is not None:
             kind = "a column name that appears twice"
@@ -79,6 +82,7 @@ class DelimitedReader:
             hint = (
                 "" if other is None else f"; its cells are separated by {other!r}, not by {self._delimiter!r}"
             )
+            hint += UTF16_HINT if any("\0" in name for name in names) else ""
             return Flaw(f"{error}{hint}", error.kind, skippable=False)
         return None
 

@@ -10,7 +10,14 @@ import pyarrow as pa
 
 from dft.data.reading.archives import zip_members
 from dft.data.reading.arrow_files import count_rows
-from dft.data.reading.data_file import SUFFIXES_IN_WORDS, TABLE_KINDS, DataFile, split_suffix
+from dft.data.reading.data_file import (
+    ARCHIVE,
+    DESCRIPTIONS,
+    SUFFIXES_IN_WORDS,
+    TABLE_KINDS,
+    DataFile,
+    split_suffix,
+)
 from dft.data.reading.dataset_info import FILE_NAME, DatasetEntry, dataset_entry, first_entry, named_entry
 from dft.data.reading.saved_datasets import is_saved_dataset, saved_dataset
 from dft.errors import UserError
@@ -20,9 +27,6 @@ HUB_NAME = re.compile(
     r"(?:/(?P<config>[\w.+-]+))?"
     r"(?::(?P<split>.+))?"
 )
-ARCHIVE = ".zip"
-DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""Files that describe datasets and hold no rows. They are skipped in folders."""
 SPLIT_NAME = re.compile(r"\w+(?:\.\w+)*")
 
 
@@ -91,6 +95,8 @@ def _described_files(described: DatasetEntry, entry: int, flag: str, label: str)
     if described.hub is None:
         if not os.path.exists(described.path):
             raise UserError(f"{label}: its file {described.path} does not exist")
+        if os.path.isfile(described.path):
+            described.check_digest(label)
         sources = _resolve_path(described.path, entry, flag)
     else:
         name, config, split = described.hub

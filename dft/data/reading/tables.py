@@ -58,7 +58,7 @@ class TableReader:
                     error = no_form(renamed_columns(batch.schema.names, rules), is_table=True)
                     yield Record(1, b"", Flaw(str(error), error.kind, skippable=False))
                     return
-                for part in _split(_without_media(batch.select(names))):
+                for part in _split(_without_media(batch.select(names), rules)):
                     for text, flaw in _row_texts(part):
                         row += 1
                         yield Record(row, text, flaw)
@@ -113,15 +113,15 @@ def _count_values(file: pq.ParquetFile, names: set[str]) -> dict[str, int]:
     return counts
 
 
-def _without_media(batch: pa.RecordBatch) -> pa.RecordBatch:
+def _without_media(batch: pa.RecordBatch, rules: RowRules) -> pa.RecordBatch:
     """Return a batch with images, videos and recordings replaced by how many there are."""
     for index, name in enumerate(batch.schema.names):
         values = batch.column(index)
-        if name not in MEDIA:
+        if not any(new in MEDIA for new in renamed_columns([name], rules)):
             continue
         if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
             batch = batch.set_column(index, name, pc.list_value_length(values))
-        elif not pa.types.is_string(values.type):
+        elif not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
             batch = batch.set_column(index, name, pc.if_else(values.is_valid(), 1, None))
     return batch
 

@@ -70,6 +70,15 @@ def load_tokenizer(
     return tokenizer, notes
 
 
+def tokens_added_to(
+    tokenizer: PreTrainedTokenizerBase, name_or_path: str, trust_remote_code: bool = False
+) -> list[str]:
+    """Return the tokens of a tokenizer that the vocabulary of a model lacks, in the order of their ids."""
+    original = _load(name_or_path, trust_remote_code).get_vocab()
+    vocabulary = tokenizer.get_vocab()
+    return sorted(vocabulary.keys() - original.keys(), key=vocabulary.__getitem__)
+
+
 def read_template(file: str) -> str:
     """Return the Jinja source in a file.
 

@@ -18,7 +18,9 @@ MAX_LISTED_FILES = 20
 """Number of files of a split that are listed; data_report.json lists all."""
 MAX_LISTED_COLUMNS = 8
 """Number of columns that are not read that are listed; data_report.json lists all."""
-MAX_WARNINGS = 10
+MAX_WARNING_LINES = 10
+WIDTH, INDENT = 100, 12
+"""Greatest width of a line, and the width of its first column, in characters."""
 MAX_LISTED_WEIGHTS = 5
 """Number of weights that are listed; data_report.json lists more."""
 NOTABLE_MEAN = 5
@@ -85,13 +87,41 @@ def _split_lines(split: str, report: Mapping[str, Any]) -> list[str]:
 
 
 def _warning_lines(report: Mapping[str, Any]) -> list[str]:
-    """Return a line for each warning about the data, at most `MAX_WARNINGS`."""
+    """Return one or two lines for each warning about the data, at most `MAX_WARNING_LINES` in all.
+
+    With more warnings than that, the examples are left to data_report.json.
+    """
     warnings = report.get("warnings", [])  # absent from the reports of earlier versions
-    return [
-        f"check       {entry['conversations']:,} {entry['text']} ({100 * entry['share']:.1f} %), such as "
-        f"{' and '.join(entry['examples'])}"
-        for entry in warnings[:MAX_WARNINGS]
+    heads = [
+        f"check       {entry['conversations']:,} {entry['text']} ({100 * entry['share']:.1f} %)"
+        for entry in warnings
     ]
+    lines = [
+        line
+        for head, entry in zip(heads, warnings, strict=True)
+        for line in _with_examples(head, entry["examples"])
+    ]
+    return lines if len(lines) <= MAX_WARNING_LINES else heads[:MAX_WARNING_LINES]
+
+
+def _with_examples(head: str, examples: list[str]) -> list[str]:
+    """Return a line with the examples of a warning, or two if it would be wider than `WIDTH`.
+
+    Files whose paths are too long even then are shown by their names, and long names by their ends.
+    """
+    line = f"{head}, such as {' and '.join(examples)}"
+    if len(line) <= WIDTH:
+        return [line]
+    shown, room = f"such as {' and '.join(examples)}", WIDTH - INDENT
+    if len(shown) > room:
+        width = (room - len("such as  and ")) // 2
+        names = [_shorten_start(Path(example).name, width) for example in examples]
+        shown = f"such as {' and '.join(names)}"
+    return [head, " " * INDENT + shown]
+
+
+def _shorten_start(text: str, width: int) -> str:
+    return text if len(text) <= width else f"...{text[3 - width :]}"
 
 
 def _weights(weights: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from dft.arguments.parser import Arguments
-from dft.data.templates.tokenizer import UNLOADABLE
+from dft.data.templates.tokenizer import UNLOADABLE, tokens_added_to
 from dft.errors import UserError, describe_loading_error
 from dft.ranks import first_failure
 from dft.training.model.adapters import add_adapters, pack_linear, resolve_quantization
@@ -202,6 +202,7 @@ def resize_embeddings(
     rows = model.config.get_text_config().vocab_size
     new_ids = _ids_without_embedding(model, tokenizer)
     if not new_ids:
+        _check_embeddings_trained(tokenizer, arguments)
         return
     if not set(new_ids) <= set(tokenizer.added_tokens_decoder):
         raise UserError(
@@ -218,6 +219,22 @@ def resize_embeddings(
     arguments.notes.append(
         f"embeddings: {rows} -> {max(new_ids) + 1} rows, for the tokens added to the tokenizer"
     )
+
+
+def _check_embeddings_trained(tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> None:
+    """Check that adapters leave no embedding of an added token untrained.
+
+    An added token may have the id of a row that the model has and that no token used.
+    """
+    if arguments.lora.lora_r is None:
+        return
+    name, trust = arguments.model.model_name_or_path, arguments.model.trust_remote_code
+    if added := tokens_added_to(tokenizer, name, trust):
+        raise UserError(
+            f"--lora_r {arguments.lora.lora_r}: {' '.join(added)} had to be added to the vocabulary, and "
+            "adapters would leave the unused embeddings that they get untrained; use a --chat_template whose "
+            "tokens the vocabulary has, or train all weights (without --lora_r)"
+        )
 
 
 def _ids_without_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

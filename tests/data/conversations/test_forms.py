@@ -85,7 +85,10 @@ def test_invalid_json_is_an_error(line, reason):
 
 def test_invalid_utf8_is_an_error():
     assert parse_error(b'{"m": "\xff"}') == "not valid UTF-8 (invalid start byte at byte 7)"
-    assert parse_error(LINE.encode("utf-16")) == "not valid UTF-8 (invalid start byte at byte 0)"
+    assert parse_error(LINE.encode("utf-16")) == (
+        "not valid UTF-8 (invalid start byte at byte 0); it looks like UTF-16, which iconv -f UTF-16 -t "
+        "UTF-8 converts"
+    )
     raw = LINE.encode().replace(b'"q"', b'"\xed\xa0\x80"')
     assert parse_error(raw) == f"not valid UTF-8 (invalid continuation byte at byte {raw.index(0xED)})"
 
@@ -142,8 +145,41 @@ def test_sharegpt_turns_are_converted_to_messages():
 def test_sharegpt_turns_may_have_role_and_content():
     conversation = parse(conversations=[USER, {"role": "gpt", "content": "a", "weight": 1}])
     assert conversation.messages == [USER, ANSWER]
-    both = [{"from": "human", "value": "q", "role": "gpt", "content": None}, {"from": "gpt", "value": "a"}]
+    both = [{"from": "human", "value": "q", "role": "user", "content": None}, {"from": "gpt", "value": "a"}]
     assert parse(conversations=both).messages == [USER, ANSWER]
+
+
+def test_turns_with_two_texts_or_two_roles_that_differ_are_errors():
+    answer = {"from": "gpt", "value": "a"}
+    first = {"from": "human", "value": "q"}
+    assert parse(conversations=[{**first, "content": "q"}, answer]).messages == [USER, ANSWER]
+    assert error_of(conversations=[{**first, "content": "x"}, answer]) == (
+        "conversations[0]: 'value' and 'content' are different texts"
+    )
+    assert error_of(conversations=[{**first, "role": "gpt"}, answer]) == (
+        "conversations[0]: 'from' and 'role' are different roles"
+    )
+    assert error_of(conversations=[{"role": "human", "content": "q", "value": "x"}, answer]) == (
+        "conversations[0]: 'content' and 'value' are different texts"
+    )
+    assert error_of(messages=[USER, {**ANSWER, "value": "x"}]) == (
+        "messages[1]: 'content' and 'value' are different texts"
+    )
+    assert parse(messages=[USER, {**ANSWER, "value": "a"}]).messages[1]["content"] == "a"
+
+
+def test_pairs_of_texts_with_other_keys_are_errors():
+    for pair, key in (
+        ({"human": "q", "bot": "a"}, "bot"),
+        ({"human": "q", "assistant": "a", "input": "x"}, "input"),
+        ({"human": "q", "assistant": "a", "gpt": "b"}, "gpt"),
+        ({"human": "q", "assistant": "a", "content": ["x"]}, "content"),
+    ):
+        assert error_of(conversation=[pair, {"human": "q", "assistant": "a"}]) == (
+            f"conversation[0]: '{key}' beside 'human'; a pair has 'human' and 'assistant'"
+        )
+    pair = {"human": "q", "assistant": "a", "id": 3}
+    assert parse(conversation=[pair, {"human": "q"}]).messages == [USER, {**ANSWER, "id": 3}, USER]
 
 
 def test_sharegpt_function_call_is_converted_to_tool_calls():
@@ -287,7 +323,11 @@ def test_system_column_becomes_the_first_turn_unless_there_is_a_system_turn():
     assert conversation.supervised == (False, False, True)
     for role in ("system", "developer"):
         messages = [{"role": role, "content": "own"}, USER, ANSWER]
-        assert parse(system="s", messages=messages).messages == messages
+        assert parse(system="own\n", messages=messages).messages == messages
+        assert error_of(system="s", messages=messages) == (
+            "'system' and messages[0] are different system prompts; --ignore_columns system leaves the "
+            "column out"
+        )
     for nothing in ("", " \n", None):
         assert parse(system=nothing, messages=[USER, ANSWER]).messages == [USER, ANSWER]
     assert error_of(system=["s"], messages=[USER, ANSWER]) == "'system' must be a string, got a list"
@@ -347,7 +387,29 @@ def test_chat_template_kwargs_must_be_an_object():
         ({"content": "", "train": False}, "empty assistant turn"),
         ({"content": []}, "empty assistant turn"),
         ({"content": [{"type": "text", "text": " "}]}, "empty assistant turn"),
-        ({"role": "system", "content": "", "tools": ["f"]}, "empty system turn with ['tools']"),
+        ({"role": "system", "content": "", "note": "f"}, "empty system turn with ['note']"),
+        (
+            {"role": "system", "tools": [{"name": "f"}]},
+            "'tools' stands in a message; make it a column of the row",
+        ),
+        (
+            {"trainable": False},
+            "'trainable' is False; this trainer reads 'train', true or false, which says whether "
+            "a turn is trained",
+        ),
+        (
+            {"label": False},
+            "'label' is False: it says how good an answer is, and this trainer learns every answer; "
+            'remove it, or write "train": false in this turn',
+        ),
+        (
+            {"function_call": {"name": "f"}, "tool_calls": [{"name": "g"}]},
+            "a call in 'function_call' and in 'tool_calls'",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": {"a": 1}, "parameters": {"b": 2}}]},
+            ".tool_calls[0]: arguments in 'arguments' and in 'parameters'",
+        ),
         ({"role": "user", "content": "", "reasoning_content": "r"}, "empty user turn"),
         ({"content": "", "reasoning_content": " "}, "empty assistant turn"),
         (

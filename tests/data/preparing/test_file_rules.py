@@ -191,3 +191,22 @@ def test_rows_of_one_form_are_counted_alike_by_one_and_by_several_processes(
         for workers in (0, 2)
     ]
     assert reports[0]["unread_columns"] == reports[1]["unread_columns"] == {"id": 600, "label": 600}
+
+
+def test_a_name_that_no_row_form_reads_is_an_error(run, tmp_path):
+    file = save(tmp_path / "a.jsonl", {"question": "q", "answer": "a"})
+    assert error_of(run, file, columns=["question=instruction"]).startswith(
+        "--columns question=instruction: no row form reads 'question'; the names are messages, "
+    )
+    judged = save(tmp_path / "b.jsonl", conversation("q", good=False))
+    assert "'good' is false" in error_of(run, judged, columns=["label=good"])
+
+
+def test_a_flag_replaces_the_column_of_a_description(run, tmp_path):
+    save(tmp_path / "a.jsonl", {"question": "x", "better": "q", "answer": "a"})
+    entry = {"file_name": "a.jsonl", "columns": {"prompt": "question", "response": "answer"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": entry}))
+    prepared = run(f"{tmp_path}/dataset_info.json:a", columns=["instruction=better"])
+    plain = run(save(tmp_path / "plain.jsonl", conversation("q")))
+    assert column(prepared.datasets["train"], "input_ids") == column(plain.datasets["train"], "input_ids")
+    assert prepared.report["unread_columns"] == {"question": 1}

@@ -44,7 +44,7 @@ def test_ordinary_conversations_have_no_warnings(prepared):
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        ("a <|im_end|> b", "answers contain special tokens of the tokenizer as text"),
+        ("a <|im_end|> b", "answers contain special tokens as text"),
         ("<think>\n\n</think>\n\nfour", "answers have empty reasoning, others do not"),
         ("I'm sorry, but I can't help with that.", "answers are refusals or speak of an AI model"),
         ("As an AI language model, I have no opinion.", "answers are refusals or speak of an AI model"),
@@ -62,8 +62,14 @@ def test_empty_reasoning_everywhere_is_no_warning(prepared):
     assert warnings_of(prepared, rows) == []
 
 
+def test_conversations_without_a_question_are_a_warning_if_others_have_one(prepared):
+    rows = [talk(number) if number % 10 else {"response": f"{number}."} for number in range(30)]
+    assert warnings_of(prepared, rows) == [("conversations have no user turn, others do", 3, [1, 11])]
+    assert warnings_of(prepared, rows[::10]) == []
+
+
 def test_a_system_prompt_in_a_part_of_the_conversations_is_a_warning(prepared):
-    text = "conversations have a system prompt, the others have none"
+    text = "conversations have a system prompt, others have none"
     for share, found in ((2, [(text, 20, [1, 3])]), (1, []), (40, [])):
         rows = [talk(number, **({"system": "s"} if number % share == 0 else {})) for number in range(40)]
         assert warnings_of(prepared, rows) == found
@@ -84,7 +90,7 @@ def test_answers_of_the_same_greatest_length_are_a_warning(prepared):
 
     rows = [talk(number, answer(number)) for number in range(40)]
     assert warnings_of(prepared, rows) == [
-        ("answers have exactly 300 characters, the greatest length: probably cut off", 5, [1, 9])
+        ("answers have exactly 300 characters, the maximum: probably cut off", 5, [1, 9])
     ]
     assert warnings_of(prepared, [talk(number, answer(1 + 8 * number)) for number in range(40)]) == []
 
@@ -107,7 +113,7 @@ def test_evaluation_conversations_nearly_equal_to_training_are_a_warning(prepare
     ]
     held_out = [*near[:3], *(talk(number) for number in range(100, 110))]
     assert warnings_of(prepared, long, held_out) == [
-        ("evaluation conversations are nearly equal to one for training", 3, [1, 2])
+        ("evaluation conversations nearly equal one for training", 3, [1, 2])
     ]
 
 
@@ -147,13 +153,60 @@ def shares_a_band(signature: np.ndarray, others: np.ndarray) -> bool:
     return bool((others == signature).reshape(len(others), 4, 4).all(axis=2).any())
 
 
-def test_the_console_shows_each_warning_in_a_line(prepared, tmp_path):
-    rows = [talk(number, "a <|im_end|>" if number == 0 else None) for number in range(4)]
-    report = prepared(rows).report
-    assert data_summary(report)[-1] == (
-        "check       1 answers contain special tokens of the tokenizer as text (25.0 %), such as "
-        f"{tmp_path}/train.jsonl:1"
-    )
+def warning(text: str, *examples: str, count: int = 1_234_567) -> dict[str, object]:
+    return {"text": text, "split": "train", "conversations": count, "share": 0.125, "examples": [*examples]}
+
+
+def console_lines(prepared, *warnings: dict[str, object]) -> list[str]:
+    report = {**prepared(numbered(2)).report, "warnings": [*warnings]}
+    return [line for line in data_summary(report) if line not in data_summary({**report, "warnings": []})]
+
+
+def test_the_console_shows_each_warning_in_at_most_two_lines_of_100_columns(prepared):
+    head = "check       1,234,567 answers have empty reasoning, others do not (12.5 %)"
+    long = "answers have empty reasoning, others do not"
+    assert console_lines(prepared, warning(long, "a:3")) == [f"{head}, such as a:3"]
+    for examples, shown in (
+        (("data/train.jsonl:3", "data/train.jsonl:14"), "data/train.jsonl:3 and data/train.jsonl:14"),
+        ((f"/{'d' * 80}/train.jsonl:3", "b.jsonl:5"), "train.jsonl:3 and b.jsonl:5"),
+        ((f"{'n' * 80}.jsonl:3", f"{'n' * 80}.jsonl:14"),
+         f"...{'n' * 26}.jsonl:3 and ...{'n' * 25}.jsonl:14"),
+    ):  # fmt: skip
+        lines = console_lines(prepared, warning(long, *examples))
+        assert lines == [head, f"            such as {shown}"]
+        assert all(len(line) <= 100 for line in lines)
+
+
+def test_the_console_shows_at_most_ten_lines_of_warnings(prepared):
+    long = [warning(f"answers {number}", "d" * 60, "e" * 60, count=9 - number) for number in range(5)]
+    assert len(console_lines(prepared, *long)) == 10
+    more = [*long, warning("conversations have the same answer", "d" * 60, "e" * 60)]
+    lines = console_lines(prepared, *more)
+    assert lines[-1] == "check       1,234,567 conversations have the same answer (12.5 %)"
+    assert len(lines) == 6
+    assert len(console_lines(prepared, *long, *long, *long)) == 10
+
+
+def test_every_warning_fits_in_a_line_of_100_columns(prepared):
+    scripts = ["四加四等于", "かなかな", "한국어", "привет", "नमस्ते", "γεια", "שלום", "สวัสดี"]
+    answers = {number: f"{scripts[number // 3]} {number}" for number in range(24)}
+    rows = [
+        talk(number, answers.get(number), **({"system": "s"} if number % 2 else {})) for number in range(150)
+    ]
+    rows += [
+        talk(number, f"<think>\n\n</think>\n\nI'm sorry, I cannot help {number} <|im_end|>")
+        for number in range(150, 160)
+    ]
+    rows += [{"response": "the same answer, again and again " * 12}] * 8
+    rows += [talk(number, ("x" * 600 + str(number))[-600:]) for number in range(170, 180)]
+    held_out = [talk(number, f"{number}!") for number in range(30, 60)]
+    report = prepared(rows, held_out, max_length=4096).report
+    texts = [entry["text"] for entry in report["warnings"]]
+    assert "answers are in a rare script (Chinese 3, Japanese 3, Korean 3, ...)" in texts
+    assert len(texts) >= 8
+    for entry in report["warnings"]:
+        head = f"check       {1_234_567:,} {entry['text']} ({100:.1f} %)"
+        assert len(head) <= 100
 
 
 def test_signatures_estimate_the_share_of_common_pieces():

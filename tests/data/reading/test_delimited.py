@@ -87,7 +87,10 @@ def test_long_files_are_read_in_pieces(tmp_path):
              "--columns NAME=COLUMN reads a column under another name; its cells are separated by ';', not "
              "by ','", False)
         ]),
-        ("query,response\nq,a\n".encode("utf-16"), [(1, "the first row is not valid UTF-8", False)]),
+        ("query,response\nq,a\n".encode("utf-16"), [
+            (1, "the first row is not valid UTF-8; it looks like UTF-16, which iconv -f UTF-16 -t UTF-8 "
+             "converts", False)
+        ]),
     ],
 )  # fmt: skip
 def test_unusable_rows_are_flaws(tmp_path, text, flaws):
@@ -173,3 +176,31 @@ def test_unusable_archives_are_errors(tmp_path):
     *_, last = (record for batch in read_batches(source) for record in batch.records)
     assert last.flaw is not None
     assert not last.flaw.skippable
+
+
+def test_columns_without_a_name_get_one(tmp_path):
+    text = ",query,response,\n0,q,a,\n1,r,b,x\n"
+    assert rows_of(tmp_path / "a.csv", text) == [
+        (2, {"unnamed_0": "0", "query": "q", "response": "a"}),
+        (3, {"unnamed_0": "1", "query": "r", "response": "b", "unnamed_3": "x"}),
+    ]
+
+
+def test_utf16_is_named(tmp_path):
+    text = "query,response\nq,a\n"
+    hint = "; it looks like UTF-16, which iconv -f UTF-16 -t UTF-8 converts"
+    for encoding in ("utf-16", "utf-16-le"):
+        ((line, reason, _),) = flaws_of(tmp_path / "a.csv", text.encode(encoding))
+        assert line == 1 and reason.endswith(hint)
+
+
+def test_archives_in_archives_are_refused_and_descriptions_are_skipped(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data/a.jsonl", LINE)
+        archive.writestr("data/dataset_info.json", "{}")
+    assert [source.member for source in resolve_sources([str(path)], "--data_files")] == ["data/a.jsonl"]
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("data/more.ZIP", "x")
+    with pytest.raises(UserError, match=r"holds data/more.ZIP, which can only be read outside of an archive"):
+        resolve_sources([str(path)], "--data_files")

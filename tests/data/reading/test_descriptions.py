@@ -1,6 +1,8 @@
 """Folders written by save_to_disk, Arrow files, and entries of dataset_info.json."""
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -10,6 +12,7 @@ import pytest
 
 from dft.data.conversations.conversation import Conversation, parse_conversation
 from dft.data.conversations.faults import BadLine
+from dft.data.conversations.row_rules import RowRules
 from dft.data.reading.reader import read_batches
 from dft.data.reading.sources import resolve_sources
 from dft.errors import UserError
@@ -246,3 +249,56 @@ def test_description_is_not_a_data_file(tmp_path):
     assert error_of(path) == f"describes datasets; name one of its entries, like {path}:x"
     (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "q", "response": "a"}))
     assert read(tmp_path) == [(str(tmp_path / "rows.jsonl"), 1, "q")]
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"file_name": 5}, "'file_name' must be a string, got a number"),
+        ({"hf_hub_url": 5}, "'hf_hub_url' must be a string, got a number"),
+        ({"hf_hub_url": "a/b", "subset": 3}, "'subset' must be a string, got a number"),
+        (
+            {"tags": {"role_tag": "role"}},
+            "'tags' are for turns, which alpaca data does not have; check 'formatting'",
+        ),
+        (
+            {"ranking": True, "columns": {"prompt": "q", "response": "a"}},
+            "'ranking' says that the rows are preference pairs, but 'columns' names no 'chosen'",
+        ),
+    ],
+)
+def test_keys_of_an_entry_that_would_have_no_effect_are_errors(tmp_path, entry, reason):
+    path = tmp_path / "dataset_info.json"
+    path.write_text(json.dumps({"x": {"file_name": "a", **entry}}))
+    assert error_of(f"{path}:x") == reason
+
+
+def test_null_keys_of_an_entry_are_absent(tmp_path):
+    entry = {"subset": None, "split": None, "columns": None}
+    row = {"instruction": "q", "output": "a"}
+    assert described(tmp_path, entry, row).messages == [USER, ANSWER]
+
+
+def test_the_digest_of_a_described_file_is_checked(tmp_path):
+    row = {"instruction": "q", "output": "a"}
+    digest = hashlib.sha1(json.dumps(row).encode()).hexdigest()
+    assert described(tmp_path, {"file_sha1": digest.upper()}, row).messages == [USER, ANSWER]
+    with pytest.raises(UserError) as caught:
+        described(tmp_path, {"file_sha1": digest}, {**row, "output": "b"})
+    assert f"but its entry says {digest}; the file was changed or is incomplete." in str(caught.value)
+
+
+def test_images_of_tables_are_counted_under_any_name_and_type(tmp_path):
+    path = tmp_path / "a.parquet"
+    values = {
+        "response": ["a", "b"],
+        "pic": [b"\xff", None],
+        "image": pa.array(["", "x"], pa.large_string()),
+    }
+    pq.write_table(pa.table(values), path)
+    rules = RowRules(columns=(("images", "pic"),))
+    (source,) = resolve_sources([str(path)], "--data_files")
+    (batch,) = read_batches(replace(source, rules=rules))
+    first, second = (json.loads(record.text) for record in batch.records)
+    assert first == {"response": "a", "pic": 1, "image": ""}
+    assert second == {"response": "b", "image": "x"}
