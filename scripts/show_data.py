@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers import HfArgumentParser
@@ -61,8 +61,9 @@ class ShowArguments:
     html: str | None = field(
         default=None,
         metadata={
-            "help": "Write a page with the sequences to this file instead of printing them: each beside its "
-            "conversation, those with problems first."
+            "help": "Write a page with the sequences to this file instead of printing them, and with the "
+            "examples of the warnings about the data: each beside its conversation, those with problems "
+            "first."
         },
     )
     seed: int = field(default=42, metadata={"help": "Seed of splits, samples and --shuffle."})
@@ -135,12 +136,24 @@ def write_page(
     dataset = prepared.datasets[show.split].unpacked()
     values = {"train": data.data_files, "eval": data.eval_data_files}
     sources = find_sources(values, prepare_options(data, show.seed))
+    warnings = [entry for entry in prepared.report["warnings"] if entry["split"] == show.split]
+    if not show.lines:
+        rows += [row for row in warned_rows(dataset, warnings) if row not in rows]
     origins = {dataset.origins(row)[0] for row in rows}
     conversations = read_conversations(sources[file_group(show.split, prepared.names)], origins)
-    stops = encoder.tokenizer.convert_tokens_to_ids(encoder.renderer.stops)
-    page = data_page(dataset, rows, conversations, encoder.tokenizer, stops, lines, prepared.rejected_rows())
+    page = data_page(dataset, rows, conversations, encoder, warnings, lines, prepared.rejected_rows())
     with convert_write_errors(path, "--html"):
         write_atomically(path, [page])
+
+
+def warned_rows(dataset: Sequences, warnings: list[dict[str, Any]]) -> list[int]:
+    """Return the indices of the sequences of the conversations that warnings of the data report name."""
+    places = {place for entry in warnings for place in entry["examples"]}
+    lines = {int(place.rpartition(":")[2]) for place in places}
+    origins = ((row, dataset.origins(row)[0]) for row in range(len(dataset) if lines else 0))
+    return [
+        row for row, (file, line) in origins if line in lines and f"{dataset.files[file]}:{line}" in places
+    ]
 
 
 def select_rows(dataset: Sequences, show: ShowArguments) -> list[int]:

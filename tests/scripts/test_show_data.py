@@ -64,18 +64,26 @@ def test_page_shows_sequences_beside_their_conversations_with_problems_first(tok
         json.dumps({"system": "s", "query": "q <b>\tx", "response": "one\n\ntwo", "id": 1}),
         json.dumps({"instruction": "r", "output": "word " * 40}),
         "{",
+        json.dumps({"query": "r", "response": "plain"}),
+        *[json.dumps({"query": "r", "response": f"{number} <|im_end|>"}) for number in range(3)],
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     page = tmp_path / "pages" / "data.html"
     shown = show(
         tmp_path, tokenizer_folder, "--on_bad_data", "skip", "--max_length", "48", "--html", str(page),
+        "--count", "2",
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.startswith(f"wrote       {page}: 2 sequences\n")
+    # The first two, and the two examples of the warning about special tokens.
+    assert shown.stdout.startswith(f"wrote       {page}: 4 sequences\n")
+    assert "check       answers contain special tokens as text: 3 (50.0 %)" in shown.stdout
     text = page.read_text()
-    assert "2 sequences as a model is trained on them, 1 of them with something to check." in text
+    assert "4 sequences as a model is trained on them, 3 of them with something to check." in text
     assert "broken JSON: Expecting property name" in text
-    first, second = text.split('<section class="conversation">')[1:]
+    first, *warned, second = text.split('<section class="conversation">')[1:]
+    for line, section in zip((5, 6), warned, strict=True):
+        assert f"a.jsonl:{line}</h3>" in section
+        assert "answers contain special tokens as text" in section
     assert "a.jsonl:2</h3>" in first and "it ends within a supervised turn" in first
     assert "a.jsonl:1</h3>" in second and "something" not in second
     assert '<tr><th scope="row">user</th><td><div class="tokens">q &lt;b&gt;\tx</div></td></tr>' in second

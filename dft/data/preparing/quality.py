@@ -19,6 +19,16 @@ MIN_REPEATED_CHARACTERS = 20
 """Length below which repeated answers are ordinary, such as the answers to yes/no questions."""
 
 
+FLAG_TEXTS = {
+    Flag.MARKERS: "answers contain special tokens as text",
+    Flag.EMPTY_REASONING: "answers have empty reasoning, others do not",
+    Flag.NO_QUESTION: "conversations have no user turn, others do",
+    Flag.REFUSAL: "answers are refusals or speak of an AI model",
+    Flag.OTHER_SCRIPT: "answers are in another script than their question",
+}
+"""Text of the warning about properties of single conversations."""
+
+
 class Warned(NamedTuple):
     """Something to check.
 
@@ -79,19 +89,19 @@ def _flag_warnings(train: EncodedSequences) -> Iterator[Warned]:
         return np.flatnonzero(flags & flag)
 
     if len(members := having(Flag.MARKERS)):
-        yield Warned("answers contain special tokens as text", "train", members)
+        yield Warned(FLAG_TEXTS[Flag.MARKERS], "train", members)
     if 0 < len(members := having(Flag.EMPTY_REASONING)) < total:
-        yield Warned("answers have empty reasoning, others do not", "train", members)
+        yield Warned(FLAG_TEXTS[Flag.EMPTY_REASONING], "train", members)
     if 0 < len(members := having(Flag.NO_QUESTION)) < total:
-        yield Warned("conversations have no user turn, others do", "train", members)
+        yield Warned(FLAG_TEXTS[Flag.NO_QUESTION], "train", members)
     if len(members := having(Flag.REFUSAL)) >= max(1, total / 200):
-        yield Warned("answers are refusals or speak of an AI model", "train", members)
+        yield Warned(FLAG_TEXTS[Flag.REFUSAL], "train", members)
     if total < MINIMUM:
         return
     if total / 10 <= len(members := having(Flag.SYSTEM_PROMPT)) <= total * 9 / 10:
         yield Warned("conversations have a system prompt, others have none", "train", members)
     if len(members := having(Flag.OTHER_SCRIPT)) >= max(2, total / 100):
-        yield Warned("answers are in another script than their question", "train", members)
+        yield Warned(FLAG_TEXTS[Flag.OTHER_SCRIPT], "train", members)
     scripts = train.traits["script"]
     counts = np.bincount(scripts, minlength=len(SCRIPTS))
     counts[0] = 0

@@ -106,10 +106,25 @@ def traits_of(conversations: Sequence[tuple[Conversation, list[Example]]], marke
 
 
 def _single_traits(conversation: Conversation, markers: Markers) -> tuple[int, int, int, int]:
+    answer = _last_answer(conversation)
+    script = _script(answer)
+    flags = flags_of(conversation, markers, script)
+    digest = blake2b(answer.encode(errors="replace"), digest_size=8).digest()
+    return flags, script, int.from_bytes(digest, "little"), len(answer)
+
+
+def flags_of(conversation: Conversation, markers: Markers, script: int | None = None) -> int:
+    """Return the `Flag`s of a conversation.
+
+    Args:
+        conversation: the conversation.
+        markers: the special tokens.
+        script: the index in `SCRIPTS` of the script of its last answer, None to compute it.
+    """
     messages = conversation.messages
     answers = [message for message in messages if message["role"] == "assistant"]
     answer = answers[-1]["content"]
-    script, asked = _script(answer), _script(_last_question(messages))
+    script, asked = _script(answer) if script is None else script, _script(_last_question(messages))
     flags = 0
     if messages[0]["role"] in SYSTEM_ROLES:
         flags |= Flag.SYSTEM_PROMPT.value
@@ -123,8 +138,14 @@ def _single_traits(conversation: Conversation, markers: Markers) -> tuple[int, i
         flags |= Flag.OTHER_SCRIPT.value
     if not any(message["role"] == "user" for message in messages):
         flags |= Flag.NO_QUESTION.value
-    digest = blake2b(answer.encode(errors="replace"), digest_size=8).digest()
-    return flags, script, int.from_bytes(digest, "little"), len(answer)
+    return flags
+
+
+def _last_answer(conversation: Conversation) -> str:
+    answer: str = next(
+        message["content"] for message in reversed(conversation.messages) if message["role"] == "assistant"
+    )
+    return answer
 
 
 def _last_question(messages: list[dict[str, Any]]) -> str:

@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dft.data.batches.dataset import Sequences
 from dft.data.conversations.conversation import Conversation
+from dft.data.preparing.quality import FLAG_TEXTS
+from dft.data.preparing.traits import flags_of
+from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.messages import reasoning_field
 from dft.labels import IGNORE_INDEX
 from dft.report.pages.run import render
@@ -77,8 +80,8 @@ def data_page(
     dataset: Sequences,
     rows: Iterable[int],
     conversations: Mapping[tuple[int, int], Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    stops: Collection[int],
+    encoder: ChatEncoder,
+    warnings: list[Mapping[str, Any]],
     summary: list[str],
     rejected: list[dict[str, Any]],
 ) -> str:
@@ -88,12 +91,12 @@ def data_page(
         dataset: an unpacked dataset.
         rows: the rows to show.
         conversations: the conversation of each row, by file number and line.
-        tokenizer: decodes the tokens.
-        stops: ids of the tokens that stop generation.
+        encoder: has encoded the dataset.
+        warnings: the warnings of the data report about this split.
         summary: lines of the data report.
         rejected: lines of rejected.jsonl.
     """
-    views = [_view(dataset, row, conversations, tokenizer, stops) for row in rows]
+    views = [_view(dataset, row, conversations, encoder, warnings) for row in rows]
     views.sort(key=lambda view: not view.problems)
     return render(
         "data.html.jinja",
@@ -109,8 +112,8 @@ def _view(
     dataset: Sequences,
     row: int,
     conversations: Mapping[tuple[int, int], Conversation],
-    tokenizer: PreTrainedTokenizerBase,
-    stops: Collection[int],
+    encoder: ChatEncoder,
+    warnings: list[Mapping[str, Any]],
 ) -> SequenceView:
     ids, labels = dataset[row]["input_ids"].tolist(), dataset[row]["labels"].tolist()
     ((file, line),) = dataset.origins(row)
@@ -122,10 +125,12 @@ def _view(
     if part.reason:
         title += f", which starts a new sequence because {part.reason}"
     conversation = conversations[file, line]
+    stops = encoder.tokenizer.convert_tokens_to_ids(encoder.renderer.stops)
+    origin = f"{dataset.files[file]}:{line}"
     return SequenceView(
-        f"{dataset.files[file]}:{line}",
+        origin,
         title,
-        _problems(ids, labels, stops),
+        _problems(ids, labels, stops) + _warned(conversation, origin, encoder, warnings),
         [
             MessageView(message["role"], is_supervised, conversation.weight(index), _message_parts(message))
             for index, (message, is_supervised) in enumerate(
@@ -133,8 +138,17 @@ def _view(
             )
         ],
         _as_json(conversation.tools) if conversation.tools else "",
-        _token_runs(ids, labels, tokenizer),
+        _token_runs(ids, labels, encoder.tokenizer),
     )
+
+
+def _warned(
+    conversation: Conversation, origin: str, encoder: ChatEncoder, warnings: list[Mapping[str, Any]]
+) -> list[str]:
+    """Return the texts of the warnings that are about a conversation, as far as it alone shows that."""
+    flags = flags_of(conversation, encoder.special_tokens)
+    own = {text for flag, text in FLAG_TEXTS.items() if flags & flag}
+    return [item["text"] for item in warnings if item["text"] in own or origin in item["examples"]]
 
 
 def _problems(ids: list[int], labels: list[int], stops: Collection[int]) -> list[str]:

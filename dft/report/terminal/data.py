@@ -93,7 +93,7 @@ def _warning_lines(report: Mapping[str, Any]) -> list[str]:
     """
     warnings = report.get("warnings", [])  # absent from the reports of earlier versions
     heads = [
-        f"check       {entry['conversations']:,} {entry['text']} ({100 * entry['share']:.1f} %)"
+        f"check       {entry['text']}: {entry['conversations']:,} ({100 * entry['share']:.1f} %)"
         for entry in warnings
     ]
     lines = [

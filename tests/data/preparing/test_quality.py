@@ -163,7 +163,7 @@ def console_lines(prepared, *warnings: dict[str, object]) -> list[str]:
 
 
 def test_the_console_shows_each_warning_in_at_most_two_lines_of_100_columns(prepared):
-    head = "check       1,234,567 answers have empty reasoning, others do not (12.5 %)"
+    head = "check       answers have empty reasoning, others do not: 1,234,567 (12.5 %)"
     long = "answers have empty reasoning, others do not"
     assert console_lines(prepared, warning(long, "a:3")) == [f"{head}, such as a:3"]
     for examples, shown in (
@@ -182,7 +182,7 @@ def test_the_console_shows_at_most_ten_lines_of_warnings(prepared):
     assert len(console_lines(prepared, *long)) == 10
     more = [*long, warning("conversations have the same answer", "d" * 60, "e" * 60)]
     lines = console_lines(prepared, *more)
-    assert lines[-1] == "check       1,234,567 conversations have the same answer (12.5 %)"
+    assert lines[-1] == "check       conversations have the same answer: 1,234,567 (12.5 %)"
     assert len(lines) == 6
     assert len(console_lines(prepared, *long, *long, *long)) == 10
 
@@ -205,7 +205,7 @@ def test_every_warning_fits_in_a_line_of_100_columns(prepared):
     assert "answers are in a rare script (Chinese 3, Japanese 3, Korean 3, ...)" in texts
     assert len(texts) >= 8
     for entry in report["warnings"]:
-        head = f"check       {1_234_567:,} {entry['text']} ({100:.1f} %)"
+        head = f"check       {entry['text']}: {1_234_567:,} ({100:.1f} %)"
         assert len(head) <= 100
 
 
