@@ -85,7 +85,8 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 def rank_tag() -> str:
     """Return the prefix of this rank's lines in the log; empty for a run of one rank."""
-    return f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    rank = os.environ.get("RANK")  # missing where half of a launcher's environment is left over
+    return f"[rank {rank}] " if rank and os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -106,7 +107,8 @@ def _print_interrupted() -> None:
 
 
 def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    text = os.environ.get("LOCAL_RANK", "0")
+    return int(text) if text.isdecimal() else 0
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

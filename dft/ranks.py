@@ -26,20 +26,35 @@ def is_launched() -> bool:
 
 
 def launch_fault() -> str | None:
-    """Describe incomplete environment variables of a launcher, such as leftovers; None if there are none.
+    """Describe incomplete or invalid environment variables of a launcher; None if there are none.
 
-    With some of them, processes wait for others that do not exist, or train separately.
+    With leftovers of an earlier launch, processes wait for others that do not exist, or train separately.
     """
     needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     present = [name for name in needed if name in os.environ]
     missing = [name for name in needed if name not in os.environ]
-    if not missing or not set(present) & set(needed[:3]):
+    if not set(present) & set(needed[:3]):
+        return None
+    fault = f"but not {', '.join(missing)}" if missing else _invalid_rank_variables()
+    if fault is None:
         return None
     return (
-        f"the environment sets {', '.join(present)}, but not {', '.join(missing)}: no launcher started this "
+        f"the environment sets {', '.join(present)}, {fault}: no launcher started this "
         f"process; unset them (env {' '.join(f'-u {name}' for name in present)} python train_dft.py ...), or "
         "start it with torchrun or deepspeed"
     )
+
+
+def _invalid_rank_variables() -> str | None:
+    """Describe a variable of a launcher whose value no launcher sets; None if all are valid."""
+    ranks = os.environ["WORLD_SIZE"]
+    for name, minimum in (("WORLD_SIZE", 1), ("MASTER_PORT", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        text = os.environ[name]
+        if not text.isdecimal() or int(text) < minimum:
+            return f"and {name}={text!r} is not a number of {minimum} or more"
+        if minimum == 0 and int(text) >= int(ranks):
+            return f"and {name}={text} is not below WORLD_SIZE={ranks}"
+    return None
 
 
 def port_fault(error: Exception) -> str:

@@ -21,7 +21,7 @@ from dft.arguments.objective import DFTArguments, resolve_alpha
 from dft.arguments.training import TrainingArguments
 from dft.arguments.watch import WatchArguments
 from dft.bounds import check_bounds
-from dft.errors import UserError
+from dft.errors import UserError, set_error_reporter
 from dft.ranks import launch_fault, port_fault
 
 GROUPS = (ModelArguments, DataArguments, DFTArguments, LoraArguments, WatchArguments, TrainingArguments)
@@ -237,5 +237,6 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
     """
     fault = launch_fault() if argv is None else None
     if fault is not None:
+        set_error_reporter(True)  # no other process reports it, whatever LOCAL_RANK says
         raise UserError(fault)
     return Parser().parse(sys.argv[1:] if argv is None else argv)

@@ -29,10 +29,11 @@ from dft.loss.objectives import Objective
 from dft.loss.schedule import AlphaSchedule
 from dft.ranks import sequence_parallel_size
 from dft.training.batching import Collator, dataset_files, resolve_end_of_turn_ids
+from dft.training.checkpoints.data_digest import data_digest
 from dft.training.checkpoints.hub import HubPublisher
 from dft.training.checkpoints.input_folders import check_not_model_folder
 from dft.training.checkpoints.resumer import Resumer
-from dft.training.checkpoints.run_settings import model_settings, training_settings
+from dft.training.checkpoints.run_settings import EVALUATION_DATA, model_settings, training_settings
 from dft.training.checkpoints.run_state import RunFacts, RunState, StepProgress
 from dft.training.checkpoints.saver import RunSaver, SavedRun
 from dft.training.measuring.console import ConsoleCallback
@@ -158,12 +159,13 @@ class Components:
         self.facts = RunFacts(args, dataset())
         self.progress = StepProgress()
 
-    def begin_run(self, resume_from: str | bool | None, model: nn.Module) -> str | None:
+    def begin_run(self, resume_from: str | bool | None, model: nn.Module, eval_dataset: Any) -> str | None:
         """Reset the state of an earlier run. Return the folder of the checkpoint to resume from.
 
         Args:
             resume_from: see `Resumer.resolve`.
             model: the model, before FSDP flattens its weights.
+            eval_dataset: the evaluation data, if any.
 
         Raises:
             UserError: the run would write into the folder of its model, or cannot resume.
@@ -171,6 +173,7 @@ class Components:
         check_not_model_folder(model, Path(self._args.output_dir))
         digest = shapes_digest(model)
         settings = training_settings(self._args, self.resumer.creates_optimizer) | model_settings(model)
+        settings[EVALUATION_DATA] = data_digest(eval_dataset)
         folder = self.resumer.resolve(resume_from, digest, settings)
         self.facts = RunFacts(self._args, self._dataset(), digest, settings=settings)
         self.progress = StepProgress()

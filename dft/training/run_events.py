@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dft.console import say
 from dft.training.checkpoints.folder import reading
 from dft.training.checkpoints.optimizer_options import learning_rate
-from dft.training.checkpoints.run_settings import changes_metric, changes_record
+from dft.training.checkpoints.run_settings import changes_best, changes_record
 from dft.training.checkpoints.run_state import (
     LastStep,
     PendingEvents,
@@ -20,6 +20,7 @@ from dft.training.checkpoints.run_state import (
     RunState,
     StepProgress,
     ends_epoch,
+    recorded_settings,
 )
 from dft.training.components import Components
 
@@ -85,12 +86,11 @@ class RunEvents(TrainerCallback):
         self._run.recorder.load_training(saved.meter)
         for line in self._run.facts.differences(checkpoint.facts):
             say(line)
-        before, now = checkpoint.facts.get("settings", {}), self._run.facts.settings
-        methods = {"objective": checkpoint.facts.get("method")}, {"objective": self._run.facts.method}
-        changes = changes_record(before | methods[0], now | methods[1], checkpoint.step) if before else None
+        before, now = recorded_settings(checkpoint.facts), self._run.facts.recorded
+        changes = changes_record(before, now, checkpoint.step)
         if changes is not None:
             state.log_history.append(changes)
-        if changes_metric(before, now):
+        if changes_best(before, now):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         with reading(checkpoint.path):
             self._trainer.load_random_state(str(checkpoint.path))  # saves among the pending events record it

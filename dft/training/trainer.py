@@ -122,7 +122,7 @@ class DFTTrainer(transformers.Trainer):
 
         Raises `UserError` for a checkpoint that cannot be used, `OutOfMemory`, and `Stopped` by a signal.
         """
-        folder = self._run.begin_run(resume_from_checkpoint, self.model)
+        folder = self._run.begin_run(resume_from_checkpoint, self.model, self.eval_dataset)
         self.remove_callback(RunEvents)
         self.add_callback(self._events)  # must be the last callback
         try:

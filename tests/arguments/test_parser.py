@@ -1,7 +1,10 @@
 """Parsing of the command line, and flags that are invalid or contradict each other."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,11 +48,53 @@ def test_leftovers_of_a_launcher_are_rejected(monkeypatch, present, missing):
     for name in present:
         assert f"-u {name} " in str(raised.value)
     for name in (*present, *missing.split(", ")):
-        monkeypatch.setenv(name, "0")
+        monkeypatch.setenv(name, "1" if name in ("WORLD_SIZE", "MASTER_PORT") else "0")
     assert launch_fault() is None
     monkeypatch.undo()
     monkeypatch.setenv("MASTER_PORT", "1")  # for a launcher to come
     assert launch_fault() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("WORLD_SIZE", "two", "and WORLD_SIZE='two' is not a number of 1 or more"),
+        ("WORLD_SIZE", "", "and WORLD_SIZE='' is not a number of 1 or more"),
+        ("RANK", "x", "and RANK='x' is not a number of 0 or more"),
+        ("RANK", "3", "and RANK=3 is not below WORLD_SIZE=2"),
+        ("LOCAL_RANK", "2", "and LOCAL_RANK=2 is not below WORLD_SIZE=2"),
+        ("MASTER_PORT", "abc", "and MASTER_PORT='abc' is not a number of 1 or more"),
+    ],
+)
+def test_values_that_no_launcher_sets_are_rejected(monkeypatch, name, value, fault):
+    """A rank that does not exist would wait for the others until a timeout."""
+    launched = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for variable, text in launched.items():
+        monkeypatch.setenv(variable, text)
+    assert launch_fault() is None
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{fault}: no launcher started this process"):
+        parse_arguments()
+
+
+def test_leftovers_of_a_launcher_are_one_error_of_the_program():
+    """Nothing that runs before the command line is parsed may rely on the environment of a launcher."""
+    environment = os.environ | {"WORLD_SIZE": "2"}
+    process = subprocess.run(
+        [sys.executable, "train_dft.py"], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert "error: the environment sets WORLD_SIZE, but not RANK" in process.stderr
+
+
+def test_leftovers_of_a_launcher_are_reported_whatever_the_rank(monkeypatch):
+    """Other local ranks than 0 would wait for half a minute, so that rank 0 reports the error."""
+    reporters: list[bool] = []
+    monkeypatch.setattr("dft.arguments.parser.set_error_reporter", reporters.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError):
+        parse_arguments()
+    assert reporters == [True]
 
 
 def test_a_port_in_use_is_one_error(tmp_path, monkeypatch):

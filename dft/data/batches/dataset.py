@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from torch.utils.data import Dataset
 
 SCHEMA = pa.schema(
@@ -135,6 +136,14 @@ class Sequences(Dataset):
         lengths = self._store.lengths[self.order]
         return lengths if self.offsets is None else np.add.reduceat(lengths, self.offsets[:-1])
 
+    def digest(self) -> str:
+        """Return a digest of the tokens, labels and weights of all rows, and of their order. Reads all."""
+        digest = xxhash.xxh3_64()
+        self._store.update_digest(digest)
+        digest.update(self.order.tobytes())
+        digest.update(b"" if self.offsets is None else self.offsets.tobytes())
+        return digest.hexdigest()
+
     def origins(self, row: int) -> list[tuple[int, int]]:
         """Return the file number and line number of each sequence of a row."""
         members = [row] if self.offsets is None else range(self.offsets[row], self.offsets[row + 1])
@@ -184,6 +193,15 @@ class _Store:
     def sources(self) -> np.ndarray:
         """File number of each sequence, (sequences,) int64."""
         return np.concatenate([np.zeros(0, dtype=np.int64), *(files for files, _ in self.origins)])
+
+    def update_digest(self, digest: xxhash.xxh3_64) -> None:
+        """Add the tokens, labels and weights of all sequences to a digest."""
+        for ids, labels, offsets in zip(self.ids, self.labels, self.offsets, strict=True):
+            for array in (ids, labels, offsets):
+                digest.update(array)
+        for weights in self.weights:
+            digest.update(weights.offsets.to_numpy())
+            digest.update(weights.values.to_numpy())
 
     def sequence(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the input_ids and labels of a sequence, (tokens,) int32 each, without copying."""

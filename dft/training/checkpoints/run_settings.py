@@ -25,6 +25,11 @@ ADAPTIVE_SCHEDULES = (SchedulerType.REDUCE_ON_PLATEAU.value, SchedulerType.GREED
 ADAPTIVE_FLAGS = ("--learning_rate", "--lr_scheduler_kwargs")
 """Flags that cannot be changed under an adaptive schedule."""
 METRIC = "--metric_for_best_model"
+EVALUATION_DATA = "evaluation data"
+OBJECTIVE = "objective"
+OBJECTIVE_METRICS = ("loss", "objective")
+"""Metrics that depend on the objective."""
+NEW_BEST = "; the best checkpoint is chosen from here on"
 CHANGES = "changed_flags"
 """Key of an entry of the log history that holds the flags with which a run was resumed, before and after."""
 
@@ -188,7 +193,7 @@ def change_lines(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -
             f"this run apply from step {step + 1:,} on"
         ]
     remarks = {
-        METRIC: "; the best checkpoint is chosen from here on",
+        **dict.fromkeys((METRIC, EVALUATION_DATA), NEW_BEST),
         BASE: ", which has no effect: the weights are those of the checkpoint",
     }
     if LORA_ALPHA in now:
@@ -208,9 +213,17 @@ def changes_record(before: Mapping[str, Any], now: Mapping[str, Any], step: int)
     return {"step": step, CHANGES: {name: [_shown(before[name]), _shown(now[name])] for name in changed}}
 
 
-def changes_metric(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether the best checkpoint so far was chosen by another metric than this run's."""
-    return not {METRIC, "--greater_is_better"}.isdisjoint(changed_settings(before, now))
+def changes_best(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether the best checkpoint so far was chosen by other values than this run compares."""
+    changed = changed_settings(before, now)
+    if OBJECTIVE in changed and compares_objective(now):
+        return True
+    return not {METRIC, "--greater_is_better", EVALUATION_DATA}.isdisjoint(changed)
+
+
+def compares_objective(settings: Mapping[str, Any]) -> bool:
+    """Return whether the best checkpoint is chosen by a metric that depends on the objective."""
+    return (settings.get(METRIC) or "").removeprefix("eval_") in OBJECTIVE_METRICS
 
 
 def _described(name: str, value: Any) -> str:

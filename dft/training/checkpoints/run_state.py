@@ -20,8 +20,11 @@ from transformers.trainer_callback import ExportableState
 from dft.files import write_atomically
 from dft.ranks import describe_parallelism, rows_per_step
 from dft.training.batching import sequence_lengths
-from dft.training.checkpoints.run_settings import change_lines
+from dft.training.checkpoints.data_digest import data_digest
+from dft.training.checkpoints.run_settings import NEW_BEST, OBJECTIVE, change_lines, compares_objective
 
+ORDER_FLAGS = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last")
+"""Flags that determine the order of the training data."""
 RUN_STATE = "run_state.json"
 """The file of a checkpoint that holds a `RunState`."""
 
@@ -220,7 +223,7 @@ class RunFacts:
 
     @cached_property
     def order(self) -> dict[str, Any]:
-        """Everything that determines the order of the training data, including the lengths of examples.
+        """Everything that determines the training data and their order.
 
         Computed on first use, since it may read the whole dataset.
         """
@@ -229,6 +232,7 @@ class RunFacts:
         return {
             "rows": len(lengths),
             "lengths": xxhash.xxh3_64_hexdigest(lengths.tobytes()),
+            "content": data_digest(self.dataset),
             "seed": self.args.seed,
             "data_seed": self.args.data_seed,
             "train_sampling_strategy": self.args.train_sampling_strategy,
@@ -249,6 +253,11 @@ class RunFacts:
             "settings": self.settings,
         }
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings whose changes the model card lists."""
+        return recorded_settings({"method": self.method, "settings": self.settings, "order": self.order})
+
     def differences(self, facts: Mapping[str, Any]) -> list[str]:
         """Return a line for each reason why this run cannot continue a checkpoint exactly.
 
@@ -266,6 +275,7 @@ class RunFacts:
         if method != self.method:
             lines.append(
                 f"warning     the checkpoint was trained by {method}, and this run continues by {self.method}"
+                f"{NEW_BEST if compares_objective(self.settings) else ''}"
             )
         lines.extend(change_lines(facts.get("settings", {}), self.settings, facts["step"]))
         before, now = facts["order"], self.order
@@ -274,13 +284,32 @@ class RunFacts:
                 f"warning     the training data differ from those of the checkpoint ({before['rows']:,} rows "
                 f"then, {now['rows']:,} now): training continues at the same position in a different order"
             )
-        for name in ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"):
+        elif before.get("content", now["content"]) != now["content"]:  # missing in earlier versions
+            lines.append(
+                "warning     the training data differ from those of the checkpoint in tokens, supervision or "
+                "weights: training continues with those of this run at the same position"
+            )
+        for name in ORDER_FLAGS:
             if before[name] != now[name]:
                 lines.append(
                     f"warning     --{name} was {before[name]} and is {now[name]}: from here on the data come "
                     "in a different order"
                 )
         return lines
+
+
+def recorded_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in the facts of a manifest whose changes the model card lists.
+
+    Checkpoints of earlier versions lack some of them.
+    """
+    order = facts["order"]
+    settings = dict(facts.get("settings", {}))
+    if "method" in facts:
+        settings[OBJECTIVE] = facts["method"]
+    if "content" in order:
+        settings["training data"] = f"{order['rows']:,} rows ({order['content']})"
+    return settings | {f"--{name}": order[name] for name in ORDER_FLAGS}
 
 
 def export_callbacks(state: TrainerState, callbacks: Iterable[Any]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import transformers
@@ -17,18 +19,25 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from dft import DFTTrainer
+from dft.data.batches.dataset import SCHEMA, WEIGHTED_SCHEMA, Sequences
 from dft.errors import UserError
+from dft.training.checkpoints.data_digest import data_digest
 from dft.training.checkpoints.folder import MANIFEST
 from dft.training.checkpoints.run_settings import (
     BASE,
     LORA_ALPHA,
     LORA_DROPOUT,
+    METRIC,
     TRAINING_SETTINGS,
     WEIGHTS,
     change_lines,
+    changes_best,
+    changes_record,
     check_settings,
     training_settings,
 )
+from dft.training.checkpoints.run_settings import CHANGES as CHANGED_FLAGS
+from dft.training.checkpoints.run_state import RunFacts, recorded_settings
 from tests.launching import ROOT
 from tests.training.test_trainer import conversations, tiny
 
@@ -115,6 +124,10 @@ def trainer(folder: Path, flags: dict[str, Any], **options: Any) -> DFTTrainer:
     )  # fmt: skip
     model = options.pop("model", None) or tiny()
     return DFTTrainer(model, arguments, alpha=0.6, train_dataset=Dataset.from_list(ROWS), **options)
+
+
+def arguments_of(folder: Path) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(output_dir=str(folder), use_cpu=True)
 
 
 def weights(run: DFTTrainer) -> torch.Tensor:
@@ -264,6 +277,99 @@ def test_the_best_checkpoint_is_chosen_anew_by_another_metric(tmp_path, capsys, 
     last = [record for record in resumed.state.log_history if "eval_nll" in record][-1]
     assert resumed.state.best_metric == last[flags["metric_for_best_model"]]
     assert resumed.state.best_global_step == 6
+
+
+def test_the_best_checkpoint_is_chosen_anew_on_other_evaluation_data(tmp_path, capsys):
+    """Metrics of other data cannot be compared, and the best value of the easier data would remain."""
+    evaluating = {"eval_strategy": "steps", "eval_steps": SAVED, "metric_for_best_model": "eval_nll"}
+    flags = {**evaluating, "greater_is_better": False}
+    trainer(tmp_path, flags, eval_dataset=Dataset.from_list(ROWS[:4])).train()
+    checkpoint = tmp_path / f"checkpoint-{SAVED}"
+    state_file = checkpoint / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    state["best_metric"] = 1e-6  # a value that the other data never reach
+    state_file.write_text(json.dumps(state).ljust(state_file.stat().st_size))
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["files"]["trainer_state.json"] = state_file.stat().st_size
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    capsys.readouterr()
+
+    for evaluation, is_new in ((ROWS[4:8], True), (ROWS[:4], False)):
+        resumed = trainer(tmp_path, flags, eval_dataset=Dataset.from_list(evaluation))
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        notes = [line for line in capsys.readouterr().out.splitlines() if "evaluation data: from " in line]
+        assert len(notes) == is_new
+        assert all(line.endswith("on; the best checkpoint is chosen from here on") for line in notes)
+        assert (resumed.state.best_metric == 1e-6) != is_new
+        checkpoint = tmp_path / f"checkpoint-{SAVED}"
+    assert resumed.state.best_global_step == SAVED
+
+
+def test_the_best_loss_of_another_objective_is_not_compared(tmp_path, capsys):
+    facts = {name: RunFacts(arguments_of(tmp_path), ROWS, method=name) for name in ("DFT", "SFT")}
+    for metric, is_new in (("eval_loss", True), ("objective", True), ("eval_nll", False)):
+        for run in facts.values():
+            run.settings = {METRIC: metric}
+        manifest = facts["DFT"].manifest(3, True)
+        assert changes_best(recorded_settings(manifest), facts["SFT"].recorded) == is_new
+        (line,) = facts["SFT"].differences(manifest)
+        assert line.endswith("the best checkpoint is chosen from here on") == is_new
+        assert not changes_best(recorded_settings(manifest), facts["DFT"].recorded)
+
+
+def changed(column: str, values: list[Any]) -> list[dict[str, Any]]:
+    return [{**ROWS[0], column: values}, *ROWS[1:]]
+
+
+LENGTH = len(ROWS[0]["input_ids"])
+OTHER_DATA = {
+    "other tokens": changed("input_ids", [1] * LENGTH),
+    "other supervision": changed("labels", [-100] * (LENGTH - 1) + [1]),
+    "weights": [{**row, "loss_weights": [0.5] * len(row["input_ids"])} for row in ROWS],
+}
+
+
+@pytest.mark.parametrize("kind", ["list", "arrow"])
+@pytest.mark.parametrize("name", OTHER_DATA)
+def test_other_data_of_the_same_lengths_are_reported(name, kind, tmp_path):
+    """Flags such as --train_on_last_turn_only change only which tokens are supervised."""
+    make = Dataset.from_list if kind == "arrow" else list
+    before = RunFacts(arguments_of(tmp_path), make(ROWS))
+    manifest = before.manifest(3, True)
+    assert RunFacts(arguments_of(tmp_path), make(ROWS)).differences(manifest) == []
+    now = RunFacts(arguments_of(tmp_path), make(OTHER_DATA[name]))
+    (line,) = now.differences(manifest)
+    assert line.startswith("warning     the training data differ from those of the checkpoint in tokens, ")
+    (change,) = changes_record(recorded_settings(manifest), now.recorded, 3)[CHANGED_FLAGS].items()
+    assert change[0] == "training data" and change[1][0] != change[1][1]
+    del manifest["order"]["content"]  # as in checkpoints of earlier versions
+    assert now.differences(manifest) == []
+
+
+def test_prepared_data_of_the_same_lengths_have_another_digest(tmp_path):
+    """The digest of the files that the command line prepares, with and without weights of tokens."""
+
+    def prepared(labels: list[int], weights: list[float] | None, order: list[int]) -> str | None:
+        schema = SCHEMA if weights is None else WEIGHTED_SCHEMA
+        columns = {
+            "input_ids": [[1, 2, 3], [4, 5]], "labels": [labels, [-100, 5]], "source": [0, 0],
+            "line": [1, 2], "part": [0, 0], "reason": ["", ""],
+        }  # fmt: skip
+        if weights is not None:
+            columns["loss_weights"] = [weights, None]
+        with pa.OSFile(str(tmp_path / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, schema) as out:
+            out.write_table(pa.table(columns, schema=schema))
+        return data_digest(Sequences(tmp_path / "data.arrow", np.array(order)))
+
+    same = prepared([-100, 2, 3], None, [0, 1])
+    assert same == prepared([-100, 2, 3], None, [0, 1])
+    others = [
+        prepared([-100, -100, 3], None, [0, 1]),
+        prepared([-100, 2, 3], None, [1, 0]),
+        prepared([-100, 2, 3], [0.5, 0.5, 0.5], [0, 1]),
+        prepared([-100, 2, 3], [0.5, 0.5, 1.0], [0, 1]),
+    ]
+    assert len({same, *others}) == 5
 
 
 REFUSED = {
