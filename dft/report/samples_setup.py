@@ -40,6 +40,7 @@ def make_samples_callback(
     eos = trainer.model.generation_config.eos_token_id
     generation_stops = [] if eos is None else eos if isinstance(eos, list) else [eos]
     stops, _ = resolve_stop_ids(encoder.tokenizer, generation_stops, list(data.report["end_of_turn_tokens"]))
+    stop = trainer.options.stop
     generator = AnswerGenerator(
         [prompt.ids for prompt in selection.prompts],
         stops,
@@ -47,6 +48,7 @@ def make_samples_callback(
         arguments.training.per_device_eval_batch_size,
         trainer.accelerator,
         trainer.options.heartbeat.beat,
+        lambda: stop is not None and stop.number != 0,
     )
     return SamplesCallback(trainer, selection.prompts, generator, encoder.tokenizer, max_tokens)
 

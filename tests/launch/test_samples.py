@@ -3,13 +3,15 @@
 import json
 import re
 import shutil
+import signal
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dft.errors import EXIT_USER_ERROR
+from dft.errors import EXIT_STOPPED, EXIT_USER_ERROR
 from dft.report.samples_file import SAMPLES, read_samples
 from tests.launching import ROOT, history
 from tests.reliability.test_resume import assert_same, logged
@@ -124,6 +126,26 @@ def test_a_new_run_does_not_show_the_samples_of_an_earlier_one(train, example):
     output, codes, printed = train("anew", generate_samples=0, max_steps=1, eval_strategy="no")
     assert codes == [0], printed
     assert not (output / SAMPLES).exists()
+
+
+def test_a_signal_ends_generation_on_all_ranks(example, forks):
+    """Only rank 1 gets it, in the middle of answers that take many seconds."""
+    output = example.folder / "samples-stopped"
+    flags = {
+        **FLAGS,
+        **ZERO3,
+        "eval_strategy": "no",
+        "eval_on_start": True,
+        "generate_samples_max_tokens": 400,
+    }
+    run = forks.start(example.words(output, **flags), 2)
+    deadline = time.monotonic() + 60
+    while "eval  step 0/4" not in run.output and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.kill(signal.SIGTERM, rank=1)
+    assert run.codes() == [EXIT_STOPPED] * 2, run.output
+    assert "note        no samples of step 0: the run was asked to stop" in run.output
+    assert "stopped by SIGTERM after step 1: saved" in run.output and not (output / SAMPLES).exists()
 
 
 def test_evaluation_data_without_prompts_is_an_error(train, example):

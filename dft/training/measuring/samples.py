@@ -47,9 +47,9 @@ class GeneratedAnswers:
     """The answers of all ranks.
 
     Attributes:
-        answers: the answers, in the order of the prompts. Some are missing after a failure or a stop.
+        answers: answers in the order of the prompts. After a failure or a stop, some are missing or cut off.
         failure: description of the memory that the first rank that ran out of memory asked for, or None.
-        is_stopped: whether generation ended early because the run was asked to stop.
+        is_stopped: whether generation may have ended early because the run was asked to stop.
     """
 
     answers: list[GeneratedAnswer]
@@ -70,6 +70,7 @@ class AnswerGenerator:
         batch_size: number of prompts that a rank continues at once.
         accelerator: the run's accelerator.
         beat: called for each token, so that no rank counts as hung.
+        is_asked: returns for each token whether this rank was asked to stop.
     """
 
     def __init__(
@@ -80,11 +81,12 @@ class AnswerGenerator:
         batch_size: int,
         accelerator: Accelerator,
         beat: Callable[[], None] = lambda: None,
+        is_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self._prompts = prompts
         self._accelerator = accelerator
         self._batch_size = batch_size
-        self._beat = StoppingCriteriaList([Beat(beat)])
+        self._criteria = StoppingCriteriaList([EachToken(beat, is_asked)])
         self._config = GenerationConfig(
             do_sample=False,
             use_cache=True,
@@ -113,18 +115,18 @@ class AnswerGenerator:
 
         Args:
             model: the model, possibly sharded, not wrapped otherwise.
-            is_stopping: returns, equally on all ranks, whether to end before all prompts are continued.
+            is_stopping: returns, equally on all ranks, whether a rank was asked to stop. All answers are
+                unusable then, because that rank cut its own off.
 
         Raises:
             UserError: memory runs out on a rank of a sharded model. The other ranks cannot continue.
         """
         answers: list[GeneratedAnswer] = []
-        failure, is_stopped = None, False
+        failure = None
         with evaluating(model), borrowed_settings(model, self._config):
             for indices in self.rounds():
-                is_stopped = is_stopping()
-                if is_stopped:
-                    break
+                if is_stopping():
+                    return GeneratedAnswers([], None, is_stopped=True)
                 if failure is None:
                     try:
                         answers += self._answers(model, indices)
@@ -136,7 +138,7 @@ class AnswerGenerator:
                         free_unused_memory()
         failure = first_failure(failure)
         everyone = sorted(gather_object(answers), key=lambda answer: answer.prompt)
-        return GeneratedAnswers(everyone, failure, is_stopped)
+        return GeneratedAnswers(everyone, failure, is_stopping())
 
     def _answers(self, model: Any, indices: list[int]) -> list[GeneratedAnswer]:
         """Return the answers to some prompts."""
@@ -156,7 +158,7 @@ class AnswerGenerator:
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=self._config,
-                stopping_criteria=self._beat,
+                stopping_criteria=self._criteria,
                 synced_gpus=self.is_sharded,
             )
         stops = set(self._config.eos_token_id)
@@ -167,19 +169,21 @@ class AnswerGenerator:
         ]
 
 
-class Beat(StoppingCriteria):
-    """Reports progress at each generated token, and never stops.
+class EachToken(StoppingCriteria):
+    """Reports progress at each generated token, and ends the answers if this rank was asked to stop.
 
     Args:
         beat: reports progress.
+        is_asked: returns whether this rank was asked to stop.
     """
 
-    def __init__(self, beat: Callable[[], None]) -> None:
-        self._report = beat
+    def __init__(self, beat: Callable[[], None], is_asked: Callable[[], bool]) -> None:
+        self._beat = beat
+        self._is_asked = is_asked
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self._report()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self._beat()
+        return torch.full((len(input_ids),), self._is_asked(), device=input_ids.device)
 
 
 @contextmanager
