@@ -1,18 +1,25 @@
 """Prompts of prepared conversations as at inference, each with its reference answer."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dft.data.batches.dataset import Sequences
-from dft.data.conversations.conversation import Conversation
+from dft.data.conversations.conversation import Conversation, parse_conversation
 from dft.data.conversations.faults import BadLine
-from dft.data.preparing.lookup import read_conversations
+from dft.data.conversations.row_rules import RowLeftOut, RowRules
 from dft.data.reading.data_file import DataFile
+from dft.data.reading.reader import read_batches
+from dft.data.reading.records import BOM, Record
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.template import AdaptedChat
 
-FIRST_BATCH = 64
-"""Number of conversations that are looked up first. Each further batch has twice as many."""
+Origin = tuple[int, int]
+"""File number and line number of a conversation."""
+END: tuple[Origin, list[np.ndarray]] = ((sys.maxsize, 0), [])
+"""Comes after all conversations of a dataset."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +48,14 @@ class PromptSelection:
 
     Attributes:
         prompts: the prompts.
-        conversations: number of conversations of the dataset.
+        conversations: number of conversations that were looked at: all of them if there are too few prompts.
         unanswered: number of conversations that were passed over because their last turn is not an answer
             that is trained.
         too_long: number of conversations that were passed over because their prompts are too long.
     """
 
     prompts: list[ReferencePrompt]
-    conversations: int
+    conversations: int = 0
     unanswered: int = 0
     too_long: int = 0
 
@@ -65,10 +72,10 @@ def first_prompts(
         count: number of prompts, if the dataset has as many.
         longest: maximum number of tokens of a prompt.
     """
-    origins = _origins(dataset)
-    selection = PromptSelection([], len(origins))
-    for (file, line), conversation in _conversations(origins, sources):
+    selection = PromptSelection([])
+    for (file, line), conversation in conversations_of(dataset, sources, encoder):
         prompt = _last_prompt(conversation, encoder, dataset.files[file], line)
+        selection.conversations += 1
         if prompt is None:
             selection.unanswered += 1
         elif len(prompt.ids) > longest:
@@ -80,24 +87,70 @@ def first_prompts(
     return selection
 
 
-def _origins(dataset: Sequences) -> list[tuple[int, int]]:
-    """Return the file and the line of each conversation, in the order of the files."""
-    plain = dataset.unpacked()
-    return list(dict.fromkeys(plain.origins(row)[0] for row in range(len(plain))))
+def conversations_of(
+    dataset: Sequences, sources: Sequence[DataFile], encoder: ChatEncoder
+) -> Iterator[tuple[Origin, Conversation]]:
+    """Yield the conversations of a dataset with their origins, in the order of the files.
+
+    The files are read up to the conversations that are taken. A JSON array may have all its elements on one
+    line, so conversations are recognized by their tokens.
+    """
+    stored = _stored_conversations(dataset.unpacked())
+    origin, sequences = next(stored, END)
+    for place, record, rules in _records(sources):
+        while origin < place:  # an unusable element of the same line, or the file was changed
+            origin, sequences = next(stored, END)
+        if origin == END[0]:
+            return
+        if origin != place:
+            continue
+        conversation = _parse(record, rules)
+        if conversation is not None and _has(encoder, conversation, sequences):
+            yield origin, conversation
+            origin, sequences = next(stored, END)
 
 
-def _conversations(
-    origins: Sequence[tuple[int, int]], sources: Sequence[DataFile]
-) -> Iterator[tuple[tuple[int, int], Conversation]]:
-    """Yield conversations in order, reading no more of the files than needed for those that are taken."""
-    start, size = 0, FIRST_BATCH
-    while start < len(origins):
-        batch = origins[start : start + size]
-        conversations = read_conversations(sources, batch)
-        for origin in batch:
-            if origin in conversations:  # unless the file was changed since it was prepared
-                yield origin, conversations[origin]
-        start, size = start + size, 2 * size
+def _records(sources: Sequence[DataFile]) -> Iterator[tuple[Origin, Record, RowRules]]:
+    """Yield the readable records of all files with their origins and the rules of their files."""
+    for file, source in enumerate(sources):
+        for batch in read_batches(source):
+            for record in batch.records:
+                if record.flaw is None:
+                    yield (file, record.line), record, source.rules
+
+
+def _stored_conversations(dataset: Sequences) -> Iterator[tuple[Origin, list[np.ndarray]]]:
+    """Yield the origin and the token ids of each sequence of the conversations of an unpacked dataset."""
+    sequences: list[np.ndarray] = []
+    previous: tuple[Origin, int] | None = None
+    for row in range(len(dataset)):
+        (origin,), number = dataset.origins(row), dataset.part(row).number
+        if previous is not None and (origin != previous[0] or number <= previous[1]):
+            yield previous[0], sequences
+            sequences = []
+        sequences.append(dataset[row]["input_ids"])
+        previous = origin, number
+    if previous is not None:
+        yield previous[0], sequences
+
+
+def _parse(record: Record, rules: RowRules) -> Conversation | None:
+    """Return the conversation of a record, None if it has none that is used."""
+    try:
+        return parse_conversation(record.text.removeprefix(BOM) if record.line == 1 else record.text, rules)
+    except (BadLine, RowLeftOut):
+        return None
+
+
+def _has(encoder: ChatEncoder, conversation: Conversation, sequences: list[np.ndarray]) -> bool:
+    """Return whether a conversation has a stored sequence, which may be truncated on the left or right."""
+    for group in encoder.encode([conversation, conversation.last_turn_only()]):
+        for example in [] if isinstance(group, BadLine) else group:
+            for ids in sequences:
+                whole, size = example.input_ids, len(ids)
+                if np.array_equal(whole[:size], ids) or np.array_equal(whole[len(whole) - size :], ids):
+                    return True
+    return False
 
 
 def _last_prompt(
@@ -107,10 +160,7 @@ def _last_prompt(
     last = len(conversation.messages) - 1
     if not last or not conversation.supervised[last]:
         return None
-    try:
-        completion = encoder.renderer.finder.find(AdaptedChat(encoder.template, conversation), last)
-    except BadLine:
-        return None  # a line of a JSON array may have several elements, and the first may be unusable
+    completion = encoder.renderer.finder.find(AdaptedChat(encoder.template, conversation), last)
     reference = completion.text.removesuffix(completion.ending or "").strip()
     ids = encoder.text_tokenizer.token_ids(completion.prompt)
     question = conversation.messages[last - 1]["content"]

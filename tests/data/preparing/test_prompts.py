@@ -10,7 +10,7 @@ from dft.data.preparing.prepare import find_sources, prepare
 from dft.data.preparing.prompts import PromptSelection, first_prompts
 from dft.data.templates.encoder import ChatEncoder
 from tests.data.rows import conversation, numbered, write
-from tests.data.templates.chat_templates import with_template
+from tests.data.templates.chat_templates import FORGETS_REASONING, with_template
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 WITH_TOOLS = (
@@ -122,3 +122,47 @@ def test_the_prompts_of_a_split_come_from_the_training_files(encoder, tmp_path):
     lines = Path(file).read_text().splitlines()
     for prompt in selection.prompts:
         assert json.loads(lines[prompt.line - 1])["messages"][0]["content"] == prompt.question
+
+
+def test_conversations_on_one_line_of_an_array_are_told_apart(encoder, tmp_path):
+    """`json.dump` writes a whole list on one line. One element is unusable, others are held out."""
+    rows = [*numbered(12), {"messages": []}, *numbered(30, start=12)]
+    file = tmp_path / "array.json"
+    file.write_text(json.dumps(rows))
+    options = PrepareOptions(validation_split_percentage=25, on_bad_data="skip")
+    data = prepare([str(file)], [], encoder, options, cache_dir=tmp_path / "cache", workers=1)
+    dataset = data.datasets["eval"]
+    assert {tuple(dataset.origins(row)) for row in range(len(dataset))} == {((0, 1),)}
+    sources = find_sources({"train": [str(file)], "eval": []}, options)["train"]
+    selection = first_prompts(dataset, sources, encoder, 100, 100)
+    held_out = [encoder.tokenizer.decode(row["input_ids"]) for row in dataset]
+    texts = [f"{prompt.text}{prompt.reference}<|im_end|>\n" for prompt in selection.prompts]
+    assert texts == held_out and len(texts) == selection.conversations > 5
+
+
+def test_a_conversation_with_several_sequences_has_one_prompt(tokenizer_json, tmp_path):
+    encoder = ChatEncoder(with_template(tokenizer_json, FORGETS_REASONING, eos_token="<|im_end|>"))
+    think = {"role": "assistant", "content": "<think>why</think>because"}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"q{n}"},
+                think,
+                {"role": "user", "content": "and?"},
+                think,
+            ]
+        }
+        for n in range(3)
+    ]
+    files = [write(tmp_path / "train.jsonl", numbered(2)), write(tmp_path / "eval.jsonl", rows)]
+    for options in (PrepareOptions(), PrepareOptions(train_on_last_turn_only=True)):
+        data = prepare(files[:1], files[1:], encoder, options, cache_dir=tmp_path / "cache", workers=1)
+        assert len(data.datasets["eval"]) == (3 if options.train_on_last_turn_only else 6)
+        sources = find_sources({"train": files[:1], "eval": files[1:]}, options)["eval"]
+        selection = first_prompts(data.datasets["eval"], sources, encoder, 5, 200)
+        assert [prompt.line for prompt in selection.prompts] == [1, 2, 3]
+        for row, prompt in zip(rows, selection.prompts, strict=True):
+            expected = encoder.tokenizer.apply_chat_template(
+                row["messages"][:-1], add_generation_prompt=True, return_dict=False
+            )
+            assert prompt.ids == expected
