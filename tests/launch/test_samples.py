@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import time
 
@@ -12,9 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dft.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from dft.report.samples_file import SAMPLES, read_samples
+from dft.report.samples_file import SAMPLES, append_samples, read_samples
 from tests.launching import ROOT, history
 from tests.reliability.test_resume import assert_same, logged
+from tests.report import test_samples_file
 
 TOKENS = 10
 FLAGS = {
@@ -122,7 +122,7 @@ def test_a_resumed_run_ends_with_the_samples_of_one_that_was_not_interrupted(tra
 def test_a_new_run_does_not_show_the_samples_of_an_earlier_one(train, example):
     output = example.folder / "samples-anew"
     output.mkdir()
-    shutil.copy(example.folder / "samples-whole" / SAMPLES, output / SAMPLES)
+    append_samples(output / SAMPLES, [test_samples_file.row(1)])
     output, codes, printed = train("anew", generate_samples=0, max_steps=1, eval_strategy="no")
     assert codes == [0], printed
     assert not (output / SAMPLES).exists()
