@@ -41,6 +41,7 @@ from dft.training.checkpoints.folder import clear_away
 from dft.training.checkpoints.resume_point import resolve_resume
 from dft.training.measuring.console import tag_warnings
 from dft.training.memory.out_of_memory import OutOfMemory
+from dft.training.memory.shared_memory import check_shared_memory
 from dft.training.model.loading import load_meta_model
 from dft.training.parallel.stopping import Stopped, StopRequest
 from dft.training.run import (
@@ -76,6 +77,9 @@ def main() -> None:
     if arguments.watch.plan:
         say(*plan_lines(arguments, load_meta_model(arguments), data.report), *new_notes(arguments))
         return
+    check_shared_memory(
+        arguments.training, arguments.data.max_length if arguments.data.packing else data.longest
+    )
     models = load_models(arguments, tokenizer, data)
     record: dict[str, Any] = {}  # describes the arguments as resolved by the trainer, so it is filled later
     card = partial(saved_model_card, record) if is_main_process() else None

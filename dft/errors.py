@@ -1,5 +1,6 @@
 """User errors and how they are reported."""
 
+import io
 import os
 import re
 import signal
@@ -45,8 +46,12 @@ def report_user_errors() -> None:
     immediately, the launcher would kill rank 0 before it prints its message. If they are not killed in time,
     the error is theirs alone and they print it.
 
-    Ctrl-C prints one line and exits with code 130.
+    Ctrl-C prints one line and exits with code 130. Characters that the encoding of the terminal lacks are
+    printed as escapes: a file name or an answer must not end a run.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # notebooks replace the streams
+            stream.reconfigure(errors="backslashreplace")
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):

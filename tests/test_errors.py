@@ -36,6 +36,16 @@ def test_user_error_prints_its_message_only():
     assert process.returncode == 2 and errors.endswith("error: --flag 3: no\n") and "Traceback" not in errors
 
 
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", "\\u4f60 \\xe9"), ("latin-1", "\\u4f60 é"), ("utf-8", "你 é")]
+)
+def test_characters_that_the_terminal_lacks_are_printed_as_escapes(encoding, shown):
+    script = "from dft.errors import report_user_errors; report_user_errors(); print('你 é', flush=True)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    printed = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, timeout=60)
+    assert (printed.returncode, printed.stdout.decode(encoding)) == (0, f"{shown}\n")
+
+
 def test_other_ranks_print_the_error_if_rank_0_has_none():
     process = start('UserError("--flag 3: no")', LOCAL_RANK="1", RANK="5")
     _, errors = process.communicate(timeout=60)

@@ -60,6 +60,22 @@ class Arguments:
         return self.training.seed if self.training.data_seed is None else self.training.data_seed
 
 
+def check_names(flags: dict[str, Any]) -> None:
+    """Raise `UserError` if the name of a file or folder cannot be encoded, which libraries in Rust need.
+
+    Such a name has bytes that are not characters in the encoding that Python uses for file names.
+    """
+    for name in PATHS:
+        try:
+            str(flags[name]).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"--{name} {flags[name]}: the name is not valid {sys.getfilesystemencoding()}, so the "
+                "tokenizer could not be read or saved there; rename it, or set PYTHONUTF8=1 if the name is "
+                "UTF-8"
+            ) from None
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Append the default to the help text of each flag, unless it is None."""
 
@@ -99,6 +115,7 @@ class Parser(HfArgumentParser):
         del flags["config"]
         # Shells expand ~ only at the beginning of a word, so not in --flag=~/folder.
         flags.update({name: os.path.expanduser(flags[name]) for name in PATHS if flags[name] is not None})
+        check_names(flags)
         implied = launched_flags(flags)
         ignored = ignored_flags({**flags, **implied})
         try:

@@ -387,3 +387,14 @@ def test_a_plan_notes_that_it_ignores_the_checkpoint(tmp_path):
         for note in checked(tmp_path, *flags).notes
     )
     assert not any("ignores" in note for note in checked(tmp_path, "--plan", "True").notes)
+
+
+def test_a_folder_whose_name_cannot_be_encoded_is_rejected(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    words = ["--model_name_or_path", "m", "--data_files", "a.jsonl", "--use_cpu", "True"]
+    with pytest.raises(UserError) as caught:
+        parse_arguments([*words, "--output_dir", str(folder)])
+    assert str(caught.value) == (
+        f"--output_dir {folder}: the name is not valid utf-8, so the tokenizer could not be read or saved "
+        "there; rename it, or set PYTHONUTF8=1 if the name is UTF-8"
+    )

@@ -88,7 +88,7 @@ def _close_copy(handle: int, identity: os.stat_result) -> None:
 def _holder(path: Path) -> str:
     """Describe the process that holds a lock."""
     try:
-        holder = json.loads(path.read_text())
+        holder = json.loads(path.read_text(encoding="utf-8"))
         return f"process {holder['process']} on {holder['machine']}"
     except (ValueError, KeyError, TypeError):  # it is just being written
         return "its process is unknown"

@@ -42,7 +42,7 @@ def machine_id() -> str:
     and containers on one machine differ in their process namespace. Elsewhere the network address is used.
     """
     try:
-        boot_id = BOOT_ID.read_text().strip()
+        boot_id = BOOT_ID.read_text(encoding="ascii").strip()
         namespace = PROCESS_NAMESPACE.stat().st_ino
     except OSError:
         return f"{socket.gethostname()}-{uuid.getnode():x}"

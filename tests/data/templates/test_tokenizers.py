@@ -3,6 +3,7 @@
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 
+from dft.data.batches.collator import PaddedCollator
 from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
 from tests.data.templates.chat_templates import (
@@ -26,6 +27,21 @@ def test_bos_that_the_tokenizer_adds_is_not_duplicated(tokenizer_json):
     encoder = encoder_of(backend.to_str(), MERGES_SYSTEM, eos_token="<end_of_turn>", bos_token="<bos>")
     ((ids, labels),) = encode(encoder, ("user", "q"), ("assistant", "a"))
     assert ids.count(bos) == 1 and ids[0] == bos and labels[0] == -100
+
+
+def test_end_tokens_are_supervised_and_padding_is_not_if_both_are_the_same_token(tokenizer_json):
+    encoder = encoder_of(tokenizer_json, CHATML_LINES, eos_token=END, pad_token=END)
+    end = encoder.tokenizer.eos_token_id
+    assert encoder.tokenizer.pad_token_id == end
+    short, long = (encode(encoder, ("user", "q"), ("assistant", answer))[0] for answer in ("a", "a b c d e"))
+    batch = PaddedCollator(pad_token_id=end)(
+        [{"input_ids": ids, "labels": labels} for ids, labels in (short, long)]
+    )
+    (ids, labels), padding = short, len(long[0]) - len(short[0])
+    assert padding > 0 and ids.count(end) == 2 and labels.count(end) == 1
+    assert batch["input_ids"][0].tolist() == ids + [end] * padding
+    assert batch["labels"][0].tolist() == labels + [-100] * padding
+    assert batch["attention_mask"][0].tolist() == [1] * len(ids) + [0] * padding
 
 
 def test_offsets_without_white_space_do_not_move_the_span(tokenizer_json):
