@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def ending_table(results: Results) -> list[str]:
     lines = header("fine-tuned on | method", ["p of end-of-turn tokens", "answers that end"])
     lines[1] = "|---" + lines[1]
     for data, of_data in DATA.items():
-        task = of_data.asked[0]
+        task = of_data.learned
         file = task_file(Path(), "test", task).name
         base = results["base"]
         lines.append(
@@ -136,7 +136,7 @@ def ending_table(results: Results) -> list[str]:
     return [
         *lines,
         "",
-        "p on the reference answers of the first task of each data set, and the share of the generated "
+        "p on the reference answers of the task trained on, and the share of the generated "
         "answers that end before the limit of 48 tokens.",
     ]
 
@@ -147,16 +147,14 @@ def preflight_table(results: Results) -> list[str]:
     lines = header("fine-tuned on", columns)
     for data, of_data in DATA.items():
         whole = results["base"]["training"][data]["whole"]
-        asked = of_data.asked[:2] if data == "new" else of_data.asked
-
-        def total(method: str, data: str = data, asked: Sequence[str] = asked) -> float:
-            return sum(accuracy(results, method, data, task).value for task in asked) / len(asked)
-
-        best = max(results["methods"], key=total)
+        right = {
+            method: accuracy(results, method, data, of_data.learned).value for method in results["methods"]
+        }
+        best = max(right, key=lambda method: right[method])
         lines.append(
             f"| {data} | {whole['avg_p_correct']:.2f} | {100 * whole['silenced_share']:.0f} % | "
             f"{100 * whole['gradient_kept']:.0f} % | {whole['p_end_of_turn']:.3f} | "
-            f"{best} ({total(best):.1f}) | {total('DFT') - total('SFT'):+.1f} |"
+            f"{best} ({right[best]:.1f}) | {right['DFT'] - right['SFT']:+.1f} |"
         )
     advice = [
         f"- {data}: {item['recommendation']}"
@@ -182,19 +180,19 @@ def rate_table(results: Results) -> list[str]:
             cells = []
             for method in methods:
                 values = [
-                    sum(trial["right"].values()) / len(trial["right"])
+                    trial["right"][DATA[data].learned]
                     for trial in trials
                     if (trial["data"], trial["method"], trial["rate"]) == (data, method, rate)
                 ]
                 cells.append(f"{values[0]:.1f}" if values else "")
             lines.append(f"| {rate:g}: {data} | {' | '.join(cells)} |")
-    return [*lines, "", "Percent right on the validation problems of the tasks trained on, one seed."]
+    return [*lines, "", "Percent right on the validation problems of the task trained on, one seed."]
 
 
 def example_list(results: Results) -> list[str]:
     """Return examples of answers of the first seed."""
     lines = ["Answers of the first seed, ✓ where the verifier accepts them:", ""]
-    for data, asked in COLUMNS[:1] + COLUMNS[2:4]:
+    for data, asked in ((name, of_data.learned) for name, of_data in DATA.items()):
         chosen = held_out(asked)
         for index in range(0, len(chosen), len(chosen) // EXAMPLES):
             problem = chosen[index]
@@ -255,12 +253,9 @@ def histogram_figure(results: Results) -> Figure:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     edges = [index / BINS for index in range(BINS + 1)]
     for axes, (name, data) in zip(figure.subplots(1, len(DATA), sharey=True), DATA.items(), strict=True):
-        files = [task_file(Path(), "test", task).name for task in data.asked[:2]]
-        before = [results["base"]["scores"][file]["p_histogram"] for file in files]
-        histograms = {"base": before} | {
-            method: [
-                run["scores"][file]["p_histogram"] for run in runs_of(results, method, name) for file in files
-            ]
+        file = task_file(Path(), "test", data.learned).name
+        histograms = {"base": [results["base"]["scores"][file]["p_histogram"]]} | {
+            method: [run["scores"][file]["p_histogram"] for run in runs_of(results, method, name)]
             for method in results["methods"]
         }
         for label, parts in histograms.items():
@@ -272,7 +267,7 @@ def histogram_figure(results: Results) -> Figure:
         axes.set_title(f"fine-tuned on: {name}", fontsize=9)
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("p of the right token, held-out problems of the tasks trained on", fontsize=9)
+    figure.supxlabel("p of the right token, held-out problems of the task trained on", fontsize=9)
     figure.axes[0].set_ylabel("share of tokens")
     figure.axes[-1].legend(frameon=False, fontsize=7)
     return figure

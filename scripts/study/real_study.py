@@ -5,13 +5,14 @@
     python scripts/study/real_study.py runs/quick --model models/smollm2 --size quick
 
 The problems come from reasoning-gym. The model is fine-tuned with each objective on three data sets: short
-arithmetic that it half knows; the same with three wrong answers in ten; and two tasks that are new to it.
-Each fine-tuned model answers held-out problems of all tasks, greedily, and is scored on texts that it was
-not trained on (GSM8K, and the answers of the untouched model to 200 plain questions), to measure what it
-forgot.
+arithmetic that it half knows; the same with three wrong answers in ten; and words spelled backward, which is
+new to it. Each fine-tuned model answers held-out problems of all tasks, greedily, and is scored on texts
+that it was not trained on (GSM8K, and the answers of the untouched model to 200 plain questions), to measure
+what it forgot.
 
-The learning rate of each method, and the objectives to compare besides SFT and DFT, are selected on separate
-problems with a separate seed. Other objectives are tried at the rates that are best for SFT and for DFT.
+The learning rate of each method is selected on separate problems with a separate seed, and so are the
+objectives to compare besides SFT and DFT: all are tried on the first data set, at the rates that are best
+for SFT and for DFT there.
 
 The script writes study.json, table.md and pictures. Results that are in the folder are not computed again, so
 that an interrupted study continues with the same command. On the CPU two runs are processed at a time, on a
@@ -24,7 +25,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -59,7 +60,6 @@ METHODS: dict[str, tuple[object, ...]] = {
     "SFT": ("--dft_alpha", 0),
     "DFT": (),
     "alpha 0.5": ("--dft_alpha", 0.5),
-    "DFT, ends 0.1": ("--end_of_turn_weight", 0.1),
 }
 """The flags of the methods that are always compared."""
 CANDIDATES: dict[str, tuple[object, ...]] = {
@@ -80,7 +80,7 @@ class Size:
     """The size of a study.
 
     Attributes:
-        rows: conversations in each data set to fine-tune on.
+        rows: conversations in each data set to fine-tune on, by group of data sets.
         seeds: number of seeds, each with its own data and order.
         rates: learning rates to select from, by group of data sets.
         candidates: names of the other objectives to try.
@@ -88,7 +88,7 @@ class Size:
         scored: sequences of GSM8K, and of the plain answers, to score.
     """
 
-    rows: int
+    rows: dict[str, int]
     seeds: int
     rates: dict[str, tuple[float, ...]]
     candidates: tuple[str, ...] = tuple(CANDIDATES)
@@ -96,11 +96,11 @@ class Size:
     scored: int = 200
 
 
-RATES = {"half known": (3e-6, 1e-5, 3e-5, 1e-4), "new": (3e-5, 1e-4, 3e-4, 1e-3)}
+RATES = {"half known": (3e-6, 1e-5, 3e-5, 1e-4), "new": (1e-4, 3e-4, 1e-3)}
 SIZES = {
-    "quick": Size(16, 2, dict.fromkeys(RATES, (1e-4,)), ("eaft",), 1, 4),
-    "small": Size(256, 3, RATES, ("power", "threshold", "eaft"), 1, 50),
-    "full": Size(1_600, 5, RATES, scored=400),
+    "quick": Size({"half known": 16, "new": 16}, 2, dict.fromkeys(RATES, (1e-4,)), ("eaft",), 1, 4),
+    "small": Size({"half known": 256, "new": 640}, 3, RATES, ("power", "threshold", "eaft"), 1, 50),
+    "full": Size({"half known": 1_600, "new": 4_800}, 5, RATES, scored=400),
 }
 
 
@@ -182,14 +182,14 @@ class Study:
 
     def train(self, run: Run, output: Path) -> None:
         """Fine-tune the pretrained model, with four evaluations on validation problems on the way."""
-        curves = [task_file(self.data, "validation", task) for task in DATA[run.data].asked[:2]]
+        curve = task_file(self.data, "validation", DATA[run.data].learned)
         run_script(
             ROOT / "train_dft.py", "--model_name_or_path", self.model, "--output_dir", output,
             "--data_files", data_file(self.data, run.data, run.seed), "--seed", run.seed + 1,
             "--learning_rate", run.rate, "--lr_scheduler_type", "cosine", "--warmup_ratio", 0.1,
             "--num_train_epochs", 1, "--per_device_train_batch_size", 16, "--save_strategy", "no",
             "--verify_save", False, "--report", False, "--logging_steps", 5, "--overwrite_output_dir", True,
-            *(("--eval_data_files", *curves, "--eval_strategy", "steps", "--eval_steps", 0.25,
+            *(("--eval_data_files", curve, "--eval_strategy", "steps", "--eval_steps", 0.25,
                "--eval_on_start", True, "--per_device_eval_batch_size", 50) if run.seed == 0 else ()),
             *self.common_flags(), *(METHODS | CANDIDATES)[run.method],
         )  # fmt: skip
@@ -197,8 +197,8 @@ class Study:
     def result(self, run: Run) -> dict[str, Any]:
         """Fine-tune and test a model, and return its results. The weights are removed afterwards.
 
-        Runs of the selection answer the validation problems of what they were trained on. The others answer
-        all problems and are scored.
+        Runs of the selection answer the validation problems of the task that they were trained on. The others
+        answer the problems of all tasks and are scored.
         """
         folder = self.folder / "runs" / run.name
         file = folder / "result.json"
@@ -209,7 +209,7 @@ class Study:
         self.train(run, folder / "model")
         log = json.loads((folder / "model/trainer_state.json").read_text())["log_history"]
         kind = "validation" if run.seed == SELECTION_SEED else "test"
-        tasks = list(DATA[run.data].asked[:2]) if kind == "validation" else list(TASKS)
+        tasks = [DATA[run.data].learned] if kind == "validation" else list(TASKS)
         result = {
             **run._asdict(),
             **self.test(run.name, folder / "model", kind, tasks, folder),
@@ -246,6 +246,12 @@ class Study:
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self.result, runs))
 
+    def select_on(self, data: str, methods: Iterable[str], rates: Sequence[float]) -> list[dict[str, Any]]:
+        """Return the results of methods with each of some learning rates, for the selection."""
+        return self.results(
+            [Run(method, data, SELECTION_SEED, rate) for rate, method in product(rates, methods)]
+        )
+
     def base_result(self) -> dict[str, Any]:
         """Test the pretrained model, and score the training data of each data set with it."""
         file = self.folder / "base.json"
@@ -262,8 +268,8 @@ class Study:
 
 
 def selection_score(result: Mapping[str, Any]) -> float:
-    """Return what methods and learning rates are selected by: the mean accuracy over the tasks trained on."""
-    return sum(result["right"].values()) / len(result["right"])
+    """Return what methods and learning rates are selected by: the accuracy on the task trained on."""
+    return result["right"][DATA[result["data"]].learned]
 
 
 def select(results: Sequence[Mapping[str, Any]], data: str) -> dict[str, Mapping[str, Any]]:
@@ -291,30 +297,19 @@ def run_study(study: Study) -> dict[str, Any]:
     study.prepare()
     base = study.base_result()
     print("selecting the learning rate of each method, and the other objectives", flush=True)
-    trials = study.results(
-        [
-            Run(method, data, SELECTION_SEED, rate)
-            for group, data in groups().items()
-            for rate, method in product(size.rates[group], METHODS)
-        ]
-    )
-    trials += study.results(
-        [
-            Run(method, data, SELECTION_SEED, rate)
-            for data in groups().values()
-            for rate in sorted({select(trials, data)[method]["rate"] for method in ("SFT", "DFT")})
-            for method in size.candidates
-        ]
-    )
-    best = {group: select(trials, data) for group, data in groups().items()}
-    totals = {
-        name: sum(selection_score(of_group[name]) for of_group in best.values()) for name in size.candidates
-    }
-    finalists = sorted(totals, key=lambda name: -totals[name])[: size.finalists]
-    print(f"comparing the methods; the other objectives that did best: {', '.join(finalists)}", flush=True)
+    first, second = groups().items()
+    trials = study.select_on(first[1], METHODS, size.rates[first[0]])
+    best = select(trials, first[1])
+    rates = sorted({best[method]["rate"] for method in ("SFT", "DFT")})
+    trials += study.select_on(first[1], size.candidates, rates)
+    best = select(trials, first[1])
+    finalists = sorted(size.candidates, key=lambda name: -selection_score(best[name]))[: size.finalists]
     methods = [*METHODS, *finalists]
+    trials += study.select_on(second[1], methods, size.rates[second[0]])
+    print(f"comparing the methods; the other objectives that did best: {', '.join(finalists)}", flush=True)
+    best_rates = {group: select(trials, data) for group, data in groups().items()}
     runs = [
-        Run(method, name, seed, best[data.group][method]["rate"])
+        Run(method, name, seed, best_rates[data.group][method]["rate"])
         for seed, (name, data), method in product(range(size.seeds), DATA.items(), methods)
     ]
     return {

@@ -4,7 +4,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,19 +60,24 @@ class Data(NamedTuple):
         parts: the kinds of problems in it, to equal parts.
         wrong: share of the answers that are wrong.
         group: data sets of a group share their learning rates, which are selected on the first of them.
+        learned: the task that its conversations are of.
         asked: the tasks that it is compared on.
     """
 
     parts: tuple[str, ...]
     wrong: float
     group: str
+    learned: str
     asked: tuple[str, ...]
 
 
+ARITHMETIC = ("products", "short sums")
 DATA = {
-    "half known": Data(("products", "short sums"), 0.0, "half known", ("short arithmetic",)),
-    "half known, 3 in 10 wrong": Data(("products", "short sums"), 0.3, "half known", ("short arithmetic",)),
-    "new": Data(("long sums", "spelling"), 0.0, "new", ("long sums", "spelling", "short arithmetic")),
+    "half known": Data(ARITHMETIC, 0.0, "half known", "short arithmetic", ("short arithmetic", "long sums")),
+    "half known, 3 in 10 wrong": Data(
+        ARITHMETIC, 0.3, "half known", "short arithmetic", ("short arithmetic", "long sums")
+    ),
+    "new": Data(("spelling",), 0.0, "new", "spelling", ("spelling", "short arithmetic")),
 }
 COLUMNS = [(name, asked) for name, data in DATA.items() for asked in data.asked]
 """Pairs of a data set and a task: the columns of the tables."""
@@ -233,8 +238,14 @@ def task_file(folder: Path, kind: str, task: str) -> Path:
     return folder / f"{kind}-{file_name(task)}.jsonl"
 
 
-def write_data(folder: Path, count: int, seeds: Sequence[int]) -> None:
-    """Write all files of problems and conversations. They are the same each time."""
+def write_data(folder: Path, counts: Mapping[str, int], seeds: Sequence[int]) -> None:
+    """Write all files of problems and conversations. They are the same each time.
+
+    Args:
+        folder: where to write them.
+        counts: conversations in each data set of a group.
+        seeds: seeds of the data sets.
+    """
     for task in TASKS:
         for kind, chosen in (("test", held_out(task)), ("validation", validation(task))):
             write_rows(
@@ -242,7 +253,7 @@ def write_data(folder: Path, count: int, seeds: Sequence[int]) -> None:
             )
     for name, data in DATA.items():
         for seed in seeds:
-            rows = training_rows(data, count, f"{name} {seed}")
+            rows = training_rows(data, counts[data.group], f"{name} {seed}")
             write_rows(data_file(folder, name, seed), rows)
     questions = [conversation(question, "-") for question in PLAIN_QUESTIONS]
     write_rows(folder / "plain-questions.jsonl", questions)
