@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -42,6 +42,15 @@ from dft.evaluation.folder import read_records
 from dft.files import write_atomically
 from dft.ranks import quiet_libraries
 from scripts.study.real_results import write_results
+from scripts.study.real_settings import (
+    CANDIDATES,
+    MAX_NEW_TOKENS,
+    METHODS,
+    SELECTION_SEED,
+    SIZES,
+    Run,
+    Size,
+)
 from scripts.study.real_tasks import (
     DATA,
     TASKS,
@@ -55,67 +64,6 @@ from scripts.study.real_tasks import (
 )
 from scripts.study.study_runs import prepare, run_script
 from scripts.study.study_task import file_name
-
-METHODS: dict[str, tuple[object, ...]] = {
-    "SFT": ("--dft_alpha", 0),
-    "DFT": (),
-    "alpha 0.5": ("--dft_alpha", 0.5),
-}
-"""The flags of the methods that are always compared."""
-CANDIDATES: dict[str, tuple[object, ...]] = {
-    "power": ("--objective", "power"),
-    "threshold": ("--objective", "threshold"),
-    "eaft": ("--objective", "eaft"),
-    "chord": ("--objective", "chord"),
-    "asft": ("--objective", "asft"),
-}
-"""Other objectives, of which the best are compared, too."""
-SELECTION_SEED = -1
-MAX_NEW_TOKENS = 48
-"""Limit of the length of an answer to a problem. Right answers take up to 25 tokens."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """The size of a study.
-
-    Attributes:
-        rows: conversations in each data set to fine-tune on, by group of data sets.
-        seeds: number of seeds, each with its own data and order.
-        rates: learning rates to select from, by group of data sets.
-        candidates: names of the other objectives to try.
-        finalists: number of them to compare.
-        scored: sequences of GSM8K, and of the plain answers, to score.
-    """
-
-    rows: dict[str, int]
-    seeds: int
-    rates: dict[str, tuple[float, ...]]
-    candidates: tuple[str, ...] = tuple(CANDIDATES)
-    finalists: int = 2
-    scored: int = 200
-
-
-RATES = {"half known": (3e-6, 1e-5, 3e-5, 1e-4), "new": (1e-4, 3e-4, 1e-3)}
-SIZES = {
-    "quick": Size({"half known": 16, "new": 16}, 2, dict.fromkeys(RATES, (1e-4,)), ("eaft",), 1, 4),
-    "small": Size({"half known": 256, "new": 640}, 3, RATES, ("power", "threshold", "eaft"), 1, 50),
-    "full": Size({"half known": 1_600, "new": 4_800}, 5, RATES, scored=400),
-}
-
-
-class Run(NamedTuple):
-    """A fine-tuning run. Its fields are keys of study.json."""
-
-    method: str
-    data: str
-    seed: int
-    rate: float
-
-    @property
-    def name(self) -> str:
-        """Name of its folder."""
-        return file_name(f"{self.method}-{self.data}-{self.seed}-{self.rate:g}")
 
 
 @dataclass

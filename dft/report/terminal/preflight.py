@@ -53,10 +53,10 @@ def _statistics_lines(groups: dict[str, dict[str, Any]], width: int) -> list[str
 
 
 def _histogram_lines(groups: dict[str, dict[str, Any]], width: int) -> list[str]:
-    lines = [f"{'p':<12}{'from':<{width}}  {'  '.join(f'{tenth / 10:5.1f}' for tenth in range(10))}"]
+    lines = [f"{'tokens by p':<12}{'from':<{width}}  {'  '.join(f'{tenth / 10:5.1f}' for tenth in range(10))}"]
     for name, statistics in groups.items():
         shares = "  ".join(f"{share:5.1f}" for share in tenths(statistics["p_histogram"]))
-        lines.append(f"            {name:<{width}}  {shares}  % of the tokens")
+        lines.append(f"            {name:<{width}}  {shares}  %")
     return lines
 
 
