@@ -2,6 +2,7 @@
 
 import enum
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from datetime import date
@@ -39,6 +40,14 @@ class FlagLoader(yaml.SafeLoader):
                 None, None, f"{names.most_common(1)[0][0]} appears twice", node.start_mark
             )
         return mapping
+
+
+FlagLoader.add_implicit_resolver(
+    # As in YAML 1.2. PyYAML follows 1.1, which reads a number without a dot or a sign, 1e-5, as text.
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)[eE][0-9]+"),
+    list("-+.0123456789"),
+)
 
 
 class FlagDumper(yaml.SafeDumper):
@@ -109,7 +118,8 @@ def _text(value: Any, node: yaml.Node, allowed: Collection[Any]) -> str:
     """Return a value as a word of the command line."""
     if isinstance(value, bool):
         word = str(node.value).lower()
-        return word if word in allowed else str(value)
+        is_choice = not allowed or str(value) in {str(choice) for choice in allowed}
+        return word if word in allowed or not is_choice else str(value)  # an error names what was written
     return str(node.value) if isinstance(value, SCALARS) else str(value)
 
 

@@ -83,7 +83,6 @@ def check_parts(content: dict[str, Any], flag: str) -> None:
         flag: the flag and its value, used as the beginning of messages.
     """
     # DeepSpeed is slow to import and is needed only here.
-    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
     from deepspeed.runtime import config, lr_schedules
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -102,29 +101,45 @@ def check_parts(content: dict[str, Any], flag: str) -> None:
             first = error.errors()[0]
             where = ".".join([name, *map(str, first["loc"])])
             raise UserError(f"{flag}: {where}: {first['msg']}, got {first['input']!r}") from None
-    kind, params = _part(content, "optimizer")
-    if kind is not None and kind.lower() in (config.ADAM_OPTIMIZER, config.ADAMW_OPTIMIZER):
-        extra = {config.TORCH_ADAM_PARAM, config.ADAM_W_MODE}
-        _check_names(flag, "optimizer", params, extra, FusedAdam, DeepSpeedCPUAdam, torch.optim.AdamW)
-    elif kind is not None and kind.lower() not in config.DEEPSPEED_OPTIMIZERS:
-        if kind not in vars(torch.optim):
-            raise UserError(f"{flag}: DeepSpeed has no optimizer {kind!r}")
-        _check_names(flag, "optimizer", params, set(), vars(torch.optim)[kind])
-    if (
-        kind is not None
-        and kind.lower() == config.MUON_OPTIMIZER
-        and content.get("zero_optimization", {}).get("stage", 0) == 3
-    ):
-        raise UserError(
-            f"{flag}: Muon under ZeRO-3 fails, or clips gradients to other norms than --max_grad_norm says; "
-            "use AdamW, or ZeRO-2"
-        )
+    _check_optimizer(content, flag)
     kind, params = _part(content, "scheduler")
     if kind is not None:
         schedulers = vars(torch.optim.lr_scheduler) | vars(lr_schedules)
         if kind not in schedulers:
             raise UserError(f"{flag}: DeepSpeed has no scheduler {kind!r}")
         _check_names(flag, "scheduler", params, set(), schedulers[kind])
+
+
+def _check_optimizer(content: dict[str, Any], flag: str) -> None:
+    """Raise `UserError` for an optimizer that does not exist, or that ZeRO does not support."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.runtime import config
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    kind, params = _part(content, "optimizer")
+    if kind is None:
+        return
+    name = kind.lower()
+    if name == config.MUON_OPTIMIZER:
+        raise UserError(
+            f"{flag}: under ZeRO, Muon replaces the gradients by its updates before their norm is computed, "
+            "so grad_norm would be that of the updates and --max_grad_norm would shorten them; use AdamW"
+        )
+    if name in (config.ADAM_OPTIMIZER, config.ADAMW_OPTIMIZER):
+        extra = {config.TORCH_ADAM_PARAM, config.ADAM_W_MODE}
+        _check_names(flag, "optimizer", params, extra, FusedAdam, DeepSpeedCPUAdam, torch.optim.AdamW)
+        return
+    is_tested = name in (config.LION_OPTIMIZER, config.ADAGRAD_OPTIMIZER)
+    if name not in config.DEEPSPEED_OPTIMIZERS:
+        if kind not in vars(torch.optim):
+            raise UserError(f"{flag}: DeepSpeed has no optimizer {kind!r}")
+        _check_names(flag, "optimizer", params, set(), vars(torch.optim)[kind])
+        is_tested = vars(torch.optim)[kind] in ZERO_SUPPORTED_OPTIMIZERS
+    if not is_tested and not content.get("zero_allow_untested_optimizer", False):
+        raise UserError(
+            f"{flag}: DeepSpeed has not tested the optimizer {kind!r} under ZeRO; use AdamW, or allow it "
+            "with 'zero_allow_untested_optimizer: true'"
+        )
 
 
 def _part(content: dict[str, Any], name: str) -> tuple[str | None, dict[str, Any]]:

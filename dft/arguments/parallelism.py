@@ -69,11 +69,12 @@ def check_deepspeed(training: transformers.TrainingArguments) -> None:
             "reach the "
             "weights; set 'zero_optimization: {stage: 1}' or higher, or remove --deepspeed to use DDP"
         )
-    if config.is_false("bf16.check_grad_overflow"):
-        raise UserError(
-            f"{flag}: with 'bf16: {{check_grad_overflow: false}}' a non-finite gradient would reach the "
-            "weights; remove that setting"
-        )
+    for section, name in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if config.is_false(f"{section}.{name}"):
+            raise UserError(
+                f"{flag}: with '{section}: {{{name}: false}}' a non-finite gradient would reach the "
+                "weights; remove that setting"
+            )
     if config.get_value("tensor_parallel.autotp_size", 0) > 1:
         raise UserError(f"{flag}: tensor parallelism is not supported; remove 'tensor_parallel'")
     if config.is_zero3() and not config.is_true(

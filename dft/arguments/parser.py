@@ -116,6 +116,7 @@ class Parser(HfArgumentParser):
         # Shells expand ~ only at the beginning of a word, so not in --flag=~/folder.
         flags.update({name: os.path.expanduser(flags[name]) for name in PATHS if flags[name] is not None})
         check_names(flags)
+        check_variables(flags)
         implied = launched_flags(flags)
         ignored = ignored_flags({**flags, **implied})
         try:
@@ -206,6 +207,19 @@ def check_no_secrets(argv: list[str]) -> None:
                 f"{flag}: every user of this machine can read a token on the command line, and launchers and "
                 "trackers record it; set HF_TOKEN in the environment, or put the token into a --config file"
             )
+
+
+def check_variables(flags: dict[str, Any]) -> None:
+    """Raise `UserError` for a path that contains a variable of the shell, such as $HOME."""
+    for name in (*PATHS, "data_files", "eval_data_files"):
+        for path in flags[name] if isinstance(flags[name], list) else [flags[name]]:
+            if not path or path.startswith("{") or os.path.exists(path):  # JSON, and names with a $
+                continue
+            if os.path.expandvars(path) != path:
+                raise UserError(
+                    f"--{name} {path}: contains a variable, which only the shell replaces, and not in single "
+                    f"quotes or a --config file; write {os.path.expandvars(path)}"
+                )
 
 
 def repeated_flags_note(argv: list[str]) -> str | None:

@@ -56,6 +56,12 @@ def test_an_invalid_config_file_is_one_line(tmp_path, text, message):
         ("learning_rate: 1e-5", "learning_rate", 1e-5),
         ("data_files: [010, 1_0]", "data_files", ["010", "1_0"]),
         ("lr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs", '{"num_cycles": 2}'),
+        ("lr_scheduler_kwargs: {min_lr_rate: 1e-1}", "lr_scheduler_kwargs", '{"min_lr_rate": 0.1}'),
+        (
+            "lr_scheduler_kwargs: {a: [1.5E3, -.5e2, e1]}",
+            "lr_scheduler_kwargs",
+            '{"a": [1500.0, -50.0, "e1"]}',
+        ),
     ],
 )
 def test_values_are_taken_as_they_are_written(tmp_path, line, name, value):
@@ -81,6 +87,30 @@ def test_a_tilde_is_expanded_where_the_shell_does_not(tmp_path, monkeypatch, nam
     required = ["--data_files", "a.jsonl", "--use_cpu", "True"]
     required += [] if name == "model_name_or_path" else ["--model_name_or_path", "model"]
     assert parse_arguments([*required, *more]).flags[name] == str(tmp_path / "some")
+
+
+def test_an_invalid_choice_is_named_as_it_is_written(tmp_path):
+    (tmp_path / "flags.yaml").write_text("eval_strategy: off\n")
+    with pytest.raises(UserError, match=r"--eval_strategy.*: invalid choice: 'off' \(choose from 'no', "):
+        parse_arguments(["--config", str(tmp_path / "flags.yaml"), *words(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["output_dir", "model_name_or_path", "data_files"])
+def test_a_variable_of_the_shell_in_a_path_is_an_error(tmp_path, monkeypatch, name):
+    """The folder would be created under that name."""
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    (tmp_path / "flags.yaml").write_text(f"{name}: ${{SCRATCH}}/x\n")
+    required = ["--use_cpu", "True", "--model_name_or_path", "m", "--data_files", "a.jsonl"]
+    if f"--{name}" in required:
+        position = required.index(f"--{name}")
+        del required[position : position + 2]
+    with pytest.raises(UserError, match=r"\${SCRATCH}/x: contains a variable, .*; write /scratch/me/x"):
+        parse_arguments(["--config", str(tmp_path / "flags.yaml"), *required])
+    folder = tmp_path / "$SCRATCH"
+    folder.mkdir()
+    assert parse_arguments([*words(tmp_path), "--logging_dir", str(folder)]).training.logging_dir
+    unset = f"{tmp_path}/$UNSET_VARIABLE"
+    assert parse_arguments([*words(tmp_path), "--output_dir", unset]).training.output_dir == unset
 
 
 def test_dates_are_read_and_enumerations_are_written_as_text(tmp_path):

@@ -25,6 +25,10 @@ def deepspeed_file(folder, **content) -> list[str]:
         ),
         ({"zero_optimization": {"stage": 2}}, "has no gradient_clipping, so flags of this run would have no"),
         (
+            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}, **AUTO},
+            "with 'zero_optimization: {compute_grad_norm: false}' a non-finite gradient would reach",
+        ),
+        (
             {"zero_optimization": {"stage": 2}, **AUTO, "tensor_parallel": {"autotp_size": 2}},
             "tensor parallelism is not supported",
         ),
@@ -49,17 +53,33 @@ def test_unknown_deepspeed_optimizers_are_rejected(tmp_path, monkeypatch):
     unset_hf_deepspeed_config()
 
 
-@pytest.mark.parametrize("settings", [{}, {"reduce_scatter": False}])
-def test_muon_is_rejected_under_zero3(tmp_path, monkeypatch, settings):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_muon_is_rejected(tmp_path, monkeypatch, stage):
+    """ZeRO computes and clips the norm of its orthogonal updates, not that of the gradients."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("dft.arguments.training.init_cpu_deepspeed", lambda: None)
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+    content = {"optimizer": {"type": "Muon", "params": {"lr": "auto"}}, "zero_optimization": zero, **AUTO}
+    with pytest.raises(UserError, match="grad_norm would be that of the updates and --max_grad_norm would"):
+        checked(tmp_path, *deepspeed_file(tmp_path, **content))
+    unset_hf_deepspeed_config()
+
+
+@pytest.mark.parametrize(("kind", "is_tested"), [("SGD", False), ("Lamb", False), ("Adagrad", True)])
+def test_optimizers_that_zero_does_not_support_are_rejected(tmp_path, monkeypatch, kind, is_tested):
+    """DeepSpeed refuses them after the model is loaded."""
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setattr("dft.arguments.training.init_cpu_deepspeed", lambda: None)
     content = {
-        "optimizer": {"type": "Muon", "params": {"lr": "auto"}},
-        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, **settings},
-        **AUTO,
-    }
-    with pytest.raises(UserError, match="Muon under ZeRO-3 fails, or clips gradients to other norms"):
+        "optimizer": {"type": kind, "params": {"lr": "auto"}},
+        "zero_optimization": {"stage": 2}, "gradient_clipping": "auto", **AUTO,
+    }  # fmt: skip
+    if is_tested:
         checked(tmp_path, *deepspeed_file(tmp_path, **content))
+    else:
+        with pytest.raises(UserError, match=f"has not tested the optimizer '{kind}' under ZeRO; use AdamW"):
+            checked(tmp_path, *deepspeed_file(tmp_path, **content))
+        checked(tmp_path, *deepspeed_file(tmp_path, **content, zero_allow_untested_optimizer=True))
     unset_hf_deepspeed_config()
 
 
