@@ -117,6 +117,7 @@ class Components:
         on_nonfinite: str,
     ) -> None:
         self._args, self._options, self._accelerator, self._dataset = args, options, accelerator, dataset
+        self._save_total_limit = args.save_total_limit
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             # accelerate would replace its own value with DeepSpeed's and print a warning.
             accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
@@ -240,13 +241,19 @@ class Components:
     def complete_summary(self, logs: dict[str, float], state: TrainerState, total_loss: float) -> None:
         """Complete the last log line of a run, see `MetricsRecorder`. This is a collective.
 
-        Also wait for uploads: Trainer may remove the newest checkpoint after this line.
+        After this line and until `end_run`, --save_total_limit has no effect: with a limit of 1, Trainer
+        would remove the newest checkpoint, which a longer run resumes from, if another one is the best.
 
         Args:
             total_loss: the sum of the loss over all steps.
         """
         self.saver.finish_uploads()
         self.recorder.complete_summary(logs, state, total_loss / max(1, state.global_step))
+        self._save_total_limit, self._args.save_total_limit = self._args.save_total_limit, None
+
+    def end_run(self) -> None:
+        """Restore --save_total_limit at the end of a run, for the next run of the same trainer."""
+        self._args.save_total_limit = self._save_total_limit
 
     def save_checkpoint(self, folder: Path, run: SavedRun) -> None:
         """Save a checkpoint, see `RunSaver.save_checkpoint`. Its time does not count as training."""

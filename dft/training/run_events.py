@@ -136,6 +136,11 @@ class RunEvents(TrainerCallback):
         """Record which events are due at the end of an epoch. All ranks must call it."""
         self._begin_events(args, state, control, False)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._run.end_run()
+
     def _begin_events(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, end_epoch: bool
     ) -> None:

@@ -289,12 +289,38 @@ def test_the_batch_size_search_of_trainer_is_an_error(tmp_path):
         DFTTrainer(tiny(), arguments, train_dataset=conversations(2))
 
 
-def test_uploads_are_finished_before_trainer_may_remove_the_newest_checkpoint():
-    """Trainer removes it after the last line of the log, with --save_total_limit 1."""
+def test_uploads_are_finished_before_the_last_line_of_the_log():
     calls: list[str] = []
     components = SimpleNamespace(
         saver=SimpleNamespace(finish_uploads=lambda: calls.append("uploads")),
         recorder=SimpleNamespace(complete_summary=lambda *_: calls.append("summary")),
+        _args=SimpleNamespace(save_total_limit=1),
     )
     Components.complete_summary(components, {"train_loss": 1.0}, TrainerState(), 0.5)
     assert calls == ["uploads", "summary"]
+
+
+@pytest.mark.parametrize("loads_best", [False, True])
+def test_the_newest_checkpoint_is_kept_beside_the_best_one_at_the_end(tmp_path, loads_best):
+    """With save_total_limit 1, Trainer removes it, and a longer run would begin again after the best step."""
+    from dft import DFTTrainer
+
+    def run(steps: int, rate: float) -> TrainerState:
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, max_steps=steps, save_steps=1,
+            eval_strategy="steps", eval_steps=1, save_total_limit=1, metric_for_best_model="eval_nll",
+            greater_is_better=False, learning_rate=rate, lr_scheduler_type="constant",
+            load_best_model_at_end=loads_best, report_to="none",
+        )  # fmt: skip
+        trainer = DFTTrainer(tiny(), arguments, train_dataset=conversations(8), eval_dataset=conversations(4))
+        trainer.train(resume_from_checkpoint=steps > 3)
+        assert arguments.save_total_limit == 1, "for the next run of the same trainer"
+        return trainer.state
+
+    state = run(3, rate=10.0)  # far too large, so that the first step is the best one
+    assert state.best_global_step == 1
+    folders = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert folders == {"checkpoint-1", "checkpoint-3"}
+    longer = run(4, rate=10.0)
+    assert [entry["step"] for entry in longer.log_history if "eval_nll" in entry] == [1, 2, 3, 4]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
