@@ -81,7 +81,7 @@ def test_leftovers_of_a_launcher_are_one_error_of_the_program():
     """Nothing that runs before the command line is parsed may rely on the environment of a launcher."""
     environment = os.environ | {"WORLD_SIZE": "2"}
     process = subprocess.run(
-        [sys.executable, "train_dft.py"], env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "train_dft.py"], env=environment, capture_output=True, text=True, timeout=300
     )
     assert process.returncode == 2 and "Traceback" not in process.stderr
     assert "error: the environment sets WORLD_SIZE, but not RANK" in process.stderr

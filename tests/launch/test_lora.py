@@ -96,6 +96,20 @@ def test_only_the_adapters_are_trained_and_saved(example, whole):
     assert settings["base_model_name_or_path"] == str(example.model.resolve())
 
 
+def test_the_seed_determines_new_adapters_on_all_ranks(example, train, tmp_path):
+    """They are created before the Trainer, which sets the seed of a run."""
+    adapters = []
+    for number, (seed, kind) in enumerate([(1, "single"), (1, "ddp"), (2, "single")]):
+        output = tmp_path / str(number)
+        codes, printed = train(output, kind, seed=seed, learning_rate=0, max_steps=1)
+        assert not any(codes), printed
+        adapters.append(load_file(output / "adapter_model.safetensors"))
+    first, again, other = adapters
+    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
+    same = [name for name, weight in first.items() if torch.equal(weight, other[name])]
+    assert same == [name for name in first if "lora_B" in name]  # these begin with 0
+
+
 @pytest.mark.parametrize("kind", ["single", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_result_of_the_uninterrupted_run(example, train, whole, kind):
     output = example.folder / f"lora-killed-{kind}"

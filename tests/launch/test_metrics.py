@@ -83,6 +83,27 @@ def test_epoch_metrics_are_means_over_tokens(example, evaluation_files, launcher
     assert record["padding_share"] > 0 and record["peak_memory_gib"] > 0.1
 
 
+def test_an_evaluation_of_fewer_rows_than_ranks_counts_each_token_once(example, forks):
+    """The rank without a row takes part, and adds nothing to the means."""
+    evaluation, output = example.folder / "one.jsonl", example.folder / "one-row"
+    evaluation.write_text(example.eval.read_text().splitlines()[0] + "\n")
+    words = example.words(
+        output, dft_alpha=ALPHA, learning_rate=0, max_steps=1, eval_strategy="steps", eval_steps=1,
+        eval_data_files=evaluation, use_cpu=True,
+    )  # fmt: skip
+    codes, printed = forks.run(words, ranks=2)
+    assert codes == [0, 0], printed
+    report = json.loads((output / "data_report.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(example.model)
+    model = AutoModelForCausalLM.from_pretrained(example.model, dtype=torch.float64)
+    prepared = forks.folder / report["prepared_path"]
+    tokens = prepared_tokens(prepared / "eval.arrow", model, tokenizer.eos_token_id)
+    (record,) = eval_records(output)
+    for name, value in means(tokens).items():
+        assert record[f"eval_{name}"] == pytest.approx(value, rel=2e-5), name
+    assert sum(record["eval_p_histogram"]) == len(tokens)
+
+
 POISONING = """
 import math
 
