@@ -53,7 +53,8 @@ def _statistics_lines(groups: dict[str, dict[str, Any]], width: int) -> list[str
 
 
 def _histogram_lines(groups: dict[str, dict[str, Any]], width: int) -> list[str]:
-    lines = [f"{'tokens by p':<12}{'from':<{width}}  {'  '.join(f'{tenth / 10:5.1f}' for tenth in range(10))}"]
+    lower_ends = "  ".join(f"{tenth / 10:5.1f}" for tenth in range(10))
+    lines = [f"{'tokens by p':<12}{'from':<{width}}  {lower_ends}"]
     for name, statistics in groups.items():
         shares = "  ".join(f"{share:5.1f}" for share in tenths(statistics["p_histogram"]))
         lines.append(f"            {name:<{width}}  {shares}  %")
