@@ -24,6 +24,8 @@ SHAREGPT_ROLES = {
 """Role of a message by the name that public data sets use for it."""
 PAIRS = {"human": "assistant", "user": "assistant", "input": "output"}
 """Key of the answer of a pair of texts, by the key of its question."""
+TEXT_NAMES = frozenset([*PAIRS, *PAIRS.values(), *SHAREGPT_ROLES, "content", "value"])
+"""Keys under which a turn of some style has a text."""
 PAIR_SWITCH = "output_with_loss"
 """Key of a pair that says whether its answer is supervised, as in XTuner."""
 
@@ -114,12 +116,12 @@ def _split(where: str, turn: Any) -> list[Any]:
 
 def _check_pair(where: str, turn: dict[str, Any], question: str, answer: str) -> None:
     """Check that a pair of texts has one question, and one answer unless it is only a question."""
-    names = {*PAIRS, *PAIRS.values(), *SHAREGPT_ROLES, "content", "value"} - {question, answer, "system"}
-    allowed = [question, answer, "system"] if turn.get(answer) is not None else [question, "system"]
     others = [
         key
         for key, value in turn.items()
-        if value is not None and (key in names or (len(allowed) == 2 and key not in (*allowed, answer)))
+        if value is not None
+        and key not in (question, answer, "system")
+        and (key in TEXT_NAMES or turn.get(answer) is None)
     ]
     if others:
         raise BadLine(

@@ -9,6 +9,8 @@ from dft.errors import UserError
 from dft.files import free_bytes
 
 SHARED_MEMORY = Path("/dev/shm")
+LOCAL_RANKS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+"""Variables in which torchrun and the launcher of DeepSpeed pass the number of ranks on this machine."""
 BYTES_PER_TOKEN = 44
 """Size of a batch per token, of the tensors that the collators return."""
 PAGES_PER_BATCH = 8 * 4096
@@ -35,7 +37,8 @@ def check_shared_memory(training: TrainingArguments, longest: int) -> None:
     if not workers or not sys.platform.startswith("linux"):
         return
     in_advance = workers * (training.dataloader_prefetch_factor or PREFETCHED) + 1
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "1")
+    ranks = int(local)
     rows = max(training.per_device_train_batch_size, training.per_device_eval_batch_size)
     needed = ranks * in_advance * batch_bytes(rows, longest)
     free = free_bytes(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else 0

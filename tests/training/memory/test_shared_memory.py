@@ -30,9 +30,10 @@ def training(tmp_path, **options: int) -> transformers.TrainingArguments:
     )
 
 
-def test_workers_without_enough_shared_memory_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])  # torchrun, DeepSpeed
+def test_workers_without_enough_shared_memory_are_refused(tmp_path, monkeypatch, variable):
     monkeypatch.setattr(shared_memory, "free_bytes", lambda folder: 2**20)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv(variable, "2")
     # 5 batches in advance for each of 2 ranks, of 4 rows of 44 bytes per token.
     check_shared_memory(training(tmp_path, dataloader_num_workers=2), 400)
     check_shared_memory(training(tmp_path), 10**6)
