@@ -30,7 +30,8 @@ from dft.bounds import check_bounds
 from dft.data.batches.dataset import Sequences
 from dft.data.preparing.data_report import file_group
 from dft.data.preparing.lookup import read_conversations
-from dft.data.preparing.prepare import PreparedData, find_sources, prepare
+from dft.data.preparing.prepare import PreparedData, check_report_folder, find_sources, prepare
+from dft.data.reading.data_file import check_not_data
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
@@ -84,6 +85,7 @@ def main() -> None:
     data.chat_template = os.path.expanduser(data.chat_template) if data.chat_template else None
     check_bounds(data)
     check_data_arguments(data)
+    check_targets(data, show)
     if show.output_dir is not None:
         # Runs before the data is prepared, so that a wrong path fails early.
         with convert_write_errors(Path(show.output_dir), "--output_dir"):
@@ -117,6 +119,17 @@ def main() -> None:
         print(show_sequences(dataset, tokenizer, rows, color=sys.stdout.isatty()))
         print()
     print("\n".join(lines))
+
+
+def check_targets(data: DataArguments, show: ShowArguments) -> None:
+    """Raise `UserError` if a file that is to be written is one of the data files."""
+    values = {"train": data.data_files, "eval": data.eval_data_files}
+    sources = find_sources(values, prepare_options(data, show.seed))
+    if show.output_dir is not None:
+        check_report_folder(Path(show.output_dir), sources)
+    if show.html is not None:
+        for members in sources.values():
+            check_not_data(Path(show.html), f"--html {show.html}", members)
 
 
 def write_page(

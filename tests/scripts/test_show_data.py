@@ -92,3 +92,24 @@ def test_page_shows_sequences_beside_their_conversations_with_problems_first(tok
         '<b class="p6 end">&lt;|im_end|&gt;</b><span class="u"><i>↵</i></span>'
     ) in second
     assert "<script" not in text
+
+
+def test_no_data_file_is_replaced_or_removed(tokenizer_folder, tmp_path):
+    row = json.dumps({"query": "q", "response": "a"})
+    for name in ("a.jsonl", "rejected.jsonl", "data_report.json"):
+        (tmp_path / name).write_text(row)
+    (tmp_path / "link").symlink_to(tmp_path)
+    more = ("--data_files", "a.jsonl", "rejected.jsonl")
+    for words, file in (
+        (("--html", "a.jsonl"), "a.jsonl"),
+        (("--html", "link/a.jsonl"), "link/a.jsonl"),
+        ((*more, "--output_dir", "link"), "link/rejected.jsonl"),
+        (("--eval_data_files", "data_report.json", "--output_dir", "."), "data_report.json"),
+    ):
+        refused = show(tmp_path, tokenizer_folder, *words)
+        assert refused.returncode == 2
+        assert refused.stderr.splitlines()[-1] == (
+            f"error: {words[-2]} {words[-1]}: {file} is a data file, which would be lost; name another"
+        )
+    for name in ("a.jsonl", "rejected.jsonl", "data_report.json"):
+        assert (tmp_path / name).read_text() == row

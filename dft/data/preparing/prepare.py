@@ -34,7 +34,7 @@ from dft.data.preparing.encoded_sequences import EncodedSequences
 from dft.data.preparing.file_rules import assign_rules, check_columns_used
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.selection import select
-from dft.data.reading.data_file import DataFile
+from dft.data.reading.data_file import DataFile, check_not_data
 from dft.data.reading.sources import resolve_sources
 from dft.data.templates.encoder import ChatEncoder
 from dft.errors import UserError
@@ -52,12 +52,14 @@ class PreparedData:
         report: the contents of data_report.json, which accounts for every conversation of the files.
         path: the folder in the cache. Its `train.arrow` holds all sequences of the training files.
         names: names of the "train" and the "eval" files, by file number.
+        sources: these files.
     """
 
     datasets: dict[str, Sequences]
     report: dict[str, Any]
     path: Path
     names: dict[str, list[str]]
+    sources: dict[str, list[DataFile]]
 
     @property
     def longest(self) -> int:
@@ -72,8 +74,9 @@ class PreparedData:
         """Write `data_report.json` and, if records were rejected, `rejected.jsonl` to the output directory.
 
         Raises:
-            UserError: the files cannot be written.
+            UserError: the files cannot be written, or one of them is a data file.
         """
+        check_report_folder(folder, self.sources)
         with convert_write_errors(folder, "--output_dir"):
             folder.mkdir(parents=True, exist_ok=True)
             if self.report["rejected"]:
@@ -151,7 +154,14 @@ def prepare(
     report["prepared_path"] = str(target)
     splits: list[str] = [split for split in ("train", "eval") if split in report]
     datasets = {split: _load_split(target, split, names) for split in splits}
-    return PreparedData(datasets, report, target, names)
+    return PreparedData(datasets, report, target, names, sources)
+
+
+def check_report_folder(folder: Path, sources: dict[str, list[DataFile]]) -> None:
+    """Raise `UserError` if the report of the data would replace or remove a data file."""
+    for name in (REJECTED, DATA_REPORT):
+        for members in sources.values():
+            check_not_data(folder / name, f"--output_dir {folder}", members)
 
 
 def find_sources(values: dict[str, list[str]], options: PrepareOptions) -> dict[str, list[DataFile]]:

@@ -2,13 +2,14 @@
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from dft.data.conversations.row_rules import NO_RULES, RowRules
+from dft.errors import UserError
 
 TEXT_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
 TABLE_KINDS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -81,6 +82,19 @@ class OpenFile:
     def position(self) -> int:
         """Return how many bytes on disk have been read. For a member of an archive it is an estimate."""
         return int(self.stream.tell() * self.ratio)
+
+
+def check_not_data(target: Path, label: str, sources: Iterable[DataFile]) -> None:
+    """Raise `UserError` if a file that is to be written or removed is one of the data files.
+
+    Args:
+        target: the file.
+        label: the flag that names it or its folder, for the error message.
+        sources: the data files.
+    """
+    for source in sources:
+        if target.exists() and source.path.exists() and target.samefile(source.path):
+            raise UserError(f"{label}: {target} is a data file, which would be lost; name another")
 
 
 def split_suffix(path: str) -> tuple[str, str | None] | None:

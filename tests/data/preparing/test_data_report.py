@@ -10,7 +10,8 @@ from dft.data.conversations.conversation import parse_conversation
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.prepare import prepare
 from dft.data.templates.encoder import ChatEncoder
-from tests.data.rows import Row, write
+from dft.errors import UserError
+from tests.data.rows import Row, numbered, write
 
 LIMIT = 90
 WORDS = ["two", "plus", "12", "<|im_end|>", "\n", "é", "🙂", "assistant", "  x"]
@@ -64,3 +65,13 @@ def test_every_sequence_equals_that_of_its_line_and_every_line_is_counted(
     unused = ("dropped_without_supervised_tokens", "dropped_for_their_length", "conversations_not_drawn")
     assert len(used) + sum(report[name] for name in unused) == report["conversations_read"] == 180
     assert all(report[name] for name in unused[2:]) and len(used) > 20
+
+
+def test_a_report_does_not_replace_or_remove_a_data_file(encoder, tmp_path):
+    file = tmp_path / "rejected.jsonl"
+    write(file, numbered(3))
+    before = file.read_bytes()
+    data = prepare([str(file)], [], encoder, PrepareOptions(), cache_dir=tmp_path / "cache", workers=0)
+    with pytest.raises(UserError, match="rejected.jsonl is a data file, which would be lost; name another"):
+        data.write_report(tmp_path)
+    assert file.read_bytes() == before and not (tmp_path / "data_report.json").exists()
