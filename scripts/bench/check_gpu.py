@@ -132,15 +132,24 @@ def train(folder: Path, output: Path, *flags: object) -> list[float]:
     return [record["loss"] for record in log if "grad_norm" in record]
 
 
-def run(script: Path, *words: object) -> None:
-    """Run a script; its output is that of this process.
+def run(script: Path, *words: object) -> str:
+    """Run a script and return its output.
 
     Raises:
-        SystemExit: it fails.
+        SystemExit: it fails; the message contains the end of its output.
     """
-    code = subprocess.run([sys.executable, str(script), *map(str, words)]).returncode
-    if code:
-        raise SystemExit(f"error: {script.name} ended with exit code {code}")
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        raise SystemExit(
+            f"{done.stdout[-4000:]}\nerror: {script.name} ended with exit code {done.returncode}"
+        )
+    return done.stdout
 
 
 def precision() -> None:
@@ -201,12 +210,13 @@ def gsm8k(model: Path, train_file: Path, test_file: Path, folder: Path) -> None:
             "--enable_gradient_checkpointing", False, "--save_strategy", "no", "--verify_save", False,
             "--report_to", "none", "--report", False, "--logging_steps", 20,
         )  # fmt: skip
-    run(
+    table = run(
         ROOT / "scripts/evaluate.py",
         "--model", f"base={model}", f"sft={folder / 'sft'}", f"dft={folder / 'dft'}",
         "--data", problems, "--output", folder / "evaluation", "--samples", 4, "--max_new_tokens", limit,
         "--batch_size", 400, "--grader", "hash", "--dtype", "bfloat16",
     )  # fmt: skip
+    print(table)
 
 
 def main() -> None:
