@@ -205,7 +205,7 @@ def gsm8k(model: Path, train_file: Path, test_file: Path, folder: Path) -> None:
             ROOT / "train_dft.py", "--model_name_or_path", model, "--data_files", data,
             "--output_dir", folder / name, "--overwrite_output_dir", True, "--use_cpu", not ON_GPU,
             "--dft_alpha", alpha, "--end_of_turn_weight", 0.1 if alpha else 0, "--num_train_epochs", epochs,
-            "--learning_rate", 1e-4, "--lr_scheduler_type", "cosine", "--warmup_ratio", 0.1, "--bf16", True,
+            "--learning_rate", 3e-5, "--lr_scheduler_type", "cosine", "--warmup_ratio", 0.1, "--bf16", True,
             "--per_device_train_batch_size", 32 if ON_GPU else 4, "--max_length", 512,
             "--enable_gradient_checkpointing", False, "--save_strategy", "no", "--verify_save", False,
             "--report_to", "none", "--report", False, "--logging_steps", 20,
