@@ -8,9 +8,20 @@ import copy
 import os
 from typing import Any
 
+import torch
+from accelerate.utils import str_to_bool
+
 from dft.errors import UserError
+from dft.ranks import is_launched
 
 PRECISIONS = ("no", "fp16", "bf16")
+DEVICE = "ACCELERATE_TORCH_DEVICE"
+"""Variable with which accelerate replaces the device of a process. accelerate launch does not set it."""
+SWITCHES = (
+    "ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY",
+    "FORK_LAUNCHED",
+)  # fmt: skip
+"""Variables that accelerate and transformers read as true or false in every run."""
 FSDP_SETTINGS = {
     "FSDP_AUTO_WRAP_POLICY": "auto_wrap_policy",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "transformer_layer_cls_to_wrap",
@@ -39,6 +50,8 @@ def launched_flags(flags: dict[str, Any]) -> dict[str, Any]:
     for variable, reason in UNSUPPORTED.items():
         if _is_on(variable):
             raise UserError(f"accelerate launch: {reason}")
+    check_switches()
+    check_device(flags["use_cpu"])
     implied: dict[str, Any] = {}
     if _is_on("ACCELERATE_USE_DEEPSPEED") and not flags["deepspeed"]:
         implied["deepspeed"] = _deepspeed_configuration()
@@ -57,6 +70,42 @@ def launched_flags(flags: dict[str, Any]) -> dict[str, Any]:
     if backend != "no" and not (flags["torch_compile"] or flags["torch_compile_backend"]):
         implied["torch_compile_backend"] = backend
     return implied
+
+
+def check_switches() -> None:
+    """Raise `UserError` for a variable of accelerate that is neither true nor false."""
+    for variable in SWITCHES:
+        value = os.environ.get(variable, "false")
+        try:
+            str_to_bool(value)
+        except ValueError:
+            raise UserError(
+                f"the environment sets {variable}={value!r}, which is neither true nor false; remove the "
+                f"variable (unset {variable}), or set it to true or false"
+            ) from None
+
+
+def check_device(use_cpu: bool) -> None:
+    """Raise `UserError` if the environment names another device than the one that this process trains on.
+
+    accelerate would put the batches on that device, and transformers the model on its own.
+    """
+    value = os.environ.get(DEVICE)
+    if value is None:
+        return
+    accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        names, used, remedy = ["cpu"], "the CPU", ""
+    elif is_launched():  # the variable is the same for all ranks
+        names, used, remedy = [], f"one {accelerator.type} device per rank", ""
+    else:
+        names, used = [accelerator.type, f"{accelerator.type}:0"], f"{accelerator.type}:0"
+        remedy = "; to train on another device, set CUDA_VISIBLE_DEVICES or --use_cpu True"
+    if value not in names:
+        raise UserError(
+            f"the environment sets {DEVICE}={value!r}, and this run uses {used}; remove the variable (unset "
+            f"{DEVICE}){remedy}"
+        )
 
 
 def launched_note(implied: dict[str, Any]) -> str | None:

@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from dft.arguments.accelerate_launch import launched_flags, launched_note
+from dft.arguments.accelerate_launch import SWITCHES, check_device, launched_flags, launched_note
 from dft.arguments.parser import Parser, default_flags
 from dft.errors import UserError
+from tests.arguments.command import words
 
 DEEPSPEED = {"zero_stage": 3, "zero3_save_16bit_model": True, "offload_optimizer_device": "cpu"}
 FSDP = {
@@ -103,10 +105,54 @@ def test_what_is_not_supported_is_one_error(monkeypatch, variables, message):
         launched_flags(default_flags())
 
 
+@pytest.mark.parametrize("value", ["meta", "cuda:7", "cuda", "nonsense", ""])
+@pytest.mark.parametrize("prepare_only", ["True", "False"])
+def test_another_device_in_the_environment_is_one_error(tmp_path, monkeypatch, value, prepare_only):
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", value)
+    flags = words(tmp_path, "--prepare_only", prepare_only)
+    with pytest.raises(UserError) as raised:
+        Parser().parse(flags)
+    assert str(raised.value) == (
+        f"the environment sets ACCELERATE_TORCH_DEVICE={value!r}, and this run uses the CPU; remove the "
+        "variable (unset ACCELERATE_TORCH_DEVICE)"
+    )
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
+    assert Parser().parse(flags).training.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("value", "ranks", "message"),
+    [
+        ("cuda:1", None, "this run uses cuda:0; .* to train on another device, set CUDA_VISIBLE_DEVICES or"),
+        ("cpu", None, "this run uses cuda:0"),
+        ("cuda", None, ""),
+        ("cuda:0", None, ""),
+        ("cuda:0", "2", "this run uses one cuda device per rank"),
+    ],
+)
+def test_a_device_in_the_environment_is_that_of_the_run(monkeypatch, value, ranks, message):
+    """All ranks would otherwise train on the same GPU."""
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", value)
+    if ranks:
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+    if message:
+        with pytest.raises(UserError, match=message):
+            check_device(use_cpu=False)
+    else:
+        check_device(use_cpu=False)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_of_accelerate_that_is_no_boolean_is_one_error(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "maybe")
+    with pytest.raises(UserError, match=f"sets {name}='maybe', which is neither true nor false; remove the"):
+        Parser().parse(words(tmp_path))
+
+
 def test_a_run_that_only_prepares_data_ignores_the_configuration(launched, tmp_path, monkeypatch):
     launched(distributed_type="DEEPSPEED", deepspeed_config=DEEPSPEED)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    words = ["--model_name_or_path", "m", "--data_files", "a.jsonl", "--output_dir", str(tmp_path)]
-    arguments = Parser().parse([*words, "--prepare_only", "True", "--use_cpu", "True"])
+    arguments = Parser().parse(words(tmp_path, "--prepare_only", "True"))
     assert arguments.training.deepspeed is None and arguments.training.deepspeed_plugin is None
     assert "--prepare_only True ignores --deepspeed: it only prepares the data" in arguments.notes
