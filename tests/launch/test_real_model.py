@@ -25,6 +25,8 @@ if not is_made("smollm2-135m", MODEL):
 
 STEPS = 4
 ROWS = 16
+TIMEOUT = 900
+"""Seconds after which a run is considered hung. On two busy cores a step takes a minute."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def words(folder, output, **flags):
 
 
 def train(folder, output, launcher="python", **flags):
-    finished = launch(words(folder, output, **flags), folder=folder, launcher=launcher)
+    finished = launch(words(folder, output, **flags), folder=folder, launcher=launcher, timeout=TIMEOUT)
     assert finished.code == 0, finished.output
     return train_records(folder / output)
 
