@@ -33,14 +33,29 @@ Results = Mapping[str, Any]
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """Write study.json, table.md and the pictures into a folder, and print the tables."""
+    """Write study.json, figures.json, table.md and the pictures into a folder, and print the tables."""
     (folder / "study.json").write_text(json.dumps(results) + "\n")
+    figures = without_answers(results)
+    (folder / "figures.json").write_text(json.dumps(figures) + "\n")
     (folder / "table.md").write_text(tables(results))
-    digest = {DIGEST: digest_of(results)}
+    digest = {DIGEST: digest_of(figures)}
     write_png(accuracy_figure(results), folder / "accuracy.png", digest)
     write_png(histogram_figure(results), folder / "histograms.png", digest)
     write_png(curve_figure(results), folder / "curves.png", digest)
     print(tables(results))
+
+
+def without_answers(results: Results) -> dict[str, Any]:
+    """Return results without the generated texts and the lists of silenced tokens, which are long."""
+
+    def trim(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: trim(item) for key, item in value.items() if key not in ("answers", "silenced")}
+        if isinstance(value, list):
+            return [trim(item) for item in value]
+        return round(value, 6) if isinstance(value, float) else value
+
+    return trim(dict(results))
 
 
 def tables(results: Results) -> str:

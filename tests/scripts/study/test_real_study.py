@@ -12,6 +12,7 @@ pytestmark = pytest.mark.real
 
 from scripts.study import real_results, real_study, real_tasks  # noqa: E402
 from scripts.study.real_tasks import DATA, PARTS, TASKS, held_out, is_right, problems, validation  # noqa: E402
+from tests.launching import ROOT  # noqa: E402
 
 
 def test_problems_are_distinct_and_asked_ones_are_not_trained_on():
@@ -138,4 +139,16 @@ def test_tables_and_pictures(tmp_path, capsys):
     assert text.count("`'") == 3 * 2 * 3 and text.count("✓") == 1 + 3 * 2 * 3
     for name in ("accuracy", "histograms", "curves"):
         with Image.open(tmp_path / f"{name}.png") as picture:
-            assert picture.info[real_results.DIGEST] == real_results.digest_of(results)
+            figures = json.loads((tmp_path / "figures.json").read_text())
+            assert picture.info[real_results.DIGEST] == real_results.digest_of(figures)
+
+
+def test_pictures_in_the_documentation_are_of_the_figures_there():
+    docs = ROOT / "docs"
+    figures = json.loads((docs / "study_real.json").read_text())
+    for name in ("accuracy", "histograms", "curves"):
+        with Image.open(docs / f"images/study_real_{name}.png") as picture:
+            assert picture.info[real_results.DIGEST] == real_results.digest_of(figures)
+    page = (docs / "study_real.md").read_text()
+    for part in (real_results.accuracy_table, real_results.difference_table, real_results.preflight_table):
+        assert "\n".join(part(figures)[:8]) in page
