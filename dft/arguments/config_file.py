@@ -19,6 +19,16 @@ RUN_SPECIFIC = ("local_rank", "resume_from_checkpoint", "overwrite_output_dir")
 """Flags that are not copied when a run is repeated in another folder."""
 SECRETS = ("hub_token", "push_to_hub_token")
 SCALARS = (str, int, float, date)
+NOTHING: tuple[Any, ...] = (None, False, 0, -1, "", "no", [], ["none"])
+"""Defaults that switch a flag off, so that null and [] in a file mean the same."""
+SWITCHED_OFF = {
+    "max_grad_norm": "max_grad_norm: 0",
+    "save_strategy": "save_strategy: no",
+    "save_steps": "save_strategy: no",
+    "logging_strategy": "logging_strategy: no",
+    "logging_steps": "logging_strategy: no",
+}
+"""How a flag is switched off in a file, if not with False."""
 
 
 class FlagLoader(yaml.SafeLoader):
@@ -57,7 +67,11 @@ class FlagDumper(yaml.SafeDumper):
         return True
 
 
-def expand_config(argv: list[str], choices: Mapping[str, Collection[Any]] | None = None) -> list[str]:
+def expand_config(
+    argv: list[str],
+    choices: Mapping[str, Collection[Any]] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Replace every `--config FILE.yaml` with the flags in the file.
 
     The flags of files are inserted at the front, so that flags on the command line take precedence. Later
@@ -66,6 +80,7 @@ def expand_config(argv: list[str], choices: Mapping[str, Collection[Any]] | None
     Args:
         argv: the words of the command line.
         choices: the allowed values of flags that have only some, by name.
+        defaults: the default of each flag, by name.
     """
     from_files: list[str] = []
     words: list[str] = []
@@ -73,29 +88,38 @@ def expand_config(argv: list[str], choices: Mapping[str, Collection[Any]] | None
     for word in remaining:
         name, equals, value = word.partition("=")
         if name == "--config":
-            from_files += config_flags(value if equals else next(remaining, ""), choices or {})
+            from_files += config_flags(
+                value if equals else next(remaining, ""), choices or {}, defaults or {}
+            )
         else:
             words.append(word)
     return from_files + words
 
 
-def config_flags(file: str, choices: Mapping[str, Collection[Any]]) -> list[str]:
-    """Return the flags of a YAML file as command-line words. null and [] leave a flag at its default.
+def config_flags(file: str, choices: Mapping[str, Collection[Any]], defaults: Mapping[str, Any]) -> list[str]:
+    """Return the flags of a YAML file as command-line words.
 
+    null and [] stand for a default that is itself nothing, such as none, 0 or False.
     Values are taken as they are written, so that a name like 010 is not read as a number. Only `yes`, `no`,
     `on` and `off` stand for True and False, unless the flag has a choice of that name.
 
     Args:
         file: path of the file.
         choices: see `expand_config`.
+        defaults: see `expand_config`.
 
     Raises:
-        UserError: there is no such file, or it is not a YAML mapping of flags to values.
+        UserError: there is no such file, it is not a YAML mapping of flags to values, or null would mean a
+            default that is not nothing.
     """
     content, nodes = _read_yaml(file)
     words: list[str] = []
     for name, value in content.items():
         if value is None or value == []:
+            if name not in defaults:
+                words.append(f"--{name}=")  # reported as an unknown flag
+            elif defaults[name] not in NOTHING:
+                raise UserError(_null_message(file, name, nodes[name], defaults[name]))
             continue
         node, allowed = nodes[name], choices.get(str(name), ())
         if isinstance(value, list):
@@ -112,6 +136,16 @@ def config_flags(file: str, choices: Mapping[str, Collection[Any]]) -> list[str]
     if any("\0" in word for word in words):
         raise UserError(f"--config {file}: contains a NUL character")
     return words
+
+
+def _null_message(file: str, name: str, node: yaml.Node, default: Any) -> str:
+    written = "[]" if isinstance(node, yaml.SequenceNode) else node.value or "nothing"
+    off = SWITCHED_OFF.get(name.replace("-", "_"), f"{name}: False" if default is True else None)
+    remedy = f"; '{off}' switches it off" if off else ""
+    return (
+        f"--config {file}: {name}: {written} is not a value of this flag; leave it out for its default, "
+        f"{plain(default)}, or give a value{remedy}"
+    )
 
 
 def _text(value: Any, node: yaml.Node, allowed: Collection[Any]) -> str:

@@ -108,7 +108,12 @@ class Parser(HfArgumentParser):
         """
         check_no_secrets(argv)
         choices = {action.dest: action.choices for action in self._actions if action.choices is not None}
-        namespace, unknown = self.parse_known_args(expand_config(argv, choices))
+        defaults = {
+            option.removeprefix("--"): action.default
+            for action in self._actions
+            for option in action.option_strings
+        }
+        namespace, unknown = self.parse_known_args(expand_config(argv, choices, defaults))
         if unknown:
             raise UserError(self._unknown_flag_message(unknown))
         flags = vars(namespace)

@@ -89,6 +89,41 @@ def test_a_tilde_is_expanded_where_the_shell_does_not(tmp_path, monkeypatch, nam
     assert parse_arguments([*required, *more]).flags[name] == str(tmp_path / "some")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "max_grad_norm: null",
+            "max_grad_norm: null is .* default, 1.0, or .*; 'max_grad_norm: 0' switches it off",
+        ),
+        ("max-grad-norm: ~", "max-grad-norm: ~ is not .*; 'max_grad_norm: 0' switches it off"),
+        (
+            "learning_rate:",
+            "learning_rate: nothing is not a value of this flag; .* default, 5e-05, or give a value$",
+        ),
+        ("save_strategy: null", "its default, steps, or give a value; 'save_strategy: no' switches it off"),
+        ("report: null", "its default, True, or give a value; 'report: False' switches it off"),
+        ("metric_for_best_model: null", "metric_for_best_model: null is .* its default, eval_acc, or give"),
+        (
+            "max_length: []",
+            r"max_length: \[\] is not a value of this flag; leave it out for its default, 2048",
+        ),
+        ("learning_rte: null", "unknown argument --learning_rte; did you mean --learning_rate"),
+    ],
+)
+def test_null_does_not_mean_a_default_that_is_a_value(tmp_path, line, message):
+    (tmp_path / "flags.yaml").write_text(line)
+    with pytest.raises(UserError, match=message):
+        parse_arguments([*words(tmp_path), "--config", str(tmp_path / "flags.yaml")])
+
+
+def test_null_means_a_default_that_is_nothing(tmp_path):
+    names = "max_train_samples weight_decay warmup_steps max_steps eval_strategy packing report_to lora_r"
+    (tmp_path / "flags.yaml").write_text("".join(f"{name}: null\n" for name in names.split()))
+    training = parse_arguments([*words(tmp_path), "--config", str(tmp_path / "flags.yaml")]).training
+    assert training.weight_decay == 0 and training.eval_strategy == "no" and training.report_to == []
+
+
 def test_an_invalid_choice_is_named_as_it_is_written(tmp_path):
     (tmp_path / "flags.yaml").write_text("eval_strategy: off\n")
     with pytest.raises(UserError, match=r"--eval_strategy.*: invalid choice: 'off' \(choose from 'no', "):

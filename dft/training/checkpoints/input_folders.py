@@ -59,6 +59,9 @@ def check_input_folders(arguments: Arguments) -> None:
     output_dir = Path(training.output_dir)
     for source in inputs:
         _check_not_removed(output_dir, source)
+    for name in ("data_cache_dir", "logging_dir"):
+        if targets[name]:
+            _check_not_in_checkpoint(output_dir, name, targets[name])
     if not arguments.watch.preflight and not training.overwrite_output_dir:
         _check_foreign_model(output_dir)
 
@@ -114,6 +117,19 @@ def _check_not_removed(output_dir: Path, source: Input) -> None:
         raise UserError(
             f"{source.flag}: is in {below.parts[0]} of --output_dir {output_dir}, which the run may replace "
             "or remove; name another --output_dir"
+        )
+
+
+def _check_not_in_checkpoint(output_dir: Path, name: str, target: str) -> None:
+    """Raise `UserError` for a folder in a checkpoint of the output directory, which need not exist yet."""
+    root, path = Path(os.path.realpath(output_dir)), Path(os.path.realpath(os.path.expanduser(target)))
+    below = path_below(path, root)
+    if below is None and path.is_relative_to(root):
+        below = path.relative_to(root)
+    if below is not None and below.parts and REMOVABLE.fullmatch(below.parts[0]):
+        raise UserError(
+            f"--{name} {target}: is in {below.parts[0]} of --output_dir {output_dir}, which the run may "
+            "replace or remove; name another folder"
         )
 
 

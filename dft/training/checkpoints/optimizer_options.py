@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-FLAG_OPTIONS = ("betas", "eps", "weight_decay", "initial_lr")
+FLAG_OPTIONS = ("betas", "eps", "weight_decay", "initial_lr", "fused", "foreach")
 """Options of a parameter group that flags determine. The others, such as step counters, are state."""
 
 
@@ -35,7 +35,10 @@ def apply_options(
         options: `read_options` of the optimizer before the checkpoint was loaded.
     """
     for group, new in zip(optimizer.param_groups, options, strict=True):
+        is_other_implementation = group.get("fused") != new.get("fused")
         group.update(new)
+        if is_other_implementation:
+            _move_step_counters(optimizer, group)
     inner = scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
     if isinstance(inner, LambdaLR):
         base = [group["initial_lr"] for group in options]
@@ -45,6 +48,14 @@ def apply_options(
             set_learning_rate(group, rate)
     elif (position := inner.state_dict().get("last_batch_iteration", -1)) >= 0:
         inner.step(position)  # a schedule of DeepSpeed; the argument is the position to compute the rate for
+
+
+def _move_step_counters(optimizer: Optimizer | AcceleratedOptimizer, group: Mapping[str, Any]) -> None:
+    """Put the step counters of Adam where its implementation has them: on the device if it is fused."""
+    for parameter in group["params"]:
+        state = optimizer.state[parameter]
+        if "step" in state:
+            state["step"] = state["step"].to(parameter.device if group["fused"] else "cpu")
 
 
 def set_learning_rate(group: dict[str, Any], rate: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from dft.errors import UserError
 from dft.training.checkpoints.folder import new_run_advice
@@ -34,6 +35,10 @@ CHANGES = "changed_flags"
 """Key of an entry of the log history that holds the flags with which a run was resumed, before and after."""
 
 STATE_OF_OPTIMIZER = "the state of the optimizer would not fit"
+OPTIMIZER = "--optim"
+SAME_STATE = {OptimizerNames.ADAMW_TORCH.value, OptimizerNames.ADAMW_TORCH_FUSED.value}
+"""Implementations of the same optimizer with the same state. Each continues the other without DeepSpeed."""
+DEEPSPEED_PRECISION = "precision under DeepSpeed (--bf16, --fp16)"
 
 
 @dataclass(frozen=True)
@@ -91,14 +96,14 @@ TRAINING_SETTINGS = (
         "mixed precision (--bf16, --fp16)", lambda args: None if args.deepspeed else args.mixed_precision
     ),
     Setting(
-        "precision under DeepSpeed (--bf16, --fp16)",
+        DEEPSPEED_PRECISION,
         lambda args: args.mixed_precision.replace("no", "float32") if args.deepspeed else None,
         "DeepSpeed stores the optimizer of each precision differently",
     ),
     Setting("--neftune_noise_alpha", lambda args: args.neftune_noise_alpha),
     Setting(METRIC, lambda args: args.metric_for_best_model),
     Setting("--greater_is_better", lambda args: args.greater_is_better),
-    Setting("--optim", lambda args: args.optim.value, STATE_OF_OPTIMIZER, True),
+    Setting(OPTIMIZER, lambda args: args.optim.value, STATE_OF_OPTIMIZER, True),
     Setting("--optim_args", lambda args: args.optim_args, STATE_OF_OPTIMIZER, True),
     Setting("--optim_target_modules", lambda args: args.optim_target_modules, STATE_OF_OPTIMIZER, True),
     Setting(
@@ -167,6 +172,8 @@ def check_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, An
     schedule = "--lr_scheduler_type"
     adaptive = {kind for run in (before, now) if (kind := run.get(schedule)) in ADAPTIVE_SCHEDULES}
     refusals = dict(REFUSALS)
+    if {before.get(OPTIMIZER), now.get(OPTIMIZER)} <= SAME_STATE and now.get(DEEPSPEED_PRECISION) is None:
+        del refusals[OPTIMIZER]
     if adaptive:
         reason = f"the learning rate of {adaptive.pop()} follows from the evaluations so far"
         refusals |= dict.fromkeys((schedule, *ADAPTIVE_FLAGS), reason)

@@ -277,6 +277,12 @@ class RunFacts:
                 f"warning     the checkpoint was trained by {method}, and this run continues by {self.method}"
                 f"{NEW_BEST if compares_objective(self.settings) else ''}"
             )
+        if self.args.ignore_data_skip:
+            lines.append(
+                "note        --ignore_data_skip True: the data order of the epoch starts from its beginning, "
+                f"so sequences that this epoch has trained before step {facts['step'] + 1:,} are trained "
+                "again"
+            )
         lines.extend(change_lines(facts.get("settings", {}), self.settings, facts["step"]))
         before, now = facts["order"], self.order
         if (before["rows"], before["lengths"]) != (now["rows"], now["lengths"]):

@@ -111,6 +111,25 @@ def test_data_that_the_run_would_remove_is_rejected(tmp_path):
         checked(tmp_path, "--data_files", str(data / "a.jsonl"), "--overwrite_output_dir", "True")
 
 
+@pytest.mark.parametrize("flag", ["data_cache_dir", "logging_dir"])
+@pytest.mark.parametrize("place", ["checkpoint-5", "checkpoint-5/cache", "incomplete-5/cache"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_in_a_checkpoint_of_the_run_is_not_written_to(tmp_path, monkeypatch, flag, place, exists):
+    """Rotation would remove it."""
+    if exists:
+        (tmp_path / "out" / place).mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (str(tmp_path / "out" / place), f"~/out/{place}"):
+        with pytest.raises(
+            UserError, match=rf"--{flag} \S+: is in {place.split('/')[0]} of --output_dir \S+out"
+        ):
+            checked(tmp_path, f"--{flag}", folder, "--overwrite_output_dir", "True")
+    elsewhere = str(tmp_path / "out" / "cache")
+    assert (
+        checked(tmp_path, f"--{flag}", elsewhere, "--overwrite_output_dir", "True").flags[flag] == elsewhere
+    )
+
+
 @pytest.mark.parametrize("config", ["config.json", "adapter_config.json"])
 def test_a_model_of_another_origin_is_not_replaced(tmp_path, config):
     output = folder_with(tmp_path / "out", {config: "{}", "model-00001-of-00002.safetensors": "weights"})

@@ -25,9 +25,11 @@ from dft.training.checkpoints.data_digest import data_digest
 from dft.training.checkpoints.folder import MANIFEST
 from dft.training.checkpoints.run_settings import (
     BASE,
+    DEEPSPEED_PRECISION,
     LORA_ALPHA,
     LORA_DROPOUT,
     METRIC,
+    OPTIMIZER,
     TRAINING_SETTINGS,
     WEIGHTS,
     change_lines,
@@ -221,6 +223,42 @@ def test_another_split_of_the_batch_is_reported_and_gives_the_same_weights(saved
     assert "--per_device_train_batch_size: from 4 to 2, from step 4 on" in printed
     assert "--gradient_accumulation_steps: from 1 to 2, from step 4 on" in printed
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_fused"),
+    [("adamw_torch", "adamw_torch_fused", True), ("adamw_torch_fused", "adamw_torch", None)],
+)
+def test_another_implementation_of_adamw_continues_the_state(saved, tmp_path, capsys, before, now, is_fused):
+    whole = trainer(tmp_path / "whole", {"optim": before})
+    whole.train()
+    capsys.readouterr()
+    resumed = trainer(tmp_path / "resumed", {"optim": now})
+    resumed.train(resume_from_checkpoint=saved(optim=before))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note ")]
+    assert lines == [f"note        --optim: from {before} to {now}, from step 4 on"]
+    assert {group["fused"] for group in resumed.optimizer.param_groups} == {is_fused}
+    assert {state["step"].item() for state in resumed.optimizer.state.values()} == {6}
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=1e-6, atol=1e-8)
+
+
+def test_deepspeed_does_not_change_the_implementation_of_adamw(tmp_path):
+    before = {OPTIMIZER: "adamw_torch", DEEPSPEED_PRECISION: "bf16"}
+    with pytest.raises(
+        UserError, match="and this run has --optim adamw_torch_fused: the state of the optimizer"
+    ):
+        check_settings(tmp_path, before, before | {OPTIMIZER: "adamw_torch_fused"})
+
+
+def test_data_that_are_trained_again_are_reported(saved, tmp_path, capsys):
+    """--ignore_data_skip starts the data order of the interrupted epoch from its beginning."""
+    resumed = trainer(tmp_path, {"ignore_data_skip": True})
+    resumed.train(resume_from_checkpoint=saved())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note ")]
+    assert lines == [
+        "note        --ignore_data_skip True: the data order of the epoch starts from its beginning, so "
+        "sequences that this epoch has trained before step 4 are trained again"
+    ]
 
 
 def test_another_gradient_limit_takes_effect(saved, tmp_path, capsys):
