@@ -40,18 +40,18 @@ step "2. Does DFT suit this data? (--preflight True)"
 commas=${gpus//[^,]/}
 processes=$([[ -n $gpus ]] && echo $((${#commas} + 1)) || echo 2)
 flags=("${common[@]}" --dft_alpha 1 --learning_rate 3e-5 --num_train_epochs 1
-    --per_device_train_batch_size $((processes < 16 ? 16 / processes : 1)) --gradient_accumulation_steps 1)
-
-step "3. Does it fit into memory? (--plan True)"
-"$PYTHON" "$ROOT/train_dft.py" "${flags[@]}" --plan True --output_dir "$output" --bf16 True \
-    --deepspeed "$ROOT/ds_config/zero3.json" --plan_world_size "$processes" "${device[@]}"
-
-step "4. Train with DFT under ZeRO-3 (scripts/train.sh)"
+    --per_device_train_batch_size $((processes < 16 ? 16 / processes : 1)) --gradient_accumulation_steps 1
+    --eval_data_files "$evaluation" --per_device_eval_batch_size 50 --eval_on_start True --eval_steps 8
+    --save_strategy no --logging_steps 2 --generate_samples 2 --generate_samples_max_tokens 24)
+export SHOW_LOG=1 MODEL=$model OUTPUT_DIR=$output REPORT_TO=none
 mkdir -p "$ROOT/logs"
 log=$ROOT/logs/train_$(date +%Y-%m-%d_%H-%M-%S)_quickstart_real_$$.log
-SHOW_LOG=1 LOG_FILE=$log MODEL=$model OUTPUT_DIR=$output REPORT_TO=none "$scripts/train.sh" \
-    "${flags[@]}" --eval_data_files "$evaluation" --per_device_eval_batch_size 50 --eval_on_start True \
-    --eval_steps 8 --save_strategy no --logging_steps 2 --generate_samples 2 --generate_samples_max_tokens 24
+
+step "3. Does it fit into memory? (scripts/train.sh ... --plan True)"
+LOG_FILE=${log%.log}_plan.log "$scripts/train.sh" "${flags[@]}" --plan True
+
+step "4. Train with DFT under ZeRO-3 (scripts/train.sh)"
+LOG_FILE=$log "$scripts/train.sh" "${flags[@]}"
 
 step "5. Evaluate both models by generation, on problems that were not trained on"
 "$PYTHON" "$scripts/evaluate.py" --model "before=$model" "after=$output" --data "$evaluation" --grader number \
