@@ -1,11 +1,17 @@
-"""Check that the optimizer and learning-rate schedule accept their arguments, before the model is loaded."""
+"""Check the optimizer and the learning-rate schedule, and their arguments, before the model is loaded."""
 
+import importlib.util
 import json
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 import transformers
+from torch.utils import cpp_extension
 from transformers.training_args import OptimizerNames
 
+from dft.arguments.deepspeed_file import deepspeed_flag, zero_of
 from dft.arguments.training import TrainingArguments
 from dft.errors import UserError
 from dft.training.trainer import DFTTrainer
@@ -16,6 +22,19 @@ UNSUPPORTED_OPTIMIZERS = (
     OptimizerNames.APOLLO_ADAMW_LAYERWISE,
 )  # fmt: skip
 """Optimizers that update weights before the gradient norm of the step is known."""
+OPERATORS = {"adam": "FusedAdam", "adamw": "FusedAdam", "lion": "FusedLion", "lamb": "FusedLamb"}
+"""Compiled operators of the optimizers of a DeepSpeed file that run on the device of the model."""
+OFFLOADED_OPERATORS = {"adam": "CPUAdam", "adamw": "CPUAdam", "adagrad": "CPUAdagrad", "lion": "CPULion"}
+"""The same for optimizers that are offloaded to the CPU; the others have no version of their own there."""
+OFFLOADED_OPTIM = {
+    OptimizerNames.ADAMW_TORCH: "CPUAdam", OptimizerNames.ADAMW_TORCH_FUSED: "CPUAdam",
+    OptimizerNames.PAGED_ADAMW: "CPUAdam", OptimizerNames.ADAGRAD: "CPUAdagrad",
+    OptimizerNames.LION: "CPULion", OptimizerNames.PAGED_LION: "CPULion",
+}  # fmt: skip
+"""Operators with which accelerate replaces --optim if a DeepSpeed file without optimizer offloads it."""
+NEED_MUP = ("muadam", "muadamw", "musgd")
+NOT_IMPLEMENTED = "deepspeed_not_implemented"
+"""Name that DeepSpeed gives to an operator that a device lacks."""
 
 
 def check_optimizer(training: TrainingArguments) -> None:
@@ -56,3 +75,66 @@ def check_optimizer(training: TrainingArguments) -> None:
             f"--lr_scheduler_type {training.lr_scheduler_type.value} with --lr_scheduler_kwargs "
             f"{json.dumps(training.lr_scheduler_kwargs)}: {' '.join(str(error).split())}"
         ) from None
+
+
+def check_operators(training: TrainingArguments) -> None:
+    """Raise `UserError` if an optimizer of DeepSpeed cannot be compiled on this machine.
+
+    DeepSpeed compiles it after the model is loaded.
+    """
+    if not training.deepspeed:
+        return
+    flag, config = deepspeed_flag(training.deepspeed), training.hf_deepspeed_config
+    is_offloaded = zero_of(training)[1]
+    kind = config.get_value("optimizer.type")
+    if kind is not None:
+        if config.get_value("optimizer.params.torch_adam", False):
+            return
+        subject, name = f"{flag}: the optimizer {kind!r}", kind.lower()
+        if name in NEED_MUP and importlib.util.find_spec("mup") is None:
+            raise UserError(f"{subject} needs the package mup; install it (pip install mup), or use AdamW")
+        operator = OFFLOADED_OPERATORS.get(name) if is_offloaded else None
+        operator = operator or OPERATORS.get(name)
+    elif is_offloaded and config.get_value("zero_force_ds_cpu_optimizer", True):
+        operator = OFFLOADED_OPTIM.get(training.optim)
+        subject = f"{flag}: the offloaded optimizer"
+        if operator is None:
+            raise UserError(
+                f"--optim {training.optim.value}: {flag} offloads the optimizer, and accelerate would "
+                "replace it by Adam of DeepSpeed; use adamw_torch, or remove 'offload_optimizer'"
+            )
+    else:
+        return
+    if operator is not None:  # None: an optimizer of torch
+        _check_operator(operator, subject)
+
+
+def _check_operator(operator: str, subject: str) -> None:
+    """Raise `UserError` if DeepSpeed lacks an operator for this device, or it cannot be compiled."""
+    # DeepSpeed is slow to import and is needed only here.
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+
+    device = get_accelerator()
+    builder = device.create_op_builder(f"{operator}Builder")
+    if builder is None or builder.name == NOT_IMPLEMENTED:
+        raise UserError(
+            f"{subject} needs {operator}, which DeepSpeed does not have for the device "
+            f"{device.device_name()}; use AdamW"
+        )
+    if installed_ops.get(builder.name, False):
+        return
+    compiler = cpp_extension.get_cxx_compiler()
+    missing = {
+        f"a C++ compiler ({compiler})": shutil.which((compiler.split() or [""])[0]) is None,
+        "the headers of Python (python3-dev)": not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+        "ninja": not cpp_extension.is_ninja_available(),
+        "the CUDA toolkit (CUDA_HOME)": device.device_name() == "cuda" and cpp_extension.CUDA_HOME is None,
+    }
+    names = [name for name, is_missing in missing.items() if is_missing]
+    if names:
+        raise UserError(
+            f"{subject} needs {operator}, which is compiled when it is first used, and this machine lacks "
+            f"{', '.join(names)}; install that, or use torch's AdamW (no 'optimizer' and no "
+            "'offload_optimizer' in the file)"
+        )

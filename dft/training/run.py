@@ -29,7 +29,7 @@ from dft.training.model.attention import resolve_attention
 from dft.training.model.generation import add_stop_tokens
 from dft.training.model.loading import load_base_model, load_model
 from dft.training.model.positions import check_positions, position_notes
-from dft.training.optimizer import check_optimizer
+from dft.training.optimizer import check_operators, check_optimizer
 from dft.training.parallel.rank_watchdog import watch_ranks
 from dft.training.parallel.stopping import Stopped, StopRequest
 from dft.training.parameters import resolve_find_unused_parameters
@@ -49,6 +49,8 @@ def prepare_run(arguments: Arguments) -> None:
         lock_output_dir(Path(arguments.training.output_dir))
     if not arguments.data.prepare_only:
         check_optimizer(arguments.training)
+        if not arguments.watch.preflight and not arguments.watch.plan:  # neither creates an optimizer
+            check_operators(arguments.training)
         resolve_attention(arguments)  # raises if the attention implementation is not available
 
 

@@ -6,6 +6,7 @@ import pytest
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dft.errors import UserError
+from dft.training.optimizer import check_operators
 from tests.arguments.command import checked
 
 AUTO = {"gradient_clipping": "auto", "gradient_accumulation_steps": "auto"}
@@ -81,6 +82,68 @@ def test_optimizers_that_zero_does_not_support_are_rejected(tmp_path, monkeypatc
             checked(tmp_path, *deepspeed_file(tmp_path, **content))
         checked(tmp_path, *deepspeed_file(tmp_path, **content, zero_allow_untested_optimizer=True))
     unset_hf_deepspeed_config()
+
+
+@pytest.fixture
+def operators(tmp_path, monkeypatch):
+    """Check the operators of a DeepSpeed file on the CPU."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("dft.arguments.training.init_cpu_deepspeed", lambda: None)
+
+    def check(*flags: str, offload: str | None = None, kind: str | None = None, **content) -> None:
+        zero = {"stage": 2} | ({"offload_optimizer": {"device": offload}} if offload else {})
+        if kind:
+            content["optimizer"] = {"type": kind, "params": content.pop("params", {"lr": "auto"})}
+        file = deepspeed_file(tmp_path, zero_optimization=zero, **content, **AUTO)
+        check_operators(checked(tmp_path, *file, *flags).training)
+
+    yield check
+    unset_hf_deepspeed_config()
+
+
+@pytest.mark.parametrize("kind", ["Lion", "Lamb"])
+def test_optimizers_that_deepspeed_lacks_on_the_device_are_rejected(operators, kind):
+    """DeepSpeed raises after the model is loaded."""
+    with pytest.raises(UserError) as raised:
+        operators(kind=kind, zero_allow_untested_optimizer=True)
+    assert str(raised.value).endswith(
+        f"ds.json: the optimizer '{kind}' needs Fused{kind}, which DeepSpeed does not have for the device "
+        "cpu; use AdamW"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "operator"),
+    [
+        ({"kind": "AdamW"}, "FusedAdam"),
+        ({"kind": "AdamW", "offload": "cpu"}, "CPUAdam"),
+        ({"kind": "Lion", "offload": "cpu"}, "CPULion"),
+        ({"kind": "Adagrad", "offload": "cpu"}, "CPUAdagrad"),
+        ({"offload": "cpu"}, "CPUAdam"),
+        ({"kind": "Adagrad"}, None),
+        ({"kind": "AdamW", "params": {"lr": "auto", "torch_adam": True}}, None),
+        ({}, None),
+    ],
+)
+def test_an_optimizer_that_cannot_be_compiled_is_rejected(operators, monkeypatch, options, operator):
+    operators(**options)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    if operator is None:
+        operators(**options)
+        return
+    with pytest.raises(UserError, match=rf"needs {operator}, .* lacks a C\+\+ compiler \(no-such-"):
+        operators(**options)
+
+
+def test_an_optimizer_that_needs_a_package_is_rejected(operators):
+    with pytest.raises(UserError, match="the optimizer 'MuAdam' needs the package mup; install it"):
+        operators(kind="MuAdam", zero_allow_untested_optimizer=True)
+
+
+def test_another_optimizer_is_not_replaced_when_it_is_offloaded(operators):
+    """accelerate would train with Adam, whatever --optim says."""
+    with pytest.raises(UserError, match="--optim sgd: .* offloads the optimizer, and accelerate would"):
+        operators("--optim", "sgd", offload="cpu")
 
 
 def test_invalid_json_is_rejected(tmp_path):
