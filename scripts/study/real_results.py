@@ -291,7 +291,7 @@ def histogram_figure(results: Results) -> Figure:
 def curve_figure(results: Results) -> Figure:
     """Draw nll and mean p on validation problems during training, for the first seed."""
     figure = Figure(figsize=(10, 4.6), layout="constrained")
-    grid = figure.subplots(2, len(DATA), sharex="col", sharey="row", squeeze=False)
+    grid = figure.subplots(2, len(DATA), sharex="col", squeeze=False)
     for column, name in enumerate(DATA):
         for line, (metric, label) in enumerate(
             (("eval_nll", "nll"), ("eval_avg_p_correct", "p of the right token"))
