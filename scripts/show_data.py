@@ -29,8 +29,8 @@ from dft.arguments.data import (
 from dft.bounds import check_bounds
 from dft.data.batches.dataset import Sequences
 from dft.data.preparing.data_report import file_group
-from dft.data.preparing.lookup import read_conversations
 from dft.data.preparing.prepare import PreparedData, check_report_folder, find_sources, prepare
+from dft.data.preparing.prompts import conversations_of_rows
 from dft.data.reading.data_file import check_not_data
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.tokenizer import load_tokenizer, stop_token_ids
@@ -152,8 +152,8 @@ def write_page(
     warnings = [entry for entry in prepared.report["warnings"] if entry["split"] == show.split]
     if not show.lines:
         rows += [row for row in warned_rows(dataset, warnings) if row not in rows]
-    origins = {dataset.origins(row)[0] for row in rows}
-    conversations = read_conversations(sources[file_group(show.split, prepared.names)], origins)
+    files = sources[file_group(show.split, prepared.names)]
+    conversations = conversations_of_rows(dataset, rows, files, encoder)
     page = data_page(dataset, rows, conversations, encoder, warnings, lines, prepared.rejected_rows())
     with convert_write_errors(path, "--html"):
         write_atomically(path, [page])

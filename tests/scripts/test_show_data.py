@@ -94,6 +94,20 @@ def test_page_shows_sequences_beside_their_conversations_with_problems_first(tok
     assert "<script" not in text
 
 
+def test_page_shows_the_conversation_of_each_element_of_an_array_on_one_line(tokenizer_folder, tmp_path):
+    words = ["apple", "", "pear", "plum"]
+    rows = [{"query": f"about {word}", "response": word} for word in words]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    page = tmp_path / "data.html"
+    shown = show(
+        tmp_path, tokenizer_folder, "--data_files", "a.json", "--on_bad_data", "skip", "--html", str(page)
+    )
+    assert shown.returncode == 0, shown.stderr
+    sections = page.read_text().split('<section class="conversation">')[1:]
+    for word, section in zip(["apple", "pear", "plum"], sections, strict=True):
+        assert f'<th scope="row">user</th><td><div class="tokens">about {word}</div>' in section
+
+
 def test_no_data_file_is_replaced_or_removed(tokenizer_folder, tmp_path):
     row = json.dumps({"query": "q", "response": "a"})
     for name in ("a.jsonl", "rejected.jsonl", "data_report.json"):

@@ -15,10 +15,11 @@ from dft.data.reading.reader import read_batches
 from dft.data.reading.records import BOM, Record
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.template import AdaptedChat
+from dft.errors import UserError
 
 Origin = tuple[int, int]
 """File number and line number of a conversation."""
-END: tuple[Origin, list[np.ndarray]] = ((sys.maxsize, 0), [])
+END: tuple[Origin, list[int]] = ((sys.maxsize, 0), [])
 """Comes after all conversations of a dataset."""
 
 
@@ -73,7 +74,7 @@ def first_prompts(
         longest: maximum number of tokens of a prompt.
     """
     selection = PromptSelection([])
-    for (file, line), conversation in conversations_of(dataset, sources, encoder):
+    for (file, line), _, conversation in conversations_of(dataset.unpacked(), sources, encoder):
         prompt = _last_prompt(conversation, encoder, dataset.files[file], line)
         selection.conversations += 1
         if prompt is None:
@@ -87,27 +88,55 @@ def first_prompts(
     return selection
 
 
+def conversations_of_rows(
+    dataset: Sequences, rows: Sequence[int], sources: Sequence[DataFile], encoder: ChatEncoder
+) -> dict[int, Conversation]:
+    """Return the conversation of each of some rows of an unpacked dataset.
+
+    Raises:
+        UserError: there is none at the location of a row any more.
+    """
+    origins = {dataset.origins(row)[0] for row in rows}
+    members = [row for row in range(len(dataset)) if dataset.origins(row)[0] in origins]
+    part = Sequences(dataset.path, dataset.order[members], files=dataset.files)
+    conversations = {
+        members[row]: conversation
+        for _, group, conversation in conversations_of(part, sources, encoder)
+        for row in group
+    }
+    for row in rows:
+        if row not in conversations:
+            file, line = dataset.origins(row)[0]
+            raise UserError(
+                f"{dataset.files[file]}:{line}: the conversation that was prepared is not there; was the "
+                "file changed in the meantime?"
+            )
+    return conversations
+
+
 def conversations_of(
     dataset: Sequences, sources: Sequence[DataFile], encoder: ChatEncoder
-) -> Iterator[tuple[Origin, Conversation]]:
-    """Yield the conversations of a dataset with their origins, in the order of the files.
+) -> Iterator[tuple[Origin, list[int], Conversation]]:
+    """Yield the conversations of an unpacked dataset with their origins and rows, in the order of the files.
 
     The files are read up to the conversations that are taken. A JSON array may have all its elements on one
     line, so conversations are recognized by their tokens.
     """
-    stored = _stored_conversations(dataset.unpacked())
-    origin, sequences = next(stored, END)
+    stored = _stored_conversations(dataset)
+    origin, rows = next(stored, END)
     for place, record, rules in _records(sources):
         while origin < place:  # an unusable element of the same line, or the file was changed
-            origin, sequences = next(stored, END)
+            origin, rows = next(stored, END)
         if origin == END[0]:
             return
         if origin != place:
             continue
         conversation = _parse(record, rules)
-        if conversation is not None and _has(encoder, conversation, sequences):
-            yield origin, conversation
-            origin, sequences = next(stored, END)
+        if conversation is not None and _has(
+            encoder, conversation, [dataset[row]["input_ids"] for row in rows]
+        ):
+            yield origin, rows, conversation
+            origin, rows = next(stored, END)
 
 
 def _records(sources: Sequence[DataFile]) -> Iterator[tuple[Origin, Record, RowRules]]:
@@ -119,19 +148,19 @@ def _records(sources: Sequence[DataFile]) -> Iterator[tuple[Origin, Record, RowR
                     yield (file, record.line), record, source.rules
 
 
-def _stored_conversations(dataset: Sequences) -> Iterator[tuple[Origin, list[np.ndarray]]]:
-    """Yield the origin and the token ids of each sequence of the conversations of an unpacked dataset."""
-    sequences: list[np.ndarray] = []
+def _stored_conversations(dataset: Sequences) -> Iterator[tuple[Origin, list[int]]]:
+    """Yield the origin and the rows of each conversation of an unpacked dataset."""
+    rows: list[int] = []
     previous: tuple[Origin, int] | None = None
     for row in range(len(dataset)):
         (origin,), number = dataset.origins(row), dataset.part(row).number
         if previous is not None and (origin != previous[0] or number <= previous[1]):
-            yield previous[0], sequences
-            sequences = []
-        sequences.append(dataset[row]["input_ids"])
+            yield previous[0], rows
+            rows = []
+        rows.append(row)
         previous = origin, number
     if previous is not None:
-        yield previous[0], sequences
+        yield previous[0], rows
 
 
 def _parse(record: Record, rules: RowRules) -> Conversation | None:

@@ -79,7 +79,7 @@ class SequenceView:
 def data_page(
     dataset: Sequences,
     rows: Iterable[int],
-    conversations: Mapping[tuple[int, int], Conversation],
+    conversations: Mapping[int, Conversation],
     encoder: ChatEncoder,
     warnings: list[Mapping[str, Any]],
     summary: list[str],
@@ -90,7 +90,7 @@ def data_page(
     Args:
         dataset: an unpacked dataset.
         rows: the rows to show.
-        conversations: the conversation of each row, by file number and line.
+        conversations: the conversation of each row.
         encoder: has encoded the dataset.
         warnings: the warnings of the data report about this split.
         summary: lines of the data report.
@@ -111,7 +111,7 @@ def data_page(
 def _view(
     dataset: Sequences,
     row: int,
-    conversations: Mapping[tuple[int, int], Conversation],
+    conversations: Mapping[int, Conversation],
     encoder: ChatEncoder,
     warnings: list[Mapping[str, Any]],
 ) -> SequenceView:
@@ -124,7 +124,7 @@ def _view(
         title += f", sequence {part.number} of {part.total} of this conversation"
     if part.reason:
         title += f", which starts a new sequence because {part.reason}"
-    conversation = conversations[file, line]
+    conversation = conversations[row]
     stops = encoder.tokenizer.convert_tokens_to_ids(encoder.renderer.stops)
     origin = f"{dataset.files[file]}:{line}"
     return SequenceView(
