@@ -58,4 +58,5 @@ step "5. Evaluate both models by generation, on problems that were not trained o
     --samples 1 --temperature 0 --max_new_tokens 48 --batch_size 100 --dtype bfloat16 --output "$folder/evaluation"
 
 step "6. What changed"
-"$PYTHON" "$scripts/summarize_run.py" "$output" --question "$evaluation" --before "$model" --log "$log"
+"$PYTHON" "$scripts/summarize_run.py" "$output" --question "$evaluation" --line 48 --before "$model" \
+    --log "$log"

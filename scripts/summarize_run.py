@@ -8,6 +8,7 @@ Fails if the saved model cannot be loaded by AutoModelForCausalLM.
 import argparse
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from dft.errors import report_user_errors
+from dft.errors import UserError, report_user_errors
 from dft.metrics import CURVES, QUALITY
 from dft.ranks import quiet_libraries
 from dft.report.pages.run import REPORT_PAGE
@@ -59,10 +60,17 @@ def answer(folder: Path, prompt: list[dict[str, str]]) -> str:
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def held_out_question(file: Path) -> tuple[list[dict[str, str]], str]:
-    """Return the turns before the first assistant turn of a file, and the content of that turn."""
+def held_out_question(file: Path, line: int) -> tuple[list[dict[str, str]], str]:
+    """Return the turns before the first assistant turn on a line of a file, and the content of that turn.
+
+    Raises:
+        UserError: the file has fewer lines.
+    """
     with file.open(encoding="utf-8") as lines:
-        messages = json.loads(next(lines))["messages"]
+        row = next(islice(lines, line - 1, None), None)
+    if row is None:
+        raise UserError(f"--line {line}: {file} has fewer lines")
+    messages = json.loads(row)["messages"]
     turn = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
     return messages[:turn], messages[turn]["content"]
 
@@ -71,7 +79,8 @@ def main() -> None:
     report_user_errors()
     parser = argparse.ArgumentParser(description="Summarize a finished training run.")
     parser.add_argument("folder", type=Path, help="the --output_dir of the run")
-    parser.add_argument("--question", type=Path, help="ask the model the first question of this .jsonl file")
+    parser.add_argument("--question", type=Path, help="ask the model a question of this .jsonl file")
+    parser.add_argument("--line", type=int, default=1, help="line of the question, from 1")
     parser.add_argument("--before", type=Path, help="folder of the model before training, to ask it, too")
     parser.add_argument("--log", type=Path, help="a log file to list with the other files")
     arguments = parser.parse_args()
@@ -80,7 +89,7 @@ def main() -> None:
     history = load_report(folder)["log"]
     print(f"\n{table(history)}\n")
     if arguments.question:
-        prompt, expected = held_out_question(arguments.question)
+        prompt, expected = held_out_question(arguments.question, arguments.line)
         print(f"question   {prompt[-1]['content']}")
         print(f"expected   {expected}")
         if arguments.before:
