@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ADAPTER_CONFIG_NAME
 
+from dft.arguments.lora import PEFT_VERSION, check_installed
 from dft.data.batches.generation import pad_left, split_at_stop
 from dft.data.templates.tokenizer import UNLOADABLE
 from dft.errors import UserError, describe_loading_error
@@ -184,8 +187,11 @@ def load_for_sampling(name: str, dtype: str, trust_remote_code: bool) -> PreTrai
     """Load a model, with its adapters if the folder holds LoRA adapters, onto the GPU if there is one.
 
     Raises:
-        UserError: there is no such model, or it cannot be loaded.
+        UserError: there is no such model, it cannot be loaded, or it needs peft, which is not installed.
     """
+    if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
+        # Otherwise transformers looks for a whole model in the folder.
+        check_installed("peft", f"--model {name} holds adapters", PEFT_VERSION)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,

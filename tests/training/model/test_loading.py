@@ -1,6 +1,7 @@
 """Load models; faults of their files are reported in one message."""
 
 import json
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -136,3 +137,13 @@ def test_an_architecture_that_is_not_a_language_model_is_named_in_one_line(
         assert len(str(raised.value)) < 500
     with pytest.raises(UserError, match=r"--model \S+: cannot be loaded: its architecture"):
         load_for_sampling(str(folder), "auto", False)
+
+
+def test_adapters_without_peft_are_one_error_that_names_the_package(tmp_path, monkeypatch):
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("dft.arguments.lora.version", missing)
+    with pytest.raises(UserError, match="holds adapters: peft is not installed; pip install peft=="):
+        load_for_sampling(str(tmp_path), "auto", False)
