@@ -13,7 +13,7 @@
 #   --full          the full study instead of the small one
 #
 # Needs no network. What is not installed is skipped, with one line. The exit code is 1 if a check failed.
-set -uo pipefail
+set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$scripts/environment.sh"
 help_of "${BASH_SOURCE[0]}" "$@"

@@ -176,10 +176,23 @@ def test_documents_and_pictures_match_the_results():
     accuracies = study_results.tables(results).split("\n\n")[0]
     figure = re.compile(r"[\d.]+ ± [\d.]+")
     assert figure.findall(accuracies) == figure.findall(text)[: len(figure.findall(accuracies))]
-    # The README shows only the columns for problems of three numbers.
-    columns = [figure.findall(row)[0:5:2] for row in accuracies.splitlines() if "±" in row]
-    for name in ("README.md", "README.zh.md"):
-        assert figure.findall((ROOT / name).read_text()) == [cell for row in columns for cell in row]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_readme_shows_the_figures_of_the_study_on_a_pretrained_model(name):
+    results = json.loads((ROOT / "docs/study_real.json").read_text())
+    text = (ROOT / name).read_text()
+    wrong, task = "half known, 3 in 10 wrong", "short arithmetic"
+    figures = [
+        study_results.accuracy(results, method, data, asked)
+        for method, data, asked in (("DFT", wrong, task), ("SFT", wrong, task), ("SFT", "new", "spelling"))
+    ]
+    assert all(f" {figure.value:.1f} %" in text for figure in figures)
+    assert study_results.accuracy(results, "DFT", "new", "spelling").value == 0
+    difference = study_results.difference_to_sft(results, "DFT", wrong, task)
+    assert f"{difference.value:+.1f} ± {difference.half:.1f}" in text
+    for data in ("half known", "new"):
+        assert f"{results['base']['training'][data]['whole']['avg_p_correct']:.2f}" in text
 
 
 @pytest.fixture
