@@ -27,6 +27,12 @@ has_gpu() {
     command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null
 }
 
+# Prints the number of processes that the quickstarts train with: one per GPU in $1 (see visible_gpus), or two on the CPU.
+count_processes() {
+    local commas=${1//[^,]/}
+    [[ -n $1 ]] && echo $((${#commas} + 1)) || echo 2
+}
+
 # Prints the indices of the GPUs to use, such as 0,1,2, or nothing. Respects CUDA_VISIBLE_DEVICES.
 visible_gpus() {
     has_gpu || return 0

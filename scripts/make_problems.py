@@ -26,13 +26,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError("the package reasoning-gym is missing; run: pip install -r requirements-real.txt")
-    from scripts.study.real_tasks import DATA, held_out, row, training_rows
+    from scripts.study.real_tasks import DATA, conversation, held_out, training_rows
     from scripts.study.study_task import write_rows
 
     train, evaluation = arguments.folder / "train.jsonl", arguments.folder / "eval.jsonl"
     write_rows(train, training_rows(DATA["half known"], arguments.train, "quickstart"))
     problems = held_out("short arithmetic")
-    write_rows(evaluation, [row(problem, problem.written_out()) for problem in problems])
+    write_rows(evaluation, [conversation(problem.question, problem.written_out()) for problem in problems])
     print(f"wrote {arguments.train} conversations to {train}, and {len(problems)} problems to {evaluation}")
 
 

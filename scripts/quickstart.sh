@@ -19,8 +19,7 @@ if [[ -z $gpus ]]; then export DS_ACCELERATOR=cpu; fi
 rm -rf "$folder/output"
 
 # 16 conversations per optimizer step on up to 16 processes, so that results are comparable between machines.
-commas=${gpus//[^,]/}
-processes=$([[ -n $gpus ]] && echo $((${#commas} + 1)) || echo 2)
+processes=$(count_processes "$gpus")
 per_device=$((processes < 16 ? 16 / processes : 1))
 
 mkdir -p "$ROOT/logs"

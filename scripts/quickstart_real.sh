@@ -37,8 +37,7 @@ step "2. Does DFT suit this data? (--preflight True)"
     --per_device_train_batch_size 16 "${device[@]}"
 
 # 16 conversations per optimizer step on up to 16 processes, so that results are comparable between machines.
-commas=${gpus//[^,]/}
-processes=$([[ -n $gpus ]] && echo $((${#commas} + 1)) || echo 2)
+processes=$(count_processes "$gpus")
 flags=("${common[@]}" --dft_alpha 1 --learning_rate 3e-5 --num_train_epochs 1
     --per_device_train_batch_size $((processes < 16 ? 16 / processes : 1)) --gradient_accumulation_steps 1
     --eval_data_files "$evaluation" --per_device_eval_batch_size 50 --eval_on_start True --eval_steps 8

@@ -147,12 +147,10 @@ def write_page(
         UserError: the file cannot be written.
     """
     dataset = prepared.datasets[show.split].unpacked()
-    values = {"train": data.data_files, "eval": data.eval_data_files}
-    sources = find_sources(values, prepare_options(data, show.seed))
     warnings = [entry for entry in prepared.report["warnings"] if entry["split"] == show.split]
     if not show.lines:
         rows += [row for row in warned_rows(dataset, warnings) if row not in rows]
-    files = sources[file_group(show.split, prepared.names)]
+    files = prepared.sources[file_group(show.split, prepared.names)]
     conversations = conversations_of_rows(dataset, rows, files, encoder)
     page = data_page(dataset, rows, conversations, encoder, warnings, lines, prepared.rejected_rows())
     with convert_write_errors(path, "--html"):

@@ -28,7 +28,7 @@ SWITCHED_OFF = {
     "logging_strategy": "logging_strategy: no",
     "logging_steps": "logging_strategy: no",
 }
-"""How a flag is switched off in a file, if not with False."""
+"""Line of a config file that switches a flag off, for flags that False does not switch off."""
 
 
 class FlagLoader(yaml.SafeLoader):

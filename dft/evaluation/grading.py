@@ -138,7 +138,7 @@ FINDERS: dict[str, Callable[[str], str | None]] = {
     "hash": last_hash,
     "number": last_number,
 }
-"""What returns the part of a text that a grader compares."""
+"""Function that extracts the compared part of a text, or returns None, by the name of the grader."""
 
 
 def same_number(text: str, other: str) -> bool:

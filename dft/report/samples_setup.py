@@ -2,10 +2,9 @@
 
 from transformers import PreTrainedModel
 
-from dft.arguments.data import prepare_options
 from dft.arguments.parser import Arguments
 from dft.data.preparing.data_report import file_group
-from dft.data.preparing.prepare import PreparedData, find_sources
+from dft.data.preparing.prepare import PreparedData
 from dft.data.preparing.prompts import PromptSelection, first_prompts
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.stop_tokens import resolve_stop_ids
@@ -28,9 +27,7 @@ def make_samples_callback(
         raise UserError(
             f"--generate_samples {count}: {type(trainer.model).__name__} cannot generate; remove the flag"
         )
-    options = prepare_options(arguments.data, arguments.data_seed)
-    values = {"train": arguments.data.data_files, "eval": arguments.data.eval_data_files}
-    sources = find_sources(values, options)[file_group("eval", data.names)]
+    sources = data.sources[file_group("eval", data.names)]
     longest = longest_prompt(trainer.model, arguments.data.max_length, max_tokens)
     selection = first_prompts(data.datasets["eval"], sources, encoder, count, longest)
     note = selection_note(selection, count, longest)

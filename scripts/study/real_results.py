@@ -116,8 +116,7 @@ def forgetting_table(results: Results) -> list[str]:
     """Return the table of scores on texts that have nothing to do with the tasks."""
     names = {file: "own answers" if file == OWN_ANSWERS else "GSM8K" for file in unrelated_files(results)}
     columns = [f"{name}: {metric}" for name in names.values() for metric in ("nll", "mean p")]
-    lines = header("fine-tuned on | method", columns)
-    lines[1] = "|---" + lines[1]
+    lines = header("fine-tuned on", ["method", *columns])
     keys = [(file, metric) for file in names for metric in ("nll", "avg_p_correct")]
     base = " | ".join(f"{results['base']['scores'][file][metric]:.3f}" for file, metric in keys)
     lines.append(f"| | base | {base} |")
@@ -135,8 +134,7 @@ def forgetting_table(results: Results) -> list[str]:
 
 def ending_table(results: Results) -> list[str]:
     """Return the table of how well models end their answers."""
-    lines = header("fine-tuned on | method", ["p of end-of-turn tokens", "answers that end"])
-    lines[1] = "|---" + lines[1]
+    lines = header("fine-tuned on", ["method", "p of end-of-turn tokens", "answers that end"])
     for data, of_data in DATA.items():
         task = of_data.learned
         file = task_file(Path(), "test", task).name

@@ -1,13 +1,6 @@
-"""The methods, sizes and runs of the study on a pretrained model."""
+"""The methods and sizes of the study on a pretrained model."""
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from scripts.study.study_task import file_name
 
 METHODS: dict[str, tuple[object, ...]] = {
     "SFT": ("--dft_alpha", 0),
@@ -23,7 +16,6 @@ CANDIDATES: dict[str, tuple[object, ...]] = {
     "asft": ("--objective", "asft"),
 }
 """Other objectives, of which the best are compared, too."""
-SELECTION_SEED = -1
 MAX_NEW_TOKENS = 48
 """Limit of the length of an answer to a problem. Right answers take up to 25 tokens."""
 
@@ -55,17 +47,3 @@ SIZES = {
     "small": Size({"half known": 256, "new": 640}, 3, RATES, ("power", "threshold", "eaft"), 1, 50),
     "full": Size({"half known": 1_600, "new": 4_800}, 5, RATES, scored=400),
 }
-
-
-class Run(NamedTuple):
-    """A fine-tuning run. Its fields are keys of study.json."""
-
-    method: str
-    data: str
-    seed: int
-    rate: float
-
-    @property
-    def name(self) -> str:
-        """Name of its folder."""
-        return file_name(f"{self.method}-{self.data}-{self.seed}-{self.rate:g}")

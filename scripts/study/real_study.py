@@ -27,7 +27,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,7 @@ from scripts.study.real_settings import (
     CANDIDATES,
     MAX_NEW_TOKENS,
     METHODS,
-    SELECTION_SEED,
     SIZES,
-    Run,
     Size,
 )
 from scripts.study.real_tasks import (
@@ -62,7 +60,7 @@ from scripts.study.real_tasks import (
     write_data,
     write_own_answers,
 )
-from scripts.study.study_runs import prepare, run_script
+from scripts.study.study_runs import SELECTION_SEED, Run, claim_folder, prepare, run_script
 from scripts.study.study_task import file_name
 
 
@@ -83,10 +81,11 @@ class Study:
     size: Size
     gsm8k: Path | None
     workers: int
-    data: Path = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.data = self.folder / "data"
+    @property
+    def data(self) -> Path:
+        """Folder of the problems and conversations."""
+        return self.folder / "data"
 
     @property
     def unrelated(self) -> list[Path]:
@@ -263,19 +262,6 @@ def run_study(study: Study) -> dict[str, Any]:
     return {
         "size": asdict(size), "methods": methods, "base": base, "trials": trials, "runs": study.results(runs),
     }  # fmt: skip
-
-
-def claim_folder(folder: Path, description: Mapping[str, Any]) -> None:
-    """Record what a folder holds, so that a different study cannot reuse its results.
-
-    Raises:
-        UserError: the folder holds anything other than this study.
-    """
-    record, content = folder / "size.json", json.dumps(description)
-    if folder.is_dir() and any(folder.iterdir()) and not (record.is_file() and record.read_text() == content):
-        raise UserError(f"{folder}: holds something else than a study like this; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(content)
 
 
 def main() -> None:

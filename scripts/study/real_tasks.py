@@ -82,7 +82,7 @@ DATA = {
 COLUMNS = [(name, asked) for name, data in DATA.items() for asked in data.asked]
 """Pairs of a data set and a task: the columns of the tables."""
 SLIPS = (-10, -2, -1, 1, 2, 10)
-"""What is added to a number to make an answer wrong."""
+"""Errors, one of which is added to the right number to make a wrong answer."""
 
 
 class Problem(NamedTuple):
@@ -157,9 +157,10 @@ def training_rows(data: Data, count: int, seed: str) -> list[dict[str, Any]]:
             missing -= len(batch)
     generator.shuffle(drawn)
     return [
-        row(problem, problem.written_out(slip(problem, generator)))
-        if generator.random() < data.wrong
-        else row(problem, problem.written_out())
+        conversation(
+            problem.question,
+            problem.written_out(slip(problem, generator) if generator.random() < data.wrong else None),
+        )
         for problem in drawn
     ]
 
@@ -167,11 +168,6 @@ def training_rows(data: Data, count: int, seed: str) -> list[dict[str, Any]]:
 def slip(problem: Problem, generator: random.Random) -> str:
     """Return a wrong answer to an arithmetic problem."""
     return str(int(problem.answer) + generator.choice(SLIPS))
-
-
-def row(problem: Problem, answer: str) -> dict[str, Any]:
-    """Return a problem with an answer as a conversation."""
-    return conversation(problem.question, answer)
 
 
 def conversation(question: str, answer: str) -> dict[str, Any]:
@@ -249,7 +245,8 @@ def write_data(folder: Path, counts: Mapping[str, int], seeds: Sequence[int]) ->
     for task in TASKS:
         for kind, chosen in (("test", held_out(task)), ("validation", validation(task))):
             write_rows(
-                task_file(folder, kind, task), [row(problem, problem.written_out()) for problem in chosen]
+                task_file(folder, kind, task),
+                [conversation(problem.question, problem.written_out()) for problem in chosen],
             )
     for name, data in DATA.items():
         for seed in seeds:
@@ -259,8 +256,8 @@ def write_data(folder: Path, counts: Mapping[str, int], seeds: Sequence[int]) ->
     write_rows(folder / "plain-questions.jsonl", questions)
 
 
-def write_own_answers(answers: Path, file: Path) -> int:
-    """Write the base model's answers to the plain questions as conversations, and return their number.
+def write_own_answers(answers: Path, file: Path) -> None:
+    """Write the base model's answers to the plain questions as conversations.
 
     Answers that were cut at the limit of the length are left out: their end is not the model's.
 
@@ -275,4 +272,3 @@ def write_own_answers(answers: Path, file: Path) -> int:
         if record["samples"][0]["stopped"]
     ]
     write_rows(file, [row for row in finished if row["messages"][1]["content"]])
-    return len(finished)

@@ -33,12 +33,11 @@ from dft.errors import UserError, report_user_errors
 from dft.ranks import quiet_libraries
 from dft.report.pages.images import write_png
 from scripts.study.study_results import ALPHAS, DIGEST, accuracy_figure, digest_of, histogram_figure, tables
-from scripts.study.study_runs import prepare, run_script
+from scripts.study.study_runs import SELECTION_SEED, Run, claim_folder, prepare, run_script
 from scripts.study.study_task import (
     DATA,
     TASKS,
     Size,
-    file_name,
     questions,
     tuning_file,
     write_data,
@@ -56,21 +55,6 @@ FULL = Size(
 QUICK = Size(160, dict.fromkeys(TASKS, 64), 4, 2, 2, dict.fromkeys(TASKS, (1e-3,)))
 SELECTION_DATA = {"sums": "right sums", "differences": "differences"}
 """The data set on which the learning rate of each task is selected."""
-SELECTION_SEED = -1
-
-
-class Run(NamedTuple):
-    """A fine-tuning run. Its fields are keys of study.json."""
-
-    method: str
-    data: str
-    seed: int
-    rate: float
-
-    @property
-    def name(self) -> str:
-        """Name of its folder."""
-        return f"{self.method}-{file_name(self.data)}-{self.seed}-{self.rate:g}".replace(" ", "_")
 
 
 class Score(NamedTuple):
@@ -173,19 +157,6 @@ def evaluate_in_parallel(
     return {name: scores for task in tasks for name, scores in task.result().items()}
 
 
-def claim_folder(folder: Path, size: Size) -> None:
-    """Record the size of the study in its folder, so that a study of another size cannot reuse its models.
-
-    Raises:
-        UserError: the folder holds anything other than a study of this size.
-    """
-    record, content = folder / "size.json", json.dumps(size._asdict())
-    if folder.is_dir() and any(folder.iterdir()) and not (record.is_file() and record.read_text() == content):
-        raise UserError(f"{folder}: holds something else than a study of this size; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write_text(content)
-
-
 class Study:
     """The steps of a study in one folder.
 
@@ -256,7 +227,7 @@ class Study:
 
 def run_study(folder: Path, size: Size) -> dict[str, Any]:
     """Run all steps of a study, and return the content of study.json."""
-    claim_folder(folder, size)
+    claim_folder(folder, size._asdict())
     with ThreadPoolExecutor(2) as pool:
         study = Study(folder, size, pool)
         print("training the base model", flush=True)

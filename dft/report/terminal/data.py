@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dft.console import MAX_COLUMNS, wrap
 from dft.data.batches.dataset import Sequences
 from dft.data.preparing.prepare import REJECTED
 from dft.labels import IGNORE_INDEX
@@ -19,8 +20,8 @@ MAX_LISTED_FILES = 20
 MAX_LISTED_COLUMNS = 8
 """Number of columns that are not read that are listed; data_report.json lists all."""
 MAX_WARNING_LINES = 10
-WIDTH, INDENT = 100, 12
-"""Greatest width of a line, and the width of its first column, in characters."""
+INDENT = 12
+"""Width of the first column, in characters."""
 MAX_LISTED_WEIGHTS = 5
 """Number of weights that are listed; data_report.json lists more."""
 NOTABLE_MEAN = 5
@@ -105,14 +106,14 @@ def _warning_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def _with_examples(head: str, examples: list[str]) -> list[str]:
-    """Return a line with the examples of a warning, or two if it would be wider than `WIDTH`.
+    """Return a line with the examples of a warning, or two if it would be wider than `MAX_COLUMNS`.
 
     Files whose paths are too long even then are shown by their names, and long names by their ends.
     """
     line = f"{head}, such as {' and '.join(examples)}"
-    if len(line) <= WIDTH:
+    if len(line) <= MAX_COLUMNS:
         return [line]
-    shown, room = f"such as {' and '.join(examples)}", WIDTH - INDENT
+    shown, room = f"such as {' and '.join(examples)}", MAX_COLUMNS - INDENT
     if len(shown) > room:
         width = (room - len("such as  and ")) // 2
         names = [_shorten_start(Path(example).name, width) for example in examples]
@@ -138,11 +139,12 @@ def _mean_weight_lines(report: Mapping[str, Any]) -> list[str]:
     mean = report.get("train", {}).get("loss_weights", {"mean": 1.0})["mean"]
     if 1 / NOTABLE_MEAN < mean < NOTABLE_MEAN:
         return []
-    return [
-        f"warning     the mean weight of the supervised tokens is {mean:.3g}: loss and gradient are about "
-        "that many times as large as without weights, which changes what --max_grad_norm does; divide the "
-        "weights by their mean"
-    ]
+    return wrap(
+        "warning",
+        f"the mean weight of the supervised tokens is {mean:.3g}: loss and gradient are about that many "
+        "times as large as without weights, which changes what --max_grad_norm does; divide the weights by "
+        "their mean",
+    )
 
 
 def _unread_lines(report: Mapping[str, Any]) -> list[str]:

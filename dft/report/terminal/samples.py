@@ -4,10 +4,9 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dft.console import MAX_COLUMNS
 from dft.data.preparing.prompts import ReferencePrompt
 
-LINE_WIDTH = 100
-"""Maximum width of a line in columns of a terminal."""
 SHOWN = 3
 """Number of samples that are printed; samples.jsonl and the report have all of them."""
 GAP = " ... "
@@ -50,7 +49,7 @@ def sample_lines(rows: Sequence[Mapping[str, Any]], step: int, max_steps: int) -
 def _line(start: str, text: str) -> str:
     if not text.strip():
         return start + ("(only white space)" if text else "(empty)")
-    return start + shorten(text.strip(), LINE_WIDTH - len(start))
+    return start + shorten(text.strip(), MAX_COLUMNS - len(start))
 
 
 def shorten(text: str, width: int) -> str:

@@ -97,7 +97,7 @@ class AnswerGenerator:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each forward pass gathers weights, so that all ranks must run as many of them."""
+        """True if the weights are sharded, so that all ranks must run equally many forward passes."""
         plugin = self._accelerator.state.deepspeed_plugin
         zero3 = plugin is not None and plugin.zero_stage == 3
         return zero3 or self._accelerator.distributed_type == DistributedType.FSDP

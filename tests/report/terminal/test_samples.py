@@ -2,8 +2,9 @@
 
 import pytest
 
+from dft.console import MAX_COLUMNS
 from dft.data.preparing.prompts import ReferencePrompt
-from dft.report.terminal.samples import LINE_WIDTH, columns, prompt_lines, sample_lines, shorten
+from dft.report.terminal.samples import columns, prompt_lines, sample_lines, shorten
 
 LONG = "The first words are shown, " + "and many more follow, " * 20 + "before the last ones."
 
@@ -50,7 +51,7 @@ def test_prompts_and_references_are_printed_once():
 )  # fmt: skip
 def test_long_texts_have_their_start_and_end_and_fit(text):
     (line,) = sample_lines([row(1, text)], 1, 2)[1:]
-    assert LINE_WIDTH - 8 <= columns(line) <= LINE_WIDTH and " ... " in line and line.isprintable()
+    assert MAX_COLUMNS - 8 <= columns(line) <= MAX_COLUMNS and " ... " in line and line.isprintable()
 
 
 def test_what_is_left_out_is_in_the_middle():

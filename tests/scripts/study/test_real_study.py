@@ -93,7 +93,7 @@ def test_finished_runs_are_not_repeated_and_another_study_is_refused(tmp_path):
     file.parent.mkdir(parents=True)
     file.write_text('{"right": {"a": 1}}')
     assert study.results([run, run]) == [{"right": {"a": 1}}] * 2
-    with pytest.raises(UserError, match="holds something else than a study like this"):
+    with pytest.raises(UserError, match="holds something else than a study of this size"):
         real_study.claim_folder(tmp_path, {"size": "small"})
     real_study.claim_folder(tmp_path / "new", {"size": "small"})
     real_study.claim_folder(tmp_path / "new", {"size": "small"})

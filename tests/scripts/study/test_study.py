@@ -147,13 +147,13 @@ def test_problems_in_the_training_data_are_left_out(tmp_path):
 def test_a_folder_of_a_different_study_is_rejected(tmp_path):
     """Otherwise a full study would silently reuse the base model of a quick one."""
     folder = tmp_path / "new/study"
-    study.claim_folder(folder, study.QUICK)
-    study.claim_folder(folder, study.QUICK)
+    study.claim_folder(folder, study.QUICK._asdict())
+    study.claim_folder(folder, study.QUICK._asdict())
     with pytest.raises(UserError, match="something else than a study of this size; name another folder"):
-        study.claim_folder(folder, study.FULL)
+        study.claim_folder(folder, study.FULL._asdict())
     (tmp_path / "other/base").mkdir(parents=True)
     with pytest.raises(UserError, match="other: holds something else"):
-        study.claim_folder(tmp_path / "other", study.FULL)
+        study.claim_folder(tmp_path / "other", study.FULL._asdict())
 
 
 def test_the_best_rate_is_selected_for_each_method_and_task():
