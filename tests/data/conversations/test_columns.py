@@ -1,27 +1,15 @@
 """Columns that change what a row means, renamed and ignored columns, conditions, and preference pairs."""
 
-import json
-
 import pytest
 
 from dft.data.conversations.column_meanings import MEANINGS
-from dft.data.conversations.conversation import Conversation, parse_conversation
 from dft.data.conversations.faults import BadLine
 from dft.data.conversations.row_rules import NO_RULES, RowLeftOut, RowRules, TurnNames
+from tests.data.conversations.parsing import error_of, parse
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 TALK = {"messages": [USER, ANSWER]}
 BAD = {"role": "assistant", "content": "b"}
-
-
-def parse(row: dict[str, object], **rules: object) -> Conversation:
-    return parse_conversation(json.dumps(row).encode(), RowRules(**rules))
-
-
-def error_of(row: dict[str, object], **rules: object) -> str:
-    with pytest.raises(BadLine) as caught:
-        parse(row, **rules)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from dft.data.conversations.conversation import Conversation, parse_conversation
+from dft.data.conversations.conversation import parse_conversation
 from dft.data.conversations.faults import BadLine
-from dft.data.conversations.row_rules import RowRules
 from dft.data.conversations.turns import MEDIA
+from tests.data.conversations.parsing import error_of, parse
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 BAD = {"role": "assistant", "content": "b"}
@@ -17,16 +17,6 @@ FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 TOOL = {"type": "function", "function": FUNCTION}
 TOOLS_PART = {"type": "tools", "value": json.dumps([FUNCTION])}
 RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "1"}
-
-
-def parse(row: dict[str, object], **rules: object) -> Conversation:
-    return parse_conversation(json.dumps(row).encode(), RowRules(**rules))
-
-
-def error_of(row: dict[str, object], **rules: object) -> str:
-    with pytest.raises(BadLine) as caught:
-        parse(row, **rules)
-    return str(caught.value)
 
 
 def test_tools_in_a_part_are_read_in_every_form_and_from_json_text():
