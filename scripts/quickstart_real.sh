@@ -17,18 +17,19 @@ step() {
     printf '\n== %s\n' "$1"
 }
 
-step "1. Install what is missing, download the model, and write problems"
-bash "$scripts/setup.sh" --real
-"$PYTHON" "$scripts/get_model.py" smollm2-135m "$model"
-"$PYTHON" "$scripts/make_problems.py" "$folder/data"
-rm -rf "$output" "$folder/preflight" "$folder/evaluation"
-
 gpus=$(visible_gpus)
 device=()
 if [[ -z $gpus ]]; then
     export DS_ACCELERATOR=cpu
     device=(--use_cpu True)
 fi
+
+step "1. Install what is missing, download the model, and write problems"
+bash "$scripts/setup.sh" --real
+TQDM_DISABLE=1 "$PYTHON" "$scripts/get_model.py" smollm2-135m "$model"
+"$PYTHON" "$scripts/make_problems.py" "$folder/data"
+rm -rf "$output" "$folder/preflight" "$folder/evaluation"
+
 common=(--model_name_or_path "$model" --data_files "$train" --max_length 256 --enable_gradient_checkpointing False
     --preprocessing_num_workers 2)
 
