@@ -14,6 +14,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -200,6 +201,10 @@ def gsm8k(model: Path, train_file: Path, test_file: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = first_lines(train_file, folder / "train.jsonl", rows)
     problems = first_lines(test_file, folder / "test.jsonl", asked)
+    # The samples of an earlier call are of other weights of the same names, which evaluate.py refuses.
+    shutil.rmtree(folder / "evaluation", ignore_errors=True)
+    models = [f"base={model}"]
+    evaluate(models, problems, folder / "evaluation", limit)
     for name, alpha in (("sft", 0), ("dft", 1)):
         run(
             ROOT / "train_dft.py", "--model_name_or_path", model, "--data_files", data,
@@ -210,13 +215,18 @@ def gsm8k(model: Path, train_file: Path, test_file: Path, folder: Path) -> None:
             "--enable_gradient_checkpointing", False, "--save_strategy", "no", "--verify_save", False,
             "--report_to", "none", "--report", False, "--logging_steps", 20,
         )  # fmt: skip
+        models.append(f"{name}={folder / name}")
+        evaluate(models, problems, folder / "evaluation", limit)
+
+
+def evaluate(models: Sequence[str], problems: Path, output: Path, limit: int) -> None:
+    """Evaluate models with four answers to each problem, and print the table. Reuses earlier samples."""
     table = run(
-        ROOT / "scripts/evaluate.py",
-        "--model", f"base={model}", f"sft={folder / 'sft'}", f"dft={folder / 'dft'}",
-        "--data", problems, "--output", folder / "evaluation", "--samples", 4, "--max_new_tokens", limit,
-        "--batch_size", 400, "--grader", "hash", "--dtype", "bfloat16",
+        ROOT / "scripts/evaluate.py", "--model", *models, "--data", problems, "--output", output,
+        "--samples", 4, "--max_new_tokens", limit, "--batch_size", 400, "--grader", "hash",
+        "--dtype", "bfloat16",
     )  # fmt: skip
-    print(table)
+    print(table, flush=True)
 
 
 def main() -> None:

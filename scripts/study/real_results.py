@@ -28,6 +28,7 @@ COLORS = ("#d55e00", "#0072b2", "#009e73", "#56b4e9", "#cc79a7", "#e69f00")
 OWN_ANSWERS = "own-answers.jsonl"
 EXAMPLES = 2
 """Number of problems of each task whose answers are shown."""
+LEFT_OUT = ("answers", "silenced", "model")
 Results = Mapping[str, Any]
 """The content of study.json."""
 
@@ -46,11 +47,11 @@ def write_results(results: Results, folder: Path) -> None:
 
 
 def without_answers(results: Results) -> dict[str, Any]:
-    """Return results without the generated texts and the lists of silenced tokens, which are long."""
+    """Return results without generated texts, lists of silenced tokens, and folders of this machine."""
 
     def trim(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: trim(item) for key, item in value.items() if key not in ("answers", "silenced")}
+            return {key: trim(item) for key, item in value.items() if key not in LEFT_OUT}
         if isinstance(value, list):
             return [trim(item) for item in value]
         return round(value, 6) if isinstance(value, float) else value

@@ -60,7 +60,7 @@ from scripts.study.real_tasks import (
     write_data,
     write_own_answers,
 )
-from scripts.study.study_runs import SELECTION_SEED, Run, claim_folder, prepare, run_script
+from scripts.study.study_runs import SELECTION_SEED, Run, claim_folder, prepare, read_result, run_script
 from scripts.study.study_task import file_name
 
 
@@ -150,7 +150,7 @@ class Study:
         folder = self.folder / "runs" / run.name
         file = folder / "result.json"
         if file.is_file():
-            return json.loads(file.read_text())
+            return read_result(file)
         if folder.exists():
             shutil.rmtree(folder)
         self.train(run, folder / "model")
@@ -211,7 +211,7 @@ class Study:
                 for name in DATA
             }
             write_atomically(file, [json.dumps({**result, "training": training})])
-        return json.loads(file.read_text())
+        return read_result(file)
 
 
 def selection_score(result: Mapping[str, Any]) -> float:
@@ -280,13 +280,13 @@ def main() -> None:
     quiet_libraries()
     size, gsm8k = SIZES[options.size], options.gsm8k and str(options.gsm8k.resolve())
     description = {"size": asdict(size), "model": str(options.model.resolve()), "gsm8k": gsm8k}
-    claim_folder(options.folder, description)
     if not options.gsm8k:
         print("without --gsm8k, forgetting is measured on the answers to plain questions alone")
     gpu = torch.cuda.is_available()
     prepare(cpu=not gpu)
     study = Study(options.folder.resolve(), options.model.resolve(), size, options.gsm8k, 1 if gpu else 2)
-    write_results(run_study(study), options.folder)
+    with claim_folder(options.folder, description):
+        write_results(run_study(study), options.folder)
     if options.size == "quick":
         print("--size quick: these figures only show that every step ran")
 

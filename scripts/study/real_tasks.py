@@ -9,9 +9,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import reasoning_gym
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from dft.errors import UserError, report_user_errors
+
+try:
+    import reasoning_gym
+except ModuleNotFoundError:
+    report_user_errors()  # this module is imported before the script that imports it can call this
+    raise UserError(
+        "the package reasoning-gym is missing; run: pip install -r requirements-real.txt"
+    ) from None
 
 from scripts.study.study_task import file_name, write_rows
 
@@ -264,6 +272,9 @@ def write_own_answers(answers: Path, file: Path) -> None:
     Args:
         answers: samples that scripts/evaluate.py has written.
         file: the file to write.
+
+    Raises:
+        UserError: none is left.
     """
     records = map(json.loads, answers.read_text(encoding="utf-8").splitlines())
     finished = [
@@ -271,4 +282,10 @@ def write_own_answers(answers: Path, file: Path) -> None:
         for record in records
         if record["samples"][0]["stopped"]
     ]
-    write_rows(file, [row for row in finished if row["messages"][1]["content"]])
+    rows = [row for row in finished if row["messages"][1]["content"]]
+    if not rows:
+        raise UserError(
+            f"{answers}: the pretrained model ended none of its answers to plain questions; choose a model "
+            "that was trained to chat"
+        )
+    write_rows(file, rows)

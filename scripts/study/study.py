@@ -227,8 +227,7 @@ class Study:
 
 def run_study(folder: Path, size: Size) -> dict[str, Any]:
     """Run all steps of a study, and return the content of study.json."""
-    claim_folder(folder, size._asdict())
-    with ThreadPoolExecutor(2) as pool:
+    with claim_folder(folder, size._asdict()), ThreadPoolExecutor(2) as pool:
         study = Study(folder, size, pool)
         print("training the base model", flush=True)
         study.train_base()

@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from dft.files import write_atomically
 from scripts.make_example import train_tokenizer
 
 
@@ -116,8 +117,7 @@ def conversation(generator: random.Random, task: str, count: int, wrong: float =
 
 def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as a .jsonl file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(file, (json.dumps(row) + "\n" for row in rows))
 
 
 def questions(file: Path) -> list[str]:

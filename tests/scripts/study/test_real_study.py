@@ -1,6 +1,8 @@
 """The tasks of the study on a pretrained model, its selection of methods, and its tables."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -30,15 +32,21 @@ def test_problems_are_distinct_and_asked_ones_are_not_trained_on():
         assert rows != real_tasks.training_rows(data, 240, "another seed")
 
 
+def count_wrong(name, rows, seed):
+    """Return the number of wrong answers in a data set to fine-tune on."""
+    by_question = {problem.question: problem for part in DATA[name].parts for problem in problems(part)}
+    pairs = [
+        [turn["content"] for turn in row["messages"]]
+        for row in real_tasks.training_rows(DATA[name], rows, seed)
+    ]
+    return sum(not is_right(by_question[question], answer) for question, answer in pairs)
+
+
 @pytest.mark.parametrize(
     ("name", "low", "high"), [("half known", 0, 0), ("half known, 3 in 10 wrong", 0.25, 0.35)]
 )
 def test_share_of_wrong_answers(name, low, high):
-    by_question = {problem.question: problem for part in DATA[name].parts for problem in problems(part)}
-    rows = real_tasks.training_rows(DATA[name], 1000, "seed")
-    pairs = [[turn["content"] for turn in row["messages"]] for row in rows]
-    wrong = sum(not is_right(by_question[question], answer) for question, answer in pairs)
-    assert low <= wrong / len(rows) <= high
+    assert low <= count_wrong(name, 1000, "seed") / 1000 <= high
 
 
 def test_verifier_grades_the_last_number_or_word():
@@ -69,6 +77,9 @@ def test_answers_that_were_cut_are_left_out(tmp_path):
     (row,) = map(json.loads, (tmp_path / "own.jsonl").read_text().splitlines())
     assert [turn["content"] for turn in row["messages"]] == ["q1", "Yes."]
     assert len(set(real_tasks.PLAIN_QUESTIONS)) == 200
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[1:]))
+    with pytest.raises(UserError, match="ended none of its answers to plain questions"):
+        real_tasks.write_own_answers(tmp_path / "answers.jsonl", tmp_path / "own.jsonl")
 
 
 def trial(method, rate, right, data="new"):
@@ -93,10 +104,12 @@ def test_finished_runs_are_not_repeated_and_another_study_is_refused(tmp_path):
     file.parent.mkdir(parents=True)
     file.write_text('{"right": {"a": 1}}')
     assert study.results([run, run]) == [{"right": {"a": 1}}] * 2
-    with pytest.raises(UserError, match="holds something else than a study of this size"):
-        real_study.claim_folder(tmp_path, {"size": "small"})
-    real_study.claim_folder(tmp_path / "new", {"size": "small"})
-    real_study.claim_folder(tmp_path / "new", {"size": "small"})
+    file.write_text('{"right": {"a"')
+    with pytest.raises(UserError, match="result.json: is damaged"):
+        study.results([run])
+    (tmp_path / "base.json").write_text("")
+    with pytest.raises(UserError, match="base.json: is damaged"):
+        study.base_result()
 
 
 def results_with(values):
@@ -146,9 +159,37 @@ def test_tables_and_pictures(tmp_path, capsys):
 def test_pictures_in_the_documentation_are_of_the_figures_there():
     docs = ROOT / "docs"
     figures = json.loads((docs / "study_real.json").read_text())
+    assert figures == real_results.without_answers(figures), "texts or folders of a machine"
     for name in ("accuracy", "histograms", "curves"):
         with Image.open(docs / f"images/study_real_{name}.png") as picture:
             assert picture.info[real_results.DIGEST] == real_results.digest_of(figures)
     page = (docs / "study_real.md").read_text()
     for part in (real_results.accuracy_table, real_results.difference_table, real_results.preflight_table):
         assert "\n".join(part(figures)[:8]) in page
+
+
+def test_page_states_how_many_answers_are_wrong_and_how_many_end():
+    page = " ".join((ROOT / "docs/study_real.md").read_text().split("\n"))
+    figures = json.loads((ROOT / "docs/study_real.json").read_text())
+    name = "half known, 3 in 10 wrong"
+    rows = figures["size"]["rows"]["half known"]
+    counts = [count_wrong(name, rows, f"{name} {seed}") for seed in range(figures["size"]["seeds"])]
+    shares = [f"{100 * count / rows:.0f}" for count in counts]
+    assert (
+        f"{counts[0]}, {counts[1]} and {counts[2]} of the {rows} answers are wrong, which is "
+        f"{shares[0]}, {shares[1]} and {shares[2]} %"
+    ) in page
+    ended = [
+        round(run["stopped"]["spelling"])
+        for run in figures["runs"]
+        if (run["method"], run["data"]) == ("DFT", "new")
+    ]
+    assert f"the seeds say {ended[0]}, {ended[1]} and {ended[2]} %" in page
+
+
+def test_missing_package_is_one_error():
+    code = "import sys; sys.modules['reasoning_gym'] = None; import scripts.study.real_tasks"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    expected = "error: the package reasoning-gym is missing; run: pip install -r requirements-real.txt\n"
+    assert done.stderr == expected

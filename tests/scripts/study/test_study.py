@@ -4,6 +4,10 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -147,13 +151,80 @@ def test_problems_in_the_training_data_are_left_out(tmp_path):
 def test_a_folder_of_a_different_study_is_rejected(tmp_path):
     """Otherwise a full study would silently reuse the base model of a quick one."""
     folder = tmp_path / "new/study"
-    study.claim_folder(folder, study.QUICK._asdict())
-    study.claim_folder(folder, study.QUICK._asdict())
-    with pytest.raises(UserError, match="something else than a study of this size; name another folder"):
-        study.claim_folder(folder, study.FULL._asdict())
+    for _ in range(2):
+        with study.claim_folder(folder, study.QUICK._asdict()):
+            pass
+    changed = {**study.QUICK._asdict(), "seeds": 9}
+    with (
+        pytest.raises(UserError, match=r"study with other settings \(seeds\); name another folder"),
+        study.claim_folder(folder, changed),
+    ):
+        pass
     (tmp_path / "other/base").mkdir(parents=True)
-    with pytest.raises(UserError, match="other: holds something else"):
-        study.claim_folder(tmp_path / "other", study.FULL._asdict())
+    with (
+        pytest.raises(UserError, match="other: holds something else than a study; name another folder"),
+        study.claim_folder(tmp_path / "other", study.FULL._asdict()),
+    ):
+        pass
+
+
+def test_a_second_process_on_the_folder_of_a_study_is_rejected(tmp_path):
+    with (
+        study.claim_folder(tmp_path / "study", study.QUICK._asdict()),
+        pytest.raises(UserError, match="another process is running a study in it"),
+        study.claim_folder(tmp_path / "study", study.QUICK._asdict()),
+    ):
+        pass
+    # A study that was ended before it recorded anything is started again.
+    (tmp_path / "study/size.json").unlink()
+    with study.claim_folder(tmp_path / "study", study.QUICK._asdict()):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/below", Path("/proc/study")):
+        with pytest.raises(UserError, match=f"folder {folder}"), study.claim_folder(folder, {}):
+            pass
+
+
+@pytest.mark.parametrize("content", ["", '{"right": {', "[1]"])
+def test_a_damaged_result_is_one_error_that_names_the_file(tmp_path, content):
+    file = tmp_path / "result.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match="result.json: is damaged .* remove it to compute it again"):
+        study_runs.read_result(file)
+
+
+def test_scripts_end_with_a_study_that_is_killed(tmp_path):
+    """Otherwise they would go on writing to the folder in which the study is resumed."""
+    script, pid = tmp_path / "script.py", tmp_path / "pid"
+    script.write_text(
+        f"import os, time\nopen({str(tmp_path / 'new')!r}, 'w').write(str(os.getpid()))\n"
+        f"os.replace({str(tmp_path / 'new')!r}, {str(pid)!r})\ntime.sleep(60)\n"
+    )
+    code = (
+        "from pathlib import Path; from scripts.study import study_runs; study_runs.PRELOADED.clear(); "
+        f"study_runs.prepare(); study_runs.run_script(Path({str(script)!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    try:
+        assert wait_until(pid.is_file, 60)
+        process.kill()
+        process.wait(10)
+        assert wait_until(lambda: not Path("/proc", pid.read_text()).exists(), 10)
+    finally:
+        process.kill()
+
+
+def wait_until(condition, seconds):
+    """Return whether a condition becomes true within some seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_the_best_rate_is_selected_for_each_method_and_task():
