@@ -64,15 +64,23 @@ def held_out_question(file: Path, line: int) -> tuple[list[dict[str, str]], str]
     """Return the turns before the first assistant turn on a line of a file, and the content of that turn.
 
     Raises:
-        UserError: the file has fewer lines.
+        UserError: the file cannot be read, has fewer lines, or has no conversation with an answer there.
     """
-    with file.open(encoding="utf-8") as lines:
-        row = next(islice(lines, line - 1, None), None)
+    if line < 1:
+        raise UserError(f"--line {line}: must be at least 1")
+    try:
+        with file.open(encoding="utf-8") as lines:
+            row = next(islice(lines, line - 1, None), None)
+    except OSError as error:
+        raise UserError(f"--question {file}: cannot be read ({error.strerror})") from None
     if row is None:
         raise UserError(f"--line {line}: {file} has fewer lines")
-    messages = json.loads(row)["messages"]
-    turn = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:turn], messages[turn]["content"]
+    try:
+        messages = json.loads(row)["messages"]
+        turn = [message["role"] for message in messages].index("assistant")
+        return messages[:turn], messages[turn]["content"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}:{line}: is not a row with messages that have an answer") from None
 
 
 def main() -> None:
@@ -85,6 +93,8 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="a log file to list with the other files")
     arguments = parser.parse_args()
     folder = arguments.folder
+    if arguments.before and not (arguments.before / "config.json").is_file():
+        raise UserError(f"--before: {arguments.before / 'config.json'} does not exist")
     quiet_libraries()
     history = load_report(folder)["log"]
     print(f"\n{table(history)}\n")

@@ -130,7 +130,7 @@ def train(folder: Path, output: Path, *flags: object) -> list[float]:
         "--per_device_train_batch_size", 8, "--use_cpu", not ON_GPU, *flags,
     )  # fmt: skip
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [record["loss"] for record in log if "grad_norm" in record]
+    return [record["loss"] for record in log if "loss" in record]
 
 
 def run(script: Path, *words: object) -> str:

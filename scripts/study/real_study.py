@@ -150,7 +150,7 @@ class Study:
         folder = self.folder / "runs" / run.name
         file = folder / "result.json"
         if file.is_file():
-            return read_result(file)
+            return read_result(file, *Run._fields, "right", "curve")
         if folder.exists():
             shutil.rmtree(folder)
         self.train(run, folder / "model")
@@ -211,7 +211,7 @@ class Study:
                 for name in DATA
             }
             write_atomically(file, [json.dumps({**result, "training": training})])
-        return read_result(file)
+        return read_result(file, "right", "scores", "training")
 
 
 def selection_score(result: Mapping[str, Any]) -> float:

@@ -88,8 +88,12 @@ def claim_folder(folder: Path, description: Mapping[str, Any]) -> Iterator[None]
         yield
 
 
-def read_result(file: Path) -> dict[str, Any]:
+def read_result(file: Path, *keys: str) -> dict[str, Any]:
     """Return the content of a JSON file that a study has written.
+
+    Args:
+        file: the file.
+        keys: keys that the object in it must have.
 
     Raises:
         UserError: the file is damaged.
@@ -98,8 +102,8 @@ def read_result(file: Path) -> dict[str, Any]:
         result = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: is damaged ({error}); remove it to compute it again") from None
-    if not isinstance(result, dict):
-        raise UserError(f"{file}: is damaged (not a JSON object); remove it to compute it again")
+    if not isinstance(result, dict) or not result.keys() >= set(keys):
+        raise UserError(f"{file}: is damaged (not an object with all keys); remove it to compute it again")
     return result
 
 

@@ -102,11 +102,13 @@ def test_finished_runs_are_not_repeated_and_another_study_is_refused(tmp_path):
     assert run.name == "alpha_0.5-half_known_3_in_10_wrong-0-0.0001"
     file = tmp_path / "runs" / run.name / "result.json"
     file.parent.mkdir(parents=True)
-    file.write_text('{"right": {"a": 1}}')
-    assert study.results([run, run]) == [{"right": {"a": 1}}] * 2
-    file.write_text('{"right": {"a"')
-    with pytest.raises(UserError, match="result.json: is damaged"):
-        study.results([run])
+    result = {**run._asdict(), "right": {"a": 1}, "curve": []}
+    file.write_text(json.dumps(result))
+    assert study.results([run, run]) == [result] * 2
+    for damaged in ('{"right": {"a"', "{}", '{"right": {"a": 1}}'):
+        file.write_text(damaged)
+        with pytest.raises(UserError, match="result.json: is damaged .* remove it to compute it again"):
+            study.results([run])
     (tmp_path / "base.json").write_text("")
     with pytest.raises(UserError, match="base.json: is damaged"):
         study.base_result()
