@@ -8,132 +8,24 @@ r"""Fine-tune a causal language model with Dynamic Fine-Tuning (DFT, arXiv 2508.
 scripts/train.sh holds a complete command to edit. docs/flags.md lists the flags.
 """
 
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-from dft.arguments.batch_search import check_same_batch
-from dft.arguments.conflicts import check_batches, find_notes
-from dft.arguments.data import prepare_options
-from dft.arguments.parser import Arguments, parse_arguments
-from dft.console import say
-from dft.data.preparing.prepare import PreparedData, prepare
-from dft.data.templates.encoder import ChatEncoder
-from dft.errors import EXIT_STOPPED, report_user_errors
-from dft.ranks import exit_rank, is_launched, is_main_process
-from dft.report.callbacks import add_reports
-from dft.report.model_card import saved_model_card
-from dft.report.preflight import run_preflight
-from dft.report.report_callback import ReportCallback
-from dft.report.run_record import run_record
-from dft.report.terminal.data import data_summary, show_sequences
-from dft.report.terminal.plan import plan_lines
-from dft.report.terminal.start_and_end import (
-    final_lines,
-    new_notes,
-    start_lines,
-    stopped_lines,
-    write_resolved_arguments,
-)
-from dft.training.batching import describe_batching
-from dft.training.checkpoints.disk_space import check_space
-from dft.training.checkpoints.folder import clear_away
-from dft.training.checkpoints.resume_point import resolve_resume
-from dft.training.measuring.console import tag_warnings
-from dft.training.memory.out_of_memory import OutOfMemory
-from dft.training.memory.shared_memory import check_shared_memory
-from dft.training.model.loading import load_meta_model
-from dft.training.parallel.stopping import Stopped, StopRequest
-from dft.training.run import (
-    load_encoder,
-    load_models,
-    make_trainer,
-    prepare_run,
-    restart,
-    run_options,
-    set_up_output,
-    train_and_save,
-)
-from dft.training.trainer import DFTTrainer
+from dft.errors import report_user_errors
+from dft.startup import fast_imports
 
 
 def main() -> None:
+    """Parse the command line and carry out the run. Its steps are in dft/fine_tune.py."""
     report_user_errors()
+    with fast_imports():  # takes seconds, in which Ctrl-C is already reported in one line
+        from dft.arguments.parser import parse_arguments
+        from dft.training.measuring.console import tag_warnings
+        from dft.training.parallel.stopping import StopRequest
     stop = StopRequest()
     stop.listen()
     tag_warnings()
     arguments = parse_arguments()
-    prepare_run(arguments)
-    arguments.training.resume_from_checkpoint, notes = resolve_resume(arguments)
-    arguments.notes.extend([*notes, *find_notes(arguments), *set_up_output(arguments.training)])
-    tokenizer, encoder = load_encoder(arguments)
-    say(*new_notes(arguments))
-    data = prepare_data(arguments, encoder)
-    if arguments.data.prepare_only:
-        write_resolved_arguments(arguments)
-        say(f"prepared: {data.path}")
-        return
-    check_batches(arguments, len(data.datasets["train"]))
-    if arguments.watch.plan:
-        say(*plan_lines(arguments, load_meta_model(arguments), data.report), *new_notes(arguments))
-        return
-    check_shared_memory(
-        arguments.training, arguments.data.max_length if arguments.data.packing else data.longest
-    )
-    models = load_models(arguments, tokenizer, data)
-    record: dict[str, Any] = {}  # describes the arguments as resolved by the trainer, so it is filled later
-    card = partial(saved_model_card, record) if is_main_process() else None
-    trainer = make_trainer(arguments, models, data, tokenizer, run_options(arguments, stop, card))
-    check_same_batch(arguments.training)
-    if arguments.watch.preflight:
-        run_preflight(arguments, trainer, tokenizer)
-        exit_rank()
-        return
-    check_space(models[0], arguments.training, len(data.datasets["train"]))
-    if is_main_process():
-        record.update(run_record(arguments, models[0], data.report))
-    report = add_reports(arguments, trainer, encoder, data, record)
-    clear_away(arguments.training)
-    write_resolved_arguments(arguments, models[0])
-    batching = describe_batching(trainer.data_collator)
-    say(*start_lines(arguments, models[0], data.report, batching), *new_notes(arguments))
-    train(arguments, trainer, report)
-    is_adapter = arguments.lora.lora_r is not None
-    say(*final_lines(trainer.state, arguments.training, arguments.watch.report, is_adapter))
-    exit_rank()
-
-
-def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
-    """Return the prepared data. Print its report, and write it unless this is an inspection run."""
-    flags, training = arguments.data, arguments.training
-    data = prepare(
-        flags.data_files,
-        flags.eval_data_files,
-        encoder,
-        prepare_options(flags, arguments.data_seed),
-        cache_dir=Path(flags.data_cache_dir).expanduser(),
-        workers=flags.preprocessing_num_workers,
-    )
-    is_inspection = arguments.watch.preflight or arguments.watch.plan  # the folder may contain a run
-    if is_main_process() and not is_inspection:
-        data.write_report(Path(training.output_dir))
-    say(*data_summary(data.report, None if is_inspection else training.output_dir))
-    if flags.debug_data_processing:
-        say(show_sequences(data.datasets["train"].unpacked(), encoder.tokenizer))
-    return data
-
-
-def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback | None) -> None:
-    """Train and save. Exit if a signal stops the run; restart with a smaller batch if one was recorded."""
-    try:
-        train_and_save(arguments, trainer, report.close if report else lambda status: None)
-    except Stopped as stopped:
-        say(*stopped_lines(stopped))
-        exit_rank(EXIT_STOPPED)
-    except OutOfMemory as error:
-        if not error.smaller or is_launched():
-            raise
-        restart(Path(arguments.training.output_dir), str(error))
+    with fast_imports():  # --help and wrong flags, which are answered by now, do not need the trainer
+        from dft.fine_tune import fine_tune
+    fine_tune(arguments, stop)
 
 
 if __name__ == "__main__":

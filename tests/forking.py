@@ -113,9 +113,9 @@ def forking(folder: Path) -> Iterator[Forks]:
 
 def serve() -> None:
     """Fork runs as requested on stdin, and answer with process ids and exit codes on stdout."""
+    import dft.fine_tune
     import dft.report.pages.run
-    import dft.training.run
-    import train_dft  # noqa: F401 - together, these import everything that a run needs
+    import dft.training.run  # noqa: F401 - together, these import everything that a run needs
     from tests.dying import DyingTrainer
 
     dft.training.run.DFTTrainer = DyingTrainer

@@ -27,6 +27,7 @@ def test_files_and_functions_are_short(path):
     assert {name: lines for name, lines in functions(path).items() if lines > MAX_FUNCTION} == {}
 
 
-def test_the_entry_script_is_a_list_of_steps():
-    path = ROOT / "train_dft.py"
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 150 and functions(path)["main"] <= 50
+@pytest.mark.parametrize(("name", "function"), [("train_dft.py", "main"), ("dft/fine_tune.py", "fine_tune")])
+def test_the_entry_script_and_a_run_are_lists_of_steps(name, function):
+    path = ROOT / name
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 150 and functions(path)[function] <= 50

@@ -35,7 +35,13 @@ SETTINGS = {"TOKENIZERS_PARALLELISM": "false"}
 CPU_SETTINGS = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 """Further ones where they run on the CPU, several at a time."""
 FORKS = multiprocessing.get_context("forkserver")
-PRELOADED = ["train_dft", "evaluate", "scripts.study.study_results", "scripts.study.study_task"]
+PRELOADED = [
+    "dft.fine_tune",
+    "train_dft",
+    "evaluate",
+    "scripts.study.study_results",
+    "scripts.study.study_task",
+]
 
 
 class Run(NamedTuple):

@@ -19,6 +19,7 @@ import torch
 
 import dft.data.sandbox.limits
 import dft.errors
+import dft.fine_tune  # noqa: F401  slow to import
 import train_dft
 from dft.errors import EXIT_USER_ERROR, UserError
 from tests.launching import free_port
