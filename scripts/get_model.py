@@ -178,8 +178,13 @@ def is_made(name: str, folder: Path) -> bool:
     if not folder.exists() or not any(folder.iterdir()):
         return False
     source = folder / SOURCE
-    if source.is_file() and json.loads(source.read_text(encoding="utf-8"))["model"] == name:
-        return True
+    if source.is_file():
+        try:
+            description = json.loads(source.read_text(encoding="utf-8"))
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise UserError(f"{source} is damaged ({error}); pass another folder or empty this one") from None
+        if isinstance(description, dict) and description.get("model") == name:
+            return True
     raise UserError(f"{folder} is not empty and does not hold {name}; pass another folder or empty this one")
 
 

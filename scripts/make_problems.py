@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dft.errors import UserError, report_user_errors
+from dft.files import convert_write_errors
 
 
 def main() -> None:
@@ -24,16 +25,22 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--train", type=int, default=256, help="number of conversations to train on")
     arguments = parser.parse_args()
+    if arguments.train < 1:
+        raise UserError(f"--train {arguments.train}: pass a number of at least 1")
     if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError("the package reasoning-gym is missing; run: pip install -r requirements-real.txt")
     from scripts.study.real_tasks import DATA, conversation, held_out, training_rows
     from scripts.study.study_task import write_rows
 
     train, evaluation = arguments.folder / "train.jsonl", arguments.folder / "eval.jsonl"
-    write_rows(train, training_rows(DATA["half known"], arguments.train, "quickstart"))
+    rows = training_rows(DATA["half known"], arguments.train, "quickstart")
     problems = held_out("short arithmetic")
-    write_rows(evaluation, [conversation(problem.question, problem.written_out()) for problem in problems])
-    print(f"wrote {arguments.train} conversations to {train}, and {len(problems)} problems to {evaluation}")
+    with convert_write_errors(arguments.folder, "FOLDER"):
+        write_rows(train, rows)
+        write_rows(
+            evaluation, [conversation(problem.question, problem.written_out()) for problem in problems]
+        )
+    print(f"wrote {len(rows)} conversations to {train}, and {len(problems)} problems to {evaluation}")
 
 
 if __name__ == "__main__":

@@ -156,9 +156,10 @@ def training_rows(data: Data, count: int, seed: str) -> list[dict[str, Any]]:
     """
     generator = random.Random(seed)
     drawn: list[Problem] = []
-    for part in data.parts:
+    share, remainder = divmod(count, len(data.parts))
+    for index, part in enumerate(data.parts):
         pool = problems(part)[PARTS[part].held_out + PARTS[part].validation :]
-        missing = count // len(data.parts)
+        missing = share + (index < remainder)
         while missing:
             batch = generator.sample(pool, min(missing, len(pool)))
             drawn += batch

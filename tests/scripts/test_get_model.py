@@ -70,6 +70,21 @@ def test_folder_with_something_else_is_kept(tmp_path):
     assert is_made(NAME, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "source.json is damaged"),
+        (b"\xff", "source.json is damaged"),
+        (b"[]", "does not hold"),
+        (b"{}", "does not hold"),
+    ],
+)
+def test_description_that_is_damaged_is_an_error(tmp_path, content, message):
+    (tmp_path / SOURCE).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        is_made(NAME, tmp_path)
+
+
 @pytest.fixture
 def quantized(tokenizer):
     """Return a small model whose configuration names a quantization, as one that is loaded from GGUF."""
