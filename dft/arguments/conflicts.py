@@ -41,7 +41,8 @@ def check_arguments(arguments: Arguments) -> None:
         check_loss_settings(training)
     except ValueError as error:
         raise UserError(str(error)) from None
-    check_sequence_parallel(training, arguments.data.packing, planned_ranks or world_size())
+    attention = arguments.model.attn_implementation
+    check_sequence_parallel(training, arguments.data.packing, attention, planned_ranks or world_size())
     check_evaluation(arguments)
     check_samples(arguments)
     check_precision(arguments)

@@ -29,8 +29,9 @@ class ModelArguments:
     attn_implementation: str = field(
         default="auto",
         metadata={
-            "help": "Attention implementation of transformers: flash_attention_2, sdpa, eager, ..., or auto, "
-            "which uses flash_attention_2 on CUDA if it is installed and sdpa otherwise."
+            "help": "Attention implementation: varlen, which computes no padding on any device; an "
+            "implementation of transformers: flash_attention_2, sdpa, eager, ...; or auto, which uses "
+            "flash_attention_2 on CUDA if it is installed, else varlen if the model fits, else sdpa."
         },
     )
     trust_remote_code: bool = field(

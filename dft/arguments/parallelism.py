@@ -93,11 +93,14 @@ def check_deepspeed(training: transformers.TrainingArguments) -> None:
         )
 
 
-def check_sequence_parallel(training: transformers.TrainingArguments, packing: bool, ranks: int) -> None:
+def check_sequence_parallel(
+    training: transformers.TrainingArguments, packing: bool, attention: str, ranks: int
+) -> None:
     """Raise `UserError` for flags that sequence parallelism does not support.
 
     Args:
         packing: whether rows hold several conversations.
+        attention: value of --attn_implementation.
         ranks: number of ranks of the run or the plan.
     """
     size = sequence_parallel_size(training)
@@ -109,10 +112,10 @@ def check_sequence_parallel(training: transformers.TrainingArguments, packing: b
             f"{flag}: {ranks} rank(s) cannot be divided into groups of {size}; use a multiple of {size} "
             "ranks (deepspeed --num_gpus, torchrun --nproc_per_node, --plan_world_size), or another size"
         )
-    if packing:
+    if packing and attention not in ("auto", "varlen"):
         raise UserError(
-            f"{flag} with --packing True: the conversations of a row would attend to one another; use "
-            "--packing False"
+            f"{flag} with --packing True: with {attention} attention the conversations of a row would attend "
+            "to one another; use --attn_implementation varlen or --packing False"
         )
     if training.fsdp:
         raise UserError(f"{flag} with --fsdp is not supported; use --deepspeed ds_config/zero3.json")

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import datasets
@@ -12,16 +13,15 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import unwrap_peft_model
-from transformers.utils.generic import is_flash_attention_requested
 
 from dft.data.batches.collator import FlatCollator, PackedCollator, PaddedCollator
 from dft.data.batches.dataset import Sequences
 from dft.data.batches.sampler import WithBlank
 from dft.errors import UserError
+from dft.training.attention.choice import MASKED_LAYERS, attention_of, reference_attention, runs_unpadded
+from dft.training.attention.interface import VARLEN
 
 Collator = PaddedCollator | PackedCollator | FlatCollator
-MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Layer types whose only access to other tokens is through the attention mask."""
 COLUMNS = ("labels", "seq_lengths", "origins", "loss_weights")
 """Dataset columns that the collator and the loss read, regardless of what the model's forward accepts."""
 NON_MODEL_KEYS = ("labels", "num_tokens", "loss_positions", "sequence_ids", "origins", "loss_weights")
@@ -39,9 +39,9 @@ def choose_collator(
 ) -> Collator:
     """Return the collator that suits the attention of a model.
 
-    With flash attention, every batch is one row without padding. Otherwise rows are padded on the right, and
-    packed rows have positions that restart. Models that cannot keep the sequences of a row separate get
-    padded rows with one sequence each.
+    With varlen or flash attention, every batch is one row without padding. Otherwise rows are padded on the
+    right, and packed rows have positions that restart. Models that cannot keep the sequences of a row
+    separate get padded rows with one sequence each.
 
     Args:
         model: model to train, with its attention implementation set.
@@ -54,7 +54,7 @@ def choose_collator(
     """
     obstacle = packing_obstacle(model, longest_row)
     if obstacle is None:
-        if is_flash_attention_requested(model.config.get_text_config()):
+        if runs_unpadded(model.config.get_text_config()):
             return FlatCollator()
         return PackedCollator(pad_token_id) if packed else PaddedCollator(pad_token_id)
     if packed:
@@ -82,14 +82,15 @@ def packing_obstacle(model: PreTrainedModel, longest_row: int | None = None) -> 
     parameters = inspect.signature(model.forward).parameters
     if "position_ids" not in parameters:
         return "its forward takes no position_ids"
-    flash = is_flash_attention_requested(config)
-    if flash:
+    unpadded = runs_unpadded(config)
+    if unpadded:
+        name = "varlen" if config._attn_implementation == VARLEN else "flash"
         if "chunked_attention" in layers:
-            return "flash attention has no chunked attention"
+            return f"{name} attention has no chunked attention"
         if all(parameter.kind != inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-            return "its forward passes no arguments on to flash attention"
+            return f"its forward passes no arguments on to {name} attention"
     limit = exact_row_length(config)
-    if limit is not None and (flash or longest_row is None or longest_row > limit):
+    if limit is not None and (unpadded or longest_row is None or longest_row > limit):
         length = "" if longest_row is None else f", and the longest row has {longest_row}"
         return (
             "it scales attention by the position in the row instead of the conversation, so packing is exact "
@@ -233,7 +234,8 @@ def check_isolation(
 ) -> None:
     """Check that a sequence has the same logits in a packed row as on its own.
 
-    Runs two short sequences in one row, and the second one alone. A token counts as different if its logits
+    Runs two short sequences in one row, and the second one alone; with varlen attention, alone with the
+    attention that transformers would choose. A token counts as different if its logits
     are off by more than rounding. Up to a quarter of the tokens may be different, since in a mixture of
     experts rounding can send a token to another expert; whereas a leak between sequences changes nearly all
     of them. Does not consume random numbers. Under ZeRO-3 all ranks must call this.
@@ -263,7 +265,9 @@ def check_isolation(
         return forward(**inputs).logits[0].cpu().double()  # not every device has float64
 
     packed = logits(pair, alone)[first : first + second]
-    expected = logits(alone)
+    is_varlen = config._attn_implementation == VARLEN
+    with attention_of(model, reference_attention(model)) if is_varlen else nullcontext():
+        expected = logits(alone)
     error = (packed - expected).norm(dim=-1) / expected.norm(dim=-1)  # (second,)
     different = int((~(error <= TOLERANCE.get(dtype, LARGEST_TOLERANCE))).sum())  # NaN counts as a difference
     if different > second // 4:

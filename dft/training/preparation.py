@@ -122,7 +122,8 @@ def resolve_collator(
     train_dataset = datasets.get("train_dataset")
     if sequence_parallel_size(args) > 1:
         check_shared_data(train_dataset, objective)
-        collator = resolve_parallel_collator(padding_id(model), collator)
+        packed = is_packed(train_dataset, datasets.get("eval_dataset"))
+        collator = resolve_parallel_collator(model, padding_id(model), collator, packed)
     elif collator is None:
         collections = (train_dataset, datasets.get("eval_dataset"))
         longest = longest_row(*collections) if (packed := is_packed(*collections)) else None

@@ -23,8 +23,10 @@ def run(example, name, launcher, **flags):
 
 
 def test_packed_rows_under_zero3_equal_unpacked_rows_in_one_process(example):
-    _, train, evaluation, printed = run(example, "single", "python", per_device_train_batch_size=60)
-    assert "padded on the right" in printed
+    _, train, evaluation, printed = run(
+        example, "single", "python", per_device_train_batch_size=60, attn_implementation="sdpa"
+    )
+    assert "sdpa attention" in printed and "padded on the right" in printed
     spread = {
         "per_device_train_batch_size": 16, "per_device_eval_batch_size": 3, "packing": True,
         "deepspeed": ROOT / "ds_config/zero3.json",
@@ -32,7 +34,7 @@ def test_packed_rows_under_zero3_equal_unpacked_rows_in_one_process(example):
     output, packed, packed_evaluation, printed = run(example, "rows", "deepspeed", **spread)
     report = json.loads((output / "data_report.json").read_text())["train"]
     assert 2 < report["rows"] <= 32 and report["sequences"] == 60 and report["packing_density"] > 0.9
-    assert f"in {report['rows']} rows of {LENGTH} tokens" in printed and "packed rows" in printed
+    assert f"in {report['rows']} rows of {LENGTH} tokens" in printed and "padding-free" in printed
     assert len(packed) == len(train) == EPOCHS
     for got, expected in [*zip(packed, train, strict=True), *zip(packed_evaluation, evaluation, strict=True)]:
         prefix = "eval_" if "eval_nll" in got else ""

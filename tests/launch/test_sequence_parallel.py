@@ -19,6 +19,7 @@ FLAGS = {
 }  # fmt: skip
 WAYS = {
     "ddp": {},
+    "padded": {"attn_implementation": "sdpa"},
     "zero2": {"deepspeed": ROOT / "ds_config/zero2.json"},
     "zero3": {"deepspeed": ROOT / "ds_config/zero3.json"},
     "zero3-whole-logits": {"deepspeed": ROOT / "ds_config/zero3.json", "fused_head": "off"},
@@ -112,7 +113,11 @@ def test_a_run_is_resumed(train, example):
             r"2 rank\(s\) cannot be divided into groups of 3",
         ),
         ({"sequence_parallel_size": 0}, 1, "must be at least 1"),
-        ({"sequence_parallel_size": 2, "packing": True}, 2, "--packing False"),
+        (
+            {"sequence_parallel_size": 2, "packing": True, "attn_implementation": "sdpa"},
+            2,
+            "use --attn_implementation varlen or --packing False",
+        ),
         ({"sequence_parallel_size": 2, "attn_implementation": "eager"}, 2, "use --attn_implementation sdpa"),
     ],
 )
@@ -123,14 +128,40 @@ def test_unsupported_settings_are_rejected(train, flags, ranks, message):
     assert re.search(message, printed), printed
 
 
-@pytest.mark.slow
-def test_sliding_windows_are_rejected(train, example):
+@pytest.fixture(scope="module")
+def windowed(example):
+    """Return the folder of the example's model with a sliding window in its second layer."""
     folder = example.folder / "windowed"
     model = AutoModelForCausalLM.from_pretrained(example.model)
     model.config.layer_types = ["full_attention", "sliding_attention"]
     model.config.sliding_window, model.config.use_sliding_window = 16, True
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(example.model).save_pretrained(folder)
-    _, codes, printed = train("windowed", 2, sequence_parallel_size=2, model_name_or_path=folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_sliding_windows_are_rejected_with_masks(train, windowed):
+    flags = {"sequence_parallel_size": 2, "model_name_or_path": windowed, "attn_implementation": "sdpa"}
+    _, codes, printed = train("windowed", 2, **flags)
     assert EXIT_USER_ERROR in codes and 0 not in codes, printed
     assert "sliding_attention" in printed
+
+
+@pytest.mark.slow
+def test_sliding_windows_and_packed_rows_are_shared_with_varlen_attention(train, windowed):
+    """Each epoch is one step with all conversations, packed for two ranks and unpacked in one process."""
+    flags = {"model_name_or_path": windowed, "num_train_epochs": 3, "max_length": 96}
+    whole, codes, printed = train(
+        "windows-whole", 1, per_device_train_batch_size=37, attn_implementation="sdpa", **flags
+    )
+    assert codes == [0] and "sdpa attention" in printed, printed
+    shared, codes, printed = train(
+        "windows-shared", 2, per_device_train_batch_size=32, packing=True, sequence_parallel_size=2, **flags
+    )
+    assert not any(codes) and "2 ranks per sequence" in printed, printed
+    got, expected = train_records(shared), train_records(whole)
+    assert len(got) == len(expected) == 3
+    for record, reference in zip(got, expected, strict=True):
+        for metric in ("loss", "nll", "avg_p_correct", "grad_norm"):
+            assert record[metric] == pytest.approx(reference[metric], rel=1e-5), metric

@@ -253,6 +253,8 @@ def test_packed_evaluation_equals_padded_evaluation(tmp_path):
         ("eager", True, PackedCollator(7)),
         ("flex_attention", True, PackedCollator(7)),
         ("flash_attention_2", False, FlatCollator()),
+        ("varlen", False, FlatCollator()),
+        ("varlen", True, FlatCollator()),
         ("flash_attention_3", True, FlatCollator()),
         ("kernels-community/vllm-flash-attn3", True, FlatCollator()),
     ],

@@ -1,12 +1,15 @@
 """Resolve the dtype and the attention implementation that a model is loaded with."""
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from dft.arguments.model import DTYPES
 from dft.arguments.parser import Arguments
 from dft.errors import UserError
+from dft.training.attention.choice import varlen_obstacle
+from dft.training.attention.interface import VARLEN
 
 FLASH = "flash_attention_2"
 
@@ -25,7 +28,8 @@ def resolve_dtype(arguments: Arguments) -> torch.dtype | str:
 def resolve_attention(arguments: Arguments) -> str:
     """Return the attention implementation to load the model with.
 
-    "auto" leaves the choice to transformers, which selects sdpa if the model supports it.
+    "auto" leaves the choice to transformers, which selects sdpa if the model supports it, and then to
+    `use_varlen_attention`.
 
     Raises:
         UserError: there is no implementation of that name, or this machine does not support it.
@@ -49,6 +53,32 @@ def resolve_attention(arguments: Arguments) -> str:
     if attention == FLASH:
         _check_flash_attention(training.use_cpu, is_half)
     return attention
+
+
+def use_varlen_attention(model: PreTrainedModel, arguments: Arguments) -> None:
+    """Let a model compute attention without padding, if the flags leave the choice and the model fits.
+
+    Otherwise add a note to `arguments.notes` that says why its batches are padded.
+
+    Raises:
+        UserError: the flags request `varlen` attention and the model does not fit.
+    """
+    attention = resolve_attention(arguments)
+    if attention not in ("auto", VARLEN):
+        return
+    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = mixed.get(arguments.training.mixed_precision, model.dtype)
+    obstacle = varlen_obstacle(model, dtype, arguments.training.device)
+    if obstacle is None:
+        model.set_attn_implementation(VARLEN)
+    elif attention == VARLEN:
+        raise UserError(
+            f"--attn_implementation {VARLEN}: {type(model).__name__}: {obstacle}; use "
+            "--attn_implementation auto"
+        )
+    else:
+        used = model.config.get_text_config()._attn_implementation
+        arguments.notes.append(f"batches are padded, with {used} attention: {obstacle}")
 
 
 def _check_flash_attention(use_cpu: bool, is_half: bool) -> None:

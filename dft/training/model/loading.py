@@ -15,7 +15,7 @@ from dft.data.templates.tokenizer import UNLOADABLE, tokens_added_to
 from dft.errors import UserError, describe_loading_error
 from dft.ranks import first_failure
 from dft.training.model.adapters import add_adapters, pack_linear, resolve_quantization
-from dft.training.model.attention import resolve_attention, resolve_dtype
+from dft.training.model.attention import VARLEN, resolve_attention, resolve_dtype, use_varlen_attention
 from dft.training.model.companion_files import fetch_companions, left_out_note
 from dft.training.model.generation import resolve_generation_config
 from dft.training.model.precision import check_trained_dtype, dtype_notes
@@ -113,6 +113,7 @@ def load_meta_model(arguments: Arguments) -> PreTrainedModel:
         raise UserError(
             f"--model_name_or_path {name}: cannot be planned: {describe_loading_error(error)}"
         ) from None
+    use_varlen_attention(model, arguments)
     if arguments.lora.load_in_4bit:
         pack_linear(model)
     if arguments.lora.lora_r is not None:
@@ -143,6 +144,7 @@ def _load_checked(arguments: Arguments) -> PreTrainedModel:
     if note is not None:
         arguments.notes.append(note)
     check_causal(model, name)
+    use_varlen_attention(model, arguments)
     check_finite(model, name, arguments.training.device)
     return model
 
@@ -187,7 +189,7 @@ def _loading_failure(error: Exception, name: str) -> str:
 
 def _attention_or_default(arguments: Arguments) -> str | None:
     attention = resolve_attention(arguments)
-    return None if attention == "auto" else attention
+    return None if attention in ("auto", VARLEN) else attention
 
 
 def resize_embeddings(

@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 
-from dft.data.batches.collator import PaddedCollator, loss_weights_of
+from dft.data.batches.collator import FlatCollator, PaddedCollator, loss_weights_of
 from dft.data.batches.sampler import EpochSampler
 from dft.errors import UserError
 from dft.labels import IGNORE_INDEX
 from dft.loss.objectives import Objective
 from dft.ranks import init_cpu_deepspeed
+from dft.training.attention.interface import VARLEN
 from dft.training.batching import packing_obstacle
 from dft.training.model.positions import LENGTH_DEPENDENT_ROPE, rope_types
 
@@ -33,12 +34,21 @@ SLICEABLE_KEYS = {
     "input_ids",
     "labels",
     "attention_mask",
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
     "loss_positions",
     "sequence_ids",
     "origins",
     "loss_weights",
 }
 """Entries that a batch may have; `SequenceParallel.local_slice` can slice only these."""
+
+
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Entries of a flattened batch that describe where its sequences begin."""
 
 
 def sequence_parallel_obstacle(model: PreTrainedModel, size: int) -> str | None:
@@ -49,10 +59,12 @@ def sequence_parallel_obstacle(model: PreTrainedModel, size: int) -> str | None:
     settings = config.to_dict()
     if config._attn_implementation == "eager":
         return "eager attention needs a mask of all pairs of tokens (use --attn_implementation sdpa)"
-    # Windows and chunks are implemented by a mask, which each rank would create for its own slice.
+    # Windows and chunks are implemented by a mask, which each rank would create for its own slice. varlen
+    # attention needs no mask for windows.
     layer_types = settings.get("layer_types") or ()
-    local_layers = set(layer_types) - {"full_attention"}
-    if local_layers or (settings.get("sliding_window") and not layer_types):
+    is_varlen = config._attn_implementation == VARLEN
+    local_layers = set(layer_types) - {"full_attention", *(["sliding_attention"] if is_varlen else [])}
+    if local_layers or (settings.get("sliding_window") and not layer_types and not is_varlen):
         names = ", ".join(sorted(local_layers)) or "sliding"
         return f"it has layers that see only a part of the sequence ({names})"
     if config.num_attention_heads % size:
@@ -81,7 +93,7 @@ class SequenceParallel:
     Args:
         model: model whose attention is wrapped.
         size: number of ranks that share a sequence.
-        micro_batch_size: rows of a micro-batch.
+        micro_batch_size: examples of a micro-batch, each a row unless varlen attention concatenates them.
 
     Attributes:
         size: number of ranks that share a sequence.
@@ -102,15 +114,16 @@ class SequenceParallel:
         import deepspeed
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
+        attention = model.config.get_text_config()._attn_implementation
         if model.device.type == "cpu":
             init_cpu_deepspeed()  # does not compile anything
         elif not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(verbose=False)  # uses the existing process group
         groups = UlyssesSPAttentionHF.register_with_transformers(
             model_name_or_path=model,
-            core_attn_implementation=model.config._attn_implementation,
+            core_attn_implementation=attention,
             sequence_parallel_size=size,
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=1 if attention == VARLEN else micro_batch_size,
             disable_in_eval=True,
         )
         self.size = size
@@ -120,12 +133,14 @@ class SequenceParallel:
         """Return this rank's slice of its group's batch.
 
         Args:
-            batch: batch of `PaddedCollator`, (batch, seq); padded here to a multiple of the group size.
+            batch: batch of `PaddedCollator` or `FlatCollator`, (batch, seq); padded here to a multiple of the
+                group size.
 
         Returns:
             input_ids, position_ids, labels, sequence_ids: (batch, seq / ranks). `labels` are shifted: each is
             the target of its own position, which may be the first one of the next rank, and so is each of
-            the `loss_weights`, if the batch has any. num_tokens: number of tokens without padding.
+            the `loss_weights`, if the batch has any. num_tokens: number of tokens without padding. Of a batch
+            of `FlatCollator` also the boundaries of all its sequences, with the padding as the last one.
 
         Raises:
             ValueError: the batch has unknown entries.
@@ -145,8 +160,15 @@ class SequenceParallel:
             return F.pad(tensor, (0, padded_width - tensor.shape[1]), value=fill)[:, own].contiguous()
 
         labels = cut(batch["labels"][:, 1:], IGNORE_INDEX)
-        positions = torch.arange(padded_width, device=ids.device).expand(rows, padded_width)
+        sequence_ids = cut(batch["sequence_ids"], -1)
         others = {name: batch[name] for name in ("origins",) if name in batch}
+        positions = torch.arange(padded_width, device=ids.device).expand(rows, padded_width)
+        if "cu_seq_lens_q" in batch:
+            positions = torch.cat([batch["position_ids"], positions[:, : padded_width - width]], dim=1)
+            if padded_width > width:
+                others |= _with_padding(batch, padded_width - width)
+            else:
+                others |= {name: batch[name] for name in BOUNDARIES}
         if (weights := loss_weights_of(batch)) is not None:
             others["loss_weights"] = cut(weights[:, 1:], 1.0)
         return {
@@ -154,10 +176,17 @@ class SequenceParallel:
             "position_ids": positions[:, own].contiguous(),
             "labels": labels,
             "loss_positions": (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
-            "sequence_ids": cut(batch["sequence_ids"], -1),
-            "num_tokens": cut(batch["attention_mask"], 0).sum(),
+            "sequence_ids": sequence_ids,
+            "num_tokens": (sequence_ids >= 0).sum(),
             **others,
         }
+
+
+def _with_padding(batch: Mapping[str, Any], padding: int) -> dict[str, Any]:
+    """Return the boundaries of a flattened batch with its padding as one more sequence."""
+    bounds, longest = batch["cu_seq_lens_q"], max(batch["max_length_q"], padding)
+    bounds = torch.cat([bounds, bounds[-1:] + padding])
+    return dict(zip(BOUNDARIES, (bounds, bounds, longest, longest), strict=True))
 
 
 def check_shared_data(dataset: Any, objective: Objective) -> None:
@@ -174,18 +203,35 @@ def check_shared_data(dataset: Any, objective: Objective) -> None:
         )
 
 
-def resolve_parallel_collator(pad_token_id: int, collator: Any) -> PaddedCollator:
-    """Return the collator whose batches can be sliced, including for flash attention.
+def resolve_parallel_collator(
+    model: PreTrainedModel, pad_token_id: int, collator: Any, packed: bool
+) -> PaddedCollator | FlatCollator:
+    """Return the collator whose batches can be sliced: flattened for varlen attention, otherwise padded.
 
     Args:
+        model: the model.
         pad_token_id: id to pad with.
         collator: collator that the caller chose, or None.
+        packed: whether examples hold several sequences.
 
     Raises:
         ValueError: an unsuitable collator was chosen.
+        UserError: the examples are packed, and the model's attention would mix their sequences.
     """
-    if collator is not None and not isinstance(collator, PaddedCollator):
-        raise ValueError("sequence parallelism can slice batches of PaddedCollator only; omit data_collator")
+    attention = model.config.get_text_config()._attn_implementation
+    suitable = FlatCollator if attention == VARLEN else PaddedCollator
+    if collator is not None and not isinstance(collator, suitable):
+        raise ValueError(
+            f"sequence parallelism with {attention} attention can slice batches of {suitable.__name__} only; "
+            "omit data_collator"
+        )
+    if suitable is FlatCollator:
+        return FlatCollator()
+    if packed:
+        raise UserError(
+            f"--sequence_parallel_size with --packing True: with {attention} attention the conversations of "
+            "a row would attend to one another; use --attn_implementation varlen or --packing False"
+        )
     return collator or PaddedCollator(pad_token_id)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
@@ -22,7 +23,8 @@ LENGTH = 9
 
 @pytest.fixture(scope="module")
 def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
+    AcceleratorState._reset_state()  # an earlier test of the process may have computed in bfloat16
+    return Accelerator(cpu=True, mixed_precision="no")
 
 
 def generator(accelerator, prompts=PROMPTS, stops=STOPS, batch_size=2, **more) -> AnswerGenerator:

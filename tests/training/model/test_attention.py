@@ -20,7 +20,7 @@ from tests.training.model.loading_helpers import arguments, load
 def test_weights_are_float32_by_default(folder, flags, dtype):
     model = load(folder, *flags)
     assert model.dtype == dtype
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "varlen"
 
 
 def test_weights_have_the_compute_dtype_under_deepspeed(folder):
