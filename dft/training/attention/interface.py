@@ -70,28 +70,14 @@ def varlen_attention_forward(
         raise ValueError(f"{VARLEN} attention does not support {feature}; use attn_implementation='sdpa'")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal  # not every layer says it
-    rows, heads, length, size = query.shape
+    rows, _, length, _ = query.shape
     if attention_mask is not None or not causal or key.shape[2] != length:
         output = _masked_attention(module, query, key, value, attention_mask, scale, softcap, s_aux, causal)
         return output, None
-    if torch.is_autocast_enabled(query.device.type):  # operators of PyTorch's own are cast by autocast itself
-        query, key, value = (
-            tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value)
-        )
     if cu_seq_lens_q is None:
         cu_seq_lens_q, max_length_q = _bounds(position_ids, rows, length, query.device)
-    value_size = value.shape[-1]
-    value = F.pad(value, [0, size - value_size])
-    output, _ = sequence_attention(
-        *(tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)),
-        s_aux,
-        cu_seq_lens_q,
-        max_length_q,
-        scale,
-        sliding_window or 0,
-        softcap or 0.0,
-    )
-    return output.view(rows, length, heads, size)[..., :value_size], None
+    settings = (cu_seq_lens_q, max_length_q, scale, sliding_window or 0, softcap or 0.0)
+    return _unpadded_attention(query, key, value, s_aux, settings), None
 
 
 def varlen_mask(
@@ -110,6 +96,25 @@ def varlen_mask(
         batch_size, q_length, kv_length, attention_mask=attention_mask, config=config, use_vmap=use_vmap,
         **kwargs,
     )  # fmt: skip
+
+
+def _unpadded_attention(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, settings: tuple[Any, ...]
+) -> Tensor:
+    """Return the attention of a batch without padding, (batch, queries, heads, value size).
+
+    Args:
+        settings: the arguments of `sequence_attention` from `bounds` on.
+    """
+    if torch.is_autocast_enabled(query.device.type):  # casts the inputs of PyTorch's own operators itself
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    rows, heads, length, size = query.shape
+    value_size = value.shape[-1]
+    value = F.pad(value, [0, size - value_size])
+    flat = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    output, _ = sequence_attention(*flat, sinks, *settings)
+    return output.view(rows, length, heads, size)[..., :value_size]
 
 
 def _bounds(position_ids: Tensor | None, rows: int, length: int, device: torch.device) -> tuple[Tensor, int]:
