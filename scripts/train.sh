@@ -83,6 +83,19 @@ is_given() {
     return 1
 }
 
+# Sets `defaults` to the flags above that the arguments do not replace. Several --config files are all read.
+select_defaults() {
+    local word keep=true
+    defaults=()
+    for word in "${flags[@]}"; do
+        if [[ $word == --* ]]; then
+            keep=true
+            if [[ $word != --config* ]] && is_given "${word%%=*}" "$@"; then keep=false; fi
+        fi
+        if $keep; then defaults+=("$word"); fi
+    done
+}
+
 require_edited() {
     local variable=$1 flag=$2 value
     shift 2
@@ -260,7 +273,7 @@ trap 'ask_to_stop USR1' USR1
 
 # Runs training once. Sets `status` to its exit code and `log_start` to the size of the log before.
 attempt() {
-    local port follower=
+    local port follower= defaults
     # A fixed port would collide with another run on this machine.
     port=${MASTER_PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
     local launcher=(deepspeed "${devices[@]}" --master_port "$port" --log_level error)
@@ -269,7 +282,8 @@ attempt() {
         "$PYTHON" scripts/torchrun.py --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$per_node"
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"
     )
-    local command=("${launcher[@]}" train_dft.py "${flags[@]}" "$@")
+    select_defaults "$@"
+    local command=("${launcher[@]}" train_dft.py "${defaults[@]}" "$@")
     { printf '%q ' "${command[@]}" && echo; } >>"$log"
     log_start=$(stat -c %s "$log" 2>/dev/null || stat -f %z "$log")
     # Job control puts the launcher and its ranks into their own process group, which can be ended as a whole.

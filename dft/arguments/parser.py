@@ -228,7 +228,7 @@ def check_variables(flags: dict[str, Any]) -> None:
 
 
 def repeated_flags_note(argv: list[str]) -> str | None:
-    """Return a note about flags given twice with different values, such as overrides of scripts/train.sh."""
+    """Return a note about flags given twice with different values."""
     values: dict[str, list[str]] = {}
     name = ""
     for word in argv:
