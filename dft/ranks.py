@@ -158,7 +158,7 @@ def mute_deepspeed() -> None:
 def choose_deepspeed_accelerator(name: str) -> None:
     """Set DeepSpeed's accelerator; otherwise it would guess one and print a message.
 
-    accelerate imports DeepSpeed in every run.
+    accelerate imports DeepSpeed in every run, unless `dft.training.patches.skip_deepspeed_import` was called.
     """
     os.environ.setdefault("DS_ACCELERATOR", name)
 

@@ -5,12 +5,14 @@ tests/training/test_contract.py checks that each patched library still has the p
 """
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate.utils.other
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PreTrainedModel
@@ -52,6 +54,14 @@ PATCHES = (
         changes="AcceleratedOptimizer._is_overflow",
         reason="Trainer keeps the learning rate of a skipped step only if accelerate reports the step as "
         "skipped, and accelerate sets that flag with a loss scale alone",
+    ),
+    LibraryPatch(
+        where="dft.training.patches.skip_deepspeed_import",
+        package="accelerate",
+        version="1.15",
+        changes="accelerate.utils.other.is_deepspeed_available",
+        reason="accelerate imports DeepSpeed in every run, to find out whether a model is in its engine; no "
+        "option prevents it",
     ),
     LibraryPatch(
         where="dft.training.patches.hidden_argument_mismatch",
@@ -138,6 +148,14 @@ def keep_source_names(model: PreTrainedModel, source: frozenset[str] | None) -> 
 def set_step_skipped(optimizer: AcceleratedOptimizer, skipped: bool) -> None:
     """Set whether accelerate reports the last optimizer step as skipped (`optimizer_step_was_skipped`)."""
     optimizer._is_overflow = skipped
+
+
+def skip_deepspeed_import() -> None:
+    """Keep accelerate from importing DeepSpeed, which is slow, to find its engine around a model.
+
+    A model can only be in the engine of a DeepSpeed that has been imported.
+    """
+    accelerate.utils.other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

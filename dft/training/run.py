@@ -33,6 +33,7 @@ from dft.training.optimizer import check_operators, check_optimizer
 from dft.training.parallel.rank_watchdog import watch_ranks
 from dft.training.parallel.stopping import Stopped, StopRequest
 from dft.training.parameters import resolve_find_unused_parameters
+from dft.training.patches import skip_deepspeed_import
 from dft.training.run_options import RunOptions
 from dft.training.trainer import DFTTrainer
 
@@ -140,6 +141,7 @@ def make_trainer(
         UserError: transformers rejects an argument, the hub cannot be reached, or memory runs out.
     """
     training, (model, base_model) = arguments.training, models
+    skip_deepspeed_import()
     training.ddp_find_unused_parameters = resolve_find_unused_parameters(model, training)
     try:
         with convert_memory_errors("the model's weights do not fit", SHARD):

@@ -118,7 +118,6 @@ def measure(command: list[str], folder: Path, code: int) -> Seconds:
     on_cpu = {} if has_gpu() else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     environment = {
         **os.environ, **on_cpu, MARK: str(mark), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.time()

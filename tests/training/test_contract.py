@@ -4,6 +4,8 @@ import importlib
 import inspect
 import logging
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -158,6 +160,22 @@ def test_transformers_warns_about_other_arguments_in_the_hidden_words():
 
 def test_accelerate_keeps_the_patched_type_of_parallelism():
     assert "distributed_type" in vars(PartialState()), "PartialState.distributed_type no longer exists"
+
+
+def test_accelerate_unwraps_a_model_without_importing_deepspeed():
+    code = """
+import sys
+from accelerate import Accelerator
+from torch import nn
+from dft.training.patches import skip_deepspeed_import
+
+accelerator = Accelerator(cpu=True)
+skip_deepspeed_import()
+accelerator.unwrap_model(nn.Linear(1, 1))
+print("deepspeed" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n", "accelerate no longer asks the patched function"
 
 
 def test_deepspeed_keeps_its_compatible_operators_in_the_patched_table():

@@ -60,5 +60,5 @@ def cache_key(
         "contents": contents,
     }
     digest.update(json.dumps(described, sort_keys=True).encode())
-    digest.update(encoder.backend.to_str().encode())
+    digest.update(encoder.tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()

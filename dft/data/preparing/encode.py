@@ -94,6 +94,7 @@ def _encoded_chunks(
         if workers < 1:
             results = ((label, encode_chunk(encoder, options, chunk)) for label, chunk in tasks)
         else:
+            encoder.prepare_for_fork()
             results = map_in_processes(tasks, encode_within_limits, (encoder, options), workers)
         try:
             with closing(results):

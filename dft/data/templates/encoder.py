@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,6 @@ class ChatEncoder:
     Attributes:
         template: the chat template.
         renderer: renders conversations as text with supervised spans.
-        backend: the tokenizer, reduced to converting text to ids.
-        text_tokenizer: tokenizes text with `backend`.
         special_tokens: finds special tokens in texts.
 
     Raises:
@@ -90,14 +89,12 @@ class ChatEncoder:
                 "masks need; convert it to a tokenizer.json and pass the folder that contains it"
             )
         self.tokenizer = tokenizer
-        self.backend = plain_backend(tokenizer)
         added = tokenizer.added_tokens_decoder
-        self.text_tokenizer = TextTokenizer(self.backend, frozenset(added))
         # Tokens of one or two characters are ordinary text as well.
         special = [token.content for token in added.values() if token.special and len(token.content) > 2]
         self.special_tokens = Markers(special)
         stop_ids = sorted({tokenizer.eos_token_id, *stop_token_ids} - {None})
-        stops = [self.backend.id_to_token(index) for index in stop_ids]
+        stops = [tokenizer.backend_tokenizer.id_to_token(index) for index in stop_ids]
         self.template = ChatTemplate(
             template_source(tokenizer),
             {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -110,6 +107,20 @@ class ChatEncoder:
             [token.content for token in added.values()],
             use_generation_tags,
         )
+
+    @cached_property
+    def backend(self) -> Tokenizer:
+        """The tokenizer, reduced to converting text to ids. Copying it is slow for large vocabularies."""
+        return plain_backend(self.tokenizer)
+
+    @cached_property
+    def text_tokenizer(self) -> TextTokenizer:
+        """Tokenizes text with `backend`."""
+        return TextTokenizer(self.backend, frozenset(self.tokenizer.added_tokens_decoder))
+
+    def prepare_for_fork(self) -> None:
+        """Create the tokenizers that forked processes share, or each of them would create its own."""
+        _ = self.text_tokenizer
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[Example] | BadLine]:
         """Return the training sequences of each conversation, or the error that makes it unusable.

@@ -58,6 +58,14 @@ def test_second_preparation_reads_the_cache_even_if_files_are_renamed(encoder, t
     assert [entry["file"] for entry in renamed.report["eval"]["files"]] == [eval_file]
 
 
+def test_the_tokenizer_is_copied_once_before_workers_start_and_not_for_cached_data(encoder, tmp_path):
+    file, options = write(tmp_path / "a.jsonl", numbered(9)), PrepareOptions(max_length=64)
+    for copies in ({"backend", "text_tokenizer"}, set()):
+        new = ChatEncoder(encoder.tokenizer)
+        prepare([file], [], new, options, cache_dir=tmp_path / "cache", workers=1)
+        assert vars(new).keys() & {"backend", "text_tokenizer"} == copies
+
+
 def key_of(
     files: list[str], eval_files: list[str], encoder: ChatEncoder, options: PrepareOptions, cache: Path
 ) -> str:
