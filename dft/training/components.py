@@ -42,6 +42,7 @@ from dft.training.measuring.recorder import MetricsRecorder
 from dft.training.measuring.trackers import HistogramCallback, SwanLabRunCallback
 from dft.training.memory.out_of_memory import end_out_of_memory, memory_advice, ran_out
 from dft.training.model.base_model import FrozenBaseModel
+from dft.training.model.compiling import compile_layers
 from dft.training.parallel.sequence_parallel import SequenceParallel
 from dft.training.parallel.stopping import StopControl
 from dft.training.parameters import compute_dtype, shapes_digest
@@ -121,6 +122,7 @@ class Components:
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             # accelerate would replace its own value with DeepSpeed's and print a warning.
             accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+        compile_layers(model, args, accelerator)
         end_of_turn_ids = resolve_end_of_turn_ids(tokenizer, loss.end_of_turn_ids)
         if loss.end_of_turn_weight and not end_of_turn_ids:
             raise ValueError("end_of_turn_weight needs end_of_turn_ids, or a tokenizer with an end token")

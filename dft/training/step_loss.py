@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -215,10 +214,8 @@ class StepLoss:
     def inspect_head(self, forward: Any) -> FusedHead | str:
         """Return the fused head, or the reason for computing logits. All ranks must call it."""
         if self.head is None:
-            # Not through the compiled model, which would be compiled three times more.
-            plain = forward._orig_mod if is_compiled_module(forward) else forward
             with evaluating(forward):
-                self.head = inspect_head(self._unwrap(forward), plain, self._probe(), self._dtype)
+                self.head = inspect_head(self._unwrap(forward), forward, self._probe(), self._dtype)
             if isinstance(self.head, str):
                 if self._fused_head == "on":
                     raise UserError(f"--fused_head on: {self.head}; use --fused_head auto")
@@ -244,10 +241,14 @@ class StepLoss:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode and restore its mode afterwards."""
+    """Put the model into evaluation mode and restore its mode afterwards.
+
+    Compiled code does not run in this context: the small batches of checks would be compiled separately.
+    """
     training = model.training
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         model.train(training)

@@ -45,13 +45,31 @@ WAYS = {
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "fsdp": True, "use_cpu": True},
     ),
     "fused": ("python", {"per_device_train_batch_size": 8}),
+    "padded": ("python", {"per_device_train_batch_size": 8, "attn_implementation": "sdpa"}),
     "compiled": ("python", {"per_device_train_batch_size": 8, "torch_compile": True}),
+    "compiled-checkpointing": (
+        "python",
+        {"per_device_train_batch_size": 8, "torch_compile": True, "enable_gradient_checkpointing": True},
+    ),
+    "compiled-ddp": ("torchrun", {"per_device_train_batch_size": 4, "torch_compile": True, "use_cpu": True}),
+    "compiled-fsdp2": (
+        "torchrun",
+        {"per_device_train_batch_size": 4, "torch_compile": True, "fsdp": True, "use_cpu": True},
+    ),
+    "compiled-zero2": (
+        "deepspeed",
+        {"per_device_train_batch_size": 4, "torch_compile": True, "deepspeed": ROOT / "ds_config/zero2.json"},
+    ),
+    "compiled-zero3": (
+        "deepspeed",
+        {"per_device_train_batch_size": 4, "torch_compile": True, "deepspeed": ROOT / "ds_config/zero3.json"},
+    ),
 }
 
-LEFT_OUT = {"compiled", "zero3_offload", "zero1", "zero2"}
-"""Excluded from the default run. torch compiles the model of the first. DeepSpeed compiles an
-optimizer for the second, which takes minutes. ZeRO-1 and 2 differ from ZeRO-3 in what they shard; the default
-run has ZeRO-3 here, and ZeRO-2 in test_lora.py."""
+LEFT_OUT = {*(name for name in WAYS if "compiled" in name), "zero3_offload", "zero1", "zero2"}
+"""Excluded from the default run. torch compiles the layers of the first ones. DeepSpeed compiles an
+optimizer for zero3_offload, which takes minutes. ZeRO-1 and 2 differ from ZeRO-3 in what they shard; the
+default run has ZeRO-3 here, and ZeRO-2 in test_lora.py."""
 
 
 def run(example, name, launcher, flags):
@@ -68,8 +86,9 @@ def run(example, name, launcher, flags):
 
 @pytest.fixture(scope="module")
 def whole(example):
-    """The reference run: batches of 8 in one process, no accumulation, full logits."""
-    return run(example, "8x1", "python", {"per_device_train_batch_size": 8, "fused_head": "off"})
+    """The reference run: padded batches of 8 in one process, no accumulation, full logits."""
+    flags = {"per_device_train_batch_size": 8, "fused_head": "off", "attn_implementation": "sdpa"}
+    return run(example, "8x1", "python", flags)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def sequence_attention(
         total = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
         output = (output * (lse - total).exp().T[..., None]).to(output.dtype)
         lse = total
-    return output, lse
+    return output.contiguous(), lse.contiguous()
 
 
 @sequence_attention.register_fake
@@ -73,7 +73,7 @@ def _(
     scale: float, window: int, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = torch.promote_types(query.dtype, torch.float32)
-    return torch.empty_like(query), query.new_empty((query.shape[1], query.shape[0]), dtype=dtype)
+    return query.new_empty(query.shape), query.new_empty((query.shape[1], query.shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("dft::sequence_attention_backward", mutates_args=())
@@ -111,7 +111,8 @@ def sequence_attention_backward(
         gradients = _backward_on_cpu(
             grad, query, key, value, output, lse, bounds.tolist(), scale, window, softcap
         )
-    return *gradients, grad_sinks
+    grad_query, grad_key, grad_value = (gradient.contiguous() for gradient in gradients)
+    return grad_query, grad_key, grad_value, grad_sinks
 
 
 @sequence_attention_backward.register_fake
@@ -120,7 +121,8 @@ def _(
     output: Tensor, lse: Tensor, longest: int, scale: float, window: int, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad_sinks = query.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_sinks
+    grad_query, grad_key, grad_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    return grad_query, grad_key, grad_value, grad_sinks
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -123,8 +123,10 @@ def test_the_work_is_linear_in_the_tokens_of_short_sequences_and_of_windows(monk
 def test_the_operator_passes_the_checks_of_torch():
     """Schema, autograd registration and the shapes used when tracing."""
     inputs = make_inputs([5, 7], torch.float64, with_sinks=True)
+    strided = [tensor.detach().transpose(0, 1).contiguous().transpose(0, 1) for tensor in inputs[:3]]
     bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
-    torch.library.opcheck(sequence_attention, (*inputs, bounds, 7, SCALE, 0, 0.0))
+    for tensors in (inputs, [*(tensor.requires_grad_() for tensor in strided), None]):
+        torch.library.opcheck(sequence_attention, (*tensors, bounds, 7, SCALE, 0, 0.0))
 
 
 def test_other_lengths_and_numbers_of_sequences_are_not_compiled_again():
