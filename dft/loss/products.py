@@ -1,11 +1,12 @@
 """Matrix products of the fused head: float32 results from factors of any dtype."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 64 * 2**20
 """Bytes of a half-precision weight converted to float32 at a time, on devices without mixed products."""
 
 
@@ -36,10 +37,30 @@ def wide_product(rows: Tensor, weight: Tensor, buffer: Tensor | None) -> Tensor:
     if rows.dtype.itemsize >= 4:
         return torch.mm(rows, weight.t(), out=out)
     assert out is not None
-    rows = rows.float()  # a CPU has no product of half-precision factors with a float32 result
-    for start, block in wide_blocks(weight):
-        torch.mm(rows, block.t(), out=out[:, start : start + len(block)])
+    # torch has no product of half-precision factors with a float32 result on a CPU.
+    with bfloat16_factors(rows.dtype == torch.bfloat16):
+        rows = rows.float()
+        for start, block in wide_blocks(weight):
+            torch.mm(rows, block.t(), out=out[:, start : start + len(block)])
     return out
+
+
+@contextmanager
+def bfloat16_factors(enabled: bool) -> Iterator[None]:
+    """Let oneDNN compute float32 products on a CPU, whose factors it may round to bfloat16.
+
+    Exact for factors that are bfloat16 values. oneDNN multiplies them at the rate of bfloat16 where the
+    processor has AMX, and elsewhere in float32 with its own kernels, which are faster than MKL's on AMD
+    processors. Has no effect on processors without bfloat16 instructions.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch replaces the module
+    before = matmul.fp32_precision
+    if enabled:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def product(gradient: Tensor, weight: Tensor, out: Tensor) -> None:

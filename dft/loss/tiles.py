@@ -15,7 +15,8 @@ tiles make the products efficient, and the weight's gradient is read and written
 GROUP_BYTES = 2 * 2**30
 """Maximum size of the half-precision gradients of a group of tiles on a GPU, where they are written next to
 the logits. One product per group sums the weight's gradient in float32 without storing it in float32; with
-more than one group the float32 sum is stored, and read and written once per group."""
+more than one group the float32 sum is stored, and read and written once per group. On a CPU the maximum is
+that of a tile."""
 HALF_SCALE = 2.0**14
 """Factor on the gradients of float16 rows. float16 underflows below 6e-8, where most gradients are, and
 overflows at 65,504. The gradients of a row sum to at most 2 before the division by N, so they are scaled up
@@ -90,30 +91,33 @@ def run_tiles(
     vocab, wide = len(head.weight), torch.promote_types(rows.dtype, torch.float32)
     row_scale, unscale = _row_scale(rows.dtype, scale, options, extras.weights.loss)
     spans = tiles(len(rows), vocab, wide.itemsize, rows.device.type)
-    buffer = None
+    buffers: list[Tensor | None] = [None, None]
     if rows.device.type == "cpu" and spans:  # on a GPU, torch's allocator reuses the memory of the last tile
-        buffer = rows.new_empty(max(end - start for start, end in spans), vocab, dtype=wide)
-    in_half = rows.device.type == "cuda" and rows.dtype.itemsize < 4 and any(needs)
-    tile_groups = groups(spans, vocab * rows.dtype.itemsize) if in_half else [[span] for span in spans]
+        longest = max(end - start for start, end in spans)
+        for index in range(1 if extras.base_rows is None else 2):
+            buffers[index] = rows.new_empty(longest, vocab, dtype=wide)
+    in_half = _gradients_in_half(rows) and any(needs)
+    limit = TILE_BYTES["cpu"] if rows.device.type == "cpu" else GROUP_BYTES
+    tile_groups = groups(spans, vocab * rows.dtype.itemsize, limit) if in_half else [[span] for span in spans]
     sums = _GradientSums(rows, head, needs, only_group=len(tile_groups) == 1)
     parts: list[TokenStats] = []
     for group in tile_groups:
         first, last = group[0][0], group[-1][1]
         gradient = rows.new_empty(last - first, vocab) if in_half else None
         for start, end in group:
-            tile = _head_output(rows[start:end], head, buffer)
+            tile = _head_output(rows[start:end], head, buffers[0])
             out = gradient[start - first : end - first] if gradient is not None else None
             weights = extras.weights.rows(start, end)
-            log_base = None
+            base = None
             if extras.base_rows is not None and extras.base_head is not None:
-                log_base = log_probabilities(extras.base_rows[start:end], extras.base_head, options)
+                base = _head_output(extras.base_rows[start:end], extras.base_head, buffers[1])
             stats, written = score_rows(
-                tile, targets[start:end], row_scale if any(needs) else None, options, out, weights, log_base
+                tile, targets[start:end], row_scale if any(needs) else None, options, out, weights, base
             )
             parts.append(stats)
             if gradient is None:
                 gradient = written
-            del tile, written, log_base  # so that only one tile is allocated
+            del tile, written, base  # so that only one tile is allocated
         if gradient is not None:
             sums.add(gradient, first, last)
         del gradient
@@ -138,8 +142,6 @@ class _GradientSums:
 
     def add(self, gradient: Tensor, first: int, last: int) -> None:
         """Add the gradient on the head's output, (last - first, vocab), of rows first to last."""
-        if self.rows.dtype == torch.bfloat16:
-            gradient = gradient.to(torch.bfloat16)
         if self.d_rows is not None:
             product(gradient, self.head.weight, self.d_rows[first:last])
         if self.needs.weight:
@@ -157,6 +159,14 @@ class _GradientSums:
             if gradient is not None and unscale is not None:
                 gradient *= unscale
         return sums
+
+
+def _gradients_in_half(rows: Tensor) -> bool:
+    """Return whether gradients on the head's output are stored in the half precision of the rows.
+
+    float16 is not on a CPU, whose products of float16 are slow.
+    """
+    return rows.dtype == torch.bfloat16 or (rows.dtype == torch.float16 and rows.device.type == "cuda")
 
 
 def _row_scale(
@@ -193,18 +203,6 @@ def _head_output(rows: Tensor, head: HeadWeights, buffer: Tensor | None) -> Tens
     return z
 
 
-def log_probabilities(rows: Tensor, head: HeadWeights, options: RowOptions) -> Tensor:
-    """Return the (rows, vocab) log-probabilities of a head, in float32 or wider."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    buffer = rows.new_empty(len(rows), len(head.weight), dtype=wide) if rows.device.type == "cpu" else None
-    z = _head_output(rows, head, buffer)
-    z *= options.scale
-    if options.softcap is not None:
-        z.div_(options.softcap).tanh_().mul_(options.softcap)
-    z -= z.amax(1, keepdim=True)  # before rounding at the magnitude of the logits
-    return z.sub_(z.logsumexp(1, keepdim=True))
-
-
 def tiles(tokens: int, vocab: int, itemsize: int, device: str) -> list[RowRange]:
     """Return the rows of each tile: as few tiles as fit `TILE_BYTES` each, of about equal size."""
     rows_per_tile = max(1, TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (vocab * itemsize))
@@ -213,11 +211,11 @@ def tiles(tokens: int, vocab: int, itemsize: int, device: str) -> list[RowRange]
     return list(zip(bounds, bounds[1:], strict=False))
 
 
-def groups(spans: list[RowRange], row_bytes: int) -> list[list[RowRange]]:
-    """Group consecutive tiles whose rows together fit `GROUP_BYTES`."""
+def groups(spans: list[RowRange], row_bytes: int, limit: int) -> list[list[RowRange]]:
+    """Group consecutive tiles whose rows together take at most `limit` bytes."""
     result: list[list[RowRange]] = []
     for start, end in spans:
-        if result and (end - result[-1][0][0]) * row_bytes <= GROUP_BYTES:
+        if result and (end - result[-1][0][0]) * row_bytes <= limit:
             result[-1].append((start, end))
         else:
             result.append([(start, end)])
@@ -231,7 +229,7 @@ def score_rows(
     options: RowOptions,
     out: Tensor | None = None,
     weights: RowWeights = NO_WEIGHTS,
-    log_base: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
     """Compute the statistics of rows of a head's output, and the gradient of the loss on it.
 
@@ -241,20 +239,17 @@ def score_rows(
         tile: (rows, vocab), float32 or wider. It is overwritten.
         targets: (rows,) int64.
         row_scale: scalar; None to compute the statistics only.
-        out: (rows, vocab) in half precision on a GPU, which receives the gradient. Default: the gradient
-            overwrites the tile, as on a CPU, whose products with float32 sums need it in float32.
+        out: (rows, vocab) in half precision, which receives the gradient. Default: the gradient overwrites
+            the tile.
         weights: lower bounds on the weights of the rows, and their weights in the data.
-        log_base: (rows, vocab) log-probabilities of the base model, in the tile's dtype. It is overwritten.
+        base: (rows, vocab) output of the base model's head, in the tile's dtype. It may be overwritten.
 
     Returns:
         stats: (rows,) each, in the tile's dtype except for `correct` and `target`. gradient: (rows, vocab),
         or None without a `row_scale`.
     """
-    if tile.is_cuda and tile.dtype == torch.float32 and log_base is None:
+    if tile.is_cuda and tile.dtype == torch.float32 and base is None:
         from dft.loss.kernels import score_rows as score_rows_triton  # triton comes with CUDA builds of torch
 
         return score_rows_triton(tile, targets, row_scale, options, out, weights)
-    stats, gradient = score_rows_torch(tile, targets, row_scale, options, weights, log_base)
-    if gradient is not None and out is not None:
-        gradient = out.copy_(gradient)
-    return stats, gradient
+    return score_rows_torch(tile, targets, row_scale, options, weights, base, out)
