@@ -24,6 +24,7 @@ from transformers.trainer import hf_api
 from transformers.trainer_callback import CallbackHandler
 
 from dft.arguments.loss_settings import router_coefficient
+from dft.errors import UserError
 from dft.loss.head import FusedHead
 from dft.loss.objectives import Objective
 from dft.loss.schedule import AlphaSchedule
@@ -230,15 +231,30 @@ class Components:
     def handle_gradient(
         self,
         norm: Tensor | float,
-        step: int,
+        state: TrainerState,
         model: nn.Module,
         optimizer: AcceleratedOptimizer,
+        scheduler: Any,
         loss_sum: Tensor,
     ) -> None:
         """Handle the gradient norm of a step before its update, see `NonfiniteGuard.handle_gradient`."""
-        files = dataset_files(self._dataset())
-        self.guard.handle_gradient(norm, step, model, optimizer, files, self.recorder.training.sums, loss_sum)
-        self.progress.grad_norm = norm.item() if isinstance(norm, Tensor) else norm
+        self.settle_step(state)
+        files, sums = dataset_files(self._dataset()), (self.recorder.training.sums, loss_sum)
+        step = state.global_step + 1
+        self.guard.handle_gradient(norm, step, model, optimizer, scheduler, files, *sums)
+        self.progress.grad_norm = norm
+
+    def settle_step(self, state: TrainerState) -> None:
+        """Learn whether the last step was skipped on the device, see `NonfiniteGuard.settle`."""
+        step = self.guard.unsettled_step
+        try:
+            learning_rate = self.guard.settle()
+        except UserError:
+            assert step is not None
+            state.global_step = step - 1  # the last step whose update was made
+            raise
+        if learning_rate is not None:
+            self.progress.learning_rate = learning_rate
 
     def complete_summary(self, logs: dict[str, float], state: TrainerState, total_loss: float) -> None:
         """Complete the last log line of a run, see `MetricsRecorder`. This is a collective.
@@ -263,14 +279,18 @@ class Components:
         self.saver.save_checkpoint(folder, run, self.facts, self.progress)
         self.recorder.exclude_time(time.perf_counter() - started)
 
-    def roll_back_step(self, model: nn.Module, step: int, loss_sum: Tensor) -> bool:
+    def roll_back_step(self, model: nn.Module, state: TrainerState, loss_sum: Tensor) -> bool:
         """Discard an unfinished step, so that the last completed step can be saved.
 
         Returns:
             Whether there is a completed step that has not been saved.
+
+        Raises:
+            UserError: the gradient of the last step was not finite and the run must stop.
         """
         progress = self.progress
-        if progress.random_state is None or progress.saved_step == step:
+        self.settle_step(state)
+        if progress.random_state is None or progress.saved_step == state.global_step:
             return False
         model.zero_grad()
         self.guard.roll_back(self.recorder.training.sums, loss_sum)
@@ -288,7 +308,7 @@ class Components:
         meter = self.recorder.training.rows(self._accelerator)
         if self._accelerator.is_main_process:
             pending, last = self.progress.pending(), self.progress.last
-            RunState(pending, last, losses, total_loss, meter).write(folder)
+            RunState(pending, last.on_host(), losses, total_loss, meter).write(folder)
 
     def describe_memory_error(self, error: Exception, model: nn.Module, step: int) -> str:
         """Describe an out-of-memory error and its remedies; re-raise any other error."""

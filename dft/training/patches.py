@@ -64,6 +64,14 @@ PATCHES = (
         "option prevents it",
     ),
     LibraryPatch(
+        where="dft.training.patches.set_update_skipped",
+        package="torch",
+        version="2.13",
+        changes="the attribute found_inf of Adam and AdamW",
+        reason="their fused implementation skips an update on the device if that number is 1, which saves "
+        "waiting for the gradient norm; only a loss scale sets it, in float16",
+    ),
+    LibraryPatch(
         where="dft.training.patches.hidden_argument_mismatch",
         package="transformers",
         version="5.23",
@@ -156,6 +164,19 @@ def skip_deepspeed_import() -> None:
     A model can only be in the engine of a DeepSpeed that has been imported.
     """
     accelerate.utils.other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
+
+
+def set_update_skipped(optimizer: torch.optim.Optimizer, skipped: torch.Tensor | None) -> None:
+    """Set whether the updates of a fused Adam or AdamW are skipped on the device.
+
+    Args:
+        optimizer: the optimizer.
+        skipped: float32 scalar on the device of the parameters, 1 to skip, 0 not to; None to not ask.
+    """
+    if skipped is None:
+        vars(optimizer).pop("found_inf", None)
+    else:
+        vars(optimizer)["found_inf"] = skipped
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

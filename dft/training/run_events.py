@@ -126,7 +126,11 @@ class RunEvents(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record which events are due after an optimizer step. All ranks must call it."""
+        """Record which events are due after an optimizer step. All ranks must call it.
+
+        Raises:
+            UserError: there are events, the gradient was not finite and the run must stop.
+        """
         self._progress.complete_step()
         self._begin_events(args, state, control, ends_epoch(state))
 
@@ -134,6 +138,7 @@ class RunEvents(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Record which events are due at the end of an epoch. All ranks must call it."""
+        self._run.settle_step(state)
         self._begin_events(args, state, control, False)
 
     def on_train_end(
@@ -145,6 +150,8 @@ class RunEvents(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, end_epoch: bool
     ) -> None:
         asked = self._run.stop.is_requested()
+        if asked or end_epoch or control.should_log or control.should_evaluate or control.should_save:
+            self._run.settle_step(state)
         self._progress.begin_events(control, state.global_step, end_epoch, asked)
         self._capture_random_state(args)
 

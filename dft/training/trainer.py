@@ -135,7 +135,7 @@ class DFTTrainer(transformers.Trainer):
         self._run.end_out_of_memory(message, self._save_completed_step)
 
     def _save_completed_step(self) -> None:
-        if self._run.roll_back_step(self.model, self.state.global_step, self._tr_loss):
+        if self._run.roll_back_step(self.model, self.state, self._tr_loss):
             self._save_checkpoint(self.model_wrapped, None)
         self._run.saver.finish_uploads()  # a restart would end the thread that uploads
 
@@ -230,7 +230,7 @@ class DFTTrainer(transformers.Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         # Private: the callback before the optimizer's update does not get the norm.
         norm = super()._get_grad_norm(model, grad_norm)
-        self._run.handle_gradient(norm, self.state.global_step + 1, model, self.optimizer, self._tr_loss)
+        self._run.handle_gradient(norm, self.state, model, self.optimizer, self.lr_scheduler, self._tr_loss)
         return norm
 
     # ---- metrics ----

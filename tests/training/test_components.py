@@ -234,12 +234,12 @@ def test_a_skipped_step_is_removed_from_the_sums_and_does_not_update_weights(tmp
     loss = guard.watch((weight * math.nan).sum(), torch.tensor([math.nan]), {}, total)
     total += math.nan
     loss.backward()
-    guard.handle_gradient(math.nan, 1, model, optimizer, [], total)
+    guard.handle_gradient(math.nan, 1, model, optimizer, None, [], total)
     optimizer.step()
     assert torch.equal(weight.detach(), torch.ones(2)) and total.item() == 5
     assert optimizer.step_was_skipped
     guard.watch(weight.sum(), torch.tensor([1.0]), {}, total)
-    guard.handle_gradient(1.0, 2, model, optimizer, [], total)
+    guard.handle_gradient(1.0, 2, model, optimizer, None, [], total)
     assert not optimizer.step_was_skipped
 
 

@@ -17,7 +17,14 @@ from transformers import core_model_loading
 
 import dft.training.trainer
 from dft import DFTTrainer
-from dft.training.patches import ARGUMENT_MISMATCH, PATCHES, hidden_argument_mismatch, set_step_skipped
+from dft.training.measuring import device_skip
+from dft.training.patches import (
+    ARGUMENT_MISMATCH,
+    PATCHES,
+    hidden_argument_mismatch,
+    set_step_skipped,
+    set_update_skipped,
+)
 
 TENSOR = "torch.Tensor"
 MODULE = "torch.nn.modules.module.Module"
@@ -136,6 +143,24 @@ def test_accelerate_reports_a_step_as_skipped_by_the_patched_attribute():
     set_step_skipped(optimizer, True)
     assert optimizer.step_was_skipped, "accelerate no longer reads AcceleratedOptimizer._is_overflow"
     assert "step_was_skipped" in inspect.getsource(Accelerator.optimizer_step_was_skipped.fget)
+
+
+@pytest.mark.parametrize("kind", device_skip.OPTIMIZERS)
+def test_fused_adam_skips_updates_by_the_patched_attribute(kind):
+    """Neither weight decay nor moments nor step counters change, also in the first step."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = kind([weight], lr=0.1, weight_decay=0.1, fused=True)
+    for step, gradient in enumerate((torch.nan, 1.0, torch.nan, 1.0)):
+        weight.grad = torch.full((2,), gradient)
+        before = [weight.detach().clone(), *(value.clone() for value in optimizer.state[weight].values())]
+        set_update_skipped(optimizer, torch.tensor(float(gradient != 1)))
+        optimizer.step()
+        after = [weight.detach(), *optimizer.state[weight].values()]
+        changes = [not torch.equal(*pair) for pair in zip(before, after, strict=step > 0)]
+        assert changes and set(changes) == {gradient == 1}
+    assert optimizer.state[weight]["step"].item() == 2
+    set_update_skipped(optimizer, None)
+    assert vars(optimizer).keys() == vars(kind([weight], fused=True)).keys()
 
 
 def test_transformers_reverts_the_patched_conversions_when_it_saves():

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,19 @@ class LastStep:
     """Values of the last optimizer step that the log line at the end of an epoch reports.
 
     Attributes:
-        grad_norm: its gradient norm.
+        grad_norm: its gradient norm, which may be on the device.
         learning_rate: its learning rate.
         logged: the step of the last log line.
     """
 
-    grad_norm: float | None = None
+    grad_norm: Tensor | float | None = None
     learning_rate: float | None = None
     logged: int = 0
+
+    def on_host(self) -> "LastStep":
+        """Return a copy without tensors. Synchronizes with the device."""
+        norm = self.grad_norm
+        return replace(self, grad_norm=norm.item() if isinstance(norm, Tensor) else norm)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class RunState:
 
     Attributes:
         pending: the events that were still due.
-        last: the last optimizer step.
+        last: the last optimizer step, without tensors.
         losses: the sum of the loss since the last log line, one value per rank.
         total_loss: the sum of the loss over all steps up to the last log line.
         meter: the sums of the training metrics, one row per rank (`TokenMeter.rows`).
@@ -143,7 +148,7 @@ class StepProgress:
     """
 
     last: LastStep = field(default_factory=LastStep)
-    grad_norm: float | None = None
+    grad_norm: Tensor | float | None = None
     learning_rate: float | None = None
     due: PendingEvents = field(default_factory=PendingEvents)
     is_stopping: bool = False

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from dft.console import say
 from dft.errors import UserError
 from dft.training.checkpoints.folder import newest_checkpoint
-from dft.training.patches import set_step_skipped
+from dft.training.measuring.device_skip import (
+    HostCopy,
+    ScheduleState,
+    can_skip_on_device,
+    skip_if_nonfinite,
+)
+from dft.training.patches import set_step_skipped, set_update_skipped
 
 MAX_CONSECUTIVE_SKIPS = 20
 """Maximum number of consecutive steps that `--on_nonfinite skip` skips before it stops the run."""
@@ -78,16 +84,15 @@ class StepWatch:
         self.losses.append(loss.detach())
         self.batches.append((nll, {name: inputs[name] for name in names if name in inputs}))
 
-    def clear(self) -> None:
-        """Discard the step."""
-        self.losses.clear()
-        self.batches.clear()
-        self.before = ()
-
     def roll_back(self, *totals: Tensor) -> None:
         """Set the running sums back to their values before the step."""
         for total, before in zip(totals, self.before, strict=True):
             total.copy_(before)
+
+    def roll_back_if(self, condition: Tensor, *totals: Tensor) -> None:
+        """Set the running sums back if a condition on the device holds, without synchronizing."""
+        for total, before in zip(totals, self.before, strict=True):
+            total.copy_(torch.where(condition, before, total))
 
     def report(self, rank: int, files: Sequence[str]) -> NonfiniteReport:
         """Return this rank's information about the step. Synchronizes with the device."""
@@ -100,8 +105,31 @@ class StepWatch:
         return list(dict.fromkeys(names))  # a conversation may have several sequences
 
 
+@dataclass(frozen=True)
+class UnsettledStep:
+    """An optimizer step of which the host does not know yet whether its gradient is finite.
+
+    Attributes:
+        number: number of the step.
+        watch: its micro-batches.
+        is_nonfinite: 1 if its gradient is not finite and the device skipped its update, else 0.
+        schedule: position of the learning-rate schedule before it advanced at the end of the step.
+        files: names of the files that the conversations come from.
+    """
+
+    number: int
+    watch: StepWatch
+    is_nonfinite: HostCopy
+    schedule: ScheduleState
+    files: Sequence[str]
+
+
 class NonfiniteGuard:
     """Keeps non-finite losses and gradients from reaching the weights.
+
+    On a GPU, fused Adam skips such a step by itself, and the host learns of it before the update of the next
+    step at the latest (`settle`). The host then waits for the norm of a step while the device computes the
+    next one. Otherwise it waits for the norm before each update. The result is the same.
 
     Args:
         policy: "stop" the run, or "skip" the step.
@@ -116,11 +144,20 @@ class NonfiniteGuard:
         self._output_dir = output_dir
         self._fp16 = fp16
         self._step = StepWatch()
+        self._unsettled: UnsettledStep | None = None
         self._skipped = 0
+
+    @property
+    def unsettled_step(self) -> int | None:
+        """Number of the step that `settle` has not been called for; None if there is none."""
+        return None if self._unsettled is None else self._unsettled.number
 
     def reset(self) -> None:
         """Discard the current step, before a run."""
-        self._step.clear()
+        self._step = StepWatch()
+        if self._unsettled is not None:
+            set_update_skipped(self._unsettled.schedule.optimizer.optimizer, None)
+            self._unsettled = None
 
     def watch(self, loss: Tensor, nll: Tensor, inputs: Mapping[str, Any], *totals: Tensor) -> Tensor:
         """Record a micro-batch, see `StepWatch.add`. Return the loss to backpropagate."""
@@ -133,61 +170,90 @@ class NonfiniteGuard:
         step: int,
         model: nn.Module,
         optimizer: AcceleratedOptimizer,
+        scheduler: Any,
         files: Sequence[str],
         *totals: Tensor,
     ) -> None:
         """Stop the run or skip the step if its gradient is not finite.
 
-        All ranks must call it before the update of every step. By then, DeepSpeed has already made or skipped
-        the update: ZeRO skips it if the norm is not finite, and settings with which it would not are refused
-        (`dft.arguments.conflicts`). Synchronizes with the device once per step.
+        All ranks must call it before the update of every step, and `settle` first. By then, DeepSpeed has
+        already made or skipped the update: ZeRO skips it if the norm is not finite, and settings with which
+        it would not are refused (`dft.arguments.conflicts`). Synchronizes with the device once per step,
+        unless the step can be skipped on the device.
 
         Args:
             norm: gradient norm, the same on all ranks.
             step: number of the step that is being computed.
             model: its gradients are dropped if the step is skipped.
             optimizer: accelerate's.
+            scheduler: the learning-rate schedule.
             files: names of the files that the conversations come from.
             totals: the running sums given to `watch`; a skipped step is subtracted from them.
 
         Raises:
             UserError: the norm is not finite and the run must stop.
         """
+        assert self._unsettled is None
+        watch, self._step = self._step, StepWatch()
         if self._must_skip_itself:
             set_step_skipped(optimizer, False)
-        if math.isfinite(norm.item() if isinstance(norm, Tensor) else norm):
+        if isinstance(norm, Tensor) and self._can_skip_on_device(norm, optimizer):
+            watch.roll_back_if(~norm.isfinite(), *totals)
+            is_nonfinite = skip_if_nonfinite(norm, optimizer)
+            schedule = ScheduleState.capture(optimizer, scheduler)
+            self._unsettled = UnsettledStep(step, watch, is_nonfinite, schedule, files)
+        elif math.isfinite(norm.item() if isinstance(norm, Tensor) else norm):
             self._skipped = 0
-        else:
-            self._refuse(step, model, optimizer, files, totals)
-        self._step.clear()
+        elif self._refuse(step, watch, files):
+            if self._must_skip_itself:
+                model.zero_grad()  # set to None, because parameters without a gradient are not updated
+                set_step_skipped(optimizer, True)  # so that the schedule does not advance
+            watch.roll_back(*totals)
+
+    def settle(self) -> float | None:
+        """Stop the run, or complete the skipping, if the last step was skipped on the device.
+
+        All ranks must call it before a step is logged, evaluated or saved, and before the update of the next
+        one. Waits for the norm of the last step, if it has not been called since.
+
+        Returns:
+            The learning rate to which the schedule returned, if the step was skipped.
+
+        Raises:
+            UserError: the norm was not finite and the run must stop.
+        """
+        step, self._unsettled = self._unsettled, None
+        if step is None:
+            return None
+        set_update_skipped(step.schedule.optimizer.optimizer, None)
+        if not step.is_nonfinite.read():
+            self._skipped = 0
+            return None
+        self._refuse(step.number, step.watch, step.files)
+        return step.schedule.restore()
 
     def roll_back(self, *totals: Tensor) -> None:
         """Subtract the micro-batches of an unfinished step from the running sums."""
         if self._step.losses:
             self._step.roll_back(*totals)
-            self._step.clear()
+            self._step = StepWatch()
 
-    def _refuse(
-        self,
-        step: int,
-        model: nn.Module,
-        optimizer: AcceleratedOptimizer,
-        files: Sequence[str],
-        totals: tuple[Tensor, ...],
-    ) -> None:
-        reports = gather_object([self._step.report(self._accelerator.process_index, files)])
+    def _refuse(self, step: int, watch: StepWatch, files: Sequence[str]) -> bool:
+        """Stop the run, or warn of a step to skip. Return whether it is to be skipped here."""
+        reports = gather_object([watch.report(self._accelerator.process_index, files)])
         if self._can_lower_loss_scale and all(report.loss_is_finite for report in reports):
-            return  # the loss scale is lowered and the step skipped, as always in float16
+            return False  # the loss scale is lowered and the step skipped, as always in float16
         self._skipped += 1
         if self._policy == "stop" or self._skipped > MAX_CONSECUTIVE_SKIPS:
             checkpoint, _ = newest_checkpoint(self._output_dir, resumable=False)
             path = None if checkpoint is None else str(checkpoint.path)
             raise UserError(stop_message(step, reports, path, self._skipped - 1))
         say(f"warning     {skip_message(step, reports)}")
-        if self._must_skip_itself:
-            model.zero_grad()  # set to None, because parameters without a gradient are not updated
-            set_step_skipped(optimizer, True)  # so that the schedule does not advance
-        self._step.roll_back(*totals)
+        return True
+
+    def _can_skip_on_device(self, norm: Tensor, optimizer: AcceleratedOptimizer) -> bool:
+        is_sharded = self._accelerator.distributed_type == DistributedType.FSDP
+        return self._must_skip_itself and not is_sharded and can_skip_on_device(norm, optimizer)
 
     @property
     def _loss_scaler(self) -> torch.amp.GradScaler | None:
