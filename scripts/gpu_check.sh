@@ -134,7 +134,7 @@ shapes=() vocabularies=() rounds=$((minutes < 30 ? 1 : 3))
 installed trl || skip "TRL in the benchmarks" "trl is not installed"
 check bench-head 15 "$PYTHON" scripts/bench/bench_head.py --rounds "$rounds" "${shapes[@]}"
 if [[ -n $train ]]; then
-    contenders=(bare ours)
+    contenders=(bare flat floor ours compiled)
     if installed trl; then contenders+=(trl); fi
     if [[ -n $cpu ]]; then vocabularies=(--vocabularies 4096 --batches unpacked) contenders=(bare ours); fi
     check bench-train 25 "$PYTHON" scripts/bench/bench_train.py --corpus "$train" --rounds "$rounds" \

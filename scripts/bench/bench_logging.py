@@ -26,7 +26,8 @@ from unittest.mock import patch
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from bench_train import BATCH, CONVERSATIONS, ON_GPU, VOCABULARIES, callback, make_model, prepare_dataset
+from bench_train import CONVERSATIONS, VOCABULARIES
+from train_contenders import BATCH, ON_GPU, callback, make_model, prepare_dataset
 
 WARM_UP, STEPS = 2, 20
 TRACKERS = [name for name in ("tensorboard", "wandb", "swanlab") if importlib.util.find_spec(name)]

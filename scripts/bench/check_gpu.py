@@ -30,6 +30,7 @@ from transformers.utils import is_flash_attn_2_available
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+import dft.training.attention.interface  # registers varlen attention  # noqa: F401
 from dft import dft_loss
 
 ON_GPU = torch.cuda.is_available()
@@ -101,11 +102,13 @@ def attention() -> None:
     labels = labels.masked_fill(positions == 0, -100)
     cases = [("eager", torch.float32), ("sdpa", torch.float32)]
     if ON_GPU:
-        cases += [("sdpa", torch.bfloat16)]
+        cases += [("sdpa", torch.bfloat16), ("varlen", torch.bfloat16)]
         if is_flash_attn_2_available():
             cases += [("flash_attention_2", torch.bfloat16)]
         else:
             print("flash_attention_2: flash-attn is not installed")
+    else:
+        cases += [("varlen", torch.float32)]
     different = False
     for implementation, dtype in cases:
         config._attn_implementation = implementation
