@@ -11,7 +11,7 @@ from uuid import uuid4
 from dft.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
 REPORT_PICTURE = "report.png"
 """Name of the file with the main figures of a run, in its output directory and next to its model card."""
 
@@ -86,7 +86,7 @@ def convert_write_errors(folder: Path, flag: str) -> Iterator[None]:
                 f"{flag} {folder}: {path} is a folder where a file belongs; remove it or name another"
             ) from None
         if error.errno in DISK_FULL:
-            free = shutil.disk_usage(folder).free
+            free = free_bytes(folder)
             raise UserError(
                 f"{flag} {folder}: no space left on the device for {path} ({free:,} bytes are free); free "
                 "some or name a folder on another disk"

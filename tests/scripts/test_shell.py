@@ -124,14 +124,16 @@ def test_train_starts_from_any_folder_and_prints_the_path_of_the_log(copy):
     assert words.count("--learning_rate") == 1 and words[words.index("--learning_rate") + 1] == "1e-6"
 
 
-@pytest.mark.parametrize("words", [("--max_length", "64"), ("--max_length=64",)])
+@pytest.mark.parametrize(
+    "words", [("--max_length", "64"), ("--max_length=64",), ("--max-length", "64"), ("--max-length=64",)]
+)
 def test_flags_given_on_the_command_line_replace_the_defaults(copy, words):
     fake_deepspeed(copy[1], 'printf "%s\\n" "$@"')
     code, output, errors = run(copy, *DATA, *words, MODEL="m", SHOW_LOG="1")
     assert code == 0, errors
     command = output.splitlines()
     assert "8192" not in command
-    assert [word for word in command if word.startswith("--max_length")] == [words[0]]
+    assert [word for word in command if word.startswith(("--max_length", "--max-length"))] == [words[0]]
     assert command[command.index("--packing") + 1] == "False"
 
 
@@ -142,6 +144,7 @@ def test_flags_given_on_the_command_line_replace_the_defaults(copy, words):
         (("--objective", "asft"), ["0.9"]),
         (("--objective", "power", "--objective=dft"), ["0.9"]),
         (("--dft_alpha", "0.4"), ["0.4"]),
+        (("--dft-alpha=0.4",), []),
         (("--objective", "power"), []),
         (("--objective=eaft",), []),
         (("--objective", "power", "--dft_alpha", "0.4"), ["0.4"]),
@@ -162,6 +165,38 @@ def test_the_objective_is_also_read_from_a_config_file(copy, tmp_path, objective
     _, output, errors = run(copy, *DATA, "--config", str(tmp_path / "run.yaml"), MODEL="m", SHOW_LOG="1")
     command = output.splitlines()
     assert [command[at + 1] for at, word in enumerate(command) if word == "--dft_alpha"] == alphas, errors
+
+
+@pytest.mark.parametrize(
+    ("files", "alphas"),
+    [
+        (("power", None), []),
+        (("power", "dft"), ["0.7"]),
+        (("dft", "power"), []),
+    ],
+)
+def test_the_objective_is_read_from_the_last_config_file_that_has_one(copy, tmp_path, files, alphas):
+    words = []
+    for number, objective in enumerate(files):
+        file = tmp_path / f"{number} file.yaml"
+        file.write_text(f"objective: {objective}\n" if objective else "learning_rate: 1e-6\n")
+        words += ["--config", str(file)]
+    fake_deepspeed(copy[1], 'printf "%s\n" "$@"')
+    _, output, errors = run(copy, *DATA, *words, MODEL="m", SHOW_LOG="1")
+    command = output.splitlines()
+    assert command.count("--config") == 2
+    assert [command[at + 1] for at, word in enumerate(command) if word == "--dft_alpha"] == alphas, errors
+
+
+def test_output_and_data_flags_may_be_written_with_dashes(copy):
+    fake_deepspeed(copy[1], 'printf "%s\n" "$@"')
+    code, output, errors = run(
+        copy, "--model-name-or-path=m", "--data-files", "a.jsonl", "--output-dir", "there", SHOW_LOG="1"
+    )
+    assert code == 0, errors
+    command = output.splitlines()
+    assert command[command.index("--logging_dir") + 1] == "there/logs"
+    assert not {"--model_name_or_path", "--data_files", "--output_dir"} & set(command)
 
 
 def test_no_objective_is_named_in_the_script():

@@ -74,7 +74,7 @@ def disk_fault(error: Exception, folder: Path) -> str | None:
         return f"{folder} no longer exists"
     if code in DISK_FULL or "No space left" in words or "Disk quota exceeded" in words:
         return f"no space left on the device ({free_bytes(folder):,} bytes are free)"
-    if code in (*NOT_WRITABLE, errno.EIO, errno.ESTALE, errno.EFBIG):
+    if code in (*NOT_WRITABLE, errno.EIO, errno.ESTALE):
         return f"{os.strerror(code)}: {filename or folder}"
     if "PytorchStreamWriter" in words or "I/O error" in words:
         return f"{' '.join(words.split())} ({free_bytes(folder):,} bytes are free)"
