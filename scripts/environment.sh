@@ -21,6 +21,16 @@ help_of() {
     done
 }
 
+# Creates the only folder that a script takes and sets `folder` to its path.
+#   use_folder USAGE DEFAULT [FOLDER]
+use_folder() {
+    local usage=$1 path=${3:-$2}
+    shift 2
+    [[ $path != -* ]] || fail "unknown argument $path; usage: $usage (a folder of that name: ./$path)"
+    (($# <= 1)) || fail "unexpected argument $2; usage: $usage"
+    mkdir -p -- "$path" && folder=$(cd -- "$path" && pwd) || fail "FOLDER $path cannot be used; usage: $usage"
+}
+
 # Succeeds if there is an NVIDIA GPU with a working driver. The command nvidia-smi alone proves neither.
 has_gpu() {
     # Not grep -q: it exits at the first match, nvidia-smi gets SIGPIPE, and pipefail reports a failure.

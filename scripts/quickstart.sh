@@ -10,7 +10,7 @@ scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$scripts/environment.sh"
 help_of "${BASH_SOURCE[0]}" "$@"
 [[ ${1:-} != --real ]] || exec bash "$scripts/quickstart_real.sh" "${@:2}"
-folder=$(mkdir -p "${1:-$scripts/../runs/quickstart}" && cd "${1:-$scripts/../runs/quickstart}" && pwd)
+use_folder "bash scripts/quickstart.sh [--real] [FOLDER]" "$ROOT/runs/quickstart" "$@"
 bash "$scripts/setup.sh"
 
 gpus=$(visible_gpus)

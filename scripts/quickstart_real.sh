@@ -10,7 +10,7 @@ set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$scripts/environment.sh"
 help_of "${BASH_SOURCE[0]}" "$@"
-folder=$(mkdir -p "${1:-$scripts/../runs/quickstart_real}" && cd "${1:-$scripts/../runs/quickstart_real}" && pwd)
+use_folder "bash scripts/quickstart.sh --real [FOLDER]" "$ROOT/runs/quickstart_real" "$@"
 model=$folder/model train=$folder/data/train.jsonl evaluation=$folder/data/eval.jsonl output=$folder/output
 
 step() {

@@ -195,6 +195,13 @@ def test_evaluation_files_replace_the_validation_split(tmp_path):
     assert sum("--validation_split_percentage 2 has no effect" in note for note in arguments.notes) == 1
 
 
+@pytest.mark.parametrize("second", [("--max_length", "9"), ("--max-length", "9"), ("--max-length=9",)])
+def test_a_flag_with_two_values_is_noted_however_it_is_written(tmp_path, second):
+    arguments = checked(tmp_path, "--max_length", "8", *second)
+    assert arguments.data.max_length == 9
+    assert "given more than once, so the last one counts: --max_length 9" in arguments.notes
+
+
 @pytest.mark.parametrize(("every", "noted"), [("2", False), ("3", True)])
 def test_saves_at_steps_without_evaluation_are_noted(tmp_path, every, noted):
     flags = ["--eval_data_files", "c", "--eval_strategy", "steps", "--eval_steps", every, "--save_steps", "4"]

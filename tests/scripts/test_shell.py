@@ -199,6 +199,29 @@ def test_output_and_data_flags_may_be_written_with_dashes(copy):
     assert not {"--model_name_or_path", "--data_files", "--output_dir"} & set(command)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--reall",), "unknown argument --reall; usage: bash scripts/quickstart.sh [--real] [FOLDER]"),
+        (("-r",), "unknown argument -r; usage: bash scripts/quickstart.sh [--real] [FOLDER]"),
+        (("a", "--real"), "unexpected argument --real; usage: bash scripts/quickstart.sh [--real] [FOLDER]"),
+        (("--real", "--cpu"), "unknown argument --cpu; usage: bash scripts/quickstart.sh --real [FOLDER]"),
+        (("--real", "a", "b"), "unexpected argument b; usage: bash scripts/quickstart.sh --real [FOLDER]"),
+        (("file/a",), "FOLDER file/a cannot be used; usage: bash scripts/quickstart.sh [--real] [FOLDER]"),
+    ],
+)
+def test_wrong_arguments_of_the_quickstarts_are_usage_errors(copy, tmp_path, words, message):
+    root, bin_folder = copy
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        ["bash", root / "scripts/quickstart.sh", *words], capture_output=True, text=True, timeout=20,
+        cwd=tmp_path, check=False, env={**os.environ, "VIRTUAL_ENV": str(bin_folder.parent)},
+    )  # fmt: skip
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["env", "file", "repo with space"]
+
+
 def test_no_objective_is_named_in_the_script():
     code = (ROOT / "scripts/train.sh").read_text().split("# Nothing below this line needs editing.")[1]
     assert not [name for name in OBJECTIVES if re.search(rf"\b{name}\b", code.replace("dft.loss", ""))]
