@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 PATIENCE = 5.0
 """Seconds of imports after which a message says what takes so long. With a warm disk cache they take less."""
@@ -34,6 +35,7 @@ def fast_imports() -> Iterator[None]:
         gc.enable()
 
 
+@cache  # once per process, which imports in two steps
 def _announce() -> None:
     sys.stderr.write(
         "start       importing torch and transformers; the first time, or on a network, it can take minutes\n"
