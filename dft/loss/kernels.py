@@ -1,119 +1,46 @@
-"""Triton kernels of the fused head: reads the logits of a row twice and writes their gradient once.
+"""Launches of the Triton kernels of the fused head.
 
 If the weight of a token is a * p + b, a single kernel does everything. Otherwise, or if tokens have a lower
 bound or a weight in the data, one kernel computes the statistics, the objective computes the weights from
-them in torch, and a second kernel writes the gradient, so that no objective needs its own kernel.
+them in torch, and a second kernel writes the gradient, so that no objective needs its own kernel. The same
+kernels read the logits of a base model beside those of the model, for the divergence from it, and write the
+largest logit of each chunk for objectives that use the largest of a row.
 
 `TRITON_INTERPRET=1` runs the kernels on the CPU; the tests do so if there is no GPU.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dft.loss.dft import TokenStats
+from dft.loss.dft import TokenStats, times
 from dft.loss.objectives import TokenRows
-from dft.loss.rows import NO_WEIGHTS, RowOptions, RowWeights
+from dft.loss.row_kernels import row_gradients, row_statistics
+from dft.loss.rows import CHUNK, NO_WEIGHTS, LogitTransform, RowOptions, RowWeights
 
 BLOCK = 4096
 """Number of logits processed at a time."""
 WARPS = 4
 """Number of warps (of 32 threads each) per row."""
+BASE_WARPS = 8
+"""The same where a row of a base model is processed with it, so that a thread needs no more registers."""
 
 
-@triton.jit
-def _logits(tile, columns, inside, scale, softcap, SOFTCAP: tl.constexpr):
-    z = tl.load(tile + columns, mask=inside, other=0.0).to(tl.float32) * scale
-    if SOFTCAP:
-        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)  # tanh
-    return tl.where(inside, z, float("-inf"))
+class _Kept(NamedTuple):
+    """What the statistics of rows leave for their gradient, (rows,) each; (0,) if one kernel does both.
 
+    Attributes:
+        top, total: largest logit, and sum of exp(logit - top).
+        base_top, gap: largest logit of the base model, and the logarithm of total minus that of its total.
+    """
 
-@triton.jit
-def _rows(
-    tile, gradient, targets, row_scale, nll_out, p_out, weight_out, correct_out, entropy_out, top_out,
-    total_out, vocab, tile_stride, gradient_stride, slope, level, scale, softcap, SOFTCAP: tl.constexpr,
-    GRADIENT: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    tile += row * tile_stride
-    gradient += row * gradient_stride
-    target = tl.load(targets + row)
-    # Read before the reductions: their barriers guarantee that all warps have read it before one of them
-    # overwrites the tile with the gradient. A target outside the vocabulary gives NaN without reading memory.
-    valid = (target >= 0) & (target < vocab)
-    z_target = tl.load(tile + target, mask=valid, other=float("nan")).to(tl.float32) * scale
-    if SOFTCAP:
-        z_target = softcap * (2 * tl.sigmoid(2 * z_target / softcap) - 1)
-    offsets = tl.arange(0, BLOCK)
-    # Online softmax: the largest logit so far, its index, and sums of e = exp(z - top) and of e * (z - top).
-    top = float("-inf")
-    best = tl.full((), 0, tl.int64)
-    total = 0.0
-    weighted = 0.0
-    for start in range(0, vocab, BLOCK):
-        columns = start + offsets
-        inside = columns < vocab
-        z = _logits(tile, columns, inside, scale, softcap, SOFTCAP)
-        here, where = tl.max(z, 0, return_indices=True)
-        if here > top:
-            best = (start + where).to(tl.int64)
-        new = tl.maximum(top, here)
-        # The sums stay 0 as long as all logits are -inf. NaN and +inf propagate as NaN through exp.
-        shift = tl.where(new == float("-inf"), 0.0, new)
-        moved = tl.where(top == float("-inf"), 0.0, top - shift)
-        rescale = tl.where(top == float("-inf"), 0.0, tl.exp(moved))
-        e = tl.exp(z - shift)
-        weighted = (weighted + total * moved) * rescale + tl.sum(tl.where(e == 0, 0.0, e * (z - shift)), 0)
-        total = total * rescale + tl.sum(e, 0)
-        top = new
-    log_total = tl.log(total)
-    nll = (top - z_target) + log_total
-    p = tl.exp(-nll)
-    weight = slope * p + level
-    tl.store(nll_out + row, nll)
-    tl.store(p_out + row, p)
-    tl.store(weight_out + row, weight)
-    tl.store(correct_out + row, best == target)
-    tl.store(entropy_out + row, log_total - weighted / total)
-    if KEEP:
-        tl.store(top_out + row, top)
-        tl.store(total_out + row, total)
-
-    if GRADIENT:
-        factor = weight * tl.load(row_scale).to(tl.float32) * scale
-        for start in range(0, vocab, BLOCK):
-            columns = start + offsets
-            inside = columns < vocab
-            z = _logits(tile, columns, inside, scale, softcap, SOFTCAP)
-            g = factor * (tl.exp(z - top) / total - tl.where(columns == target, 1.0, 0.0))
-            if SOFTCAP:
-                g *= 1 - (z / softcap) * (z / softcap)
-            tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _gradients(
-    tile, gradient, targets, factors, tops, totals, vocab, tile_stride, gradient_stride, scale, softcap,
-    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    tile += row * tile_stride
-    gradient += row * gradient_stride
-    target = tl.load(targets + row)
-    factor = tl.load(factors + row)
-    top = tl.load(tops + row)
-    total = tl.load(totals + row)
-    offsets = tl.arange(0, BLOCK)
-    for start in range(0, vocab, BLOCK):
-        columns = start + offsets
-        inside = columns < vocab
-        z = _logits(tile, columns, inside, scale, softcap, SOFTCAP)
-        g = factor * (tl.exp(z - top) / total - tl.where(columns == target, 1.0, 0.0))
-        if SOFTCAP:
-            g *= 1 - (z / softcap) * (z / softcap)
-        tl.store(gradient + columns, g.to(gradient.dtype.element_ty), mask=inside)
+    top: Tensor
+    total: Tensor
+    base_top: Tensor
+    gap: Tensor
 
 
 def score_rows(
@@ -123,101 +50,151 @@ def score_rows(
     options: RowOptions,
     out: Tensor | None = None,
     weights: RowWeights = NO_WEIGHTS,
+    base: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
-    """Compute `dft.loss.tiles.score_rows` for float32 tiles without a base model."""
-    rows = len(tile)
+    """Compute `dft.loss.tiles.score_rows` for float32 tiles."""
+    rows, vocab = tile.shape
     gradient = None
     if row_scale is not None:
         gradient = tile if out is None else out
     affine = options.objective.affine if all(values is None for values in weights) else None
     nll, p_correct, weight, entropy = (tile.new_empty(rows) for _ in range(4))
-    top, total = (tile.new_empty(rows if affine is None else 0) for _ in range(2))
+    kl = torch.zeros_like(nll)
+    kept = _Kept(*(tile.new_empty(rows if affine is None else 0) for _ in _Kept._fields))
     correct = torch.empty(rows, dtype=torch.bool, device=tile.device)
-    outputs = (nll, p_correct, weight, correct, entropy, top, total)
-    _launch_rows(tile, targets, options, outputs, affine, row_scale, gradient)
+    outputs = (nll, p_correct, weight, correct, entropy, kl, *kept)
+    chunk, maxima = _chunk_maxima(tile, options)
+    _launch_rows(tile, base, targets, options, outputs, affine, row_scale, gradient, chunk, maxima)
     if affine is None:
-        statistics = TokenRows(nll, p_correct, entropy, _largest(tile, options))
+        statistics = TokenRows(nll, p_correct, entropy, _largest(tile, options, chunk, maxima))
         weight = weights.apply(options.objective.weight(statistics))
         if row_scale is not None and gradient is not None:
-            factors = weight * row_scale * options.scale
-            _launch_gradients(tile, targets, options, factors, top, total, gradient)
-    kl = torch.zeros_like(nll)
+            scale = row_scale * options.scale
+            kl_factors = times((options.objective.kl_weight * scale).expand_as(kl), weights.loss)
+            _launch_gradients(
+                tile, base, targets, options, weight * scale, kl_factors.contiguous(), kl, kept, gradient
+            )
     return TokenStats(nll, p_correct, weight, correct, entropy, targets, kl, weights.loss), gradient
 
 
 def _launch_rows(
     tile: Tensor,
+    base: Tensor | None,
     targets: Tensor,
     options: RowOptions,
     outputs: tuple[Tensor, ...],
     affine: tuple[float, float] | None,
     row_scale: Tensor | None,
     gradient: Tensor | None,
+    chunk: int,
+    maxima: Tensor,
 ) -> None:
-    """Launch `_rows`, which also writes the gradient if the weight is affine in p."""
+    """Launch `row_statistics`, which also writes the gradient if the weight is affine in p."""
     rows, vocab = tile.shape
     with_gradient = gradient is not None and affine is not None
     slope, level = affine or (0.0, 0.0)
     written = tile if gradient is None or affine is None else gradient
+    other = tile if base is None else base
     with torch.cuda.device_of(tile):
-        _rows[(rows,)](
+        row_statistics[(rows,)](
             tile,
+            other,
             written,
             targets,
             row_scale if with_gradient else tile,
             *outputs,
+            maxima,
             vocab,
             tile.stride(0),
+            other.stride(0),
             written.stride(0),
+            maxima.stride(0),
             float(slope),
             float(level),
+            float(options.objective.kl_weight),
             float(options.scale),
             1.0 if options.softcap is None else float(options.softcap),
             SOFTCAP=options.softcap is not None,
+            BASE=base is not None,
+            CHUNK=chunk,
             GRADIENT=with_gradient,
             KEEP=affine is None,
-            BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
-            num_warps=WARPS,
+            BLOCK=_block(vocab),
+            num_warps=WARPS if base is None else BASE_WARPS,
         )
 
 
 def _launch_gradients(
     tile: Tensor,
+    base: Tensor | None,
     targets: Tensor,
     options: RowOptions,
     factors: Tensor,
-    top: Tensor,
-    total: Tensor,
+    kl_factors: Tensor,
+    kl: Tensor,
+    kept: _Kept,
     gradient: Tensor,
 ) -> None:
-    """Launch `_gradients` with the (rows,) factors computed from the objective's weights."""
+    """Launch `row_gradients` with the (rows,) factors computed from the objective's weights."""
     rows, vocab = tile.shape
+    other = tile if base is None else base
     with torch.cuda.device_of(tile):
-        _gradients[(rows,)](
+        row_gradients[(rows,)](
             tile,
+            other,
             gradient,
             targets,
             factors,
-            top,
-            total,
+            kept.top,
+            kept.total,
+            kl_factors,
+            kl,
+            kept.base_top,
+            kept.gap,
             vocab,
             tile.stride(0),
+            other.stride(0),
             gradient.stride(0),
             float(options.scale),
             1.0 if options.softcap is None else float(options.softcap),
             SOFTCAP=options.softcap is not None,
-            BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
-            num_warps=WARPS,
+            BASE=base is not None,
+            BLOCK=_block(vocab),
+            num_warps=WARPS if base is None else BASE_WARPS,
         )
 
 
-def _largest(tile: Tensor, options: RowOptions) -> Tensor | None:
+def _block(vocab: int) -> int:
+    """Return the number of logits processed at a time."""
+    return min(BLOCK, triton.next_power_of_2(vocab))
+
+
+def _chunk_maxima(tile: Tensor, options: RowOptions) -> tuple[int, Tensor]:
+    """Return the size of chunks and memory for the largest logit of each, (rows, chunks).
+
+    The size is 0, and the memory empty, if the objective uses no largest logits, or too many of a row.
+    """
+    rows, vocab = tile.shape
+    chunks, count = triton.cdiv(vocab, CHUNK), options.objective.largest
+    if not count or chunks <= 2 * count or _block(vocab) < CHUNK:
+        return 0, tile.new_empty(0, 0)
+    return CHUNK, tile.new_empty(rows, chunks)
+
+
+def _largest(tile: Tensor, options: RowOptions, chunk: int, maxima: Tensor) -> Tensor | None:
     """Return the largest logits of each row that the objective uses, (rows, largest)."""
-    count = min(options.objective.largest, tile.shape[1])
+    vocab = tile.shape[1]
+    count = min(options.objective.largest, vocab)
     if not count:
         return None
-    z = tile.topk(count, largest=options.scale > 0).values * options.scale
-    return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+    transform = LogitTransform(options.scale, options.softcap)
+    if not chunk:
+        return transform(tile.topk(count, largest=options.scale > 0).values)
+    # They are among the columns of the chunks with the largest maxima, so only these are sorted.
+    first = maxima.topk(count).indices[:, :, None] * chunk
+    columns = (first + torch.arange(chunk, device=tile.device)).flatten(1)
+    candidates = transform(tile.gather(1, columns.clamp(max=vocab - 1)))
+    return candidates.masked_fill(columns >= vocab, float("-inf")).topk(count).values
 
 
 @triton.jit

@@ -248,8 +248,8 @@ def score_rows(
         stats: (rows,) each, in the tile's dtype except for `correct` and `target`. gradient: (rows, vocab),
         or None without a `row_scale`.
     """
-    if tile.is_cuda and tile.dtype == torch.float32 and base is None:
+    if tile.is_cuda and tile.dtype == torch.float32:
         from dft.loss.kernels import score_rows as score_rows_triton  # triton comes with CUDA builds of torch
 
-        return score_rows_triton(tile, targets, row_scale, options, out, weights)
+        return score_rows_triton(tile, targets, row_scale, options, out, weights, base)
     return score_rows_torch(tile, targets, row_scale, options, weights, base, out)

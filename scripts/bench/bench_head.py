@@ -3,6 +3,7 @@
     python scripts/bench/bench_head.py    # the shapes and dtypes for this machine's device
     python scripts/bench/bench_head.py --shapes 1024,0.5,896,151936 --dtypes float32 --rounds 5
     python scripts/bench/bench_head.py --curves    # this head against tokens and against the vocabulary
+    python scripts/bench/bench_head.py --profile --contenders floor ours    # where the time goes
 
 A shape is N tokens, the share of them that is supervised, hidden size D, vocabulary V. Contenders:
 
@@ -10,6 +11,7 @@ floor:     only the three products on supervised rows: the logits, and their gra
            and on the weight.
 ours:      `linear_dft_loss`, with gradients on hidden states and weight. The name of another objective (sft,
            power, ...) measures the same with that objective; these run only if named in --contenders.
+floor with base: the four products of an objective with a base model, asft; runs only if named.
 full:      logits of all positions, cross-entropy, and a second softmax for the weights, as in the code that
            was published with the paper.
 compiled:  `full` through torch.compile; skipped if it fails.
@@ -30,21 +32,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dft.labels import loss_positions
-from dft.loss.dft import shifted_targets
-from dft.loss.linear import linear_dft_loss
-from dft.loss.objectives import OBJECTIVES, Dft, make_objective
-from dft.loss.options import BaseHead
+from scripts.bench.head_contenders import CONTENDERS, NOT_COMPARED, Case, Contender, ours
 
 CPU_SHAPES = ("1024,0.5,896,151936", "2048,0.3,896,151936", "4096,0.5,2048,32768")
 CUDA_SHAPES = ("8192,0.5,3584,152064", "4096,1.0,4096,128256", "16384,0.3,2048,151936")
@@ -54,140 +49,9 @@ LIMIT = 1e-2
 """Maximum relative difference between a contender's loss and ours. It is large because of bfloat16 logits."""
 
 
-class Case(NamedTuple):
-    """A shape, a dtype and a device. `share` is the share of supervised tokens."""
-
-    tokens: int
-    share: float
-    width: int
-    vocab: int
-    dtype: str
-    device: str
-
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hidden (1, N, D) and weight (V, D), which require gradients, and labels (1, N)."""
-        torch.manual_seed(0)
-        kind = {"dtype": getattr(torch, self.dtype), "device": self.device}
-        hidden = torch.randn(1, self.tokens, self.width, **kind).requires_grad_()
-        weight = torch.randn(self.vocab, self.width, **kind).mul_(self.width**-0.5).requires_grad_()
-        labels = torch.randint(self.vocab, (1, self.tokens), device=self.device)
-        # Evenly spread, so that the share is exact. The first position is never a target.
-        unsupervised = torch.arange(self.tokens, device=self.device) * self.share % 1 >= self.share
-        labels[:, unsupervised] = -100
-        labels[:, 0] = -100
-        return hidden, weight, labels
-
-
-# Contenders compute the loss and its backward from (hidden, weight, labels), and return the loss.
-
-
-def floor(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    with torch.no_grad():
-        rows = hidden.flatten(0, 1)[loss_positions(labels)]
-        logits = rows @ weight.t()
-        d_rows = logits @ weight
-        weight.grad = logits.t() @ rows
-        del d_rows
-
-
-def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    loss, _ = linear_dft_loss(hidden, weight, labels)
-    loss.backward()
-    return loss
-
-
-def full(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    loss = full_forward(hidden, weight, labels)
-    loss.backward()
-    return loss
-
-
-def full_forward(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Compute the loss at all positions, with the steps and dtypes of the code published with the paper."""
-    logits = F.linear(hidden, weight)[:, :-1].flatten(0, 1)
-    following = labels[:, 1:].flatten()
-    nll = F.cross_entropy(logits, following, reduction="none", ignore_index=-100)
-    with torch.no_grad():
-        targets = following.clamp(min=0)[:, None]
-        p_correct = torch.softmax(logits, dim=-1).gather(1, targets).squeeze(1)
-    keep = following != -100
-    return (nll * p_correct * keep).sum() / keep.sum()
-
-
-def compiled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    loss = torch.compile(full_forward, dynamic=False)(hidden, weight, labels)
-    loss.backward()
-    return loss
-
-
-def trl_loss(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-
-    outputs = ("entropy", "is_top1")  # the metrics that SFTTrainer logs
-    log_probs, *_ = ChunkedLogProbFunction.apply(
-        rows, weight, None, targets.clamp(min=0), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs
-    )
-    keep = targets != -100
-    return (-log_probs * log_probs.exp().detach() * keep).sum() / keep.sum()
-
-
-def trl_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    keep, targets = shifted_targets(labels)
-    loss = trl_loss(hidden[:, :-1][keep], weight, targets)
-    loss.backward()
-    return loss
-
-
-def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Score the positions that TRL scores: supervised rows on CUDA, every position on a CPU."""
-    if hidden.is_cuda:
-        return trl_rows(hidden, weight, labels)
-    loss = trl_loss(hidden[:, :-1].flatten(0, 1), weight, labels[:, 1:].flatten())
-    loss.backward()
-    return loss
-
-
-def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    head = LigerFusedLinearCrossEntropyLoss(use_token_scaling=True, accum_dtype=torch.float32)
-    loss = head(weight, hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    loss.backward()
-    return loss
-
-
-def ours_with(name: str) -> "Contender":
-    """Return `ours` with another objective, and with a base model of the same shape if it needs one."""
-    objective = make_objective(name)
-
-    def contender(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        base = BaseHead(hidden.detach(), weight.detach()) if objective.kl_weight else None
-        loss, _ = linear_dft_loss(hidden, weight, labels, objective=objective, base=base)
-        loss.backward()
-        return loss
-
-    return contender
-
-
-Contender = Callable[[Tensor, Tensor, Tensor], Tensor | None]
-CONTENDERS: dict[str, Contender] = {
-    "floor": floor,
-    "ours": ours,
-    "full": full,
-    "compiled": compiled,
-    "trl rows": trl_rows,
-    "trl": trl,
-    "liger": liger,
-}
-OTHER_OBJECTIVES: dict[str, Contender] = {name: ours_with(name) for name in OBJECTIVES if name != Dft.name}
-"""Contenders that run only if they are named; their losses are not compared with ours."""
-CONTENDERS |= OTHER_OBJECTIVES
-
-
 def available(device: str) -> list[str]:
     """Return the default contenders that can run on this machine."""
-    missing = set(OTHER_OBJECTIVES)
+    missing = set(NOT_COMPARED)
     if importlib.util.find_spec("trl") is None:
         missing |= {"trl rows", "trl"}
     if device == "cuda":
@@ -286,7 +150,7 @@ def time_contenders(case: Case, names: list[str], rounds: int) -> dict[str, list
                 print(f"{name} does not work here: {str(error).splitlines()[0]}")
                 del seconds[name]
                 continue
-            if loss is not None and name not in OTHER_OBJECTIVES:
+            if loss is not None and name not in NOT_COMPARED:
                 losses[name] = loss
             if number:  # the first round warms up
                 seconds[name].append(elapsed)
@@ -294,6 +158,21 @@ def time_contenders(case: Case, names: list[str], rounds: int) -> dict[str, list
         if abs(loss - losses["ours"]) > LIMIT * abs(losses["ours"]):
             raise SystemExit(f"{name} has loss {loss}, ours {losses['ours']}: they compute different losses")
     return seconds
+
+
+def profile(case: Case, names: list[str]) -> None:
+    """Print the operations, and on a GPU the kernels, in which each contender spends its time."""
+    activity = torch.profiler.ProfilerActivity
+    kinds = [activity.CPU, activity.CUDA] if case.device == "cuda" else [activity.CPU]
+    inputs = case.inputs()
+    for name in names:
+        run(CONTENDERS[name], inputs)  # compiles kernels
+        with torch.profiler.profile(activities=kinds) as profiler:
+            seconds, _ = run(CONTENDERS[name], inputs)
+        table = profiler.key_averages().table(
+            sort_by=f"self_{case.device}_time_total", row_limit=15, max_name_column_width=60
+        )
+        print(f"\n{name}, {case}: {seconds:.3f} s\n{table}", flush=True)
 
 
 def curves(device: str, dtype: str, rounds: int) -> None:
@@ -323,6 +202,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=available(device), choices=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print the time per kernel and no comparison")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -338,7 +218,10 @@ def main() -> None:
         for shape in arguments.shapes:
             tokens, share, width, vocab = shape.split(",")
             case = Case(int(tokens), float(share), int(width), int(vocab), dtype, device)
-            compare(case, arguments.contenders, arguments.rounds)
+            if arguments.profile:
+                profile(case, arguments.contenders)
+            else:
+                compare(case, arguments.contenders, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -239,13 +239,34 @@ def test_every_objective_matches_float64(monkeypatch, dtype, shape, floored, wei
             assert relative_error(actual, reference) < 2 * DTYPES[dtype]
 
 
-@pytest.mark.parametrize("name", ["power", "eaft", "chord"])
+@pytest.mark.parametrize("name", ["asft", "eaft"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_blocks_of_logits_match_float64(dtype, name):
+    """The largest logits are selected from chunks, and a base model is read beside the model."""
+    hidden, weight, _, labels = case(dtype, vocab=9001)
+    other_hidden, other_weight, _, _ = (tensor.detach() for tensor in case(dtype, vocab=9001, seed=1))
+    objective = make_objective(name)
+    base = BaseHead(other_hidden, other_weight) if objective.kl_weight else None
+    loss, stats = linear_dft_loss(hidden, weight, labels, objective=objective, base=base)
+    exact = [tensor.detach().double().cpu().requires_grad_() for tensor in (hidden, weight)]
+    base_logits = other_hidden.double().cpu() @ other_weight.double().cpu().t() if base else None
+    expected, expected_stats = on_logits(*exact, labels.cpu(), objective=objective, base_logits=base_logits)
+    torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(stats.weight.double().cpu(), expected_stats.weight, rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(stats.kl.double().cpu(), expected_stats.kl, rtol=1e-3, atol=1e-3)
+    pairs = zip(gradients(loss, hidden, weight), gradients(expected, *exact), strict=True)
+    for actual, reference in pairs:
+        assert relative_error(actual, reference) < 2 * DTYPES[dtype]
+
+
+@pytest.mark.parametrize("name", ["power", "eaft", "chord", "asft"])
 def test_no_objective_synchronizes_with_the_device(name):
     hidden, weight, _, labels = case(torch.bfloat16)
     how = {
         "positions": loss_positions(labels), "num_items": torch.tensor(50, device="cuda"),
         "objective": make_objective(name), "min_weight": torch.zeros(labels.shape, device="cuda"),
         "loss_weight": torch.ones(labels.shape, device="cuda"),
+        "base": BaseHead(hidden.detach(), weight.detach()) if name == "asft" else None,
     }  # fmt: skip
     linear_dft_loss(hidden, weight, labels, **how)[0].backward()  # compiles the kernels
     torch.cuda.synchronize()

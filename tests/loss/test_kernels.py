@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dft.loss.objectives import Dft
-from dft.loss.rows import RowOptions, score_rows_torch
+from dft.loss.objectives import Dft, make_objective
+from dft.loss.rows import NO_WEIGHTS, RowOptions, RowWeights, score_rows_torch
 
 pytest.importorskip("triton")  # no build for some platforms
 pytestmark = [
@@ -105,6 +105,65 @@ def test_large_logits_lose_no_precision(kernels, monkeypatch, offset):
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_the_divergence_of_large_logits_matches_float64(kernels, monkeypatch, offset):
+    monkeypatch.setattr(kernels, "BLOCK", 64)
+    generator = torch.Generator().manual_seed(0)
+    tile, base = (torch.randn(6, 200, generator=generator).mul(2**9).round().div(2**9) for _ in range(2))
+    base = base + offset
+    targets, row_scale = tile.argmax(1), torch.tensor(1.0)
+    options = RowOptions(make_objective("asft", {"kl_weight": 2.0}))
+    exact = score_rows_torch(tile.double(), targets, row_scale.double(), options, base=base.double())
+    for weights in (NO_WEIGHTS, RowWeights(torch.zeros(6))):  # in one kernel, and in two
+        stats, gradient = kernels.score_rows(tile.clone(), targets, row_scale, options, None, weights, base)
+        torch.testing.assert_close(stats.kl.double(), exact[0].kl, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(gradient.double(), exact[1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_divergence_of_logits_that_are_not_finite(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    generator = torch.Generator().manual_seed(0)
+    tile, base = (torch.randn(3, 40, generator=generator) for _ in range(2))
+    tile[:2, 20:] = base[:2, 20:] = -torch.inf  # padding of both, including an entire block
+    tile[1, :16] = base[1, :16] = -torch.inf
+    base[2, 3] = -torch.inf  # a token that only the base model excludes
+    targets, options = torch.tensor([3, 17, 5]), RowOptions(make_objective("asft"))
+    exact, expected = score_rows_torch(tile.double(), targets, torch.tensor(1.0), options, base=base.double())
+    stats, gradient = kernels.score_rows(
+        tile.clone(), targets, torch.tensor(1.0), options, None, NO_WEIGHTS, base
+    )
+    torch.testing.assert_close(stats.kl.double(), exact.kl, rtol=1e-5, atol=1e-5)
+    assert stats.kl[:2].isfinite().all() and stats.kl[2] == torch.inf
+    torch.testing.assert_close(gradient[:2].double(), expected[:2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1.0, None), (-0.5, None), (2.0, 5.0)])
+@pytest.mark.parametrize("vocab", [330, 352, 500])
+def test_the_largest_logits_are_selected_from_chunks(kernels, monkeypatch, vocab, shape):
+    monkeypatch.setattr(kernels, "BLOCK", 64)
+    monkeypatch.setattr(kernels, "CHUNK", 8)
+    tile = 3 * torch.randn(5, vocab, generator=torch.Generator().manual_seed(vocab))
+    tile[1], tile[2] = tile[1].sort().values, tile[2].round()  # close together, and equal
+    targets, options = torch.arange(5), RowOptions(make_objective("eaft"), *shape)
+    expected, gradient = score_rows_torch(tile.double(), targets, torch.tensor(1.0), options)
+    launched = []
+    monkeypatch.setattr(kernels, "_launch_rows", spy(kernels._launch_rows, launched))
+    stats, actual = kernels.score_rows(tile.clone(), targets, torch.tensor(1.0), options)
+    assert launched[0][-2] == 8 and launched[0][-1].shape == (5, -(-vocab // 8))
+    torch.testing.assert_close(stats.weight.double(), expected.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual.double(), gradient, rtol=1e-5, atol=2e-6)
+
+
+def spy(function, calls):
+    """Return the function, which appends its arguments to `calls`."""
+
+    def called(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return called
+
+
 @pytest.mark.parametrize("target", [-100, 50])
 def test_a_target_outside_the_vocabulary_gives_nan(kernels, target):
     stats, _ = kernels.score_rows(torch.zeros(1, 50), torch.tensor([target]), None, RowOptions())
@@ -124,26 +183,32 @@ def test_scaling_is_in_place(kernels, monkeypatch, dtype):
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
-from dft.loss.kernels import _gradients, _rows, _scale
+from dft.loss.kernels import _scale
+from dft.loss.row_kernels import row_gradients, row_statistics
 
 kinds = {"targets": "*i64", "correct_out": "*i1"}
-kinds |= dict.fromkeys(["tile", "nll_out", "p_out", "weight_out", "entropy_out", "row_scale"], "*fp32")
-kinds |= dict.fromkeys(["top_out", "total_out", "factors", "tops", "totals"], "*fp32")
-kinds |= dict.fromkeys(["vocab", "tile_stride", "gradient_stride"], "i32")
-kinds |= dict.fromkeys(["slope", "level", "scale", "softcap"], "fp32")
-kinds |= dict.fromkeys(["SOFTCAP", "GRADIENT", "KEEP", "BLOCK"], "constexpr")
+names = {*row_statistics.arg_names, *row_gradients.arg_names} - {*kinds}
+scalars = {"slope", "level", "kl_weight", "scale", "softcap"}
+for name in names:
+    kinds[name] = "fp32" if name in scalars else "constexpr" if name.isupper() else "*fp32"
+kinds |= dict.fromkeys([name for name in names if name.endswith("stride")] + ["vocab"], "i32")
 cases = [
     (
-        _rows,
+        row_statistics,
         {**kinds, "gradient": kind},
-        {"SOFTCAP": softcap, "GRADIENT": gradient, "KEEP": not gradient, "BLOCK": 4096},
+        {
+            "SOFTCAP": softcap, "BASE": base, "CHUNK": chunk, "GRADIENT": gradient, "KEEP": not gradient,
+            "BLOCK": 4096,
+        },
     )
-    for kind, softcap, gradient in [
-        ("*fp32", False, True), ("*bf16", False, True), ("*fp16", True, True), ("*fp32", True, False)
+    for kind, softcap, base, chunk, gradient in [
+        ("*fp32", False, False, 0, True), ("*bf16", False, True, 0, True), ("*fp16", True, False, 0, True),
+        ("*fp32", True, True, 32, False),
     ]
 ]
-for kind in ("*fp32", "*bf16"):
-    cases.append((_gradients, {**kinds, "gradient": kind}, {"SOFTCAP": True, "BLOCK": 4096}))
+for kind, base in (("*fp32", True), ("*bf16", False)):
+    constants = {"SOFTCAP": True, "BASE": base, "BLOCK": 4096}
+    cases.append((row_gradients, {**kinds, "gradient": kind}, constants))
 for kind in ("*fp32", "*bf16"):
     signature = {"numbers": kind, "factor": "*fp32", "count": "i64", "BLOCK": "constexpr"}
     cases.append((_scale, signature, {"BLOCK": 4096}))

@@ -172,8 +172,6 @@ def test_the_kernel_matches_plain_torch(monkeypatch, case, shape, floored, weigh
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("test_cuda.py runs the kernel itself")
-    if case.objective.kl_weight:
-        pytest.skip("objectives with a base model are computed in plain torch, also on a GPU")
     from dft.loss import kernels  # tests/conftest.py sets TRITON_INTERPRET
 
     monkeypatch.setattr(kernels, "BLOCK", 32)
@@ -183,13 +181,16 @@ def test_the_kernel_matches_plain_torch(monkeypatch, case, shape, floored, weigh
     floors = 0.4 * (targets % 2 == 0).float() if floored else None
     weights = RowWeights(floors, 0.5 + targets % 3 if weighted else None)
     row_scale, options = torch.tensor(0.37), RowOptions(case.objective, *shape)
-    expected, gradient = score_rows_torch(tile.double(), targets, row_scale.double(), options, weights)
+    base = 3 * torch.randn(7, VOCAB, generator=generator) + 9 if case.objective.kl_weight else None
+    expected, gradient = score_rows_torch(
+        tile.double(), targets, row_scale.double(), options, weights, None if base is None else base.double()
+    )
     for out in (None, torch.empty(7, VOCAB)):
-        stats, actual = kernels.score_rows(tile.clone(), targets, row_scale, options, out, weights)
+        stats, actual = kernels.score_rows(tile.clone(), targets, row_scale, options, out, weights, base)
         torch.testing.assert_close(actual.double(), gradient, rtol=1e-5, atol=2e-6)
         for value, reference in zip(stats[:-1], expected[:-1], strict=True):
             torch.testing.assert_close(value.double(), reference.double(), rtol=1e-5, atol=2e-5)
-    alone, none = kernels.score_rows(tile.clone(), targets, None, options, None, weights)
+    alone, none = kernels.score_rows(tile.clone(), targets, None, options, None, weights, base)
     assert none is None and torch.equal(alone.weight, stats.weight)
 
 
