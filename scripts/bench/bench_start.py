@@ -18,6 +18,7 @@ ZeRO-3 x N:  with the deepspeed launcher, against a script with the same launche
 
 The contenders take turns; each measurement is a new process. Wall time is that until the step begins, CPU
 time is user and system time of all processes. Medians; ratios are those of one round, and their median.
+Each process has one thread: on a machine with other work, threads that wait for each other would be measured.
 The default model is that of make_example.py, which loads in no time: what is measured are fixed costs.
 """
 
@@ -118,6 +119,7 @@ def measure(command: list[str], folder: Path, code: int) -> Seconds:
     on_cpu = {} if has_gpu() else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     environment = {
         **os.environ, **on_cpu, MARK: str(mark), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.time()
