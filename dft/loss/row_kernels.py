@@ -13,6 +13,16 @@ def _logits(tile, columns, inside, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _target_logit(tile, target, vocab, scale, softcap, SOFTCAP: tl.constexpr):
+    # A target outside the vocabulary gives NaN without reading memory.
+    valid = (target >= 0) & (target < vocab)
+    z = tl.load(tile + target, mask=valid, other=float("nan")).to(tl.float32) * scale
+    if SOFTCAP:
+        z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
+    return z
+
+
+@triton.jit
 def _shifts(top, here):
     """Update the largest logit of an online softmax.
 
@@ -26,24 +36,21 @@ def _shifts(top, here):
 
 
 @triton.jit
-def row_statistics(
-    tile, base, gradient, targets, row_scale, nll_out, p_out, weight_out, correct_out, entropy_out, kl_out,
-    top_out, total_out, base_top_out, gap_out, maxima_out, vocab, tile_stride, base_stride, gradient_stride,
-    maxima_stride, slope, level, kl_weight, scale, softcap, SOFTCAP: tl.constexpr, BASE: tl.constexpr,
-    CHUNK: tl.constexpr, GRADIENT: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
+def _base_sums(y, e, shifted, base_top, base_total, crossed, total, moved, rescale):
+    """Add a block of the base model's logits y to its sums, before the block is added to the model's."""
+    base_top, shift, base_moved, base_rescale = _shifts(base_top, tl.max(y, 0))
+    base_total = base_total * base_rescale + tl.sum(tl.exp(y - shift), 0)
+    crossed = tl.where(rescale == 0, 0.0, (crossed + total * (moved - base_moved)) * rescale)
+    crossed += tl.sum(tl.where(e == 0, 0.0, e * (shifted - (y - shift))), 0)
+    return base_top, base_total, crossed
+
+
+@triton.jit
+def _row_sums(
+    tile, base, maxima_out, vocab, scale, softcap, SOFTCAP: tl.constexpr, BASE: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    tile += row * tile_stride
-    base += row * base_stride
-    gradient += row * gradient_stride
-    maxima_out += row * maxima_stride
-    target = tl.load(targets + row)
-    # Read before the reductions: their barriers guarantee that all warps have read it before one of them
-    # overwrites the tile with the gradient. A target outside the vocabulary gives NaN without reading memory.
-    valid = (target >= 0) & (target < vocab)
-    z_target = tl.load(tile + target, mask=valid, other=float("nan")).to(tl.float32) * scale
-    if SOFTCAP:
-        z_target = softcap * (2 * tl.sigmoid(2 * z_target / softcap) - 1)
+    """Return what the statistics of a row are computed from, and write the largest logit of each chunk."""
     offsets = tl.arange(0, BLOCK)
     # Online softmax: the largest logit so far, its index, and sums of e = exp(z - top) and of e * (z - top).
     top = float("-inf")
@@ -69,12 +76,33 @@ def row_statistics(
         e = tl.exp(z - shift)
         if BASE:
             y = _logits(base, columns, inside, scale, softcap, SOFTCAP)
-            base_top, base_shift, base_moved, base_rescale = _shifts(base_top, tl.max(y, 0))
-            base_total = base_total * base_rescale + tl.sum(tl.exp(y - base_shift), 0)
-            crossed = tl.where(rescale == 0, 0.0, (crossed + total * (moved - base_moved)) * rescale)
-            crossed += tl.sum(tl.where(e == 0, 0.0, e * ((z - shift) - (y - base_shift))), 0)
+            base_top, base_total, crossed = _base_sums(
+                y, e, z - shift, base_top, base_total, crossed, total, moved, rescale
+            )
         weighted = (weighted + total * moved) * rescale + tl.sum(tl.where(e == 0, 0.0, e * (z - shift)), 0)
         total = total * rescale + tl.sum(e, 0)
+    return top, best, total, weighted, base_top, base_total, crossed
+
+
+@triton.jit
+def row_statistics(
+    tile, base, gradient, targets, row_scale, nll_out, p_out, weight_out, correct_out, entropy_out, kl_out,
+    top_out, total_out, base_top_out, gap_out, maxima_out, vocab, tile_stride, base_stride, gradient_stride,
+    maxima_stride, slope, level, kl_weight, scale, softcap, SOFTCAP: tl.constexpr, BASE: tl.constexpr,
+    CHUNK: tl.constexpr, GRADIENT: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    tile += row * tile_stride
+    base += row * base_stride
+    gradient += row * gradient_stride
+    maxima_out += row * maxima_stride
+    target = tl.load(targets + row)
+    # Read before the reductions: their barriers guarantee that all warps have read it before one of them
+    # overwrites the tile with the gradient.
+    z_target = _target_logit(tile, target, vocab, scale, softcap, SOFTCAP)
+    top, best, total, weighted, base_top, base_total, crossed = _row_sums(
+        tile, base, maxima_out, vocab, scale, softcap, SOFTCAP, BASE, CHUNK, BLOCK
+    )
     log_total = tl.log(total)
     nll = (top - z_target) + log_total
     p = tl.exp(-nll)
