@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import unwrap_peft_model
@@ -20,6 +20,7 @@ from dft.data.batches.sampler import WithBlank
 from dft.errors import UserError
 from dft.training.attention.choice import MASKED_LAYERS, attention_of, reference_attention, runs_unpadded
 from dft.training.attention.interface import VARLEN
+from dft.training.attention.windows import record_windows
 
 Collator = PaddedCollator | PackedCollator | FlatCollator
 COLUMNS = ("labels", "seq_lengths", "origins", "loss_weights")
@@ -82,6 +83,8 @@ def packing_obstacle(model: PreTrainedModel, longest_row: int | None = None) -> 
     parameters = inspect.signature(model.forward).parameters
     if "position_ids" not in parameters:
         return "its forward takes no position_ids"
+    if _reserves_positions(model):
+        return "its positions do not begin at 0"
     unpadded = runs_unpadded(config)
     if unpadded:
         name = "varlen" if config._attn_implementation == VARLEN else "flash"
@@ -97,6 +100,15 @@ def packing_obstacle(model: PreTrainedModel, longest_row: int | None = None) -> 
             f"only in rows of up to {limit} tokens{length}"
         )
     return None
+
+
+def _reserves_positions(model: nn.Module) -> bool:
+    """Return whether a model has a learned position for padding, after which the others begin (RoBERTa)."""
+    return any(
+        isinstance(module, nn.Embedding) and module.padding_idx is not None
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings")
+    )
 
 
 def exact_row_length(config: PretrainedConfig) -> int | None:
@@ -234,11 +246,13 @@ def check_isolation(
 ) -> None:
     """Check that a sequence has the same logits in a packed row as on its own.
 
-    Runs two short sequences in one row, and the second one alone; with varlen attention, alone with the
-    attention that transformers would choose. A token counts as different if its logits
-    are off by more than rounding. Up to a quarter of the tokens may be different, since in a mixture of
-    experts rounding can send a token to another expert; whereas a leak between sequences changes nearly all
-    of them. Does not consume random numbers. Under ZeRO-3 all ranks must call this.
+    Runs two short sequences in one row, and the second one alone, from its token ids and nothing else; with
+    varlen attention, alone with the attention that transformers would choose. A token counts as different if
+    its logits are off by more than rounding. Up to a quarter of the tokens may be different, since in a
+    mixture of experts rounding can send a token to another expert; whereas a leak between sequences changes
+    nearly all of them. Sliding windows are longer than these sequences: for varlen attention, which has no
+    mask, the layers must pass theirs on. Does not consume random numbers. Under ZeRO-3 all ranks must call
+    this.
 
     Args:
         forward: the model in evaluation mode, or a wrapper of it.
@@ -248,7 +262,7 @@ def check_isolation(
         dtype: dtype the model computes in.
 
     Raises:
-        UserError: the logits differ.
+        UserError: the logits differ, or a window is not passed on.
     """
     config = model.config.get_text_config()
     first, second = PROBE_LENGTHS
@@ -256,18 +270,24 @@ def check_isolation(
     pair = {"input_ids": tokens, "labels": tokens, "seq_lengths": [first, second]}
     alone = {"input_ids": tokens[first:], "labels": tokens[first:]}
 
-    def logits(*examples: Mapping[str, Any]) -> Tensor:  # (seq, vocab) of the first row
+    def logits(batch: Mapping[str, Any]) -> Tensor:  # (seq, vocab) of the first row
         inputs = {
             name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in collator(examples).items()
+            for name, value in batch.items()
             if name not in NON_MODEL_KEYS
         }
         return forward(**inputs).logits[0].cpu().double()  # not every device has float64
 
-    packed = logits(pair, alone)[first : first + second]
     is_varlen = config._attn_implementation == VARLEN
+    with record_windows() as windows:
+        packed = logits(collator([pair, alone]))[first : first + second]
+    if missing := windows.missing(config):
+        raise UserError(
+            f"{type(model).__name__}: its layers do not pass their sliding window of {max(missing)} tokens "
+            f"to varlen attention; {_remedy(collator)}"
+        )
     with attention_of(model, reference_attention(model)) if is_varlen else nullcontext():
-        expected = logits(alone)
+        expected = logits({"input_ids": torch.from_numpy(tokens[first:])[None]})
     error = (packed - expected).norm(dim=-1) / expected.norm(dim=-1)  # (second,)
     different = int((~(error <= TOLERANCE.get(dtype, LARGEST_TOLERANCE))).sum())  # NaN counts as a difference
     if different > second // 4:

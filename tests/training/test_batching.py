@@ -408,7 +408,7 @@ def test_isolation_check_passes_sound_models_in_every_dtype_and_finds_a_leak(nam
     model = build_model(name).to(dtype).eval()
     check_isolation(model, model, PackedCollator(0), CPU, dtype)
 
-    def without_positions(position_ids, **inputs):
+    def without_positions(position_ids=None, **inputs):
         return model(**inputs)
 
     with pytest.raises(UserError, match="does not keep packed conversations separate"):
@@ -419,8 +419,8 @@ def test_isolation_check_finds_flash_attention_that_ignores_bounds(flash):
     model = build_model("qwen3", "flash_attention_2").eval()
     check_isolation(model, model, FlatCollator(), CPU, torch.float32)
 
-    def without_bounds(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, position_ids, **inputs):
-        total = inputs["input_ids"].shape[1]
+    def without_bounds(input_ids, **others):
+        inputs, total = {"input_ids": input_ids}, input_ids.shape[1]
         bounds = torch.tensor([0, total], dtype=torch.int32)
         return model(
             **inputs, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=total, max_length_k=total

@@ -17,6 +17,10 @@ MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layer types whose only access to other tokens is through the attention mask."""
 DROPOUT_SETTINGS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 """Names that architectures have for the dropout of attention."""
+MASKED_WINDOWS = ("phimoe", "qwen2_moe")
+"""Architectures of transformers 5.23 whose sliding windows are in the mask alone."""
+HEAD_SIZES = ("head_dim", "qk_head_dim", "v_head_dim")
+"""Settings for the size of a head; those of multi-head latent attention differ in queries and values."""
 LARGEST_HEAD = 256
 """Largest head size of flash attention on CUDA."""
 PROBE_LENGTHS = (5, 33)
@@ -49,6 +53,8 @@ def varlen_obstacle(model: PreTrainedModel, dtype: torch.dtype, device: torch.de
         return "its attention cannot be replaced"
     if dropout := max((settings.get(name) or 0.0 for name in DROPOUT_SETTINGS), default=0.0):
         return f"it has a dropout of {dropout} in its attention"
+    if config.model_type in MASKED_WINDOWS and settings.get("sliding_window"):
+        return "its sliding window is in its mask alone"
     return _device_obstacle(config, dtype, device)
 
 
@@ -56,7 +62,7 @@ def _device_obstacle(config: PretrainedConfig, dtype: torch.dtype, device: torch
     """Return the reason why the operator does not run on a device, or None. Runs it once."""
     settings = config.to_dict()
     heads = config.num_attention_heads
-    size = settings.get("head_dim") or config.hidden_size // heads
+    size = largest_head(config)
     if device.type not in ("cpu", "cuda"):
         return f"there is no kernel for the device {device.type}"
     if device.type == "cuda":
@@ -75,6 +81,14 @@ def _device_obstacle(config: PretrainedConfig, dtype: torch.dtype, device: torch
     if not error <= 10 * torch.finfo(dtype).eps:  # NaN is an error as well
         return f"torch's kernel is not exact here: relative error {error:.2g} in {dtype}"
     return None
+
+
+def largest_head(config: PretrainedConfig) -> int:
+    """Return the number of entries of the largest head of queries or values in any layer."""
+    settings = config.to_dict()
+    layers = [settings, *(settings.get("per_layer_config") or {}).values()]
+    sizes = [layer.get(name) or 0 for layer in layers for name in HEAD_SIZES]
+    return max(sizes) or config.hidden_size // config.num_attention_heads
 
 
 def operator_error(heads: int, key_heads: int, size: int, dtype: torch.dtype, device: torch.device) -> float:

@@ -45,7 +45,7 @@ def varlen_attention_forward(
     Args:
         module: the attention layer.
         query: (batch, heads, queries, head size).
-        key, value: (batch, key heads, keys, head size); the size of a value may be smaller.
+        key, value: (batch, key heads, keys, head size); the size of a value may differ.
         attention_mask: (batch, 1, queries, keys), if the batch has padding.
         dropout: must be 0.
         scaling: factor of the scores; by default 1 / sqrt(head size).
@@ -109,10 +109,14 @@ def _unpadded_attention(
     if torch.is_autocast_enabled(query.device.type):  # casts the inputs of PyTorch's own operators itself
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    rows, heads, length, size = query.shape
+    rows, heads, length, _ = query.shape
     value_size = value.shape[-1]
-    value = F.pad(value, [0, size - value_size])
-    flat = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    size = max(query.shape[-1], value_size)  # the operator takes one size; zeros add nothing to a product
+    padded = (
+        F.pad(tensor, [0, size - tensor.shape[-1]]) if tensor.shape[-1] < size else tensor
+        for tensor in (query, key, value)
+    )
+    flat = (tensor.transpose(1, 2).flatten(0, 1) for tensor in padded)
     output, _ = sequence_attention(*flat, sinks, *settings)
     return output.view(rows, length, heads, size)[..., :value_size]
 

@@ -8,8 +8,9 @@ from transformers.utils import is_flash_attn_2_available
 from dft.arguments.model import DTYPES
 from dft.arguments.parser import Arguments
 from dft.errors import UserError
-from dft.training.attention.choice import varlen_obstacle
+from dft.training.attention.choice import attention_of, varlen_obstacle
 from dft.training.attention.interface import VARLEN
+from dft.training.batching import packing_obstacle
 
 FLASH = "flash_attention_2"
 
@@ -69,6 +70,9 @@ def use_varlen_attention(model: PreTrainedModel, arguments: Arguments) -> None:
     mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = mixed.get(arguments.training.mixed_precision, model.dtype)
     obstacle = varlen_obstacle(model, dtype, arguments.training.device)
+    if obstacle is None:
+        with attention_of(model, VARLEN):
+            obstacle = packing_obstacle(model)
     if obstacle is None:
         model.set_attn_implementation(VARLEN)
     elif attention == VARLEN:

@@ -194,3 +194,12 @@ def test_dropout_and_position_biases_are_errors():
     for arguments, words in ({"dropout": 0.1}, "dropout"), ({"position_bias": query}, "a position bias"):
         with pytest.raises(ValueError, match=f"does not support {words}.*; use attn_implementation='sdpa'"):
             interface.varlen_attention_forward(module, query, query, query, None, **arguments)
+
+
+@pytest.mark.parametrize("value_size", [4, 8, 12])
+def test_values_may_have_another_size_than_queries(value_size):
+    query, key = torch.randn(2, 1, 2, 5, 8, dtype=torch.float64)
+    value = torch.randn(1, 2, 5, value_size, dtype=torch.float64)
+    actual, _ = interface.varlen_attention_forward(torch.nn.Module(), query, key, value, None)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(actual, expected.transpose(1, 2))
