@@ -26,6 +26,7 @@ from dft.errors import UserError
 from dft.labels import IGNORE_INDEX
 from dft.loss.objectives import Objective
 from dft.ranks import init_cpu_deepspeed
+from dft.training.attention.choice import HEAD_SIZES
 from dft.training.attention.interface import VARLEN
 from dft.training.batching import packing_obstacle
 from dft.training.model.positions import LENGTH_DEPENDENT_ROPE, rope_types
@@ -74,6 +75,8 @@ def sequence_parallel_obstacle(model: PreTrainedModel, size: int) -> str | None:
         return "its configuration has no num_key_value_heads or head_dim"
     if key_heads % size and size % key_heads:
         return f"its {key_heads} key-value heads cannot be divided among {size} ranks"
+    if (obstacle := _heads_obstacle(model)) is not None:
+        return obstacle
     length_dependent = rope_types(settings) & set(LENGTH_DEPENDENT_ROPE)
     if length_dependent:
         return (
@@ -82,6 +85,23 @@ def sequence_parallel_obstacle(model: PreTrainedModel, size: int) -> str | None:
         )
     if settings.get("output_router_logits"):
         return "the auxiliary loss of its router is not a sum over tokens"
+    return None
+
+
+def _heads_obstacle(model: PreTrainedModel) -> str | None:
+    """Return the reason why DeepSpeed cannot exchange the heads of a model, or None.
+
+    It assumes that all heads of queries, keys and values in all layers have the same size, and passes other
+    arguments of attention on as they are.
+    """
+    settings = model.config.get_text_config().to_dict()
+    layers = (settings.get("per_layer_config") or {}).values()
+    numbers = (*HEAD_SIZES, "num_attention_heads", "num_key_value_heads")
+    sizes = {settings[name] for name in HEAD_SIZES if settings.get(name)}
+    if len(sizes) > 1 or any(name in layer for layer in layers for name in numbers):
+        return "its heads differ between queries and values, or between layers"
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        return "its heads have attention sinks, and a rank computes only some of the heads"
     return None
 
 

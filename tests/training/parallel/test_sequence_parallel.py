@@ -5,9 +5,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils.data import IterableDataset
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from dft.loss.objectives import make_objective
+from dft.training.attention.interface import VARLEN
 from dft.training.parallel import sequence_parallel
 from dft.training.parallel.sequence_parallel import (
     check_shared_data,
@@ -53,6 +66,43 @@ def test_configurations_without_required_fields_are_rejected(monkeypatch):
     config._attn_implementation = "sdpa"
     model = SimpleNamespace(config=config)
     assert (sequence_parallel_obstacle(model, 2) is None) == (config.to_dict()["head_dim"] is not None)
+
+
+SHAPE = {
+    "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 50,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+LATENT = {
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "n_routed_experts": 2, "num_key_value_heads": 4,
+}  # fmt: skip
+SINKS = "its heads have attention sinks"
+DIFFERENT = "its heads differ between queries and values, or between layers"
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: GptOssForCausalLM(GptOssConfig(**SHAPE, **EXPERTS, head_dim=8, sliding_window=4)), SINKS),
+        (lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**{**SHAPE, **LATENT})), DIFFERENT),
+        (
+            lambda: Gemma4ForCausalLM(
+                Gemma4TextConfig(
+                    **SHAPE, head_dim=8, global_head_dim=16, sliding_window=4, hidden_size_per_layer_input=0,
+                    layer_types=["sliding_attention", "full_attention"],
+                )
+            ),
+            DIFFERENT,
+        ),
+    ],
+    ids=["gpt-oss", "deepseek v3", "gemma4"],
+)  # fmt: skip
+def test_heads_that_deepspeed_cannot_exchange_are_rejected(build, reason):
+    with torch.device("meta"):
+        model = build()
+    model.set_attn_implementation(VARLEN)
+    assert sequence_parallel_obstacle(model, 2).startswith(reason)
 
 
 class Stream(IterableDataset):
