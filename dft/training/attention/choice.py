@@ -54,7 +54,7 @@ def varlen_obstacle(model: PreTrainedModel, dtype: torch.dtype, device: torch.de
     if dropout := max((settings.get(name) or 0.0 for name in DROPOUT_SETTINGS), default=0.0):
         return f"it has a dropout of {dropout} in its attention"
     if config.model_type in MASKED_WINDOWS and settings.get("sliding_window"):
-        return "its sliding window is in its mask alone"
+        return "only its mask implements its sliding window"
     return _device_obstacle(config, dtype, device)
 
 

@@ -82,7 +82,9 @@ def use_varlen_attention(model: PreTrainedModel, arguments: Arguments) -> None:
         )
     else:
         used = model.config.get_text_config()._attn_implementation
-        arguments.notes.append(f"batches are padded, with {used} attention: {obstacle}")
+        note = f"batches are padded, with {used} attention: {obstacle}"
+        if note not in arguments.notes:  # the base model has the same obstacle as the model
+            arguments.notes.append(note)
 
 
 def _check_flash_attention(use_cpu: bool, is_half: bool) -> None:
