@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 64 * 2**20
-"""Bytes of a half-precision weight converted to float32 at a time, on devices without mixed products."""
+BLOCK_BYTES = 8 * 2**20
+"""Bytes of a half-precision weight converted to float32 at a time, on devices without mixed products. They
+fit the cache of a CPU."""
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

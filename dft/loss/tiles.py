@@ -12,11 +12,15 @@ from dft.loss.rows import NO_WEIGHTS, RowOptions, RowWeights, score_rows_torch
 TILE_BYTES = {"cpu": 384 * 2**20, "cuda": 1024 * 2**20}
 """Maximum size of one tile of logits, regardless of batch and vocabulary; a tile has at least one row. Large
 tiles make the products efficient, and the weight's gradient is read and written less often."""
+HALF_TILE_SHARE = 4
+"""`TILE_BYTES` divided by the size of a tile of bfloat16 rows on a CPU. The memory of such a tile is reused
+by the next one, because only gradients are stored for a group of tiles; the first access to new memory costs
+more time than the larger products save."""
 GROUP_BYTES = 2 * 2**30
 """Maximum size of the half-precision gradients of a group of tiles on a GPU, where they are written next to
 the logits. One product per group sums the weight's gradient in float32 without storing it in float32; with
 more than one group the float32 sum is stored, and read and written once per group. On a CPU the maximum is
-that of a tile."""
+`TILE_BYTES`."""
 HALF_SCALE = 2.0**14
 """Factor on the gradients of float16 rows. float16 underflows below 6e-8, where most gradients are, and
 overflows at 65,504. The gradients of a row sum to at most 2 before the division by N, so they are scaled up
@@ -90,7 +94,7 @@ def run_tiles(
     """
     vocab, wide = len(head.weight), torch.promote_types(rows.dtype, torch.float32)
     row_scale, unscale = _row_scale(rows.dtype, scale, options, extras.weights.loss)
-    spans = tiles(len(rows), vocab, wide.itemsize, rows.device.type)
+    spans = tiles(len(rows), vocab, wide.itemsize, _tile_bytes(rows))
     buffers: list[Tensor | None] = [None, None]
     if rows.device.type == "cpu" and spans:  # on a GPU, torch's allocator reuses the memory of the last tile
         longest = max(end - start for start, end in spans)
@@ -203,9 +207,17 @@ def _head_output(rows: Tensor, head: HeadWeights, buffer: Tensor | None) -> Tens
     return z
 
 
-def tiles(tokens: int, vocab: int, itemsize: int, device: str) -> list[RowRange]:
-    """Return the rows of each tile: as few tiles as fit `TILE_BYTES` each, of about equal size."""
-    rows_per_tile = max(1, TILE_BYTES.get(device, TILE_BYTES["cuda"]) // (vocab * itemsize))
+def _tile_bytes(rows: Tensor) -> int:
+    """Return the maximum size of a tile of logits of these rows."""
+    device = rows.device.type
+    if device == "cpu" and _gradients_in_half(rows):
+        return TILE_BYTES[device] // HALF_TILE_SHARE
+    return TILE_BYTES.get(device, TILE_BYTES["cuda"])
+
+
+def tiles(tokens: int, vocab: int, itemsize: int, limit: int) -> list[RowRange]:
+    """Return the rows of each tile: as few tiles as fit `limit` bytes each, of about equal size."""
+    rows_per_tile = max(1, limit // (vocab * itemsize))
     count = -(-tokens // rows_per_tile)
     bounds = [tokens * index // count for index in range(count + 1)] if count else []
     return list(zip(bounds, bounds[1:], strict=False))

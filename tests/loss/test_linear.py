@@ -137,7 +137,7 @@ def test_only_inputs_that_require_a_gradient_get_one(needs, monkeypatch):
     loss, stats = linear_dft_loss(tensors[0], tensors[1], labels, bias=tensors[2])
     expected, _ = on_logits(hidden, weight, labels, bias=bias)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    number = len(tiles.tiles(len(stats.nll), VOCAB, 8, "cpu"))
+    number = len(tiles.tiles(len(stats.nll), VOCAB, 8, tiles.TILE_BYTES["cpu"]))
     assert number > 1
     assert len(products) == number * (1 + needs[0] + needs[1])
     assert loss.requires_grad == any(needs)
@@ -159,7 +159,7 @@ def test_without_gradients_there_is_one_product_per_tile(monkeypatch):
     monkeypatch.setattr(Tensor, "addmm_", lambda *a, **k: pytest.fail("a gradient was computed"))
     with torch.no_grad():
         loss, stats = linear_dft_loss(hidden, weight, labels, bias=bias)
-    assert len(products) == len(tiles.tiles(len(stats.nll), VOCAB, 8, "cpu"))
+    assert len(products) == len(tiles.tiles(len(stats.nll), VOCAB, 8, tiles.TILE_BYTES["cpu"]))
     assert not loss.requires_grad and torch.equal(loss, expected)
     assert all(
         torch.equal(value, expected) for value, expected in zip(stats[:-1], expected_stats[:-1], strict=True)
@@ -277,7 +277,7 @@ def test_results_are_reproducible_and_independent_of_the_tile_size(monkeypatch):
 @pytest.mark.parametrize("tokens", [0, 1, 100, 4097])
 def test_tiles_fit_their_size_limit(monkeypatch, vocab, tokens):
     monkeypatch.setitem(tiles.TILE_BYTES, "cpu", 64 * 2**20)
-    spans = tiles.tiles(tokens, vocab, 4, "cpu")
+    spans = tiles.tiles(tokens, vocab, 4, tiles.TILE_BYTES["cpu"])
     assert [row for start, end in spans for row in range(start, end)] == list(range(tokens))
     for start, end in spans:
         assert end - start == 1 or (end - start) * vocab * 4 <= 64 * 2**20
