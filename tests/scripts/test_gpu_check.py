@@ -62,7 +62,7 @@ def test_a_check_that_fails_or_is_killed_fails_and_the_others_run(fake_checks, t
     states = [re.sub(r" \(\d+ s\)", "", line) for line in lines if line.startswith(("passed", "FAILED"))]
     assert states == [
         "passed   environment", "FAILED   attention, exit code 137", "FAILED   precision, exit code 3",
-        "FAILED   bench-head, exit code 124",
+        "FAILED   bench-head, exit code 124", "FAILED   profile-head, exit code 124",
     ]  # fmt: skip
     assert process.returncode == 1
     assert (tmp_path / "here/my results/attention.log").read_text().startswith("attention")
