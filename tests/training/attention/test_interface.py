@@ -203,3 +203,12 @@ def test_values_may_have_another_size_than_queries(value_size):
     actual, _ = interface.varlen_attention_forward(torch.nn.Module(), query, key, value, None)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     torch.testing.assert_close(actual, expected.transpose(1, 2))
+
+
+def test_a_saved_model_loads_without_this_package(tmp_path):
+    model = build("qwen3")
+    model.set_attn_implementation(VARLEN)
+    model.save_pretrained(tmp_path)
+    assert all(VARLEN not in file.read_text() for file in tmp_path.glob("*.json"))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
