@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dft.errors import UserError, report_user_errors
-from dft.report.pages.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, styled
+from dft.report.pages.figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, styled
 from dft.report.pages.images import write_png
 
 TABLES = ROOT / "docs" / "benchmarks.md"
@@ -43,7 +43,7 @@ CONTENDERS = {
     "compiled": ("the same, torch.compile", SKY),
     "liger": ("Liger (SFT)", PURPLE),
     "off": ("this trainer, --fused_head off", GREEN),
-    "flat": ("bare loop without padding", YELLOW),
+    "flat": ("bare loop without padding", BLACK),
 }
 """Label and color of each contender, by its name in the tables."""
 
