@@ -90,10 +90,12 @@ def estimate_memory(
         for stage in (3, 2, 1)  # ZeRO stages from which weights, gradients and optimizer state are sharded
     ]
     trained = sum(element_count(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    trained_itemsize = _trained_itemsize(model, training, layout)
     weights = 0.0
     if not layout.weights_offloaded:
         sizes = (
-            element_count(parameter) * bytes_per_element(parameter, layout.itemsize)
+            element_count(parameter)
+            * (trained_itemsize if parameter.requires_grad else bytes_per_frozen_element(parameter, layout))
             for parameter in model.parameters()
         )
         weights = sum(sizes) / sharded_ranks[0]
@@ -101,10 +103,10 @@ def estimate_memory(
     copies = 2 if layout.ranks > 1 and not layout.stage and not training.fsdp else 1
     gradients = 0.0
     if not layout.optimizer_offloaded:
-        gradients = copies * trained * gradient_itemsize(training, layout.itemsize) / sharded_ranks[1]
+        gradients = copies * trained * gradient_itemsize(training, trained_itemsize) / sharded_ranks[1]
     optimizer: float | None = None
     if training.optim.value.startswith("adamw") and "8bit" not in training.optim.value:
-        bytes_each = 12 if layout.stage else 2 * layout.itemsize
+        bytes_each = 12 if layout.stage else 2 * trained_itemsize
         optimizer = 0.0 if layout.optimizer_offloaded else trained * bytes_each / sharded_ranks[2] / GIB
     head = _head_bytes(model, training, math.ceil(tokens * supervised_share), layout)
     return MemoryEstimate(weights / GIB, gradients / GIB, optimizer, head / GIB)
@@ -139,16 +141,26 @@ def resolve_layout(model: PreTrainedModel, training: transformers.TrainingArgume
     )
 
 
-def bytes_per_element(parameter: nn.Parameter, itemsize: int) -> float:
-    """Return the number of bytes per element of a weight.
+def bytes_per_frozen_element(parameter: nn.Parameter, layout: MemoryLayout) -> float:
+    """Return the number of bytes per element of a frozen weight.
 
-    Args:
-        parameter: the weight. Frozen weights keep their dtype, unless all weights are cast to a smaller one.
-        itemsize: number of bytes per element of a trained weight.
+    It keeps its dtype, unless all weights are cast to a smaller one.
     """
     if parameter.dtype == torch.uint8:
         return 1 + 1 / 32  # bitsandbytes keeps an 8-bit scale for every 64 weights
-    return itemsize if parameter.requires_grad else min(itemsize, parameter.element_size())
+    return min(layout.itemsize, parameter.element_size())
+
+
+def _trained_itemsize(
+    model: PreTrainedModel, training: transformers.TrainingArguments, layout: MemoryLayout
+) -> int:
+    """Return the number of bytes per element of the trained weights.
+
+    ZeRO and FSDP cast them. Otherwise they keep their dtype, which for adapters is float32 whatever the dtype
+    of the model.
+    """
+    sizes = [parameter.element_size() for parameter in model.parameters() if parameter.requires_grad]
+    return layout.itemsize if layout.stage or training.fsdp or not sizes else max(sizes)
 
 
 def has_4bit_weights(model: PreTrainedModel) -> bool:

@@ -94,6 +94,23 @@ def test_autocast_keeps_copies_of_float32_weights_and_zero_does_not(tmp_path):
     assert under_zero["activations"] < plan(model, args, requested, 10, fused=True).parts["activations"]
 
 
+def test_adapters_are_float32_whatever_the_dtype_of_the_model(tmp_path):
+    """peft creates them in float32; under ZeRO they have the dtype of the model, and float32 copies."""
+    model = meta_model(2, 128, 256, 500, 2, 1)
+    frozen = sum(parameter.numel() for parameter in model.parameters())
+    with torch.device("meta"):
+        adapted = add_adapters(model, LoraArguments(lora_r=4), arguments(tmp_path), "m")
+    adapters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    args = arguments(tmp_path, bf16=True)
+    parts = plan(adapted, args, requested_setting(adapted, args, 1), 10, fused=True).parts
+    assert parts["weights"] * GIB == 2 * frozen + 4 * adapters
+    assert parts["gradients"] * GIB == 4 * adapters and parts["optimizer"] * GIB == 8 * adapters
+    sharded = PlanSetting(MemoryLayout(8, 3, False, False, 2), 1, 1, False)
+    parts = plan(adapted, args, sharded, 10, fused=True).parts
+    assert parts["weights"] * GIB == pytest.approx(2 * (frozen + adapters) / 8)
+    assert parts["optimizer"] * GIB == pytest.approx(12 * adapters / 8)
+
+
 def test_4_bit_weights_take_half_a_byte_and_their_scales(tmp_path):
     model = meta_model(2, 128, 256, 500, 2, 1, tied=False)
     head = model.get_output_embeddings()
