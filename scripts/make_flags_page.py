@@ -29,8 +29,9 @@ HEAD = """# Flags of train_dft.py
 
 <!-- Written by scripts/make_flags_page.py from the dataclasses in dft/arguments. Do not edit. -->
 
-`--config FILE.yaml` reads flags from a file; flags on the command line take precedence. Switches take a
-value, as in `--packing True`. `python train_dft.py --help` also lists the flags of transformers.
+`--config A.yaml B.yaml` reads flags from files: those of later files take precedence over those of earlier
+ones, and flags on the command line over all files. Switches take a value, as in `--packing True`.
+`python train_dft.py --help` also lists the flags of transformers.
 """
 TRAINING = """
 All flags of

@@ -193,15 +193,21 @@ value_of() {
 
 # Prints the objective in the files of --config; the last file that has one counts.
 objective_of_files() {
-    local file name
-    while (($#)); do
-        name_of "$1"
+    local word file name reading=false
+    for word in "$@"; do
         file=
-        if [[ $name == --config ]]; then
-            [[ $1 == *=* ]] && file=${1#*=} || file=${2-}
+        if [[ $word == --* ]]; then
+            name_of "$word"
+            reading=false
+            if [[ $name == --config && $word == *=* ]]; then
+                file=${word#*=}
+            elif [[ $name == --config ]]; then
+                reading=true
+            fi
+        elif $reading; then
+            file=$word
         fi
         [[ ! -f $file ]] || sed -n "s/^objective:[[:space:]]*['\"]\{0,1\}\([a-z]*\).*/\1/p" "$file"
-        shift
     done | tail -n 1
 }
 

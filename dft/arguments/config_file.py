@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from datetime import date
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,10 @@ def expand_config(
     choices: Mapping[str, Collection[Any]] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Replace every `--config FILE.yaml` with the flags in the file.
+    """Replace every `--config FILE.yaml ...` with the flags in the files.
 
     The flags of files are inserted at the front, so that flags on the command line take precedence. Later
-    files take precedence over earlier ones.
+    files take precedence over earlier ones, whether one `--config` names them or several.
 
     Args:
         argv: the words of the command line.
@@ -84,15 +85,19 @@ def expand_config(
     """
     from_files: list[str] = []
     words: list[str] = []
-    remaining = iter(argv)
-    for word in remaining:
-        name, equals, value = word.partition("=")
-        if name == "--config":
-            from_files += config_flags(
-                value if equals else next(remaining, ""), choices or {}, defaults or {}
-            )
-        else:
-            words.append(word)
+    index = 0
+    while index < len(argv):
+        name, equals, value = argv[index].partition("=")
+        index += 1
+        if name != "--config":
+            words.append(argv[index - 1])
+            continue
+        files = [value]
+        if not equals:
+            files = list(takewhile(lambda word: not word.startswith("-"), argv[index:]))
+            index += len(files)
+        for file in files or [""]:
+            from_files += config_flags(file, choices or {}, defaults or {})
     return from_files + words
 
 

@@ -94,7 +94,9 @@ class Parser(HfArgumentParser):
         self.add_argument(
             "--config",
             metavar="FILE.yaml",
-            help="Read flags from a file. Flags on the command line take precedence.",
+            nargs="+",
+            help="Read flags from files. Later files take precedence over earlier ones, and flags on the "
+            "command line over all files.",
         )
 
     def error(self, message: str) -> NoReturn:

@@ -22,6 +22,22 @@ def test_flags_override_config_files_in_order(tmp_path):
     assert arguments.data.data_files == ["c.jsonl"]
 
 
+def test_one_config_flag_reads_several_files_in_order(tmp_path):
+    (tmp_path / "a.yaml").write_text("learning_rate: 1e-3\nmax_length: 77\ndft_alpha: 0.5\n")
+    (tmp_path / "b.yaml").write_text("max_length: 88\ndft_alpha: 0.6\n")
+    files = [str(tmp_path / name) for name in ("a.yaml", "b.yaml")]
+    arguments = parse_arguments(["--config", *files, "--dft_alpha", "0.2", *words(tmp_path)])
+    assert arguments.data.max_length == 88  # the later file
+    assert arguments.dft.dft_alpha == 0.2
+    assert arguments.training.learning_rate == 1e-3
+    arguments = parse_arguments([*words(tmp_path), "--config", *reversed(files)])
+    assert arguments.data.max_length == 77 and arguments.dft.dft_alpha == 0.5
+    with pytest.raises(UserError, match=r"^--config .*c\.yaml: no such file$"):
+        parse_arguments([*words(tmp_path), "--config", files[0], str(tmp_path / "c.yaml")])
+    with pytest.raises(UserError, match=r"^--config \(nothing\): no such file$"):
+        parse_arguments(["--config", *words(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

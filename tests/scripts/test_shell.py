@@ -167,6 +167,7 @@ def test_the_objective_is_also_read_from_a_config_file(copy, tmp_path, objective
     assert [command[at + 1] for at, word in enumerate(command) if word == "--dft_alpha"] == alphas, errors
 
 
+@pytest.mark.parametrize("as_one_flag", [False, True])
 @pytest.mark.parametrize(
     ("files", "alphas"),
     [
@@ -175,16 +176,18 @@ def test_the_objective_is_also_read_from_a_config_file(copy, tmp_path, objective
         (("dft", "power"), []),
     ],
 )
-def test_the_objective_is_read_from_the_last_config_file_that_has_one(copy, tmp_path, files, alphas):
+def test_the_objective_is_read_from_the_last_config_file_that_has_one(
+    copy, tmp_path, files, alphas, as_one_flag
+):
     words = []
     for number, objective in enumerate(files):
         file = tmp_path / f"{number} file.yaml"
         file.write_text(f"objective: {objective}\n" if objective else "learning_rate: 1e-6\n")
-        words += ["--config", str(file)]
+        words += [str(file)] if words and as_one_flag else ["--config", str(file)]
     fake_deepspeed(copy[1], 'printf "%s\n" "$@"')
     _, output, errors = run(copy, *DATA, *words, MODEL="m", SHOW_LOG="1")
     command = output.splitlines()
-    assert command.count("--config") == 2
+    assert command.count("--config") == (1 if as_one_flag else 2)
     assert [command[at + 1] for at, word in enumerate(command) if word == "--dft_alpha"] == alphas, errors
 
 
