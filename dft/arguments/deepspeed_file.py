@@ -21,6 +21,29 @@ SECTIONS = (
     "tensor_parallel", "activation_checkpointing", "data_types",
 )  # fmt: skip
 """Sections that transformers and accelerate read without checking their type."""
+_PACKAGE = Path(__file__).parent.parent
+SHIPPED = _PACKAGE / "ds_config" if (_PACKAGE / "ds_config").is_dir() else _PACKAGE.parent / "ds_config"
+"""Folder of the configurations that --deepspeed finds by name. The wheel has it inside the package."""
+
+
+def find_deepspeed(config: str | None) -> str | None:
+    """Return the file that --deepspeed selects: a path, or the name of a shipped configuration.
+
+    Args:
+        config: the value of the flag. A file of this name has precedence over a shipped configuration. JSON
+            and a path without a file, which `read_deepspeed` reports, are returned as they are.
+    """
+    if not config or config.startswith("{") or Path(config).is_file():
+        return config
+    for file in shipped_configurations():
+        if config in (file.stem, file.name):
+            return str(file)
+    return config
+
+
+def shipped_configurations() -> list[Path]:
+    """Return the configurations that --deepspeed finds by name."""
+    return sorted(SHIPPED.glob("*.json"))
 
 
 def deepspeed_flag(config: str | dict[str, Any]) -> str:
@@ -54,8 +77,9 @@ def read_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(config, dict):
         return config
     if not (config.startswith("{") or Path(config).is_file()):
+        names = ", ".join(file.stem for file in shipped_configurations())
         raise UserError(
-            f"--deepspeed {config}: no such file; configurations for ZeRO-1, 2 and 3 are in ds_config/"
+            f"--deepspeed {config}: no such file, and not the name of a shipped configuration ({names})"
         )
     try:
         text = config if config.startswith("{") else Path(config).read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ import difflib
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -14,7 +15,7 @@ from transformers import HfArgumentParser
 from dft.arguments.accelerate_launch import launched_flags, launched_note
 from dft.arguments.config_file import SECRETS, expand_config
 from dft.arguments.data import DataArguments, resolve_validation_split
-from dft.arguments.deepspeed_file import zero_stage
+from dft.arguments.deepspeed_file import find_deepspeed, zero_stage
 from dft.arguments.lora import LoraArguments
 from dft.arguments.model import ModelArguments
 from dft.arguments.objective import DFTArguments, resolve_alpha
@@ -23,6 +24,7 @@ from dft.arguments.watch import WatchArguments
 from dft.bounds import check_bounds
 from dft.errors import UserError, set_error_reporter
 from dft.ranks import launch_fault, port_fault
+from dft.version import __version__
 
 GROUPS = (ModelArguments, DataArguments, DFTArguments, LoraArguments, WatchArguments, TrainingArguments)
 """The dataclasses of flags, in the order of --help."""
@@ -31,6 +33,8 @@ PATHS = (
     "resume_from_checkpoint",
 )  # fmt: skip
 """Flags that name a file or folder, apart from data files, which keep the names that the user wrote."""
+PROGRAM = "train-dft" if Path(sys.argv[0]).name == "train-dft" else "train_dft.py"
+"""Name of the program in --help and messages: the installed command, or the script."""
 SECRET_FLAGS = [f"--{flag}" for name in SECRETS for flag in (name, name.replace("_", "-"))]
 DEVICE_DEFAULTS = {"deepspeed": None, "tf32": None, "fsdp": None, "bf16": False, "fp16": False}
 """Defaults of the flags that a machine without a GPU may reject and that do not affect the data."""
@@ -87,7 +91,7 @@ class Parser(HfArgumentParser):
     """Parser for all flags. Raises errors as `UserError` and does not print the usage."""
 
     def __init__(self) -> None:
-        super().__init__(GROUPS, allow_abbrev=False, prog="train_dft.py", formatter_class=HelpFormatter)
+        super().__init__(GROUPS, allow_abbrev=False, prog=PROGRAM, formatter_class=HelpFormatter)
         for action in self._actions:
             if action.option_strings and action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS  # transformers adds a negated duplicate of some flags
@@ -98,9 +102,20 @@ class Parser(HfArgumentParser):
             help="Read flags from files. Later files take precedence over earlier ones, and flags on the "
             "command line over all files.",
         )
+        self.add_argument(
+            "--env",
+            action="store_true",
+            help="Print versions, devices and settings of this machine, without secrets, for a bug report.",
+        )
+        self.add_argument(
+            "--version",
+            action="version",
+            version=f"%(prog)s {__version__}",
+            help="Show the version and exit.",
+        )
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (train_dft.py --help lists every flag)")
+        raise UserError(f"{message} ({PROGRAM} --help lists every flag)")
 
     def parse(self, argv: list[str]) -> Arguments:
         """Parse a command line.
@@ -119,16 +134,18 @@ class Parser(HfArgumentParser):
         if unknown:
             raise UserError(self._unknown_flag_message(unknown))
         flags = vars(namespace)
-        del flags["config"]
+        del flags["config"], flags["env"]
         # Shells expand ~ only at the beginning of a word, so not in --flag=~/folder.
         flags.update({name: os.path.expanduser(flags[name]) for name in PATHS if flags[name] is not None})
         check_names(flags)
         check_variables(flags)
-        implied = launched_flags(flags)
-        ignored = ignored_flags({**flags, **implied})
+        # run_args.yaml has the name that the user wrote, which another installation finds as well.
+        selected = {**flags, "deepspeed": find_deepspeed(flags["deepspeed"])}
+        implied = launched_flags(selected)
+        ignored = ignored_flags({**selected, **implied})
         try:
             model, data, dft, lora, watch, training = self.parse_dict(
-                {**flags, **implied, **ignored}, allow_extra_keys=False
+                {**selected, **implied, **ignored}, allow_extra_keys=False
             )
         except UserError:
             raise
@@ -153,7 +170,7 @@ class Parser(HfArgumentParser):
         flag = next((word for word in unknown if word.startswith("--")), unknown[0])
         name = flag.split("=")[0]
         similar = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        hint = f"; did you mean {similar[0]}?" if similar else " (train_dft.py --help lists every flag)"
+        hint = f"; did you mean {similar[0]}?" if similar else f" ({PROGRAM} --help lists every flag)"
         return f"unknown argument {name}{hint}"
 
 

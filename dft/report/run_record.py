@@ -85,7 +85,13 @@ def environment(settings: dict[str, Any], device: torch.device) -> dict[str, Any
 
 
 def git_commit(folder: Path) -> str | None:
-    """Return the checked-out commit, with a `+` if tracked files were modified; None outside a repository."""
+    """Return the checked-out commit of a repository, with a `+` if tracked files were modified.
+
+    None if the folder is not the root of a repository. The environment with the installed package may lie
+    inside another repository.
+    """
+    if not (folder / ".git").exists():
+        return None
     try:
         commit = _git(folder, "rev-parse", "HEAD").strip()
         return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")

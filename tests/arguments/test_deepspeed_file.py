@@ -5,9 +5,12 @@ import json
 import pytest
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from dft.arguments.deepspeed_file import find_deepspeed, read_deepspeed
+from dft.arguments.parser import parse_arguments
 from dft.errors import UserError
 from dft.training.optimizer import check_operators
-from tests.arguments.command import checked
+from tests.arguments.command import checked, words
+from tests.launching import ROOT
 
 AUTO = {"gradient_clipping": "auto", "gradient_accumulation_steps": "auto"}
 
@@ -150,3 +153,33 @@ def test_invalid_json_is_rejected(tmp_path):
     (tmp_path / "ds.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         checked(tmp_path, "--deepspeed", str(tmp_path / "ds.json"))
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3.json"])
+def test_a_shipped_configuration_is_selected_by_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert find_deepspeed(name) == str(ROOT / "ds_config/zero3.json")
+    assert read_deepspeed(find_deepspeed(name))["zero_optimization"]["stage"] == 3
+    (tmp_path / name).write_text('{"zero_optimization": {"stage": 1}}')
+    assert find_deepspeed(name) == name  # a file in the working folder has precedence
+    assert read_deepspeed(name)["zero_optimization"]["stage"] == 1
+
+
+def test_a_wrong_configuration_name_is_reported_with_the_right_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        parse_arguments(words(tmp_path, "--deepspeed", "zero4"))
+    assert str(error.value) == (
+        "--deepspeed zero4: no such file, and not the name of a shipped configuration "
+        "(zero1, zero2, zero3, zero3_offload)"
+    )
+
+
+def test_the_run_records_the_name_of_a_shipped_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dft.arguments.training.is_launched", lambda: True)
+    monkeypatch.setattr("dft.arguments.training.init_cpu_deepspeed", lambda: None)
+    arguments = parse_arguments(words(tmp_path, "--deepspeed", "zero2"))
+    assert arguments.training.deepspeed == str(ROOT / "ds_config/zero2.json")
+    assert arguments.flags["deepspeed"] == "zero2"
+    unset_hf_deepspeed_config()

@@ -15,6 +15,7 @@ from dft.arguments.parser import parse_arguments
 from dft.errors import UserError
 from dft.loss.objectives import Sft
 from dft.ranks import launch_fault
+from dft.version import __version__
 from tests.arguments.command import checked
 
 
@@ -320,7 +321,7 @@ WRONG = [
     ("--deepspeed ds_config/zero3.json", "DeepSpeed needs a launcher"),
     (
         "--deepspeed nowhere.json",
-        "--deepspeed nowhere.json: no such file; configurations for",
+        "--deepspeed nowhere.json: no such file, and not the name of a shipped configuration (zero1, zero2,",
     ),
     ("--lr_scheduler_kwargs notjson", "--lr_scheduler_kwargs notjson: expected a JSON object"),
     ('--lr_scheduler_kwargs {"foo":1}', "unexpected keyword argument 'foo'"),
@@ -405,3 +406,9 @@ def test_a_folder_whose_name_cannot_be_encoded_is_rejected(tmp_path):
         f"--output_dir {folder}: the name is not valid utf-8, so the tokenizer could not be read or saved "
         "there; rename it, or set PYTHONUTF8=1 if the name is UTF-8"
     )
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"train_dft.py {__version__}\n"

@@ -33,3 +33,6 @@ def test_git_commit_marks_changed_files(tmp_path):
     assert git_commit(tmp_path) == commit
     (tmp_path / "a").write_text("2")
     assert git_commit(tmp_path) == commit + "+"
+    inside = tmp_path / "environment"  # with an installed package
+    inside.mkdir()
+    assert git_commit(inside) is None
