@@ -157,9 +157,18 @@ class TrainingArguments(transformers.TrainingArguments):
                 init_cpu_deepspeed()
         # transformers expects the bare flag; accept True and False as for all other flags.
         self.fsdp = {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp)
+        self._copy_without_waiting()
         super().__post_init__()
         if self.fsdp and self.use_cpu:
             enable_cpu_sharding()
+
+    def _copy_without_waiting(self: Any) -> None:
+        """Copy batches to a GPU while it computes, unless `--accelerator_config` is set.
+
+        Otherwise each copy waits until the GPU has nothing to do.
+        """
+        if self.accelerator_config is None and self.dataloader_pin_memory and not self.use_cpu:
+            self.accelerator_config = {"non_blocking": True}
 
     def _use_stored_batch(self: Any) -> None:
         """Use the batch size that an earlier attempt of the same command stored, if there is one.

@@ -15,7 +15,7 @@ from typing import Any
 import accelerate.utils.other
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.core_model_loading import PrefixChange
 
 
@@ -70,6 +70,14 @@ PATCHES = (
         changes="the attribute found_inf of Adam and AdamW",
         reason="their fused implementation skips an update on the device if that number is 1, which saves "
         "waiting for the gradient norm; only a loss scale sets it, in float16",
+    ),
+    LibraryPatch(
+        where="dft.training.patches.masks_without_waiting",
+        package="transformers",
+        version="5.23",
+        changes="transformers.masking_utils.find_packed_sequence_indices",
+        reason="each forward waits for the device, to find out whether any row of a batch without attention "
+        "mask holds several sequences; no argument says so",
     ),
     LibraryPatch(
         where="dft.training.patches.hidden_argument_mismatch",
@@ -177,6 +185,25 @@ def set_update_skipped(optimizer: torch.optim.Optimizer, skipped: torch.Tensor |
         vars(optimizer).pop("found_inf", None)
     else:
         vars(optimizer)["found_inf"] = skipped
+
+
+def _sequence_numbers(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return the number of the sequence in its row that each token belongs to, (batch, seq)."""
+    return (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
+
+
+@contextmanager
+def masks_without_waiting() -> Iterator[None]:
+    """Build masks without asking the device whether there are several sequences in a row.
+
+    For attention that needs no mask for such rows. Other attention would get a mask that it could do without.
+    """
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = _sequence_numbers
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

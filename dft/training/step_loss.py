@@ -1,7 +1,7 @@
 """Compute the loss of a micro-batch, through the fused head if the model supports it."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ from dft.errors import UserError
 from dft.loss.dft import TokenStats, normalizer
 from dft.loss.head import FusedHead, inspect_head, score_logits
 from dft.loss.objectives import Objective
-from dft.loss.options import LossOptions
+from dft.loss.options import BaseHead, LossOptions
+from dft.training.attention.choice import runs_unpadded
 from dft.training.batching import NON_MODEL_KEYS, Collator, check_isolation
 from dft.training.memory.out_of_memory import MicroBatch
 from dft.training.model.base_model import FrozenBaseModel
 from dft.training.parallel.sequence_parallel import SequenceParallel
+from dft.training.patches import masks_without_waiting
 
 
 @dataclass(frozen=True)
@@ -155,22 +157,20 @@ class StepLoss:
         self.last_batch = MicroBatch(len(labels), labels.numel(), is_training=torch.is_grad_enabled())
         features = {name: value for name, value in inputs.items() if name not in NON_MODEL_KEYS}
         head = "the caller needs logits" if with_logits else self.inspect_head(forward)
-        base = None
-        if self._base_model is not None:
-            is_fused = isinstance(head, FusedHead)
-            base = self._base_model.head_input(features) if is_fused else self._base_model.logits(features)
-        options = LossOptions(
-            objective=objective,
-            num_items=num_items,
-            min_weight=self._min_weight(labels),
-            loss_weight=loss_weights_of(inputs),
-            base=base,
-            shifted=shifted,
-            # A custom collator may change labels without updating the positions.
-            positions=inputs.get("loss_positions") if isinstance(self._collator(), Collator) else None,
-        )
         score = head.score if isinstance(head, FusedHead) else score_logits
-        loss, stats, outputs = score(forward, features, labels, options)
+        unpadded = runs_unpadded(self._model.config.get_text_config())
+        with masks_without_waiting() if unpadded else nullcontext():
+            options = LossOptions(
+                objective=objective,
+                num_items=num_items,
+                min_weight=self._min_weight(labels),
+                loss_weight=loss_weights_of(inputs),
+                base=self._score_base(head, features),
+                shifted=shifted,
+                # A custom collator may change labels without updating the positions.
+                positions=inputs.get("loss_positions") if isinstance(self._collator(), Collator) else None,
+            )
+            loss, stats, outputs = score(forward, features, labels, options)
         aux_loss = outputs.get("aux_loss")
         if aux_loss is not None and (forward.training or self._router_coefficient is not None):
             if self._router_coefficient is None:
@@ -182,6 +182,13 @@ class StepLoss:
             share = stats.nll.numel() / normalizer(num_items, stats.nll)
             loss = loss + share * self._router_coefficient * aux_loss
         return loss, stats, outputs
+
+    def _score_base(self, head: FusedHead | str, features: Mapping[str, Any]) -> BaseHead | Tensor | None:
+        """Return what the loss needs of the base model; None without one."""
+        if self._base_model is None:
+            return None
+        is_fused = isinstance(head, FusedHead)
+        return self._base_model.head_input(features) if is_fused else self._base_model.logits(features)
 
     def _min_weight(self, labels: Tensor) -> Tensor | None:
         """Return the (batch, seq) minimum weight of each label; None if there is none."""

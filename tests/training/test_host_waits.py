@@ -1,0 +1,64 @@
+"""How often a training step waits for the device: by default never between log lines."""
+
+import pytest
+import torch
+from transformers import masking_utils
+from transformers.masking_utils import find_packed_sequence_indices
+
+from dft.arguments.training import TrainingArguments
+from dft.training.measuring import device_skip
+from dft.training.patches import masks_without_waiting
+from scripts.bench.bench_waits import CASES, ON_GPU, STEPS, count_waits
+
+EXPECTED = {
+    "varlen": (0, 1),
+    "varlen, packed": (0, 1),
+    "varlen, checkpointing": (0, 1),
+    "varlen, `--max_grad_norm 0`": (0, 1),
+    "varlen, `--optim adamw_torch`": (1, 0),  # the norm, before the update
+    "varlen, `--logging_steps 1`": (4, 1),  # loss, norm, metrics and memory
+    "sdpa": (4, 1),  # transformers looks for padding twice in each of two micro-batches
+    "sdpa, packed": (2, 1),  # and for sequences that restart once
+}
+"""Waits, and flags read during the next step, of a step of two micro-batches."""
+
+on_cpu = pytest.mark.skipif(ON_GPU, reason="tests/loss/test_cuda.py has the counterpart on a GPU")
+
+
+@on_cpu
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_waits_for_the_device_as_often_as_documented(monkeypatch, name):
+    monkeypatch.setattr(device_skip, "DEVICE_TYPES", frozenset({"cpu"}))
+    steps, _ = count_waits(**CASES[name])
+    counts = [(places.total(), late) for places, late in steps]
+    # A batch whose rows are equally long has no padding, which sdpa notices one wait earlier.
+    assert len(counts) == STEPS and max(counts[1:-1]) == EXPECTED[name], steps
+
+
+@pytest.mark.parametrize(
+    "positions", [[[0, 1, 2, 0, 1]], [[0, 1, 2, 3, 4]] * 2, [[0, 1, 0, 1, 2], [0, 0, 0, 0, 0]]], ids=str
+)
+def test_sequences_within_rows_have_the_numbers_that_transformers_gives_them(positions):
+    """transformers returns None instead of zeros, for which it looks at them."""
+    expected = find_packed_sequence_indices(torch.tensor(positions))
+    with masks_without_waiting():
+        actual = masking_utils.find_packed_sequence_indices(torch.tensor(positions))
+    assert torch.equal(actual, torch.zeros_like(actual) if expected is None else expected)
+    assert masking_utils.find_packed_sequence_indices is find_packed_sequence_indices
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"use_cpu": False}, {"non_blocking": True}),
+        ({"use_cpu": True}, None),
+        ({"use_cpu": False, "dataloader_pin_memory": False}, None),
+        ({"use_cpu": False, "accelerator_config": {"non_blocking": False}}, {"non_blocking": False}),
+    ],
+)
+def test_batches_are_copied_to_a_gpu_without_waiting_for_it(tmp_path, flags, expected):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    for name, value in {"accelerator_config": None, "dataloader_pin_memory": True, **flags}.items():
+        setattr(arguments, name, value)
+    arguments._copy_without_waiting()
+    assert arguments.accelerator_config == expected
