@@ -22,7 +22,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+if not __package__:  # started as a file, not as an installed command
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from transformers.utils import ADAPTER_CONFIG_NAME
 

@@ -31,8 +31,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # started as a file, not as an installed command
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dft.errors import UserError, report_user_errors
 from dft.files import convert_write_errors, free_bytes

@@ -27,7 +27,8 @@ from transformers import (
 )
 from transformers.utils import ADAPTER_CONFIG_NAME, GENERATION_CONFIG_NAME
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+if not __package__:  # started as a file, not as an installed command
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dft.arguments.lora import PEFT_VERSION, check_installed
 from dft.arguments.model import DTYPES

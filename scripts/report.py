@@ -12,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+if not __package__:  # started as a file, not as an installed command
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dft.errors import UserError, report_user_errors
 from dft.files import convert_write_errors

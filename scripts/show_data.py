@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import HfArgumentParser
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+if not __package__:  # started as a file, not as an installed command
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dft.arguments.data import (
     DataArguments,

@@ -1,0 +1,39 @@
+"""The parts of the package that pyproject.toml cannot describe: folders outside of dft, and the pins."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+COMMANDS = ("evaluate", "get_model", "merge_lora", "report", "show_data")
+"""The files in scripts/ that are installed, as dft_scripts. pyproject.toml names the command of each."""
+
+
+def pins(name: str, *packages: str) -> list[str]:
+    """Return the lines of a requirements file, or those of some packages."""
+    lines = [line.strip() for line in (ROOT / name).read_text().splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not packages:
+        return lines
+    by_name = {line.split("==")[0]: line for line in lines}
+    return [by_name[package] for package in packages]
+
+
+setup(
+    packages=[*find_packages(include=["dft", "dft.*"]), "dft.ds_config"],
+    package_dir={"dft.ds_config": "ds_config", "dft_scripts": "scripts"},
+    py_modules=["train_dft", *(f"dft_scripts.{name}" for name in COMMANDS)],
+    package_data={
+        "dft.ds_config": ["*.json"],
+        "dft.data.templates": ["*.jinja"],
+        "dft.report.pages": ["*.jinja"],
+    },
+    install_requires=pins("requirements.txt"),
+    extras_require={
+        "dev": pins("requirements-dev.txt"),
+        "gpu": pins("requirements-gpu.txt"),
+        "lora": pins("requirements-dev.txt", "peft"),
+        "real": pins("requirements-real.txt"),
+        "trackers": pins("requirements-dev.txt", "tensorboard", "swanboard"),
+    },
+)
