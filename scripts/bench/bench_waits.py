@@ -42,6 +42,8 @@ OPERATORS = frozenset({
     "aten::repeat_interleave", "aten::bincount",
 })  # fmt: skip
 """Operators that wait for a GPU."""
+INDEXING = frozenset({"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"})
+"""Operators that wait for a GPU if an index is a condition."""
 METHODS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu})
 """Methods that copy a tensor to the host without such an operator, if it is on a CPU."""
 OF_THE_COUNTING = ("torch/utils/_python_dispatch", "torch/_dynamo/", "torch/_tensor.py", "torch/_compile.py")
@@ -128,9 +130,15 @@ class OperatorWaits(TorchDispatchMode):
         self.waits = waits
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.overloadpacket._qualified_op_name in OPERATORS:
+        name = function.overloadpacket._qualified_op_name
+        if name in OPERATORS or (name in INDEXING and _selects_by_condition(args[1])):
             self.waits.add()
         return function(*args, **(kwargs or {}))
+
+
+def _selects_by_condition(indices: Any) -> bool:
+    """Return whether one of the indices of a tensor is a condition for each of its entries."""
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
 class MethodWaits(TorchFunctionMode):

@@ -8,7 +8,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from dft.arguments.training import TrainingArguments
 from dft.training.measuring import device_skip
 from dft.training.patches import masks_without_waiting
-from scripts.bench.bench_waits import CASES, ON_GPU, STEPS, count_waits
+from scripts.bench.bench_waits import CASES, ON_GPU, STEPS, HostWaits, count_waits
 
 EXPECTED = {
     "varlen": (0, 1),
@@ -33,6 +33,30 @@ def test_a_step_waits_for_the_device_as_often_as_documented(monkeypatch, name):
     counts = [(places.total(), late) for places, late in steps]
     # A batch whose rows are equally long has no padding, which sdpa notices one wait earlier.
     assert len(counts) == STEPS and max(counts[1:-1]) == EXPECTED[name], steps
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda tensor: tensor.sum().item(),
+        lambda tensor: bool(tensor.any()),
+        lambda tensor: float(tensor[0]),
+        lambda tensor: tensor.tolist(),
+        lambda tensor: tensor.cpu(),
+        lambda tensor: tensor.nonzero(),
+        lambda tensor: tensor[tensor > 0],
+        lambda tensor: torch.equal(tensor, tensor),
+    ],
+    ids=["item", "bool", "float", "tolist", "cpu", "nonzero", "mask", "equal"],
+)
+def test_each_kind_of_wait_is_counted_once_at_its_place(wait):
+    waits = HostWaits()
+    with waits.counting():
+        torch.ones(3) * 2 + torch.zeros(3).sum()
+        wait(torch.tensor([0.0, 1.0, 2.0]))
+    (place,) = waits.places
+    assert waits.places.total() == 1 and place.startswith("training/test_host_waits.py:")
 
 
 @pytest.mark.parametrize(
