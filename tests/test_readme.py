@@ -29,7 +29,7 @@ MAX_README_BYTES = 12_000
 
 FLAGS_OF_OTHER_PROGRAMS = {
     "--nproc_per_node", "--num_accelerators", "--num_gpus", "--hostfile",  # torchrun, deepspeed
-    "--no-deps", "--module", "--basetemp", "--signal", "--help",  # pip, pytest, Slurm
+    "--no-deps", "--module", "--build-arg", "--basetemp", "--signal", "--help",  # pip, docker, pytest, Slurm
     "--model_args", "--tasks", "--apply_chat_template",  # lm_eval
     "--include_path", "--output_path", "--device",  # lm_eval
     "--tokenizer", "--merges",  # tests.data.templates.check_published
