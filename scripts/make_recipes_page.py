@@ -59,8 +59,8 @@ python scripts/make_recipes_page.py                               # plans all re
 A recipe names the model, its precision, how the devices share it, the length and number of rows of an
 optimizer step, and the learning rate with its schedule. Your data, the output folder, evaluation, trackers
 and checkpoints are yours to add, in a second file or on the command line, where any flag of the recipe can
-be replaced. Paths in a recipe (`ds_config/zero3.json`) count from the repository. `scripts/train.sh` has
-defaults of its own, which override those of a file; start recipes with the command in their third line.
+be replaced. `scripts/train.sh` has defaults of its own, which override those of a file; start recipes with
+the command in their third line.
 
 The name says family/size-method-devices: `full` trains all weights, `lora` adapters, `qlora` adapters on
 weights in 4 bits. Devices come in nodes of eight. Llama and Gemma ask you to accept a license on the hub.
