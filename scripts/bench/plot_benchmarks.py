@@ -32,6 +32,7 @@ PICTURE = ROOT / "docs" / "images" / "benchmarks.png"
 DIGEST = "Figures"
 """Metadata key of the digest in the picture."""
 GREY = "#8a8a8a"
+LIGHT = "#c8c8c8"
 HATCH = "////"
 LOW = 3
 """Maximum height, in bars, of panels that are stacked in one column."""
@@ -44,6 +45,7 @@ CONTENDERS = {
     "liger": ("Liger (SFT)", PURPLE),
     "off": ("this trainer, --fused_head off", GREEN),
     "flat": ("bare loop without padding", BLACK),
+    "bare": ("bare loop, padded", LIGHT),
 }
 """Label and color of each contender, by its name in the tables."""
 
@@ -149,8 +151,9 @@ def _panels(tables: dict[str, list[Rows]]) -> dict[str, list[Panel]]:
     data = tables["Data preparation"][0]
     on_cpu = dict(zip(("float32", "bfloat16"), tables["The loss head"][:2], strict=True))
     on_gpu, ours_on_gpu = tables["On a GPU"]
-    cpu_runs, gpu_runs = tables["Training, end to end"][:2]
-    shape, floor, bare = ["N, supervised, D, V"], ["floor"], ["bare", "floor", "ours compiled"]
+    cpu_runs, _, gpu_runs = tables["Training, end to end"][:3]
+    shape, floor, bare = ["N, supervised, D, V"], ["floor"], ["bare"]
+    unseen = ["floor", "ours compiled"]
 
     head = [
         Panel(
@@ -178,9 +181,9 @@ def _panels(tables: dict[str, list[Rows]]) -> dict[str, list[Panel]]:
                 values_of(data, "0", "peak memory, MiB"),
             ),
             Panel(
-                "training: tokens per second\npadded bare loop = 1, more is better",
-                values_of(cpu_runs, "2", "to the bare loop", ["vocabulary", "1"], bare),
-                goals["training on a CPU", "tokens per second, to the bare loop"],
+                "training: tokens per second\nbare loop without padding, compiled = 1, more is better",
+                values_of(cpu_runs, "2", "to the floor", ["vocabulary", "1"], unseen),
+                goals["training on a CPU", "tokens per second, to the floor"],
                 more=True,
             ),
         ],
