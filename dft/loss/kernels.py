@@ -30,7 +30,7 @@ BASE_WARPS = 8
 
 
 class _Kept(NamedTuple):
-    """What the statistics of rows leave for their gradient, (rows,) each; (0,) if one kernel does both.
+    """Statistics of rows that the gradient kernel reads, (rows,) each; (0,) if one kernel does both.
 
     Attributes:
         top, total: largest logit, and sum of exp(logit - top).

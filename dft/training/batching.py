@@ -18,8 +18,8 @@ from dft.data.batches.collator import FlatCollator, PackedCollator, PaddedCollat
 from dft.data.batches.dataset import Sequences
 from dft.data.batches.sampler import WithBlank
 from dft.errors import UserError
-from dft.training.attention.choice import MASKED_LAYERS, attention_of, reference_attention, runs_unpadded
-from dft.training.attention.interface import VARLEN
+from dft.training.attention.choice import attention_of, layers_obstacle, reference_attention, runs_unpadded
+from dft.training.attention.interface import VARLEN, layer_types
 from dft.training.attention.windows import record_windows
 
 Collator = PaddedCollator | PackedCollator | FlatCollator
@@ -73,10 +73,8 @@ def packing_obstacle(model: PreTrainedModel, longest_row: int | None = None) -> 
         longest_row: number of tokens in the longest row; None if unknown.
     """
     config = model.config.get_text_config()
-    # Not every configuration names the types of its layers.
-    layers = set(getattr(config, "layer_types", None) or ())
-    if layers - MASKED_LAYERS:
-        return f"it has layers that are not plain attention ({', '.join(sorted(layers - MASKED_LAYERS))})"
+    if (obstacle := layers_obstacle(config)) is not None:
+        return obstacle
     model = unwrap_peft_model(model)  # adapters do not change what attention sees
     if isinstance(model, PreTrainedModel) and model._is_stateful:
         return "it carries a state from token to token, across the boundaries of conversations"
@@ -88,7 +86,7 @@ def packing_obstacle(model: PreTrainedModel, longest_row: int | None = None) -> 
     unpadded = runs_unpadded(config)
     if unpadded:
         name = "varlen" if config._attn_implementation == VARLEN else "flash"
-        if "chunked_attention" in layers:
+        if "chunked_attention" in layer_types(config):
             return f"{name} attention has no chunked attention"
         if all(parameter.kind != inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
             return f"its forward passes no arguments on to {name} attention"

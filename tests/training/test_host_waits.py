@@ -1,4 +1,4 @@
-"""How often a training step waits for the device: by default never between log lines."""
+"""Number of times that a training step waits for the device: 0 between log lines by default."""
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from transformers.utils.generic import is_flash_attention_requested
 
 from dft.training.attention.blocks import WrittenOutBlocks
-from dft.training.attention.interface import VARLEN
+from dft.training.attention.interface import VARLEN, layer_types
 from dft.training.attention.sequences import sequence_attention
 
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -32,6 +32,12 @@ def runs_unpadded(config: PretrainedConfig) -> bool:
     return config._attn_implementation == VARLEN or is_flash_attention_requested(config)
 
 
+def layers_obstacle(config: PretrainedConfig) -> str | None:
+    """Return the reason why a mask or boundaries cannot keep sequences apart in all layers, or None."""
+    others = sorted(layer_types(config) - MASKED_LAYERS)
+    return f"it has layers that are not plain attention ({', '.join(others)})" if others else None
+
+
 def varlen_obstacle(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> str | None:
     """Return the reason why a model cannot run with `varlen` attention, or None.
 
@@ -43,11 +49,10 @@ def varlen_obstacle(model: PreTrainedModel, dtype: torch.dtype, device: torch.de
     model = unwrap_peft_model(model)
     config = model.config.get_text_config()
     settings = config.to_dict()
-    layers = set(settings.get("layer_types") or ())
-    if "chunked_attention" in layers:
+    if "chunked_attention" in layer_types(config):
         return "its attention is chunked"
-    if layers - MASKED_LAYERS:
-        return f"it has layers that are not plain attention ({', '.join(sorted(layers - MASKED_LAYERS))})"
+    if (obstacle := layers_obstacle(config)) is not None:
+        return obstacle
     # Models that run with flash attention are those that need no mask beyond causality and windows.
     if not (model._supports_attention_backend and model._supports_flash_attn):
         return "its attention cannot be replaced"

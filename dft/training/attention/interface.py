@@ -89,13 +89,18 @@ def varlen_mask(
     A model that changes causal attention in its own way (`use_vmap`) or attends within chunks gets the mask.
     The arguments are those of `transformers.masking_utils.sdpa_mask`.
     """
-    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())  # not every config has them
+    chunked = config is not None and "chunked_attention" in layer_types(config)
     if attention_mask is None and q_length == kv_length and not use_vmap and not chunked:
         return None
     return sdpa_mask(
         batch_size, q_length, kv_length, attention_mask=attention_mask, config=config, use_vmap=use_vmap,
         **kwargs,
     )  # fmt: skip
+
+
+def layer_types(config: PretrainedConfig) -> set[str]:
+    """Return the types of the layers of a model; none if its configuration does not name them."""
+    return set(getattr(config, "layer_types", None) or ())  # not every configuration has the attribute
 
 
 def _unpadded_attention(

@@ -9,6 +9,7 @@ The operator is opaque to torch.compile: it neither breaks the graph nor is it c
 or the lengths of the sequences change.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -156,8 +157,8 @@ def _forward_on_cpu(
     lse = query.new_empty((query.shape[1], query.shape[0]), dtype=dtype)
     groups, lse_groups = key.shape[1], lse.unflatten(0, (key.shape[1], -1))
     for queries, keys, visible in _blocks(bounds, window, bool(softcap)):
-        q, k, v = _per_group(query[queries], groups), _shared(key[keys]), _shared(value[keys])
-        k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
+        q = _per_group(query[queries], groups)
+        k, v = (_shared(tensor[keys], q.shape[1]) for tensor in (key, value))
         block, block_lse = kernel.forward(q, k, v, visible)
         _per_group(output[queries], groups).copy_(block)
         lse_groups[..., queries] = block_lse
@@ -184,12 +185,11 @@ def _backward_on_cpu(
     groups, lse_groups = key.shape[1], lse.unflatten(0, (key.shape[1], -1))
     for queries, keys, visible in _blocks(bounds, window, bool(softcap)):
         q, g, o = (_per_group(tensor[queries], groups) for tensor in (query, grad, output))
-        k, v = _shared(key[keys]), _shared(value[keys])
-        k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
+        k, v = (_shared(tensor[keys], q.shape[1]) for tensor in (key, value))
         dq, dk, dv = kernel.backward(g, q, k, v, o, lse_groups[..., queries].contiguous(), visible)
         _per_group(grad_query[queries], groups).copy_(dq)
-        _shared(grad_key[keys])[:, 0].add_(dk.sum(1))
-        _shared(grad_value[keys])[:, 0].add_(dv.sum(1))
+        grad_key[keys].transpose(0, 1).add_(dk.sum(1))
+        grad_value[keys].transpose(0, 1).add_(dv.sum(1))
     return grad_query, grad_key, grad_value
 
 
@@ -205,11 +205,13 @@ def _blocks(
         one sequence or its beginning.
     """
     size = max(window, SMALLEST_BLOCK) if window else WRITTEN_OUT_BLOCK
+    if stores_scores:
+        size = min(size, WRITTEN_OUT_BLOCK)
+    longest = min(window or sys.maxsize, WRITTEN_OUT_BLOCK if stores_scores else sys.maxsize)
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         if end == start:
             continue
-        is_whole = (not window and not stores_scores) or (window and end - start <= window)
-        if is_whole and (not stores_scores or end - start <= WRITTEN_OUT_BLOCK):
+        if end - start <= longest:
             yield slice(start, end), slice(start, end), None
             continue
         for first in range(start, end, size):
@@ -225,6 +227,6 @@ def _per_group(tensor: Tensor, groups: int) -> Tensor:
     return tensor.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
 
 
-def _shared(tensor: Tensor) -> Tensor:
-    """View (tokens, key heads, size) as (key heads, 1, tokens, size)."""
-    return tensor.transpose(0, 1)[:, None]
+def _shared(tensor: Tensor, group: int) -> Tensor:
+    """View (tokens, key heads, size) as (key heads, group, tokens, size), the same for each of a group."""
+    return tensor.transpose(0, 1)[:, None].expand(-1, group, -1, -1)

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dft.training.attention.interface import VARLEN
+from dft.training.attention.interface import VARLEN, layer_types
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Windows:
         Args:
             config: configuration of the text model.
         """
-        layer_types = getattr(config, "layer_types", None)  # not every configuration has them
-        if not self.layers or (layer_types and "sliding_attention" not in layer_types):
+        types = layer_types(config)
+        if not self.layers or (types and "sliding_attention" not in types):
             return set()  # attention is replaced (Ulysses), or no layer uses the mask
         return self.masks - self.layers
 

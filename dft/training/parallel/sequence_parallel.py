@@ -31,25 +31,20 @@ from dft.training.attention.interface import VARLEN
 from dft.training.batching import packing_obstacle
 from dft.training.model.positions import LENGTH_DEPENDENT_ROPE, rope_types
 
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Entries of a flattened batch that describe where its sequences begin."""
 SLICEABLE_KEYS = {
     "input_ids",
     "labels",
     "attention_mask",
     "position_ids",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
+    *BOUNDARIES,
     "loss_positions",
     "sequence_ids",
     "origins",
     "loss_weights",
 }
 """Entries that a batch may have; `SequenceParallel.local_slice` can slice only these."""
-
-
-BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""Entries of a flattened batch that describe where its sequences begin."""
 
 
 def sequence_parallel_obstacle(model: PreTrainedModel, size: int) -> str | None:
@@ -185,10 +180,7 @@ class SequenceParallel:
         positions = torch.arange(padded_width, device=ids.device).expand(rows, padded_width)
         if "cu_seq_lens_q" in batch:
             positions = torch.cat([batch["position_ids"], positions[:, : padded_width - width]], dim=1)
-            if padded_width > width:
-                others |= _with_padding(batch, padded_width - width)
-            else:
-                others |= {name: batch[name] for name in BOUNDARIES}
+            others |= _boundaries(batch, padded_width - width)
         if (weights := loss_weights_of(batch)) is not None:
             others["loss_weights"] = cut(weights[:, 1:], 1.0)
         return {
@@ -202,8 +194,10 @@ class SequenceParallel:
         }
 
 
-def _with_padding(batch: Mapping[str, Any], padding: int) -> dict[str, Any]:
-    """Return the boundaries of a flattened batch with its padding as one more sequence."""
+def _boundaries(batch: Mapping[str, Any], padding: int) -> dict[str, Any]:
+    """Return the boundaries of a flattened batch, with its padding, if any, as one more sequence."""
+    if not padding:
+        return {name: batch[name] for name in BOUNDARIES}
     bounds, longest = batch["cu_seq_lens_q"], max(batch["max_length_q"], padding)
     bounds = torch.cat([bounds, bounds[-1:] + padding])
     return dict(zip(BOUNDARIES, (bounds, bounds, longest, longest), strict=True))

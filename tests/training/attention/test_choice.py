@@ -42,7 +42,7 @@ def test_models_with_plain_attention_fit(name):
     ("build", "reason"),
     [
         (bloom, "its attention cannot be replaced"),
-        (mamba2, "its attention cannot be replaced"),
+        (mamba2, "layers that are not plain attention (linear_attention)"),
         (lfm2, "layers that are not plain attention (conv)"),
         (llama4, "its attention is chunked"),
         (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2)),
