@@ -120,6 +120,13 @@ def test_the_work_is_linear_in_the_tokens_of_short_sequences_and_of_windows(monk
     assert counts[0] <= 1024 * 64 if not window else counts[0] <= 1024 * 2 * window
 
 
+@pytest.mark.parametrize("window", [0, 4096])
+def test_stored_scores_are_of_512_queries_at_most(window):
+    blocks = list(sequences._blocks([0, 5000, 5100], window, stores_scores=True))
+    assert max(queries.stop - queries.start for queries, _, _ in blocks) == 512
+    assert sum(queries.stop - queries.start for queries, _, _ in blocks) == 5100
+
+
 def test_the_operator_passes_the_checks_of_torch():
     """Schema, autograd registration and the shapes used when tracing."""
     inputs = make_inputs([5, 7], torch.float64, with_sinks=True)
