@@ -1,6 +1,7 @@
 """Trainer with a fault that environment variables inject at a chosen moment.
 
 DIE_AT      moment of the fault:
+              `creating`             before the trainer is created
               `step 4`               after step 4, before anything else
               `micro 4.1`            in the step after step 4, after its first micro-batch
               `evaluating 4`         in the evaluation at step 4
@@ -83,6 +84,7 @@ class DyingTrainer(DFTTrainer):
     """Trainer that calls `die_at` at every moment that DIE_AT can name."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        die_at("creating")
         super().__init__(*args, **kwargs)
         self._micro = 0
         self.add_callback(DieAtStepEnd(self))

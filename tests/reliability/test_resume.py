@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,11 +193,9 @@ def test_a_second_interrupt_ends_the_run_at_once(example, train, kind):
 
 
 def test_a_signal_before_training_ends_the_run_at_once(example, forks):
-    started = forks.start(example.words(example.folder / "early", logging_steps=2))
-    time.sleep(0.3)
-    started.kill(signal.SIGTERM)
-    (code,) = started.codes()
-    assert code == EXIT_STOPPED and "before training began" in started.output
+    words = example.words(example.folder / "early", logging_steps=2)
+    codes, printed = forks.run(words, DIE_AT="creating", DIE_BY="SIGTERM")
+    assert codes == [EXIT_STOPPED] and "before training began" in printed, printed
 
 
 def test_auto_resume_starts_over_and_names_the_skipped_checkpoints(example, train, whole):
