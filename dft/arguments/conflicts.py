@@ -9,7 +9,7 @@ from transformers.utils import is_liger_kernel_available
 
 from dft.arguments.data import check_data_arguments
 from dft.arguments.deepspeed_file import zero_of
-from dft.arguments.lora import check_lora, check_not_adapters
+from dft.arguments.lora import check_freeze, check_lora, check_not_adapters
 from dft.arguments.loss_settings import check_loss_settings
 from dft.arguments.objective import build_objective, check_objective, minimum_weight
 from dft.arguments.parallelism import check_deepspeed, check_fsdp, check_sequence_parallel
@@ -52,6 +52,7 @@ def check_arguments(arguments: Arguments) -> None:
     if not arguments.watch.preflight or arguments.lora.lora_r is not None:  # a preflight can score adapters
         check_not_adapters(arguments.model.model_name_or_path)
     check_lora(arguments.lora, training, zero_of(training)[0])
+    check_freeze(arguments.model.freeze, arguments.lora)
 
 
 def check_steps(arguments: Arguments) -> None:

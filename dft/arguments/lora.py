@@ -73,6 +73,17 @@ def check_lora(lora: LoraArguments, training: transformers.TrainingArguments, ze
         )
 
 
+def check_freeze(patterns: list[str] | None, lora: LoraArguments) -> None:
+    """Raise `UserError` for `--freeze` without patterns, or with adapters, which train nothing else."""
+    if patterns == []:
+        raise UserError("--freeze: name at least one pattern, such as 'model.layers.[0-7].*'")
+    if patterns and lora.lora_r is not None:
+        raise UserError(
+            f"--freeze {' '.join(patterns)} has no effect with --lora_r {lora.lora_r}, which trains adapters "
+            "alone; choose the modules that get one by --lora_target_modules"
+        )
+
+
 def check_not_adapters(name: str) -> None:
     """Raise `UserError` if `--model_name_or_path` is an adapter folder instead of a model."""
     folder = Path(name).expanduser()

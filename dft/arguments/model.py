@@ -44,3 +44,10 @@ class ModelArguments:
             "help": "Recompute activations in the backward pass, which is slower and needs far less memory."
         },
     )
+    freeze: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Freeze the weights whose whole names match one of these shell patterns, such as "
+            "'model.layers.[0-7].*' 'model.embed_tokens.*'. Default: all weights are trained."
+        },
+    )

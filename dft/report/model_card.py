@@ -21,6 +21,7 @@ LISTED_FLAGS = (
     "weight_decay",
     "max_grad_norm",
     "seed",
+    "freeze",
 )
 """Flags that the card lists; run_args.yaml has all flags that were given."""
 
@@ -69,7 +70,7 @@ def model_card(
         sort_keys=False,
     )
     flags = record["arguments"]
-    rows = [f"| {flag} | {flags[flag]} |" for flag in LISTED_FLAGS if flags.get(flag) is not None]
+    rows = [f"| {flag} | {_shown(flags[flag])} |" for flag in LISTED_FLAGS if flags.get(flag) is not None]
     machine = {key: value for key, value in record["environment"].items() if value is not None}
     return "\n".join(
         [
@@ -102,6 +103,10 @@ def model_card(
             "",
         ]
     )
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(f"`{item}`" for item in value) if isinstance(value, list) else str(value)
 
 
 def changed_flags(log: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 from dft.errors import UserError
 from dft.training.checkpoints.folder import new_run_advice
 from dft.training.model.adapters import has_adapters
+from dft.training.model.freezing import describe_frozen
 
 CONTROLLED_OPTIONS = ("lr", "betas", "eps", "weight_decay")
 """Optimizer parameters of a DeepSpeed file that equal the flags of the same meaning."""
@@ -120,9 +121,11 @@ TRAINING_SETTINGS = (
 LORA_ALPHA = "--lora_alpha"
 LORA_DROPOUT = "--lora_dropout"
 WEIGHTS = "--torch_dtype"
+FROZEN = "frozen weights (--freeze)"
 BASE = "--model_name_or_path"
 REFUSALS = {setting.name: setting.refusal for setting in TRAINING_SETTINGS if setting.refusal} | {
-    LORA_ALPHA: "the adapters that are trained already would be scaled differently"
+    LORA_ALPHA: "the adapters that are trained already would be scaled differently",
+    FROZEN: STATE_OF_OPTIMIZER,
 }
 """Why another value of a setting is refused."""
 
@@ -148,6 +151,7 @@ def model_settings(model: PreTrainedModel) -> dict[str, Any]:
     settings: dict[str, Any] = {
         BASE: Path(name).name if Path(name).is_dir() else name,
         WEIGHTS: str(model.dtype).removeprefix("torch."),
+        FROZEN: describe_frozen(model),
     }
     if has_adapters(model):
         config = next(iter(model.peft_config.values())).to_dict()  # other adapters than LoRA lack these

@@ -17,6 +17,7 @@ from dft.ranks import first_failure
 from dft.training.model.adapters import add_adapters, pack_linear, resolve_quantization
 from dft.training.model.attention import VARLEN, resolve_attention, resolve_dtype, use_varlen_attention
 from dft.training.model.companion_files import fetch_companions, left_out_note
+from dft.training.model.freezing import freeze_matching
 from dft.training.model.generation import resolve_generation_config
 from dft.training.model.precision import check_trained_dtype, dtype_notes
 from dft.training.model.weight_checks import (
@@ -61,6 +62,7 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
         frozen = freeze_unused_parts(model)
         if frozen:
             arguments.notes.append(f"frozen, because text does not reach them: {', '.join(frozen)}")
+        freeze(model, arguments)
     check_trained_dtype(model, arguments)
     arguments.notes.extend(dtype_notes(model, arguments))
     return model
@@ -119,8 +121,15 @@ def load_meta_model(arguments: Arguments) -> PreTrainedModel:
     if arguments.lora.lora_r is not None:
         with torch.device("meta"):
             model = add_adapters(model, arguments.lora, arguments.training, name)
+    freeze(model, arguments)
     arguments.notes.extend(dtype_notes(model, arguments))
     return model
+
+
+def freeze(model: PreTrainedModel, arguments: Arguments) -> None:
+    """Freeze the weights that --freeze matches, and add a note with their size to `arguments.notes`."""
+    if arguments.model.freeze:
+        arguments.notes.append(freeze_matching(model, arguments.model.freeze))
 
 
 @contextmanager
