@@ -31,6 +31,7 @@ from dft.training.batching import describe_batching
 from dft.training.checkpoints.disk_space import check_space
 from dft.training.checkpoints.folder import clear_away
 from dft.training.checkpoints.resume_point import resolve_resume
+from dft.training.early_stopping import early_reason
 from dft.training.memory.out_of_memory import OutOfMemory
 from dft.training.memory.shared_memory import check_shared_memory
 from dft.training.model.loading import load_meta_model
@@ -91,7 +92,8 @@ def fine_tune(arguments: Arguments, stop: StopRequest) -> None:
     say(*start_lines(arguments, models[0], data.report, batching), *new_notes(arguments))
     train(arguments, trainer, report)
     is_adapter = arguments.lora.lora_r is not None
-    say(*final_lines(trainer.state, arguments.training, arguments.watch.report, is_adapter))
+    early = early_reason(trainer.state, trainer.options.early_stopping)
+    say(*final_lines(trainer.state, arguments.training, arguments.watch.report, is_adapter, early))
     exit_rank()
 
 

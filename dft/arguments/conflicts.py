@@ -14,6 +14,7 @@ from dft.arguments.loss_settings import check_loss_settings
 from dft.arguments.objective import build_objective, check_objective, minimum_weight
 from dft.arguments.parallelism import check_deepspeed, check_fsdp, check_sequence_parallel
 from dft.arguments.parser import Arguments
+from dft.arguments.training import TrainingArguments
 from dft.arguments.watch import WatchArguments
 from dft.errors import UserError
 from dft.metrics import selectable
@@ -44,6 +45,7 @@ def check_arguments(arguments: Arguments) -> None:
     attention = arguments.model.attn_implementation
     check_sequence_parallel(training, arguments.data.packing, attention, planned_ranks or world_size())
     check_evaluation(arguments)
+    check_early_stopping(training)
     check_samples(arguments)
     check_precision(arguments)
     check_packages(training)
@@ -128,11 +130,13 @@ def check_objective_support(arguments: Arguments) -> None:
 def check_evaluation(arguments: Arguments) -> None:
     """Raise `UserError` for flags that need an evaluation if there is none, and for unknown metrics."""
     training = arguments.training
+    is_patient = training.early_stopping_patience is not None
     flags = {
         f"--eval_strategy {training.eval_strategy.value}": training.eval_strategy != IntervalStrategy.NO,
         "--eval_on_start True": training.eval_on_start,
         "--save_strategy best": training.save_strategy == SaveStrategy.BEST,
         "--load_best_model_at_end True": training.load_best_model_at_end,
+        f"--early_stopping_patience {training.early_stopping_patience}": is_patient,
     }
     for flag, is_set in flags.items():
         if is_set and not has_evaluation(arguments):
@@ -155,6 +159,26 @@ def check_evaluation(arguments: Arguments) -> None:
             f'it are better; add --lr_scheduler_kwargs \'{{"mode": "{needed}"}}\' or choose another '
             "--metric_for_best_model"
         )
+
+
+def check_early_stopping(training: TrainingArguments) -> None:
+    """Raise `UserError` if --early_stopping_patience has no evaluations or no metric to watch."""
+    patience, threshold = training.early_stopping_patience, training.early_stopping_threshold
+    if patience is None:
+        if threshold:
+            raise UserError(
+                f"--early_stopping_threshold {threshold:g} has no effect without --early_stopping_patience; "
+                "add that or remove the flag"
+            )
+        return
+    flag = f"--early_stopping_patience {patience}"
+    if training.eval_strategy == IntervalStrategy.NO:
+        raise UserError(
+            f"{flag} counts evaluations during training, and there are none; add --eval_strategy steps or "
+            "epoch"
+        )
+    if training.metric_for_best_model is None:
+        raise UserError(f"{flag} watches --metric_for_best_model, which is not set; use eval_acc or eval_nll")
 
 
 def check_samples(arguments: Arguments) -> None:
@@ -241,6 +265,11 @@ def find_notes(arguments: Arguments) -> list[str]:
         notes.append(
             f"--metric_for_best_model {metric}: the DFT loss -p log p does not decrease with quality (a "
             "model that knows nothing also has a loss near 0); eval_objective is what training minimizes"
+        )
+    if training.early_stopping_patience is not None and not training.load_best_model_at_end:
+        notes.append(
+            f"--early_stopping_patience {training.early_stopping_patience}: the model of a run that stops "
+            "early is that of its last step; --load_best_model_at_end True saves the best checkpoint instead"
         )
     evaluates = training.eval_strategy != IntervalStrategy.NO
     by_steps = training.save_strategy == SaveStrategy.STEPS

@@ -105,6 +105,17 @@ class TrainingArguments(transformers.TrainingArguments):
             "accumulation, with the same number of rows per optimizer step."
         },
     )
+    early_stopping_patience: Annotated[int | None, Bounds(above=0)] = field(
+        default=None,
+        metadata={
+            "help": "End the run after this many evaluations in a row without a better value of "
+            "--metric_for_best_model. Default: train to the end."
+        },
+    )
+    early_stopping_threshold: Annotated[float, Bounds(minimum=0)] = field(
+        default=0.0,
+        metadata={"help": "A value is better for --early_stopping_patience if it differs by more than this."},
+    )
     trust_checkpoint: bool = field(
         default=False,
         metadata={

@@ -97,6 +97,7 @@ class Components:
         recorder: metrics and speed.
         loss: computes the loss of a micro-batch.
         stop: coordinates with the other ranks whether to stop.
+        early_stopping: ends the run when evaluations no longer improve, if that is asked for.
         guard: keeps non-finite losses and gradients from reaching the weights.
         resumer: finds, checks and loads the checkpoint to resume from.
         publisher: uploads saved models to the hub.
@@ -151,7 +152,7 @@ class Components:
             end_of_turn_weight=loss.end_of_turn_weight,
             end_of_turn_ids=end_of_turn_ids,
         )
-        self.stop = StopControl(options.stop, accelerator)
+        self.stop, self.early_stopping = StopControl(options.stop, accelerator), options.early_stopping
         self.guard = NonfiniteGuard(on_nonfinite, accelerator, Path(args.output_dir), args.fp16)
         self.resumer = Resumer(
             accelerator, Path(args.output_dir), options.trust_checkpoint, options.heartbeat.beat
@@ -329,6 +330,8 @@ def replace_callbacks(
     handler.remove_callback(PrinterCallback)
     handler.remove_callback(ProgressCallback)
     handler.add_callback(ConsoleCallback(not args.disable_tqdm, options.console_metrics))
+    if options.early_stopping is not None:
+        handler.add_callback(options.early_stopping)
     if "swanlab" in args.report_to:
         handler.remove_callback(SwanLabCallback)
         handler.add_callback(SwanLabRunCallback)

@@ -23,6 +23,7 @@ from dft.training.checkpoints.folder import newest_checkpoint
 from dft.training.checkpoints.hub import HUB_ERRORS
 from dft.training.checkpoints.output_lock import lock_output_dir
 from dft.training.checkpoints.resume_point import prepare_output_folder
+from dft.training.early_stopping import early_reason, make_early_stopping
 from dft.training.measuring.tracker_setup import finish_trackers, prepare_trackers
 from dft.training.memory.out_of_memory import SHARD, convert_memory_errors
 from dft.training.model.attention import resolve_attention
@@ -118,6 +119,7 @@ def run_options(
         trust_remote_code=arguments.model.trust_remote_code,
         trust_checkpoint=arguments.training.trust_checkpoint,
         console_metrics=tuple(arguments.watch.console_metrics),
+        early_stopping=make_early_stopping(arguments.training),
     )
 
 
@@ -195,8 +197,7 @@ def train_and_save(arguments: Arguments, trainer: DFTTrainer, close_report: Call
             trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
             trainer.save_model()
             trainer.save_state()
-        is_complete = trainer.state.global_step >= trainer.state.max_steps
-        status, failure = "finished" if is_complete else "finished early", None
+        status, failure = finished_status(trainer.state, trainer.options), None
     except Stopped as stopped:
         status, failure = str(stopped), None
         raise
@@ -209,6 +210,14 @@ def train_and_save(arguments: Arguments, trainer: DFTTrainer, close_report: Call
         close_report(status)
         finish_trackers(arguments.training.report_to, failure)
         report_user_errors()  # wandb replaces sys.excepthook
+
+
+def finished_status(state: TrainerState, options: RunOptions) -> str:
+    """Return the status of a run that ended without an error, for its report."""
+    if state.global_step >= state.max_steps:
+        return "finished"
+    reason = early_reason(state, options.early_stopping)
+    return f"finished early: {reason}" if reason else "finished early"
 
 
 def restart(output_dir: Path, reason: str) -> NoReturn:

@@ -90,8 +90,11 @@ class RunEvents(TrainerCallback):
         changes = changes_record(before, now, checkpoint.step)
         if changes is not None:
             state.log_history.append(changes)
+        early_stopping = self._run.early_stopping
         if changes_best(before, now):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            if early_stopping is not None:
+                early_stopping.reset()
         with reading(checkpoint.path):
             self._trainer.load_random_state(str(checkpoint.path))  # saves among the pending events record it
         self._capture_random_state(args)
@@ -105,6 +108,8 @@ class RunEvents(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = False
             self._trainer.end_epoch()
             self._trainer.run_events(saved.last)
+        if early_stopping is not None:
+            early_stopping.stop_if_exhausted(control)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from transformers import TrainerState
 
 from dft.metrics import CONSOLE
+from dft.training.early_stopping import EarlyStopping
 from dft.training.parallel.stopping import StopRequest
 from dft.training.parallel.waiting import Heartbeat
 
@@ -26,6 +27,7 @@ class RunOptions:
         trust_remote_code: whether to run code that comes with the model when it is reloaded.
         trust_checkpoint: whether to resume from a checkpoint that other users can write to.
         console_metrics: names of the metrics that the console shows (see `dft.metrics`).
+        early_stopping: ends the run when evaluations no longer improve; None to not do that.
     """
 
     stop: StopRequest | None = None
@@ -36,3 +38,4 @@ class RunOptions:
     trust_remote_code: bool = False
     trust_checkpoint: bool = False
     console_metrics: tuple[str, ...] = CONSOLE
+    early_stopping: EarlyStopping | None = None

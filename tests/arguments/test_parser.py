@@ -210,6 +210,16 @@ def test_saves_at_steps_without_evaluation_are_noted(tmp_path, every, noted):
     assert any("the best checkpoint is searched only among steps" in note for note in notes) is noted
 
 
+@pytest.mark.parametrize("loads", ["True", "False"])
+def test_early_stopping_without_the_best_model_is_noted(tmp_path, loads):
+    flags = ["--eval_data_files", "c", "--eval_strategy", "epoch", "--save_strategy", "epoch"]
+    more = ["--early_stopping_patience", "3", "--load_best_model_at_end", loads]
+    notes = checked(tmp_path, *flags, *more).notes
+    assert any("is that of its last step; --load_best_model_at_end" in note for note in notes) is (
+        loads == "False"
+    )
+
+
 def test_flags_without_effect_are_noted_only_if_set(tmp_path):
     assert not any("no effect" in note for note in checked(tmp_path).notes)
     notes = checked(tmp_path, "--save_safetensors", "True", "--reduce_logging", "True").notes
@@ -285,6 +295,16 @@ WRONG = [
     ("--eval_strategy steps", "--eval_strategy steps needs --eval_data_files"),
     ("--eval_on_start True", "--eval_on_start True needs --eval_data_files"),
     ("--save_strategy best", "--save_strategy best needs --eval_data_files"),
+    ("--early_stopping_patience 2", "--early_stopping_patience 2 needs --eval_data_files"),
+    ("--early_stopping_patience 0", "--early_stopping_patience 0: must be greater than 0"),
+    (
+        "--early_stopping_threshold 0.1",
+        "--early_stopping_threshold 0.1 has no effect without --early_stopping",
+    ),
+    (
+        "--early_stopping_patience 2 --validation_split_percentage 2",
+        "--early_stopping_patience 2 counts evaluations during training, and there are none; add --eval_stra",
+    ),
     ("--generate_samples -1", "--generate_samples -1: must be at least 0"),
     ("--generate_samples 1001", "--generate_samples 1001: must be at most 1,000"),
     ("--generate_samples_max_tokens 0", "--generate_samples_max_tokens 0: must be greater than 0"),

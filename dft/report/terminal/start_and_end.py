@@ -165,7 +165,7 @@ def stopped_lines(stopped: Stopped) -> list[str]:
 
 
 def final_lines(
-    state: TrainerState, training: TrainingArguments, report: bool, adapters: bool = False
+    state: TrainerState, training: TrainingArguments, report: bool, adapters: bool = False, early: str = ""
 ) -> list[str]:
     """Return the last lines of a run: the locations of the model, its records and its report.
 
@@ -174,6 +174,7 @@ def final_lines(
         training: the training arguments.
         report: whether a report was written.
         adapters: whether the run trained adapters.
+        early: why the run stopped early, if it did.
     """
     folder, metric = training.output_dir, training.metric_for_best_model
     step = weights_step(state, training, is_training=False)
@@ -185,6 +186,8 @@ def final_lines(
         ]
     else:
         lines = [f"model       {place} (AutoModelForCausalLM.from_pretrained loads it)"]
+    if early:
+        lines.insert(0, f"stopped     early at step {state.global_step:,}: {early}")
     if state.best_model_checkpoint:
         lines.append(f"best        {state.best_model_checkpoint} ({metric} {state.best_metric:.4g})")
     lines.append(f"records     {folder}/trainer_state.json, {folder}/data_report.json, {folder}/{RUN_ARGS}")

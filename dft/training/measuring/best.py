@@ -7,6 +7,7 @@ import transformers
 from transformers.trainer_utils import SaveStrategy
 
 from dft.console import say
+from dft.training.early_stopping import best_metric_name
 
 
 def can_be_best(metrics: Mapping[str, float], args: transformers.TrainingArguments, is_saving: bool) -> bool:
@@ -19,7 +20,7 @@ def can_be_best(metrics: Mapping[str, float], args: transformers.TrainingArgumen
     """
     if args.save_strategy != SaveStrategy.BEST and not is_saving:
         return False
-    name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+    name = best_metric_name(args)
     if name not in metrics:
         say(f"warning     no {name} in this evaluation, so it cannot have the best checkpoint")
         return False
