@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dft.labels import IGNORE_INDEX
-from dft.loss.objectives import Objective, TokenRows, apply_floor, resolve_objective
+from dft.loss.objectives import Objective, TokenRows, apply_floor, check_base_logp, resolve_objective
 
 
 class TokenStats(NamedTuple):
@@ -45,6 +45,7 @@ def dft_loss(
     min_weight: Tensor | None = None,
     loss_weight: Tensor | None = None,
     base_logits: Tensor | None = None,
+    base_logp: Tensor | None = None,
     shifted: bool = False,
 ) -> tuple[Tensor, TokenStats]:
     """Cross-entropy of every supervised token, weighted by the model's own detached probability of it.
@@ -62,8 +63,8 @@ def dft_loss(
         num_items: N, the supervised tokens of the whole optimizer step, on all ranks. Default: of this batch.
         min_weight: (batch, seq), aligned with the labels: lower bound on the weight of each token.
         loss_weight: (batch, seq), like it: factor on all that each token adds to the loss; N counts tokens.
-        base_logits: (batch, seq, vocab) of the frozen base model, for an objective with a `kl_weight`, which
-            adds kl_weight * sum_t KL(model || base)_t / N.
+        base_logits: (batch, seq, vocab) of the base model: adds kl_weight * sum_t KL(model || base)_t / N.
+        base_logp: (batch, seq), like them: log p under the untrained model, if the objective needs it.
         shifted: whether logits[:, t] predicts labels[:, t], as where sequences are split between ranks.
 
     Returns:
@@ -71,10 +72,9 @@ def dft_loss(
         then 0), and the statistics of the supervised tokens.
 
     Raises:
-        ValueError: shapes that do not match, alpha outside [0, 1] or given together with an objective, a base
-            model that is missing or not used.
+        ValueError: wrong shapes, alpha out of range or beside an objective, a base missing or not used.
     """
-    _check_shapes(logits, labels, min_weight, loss_weight)
+    _check_shapes(logits, labels, min_weight=min_weight, loss_weight=loss_weight, base_logp=base_logp)
     objective = resolve_objective(alpha, objective, base_logits is not None)
     keep, targets = aligned_targets(labels) if shifted else shifted_targets(labels)
     min_weight, loss_weight = (_of_targets(values, keep) for values in (min_weight, loss_weight))
@@ -86,33 +86,37 @@ def dft_loss(
     with torch.no_grad():
         entropy = torch.special.entr(log_probs.exp()).sum(-1)
         correct = rows.argmax(-1) == targets
-        weight = objective.weight(TokenRows(nll.detach(), p_correct, entropy, _largest(rows, objective)))
+        others = (_largest(rows, objective), _base_logp(base_logp, keep, objective))
+        weight = objective.weight(TokenRows(nll.detach(), p_correct, entropy, *others))
         weight = times(apply_floor(weight, min_weight), loss_weight)
-    total = (weight * nll).sum()
-    kl = torch.zeros_like(p_correct)
+    total, kl = (weight * nll).sum(), torch.zeros_like(p_correct)
     if base_logits is not None:
         kl = _kl(log_probs, base_logits.detach()[:, : keep.shape[1]][keep])
         total = total + objective.kl_weight * times(kl, loss_weight).sum()
-    stats = (nll.detach(), p_correct, weight, correct, entropy, targets, kl.detach(), loss_weight)
-    return total / normalizer(num_items, targets), TokenStats(*stats)
+    stats = TokenStats(nll.detach(), p_correct, weight, correct, entropy, targets, kl.detach(), loss_weight)
+    return total / normalizer(num_items, targets), stats
 
 
-def _check_shapes(
-    logits: Tensor, labels: Tensor, min_weight: Tensor | None, loss_weight: Tensor | None
-) -> None:
-    """Raise ValueError unless there is one row of logits per label, and one weight where there are any."""
+def _check_shapes(logits: Tensor, labels: Tensor, **values: Tensor | None) -> None:
+    """Raise ValueError unless there is one row of logits per label, and one of the values where given."""
     if logits.ndim != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
             f"logits must be (batch, seq, vocab) and labels (batch, seq), got {tuple(logits.shape)} "
             f"and {tuple(labels.shape)}"
         )
-    check_aligned("min_weight", min_weight, labels)
-    check_aligned("loss_weight", loss_weight, labels)
+    for name, tensor in values.items():
+        check_aligned(name, tensor, labels)
 
 
 def _of_targets(values: Tensor | None, keep: Tensor) -> Tensor | None:
     """Return the (tokens,) values of the supervised tokens, given one value per label or none."""
     return None if values is None else values[:, values.shape[1] - keep.shape[1] :][keep]
+
+
+def _base_logp(base_logp: Tensor | None, keep: Tensor, objective: Objective) -> Tensor | None:
+    """Return the (tokens,) scores of the untrained model if the objective uses them; else None."""
+    check_base_logp(objective, base_logp)
+    return _of_targets(base_logp, keep) if objective.needs_base_logp else None
 
 
 def check_aligned(name: str, values: Tensor | None, labels: Tensor) -> None:

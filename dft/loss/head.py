@@ -125,6 +125,7 @@ def score_logits(
         min_weight=options.min_weight,
         loss_weight=options.loss_weight,
         base_logits=options.base,
+        base_logp=options.base_logp,
         shifted=options.shifted,
     )
     return loss, stats, outputs

@@ -66,7 +66,8 @@ def score_rows(
     chunk, maxima = _chunk_maxima(tile, options)
     _launch_rows(tile, base, targets, options, outputs, affine, row_scale, gradient, chunk, maxima)
     if affine is None:
-        statistics = TokenRows(nll, p_correct, entropy, _largest(tile, options, chunk, maxima))
+        largest = _largest(tile, options, chunk, maxima)
+        statistics = TokenRows(nll, p_correct, entropy, largest, weights.base_logp)
         weight = weights.apply(options.objective.weight(statistics))
         if row_scale is not None and gradient is not None:
             scale = row_scale * options.scale

@@ -48,8 +48,8 @@ def linear_dft_loss(
         alpha, objective: as of `dft_loss`.
         bias: (vocab,).
         logit_scale, logit_softcap: the logits are cap * tanh(scale * z / cap), or scale * z without a cap.
-        **options: the other fields of `LossOptions`: `num_items`, `min_weight`, `loss_weight`, `base` (a
-            `BaseHead`), `shifted`, `positions`.
+        **options: the other fields of `LossOptions`: `num_items`, `min_weight`, `loss_weight`, `base_logp`,
+            `base` (a `BaseHead`), `shifted`, `positions`.
 
     Returns:
         (loss, stats) as `dft_loss`. The loss supports a first derivative only, computed once.
@@ -81,13 +81,14 @@ def fused_loss(
         positions = loss_positions(labels, options.shifted)
     target_positions = positions if options.shifted else positions + 1
     targets = labels.flatten()[target_positions]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    base_logp = options.base_logp if options.objective.needs_base_logp else None
     weights = RowWeights(
         *(
             None if values is None else values.flatten()[target_positions]
-            for values in (options.min_weight, options.loss_weight)
+            for values in (options.min_weight, options.loss_weight, base_logp)
         )
     )
-    wide = torch.promote_types(hidden.dtype, torch.float32)
     count = normalizer(options.num_items, targets)
     # Filled on the device, because copying a number to it would synchronize.
     scale = (torch.ones((), dtype=wide, device=hidden.device) / count).to(wide)
@@ -125,6 +126,7 @@ def _check_options(labels: Tensor, options: LossOptions) -> None:
         raise ValueError(f"num_items must be a scalar, got a tensor of shape {tuple(count.shape)}")
     check_aligned("min_weight", options.min_weight, labels)
     check_aligned("loss_weight", options.loss_weight, labels)
+    check_aligned("base_logp", options.base_logp, labels)
 
 
 def _needs_grad(tensor: Tensor | None) -> bool:

@@ -47,15 +47,18 @@ class RowOptions(NamedTuple):
 
 
 class RowWeights(NamedTuple):
-    """Lower bounds on the weights of rows, and factors from the data.
+    """Inputs of the weights of rows other than the logits.
 
     Attributes:
         floor: (rows,) lower bounds on the weights of the objective, or None.
         loss: (rows,) weights that the data gives to the tokens, or None.
+        base_logp: (rows,) log-probabilities of the targets under the untrained model; None unless the
+            objective `needs_base_logp`.
     """
 
     floor: Tensor | None = None
     loss: Tensor | None = None
+    base_logp: Tensor | None = None
 
     def rows(self, start: int, end: int) -> "RowWeights":
         """Return the weights of the rows from `start` to `end`."""
@@ -125,7 +128,8 @@ class _Rows:
         p_correct = torch.exp(-nll)
         entropy = self.log_total - _expectation(self.softmax, tile, self.spare)
         largest = largest_values(tile, objective.largest) if objective.largest else None
-        weight = weights.apply(objective.weight(TokenRows(nll, p_correct, entropy, largest)))
+        statistics = TokenRows(nll, p_correct, entropy, largest, weights.base_logp)
+        weight = weights.apply(objective.weight(statistics))
         kl = torch.zeros_like(nll) if base is None else self._divergence(base)
         stats = TokenStats(nll, p_correct, weight, self.correct, entropy, self.targets, kl, weights.loss)
         return stats, base

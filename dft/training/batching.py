@@ -23,9 +23,11 @@ from dft.training.attention.interface import VARLEN, layer_types
 from dft.training.attention.windows import record_windows
 
 Collator = PaddedCollator | PackedCollator | FlatCollator
-COLUMNS = ("labels", "seq_lengths", "origins", "loss_weights")
+COLUMNS = ("labels", "seq_lengths", "origins", "loss_weights", "base_logp")
 """Dataset columns that the collator and the loss read, regardless of what the model's forward accepts."""
-NON_MODEL_KEYS = ("labels", "num_tokens", "loss_positions", "sequence_ids", "origins", "loss_weights")
+NON_MODEL_KEYS = (
+    "labels", "num_tokens", "loss_positions", "sequence_ids", "origins", "loss_weights", "base_logp",
+)  # fmt: skip
 """Entries of a batch that the loss and its metrics use. They are not passed to the model."""
 PROBE_LENGTHS = (7, 8)
 """Tokens of the two sequences of the isolation check; unequal, so that offsets do not cancel out."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dft.console import say
-from dft.data.batches.collator import FlatCollator, PackedCollator, loss_weights_of
+from dft.data.batches.collator import FlatCollator, PackedCollator, base_logp_of, loss_weights_of
 from dft.errors import UserError
 from dft.loss.dft import TokenStats, normalizer
 from dft.loss.head import FusedHead, inspect_head, score_logits
@@ -165,6 +165,7 @@ class StepLoss:
                 num_items=num_items,
                 min_weight=self._min_weight(labels),
                 loss_weight=loss_weights_of(inputs),
+                base_logp=base_logp_of(inputs),
                 base=self._score_base(head, features),
                 shifted=shifted,
                 # A custom collator may change labels without updating the positions.

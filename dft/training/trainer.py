@@ -63,7 +63,7 @@ class DFTTrainer(transformers.Trainer):
         options: settings of the run.
         **kwargs: all other arguments of `transformers.Trainer`. Datasets hold `input_ids` and `labels`,
             `seq_lengths` if an example has several sequences, and optionally `origins`, the file and line of
-            each, and `loss_weights`, one for each token.
+            each, and `loss_weights` and `base_logp`, one for each token.
 
     Raises:
         ValueError: arguments that contradict each other or change the meaning of the loss, or packed data for

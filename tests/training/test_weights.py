@@ -40,7 +40,9 @@ def packed(rows: list[dict[str, list]]) -> list[dict[str, list]]:
     ]
 
 
-def run(tmp_path, rows, objective=None, fused_head="on", **flags) -> list[dict[str, float]]:
+def run(
+    tmp_path, rows, objective=None, fused_head="on", end_of_turn_weight=0.2, **flags
+) -> list[dict[str, float]]:
     """Train one epoch and evaluate the model before it. Return the log, the evaluation first."""
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-2, lr_scheduler_type="constant", seed=5,
@@ -48,10 +50,11 @@ def run(tmp_path, rows, objective=None, fused_head="on", **flags) -> list[dict[s
         eval_on_start=True, num_train_epochs=1, max_grad_norm=1e9, **flags,
     )  # fmt: skip
     objective = objective or make_objective("dft", {"alpha": 0.6})
+    turns = {"end_of_turn_ids": [END], "end_of_turn_weight": end_of_turn_weight}
     data = Dataset.from_list(rows)
     trainer = DFTTrainer(
         tiny(), arguments, objective=objective, train_dataset=data, eval_dataset=data, fused_head=fused_head,
-        end_of_turn_ids=[END], end_of_turn_weight=0.2, base_model=tiny(1) if objective.kl_weight else None,
+        base_model=tiny(1) if objective.kl_weight else None, **turns,
     )  # fmt: skip
     trainer.train()
     history = trainer.state.log_history

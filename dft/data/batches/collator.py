@@ -4,7 +4,8 @@ An example holds one sequence, `input_ids` (tokens,) and `labels` (tokens,), or 
 sequences, with the number of tokens of each in `seq_lengths`. The first token of a sequence is never a
 target. An example may also have `origins`, (sequences, 2): the file number and line number of each sequence;
 and `loss_weights`, (tokens,) at least 0: the weight of each token in the loss. A token of weight 0 is not
-supervised.
+supervised. It may have `base_logp`, (tokens,): the log-probability of each supervised token under the model
+before training.
 
 In addition to the model's inputs, every batch contains
 
@@ -15,8 +16,11 @@ In addition to the model's inputs, every batch contains
     loss_weights    (batch, seq) int32, if any example has weights: the bits of float32 numbers, because
                     transformers' Trainer converts floating-point inputs to the dtype of DeepSpeed. They are 1
                     for examples without weights. `loss_weights_of` returns the numbers.
+    base_logp       (batch, seq) int32, if any example has them: the bits of float32 numbers, NaN where a
+                    token is not supervised. `base_logp_of` returns the numbers.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -159,7 +163,7 @@ def _sequence_lengths(example: Mapping[str, Any]) -> list[int]:
 def _add_bookkeeping(
     batch: dict[str, Any], examples: Sequence[Mapping[str, Any]], width: int | None
 ) -> dict[str, Any]:
-    """Add `loss_positions`, `sequence_ids` and, if any example has them, `loss_weights` and `origins`.
+    """Add `loss_positions`, `sequence_ids`, and `loss_weights`, `base_logp`, `origins` where there are any.
 
     Args:
         width: number of tokens that each example is padded to; None if the examples are concatenated in one
@@ -184,6 +188,12 @@ def _add_bookkeeping(
         "loss_positions": loss_positions(batch["labels"]),
         "sequence_ids": ids.view_as(batch["labels"]),
     }
+    if any("base_logp" in example for example in examples):
+        scores = [_base_logp(example) for example in examples]
+        whole = torch.cat(scores)[None] if width is None else pad_sequence(scores, True, math.nan)
+        if whole.flatten()[batch["loss_positions"] + 1].isnan().any():
+            raise ValueError("a supervised token has no base_logp; score all examples with the base model")
+        batch["base_logp"] = whole.view(torch.int32)
     if any("origins" in example for example in examples):
         batch["origins"] = torch.cat([_origins(example) for example in examples])
     return batch
@@ -203,10 +213,32 @@ def _loss_weights(example: Mapping[str, Any]) -> Tensor:
     return torch.from_numpy(weights)
 
 
+def _base_logp(example: Mapping[str, Any]) -> Tensor:
+    """Return the base model's scores of the tokens of an example, (tokens,) float32, NaN without any."""
+    count = len(example["input_ids"])
+    if "base_logp" not in example:
+        return torch.full((count,), math.nan)
+    scores = np.array(example["base_logp"], dtype=np.float32)
+    if scores.shape != (count,) or (scores > 0).any():
+        raise ValueError(
+            f"base_logp of shape {scores.shape}: must be {count} log-probabilities, at most 0, of the tokens"
+        )
+    return torch.from_numpy(scores)
+
+
 def loss_weights_of(batch: Mapping[str, Any]) -> Tensor | None:
     """Return the weights of the tokens of a batch, (batch, seq) float32, or None if it has none."""
-    weights = batch.get("loss_weights")
-    return weights.view(torch.float32) if weights is not None and weights.dtype == torch.int32 else weights
+    return _floats(batch, "loss_weights")
+
+
+def base_logp_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return the base model's scores of a batch's tokens, (batch, seq) float32, or None if it has none."""
+    return _floats(batch, "base_logp")
+
+
+def _floats(batch: Mapping[str, Any], name: str) -> Tensor | None:
+    values = batch.get(name)
+    return values.view(torch.float32) if values is not None and values.dtype == torch.int32 else values
 
 
 def _origins(example: Mapping[str, Any]) -> Tensor:

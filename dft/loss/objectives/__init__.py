@@ -14,6 +14,7 @@ from dft.loss.objectives.base import (
     Objective,
     TokenRows,
     apply_floor,
+    check_base_logp,
     check_range,
     floored_potential,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "TokenRows",
     "apply_floor",
     "check_base",
+    "check_base_logp",
     "check_range",
     "floored_potential",
     "make_objective",

@@ -19,12 +19,15 @@ class TokenRows(NamedTuple):
         entropy: (tokens,) of the model's distribution, in nats.
         top_logits: (tokens, largest) the largest logits of each row in descending order, as many as the
             objective's `largest`; None where that is 0.
+        base_logp: (tokens,) log-probability of the target under the untrained model, in nats; None unless
+            the objective `needs_base_logp`.
     """
 
     nll: Tensor
     p_correct: Tensor
     entropy: Tensor
     top_logits: Tensor | None = None
+    base_logp: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,13 @@ class Objective:
         name: name on the command line.
         largest: number of largest logits of each row that `weight` uses.
         kl_weight: factor on the KL divergence from a base model; 0 if the objective needs no base model.
+        needs_base_logp: whether `weight` uses the untrained model's log-probabilities (`--base_scores`).
     """
 
     name: ClassVar[str]
     largest: ClassVar[int] = 0
     kl_weight: ClassVar[float] = 0.0
+    needs_base_logp: ClassVar[bool] = False
 
     def weight(self, rows: TokenRows) -> Tensor:
         """Return the weight of each token, (tokens,), at least 0."""
@@ -71,6 +76,15 @@ def check_range(name: str, value: float, low: float, high: float, remark: str = 
     """Raise ValueError if a parameter is not in [low, high]."""
     if not low <= value <= high:
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}]{remark}, got {value}")
+
+
+def check_base_logp(objective: Objective, base_logp: Tensor | None) -> None:
+    """Raise ValueError if the untrained model's log-probabilities are missing although they are needed."""
+    if objective.needs_base_logp and base_logp is None:
+        raise ValueError(
+            f"{objective} needs base_logp, the log-probabilities of the targets under the untrained model "
+            "(--base_scores True)"
+        )
 
 
 def apply_floor(weight: Tensor, min_weight: Tensor | None) -> Tensor:

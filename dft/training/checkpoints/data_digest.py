@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from dft.data.batches.dataset import Sequences
 
-COLUMNS = ("input_ids", "labels", "loss_weights")
+COLUMNS = ("input_ids", "labels", "loss_weights", "base_logp")
 """Columns that determine the loss of an example."""
 ROWS_PER_BATCH = 1000
 

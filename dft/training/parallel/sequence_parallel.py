@@ -11,6 +11,7 @@ DeepSpeed's engine are therefore not informed of the groups: their batch adapter
 its tokens, and would remove the labels before the tokens of the optimizer step are counted.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 
-from dft.data.batches.collator import FlatCollator, PaddedCollator, loss_weights_of
+from dft.data.batches.collator import FlatCollator, PaddedCollator, base_logp_of, loss_weights_of
 from dft.data.batches.sampler import EpochSampler
 from dft.errors import UserError
 from dft.labels import IGNORE_INDEX
@@ -43,6 +44,7 @@ SLICEABLE_KEYS = {
     "sequence_ids",
     "origins",
     "loss_weights",
+    "base_logp",
 }
 """Entries that a batch may have; `SequenceParallel.local_slice` can slice only these."""
 
@@ -154,8 +156,9 @@ class SequenceParallel:
         Returns:
             input_ids, position_ids, labels, sequence_ids: (batch, seq / ranks). `labels` are shifted: each is
             the target of its own position, which may be the first one of the next rank, and so is each of
-            the `loss_weights`, if the batch has any. num_tokens: number of tokens without padding. Of a batch
-            of `FlatCollator` also the boundaries of all its sequences, with the padding as the last one.
+            the `loss_weights` and the `base_logp`, if the batch has any. num_tokens: number of tokens without
+            padding. Of a batch of `FlatCollator` also the boundaries of all its sequences, with the padding
+            as the last one.
 
         Raises:
             ValueError: the batch has unknown entries.
@@ -183,6 +186,8 @@ class SequenceParallel:
             others |= _boundaries(batch, padded_width - width)
         if (weights := loss_weights_of(batch)) is not None:
             others["loss_weights"] = cut(weights[:, 1:], 1.0)
+        if (scores := base_logp_of(batch)) is not None:
+            others["base_logp"] = cut(scores[:, 1:], math.nan)
         return {
             "input_ids": cut(ids, 0),
             "position_ids": positions[:, own].contiguous(),
