@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-COMMANDS = ("evaluate", "get_model", "merge_lora", "report", "show_data")
+COMMANDS = ("chat", "evaluate", "get_model", "merge_lora", "report", "show_data")
 """The files in scripts/ that are installed, as dft_scripts. pyproject.toml names the command of each."""
 
 

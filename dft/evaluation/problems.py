@@ -66,7 +66,12 @@ class Problem:
 
 def find_turn_endings(problems: Sequence[Problem], encoder: ChatEncoder) -> list[str]:
     """Return the tokens that end the reference turns in the chat template, found as in training."""
-    encoded = encoder.encode([problem.conversation.last_turn_only() for problem in problems])
+    return turn_endings([problem.conversation.last_turn_only() for problem in problems], encoder)
+
+
+def turn_endings(conversations: Sequence[Conversation], encoder: ChatEncoder) -> list[str]:
+    """Return the tokens that end the supervised turns of conversations in the chat template."""
+    encoded = encoder.encode(conversations)
     examples = [example for group in encoded if not isinstance(group, BadLine) for example in group]
     return sorted({token for example in examples for token in example.endings if token})
 

@@ -98,37 +98,19 @@ class TransformersSampler:
         self.tokenizer = tokenizer
         self.stops = list(stops)
         self.settings = settings
-        is_greedy = settings.temperature == 0
-        options = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
         self.pad = self.stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.config = GenerationConfig(
-            do_sample=not is_greedy,
-            max_new_tokens=settings.max_new_tokens,
-            eos_token_id=self.stops,
-            pad_token_id=self.pad,
-            **({} if is_greedy else options),
-        )
+        self.config = generation_config(settings, self.stops, self.pad)
         # `generate` would take every option that `self.config` leaves unset from the model's own config.
         self.model.generation_config = self.config
 
     def sample(self, prompts: Sequence[list[int]], seed: int) -> list[list[Answer]]:
-        self._check_vocabulary(prompts)
+        check_vocabulary(self.model, self.tokenizer, prompts)
         rows = [ids for ids in prompts for _ in range(self.settings.samples)]
         answers: list[Answer] = []
         for start in range(0, len(rows), self.settings.batch_size):
             answers += self._generate(rows[start : start + self.settings.batch_size], seed + start)
         size = self.settings.samples
         return [answers[start : start + size] for start in range(0, len(answers), size)]
-
-    def _check_vocabulary(self, prompts: Sequence[list[int]]) -> None:
-        """Raise `UserError` if a prompt has a token that the model has no embedding for."""
-        highest, rows = max(map(max, prompts)), self.model.get_input_embeddings().num_embeddings
-        if highest >= rows:
-            token = self.tokenizer.convert_ids_to_tokens(highest)
-            raise UserError(
-                f"--model {self.model.name_or_path}: a prompt holds the token {token} ({highest}), and the "
-                f"model has embeddings of {rows} tokens; pass a --chat_template of tokens that it knows"
-            )
 
     def _generate(self, rows: list[list[int]], seed: int) -> list[Answer]:
         torch.manual_seed(seed)
@@ -140,6 +122,32 @@ class TransformersSampler:
     def _answer(self, ids: list[int]) -> Answer:
         ids, stopped = split_at_stop(ids, self.stops)
         return Answer(self.tokenizer.decode(ids, skip_special_tokens=True), len(ids), stopped)
+
+
+def generation_config(settings: SamplingSettings, stops: Sequence[int], pad: int) -> GenerationConfig:
+    """Return the settings of `generate`: no penalty or filter other than those of `settings`."""
+    is_greedy = settings.temperature == 0
+    options = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    return GenerationConfig(
+        do_sample=not is_greedy,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=list(stops),
+        pad_token_id=pad,
+        **({} if is_greedy else options),
+    )
+
+
+def check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]
+) -> None:
+    """Raise `UserError` if a prompt has a token that the model has no embedding for."""
+    highest, rows = max(map(max, prompts)), model.get_input_embeddings().num_embeddings
+    if highest >= rows:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise UserError(
+            f"--model {model.name_or_path}: a prompt holds the token {token} ({highest}), and the "
+            f"model has embeddings of {rows} tokens; pass a --chat_template of tokens that it knows"
+        )
 
 
 class VllmSampler:
@@ -183,8 +191,16 @@ class VllmSampler:
         return Answer(output.text, len(output.token_ids) - stopped, stopped)
 
 
-def load_for_sampling(name: str, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a model, with its adapters if the folder holds LoRA adapters, onto the GPU if there is one.
+def load_for_sampling(
+    name: str, dtype: str, trust_remote_code: bool, device: str | None = None
+) -> PreTrainedModel:
+    """Load a model, with its adapters if the folder holds LoRA adapters.
+
+    Args:
+        name: folder or hub name.
+        dtype: dtype of the weights, "auto" for that of the files.
+        trust_remote_code: whether to run code that comes with the model.
+        device: the device to load it onto. Default: the GPU if there is one.
 
     Raises:
         UserError: there is no such model, it cannot be loaded, or it needs peft, which is not installed.
@@ -201,4 +217,4 @@ def load_for_sampling(name: str, dtype: str, trust_remote_code: bool) -> PreTrai
         )
     except (*UNLOADABLE, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {name}: cannot be loaded: {describe_loading_error(error)}") from None
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -15,14 +15,12 @@ from transformers import (
 )
 
 from dft.console import say
+from dft.data.templates.token_decoder import TokenDecoder
 from dft.errors import UserError
 from dft.files import write_atomically
 from dft.report.saved_report import RUN_REPORT, load_report
 from dft.training.batching import dataset_files
 from dft.training.measuring.scoring import ScoredSequence
-
-MAX_TOKENS_PER_CHARACTER = 8
-"""Maximum number of tokens to combine into one character; after that, tokens are shown as decoded."""
 
 
 class ReportedTrainer(Protocol):
@@ -128,21 +126,8 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> lis
 
     If several tokens form one character, the last one has its text and the others are empty.
     """
-    texts: list[str] = []
-    context: list[int] = []  # the previous complete tokens: some tokenizers drop the space of a first token
-    pending: list[int] = []
-    for position, token_id in enumerate(token_ids):
-        pending.append(token_id)
-        context_length = len(_decode(tokenizer, context)) if context else 0
-        text = _decode(tokenizer, context + pending)[context_length:]
-        is_last = position == len(token_ids) - 1
-        if text.endswith("\ufffd") and len(pending) < MAX_TOKENS_PER_CHARACTER and not is_last:
-            texts.append("")
-            continue
-        texts.append(text)
-        context, pending = pending, []
+    decoder = TokenDecoder(tokenizer)
+    texts = [decoder.push(token_id) or "" for token_id in token_ids]
+    if decoder.pending:
+        texts[-1] = decoder.flush()
     return texts
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    return tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

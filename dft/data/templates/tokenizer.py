@@ -31,7 +31,11 @@ SPECIAL_MARKER = re.compile(r"<\|[^|<>\s]+\|>")
 
 
 def load_tokenizer(
-    name_or_path: str, *, chat_template: str | None = None, trust_remote_code: bool = False
+    name_or_path: str,
+    *,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    needs_template: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """Load the tokenizer of a model and give it a chat template.
 
@@ -40,13 +44,14 @@ def load_tokenizer(
         chat_template: file with a Jinja template that replaces the tokenizer's own. A tokenizer without a
             template uses plain ChatML.
         trust_remote_code: whether to run code that comes with the model.
+        needs_template: whether a tokenizer without a template is an error.
 
     Returns:
         The tokenizer, and notes: one line for each change to the tokenizer and each property of the template
         that the user should know about.
 
     Raises:
-        UserError: there is no valid tokenizer or template file.
+        UserError: there is no valid tokenizer or template file, or no template where one is needed.
     """
     tokenizer = _load(name_or_path, trust_remote_code)
     notes = []
@@ -56,6 +61,11 @@ def load_tokenizer(
     elif tokenizer.chat_template:
         check_template(
             template_source(tokenizer), f"--model_name_or_path {name_or_path}: chat template", ", line "
+        )
+    elif needs_template:
+        raise UserError(
+            f"--model_name_or_path {name_or_path}: its tokenizer has no chat template, so it was hardly "
+            "trained on conversations; pass the folder of a trained model, or --chat_template FILE"
         )
     else:
         tokenizer, added = _use_chatml(tokenizer, name_or_path, trust_remote_code)
