@@ -94,14 +94,14 @@ def run_tiles(
     """
     vocab, wide = len(head.weight), torch.promote_types(rows.dtype, torch.float32)
     row_scale, unscale = _row_scale(rows.dtype, scale, options, extras.weights.loss)
-    spans = tiles(len(rows), vocab, wide.itemsize, _tile_bytes(rows))
+    spans = tiles(len(rows), vocab, wide.itemsize, tile_limit(rows.dtype, rows.device.type))
     buffers: list[Tensor | None] = [None, None]
     if rows.device.type == "cpu" and spans:  # on a GPU, torch's allocator reuses the memory of the last tile
         longest = max(end - start for start, end in spans)
         for index in range(1 if extras.base_rows is None else 2):
             buffers[index] = rows.new_empty(longest, vocab, dtype=wide)
-    in_half = _gradients_in_half(rows) and any(needs)
-    limit = TILE_BYTES["cpu"] if rows.device.type == "cpu" else GROUP_BYTES
+    in_half = gradients_in_half(rows.dtype, rows.device.type) and any(needs)
+    limit = group_limit(rows.device.type)
     tile_groups = groups(spans, vocab * rows.dtype.itemsize, limit) if in_half else [[span] for span in spans]
     sums = _GradientSums(rows, head, needs, only_group=len(tile_groups) == 1)
     parts: list[TokenStats] = []
@@ -121,7 +121,7 @@ def run_tiles(
             parts.append(stats)
             if gradient is None:
                 gradient = written
-            del tile, written, base  # so that only one tile is allocated
+            del tile, out, written, base  # so that only one tile, and one group's gradient, is allocated
         if gradient is not None:
             sums.add(gradient, first, last)
         del gradient
@@ -165,12 +165,12 @@ class _GradientSums:
         return sums
 
 
-def _gradients_in_half(rows: Tensor) -> bool:
+def gradients_in_half(dtype: torch.dtype, device: str) -> bool:
     """Return whether gradients on the head's output are stored in the half precision of the rows.
 
     float16 is not on a CPU, whose products of float16 are slow.
     """
-    return rows.dtype == torch.bfloat16 or (rows.dtype == torch.float16 and rows.device.type == "cuda")
+    return dtype == torch.bfloat16 or (dtype == torch.float16 and device == "cuda")
 
 
 def _row_scale(
@@ -207,12 +207,16 @@ def _head_output(rows: Tensor, head: HeadWeights, buffer: Tensor | None) -> Tens
     return z
 
 
-def _tile_bytes(rows: Tensor) -> int:
-    """Return the maximum size of a tile of logits of these rows."""
-    device = rows.device.type
-    if device == "cpu" and _gradients_in_half(rows):
+def tile_limit(dtype: torch.dtype, device: str) -> int:
+    """Return the maximum bytes of a tile of logits of rows of this dtype, on this type of device."""
+    if device == "cpu" and gradients_in_half(dtype, device):
         return TILE_BYTES[device] // HALF_TILE_SHARE
     return TILE_BYTES.get(device, TILE_BYTES["cuda"])
+
+
+def group_limit(device: str) -> int:
+    """Return the maximum bytes of the half-precision gradients of a group of tiles."""
+    return TILE_BYTES["cpu"] if device == "cpu" else GROUP_BYTES
 
 
 def tiles(tokens: int, vocab: int, itemsize: int, limit: int) -> list[RowRange]:

@@ -2,7 +2,8 @@
 
     python scripts/bench/bench_plan.py
 
-On a CPU: a Qwen3 model with 8 layers, hidden size 1,024 and 123 million weights. Measured is the peak memory
+On a CPU: a Qwen3 model with 8 layers, hidden size 1,024 and 123 million weights, and one with 8 experts of
+size 512, of which a token passes 4. Measured is the peak memory
 of the largest process of the run, minus that of the same run with a model of almost no weights. Freed memory
 is returned to the system at once (MALLOC_TRIM_THRESHOLD_), so that the peak is memory in use.
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -42,6 +43,8 @@ WAYS = {
     "32 rows, checkpointing": (1, {"per_device_train_batch_size": 32, "enable_gradient_checkpointing": True}),
     "accumulated": (1, {"gradient_accumulation_steps": 2}),
     "bfloat16 weights": (1, {"torch_dtype": "bfloat16"}),
+    "bfloat16 weights, 32 rows": (1, {"torch_dtype": "bfloat16", "per_device_train_batch_size": 32}),
+    "4 of 8 experts, 32 rows": (1, {"per_device_train_batch_size": 32}),
     "LoRA": (1, {"lora_r": 16}),
     "DDP x 2": (2, {}),
     "ZeRO-2 x 2": (2, {"deepspeed": ROOT / "ds_config/zero2.json"}),
@@ -89,18 +92,21 @@ def peak(folder: Path, ranks: int, flags: dict[str, object], model: str) -> floa
 
 
 def make_model(folder: Path, tokenizer: Any, **sizes: int) -> None:
-    """Save a Qwen3 model with random weights."""
-    config = Qwen3Config(
+    """Save a Qwen3 model with random weights, a mixture of experts if the sizes name experts."""
+    config = (Qwen3MoeConfig if "num_experts" in sizes else Qwen3Config)(
         num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **sizes,
     )  # fmt: skip
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    all_ways = GPU_WAYS if ON_GPU else WAYS
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=all_ways, default=list(all_ways), help="rows to measure")
+    ways = {name: all_ways[name] for name in parser.parse_args().only}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         train, _ = write_conversations(folder / "data", 2000)
@@ -114,15 +120,18 @@ def main() -> None:
         # it forked.
         with get_context("spawn").Pool(1) as pool:
             pool.apply(make_model, (folder / "model", tokenizer), sizes)
+            experts = {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 512}
+            pool.apply(make_model, (folder / "experts", tokenizer), {**sizes, **experts})
         tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 4}
         make_model(folder / "tiny", tokenizer, vocab_size=len(tokenizer), **tiny)
         print("| | planned, GiB | measured, GiB | planned / measured |")
         print("|---|---|---|---|")
-        for name, (ranks, flags) in (GPU_WAYS if ON_GPU else WAYS).items():
-            output = run(folder, ranks, flags, plan=True)
+        for name, (ranks, flags) in ways.items():
+            model = "experts" if "experts" in name else "model"
+            output = run(folder, ranks, flags, plan=True, model_name_or_path=folder / model)
             value, unit = re.search(r"about ([\d.]+) (\w+) per device at the peak", output).groups()
             planned = float(value) * GIB[unit]
-            measured = peak(folder, ranks, flags, "model")
+            measured = peak(folder, ranks, flags, model)
             if not ON_GPU:
                 measured -= peak(folder, ranks, flags, "tiny")
             print(f"| {name} | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} |", flush=True)

@@ -8,9 +8,16 @@ from transformers import PreTrainedModel
 
 from dft.arguments.objective import build_objective
 from dft.arguments.parser import Arguments
-from dft.loss.tiles import TILE_BYTES
+from dft.loss.tiles import tile_limit
 from dft.ranks import count_optimizer_steps, data_parallel_size, describe_parallelism, is_launched, world_size
-from dft.training.memory.estimate import estimate_logits, format_gib, has_4bit_weights
+from dft.training.memory.estimate import (
+    MemoryLayout,
+    estimate_logits,
+    format_gib,
+    has_4bit_weights,
+    product_dtype,
+    resolve_layout,
+)
 from dft.training.memory.plan import (
     HEADROOM,
     Plan,
@@ -23,20 +30,25 @@ from dft.training.parameters import GIB
 
 
 def base_model_gib(
-    model: PreTrainedModel, training: transformers.TrainingArguments, longest: int, fused: bool
+    model: PreTrainedModel,
+    training: transformers.TrainingArguments,
+    layout: MemoryLayout,
+    longest: int,
+    fused: bool,
 ) -> float:
     """Return the memory of a frozen copy of the model and its logits, in GiB.
 
     Args:
         model: the model, possibly on the meta device.
         training: the training arguments.
+        layout: distribution over the devices.
         longest: number of tokens in the longest row.
         fused: whether the fused head computes the loss; it holds only one tile of logits at a time.
     """
     weights = sum(parameter.numel() for parameter in model.parameters()) * model.dtype.itemsize / GIB
     tokens = training.per_device_train_batch_size * longest
     logits = estimate_logits(model, training, tokens) / 2  # no gradient
-    tile = TILE_BYTES["cuda" if training.device.type == "cuda" else "cpu"] / GIB
+    tile = tile_limit(product_dtype(model, training, layout), layout.device) / GIB
     return weights + (min(logits, tile) if fused else logits)
 
 
@@ -54,7 +66,8 @@ def plan_lines(arguments: Arguments, model: PreTrainedModel, report: dict[str, A
     longest = arguments.data.max_length if "packing_density" in train else train["length_percentiles"]["100"]
     fused = arguments.dft.fused_head != "off"
     has_base_model = build_objective(arguments.dft).kl_weight > 0
-    extra = base_model_gib(model, training, longest, fused) if has_base_model else 0.0
+    layout = resolve_layout(model, training)
+    extra = base_model_gib(model, training, layout, longest, fused) if has_base_model else 0.0
     setting = requested_setting(model, training, ranks, extra)
     share = train["supervised_tokens"] / train["tokens"]
     requested = plan(model, training, setting, longest, fused, share)

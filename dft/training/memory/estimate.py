@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dft.arguments.deepspeed_file import zero_of
-from dft.loss.tiles import GROUP_BYTES, TILE_BYTES
+from dft.loss.head_memory import HeadShape, peak_head_bytes
 from dft.ranks import world_size
+from dft.training.memory.experts import active_mlp
 from dft.training.parameters import GIB, element_count
 
 
@@ -42,8 +43,8 @@ class MemoryEstimate:
         weights, gradients: those of the model.
         optimizer: the two moments of AdamW, and the float32 master weights of DeepSpeed; None for other
             optimizers, whose state is not estimated.
-        head: the float32 gradient of the output embedding, one tile of logits and, in half precision on a
-            GPU, the gradient of a group of tiles.
+        head: one tile of logits, in half precision the gradient of a group of tiles, and the gradient of the
+            output embedding while it is summed (`dft.loss.head_memory`).
     """
 
     weights: float
@@ -117,15 +118,30 @@ def _head_bytes(
 ) -> float:
     """Return the bytes that the fused loss needs for a number of supervised tokens."""
     head = model.get_output_embeddings()
-    entries = model.config.get_text_config().vocab_size * tokens  # of the logits
-    limit = TILE_BYTES["cuda" if layout.device == "cuda" else "cpu"]
-    tile, is_one_tile = min(limit, 4 * entries), 4 * entries <= limit
-    if layout.device == "cuda" and (layout.itemsize == 2 or training.mixed_precision != "no"):
-        tile += min(GROUP_BYTES, 2 * entries)
-        is_one_tile = 2 * entries <= GROUP_BYTES
-    if head is None or not head.weight.requires_grad or (is_one_tile and layout.itemsize == 2):
-        return tile  # no sum over tiles is needed: the gradient itself is counted elsewhere
-    return tile + 4 * element_count(head.weight)
+    config = model.config.get_text_config()
+    dtype = product_dtype(model, training, layout)
+    weight_dtype = dtype
+    if autocasts(model, training, layout):
+        weight_dtype = model.dtype
+    trains_weight = head is not None and head.weight.requires_grad
+    width = config.hidden_size
+    if head is not None and trains_weight:
+        width = element_count(head.weight) // config.vocab_size
+    shape = HeadShape(tokens, config.vocab_size, width, dtype, weight_dtype, trains_weight, layout.device)
+    return peak_head_bytes(shape)
+
+
+def product_dtype(
+    model: PreTrainedModel, training: transformers.TrainingArguments, layout: MemoryLayout
+) -> torch.dtype:
+    """Return the dtype of the products of the fused head, see `dft.loss.products.product_dtype`."""
+    is_mixed = training.mixed_precision != "no"
+    casts_on_use = autocasts(model, training, layout)
+    if layout.itemsize != 2 and (not is_mixed or (casts_on_use and layout.device == "cpu")):
+        return model.dtype
+    if is_mixed:
+        return torch.float16 if training.mixed_precision == "fp16" else torch.bfloat16
+    return model.dtype if model.dtype.itemsize == 2 else torch.bfloat16
 
 
 def resolve_layout(model: PreTrainedModel, training: transformers.TrainingArguments) -> MemoryLayout:
@@ -199,7 +215,8 @@ def estimate_activations(
 
     Follows Korthikanti et al. (arXiv 2205.05198, section 4) with the numbers of a gated MLP: ten times the
     hidden size and five times the size of the MLP, per layer and token. Measurements on GPUs were within 20 %
-    of it. With gradient checkpointing, the input of each layer is kept, and one layer is recomputed.
+    of it. A token that is sent to k experts keeps k times the size of an expert's MLP, and k times its input
+    and output. With gradient checkpointing, the input of each layer is kept, and one layer is recomputed.
 
     Args:
         model: the model, possibly on the meta device.
@@ -212,8 +229,8 @@ def estimate_activations(
     config = model.config.get_text_config()
     settings = config.to_dict()
     width, layers = config.hidden_size, config.num_hidden_layers
-    mlp_width = settings.get("intermediate_size") or 4 * width
-    layer = tokens * (10 * width + 5 * mlp_width)
+    mlp_width, copies = active_mlp(model)
+    layer = tokens * ((10 + 2 * copies) * width + 5 * mlp_width)
     if autocasts(model, training, layout or resolve_layout(model, training)):
         # Two sums and two norms are kept in float32, and the norms again after they are cast.
         layer += tokens * 6 * width

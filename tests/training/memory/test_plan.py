@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dft.arguments.lora import LoraArguments
-from dft.loss.tiles import TILE_BYTES
+from dft.loss.tiles import HALF_TILE_SHARE, TILE_BYTES
 from dft.report.terminal.plan import base_model_gib
 from dft.training.memory.estimate import MemoryLayout, resolve_layout
 from dft.training.memory.plan import (
@@ -169,16 +169,13 @@ def test_plan_is_close_to_peaks_measured_on_a_gpu(tmp_path, sizes, rows, checkpo
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 def test_base_model_size_includes_logits_on_any_device(tmp_path, device):
     model = meta_model(2, 128, 256, 500, 2, 1)
-    training = SimpleNamespace(
-        device=torch.device(device), per_device_train_batch_size=4, mixed_precision="no"
-    )
+    training = SimpleNamespace(per_device_train_batch_size=4, mixed_precision="no")
+    layout = MemoryLayout(1, 0, False, False, 2, device)
+    tile = TILE_BYTES["cuda"] if device != "cpu" else TILE_BYTES["cpu"] // HALF_TILE_SHARE
     weights = 2 * sum(parameter.numel() for parameter in model.parameters())
     logits = 4 * 10 * 500 * (2 + 4)
-    assert base_model_gib(model, training, 10, fused=False) * GIB == weights + logits
-    assert (
-        base_model_gib(model, training, 10**6, fused=True) * GIB
-        == weights + TILE_BYTES[device.replace("mps", "cpu")]
-    )
+    assert base_model_gib(model, training, layout, 10, fused=False) * GIB == weights + logits
+    assert base_model_gib(model, training, layout, 10**6, fused=True) * GIB == weights + tile
 
 
 def test_base_model_is_counted(tmp_path):
