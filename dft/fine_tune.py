@@ -7,6 +7,7 @@ from typing import Any
 from dft.arguments.batch_search import check_same_batch
 from dft.arguments.conflicts import check_batches, find_notes
 from dft.arguments.data import prepare_options
+from dft.arguments.lora import lora_options
 from dft.arguments.parser import Arguments
 from dft.console import say
 from dft.data.preparing.prepare import PreparedData, prepare
@@ -92,8 +93,10 @@ def fine_tune(arguments: Arguments, stop: StopRequest) -> None:
     say(*start_lines(arguments, models[0], data.report, batching), *new_notes(arguments))
     train(arguments, trainer, report)
     is_adapter = arguments.lora.lora_r is not None
+    is_dora = lora_options(arguments.lora).get("use_dora", False)
     early = early_reason(trainer.state, trainer.options.early_stopping)
-    say(*final_lines(trainer.state, arguments.training, arguments.watch.report, is_adapter, early))
+    lines = final_lines(trainer.state, arguments.training, arguments.watch.report, is_adapter, early, is_dora)
+    say(*lines)
     exit_rank()
 
 

@@ -1,19 +1,25 @@
 """Command-line flags for LoRA and QLoRA."""
 
+import json
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import transformers
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from dft.bounds import Bounds
 from dft.errors import UserError
+from dft.strict_json import MAX_SHOWN, refuse_repeated_keys
 
 ALL_LINEAR = "all-linear"
 PEFT_VERSION = "0.21.2"
 """The version of peft that is tested."""
+CHANGES_BASE = (
+    "; initializations such as pissa or olora change the weights of the model, so adapters would not fit "
+    "the model on disk"
+)
 
 
 @dataclass
@@ -40,6 +46,13 @@ class LoraArguments:
             "except the output embedding."
         },
     )
+    lora_args: str | None = field(
+        default=None,
+        metadata={
+            "help": "Further options of peft's LoraConfig as a JSON object, such as "
+            "'{\"use_dora\": true}' or '{\"use_rslora\": true}'."
+        },
+    )
     load_in_4bit: bool = field(
         default=False,
         metadata={
@@ -49,10 +62,91 @@ class LoraArguments:
     )
 
 
+@dataclass(frozen=True)
+class LoraOption:
+    """An option of peft's LoraConfig that `--lora_args` accepts.
+
+    Attributes:
+        types: types of its values, as JSON is parsed.
+        expected: description of the values.
+        choices: texts among them, if only some are valid.
+        scales: whether another value would scale adapters differently that are trained already.
+    """
+
+    types: tuple[type, ...]
+    expected: str
+    choices: tuple[str, ...] | None = None
+    scales: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        """Return whether a parsed JSON value is valid. A boolean is not a number."""
+        if self.choices is not None and isinstance(value, str):
+            return value in self.choices
+        return type(value) in self.types
+
+
+NAMES = LoraOption((list, str), "a list of names, or a regular expression")
+LORA_OPTIONS = {
+    "use_dora": LoraOption((bool,), "true or false", scales=True),
+    "use_rslora": LoraOption((bool,), "true or false", scales=True),
+    "init_lora_weights": LoraOption(
+        (bool, str), "true, false, gaussian or orthogonal", ("gaussian", "orthogonal")
+    ),
+    "rank_pattern": LoraOption((dict,), "an object of names and ranks", scales=True),
+    "alpha_pattern": LoraOption((dict,), "an object of names and alphas", scales=True),
+    "exclude_modules": NAMES,
+    "layers_to_transform": LoraOption((list, int), "a list of layer numbers"),
+    "layers_pattern": NAMES,
+}
+"""The options of peft that `--lora_args` accepts."""
+LORA_FLAGS = {
+    "r": "--lora_r", "lora_alpha": "--lora_alpha", "lora_dropout": "--lora_dropout",
+    "target_modules": "--lora_target_modules",
+}  # fmt: skip
+"""The options of peft that have a flag."""
+
+
+def lora_options(lora: LoraArguments) -> dict[str, Any]:
+    """Return the options of `--lora_args`.
+
+    Raises:
+        UserError: it is not a JSON object of supported options.
+    """
+    if lora.lora_args is None:
+        return {}
+    flag = f"--lora_args {shorten_text(lora.lora_args)}"
+    try:
+        options = json.loads(lora.lora_args, object_pairs_hook=refuse_repeated_keys)
+    except ValueError as error:
+        raise UserError(f"{flag}: not valid JSON ({error})") from None
+    except RecursionError:
+        raise UserError(f"{flag}: not valid JSON (nested too deeply)") from None
+    if not isinstance(options, dict):
+        raise UserError(f"{flag}: expected a JSON object such as '{{\"use_dora\": true}}'")
+    for name, value in options.items():
+        if name in LORA_FLAGS:
+            raise UserError(f"{flag}: {name} has a flag of its own, {LORA_FLAGS[name]}")
+        if name not in LORA_OPTIONS:
+            raise UserError(
+                f"{flag}: {name} is not supported; the options of peft that are: {', '.join(LORA_OPTIONS)}"
+            )
+        if not LORA_OPTIONS[name].accepts(value):
+            raise UserError(
+                f"{flag}: {name} must be {LORA_OPTIONS[name].expected}, got {json.dumps(value)}"
+                f"{CHANGES_BASE if isinstance(value, str) and name == 'init_lora_weights' else ''}"
+            )
+    return options
+
+
+def shorten_text(text: str) -> str:
+    """Return a text, truncated to `MAX_SHOWN` characters."""
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
 def check_lora(lora: LoraArguments, training: transformers.TrainingArguments, zero_stage: int) -> None:
     """Raise `UserError` for contradictory adapter flags, or if a required package is missing."""
     if lora.lora_r is None:
-        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules", "lora_args"):
             if vars(lora)[name] is not None:
                 raise UserError(f"--{name} has no effect without --lora_r; add --lora_r, for example 16")
         if lora.load_in_4bit:
@@ -61,6 +155,7 @@ def check_lora(lora: LoraArguments, training: transformers.TrainingArguments, ze
             )
         return
     check_installed("peft", f"--lora_r {lora.lora_r}", PEFT_VERSION)
+    lora_options(lora)
     if not lora.load_in_4bit:
         return
     if training.device.type != "cuda":

@@ -1,5 +1,6 @@
 """The model card: the README.md of a saved model, with its base model, data, training and metrics."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ LISTED_FLAGS = (
     "max_grad_norm",
     "seed",
     "freeze",
+    "lora_args",
 )
 """Flags that the card lists; run_args.yaml has all flags that were given."""
 
@@ -138,11 +140,13 @@ def lora_lines(flags: Mapping[str, Any]) -> list[str]:
     """Return instructions for loading the adapters; empty if the whole model was trained."""
     if flags.get("lora_r") is None:
         return []
-    return [
-        f"These are LoRA adapters of rank {flags['lora_r']}. With peft installed, "
+    kind, loading = (
+        "LoRA",
         "`AutoModelForCausalLM.from_pretrained` loads them together with their base model.",
-        "",
-    ]
+    )
+    if json.loads(flags.get("lora_args") or "{}").get("use_dora"):
+        kind, loading = "DoRA", "`PeftModel.from_pretrained` loads them onto their base model."
+    return [f"These are {kind} adapters of rank {flags['lora_r']}. With peft installed, {loading}", ""]
 
 
 def data_lines(report: Mapping[str, Any]) -> list[str]:

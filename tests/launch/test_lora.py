@@ -121,6 +121,28 @@ def test_a_killed_run_resumes_to_the_result_of_the_uninterrupted_run(example, tr
     assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize("kind", ["zero3", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_dora_reads_whole_weights_under_sharding(example, train, tmp_path, kind):
+    """It needs the norms of the rows of frozen weights. Here, ZeRO-3 keeps none of them between uses."""
+    zero = json.loads((ROOT / "ds_config/zero3.json").read_text())
+    for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
+        zero["zero_optimization"][f"stage3_{name}"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(zero))
+    flags = {"lora_args": json.dumps({"use_dora": True}), "max_steps": 3, "save_strategy": "no"}
+    sharding = {"deepspeed": tmp_path / "zero3.json"} if kind == "zero3" else {}
+    records = []
+    for place, ranks, more in (("single", 1, {}), (kind, 2, sharding)):
+        codes, printed = train(tmp_path / place, place, ranks, **{**flags, **more})
+        assert not any(codes), printed
+        assert "adapters    DoRA, rank 4" in printed and "PeftModel.from_pretrained loads them" in printed
+        records.append(train_records(tmp_path / place))
+    for record, expected in zip(*records, strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    card = (tmp_path / kind / "README.md").read_text()
+    assert "These are DoRA adapters of rank 4." in card
+
+
 def merge(*words: object) -> subprocess.CompletedProcess[str]:
     script = [sys.executable, str(ROOT / "scripts/merge_lora.py"), *map(str, words)]
     return subprocess.run(script, capture_output=True, text=True, timeout=120)

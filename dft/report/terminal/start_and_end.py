@@ -122,8 +122,11 @@ def _adapter_lines(model: PreTrainedModel) -> list[str]:
         return []
     config = model.peft_config["default"]
     trainable = get_model_param_count(model, trainable_only=True)
+    kind = ("DoRA" if config.use_dora else "LoRA") + (
+        " with rank-stabilized scaling" if config.use_rslora else ""
+    )
     return [
-        f"adapters    LoRA, rank {config.r}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}: "
+        f"adapters    {kind}, rank {config.r}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}: "
         f"{trainable / 1e6:,.2f} M trainable parameters"
     ]
 
@@ -165,7 +168,12 @@ def stopped_lines(stopped: Stopped) -> list[str]:
 
 
 def final_lines(
-    state: TrainerState, training: TrainingArguments, report: bool, adapters: bool = False, early: str = ""
+    state: TrainerState,
+    training: TrainingArguments,
+    report: bool,
+    adapters: bool = False,
+    early: str = "",
+    is_dora: bool = False,
 ) -> list[str]:
     """Return the last lines of a run: the locations of the model, its records and its report.
 
@@ -175,13 +183,19 @@ def final_lines(
         report: whether a report was written.
         adapters: whether the run trained adapters.
         early: why the run stopped early, if it did.
+        is_dora: whether these are DoRA adapters.
     """
     folder, metric = training.output_dir, training.metric_for_best_model
     step = weights_step(state, training, is_training=False)
     place = folder if step == state.global_step else f"{folder}, with the weights of step {step:,}"
     if adapters:
+        loader = (
+            "PeftModel.from_pretrained loads them onto"
+            if is_dora
+            else ("AutoModelForCausalLM.from_pretrained loads them with")
+        )
         lines = [
-            f"adapters    {place} (AutoModelForCausalLM.from_pretrained loads them with their base model; "
+            f"adapters    {place} ({loader} their base model; "
             f"scripts/merge_lora.py {folder} NEW merges both into one model)"
         ]
     else:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from dft.arguments.lora import LORA_OPTIONS
 from dft.errors import UserError
 from dft.training.checkpoints.folder import new_run_advice
 from dft.training.model.adapters import has_adapters
@@ -120,11 +121,13 @@ TRAINING_SETTINGS = (
 
 LORA_ALPHA = "--lora_alpha"
 LORA_DROPOUT = "--lora_dropout"
+LORA_ARGS = "--lora_args"
 WEIGHTS = "--torch_dtype"
 FROZEN = "frozen weights (--freeze)"
 BASE = "--model_name_or_path"
 REFUSALS = {setting.name: setting.refusal for setting in TRAINING_SETTINGS if setting.refusal} | {
     LORA_ALPHA: "the adapters that are trained already would be scaled differently",
+    LORA_ARGS: "the adapters that are trained already would be scaled differently",
     FROZEN: STATE_OF_OPTIMIZER,
 }
 """Why another value of a setting is refused."""
@@ -156,6 +159,8 @@ def model_settings(model: PreTrainedModel) -> dict[str, Any]:
     if has_adapters(model):
         config = next(iter(model.peft_config.values())).to_dict()  # other adapters than LoRA lack these
         settings |= {flag: config.get(flag.removeprefix("--")) for flag in (LORA_ALPHA, LORA_DROPOUT)}
+        scaling = {name: config.get(name) for name, option in LORA_OPTIONS.items() if option.scales}
+        settings[LORA_ARGS] = {name: value for name, value in scaling.items() if value} or None
     return settings
 
 

@@ -28,7 +28,7 @@ from dft.console import say
 from dft.data.templates.tokenizer import UNLOADABLE
 from dft.errors import UserError
 from dft.ranks import first_failure
-from dft.training.model.adapters import has_adapters
+from dft.training.model.adapters import has_adapters, load_dora
 from dft.training.model.weight_names import expected_names
 from dft.training.parameters import GIB
 
@@ -195,14 +195,18 @@ def check_loaded(
     unset_hf_deepspeed_config()
     try:
         with torch.random.fork_rng(devices=[]):
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype="auto",
-                trust_remote_code=trust_remote_code,
-                quantization_config=expected.quantization,
-                device_map=None if expected.quantization is None else {"": device},
-                output_loading_info=True,
-            )
+            options: dict[str, Any] = {
+                "dtype": "auto",
+                "trust_remote_code": trust_remote_code,
+                "quantization_config": expected.quantization,
+                "device_map": None if expected.quantization is None else {"": device},
+            }
+            model: Any = load_dora(folder, **options)
+            loading: dict[str, Any] = {}
+            if model is None:
+                model, loading = AutoModelForCausalLM.from_pretrained(
+                    folder, **options, output_loading_info=True
+                )
             model.config.get_text_config().use_cache = False  # as in training
             model = model if expected.quantization is not None else model.to(device)
             logits = probe(model, expected.logits.shape[-1], device)
@@ -215,7 +219,7 @@ def check_loaded(
     finally:
         if args.deepspeed:
             set_hf_deepspeed_config(args.hf_deepspeed_config)
-    missing = loading["missing_keys"] or loading["mismatched_keys"]
+    missing = loading.get("missing_keys") or loading.get("mismatched_keys")
     if missing:
         raise Damaged(f"{min(missing)} is not in its files in the shape that the model expects")
     if tokenizer is not None:

@@ -3,13 +3,15 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers.utils import ADAPTER_CONFIG_NAME
 
-from dft.arguments.lora import ALL_LINEAR, LoraArguments
+from dft.arguments.lora import ALL_LINEAR, LoraArguments, lora_options
 from dft.errors import UserError
 from dft.files import write_atomically
 from dft.training.parameters import shapes_digest
@@ -54,20 +56,21 @@ def add_adapters(
     if lora.load_in_4bit:
         model = prepare_model_for_kbit_training(model, training.gradient_checkpointing)
     targets = lora.lora_target_modules or [ALL_LINEAR]
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha or 2 * lora.lora_r,
-        lora_dropout=lora.lora_dropout or 0.0,
-        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
-    )
+    settings: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "r": lora.lora_r,
+        "lora_alpha": lora.lora_alpha or 2 * lora.lora_r,
+        "lora_dropout": lora.lora_dropout or 0.0,
+        "target_modules": ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+    }
     set_seed(training.seed)  # ranks may have drawn different random numbers while loading
+    flags = f"--lora_target_modules {' '.join(targets)}"
     try:
+        config = LoraConfig(**settings, **lora_options(lora))
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(
-            f"--lora_target_modules {' '.join(targets)}: {' '.join(str(error).split())}"
-        ) from None
+        flags += f" --lora_args {lora.lora_args}" if lora.lora_args is not None else ""
+        raise UserError(f"{flags}: {' '.join(str(error).split())}") from None
     folder = Path(name).expanduser()
     if folder.is_dir():  # absolute, so that the adapters can be loaded from any folder
         adapted.peft_config["default"].base_model_name_or_path = str(folder.resolve())
@@ -91,6 +94,29 @@ def has_adapters(model: nn.Module) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
+
+
+def load_dora(folder: Path, trust_remote_code: bool, **options: Any) -> nn.Module | None:
+    """Load saved DoRA adapters with their base model; None for a model or adapters of another kind.
+
+    transformers 5.23 looks for their magnitudes under other names than peft saves them under.
+
+    Args:
+        folder: a saved model or saved adapters.
+        trust_remote_code: whether to run code that comes with the base model.
+        options: further arguments of `AutoModelForCausalLM.from_pretrained`.
+    """
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        return None
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, LoraConfig) or not config.use_dora:
+        return None
+    base = AutoModelForCausalLM.from_pretrained(
+        config.base_model_name_or_path, trust_remote_code=trust_remote_code, **options
+    )
+    return PeftModel.from_pretrained(base, folder)
 
 
 def write_base_record(folder: Path, model: nn.Module, shapes: str) -> None:
