@@ -4,11 +4,14 @@ The console, the report, the trackers and docs/metrics.md read this table. To ad
 the line in `dft/training/measuring/meter.py` that computes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, Flag, auto
+from typing import Any
 
 HIGHER, LOWER = "higher", "lower"
+EVAL = "eval_"
+"""Prefix of the metrics of evaluations."""
 
 
 class Source(Enum):
@@ -269,10 +272,36 @@ def selection(name: str) -> str | None:
     """Return the direction in which `--metric_for_best_model` selects: "higher", "lower" or None for neither.
 
     Args:
-        name: name of the metric, without the prefix `eval_`.
+        name: name of the metric, without the prefix `eval_`. It may begin with the name of an evaluation set.
     """
-    metric = BY_NAME.get(name)
-    return None if metric is None else metric.better or metric.selects
+    parsed = parse_name(name)
+    return None if parsed is None else parsed[1].better or parsed[1].selects
+
+
+def parse_name(key: str) -> tuple[str, Metric] | None:
+    """Return the evaluation set and the metric of a key such as `math_acc`, the name of `eval_math_acc`.
+
+    The set is "" for the only one, which has no name. Returns None if the key ends in the name of no metric.
+    """
+    for metric in sorted(METRICS, key=lambda metric: -len(metric.name)):  # aux_loss before loss
+        if key == metric.name:
+            return "", metric
+        if key.endswith(f"_{metric.name}"):
+            return key.removesuffix(f"_{metric.name}"), metric
+    return None
+
+
+def evaluation_prefixes(log: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the prefix of the metrics of each evaluation set in a log, in the order in which they appear.
+
+    That is `eval_` for the only set, and `eval_<name>_` for each of those with names.
+    """
+    prefixes: dict[str, None] = {}
+    for record in log:
+        for key in record:
+            if key.startswith(EVAL) and "/" not in key and (parsed := parse_name(key.removeprefix(EVAL))):
+                prefixes[f"{EVAL}{parsed[0]}_" if parsed[0] else EVAL] = None
+    return list(prefixes)
 
 
 def selectable() -> list[str]:

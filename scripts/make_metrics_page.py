@@ -27,8 +27,8 @@ Metrics of the model are means over the supervised tokens of all micro-batches a
 logged step, or of the whole evaluation. How to read them: [training.md](training.md),
 [how_dft_works.md](how_dft_works.md).
 
-- *Logged by*: evaluations log a metric as `eval_NAME`, or as `eval_DATASET_NAME` if there are several
-  evaluation datasets.
+- *Logged by*: evaluations log a metric as `eval_NAME`, or as `eval_SET_NAME` for each of several evaluation
+  sets (`--eval_data_files SET=FILE ...`).
 - *Better*: the direction that is an improvement; "neither" if the metric is no measure of quality.
 - *Shown in*: the default columns of the console (`--console_metrics NAME ...` chooses others), `report.html`,
   its picture `report.png`, and the page that compares runs (`scripts/report.py`). `trainer_state.json` and

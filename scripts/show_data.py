@@ -30,6 +30,7 @@ from dft.arguments.data import (
 from dft.bounds import check_bounds
 from dft.data.batches.dataset import Sequences
 from dft.data.preparing.data_report import file_group
+from dft.data.preparing.evaluation_sets import parse_evaluation_files
 from dft.data.preparing.prepare import PreparedData, check_report_folder, find_sources, prepare
 from dft.data.preparing.prompts import conversations_of_rows
 from dft.data.reading.data_file import check_not_data
@@ -50,7 +51,8 @@ class ShowArguments:
     model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model and its tokenizer."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     split: str = field(
-        default="train", metadata={"help": "Which split to show.", "choices": ["train", "eval"]}
+        default="train",
+        metadata={"help": "What to show: train, eval, or eval_NAME for an evaluation set with a name."},
     )
     count: int = field(default=3, metadata={"help": "How many sequences to show."})
     shuffle: bool = field(
@@ -109,7 +111,9 @@ def main() -> None:
     if show.output_dir is not None:
         prepared.write_report(Path(show.output_dir))
     if show.split not in prepared.datasets:
-        raise UserError("--split eval needs --eval_data_files or --validation_split_percentage")
+        if list(prepared.datasets) == ["train"]:
+            raise UserError(f"--split {show.split} needs --eval_data_files or --validation_split_percentage")
+        raise UserError(f"--split {show.split}: choose one of {', '.join(prepared.datasets)}")
     dataset = prepared.datasets[show.split].unpacked()
     rows = select_rows(dataset, show)
     lines = [*(f"note        {note}" for note in notes), *data_details(prepared.report, show.output_dir)]
@@ -124,7 +128,8 @@ def main() -> None:
 
 def check_targets(data: DataArguments, show: ShowArguments) -> None:
     """Raise `UserError` if a file that is to be written is one of the data files."""
-    values = {"train": data.data_files, "eval": data.eval_data_files}
+    eval_files = parse_evaluation_files(data.eval_data_files).files
+    values = {"train": data.data_files, "eval": eval_files}
     sources = find_sources(values, prepare_options(data, show.seed))
     if show.output_dir is not None:
         check_report_folder(Path(show.output_dir), sources)

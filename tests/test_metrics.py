@@ -11,7 +11,9 @@ from dft.metrics import (
     QUALITY,
     SCALARS,
     Show,
+    evaluation_prefixes,
     metrics_named,
+    parse_name,
     selectable,
     selection,
     shown_in,
@@ -57,3 +59,18 @@ def test_unknown_metrics_are_rejected_with_the_valid_names():
     assert [metric.name for metric in metrics_named(["acc", "loss"])] == ["acc", "loss"]
     with pytest.raises(ValueError, match=r"^unknown metric los, p_histogram; choose from loss, nll, avg_p"):
         metrics_named(["los", "acc", "p_histogram"])
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "metric"),
+    [("acc", "", "acc"), ("math_nll", "math", "nll"), ("a_b_aux_loss", "a_b", "aux_loss")],
+)
+def test_the_evaluation_set_of_a_metric_is_read_from_its_key(key, name, metric):
+    assert parse_name(key) == (name, BY_NAME[metric])
+    assert selection(key) == selection(metric)
+
+
+def test_only_metrics_name_evaluation_sets():
+    log = [{"eval_b_acc": 1, "eval_b_runtime": 2}, {"eval_a_nll": 1, "eval_a_f.jsonl/nll": 1}, {"loss": 1}]
+    assert evaluation_prefixes(log) == ["eval_b_", "eval_a_"]
+    assert evaluation_prefixes([{"eval_runtime": 1, "eval_aux_loss": 2}]) == ["eval_"]

@@ -16,8 +16,9 @@ from dft.arguments.parallelism import check_deepspeed, check_fsdp, check_sequenc
 from dft.arguments.parser import Arguments
 from dft.arguments.training import TrainingArguments
 from dft.arguments.watch import WatchArguments
+from dft.data.preparing.evaluation_sets import parse_evaluation_files
 from dft.errors import UserError
-from dft.metrics import selectable
+from dft.metrics import parse_name, selectable
 from dft.ranks import data_parallel_size, sequence_parallel_size, world_size
 
 UNSCALABLE = (
@@ -119,7 +120,7 @@ def check_objective_support(arguments: Arguments) -> None:
             f"--sequence_parallel_size {size}: --objective {objective.name} needs whole sequences to score "
             "them with the base model; remove one of them"
         )
-    metric = (training.metric_for_best_model or "").removeprefix("eval_")
+    metric = compared_metric(training)
     if metric == "objective" and objective.potential(torch.zeros(1)) is None:
         raise UserError(
             f"--metric_for_best_model objective: --objective {objective.name} has no potential that is a "
@@ -142,7 +143,9 @@ def check_evaluation(arguments: Arguments) -> None:
         if is_set and not has_evaluation(arguments):
             raise UserError(f"{flag} needs --eval_data_files or --validation_split_percentage")
     metric = training.metric_for_best_model
-    choices = [f"eval_{name}" for name in selectable()]
+    sets = parse_evaluation_files(arguments.data.eval_data_files).names
+    prefixes = [f"eval_{name}_" for name in sets] or ["eval_"]
+    choices = [f"{prefix}{name}" for prefix in prefixes for name in selectable()]
     if metric is not None and f"eval_{metric.removeprefix('eval_')}" not in choices:
         raise UserError(
             f"--metric_for_best_model {metric}: unknown, or not a measure of quality; choose one of "
@@ -159,6 +162,12 @@ def check_evaluation(arguments: Arguments) -> None:
             f'it are better; add --lr_scheduler_kwargs \'{{"mode": "{needed}"}}\' or choose another '
             "--metric_for_best_model"
         )
+
+
+def compared_metric(training: TrainingArguments) -> str | None:
+    """Return the metric that selects checkpoints, without the evaluation set that it is of."""
+    parsed = parse_name((training.metric_for_best_model or "").removeprefix("eval_"))
+    return parsed and parsed[1].name
 
 
 def check_early_stopping(training: TrainingArguments) -> None:
@@ -261,7 +270,7 @@ def find_notes(arguments: Arguments) -> list[str]:
             f"weight of at least {minimum:g}"
         )
     metric = training.metric_for_best_model
-    if has_evaluation(arguments) and metric is not None and metric.removeprefix("eval_") == "loss":
+    if has_evaluation(arguments) and compared_metric(training) == "loss":
         notes.append(
             f"--metric_for_best_model {metric}: the DFT loss -p log p does not decrease with quality (a "
             "model that knows nothing also has a loss near 0); eval_objective is what training minimizes"

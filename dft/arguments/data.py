@@ -10,10 +10,12 @@ from typing import Annotated, Any, ClassVar
 
 from dft.bounds import Bounds
 from dft.data.conversations.conversation import RESERVED_VARIABLES
+from dft.data.preparing.evaluation_sets import parse_evaluation_files
 from dft.data.preparing.file_rules import column_flags
 from dft.data.preparing.options import DataOptions, PrepareOptions
 from dft.data.templates.template import DATE
 from dft.errors import UserError
+from dft.metrics import ACC
 from dft.strict_json import refuse_repeated_keys
 
 MAX_QUOTED = 200
@@ -39,7 +41,10 @@ class DataFiles:
     )
     eval_data_files: list[str] = field(
         default_factory=list,
-        metadata={"help": "Conversations to evaluate on, instead of a validation split."},
+        metadata={
+            "help": "Conversations to evaluate on, instead of a validation split. NAME=FILE for each of "
+            "several evaluation sets, which have metrics of their own: eval_NAME_acc."
+        },
     )
 
 
@@ -95,6 +100,12 @@ class DataArguments(DataOptions, DataFiles):
 def resolve_validation_split(data: DataArguments) -> float:
     """Return the percentage to hold out for evaluation: 0 if there are files to evaluate on."""
     return 0.0 if data.eval_data_files else data.validation_split_percentage
+
+
+def resolve_best_metric(metric: str | None, data: DataArguments) -> str | None:
+    """Return the metric that selects checkpoints: with named evaluation sets, the default of the first."""
+    names = parse_evaluation_files(data.eval_data_files).names
+    return f"eval_{names[0]}_{ACC.name}" if names and metric == f"eval_{ACC.name}" else metric
 
 
 def check_data_arguments(data: DataArguments) -> None:

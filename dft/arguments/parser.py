@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 from dft.arguments.accelerate_launch import launched_flags, launched_note
 from dft.arguments.config_file import SECRETS, expand_config
-from dft.arguments.data import DataArguments, resolve_validation_split
+from dft.arguments.data import DataArguments, resolve_best_metric, resolve_validation_split
 from dft.arguments.deepspeed_file import find_deepspeed, zero_stage
 from dft.arguments.lora import LoraArguments
 from dft.arguments.model import ModelArguments
@@ -215,6 +215,12 @@ def apply_resolved_values(arguments: Arguments, ignored: dict[str, Any]) -> list
             "evaluates on --eval_data_files"
         )
         data.validation_split_percentage = split
+    metric = resolve_best_metric(training.metric_for_best_model, data)
+    if metric != training.metric_for_best_model:
+        notes.append(
+            f"--metric_for_best_model is {metric}, of the first evaluation set, as there are several"
+        )
+        training.metric_for_best_model = metric
     alpha = resolve_alpha(dft)
     if alpha != dft.dft_alpha:
         notes.append(f"--use_simple_dft False: alpha is {alpha:g}, plain SFT")

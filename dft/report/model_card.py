@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 from transformers import TrainerState
 
+from dft.data.preparing.evaluation_sets import splits_of
 from dft.files import REPORT_PICTURE
-from dft.metrics import QUALITY
+from dft.metrics import NLL, QUALITY, evaluation_prefixes
 from dft.report.terminal.data import data_summary
 from dft.training.checkpoints.run_settings import CHANGES
 
@@ -151,9 +152,7 @@ def lora_lines(flags: Mapping[str, Any]) -> list[str]:
 
 def data_lines(report: Mapping[str, Any]) -> list[str]:
     """Return the summary of the data, with file names in place of the paths of this machine."""
-    files = [
-        entry["file"] for split in ("train", "eval") if split in report for entry in report[split]["files"]
-    ]
+    files = [entry["file"] for split in splits_of(report) for entry in report[split]["files"]]
     lines = data_summary(report)
     for file in sorted(files, key=len, reverse=True):
         lines = [line.replace(file, Path(file).name) for line in lines]
@@ -162,14 +161,15 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
 
 def metric_lines(log: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a table of the last logged value of each metric in training and in evaluation."""
-    last = {"train": latest(log, "grad_norm"), "eval": latest(log, "eval_nll")}
+    last = {"": latest(log, "grad_norm")}
+    last |= {prefix: latest(log, prefix + NLL.name) for prefix in evaluation_prefixes(log)}
     if not any(last.values()):
         return ["No metrics have been logged yet."]
-    columns = [kind for kind, metrics in last.items() if metrics]
-    heads = [f"{kind}, step {last[kind]['step']:,}" for kind in columns]
+    columns = [prefix for prefix, metrics in last.items() if metrics]
+    heads = [f"{prefix.rstrip('_') or 'train'}, step {last[prefix]['step']:,}" for prefix in columns]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(columns)) + "|"]
     for name in (metric.name for metric in QUALITY):
-        values = [last[kind].get(name if kind == "train" else f"eval_{name}") for kind in columns]
+        values = [last[prefix].get(prefix + name) for prefix in columns]
         if any(value is not None for value in values):
             shown = ["" if value is None else f"{value:.4g}" for value in values]
             lines.append(f"| {name} | {' | '.join(shown)} |")

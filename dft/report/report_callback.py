@@ -20,6 +20,7 @@ from dft.errors import UserError
 from dft.files import write_atomically
 from dft.report.saved_report import RUN_REPORT, load_report
 from dft.training.batching import dataset_files
+from dft.training.measuring.evaluation_sets import is_first_set, is_last_set
 from dft.training.measuring.scoring import ScoredSequence
 
 
@@ -71,16 +72,25 @@ class ReportCallback(TrainerCallback):
             say(f"warning     the report starts over at step {state.global_step}: {error}")
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Write the report on rank 0, outside the measured training time."""
-        started = time.perf_counter()
-        if state.is_world_process_zero:
+        """Write the report on rank 0, outside the measured training time.
+
+        It shows conversations of the first evaluation set, and is written after the last.
+        """
+        started, sets = time.perf_counter(), self.trainer.eval_dataset
+        if state.is_world_process_zero and is_first_set(sets, metrics):
             view = {
                 "step": state.global_step,
                 "conversations": [self._conversation(example) for example in self.trainer.examples],
             }
             self.views = [*self.views[:1], view]
+        if state.is_world_process_zero and is_last_set(sets, metrics):
             self._write(state, "running")
         self.trainer.exclude_time(time.perf_counter() - started)
 

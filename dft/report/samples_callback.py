@@ -22,6 +22,7 @@ from dft.data.preparing.prompts import ReferencePrompt
 from dft.report.samples_file import SAMPLES, Row, append_samples
 from dft.report.terminal.samples import prompt_lines, sample_lines
 from dft.training.checkpoints.run_state import RandomState
+from dft.training.measuring.evaluation_sets import is_last_set
 from dft.training.measuring.samples import LESS_MEMORY, AnswerGenerator, GeneratedAnswer
 from dft.training.measuring.tables import send_table
 from dft.training.parallel.stopping import StopControl
@@ -38,6 +39,7 @@ class SampledTrainer(Protocol):
     model: PreTrainedModel
     accelerator: Accelerator
     callback_handler: CallbackHandler
+    eval_dataset: Any
     options: RunOptions
 
     def exclude_time(self, seconds: float) -> None: ...
@@ -77,13 +79,18 @@ class SamplesCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: PreTrainedModel,
+        metrics: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """Generate answers on all ranks, outside the measured training time, without any effect on training.
 
+        With several evaluation sets, this is done once, after the last of them.
+
         Raises:
             UserError: memory runs out on a rank of a sharded model.
         """
+        if not is_last_set(self.trainer.eval_dataset, metrics):
+            return
         started, random_state = time.perf_counter(), RandomState.capture()
         plain = self.trainer.accelerator.unwrap_model(model)
         generated = self.generator.generate(plain, self._stop.is_requested)

@@ -27,9 +27,8 @@ def make_samples_callback(
         raise UserError(
             f"--generate_samples {count}: {type(trainer.model).__name__} cannot generate; remove the flag"
         )
-    sources = data.sources[file_group("eval", data.names)]
     longest = longest_prompt(trainer.model, arguments.data.max_length, max_tokens)
-    selection = first_prompts(data.datasets["eval"], sources, encoder, count, longest)
+    selection = select_prompts(data, encoder, count, longest)
     note = selection_note(selection, count, longest)
     if not selection.prompts:
         raise UserError(f"{note}; use other evaluation data, or remove --generate_samples")
@@ -48,6 +47,30 @@ def make_samples_callback(
         lambda: stop is not None and stop.number != 0,
     )
     return SamplesCallback(trainer, selection.prompts, generator, encoder.tokenizer, max_tokens)
+
+
+def select_prompts(data: PreparedData, encoder: ChatEncoder, count: int, longest: int) -> PromptSelection:
+    """Return the first prompts of the evaluation data, the same number of each evaluation set.
+
+    Args:
+        data: the prepared data.
+        encoder: renders and tokenizes the conversations.
+        count: number of prompts in all; the first sets have one more if it cannot be divided.
+        longest: maximum number of tokens of a prompt.
+    """
+    splits = [split for split in data.datasets if split != "train"]
+    total = PromptSelection([])
+    for position, split in enumerate(splits):
+        share = count // len(splits) + (position < count % len(splits))
+        if not share:
+            break
+        sources = data.sources[file_group(split, data.names)]
+        selection = first_prompts(data.datasets[split], sources, encoder, share, longest)
+        total.prompts.extend(selection.prompts)
+        total.conversations += selection.conversations
+        total.unanswered += selection.unanswered
+        total.too_long += selection.too_long
+    return total
 
 
 def longest_prompt(model: PreTrainedModel, max_length: int, max_tokens: int) -> int:

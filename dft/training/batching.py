@@ -194,9 +194,15 @@ def resolve_end_of_turn_ids(tokenizer: Any, token_ids: Sequence[int] | None) -> 
 
 
 def dataset_files(dataset: Any) -> list[str]:
-    """Return the names of a dataset's files in the order of the numbers in its `origins`."""
+    """Return the names of a dataset's files in the order of the numbers in its `origins`.
+
+    Args:
+        dataset: a dataset, several by name, or None.
+    """
     if isinstance(dataset, WithBlank):
         dataset = dataset.dataset
+    if isinstance(dataset, Mapping):  # evaluation sets, which number the files of all of them
+        dataset = next(iter(dataset.values()), None)
     files = getattr(dataset, "files", [])  # a library user's attribute may mean something else
     return files if isinstance(files, list) else []
 

@@ -159,7 +159,7 @@ def make_trainer(
                 log_per_file=arguments.watch.log_per_file,
                 on_nonfinite=arguments.watch.on_nonfinite,
                 train_dataset=data.datasets["train"],
-                eval_dataset=data.datasets.get("eval"),
+                eval_dataset=data.evaluation,
                 processing_class=tokenizer,
                 options=options,
             )

@@ -220,6 +220,15 @@ def test_early_stopping_without_the_best_model_is_noted(tmp_path, loads):
     )
 
 
+def test_the_best_checkpoint_is_that_of_the_first_evaluation_set(tmp_path):
+    sets = ["--eval_data_files", "math=c", "code=d", "--eval_strategy", "epoch", "--save_strategy", "epoch"]
+    arguments = checked(tmp_path, *sets)
+    assert arguments.training.metric_for_best_model == "eval_math_acc"
+    assert any("--metric_for_best_model is eval_math_acc, of the first" in note for note in arguments.notes)
+    other = checked(tmp_path, *sets, "--metric_for_best_model", "eval_code_nll").training
+    assert other.metric_for_best_model == "eval_code_nll" and other.greater_is_better is False
+
+
 def test_flags_without_effect_are_noted_only_if_set(tmp_path):
     assert not any("no effect" in note for note in checked(tmp_path).notes)
     notes = checked(tmp_path, "--save_safetensors", "True", "--reduce_logging", "True").notes
@@ -295,6 +304,15 @@ WRONG = [
     ("--eval_strategy steps", "--eval_strategy steps needs --eval_data_files"),
     ("--eval_on_start True", "--eval_on_start True needs --eval_data_files"),
     ("--save_strategy best", "--save_strategy best needs --eval_data_files"),
+    (
+        "--eval_data_files a=c b=d --eval_strategy epoch --metric_for_best_model eval_x_acc",
+        "--metric_for_best_model eval_x_acc: unknown, or not a measure of quality; choose one of eval_a_loss",
+    ),
+    (
+        "--eval_data_files a=c b=d --eval_strategy epoch --metric_for_best_model eval_nll",
+        "eval_b_p_end_of_turn",
+    ),
+    ("--eval_data_files a=c a=d", "2 evaluation sets have the name 'a'"),
     ("--early_stopping_patience 2", "--early_stopping_patience 2 needs --eval_data_files"),
     ("--early_stopping_patience 0", "--early_stopping_patience 0: must be greater than 0"),
     (

@@ -266,6 +266,13 @@ def test_the_order_of_the_training_data_depends_only_on_the_epoch(args):
     assert list(sampler) == first
 
 
+@pytest.mark.parametrize(("nll", "expected"), [(1.0, True), (math.nan, False)])
+def test_the_evaluation_set_of_the_metric_must_be_finite(args, nll, expected):
+    args.metric_for_best_model = "eval_code_acc"
+    metrics = {"eval_code_acc": 0.5, "eval_code_nll": nll, "eval_math_nll": math.nan}
+    assert can_be_best(metrics, args, is_saving=True) == expected
+
+
 @pytest.mark.parametrize(
     ("metrics", "is_saving", "expected"),
     [

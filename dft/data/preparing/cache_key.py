@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +27,11 @@ def source_files() -> list[Path]:
 
 
 def cache_key(
-    sources: dict[str, list[DataFile]], contents: list[str], encoder: ChatEncoder, options: PrepareOptions
+    sources: dict[str, list[DataFile]],
+    contents: list[str],
+    encoder: ChatEncoder,
+    options: PrepareOptions,
+    eval_splits: Sequence[str] = (),
 ) -> str:
     """Return a digest of the data, the tokenizer, the chat template, the options and the preparing code.
 
@@ -35,6 +40,7 @@ def cache_key(
         contents: content digest of each file.
         encoder: holds the tokenizer and the chat template.
         options: all options of the preparation.
+        eval_splits: for each value of --eval_data_files, the evaluation set that it belongs to.
     """
     digest = hashlib.blake2b(digest_size=16)
     for path in source_files():
@@ -43,6 +49,7 @@ def cache_key(
     described = {
         "versions": [transformers.__version__, tokenizers.__version__, jinja2.__version__],
         "options": asdict(options),
+        "eval_splits": list(eval_splits),
         "template": template.source,
         "variables": template.variables,
         "today": str(template.today) if template.writes_date else None,

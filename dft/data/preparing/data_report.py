@@ -6,6 +6,7 @@ import numpy as np
 
 from dft.data.preparing.conversation_counts import ConversationCounts
 from dft.data.preparing.encoded_sequences import EncodedSequences
+from dft.data.preparing.evaluation_sets import splits_of
 from dft.data.preparing.packing import density
 from dft.data.preparing.quality import find_warnings
 from dft.data.preparing.selection import Split, UnusedCounts
@@ -27,7 +28,7 @@ def build_report(
     """Return the report, with files by number; see `add_file_names`.
 
     Args:
-        splits: "train" and, if any, "eval", as selected.
+        splits: "train" and the evaluation sets, as selected.
         counts: counts of each of the "train" and the "eval" files, before selection.
         unused: numbers of conversations that are not part of any split.
         max_length: number of tokens that a packed row holds.
@@ -61,6 +62,7 @@ def build_report(
         "turns_per_conversation": percentiles(turns),
         "files": {name: [_file_counts(part) for part in group] for name, group in counts.items() if group},
         "warnings": find_warnings({name: split.encoded for name, split in splits.items()}),
+        "splits": list(splits),
         **{name: _split_report(split, max_length) for name, split in splits.items()},
     }
     for entry, weight in zip(report["files"]["train"], weights, strict=True):
@@ -108,11 +110,11 @@ def percentiles(values: np.ndarray) -> dict[str, int]:
 
 
 def file_group(split: str, names: dict[str, list[str]]) -> str:
-    """Return which files a split comes from, "train" or "eval".
+    """Return which files a split comes from, the "train" or the "eval" files.
 
-    The "eval" split comes from the "train" files if it is held out of them.
+    An evaluation set comes from the "train" files if it is held out of them.
     """
-    return "eval" if split == "eval" and names["eval"] else "train"
+    return "eval" if split != "train" and names["eval"] else "train"
 
 
 def add_file_names(report: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
@@ -136,14 +138,13 @@ def add_file_names(report: dict[str, Any], names: dict[str, list[str]]) -> dict[
         }
         for entry in report["warnings"]
     ]
-    for split in ("train", "eval"):
-        if split in report:
-            group_names = names[file_group(split, names)]
-            named_entries = {
-                key: [{**entry, "file": group_names[entry["file"]]} for entry in report[split][key]]
-                for key in ("files", "longest")
-            }
-            named_report[split] = {**report[split], **named_entries}
+    for split in splits_of(report):
+        group_names = names[file_group(split, names)]
+        named_entries = {
+            key: [{**entry, "file": group_names[entry["file"]]} for entry in report[split][key]]
+            for key in ("files", "longest")
+        }
+        named_report[split] = {**report[split], **named_entries}
     return named_report
 
 

@@ -31,6 +31,7 @@ from dft.data.preparing.data_report import add_file_names, build_report, file_gr
 from dft.data.preparing.digests import DIGESTS, content_digests
 from dft.data.preparing.encode import encode_sources
 from dft.data.preparing.encoded_sequences import EncodedSequences
+from dft.data.preparing.evaluation_sets import EVAL, parse_evaluation_files, splits_of
 from dft.data.preparing.file_rules import assign_rules, check_columns_used
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.selection import select
@@ -48,7 +49,7 @@ class PreparedData:
     """Return value of `prepare`.
 
     Attributes:
-        datasets: "train" and, if any, "eval".
+        datasets: "train", and "eval" or, for each named evaluation set, "eval_<name>".
         report: the contents of data_report.json, which accounts for every conversation of the files.
         path: the folder in the cache. Its `train.arrow` holds all sequences of the training files.
         names: names of the "train" and the "eval" files, by file number.
@@ -60,6 +61,18 @@ class PreparedData:
     path: Path
     names: dict[str, list[str]]
     sources: dict[str, list[DataFile]]
+
+    @property
+    def evaluation(self) -> Sequences | dict[str, Sequences] | None:
+        """What the run evaluates on: one set, several by name, or nothing."""
+        if EVAL in self.datasets:
+            return self.datasets[EVAL]
+        named = {
+            split.removeprefix(f"{EVAL}_"): dataset
+            for split, dataset in self.datasets.items()
+            if split != "train"
+        }
+        return named or None
 
     @property
     def longest(self) -> int:
@@ -101,11 +114,13 @@ class _Preparation:
     Attributes:
         sources: the "train" and the "eval" files.
         values: the values of the flags that name them.
+        eval_splits: for each value of --eval_data_files, the evaluation set that it belongs to.
         contents: content digest of each file, taken before they are read.
     """
 
     sources: dict[str, list[DataFile]]
     values: dict[str, list[str]]
+    eval_splits: list[str]
     contents: list[str]
     encoder: ChatEncoder
     options: PrepareOptions
@@ -126,8 +141,8 @@ def prepare(
     Args:
         data_files: files, folders, glob patterns or hub datasets, see
             `dft.data.reading.sources.resolve_sources`.
-        eval_data_files: the same. If not empty, these files are used for evaluation instead of a validation
-            split.
+        eval_data_files: the same, or NAME=FILE for several evaluation sets. If not empty, these files are
+            used for evaluation instead of a validation split.
         encoder: renders, tokenizes and masks the conversations.
         options: everything else that affects the prepared data.
         cache_dir: folder of the cache, created if it does not exist.
@@ -139,21 +154,22 @@ def prepare(
             with a total per reason); no conversation is left to train or evaluate on; or the cache folder
             cannot be written, or can be written by other users.
     """
-    values = {"train": data_files, "eval": eval_data_files}
+    sets = parse_evaluation_files(eval_data_files)
+    values, splits = {"train": data_files, "eval": sets.files}, sets.splits()
     sources = find_sources(values, options)
     with _cache_errors(cache_dir, sources):
         cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         check_private(cache_dir / DIGESTS, cache_dir)
         contents = digests_of(sources, cache_dir)
-        target = cache_dir / cache_key(sources, contents, encoder, options)
+        target = cache_dir / cache_key(sources, contents, encoder, options, splits)
         check_private(target, cache_dir)
         if not is_complete(target):
-            _prepare_once(target, _Preparation(sources, values, contents, encoder, options, workers))
+            preparation = _Preparation(sources, values, splits, contents, encoder, options, workers)
+            _prepare_once(target, preparation)
     names = {group: [source.name for source in members] for group, members in sources.items()}
     report = add_file_names(json.loads((target / DATA_REPORT).read_text(encoding="utf-8")), names)
     report["prepared_path"] = str(target)
-    splits: list[str] = [split for split in ("train", "eval") if split in report]
-    datasets = {split: _load_split(target, split, names) for split in splits}
+    datasets = {split: _load_split(target, split, names) for split in splits_of(report)}
     return PreparedData(datasets, report, target, names, sources)
 
 
@@ -168,7 +184,7 @@ def find_sources(values: dict[str, list[str]], options: PrepareOptions) -> dict[
     """Return the "train" and the "eval" files with the rules for their rows.
 
     Args:
-        values: the values of --data_files and --eval_data_files, by these names.
+        values: the values of --data_files and --eval_data_files without names of sets, by these names.
         options: the flags that make the rules.
     """
     flags = {"train": "--data_files", "eval": "--eval_data_files"}
@@ -280,7 +296,8 @@ def _fill(folder: Path, preparation: _Preparation) -> None:
     named = {group: [part.named for part in parts] for group, parts in counts.items()}
     check_columns_used(sources, preparation.values, options, named)
     entries = [source.entry for source in sources["train"]]
-    splits, unused = select(encoded, counts, entries, options)
+    eval_splits = [preparation.eval_splits[source.entry] for source in sources["eval"]]
+    splits, unused = select(encoded, counts, entries, options, eval_splits)
     if not sources["eval"]:
         os.unlink(folder / "eval.arrow")
     for name, split in splits.items():

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dft.data.preparing.encoded_sequences import EncodedSequences
+from dft.data.preparing.evaluation_sets import EVAL
 from dft.data.preparing.near_duplicates import has_near_twin
 from dft.data.preparing.traits import SCRIPTS, Flag
 
@@ -34,7 +35,7 @@ class Warned(NamedTuple):
 
     Attributes:
         text: what it is.
-        split: "train" or "eval".
+        split: "train", or the evaluation set.
         members: index of the first sequence of each conversation that has it.
     """
 
@@ -47,7 +48,7 @@ def find_warnings(splits: dict[str, EncodedSequences]) -> list[dict[str, Any]]:
     """Return what is unusual about the conversations of the splits, the most frequent first.
 
     Args:
-        splits: "train" and, if any, "eval".
+        splits: "train" and the evaluation sets.
 
     Returns:
         For each warning its text, split, number of conversations, share of the split and examples, which are
@@ -56,8 +57,9 @@ def find_warnings(splits: dict[str, EncodedSequences]) -> list[dict[str, Any]]:
     distinct = {name: _first_sequences(encoded) for name, encoded in splits.items()}
     train = distinct["train"]
     warned = [*_flag_warnings(train), *_length_warnings(train), *_repeated_answers(train)]
-    if "eval" in distinct:
-        warned += _nearly_equal(train, distinct["eval"])
+    for split, held_out in distinct.items():
+        if split != "train":
+            warned += _nearly_equal(train, held_out, split)
     warned.sort(key=lambda item: -len(item.members))
     return [_entry(item, distinct[item.split]) for item in warned]
 
@@ -145,8 +147,10 @@ def _repeated_answers(train: EncodedSequences) -> Iterator[Warned]:
         yield Warned(f"conversations {what}", "train", members)
 
 
-def _nearly_equal(train: EncodedSequences, held_out: EncodedSequences) -> Iterator[Warned]:
+def _nearly_equal(train: EncodedSequences, held_out: EncodedSequences, split: str) -> Iterator[Warned]:
     """Yield a warning about evaluation conversations that are nearly equal to one for training."""
     members = np.flatnonzero(has_near_twin(held_out.traits["signature"], train.traits["signature"]))
     if len(members):
-        yield Warned("evaluation conversations nearly equal one for training", "eval", members)
+        of_set = "" if split == EVAL else f" of {split.removeprefix(f'{EVAL}_')}"
+        text = f"evaluation conversations{of_set} nearly equal one for training"
+        yield Warned(text, split, members)

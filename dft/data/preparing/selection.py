@@ -1,11 +1,13 @@
 """Seeded selection of the training and evaluation data: duplicates, splits, weights and sample limits."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dft.data.preparing.conversation_counts import ConversationCounts
 from dft.data.preparing.encoded_sequences import EncodedSequences
+from dft.data.preparing.evaluation_sets import EVAL
 from dft.data.preparing.near_duplicates import near_repeats
 from dft.data.preparing.options import PrepareOptions
 from dft.data.preparing.packing import pack
@@ -45,56 +47,82 @@ def select(
     counts: dict[str, list[ConversationCounts]],
     entries: list[int],
     options: PrepareOptions,
+    eval_splits: Sequence[str] = (),
 ) -> tuple[dict[str, Split], UnusedCounts]:
-    """Return the "train" split and, if there is one, the "eval" split.
+    """Return the "train" split and the evaluation sets, if there are any.
 
     Args:
         encoded: the sequences of the "train" and the "eval" files.
         counts: the counts of each of these files.
         entries: for each training file, the index of its value of --data_files.
         options: deduplication, validation split, weights, sample limits and packing.
+        eval_splits: for each evaluation file, the set that it belongs to. Default: all to "eval".
 
     Raises:
         UserError: no usable conversations remain for training or evaluation.
     """
-    for group, flag in (("train", "--data_files"), ("eval", "--eval_data_files")):
-        if counts[group] and not len(encoded[group]):
-            raise UserError(_nothing_left(flag, sum(counts[group], ConversationCounts()), options))
-    train, held_out = encoded["train"], encoded["eval"]
-    repeated = shared = 0
+    if not len(encoded["train"]):
+        raise UserError(_nothing_left("--data_files", counts["train"], options))
+    eval_splits = eval_splits or [EVAL] * len(counts["eval"])
+    parts = {"train": encoded["train"]} | _evaluation_sets(encoded["eval"], counts, eval_splits, options)
+    before = _count_all(parts)
     if options.dedup:
-        before = _count_all(train, held_out)
-        train, held_out = drop_duplicates(train), drop_duplicates(held_out)
-        if options.dedup == "near":
-            train, held_out = drop_near_duplicates(train), drop_near_duplicates(held_out)
-        repeated = before - _count_all(train, held_out)
-    if len(held_out):
-        is_shared = np.isin(held_out.token_digests, train.token_digests)
-        shared = held_out.take(is_shared).count_conversations()
+        parts = {name: drop_duplicates(part) for name, part in parts.items()}
+    if options.dedup == "near":
+        parts = {name: drop_near_duplicates(part) for name, part in parts.items()}
+    repeated = before - _count_all(parts)
+    train = parts.pop("train")
+    shared = 0
+    for name, part in parts.items():
+        is_shared = np.isin(part.token_digests, train.token_digests)
+        count = part.take(is_shared).count_conversations()
         if is_shared.all():
             raise UserError(
-                f"--eval_data_files: all {shared} conversations are in the training files as well; "
+                f"{_flag_of(name)}: all {count} conversations are in the training files as well; "
                 "evaluation needs conversations the model is not trained on"
             )
-        held_out = held_out.take(~is_shared)
-    elif options.validation_split_percentage:
-        train, held_out = hold_out(train, options.validation_split_percentage, options.seed)
-    before = _count_all(train, held_out)
+        parts[name], shared = part.take(~is_shared), shared + count
+    if not parts and options.validation_split_percentage:
+        train, parts[EVAL] = hold_out(train, options.validation_split_percentage, options.seed)
+    before = _count_all({"train": train, **parts})
     if options.data_weights:
         train = repeat_by_weight(train, list(options.data_weights), entries, options.seed)
         if not len(train):
             weights = " ".join(f"{weight:g}" for weight in options.data_weights)
             raise UserError(f"--data_weights {weights}: no conversation is left to train on; raise a weight")
     chosen = {"train": draw_sample(train, options.max_train_samples, options.seed)}
-    if len(held_out):
-        chosen["eval"] = draw_sample(held_out, options.max_eval_samples, options.seed)
-    not_drawn = before - _count_all(*chosen.values())
+    for name, part in parts.items():
+        chosen[name] = draw_sample(part, options.max_eval_samples, options.seed)
+    not_drawn = before - _count_all(chosen)
     splits = {name: _arrange(sequences, options) for name, sequences in chosen.items()}
     return splits, UnusedCounts(repeated, shared, not_drawn)
 
 
-def _nothing_left(flag: str, counts: ConversationCounts, options: PrepareOptions) -> str:
+def _evaluation_sets(
+    encoded: EncodedSequences,
+    counts: dict[str, list[ConversationCounts]],
+    eval_splits: Sequence[str],
+    options: PrepareOptions,
+) -> dict[str, EncodedSequences]:
+    """Return the sequences of the evaluation files by the set that the files belong to, see `select`."""
+    parts = {}
+    for name in dict.fromkeys(eval_splits):
+        files = [number for number, split in enumerate(eval_splits) if split == name]
+        parts[name] = encoded.take(np.isin(encoded.sources, files))
+        if not len(parts[name]):
+            of_files = [counts["eval"][number] for number in files]
+            raise UserError(_nothing_left(_flag_of(name), of_files, options))
+    return parts
+
+
+def _flag_of(split: str) -> str:
+    """Return the flag of an evaluation set, for messages."""
+    return "--eval_data_files" + ("" if split == EVAL else f" {split.removeprefix(f'{EVAL}_')}=...")
+
+
+def _nothing_left(flag: str, files: Sequence[ConversationCounts], options: PrepareOptions) -> str:
     """Return the error message for files without any usable sequence."""
+    counts = sum(files, ConversationCounts())
     if counts.left_out and counts.left_out.total() + counts.rejected.total() == counts.read:
         left_out = "; ".join(f"{count} by {condition}" for condition, count in counts.left_out.most_common())
         return (
@@ -110,8 +138,8 @@ def _nothing_left(flag: str, counts: ConversationCounts, options: PrepareOptions
     )
 
 
-def _count_all(*groups: EncodedSequences) -> int:
-    return sum(group.count_conversations() for group in groups)
+def _count_all(parts: Mapping[str, EncodedSequences]) -> int:
+    return sum(part.count_conversations() for part in parts.values())
 
 
 def drop_duplicates(encoded: EncodedSequences) -> EncodedSequences:

@@ -8,7 +8,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dft.metrics import ACC, AVG_P, COMPARED, MACHINE, NLL, OVERVIEW, QUALITY, Metric
+from dft.metrics import (
+    ACC,
+    AVG_P,
+    COMPARED,
+    EVAL,
+    MACHINE,
+    NLL,
+    OVERVIEW,
+    QUALITY,
+    Metric,
+    evaluation_prefixes,
+)
 from dft.report.pages import sections
 from dft.report.pages.figures import (
     Line,
@@ -19,7 +30,14 @@ from dft.report.pages.figures import (
     style_of_run,
 )
 from dft.report.pages.formatting import format_argument, format_number
-from dft.report.pages.history import EVAL, best_of, first_and_last_histogram, histograms, series
+from dft.report.pages.history import (
+    best_of,
+    first_and_last_histogram,
+    histograms,
+    main_prefix,
+    series,
+    set_title,
+)
 from dft.report.pages.images import inline_svg
 from dft.report.pages.run import Panel, curve_panel, render
 
@@ -158,7 +176,10 @@ def comparison_page(runs: Sequence[ComparedRun]) -> str:
         run_times=[dict(sections.machine_rows(report["log"])).get("run time", "–") for report in reports],
         tables=[
             (title, shown)
-            for title, prefix in (("Evaluation, last values", EVAL), ("Training, last logged values", ""))
+            for title, prefix in (
+                *((f"{set_title(prefix)}, last values", prefix) for prefix in prefixes_of(runs)),
+                ("Training, last logged values", ""),
+            )
             if (shown := columns(runs, prefix, QUALITY))
         ],
         differing=rows_by_value(differing_arguments(reports), runs),
@@ -166,6 +187,11 @@ def comparison_page(runs: Sequence[ComparedRun]) -> str:
         histograms=histogram_panels(runs),
         distributions=distributions(runs),
     )
+
+
+def prefixes_of(runs: Sequence[ComparedRun]) -> list[str]:
+    """Return the prefix of the metrics of each evaluation set of any of the runs."""
+    return evaluation_prefixes(record for run in runs for record in run.report["log"])
 
 
 def columns(runs: Sequence[ComparedRun], prefix: str, metrics: Sequence[Metric]) -> list[Column]:
@@ -209,15 +235,18 @@ def comparison_notes(runs: Sequence[ComparedRun]) -> list[str]:
             "The models differ. If their tokenizers differ too, a token is not the same amount of text, and "
             "metrics per token cannot be compared."
         )
-    last_counts = (series(report["log"], f"{EVAL}supervised_tokens").last for report in reports)
-    counts = {count for count in last_counts if count is not None}
-    if len(counts) > 1:
-        numbers = ", ".join(f"{count:,.0f}" for count in sorted(counts))
-        remarks.append(
-            f"The evaluations have different numbers of tokens ({numbers}), so their metrics cannot be "
-            "compared."
-        )
-    ends = {tuple(series(report["log"], EVAL + NLL.name).steps[-1:].tolist()) for report in reports}
+    for prefix in prefixes_of(runs):
+        last_counts = (series(report["log"], f"{prefix}supervised_tokens").last for report in reports)
+        counts = {count for count in last_counts if count is not None}
+        if len(counts) > 1:
+            numbers = ", ".join(f"{count:,.0f}" for count in sorted(counts))
+            of_set = "" if prefix == EVAL else f" of {prefix.removeprefix(EVAL).rstrip('_')}"
+            remarks.append(
+                f"The evaluations{of_set} have different numbers of tokens ({numbers}), so their metrics "
+                "cannot be compared."
+            )
+    logs = (report["log"] for report in reports)
+    ends = {tuple(series(log, main_prefix(log) + NLL.name).steps[-1:].tolist()) for log in logs}
     if len(ends) > 1:
         remarks.append("The last evaluations are at different steps.")
     return remarks
@@ -238,10 +267,12 @@ def lines_of_runs(runs: Sequence[ComparedRun], key: str) -> list[Line]:
 def curve_panels(runs: Sequence[ComparedRun]) -> dict[str, list[Panel]]:
     """Return the panels of evaluation and of training, by heading."""
     by_heading = {}
-    for prefix, title in ((EVAL, "Evaluation"), ("", "Training")):
+    for prefix, title in (*((prefix, set_title(prefix)) for prefix in prefixes_of(runs)), ("", "Training")):
         logged = ((metric, lines_of_runs(runs, prefix + metric.name)) for metric in COMPARED)
         panels = [
-            curve_panel(metric, lines, f"{title.lower()}-{metric.name}") for metric, lines in logged if lines
+            curve_panel(metric, lines, f"{title.lower().replace(' ', '-')}-{metric.name}")
+            for metric, lines in logged
+            if lines
         ]
         if panels:
             by_heading[title] = panels
@@ -250,7 +281,8 @@ def curve_panels(runs: Sequence[ComparedRun]) -> dict[str, list[Panel]]:
 
 def histogram_panels(runs: Sequence[ComparedRun]) -> list[tuple[ComparedRun, Panel]]:
     """Return the histograms of p of each run that has one, all on the same scale."""
-    pairs = [first_and_last_histogram(run.report["log"]) for run in runs]
+    logs = [run.report["log"] for run in runs]
+    pairs = [first_and_last_histogram(log, main_prefix(log)) for log in logs]
     logged = [histogram for pair in pairs if pair for histogram in pair if histogram is not None]
     if not logged:
         return []
@@ -269,14 +301,15 @@ def distributions(runs: Sequence[ComparedRun]) -> list[tuple[str, dict[str, Any]
     return [
         (f"{run.label}, step {entry['step']:,}", entry)
         for run in runs
-        for entry in sections.distribution(histograms(run.report["log"]))
+        for entry in sections.distribution(histograms(run.report["log"], main_prefix(run.report["log"])))
     ]
 
 
 def comparison_picture(runs: Sequence[ComparedRun]) -> Figure:
     """Return the main curves of the runs as one picture."""
     panels = {}
-    for prefix, name in ((EVAL, "evaluation"), ("", "training")):
+    for prefix in (*prefixes_of(runs), ""):
+        name = set_title(prefix).replace("Evaluation", "evaluation") if prefix else "training"
         for metric in PICTURED:
             if lines := lines_of_runs(runs, prefix + metric.name):
                 panels[f"{metric.name}, {name}"] = (metric, lines)

@@ -71,6 +71,14 @@ TRAIN = LineStyle(BLUE)
 EVALUATION = LineStyle(VERMILION, "--", "o", "●")
 
 
+def style_of_evaluation(index: int) -> LineStyle:
+    """Return the style of one of several evaluation sets."""
+    if index == 0:
+        return EVALUATION
+    style = style_of_run(index + 1)  # the first is the color of training, the second that of `EVALUATION`
+    return LineStyle(style.color, "--", style.marker, style.sign)
+
+
 def style_of_run(index: int) -> LineStyle:
     """Return the style of one of several runs; styles repeat after 21 runs."""
     colors = (BLUE, VERMILION, GREEN, PURPLE, BLACK, ORANGE, SKY)

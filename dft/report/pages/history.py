@@ -7,10 +7,7 @@ from typing import Any
 import numpy as np
 
 from dft import metrics
-from dft.metrics import HIGHER, LOWER, Metric
-
-EVAL = "eval_"
-HISTOGRAM = f"{EVAL}{metrics.HISTOGRAM}"
+from dft.metrics import EVAL, HIGHER, LOWER, Metric
 
 Log = Sequence[dict[str, Any]]
 """`log_history` of the trainer's state: records with a `step` and the values that were logged at it."""
@@ -104,22 +101,38 @@ class Histogram:
         return float(self.shares[(centers > low) & (centers < high)].sum())
 
 
-def histograms(log: Log) -> list[Histogram]:
-    """Return the histograms of the first and the last evaluation, or the only one."""
+def histograms(log: Log, prefix: str = EVAL) -> list[Histogram]:
+    """Return the histograms of the first and the last evaluation, or the only one.
+
+    Args:
+        log: the log of the run.
+        prefix: prefix of the metrics of the evaluation set.
+    """
+    key = prefix + metrics.HISTOGRAM
     logged = [
-        Histogram(record.get("step", 0), np.array(record[HISTOGRAM], dtype=np.int64))
+        Histogram(record.get("step", 0), np.array(record[key], dtype=np.int64))
         for record in log
-        if record.get(HISTOGRAM)
+        if record.get(key)
     ]
     return [logged[0], logged[-1]] if len(logged) > 1 else logged
 
 
-def first_and_last_histogram(log: Log) -> tuple[Histogram | None, Histogram] | None:
+def first_and_last_histogram(log: Log, prefix: str = EVAL) -> tuple[Histogram | None, Histogram] | None:
     """Return the histograms of p of the first (None if it is the only one) and of the last evaluation."""
-    logged = histograms(log)
+    logged = histograms(log, prefix)
     if not logged:
         return None
     return (logged[0] if len(logged) > 1 else None), logged[-1]
+
+
+def main_prefix(log: Log) -> str:
+    """Return the prefix of the metrics of the first evaluation set."""
+    return next(iter(metrics.evaluation_prefixes(log)), EVAL)
+
+
+def set_title(prefix: str) -> str:
+    """Return the heading of an evaluation set, given the prefix of its metrics."""
+    return "Evaluation" if prefix == EVAL else f"Evaluation on {prefix.removeprefix(EVAL).rstrip('_')}"
 
 
 def file_series(log: Log) -> dict[str, dict[Metric, Series]]:

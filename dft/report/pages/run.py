@@ -10,18 +10,27 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from dft.files import write_atomically
-from dft.metrics import CURVES, FURTHER_CURVES, MACHINE, OVERVIEW, Metric
+from dft.metrics import CURVES, EVAL, FURTHER_CURVES, MACHINE, OVERVIEW, Metric, evaluation_prefixes
 from dft.report.pages import sections
-from dft.report.pages.figures import EVALUATION, TRAIN, Line, curve_figure, histogram_figure, overview_figure
+from dft.report.pages.figures import (
+    TRAIN,
+    Line,
+    LineStyle,
+    curve_figure,
+    histogram_figure,
+    overview_figure,
+    style_of_evaluation,
+)
 from dft.report.pages.formatting import allow_breaks, format_number, mark_flags, replace_unprintable
 from dft.report.pages.history import (
-    EVAL,
     Log,
     file_series,
     first_and_last_histogram,
     histograms,
+    main_prefix,
     nonfinite_steps,
     series,
+    set_title,
 )
 from dft.report.pages.images import inline_svg, write_png
 from dft.report.pages.samples import sample_views
@@ -68,12 +77,11 @@ def run_page(report: dict[str, Any], folder: Path) -> str:
         report=report,
         summary=sections.summary_rows(report, folder),
         notes=sections.notes(report),
-        evaluated=sections.logged_metrics(log, EVAL),
-        trained=sections.logged_metrics(log, ""),
+        numbers=sections.number_tables(log),
+        legend=legend(log),
         curves=curve_panels(log, CURVES),
         further=curve_panels(log, FURTHER_CURVES),
-        histogram=histogram_panel(log),
-        distribution=sections.distribution(histograms(log)),
+        histograms=histogram_panels(log),
         samples=sample_views(read_samples(folder / SAMPLES)[0]),
         conversations=conversation_views(report["tokens"]),
         shades=range(SHADES),
@@ -103,11 +111,18 @@ def render(template: str, **values: Any) -> str:
 
 def lines_of_metric(log: Log, metric: Metric) -> list[Line]:
     """Return the curves of a metric in training and evaluation, where logged."""
-    lines = (
-        Line("training", series(log, metric.name), TRAIN),
-        Line("evaluation", series(log, EVAL + metric.name), EVALUATION),
-    )
+    lines = [Line("training", series(log, metric.name), TRAIN)]
+    for index, prefix in enumerate(evaluation_prefixes(log)):
+        title, style = set_title(prefix), style_of_evaluation(index)
+        lines.append(Line(title[0].lower() + title[1:], series(log, prefix + metric.name), style))
     return [line for line in lines if len(line.series)]
+
+
+def legend(log: Log) -> list[tuple[str, LineStyle]]:
+    """Return the name and the style of the curves of training and of each evaluation set."""
+    titles = [set_title(prefix) for prefix in evaluation_prefixes(log)] or [set_title(EVAL)]
+    styles = [(title[0].lower() + title[1:], style_of_evaluation(i)) for i, title in enumerate(titles)]
+    return [("training", TRAIN), *styles]
 
 
 def curve_panels(log: Log, metrics: Sequence[Metric]) -> list[Panel]:
@@ -134,19 +149,28 @@ def curve_panel(metric: Metric, lines: Sequence[Line], name: str) -> Panel:
     )
 
 
-def histogram_panel(log: Log) -> Panel | None:
+def histogram_panels(log: Log) -> list[tuple[Panel, list[dict[str, Any]]]]:
+    """Return the histograms of p of each evaluation set that has them, and the rows of the table below."""
+    panels = []
+    for prefix in evaluation_prefixes(log):
+        panel = histogram_panel(log, prefix)
+        if panel is not None:
+            panels.append((panel, sections.distribution(histograms(log, prefix))))
+    return panels
+
+
+def histogram_panel(log: Log, prefix: str) -> Panel | None:
     """Return the histograms of p of the first and the last evaluation; None if no evaluation has one."""
-    pair = first_and_last_histogram(log)
+    pair = first_and_last_histogram(log, prefix)
     if pair is None:
         return None
     before, after = pair
     shares = ", ".join(
         f"{100 * after.between(low, high):.1f} % of p {low:g} to {high:g}" for low, high in sections.RANGES
     )
-    svg = inline_svg(
-        histogram_figure(before, after), "p-histogram", f"Tokens by p, step {after.step}: {shares}"
-    )
-    return Panel("p", svg, sections.histogram_caption(before, after))
+    name = "p-histogram" if prefix == EVAL else f"p-histogram-{prefix}"
+    svg = inline_svg(histogram_figure(before, after), name, f"Tokens by p, step {after.step}: {shares}")
+    return Panel(set_title(prefix), svg, sections.histogram_caption(before, after))
 
 
 def run_picture(report: dict[str, Any]) -> Figure:
@@ -162,5 +186,5 @@ def run_picture(report: dict[str, Any]) -> Figure:
     return overview_figure(
         replace_unprintable("   ·   ".join(part for part in parts if part)),
         {metric.name: (metric, lines) for metric, lines in logged if lines},
-        first_and_last_histogram(log),
+        first_and_last_histogram(log, main_prefix(log)),
     )

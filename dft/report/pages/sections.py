@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from dft.console import clock
-from dft.metrics import ACC, MACHINE, NLL, QUALITY, Metric
+from dft.metrics import ACC, EVAL, MACHINE, NLL, QUALITY, Metric, evaluation_prefixes
 from dft.report.pages.formatting import format_argument, format_number
-from dft.report.pages.history import EVAL, Histogram, Log, Series, nonfinite_steps, series
+from dft.report.pages.history import Histogram, Log, Series, nonfinite_steps, series, set_title
 from dft.report.terminal.data import data_summary
 
 RANGES = ((0.0, 0.1), (0.1, 0.9), (0.9, 1.0))
@@ -96,20 +96,22 @@ def notes(report: Mapping[str, Any]) -> list[str]:
             "--validation_split_percentage 2 with --eval_strategy steps --eval_steps N; "
             "--eval_on_start True also evaluates the model before training."
         )
-    if (report["alpha"] or 0) >= NEAR_ONE and (remark := _rising_nll(log)):
-        remarks.append(remark)
+    if (report["alpha"] or 0) >= NEAR_ONE:
+        rising = (_rising_nll(log, prefix) for prefix in evaluation_prefixes(log))
+        remarks += [remark for remark in rising if remark]
     return remarks
 
 
-def _rising_nll(log: Log) -> str | None:
+def _rising_nll(log: Log, prefix: str) -> str | None:
     """Return an explanation if both nll and acc rose on held-out data."""
-    nll, acc = series(log, EVAL + NLL.name), series(log, EVAL + ACC.name)
+    nll, acc = series(log, prefix + NLL.name), series(log, prefix + ACC.name)
     if not all(len(curve) and curve.values[-1] > curve.values[0] for curve in (nll, acc)):
         return None
+    of_set = "" if prefix == EVAL else f" of {prefix.removeprefix(EVAL).rstrip('_')}"
     return (
-        f"On held-out data nll rose from {format_number(nll.first)} to {format_number(nll.last)} while acc "
-        f"rose from {format_number(acc.first)} to {format_number(acc.last)}. With alpha near 1 this is "
-        "expected: DFT gives up tokens that the model considers very unlikely."
+        f"On held-out data{of_set} nll rose from {format_number(nll.first)} to {format_number(nll.last)} "
+        f"while acc rose from {format_number(acc.first)} to {format_number(acc.last)}. With alpha near 1 "
+        "this is expected: DFT gives up tokens that the model considers very unlikely."
     )
 
 
@@ -137,6 +139,13 @@ def logged_metrics(log: Log, prefix: str) -> list[LoggedMetric]:
     """
     logged = ((metric, series(log, prefix + metric.name)) for metric in QUALITY)
     return [LoggedMetric(metric, values, values.best(metric)) for metric, values in logged if len(values)]
+
+
+def number_tables(log: Log) -> list[tuple[str, list[LoggedMetric], bool]]:
+    """Return the title and the rows of each table of metrics, and whether it is of an evaluation set."""
+    tables = [(set_title(prefix), logged_metrics(log, prefix), True) for prefix in evaluation_prefixes(log)]
+    tables.append(("Training, means over the logged steps", logged_metrics(log, ""), False))
+    return [table for table in tables if table[1]]
 
 
 def histogram_caption(before: Histogram | None, after: Histogram) -> str:
@@ -188,8 +197,12 @@ def machine_rows(log: Log) -> list[Row]:
     ]
     if len(supervised := series(log, "supervised_tokens")):
         rows.append(("supervised tokens", f"{supervised.values.sum():,.0f} in training"))
-    for key, name in (("train_runtime", "run time"), ("eval_runtime", "last evaluation")):
-        seconds = series(log, key).last
+    evaluations = [series(log, f"{prefix}runtime").last for prefix in evaluation_prefixes(log)]
+    evaluated = [seconds for seconds in evaluations if seconds is not None]
+    for seconds, name in (
+        (series(log, "train_runtime").last, "run time"),
+        (sum(evaluated) if evaluated else None, "last evaluation"),
+    ):
         if seconds is not None and math.isfinite(seconds):
             rows.append((name, clock(seconds)))
     left = series(log, "seconds_left").last

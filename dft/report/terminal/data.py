@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dft.console import MAX_COLUMNS, wrap
 from dft.data.batches.dataset import Sequences
+from dft.data.preparing.evaluation_sets import splits_of
 from dft.data.preparing.prepare import REJECTED
 from dft.labels import IGNORE_INDEX
 
@@ -39,9 +40,8 @@ def data_summary(report: Mapping[str, Any], folder: str | None = None) -> list[s
         folder: the folder the report was written to, or None if it was not written.
     """
     lines = []
-    for split in ("train", "eval"):
-        if split in report:
-            lines += _split_lines(split, report)
+    for split in splits_of(report):
+        lines += _split_lines(split, report)
     lines += _unread_lines(report) + _lost_lines(report, folder) + _ending_lines(report)
     return lines + _mean_weight_lines(report) + _warning_lines(report)
 
@@ -56,19 +56,20 @@ def data_details(report: Mapping[str, Any], folder: str | None = None) -> list[s
         f"            per conversation: median {turns['50']:,}, 99 % up to {turns['99']:,}, at most "
         f"{turns['100']:,}",
     ]
-    for split in ("train", "eval"):
-        if split in report:
-            lines += _length_lines(split, report[split])
+    for split in splits_of(report):
+        lines += _length_lines(split, report[split])
     return lines
 
 
 def _split_lines(split: str, report: Mapping[str, Any]) -> list[str]:
     numbers, limit = report[split], report["options"]["max_length"]
     levels = numbers["length_percentiles"]
-    lines = [
-        f"{split:<12}{_numbers(numbers)}; median {levels['50']:,}, 99 % up to {levels['99']:,}, "
-        f"longest {levels['100']:,} tokens"
-    ]
+    head = f"{split:<{INDENT}}"
+    lines = [] if len(head) == INDENT and head[-1] == " " else [split]
+    lines.append(
+        f"{' ' * INDENT if lines else head}{_numbers(numbers)}; median {levels['50']:,}, 99 % up to "
+        f"{levels['99']:,}, longest {levels['100']:,} tokens"
+    )
     if "packing_density" in numbers:
         rows, full = _count(numbers["rows"], "row"), 100 * numbers["packing_density"]
         lines.append(f"            in {rows} of {limit:,} tokens, {full:.1f} % full")

@@ -13,6 +13,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from dft.arguments.config_file import RUN_ARGS
 from dft.arguments.parser import Arguments
+from dft.data.preparing.evaluation_sets import parse_evaluation_files
 from dft.errors import UserError
 from dft.training.checkpoints.disk import WEIGHT_FILE
 from dft.training.checkpoints.folder import NAME, UNFINISHED
@@ -75,7 +76,8 @@ def find_inputs(arguments: Arguments) -> Iterator[Input]:
     if checkpoint and Path(checkpoint).is_dir():
         yield Input(f"--resume_from_checkpoint {checkpoint}", Path(checkpoint), is_data=False)
     data = arguments.data
-    for flag, values in (("--data_files", data.data_files), ("--eval_data_files", data.eval_data_files)):
+    eval_files = parse_evaluation_files(data.eval_data_files).files
+    for flag, values in (("--data_files", data.data_files), ("--eval_data_files", eval_files)):
         for value in values:
             path = os.path.expanduser(value)
             is_pattern = glob.has_magic(path) and not os.path.exists(path)

@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from dft.arguments.lora import LORA_OPTIONS
 from dft.errors import UserError
+from dft.metrics import parse_name
 from dft.training.checkpoints.folder import new_run_advice
 from dft.training.model.adapters import has_adapters
 from dft.training.model.freezing import describe_frozen
@@ -239,7 +240,8 @@ def changes_best(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 def compares_objective(settings: Mapping[str, Any]) -> bool:
     """Return whether the best checkpoint is chosen by a metric that depends on the objective."""
-    return (settings.get(METRIC) or "").removeprefix("eval_") in OBJECTIVE_METRICS
+    parsed = parse_name((settings.get(METRIC) or "").removeprefix("eval_"))
+    return parsed is not None and parsed[1].name in OBJECTIVE_METRICS
 
 
 def _described(name: str, value: Any) -> str:

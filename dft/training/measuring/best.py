@@ -7,6 +7,7 @@ import transformers
 from transformers.trainer_utils import SaveStrategy
 
 from dft.console import say
+from dft.metrics import parse_name
 from dft.training.early_stopping import best_metric_name
 
 
@@ -25,4 +26,6 @@ def can_be_best(metrics: Mapping[str, float], args: transformers.TrainingArgumen
         say(f"warning     no {name} in this evaluation, so it cannot have the best checkpoint")
         return False
     # If nll is not finite, acc may still be finite but is meaningless.
-    return math.isfinite(metrics.get("eval_nll", 0.0))
+    parsed = parse_name(name.removeprefix("eval_"))
+    nll = f"{name.removesuffix(parsed[1].name)}nll" if parsed else "eval_nll"
+    return math.isfinite(metrics.get(nll, 0.0))

@@ -270,3 +270,23 @@ def names_imported(file: Path) -> list[str]:
         elif isinstance(statement, ast.ImportFrom):
             names += [statement.module, *(f"{statement.module}.{alias.name}" for alias in statement.names)]
     return names
+
+
+def test_each_evaluation_set_has_its_own_table_curves_and_histogram():
+    def of_set(record, name):
+        return {key.replace("eval_", f"eval_{name}_"): value for key, value in record.items()}
+
+    report = run_report()
+    sets = ("math", "code")
+    report["log"] = [
+        of_set(entry, name) if "eval_nll" in entry else entry for entry in report["log"] for name in sets
+    ]
+    html = run_page(report, FOLDER)
+    page = Page(html)
+    for name in sets:
+        assert html.count(f"<caption>Evaluation on {name}</caption>") == 1
+        assert html.count(f"<h3>Evaluation on {name}</h3>") == 1
+        assert f"evaluation on {name} from 1.2500 to 1.5000 (2 records)" in html
+    assert "</svg> evaluation on code</li>" in html
+    assert len(page.values("id")) == len(set(page.values("id")))
+    assert page.row("last evaluation") == ["0:00:04"], "of both sets"
