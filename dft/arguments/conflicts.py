@@ -9,6 +9,7 @@ from transformers.utils import is_liger_kernel_available
 
 from dft.arguments.data import check_data_arguments
 from dft.arguments.deepspeed_file import zero_of
+from dft.arguments.intervals import is_multiple
 from dft.arguments.lora import check_freeze, check_lora, check_not_adapters
 from dft.arguments.loss_settings import check_loss_settings
 from dft.arguments.objective import build_objective, check_objective, minimum_weight
@@ -284,7 +285,7 @@ def find_notes(arguments: Arguments) -> list[str]:
     by_steps = training.save_strategy == SaveStrategy.STEPS
     if evaluates and (by_steps or training.save_strategy == SaveStrategy.EPOCH):
         differs = training.save_strategy.value != training.eval_strategy.value
-        if differs or (by_steps and training.save_steps % training.eval_steps):
+        if differs or (by_steps and is_multiple(training.save_steps, training.eval_steps) is False):
             notes.append(
                 "the best checkpoint is searched only among steps with both a save and an evaluation; use "
                 "the same --save_strategy and --eval_strategy, and a multiple of --eval_steps as "

@@ -9,6 +9,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from dft.arguments.intervals import INTERVALS, interval
 from dft.console import say
 from dft.training.checkpoints.folder import reading
 from dft.training.checkpoints.optimizer_options import learning_rate
@@ -71,7 +72,9 @@ class RunEvents(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set up the metrics, and handle the pending events of the checkpoint that the run resumes from."""
-        state.compute_steps(args, state.max_steps)  # Trainer would keep the intervals of the checkpoint
+        for name in INTERVALS:  # Trainer would keep the intervals of the checkpoint
+            if (value := vars(args)[name]) is not None:
+                setattr(state, name, interval(value, state.max_steps))
         state.train_batch_size = args.train_batch_size
         self._run.recorder.start(state.global_step, state.max_steps)
         self._run.facts.method = self._run.recorder.method()

@@ -203,10 +203,13 @@ def test_a_flag_with_two_values_is_noted_however_it_is_written(tmp_path, second)
     assert "given more than once, so the last one counts: --max_length 9" in arguments.notes
 
 
-@pytest.mark.parametrize(("every", "noted"), [("2", False), ("3", True)])
-def test_saves_at_steps_without_evaluation_are_noted(tmp_path, every, noted):
-    flags = ["--eval_data_files", "c", "--eval_strategy", "steps", "--eval_steps", every, "--save_steps", "4"]
-    notes = checked(tmp_path, *flags).notes
+@pytest.mark.parametrize(
+    ("every", "save", "noted"),
+    [("2", "4", False), ("3", "4", True), ("0.1", "0.3", False), ("0.2", "0.3", True), ("0.1", "4", False)],
+)
+def test_saves_at_steps_without_evaluation_are_noted(tmp_path, every, save, noted):
+    flags = ["--eval_data_files", "c", "--eval_strategy", "steps", "--eval_steps", every]
+    notes = checked(tmp_path, *flags, "--save_steps", save).notes
     assert any("the best checkpoint is searched only among steps" in note for note in notes) is noted
 
 

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dft import DFTTrainer
+from dft.arguments.intervals import interval
 from dft.errors import UserError
 from dft.training.batching import sequence_lengths
 from dft.training.memory.out_of_memory import OutOfMemory
@@ -194,6 +195,42 @@ def test_a_resumed_run_uses_its_own_logging_evaluation_and_save_steps(tmp_path, 
         f"checkpoint-{n}" for n in range(2, 6)
     ]
     assert "do not match" not in caplog.text
+
+
+def checkpoints(folder) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "every"), [(0.25, 12, 3), (0.1, 70, 7), (0.3, 10, 3), (0.01, 12, 1)]
+)
+def test_a_share_of_the_run_is_rounded_up_to_whole_steps(share, steps, every):
+    assert interval(share, steps) == every
+
+
+def test_saves_and_evaluations_by_share_are_at_that_share_of_the_steps(tmp_path):
+    """The run is stopped at half and resumed, which must not change the steps of the rest."""
+    rows = conversations(8)
+    flags = {
+        "max_steps": 12, "save_strategy": "steps", "save_steps": 0.25, "eval_strategy": "steps",
+        "eval_steps": 0.25, "logging_steps": 0.5, "per_device_train_batch_size": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_nll",
+    }  # fmt: skip
+
+    class StopAtHalf(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6
+
+    run = trainer(tmp_path, rows, evaluation=rows[:2], **flags)
+    run.add_callback(StopAtHalf())
+    run.train()
+    assert checkpoints(tmp_path) == [3, 6]
+    run = trainer(tmp_path, rows, evaluation=rows[:2], **flags)
+    run.train(resume_from_checkpoint=True)
+    assert checkpoints(tmp_path) == [3, 6, 9, 12]
+    log = run.state.log_history
+    assert [entry["step"] for entry in log if "eval_nll" in entry] == [3, 6, 9, 12]
+    assert [entry["step"] for entry in log if "grad_norm" in entry] == [6, 12]
 
 
 def test_the_saved_config_has_the_original_cache_setting(tmp_path):

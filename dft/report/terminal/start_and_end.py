@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_pt_utils import get_model_param_count
 
 from dft.arguments.config_file import RUN_ARGS, write_run_args
+from dft.arguments.intervals import INTERVALS, interval
 from dft.arguments.objective import DFTArguments, build_objective, build_schedule
 from dft.arguments.parser import Arguments, default_flags, own_flags
 from dft.arguments.training import TrainingArguments
@@ -98,7 +99,23 @@ def start_lines(
             f"note        --logging_steps {training.logging_steps:g}: the run has only {steps} steps, so no "
             "training metrics are logged"
         )
-    return lines
+    return lines + _interval_lines(training, steps)
+
+
+def _interval_lines(training: TrainingArguments, steps: int) -> list[str]:
+    """Return a line on the intervals that are a share of the run of `steps` optimizer steps, if any are."""
+    strategies = (training.logging_strategy, training.eval_strategy, training.save_strategy)
+    shares = [
+        f"--{name} {vars(training)[name]:g} is every {_ordinal_steps(vars(training)[name], steps)}"
+        for name, strategy in zip(INTERVALS, strategies, strict=True)
+        if strategy.value == "steps" and vars(training)[name] < 1
+    ]
+    return [f"intervals   {', '.join(shares)}"] if shares else []
+
+
+def _ordinal_steps(share: float, steps: int) -> str:
+    count = interval(share, steps)
+    return "step" if count == 1 else f"{count} steps"
 
 
 def _schedule_lines(training: TrainingArguments, steps: int) -> list[str]:

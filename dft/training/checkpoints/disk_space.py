@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import SaveStrategy
 
 from dft.arguments.deepspeed_file import zero_of
+from dft.arguments.intervals import interval
 from dft.arguments.training import TrainingArguments
 from dft.errors import UserError
 from dft.files import free_bytes
@@ -75,7 +76,6 @@ def max_checkpoints_at_once(training: TrainingArguments, steps: int) -> int:
     }
     saves = by_strategy.get(training.save_strategy)
     if saves is None:
-        interval = training.save_steps if training.save_steps >= 1 else max(1, training.save_steps * steps)
-        saves = max(1, int(steps // interval))
+        saves = max(1, int(steps // interval(training.save_steps, steps)))
     extra = 2 if training.push_to_hub else 1
     return min(saves, training.save_total_limit + extra) if training.save_total_limit else saves

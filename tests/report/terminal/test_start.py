@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from dft.report.terminal.start_and_end import _schedule_lines
+from dft.report.terminal.start_and_end import _interval_lines, _schedule_lines
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,14 @@ def test_a_warm_up_as_long_as_the_run_is_reported(tmp_path, warmup, steps, shown
         f"--warmup_steps {warmup}: the run has only {steps} steps, so its learning rate never reaches 5e-05"
     )
     assert notes == ([f"note        {expected}"] if has_note else [])
+
+
+def test_intervals_that_are_a_share_of_the_run_are_shown_in_steps(tmp_path):
+    shares = {"logging_steps": 0.01, "eval_steps": 0.5, "eval_strategy": "steps", "save_steps": 0.1}
+    training = transformers.TrainingArguments(str(tmp_path), use_cpu=True, **shares)
+    (line,) = _interval_lines(training, 70)
+    assert line == (
+        "intervals   --logging_steps 0.01 is every step, --eval_steps 0.5 is every 35 steps, "
+        "--save_steps 0.1 is every 7 steps"
+    )
+    assert _interval_lines(transformers.TrainingArguments(str(tmp_path), use_cpu=True), 70) == []
