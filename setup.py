@@ -20,11 +20,12 @@ def pins(name: str, *packages: str) -> list[str]:
 
 
 setup(
-    packages=[*find_packages(include=["dft", "dft.*"]), "dft.ds_config"],
-    package_dir={"dft.ds_config": "ds_config", "dft_scripts": "scripts"},
+    packages=[*find_packages(include=["dft", "dft.*"]), "dft.ds_config", "dft.recipes"],
+    package_dir={"dft.ds_config": "ds_config", "dft.recipes": "recipes", "dft_scripts": "scripts"},
     py_modules=["train_dft", *(f"dft_scripts.{name}" for name in COMMANDS)],
     package_data={
         "dft.ds_config": ["*.json"],
+        "dft.recipes": ["*/*.yaml"],
         "dft.data.templates": ["*.jinja"],
         "dft.report.pages": ["*.jinja"],
     },

@@ -1,8 +1,10 @@
 """User errors and how they are reported."""
 
+import atexit
 import io
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -24,6 +26,12 @@ EXIT_STOPPED = 75
 EXIT_SMALLER_BATCH = 76
 """Exit code of a run that recorded a smaller batch (`--auto_find_batch_size`): run the same command again."""
 
+EXIT_CLOSED_OUTPUT = 128 + signal.SIGPIPE
+"""Exit code if nothing reads the output any more, as of programs that do not handle SIGPIPE."""
+
+STDOUT = 1
+"""File descriptor of the standard output. `sys.stdout` may be replaced."""
+
 _is_reporter: bool | None = None
 """True if this rank reports its error; None if the ranks have not agreed on a reporter."""
 
@@ -38,6 +46,12 @@ class UserError(ValueError):
     code = EXIT_USER_ERROR
 
 
+class OutputClosed(UserError):
+    """Error of a run whose output nothing reads any more."""
+
+    code = EXIT_CLOSED_OUTPUT
+
+
 def report_user_errors() -> None:
     """Print uncaught `UserError`s as one message without a traceback and exit with code 2.
 
@@ -46,18 +60,22 @@ def report_user_errors() -> None:
     immediately, the launcher would kill rank 0 before it prints its message. If they are not killed in time,
     the error is theirs alone and they print it.
 
-    Ctrl-C prints one line and exits with code 130. Characters that the encoding of the terminal lacks are
+    Ctrl-C prints one line and exits with code 130. If the program that reads the output has ended, as `head`
+    does, this one ends without a message. Characters that the encoding of the terminal lacks are
     printed as escapes: a file name or an answer must not end a run.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # notebooks replace the streams
             stream.reconfigure(errors="backslashreplace")
+    atexit.register(_drop_unread_output)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one exits immediately
             _print_interrupted()
             raise SystemExit(EXIT_INTERRUPTED)
+        if issubclass(kind, BrokenPipeError) and output_is_closed():
+            raise SystemExit(EXIT_CLOSED_OUTPUT)
         if not isinstance(error, UserError):
             _print_traceback(kind, error, trace)
             return
@@ -73,6 +91,21 @@ def report_user_errors() -> None:
     sys.excepthook = hook
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not under nohup or in a notebook
         signal.signal(signal.SIGINT, _interrupt)
+
+
+def output_is_closed() -> bool:
+    """Return whether the standard output is a pipe whose reader has ended."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)  # errors are always reported
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _drop_unread_output() -> None:
+    """Write the buffered output, or drop it if nothing reads it, which Python would report at exit."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
 
 
 def set_error_reporter(is_reporter: bool) -> None:

@@ -12,7 +12,7 @@ from dft.arguments.parser import Arguments
 from dft.console import say
 from dft.data.preparing.prepare import PreparedData, prepare
 from dft.data.templates.encoder import ChatEncoder
-from dft.errors import EXIT_STOPPED
+from dft.errors import EXIT_STOPPED, OutputClosed, output_is_closed
 from dft.ranks import exit_rank, is_launched, is_main_process
 from dft.report.callbacks import add_reports
 from dft.report.model_card import saved_model_card
@@ -127,6 +127,13 @@ def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback | No
     except Stopped as stopped:
         say(*stopped_lines(stopped))
         exit_rank(EXIT_STOPPED)
+    except BrokenPipeError:
+        if not output_is_closed():
+            raise
+        raise OutputClosed(
+            "the program that read the output has ended, which ends the run too; write the output to a file "
+            "(> log 2>&1), and continue from the newest checkpoint with --resume_from_checkpoint auto"
+        ) from None
     except OutOfMemory as error:
         if not error.smaller or is_launched():
             raise

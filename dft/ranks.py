@@ -14,6 +14,8 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers.utils.logging import disable_progress_bar
 
+from dft.program import command_of
+
 
 def world_size() -> int:
     """Return the number of ranks that the launcher announced; 1 without a launcher."""
@@ -40,7 +42,7 @@ def launch_fault() -> str | None:
         return None
     return (
         f"the environment sets {', '.join(present)}, {fault}: no launcher started this "
-        f"process; unset them (env {' '.join(f'-u {name}' for name in present)} python train_dft.py ...), or "
+        f"process; unset them (env {' '.join(f'-u {name}' for name in present)} {command_of()} ...), or "
         "start it with torchrun or deepspeed"
     )
 

@@ -54,6 +54,7 @@ from dft.evaluation.sampling import (
     resolve_backend,
 )
 from dft.files import convert_write_errors, write_atomically
+from dft.program import command_of
 from dft.ranks import quiet_libraries
 from dft.report.pages.evaluation import evaluation_page
 from dft.report.pages.run import REPORT_PAGE
@@ -194,8 +195,8 @@ def check_adapters(models: Sequence[EvaluatedModel], backend: str) -> None:
         if backend == "vllm" and (Path(model.path) / ADAPTER_CONFIG_NAME).is_file():
             raise UserError(
                 f"--model {model.path}: holds adapters, which the vllm backend does not support; merge them "
-                f"with their model (python scripts/merge_lora.py {model.path} merged), or use --backend "
-                "transformers"
+                f"with their model ({command_of('scripts/merge_lora.py')} {model.path} merged), or use "
+                "--backend transformers"
             )
 
 

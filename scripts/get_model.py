@@ -36,6 +36,7 @@ if not __package__:  # started as a file, not as an installed command
 
 from dft.errors import UserError, report_user_errors
 from dft.files import convert_write_errors, free_bytes
+from dft.program import install_command
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 SOURCE = "source.json"
@@ -289,7 +290,7 @@ def main() -> None:
             print(f"{name} is already in {folder}")
         else:
             if importlib.util.find_spec("gguf") is None:
-                raise UserError("the package gguf is missing; run: pip install -r requirements-real.txt")
+                raise UserError(f"the package gguf is missing; run: {install_command('real', 'gguf')}")
             logging.disable_progress_bar()
             answer = make(name, folder)
             print(f"checked     same logits as the GGUF file; asked {QUESTION!r} it answers {answer!r}")

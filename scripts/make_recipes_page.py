@@ -51,10 +51,13 @@ HEAD = """# Recipes
 Flags for published models on common hardware, to start from.
 
 ```bash
-python train_dft.py --config recipes/qwen3/8b-lora-1x24gb.yaml --data_files a.jsonl --output_dir runs/first
-python train_dft.py --config recipes/qwen3/8b-lora-1x24gb.yaml mine.yaml --learning_rate 1e-4  # yours over it
-python scripts/make_recipes_page.py                               # plans all recipes and writes this page
+python train_dft.py --config qwen3/8b-lora-1x24gb --data_files a.jsonl --output_dir runs/first
+python train_dft.py --config qwen3/8b-lora-1x24gb mine.yaml --learning_rate 1e-4  # your file over the recipe
+python scripts/make_recipes_page.py                           # plans all recipes and writes this page
 ```
+
+`--config` finds a recipe by its name from any folder, also in the installed package; a file of that name in
+the working folder has precedence.
 
 A recipe names the model, its precision, how the devices share it, the length and number of rows of an
 optimizer step, and the learning rate with its schedule. Your data, the output folder, evaluation, trackers
@@ -122,6 +125,11 @@ class Recipe:
         return self.devices * rows * self.arguments.data.max_length
 
     @property
+    def name(self) -> str:
+        """Name by which --config finds it."""
+        return str(self.path.relative_to("recipes").with_suffix(""))
+
+    @property
     def comment(self) -> list[str]:
         """Lines of the comment that the file begins with: when to use it, its step, and the command."""
         lines = (ROOT / self.path).read_text(encoding="utf-8").splitlines()
@@ -146,7 +154,7 @@ class Recipe:
         if self.devices > 8:
             launcher += " --hostfile hostfile"
         return (
-            f"{launcher} train_dft.py --config {self.path} --data_files train.jsonl --output_dir runs/first"
+            f"{launcher} train_dft.py --config {self.name} --data_files train.jsonl --output_dir runs/first"
         )
 
 
@@ -179,7 +187,7 @@ class PlannedRecipe:
     def row(self) -> str:
         """Return the row of the recipe in the table."""
         recipe = self.recipe
-        link = f"[{recipe.path.parent.name}/{recipe.path.stem}](../{recipe.path})"
+        link = f"[{recipe.name}](../{recipe.path})"
         memory = f"{self.peak + self.gathered:.0f} of {USABLE_GIB[recipe.memory]:.0f} GiB"
         return f"| {link} | {recipe.model_name} | {recipe.tokens:,} | {memory} | {recipe.comment[0]} |\n"
 

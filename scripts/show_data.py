@@ -81,7 +81,7 @@ def main() -> None:
     parser = HfArgumentParser((DataArguments, ShowArguments), allow_abbrev=False)
     data, show, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]} (show_data.py --help lists every flag)")
+        raise UserError(f"unknown argument {unknown[0]} ({parser.prog} --help lists every flag)")
     if show.count < 1:
         raise UserError(f"--count {show.count}: must be greater than 0")
     show.model_name_or_path = os.path.expanduser(show.model_name_or_path)

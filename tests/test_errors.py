@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from dft.errors import OutputClosed
 from tests.launching import ROOT
 
 SCRIPT = """
@@ -46,6 +47,39 @@ def test_characters_that_the_terminal_lacks_are_printed_as_escapes(encoding, sho
     assert (printed.returncode, printed.stdout.decode(encoding)) == (0, f"{shown}\n")
 
 
+PRINTING = """
+import sys
+from dft.errors import report_user_errors
+report_user_errors()
+sys.stdin.readline()  # until the reader has ended
+print("x" * {length}, flush={flush})
+"""
+
+
+@pytest.mark.parametrize(
+    ("length", "flush", "code"), [(100_000, False, 141), (10, True, 141), (10, False, 0)]
+)
+def test_output_that_nothing_reads_ends_the_program_quietly(length, flush, code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRINTING.format(length=length, flush=flush)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert (process.wait(60), process.stderr.read()) == (code, b"")
+
+
+def test_another_broken_pipe_keeps_its_traceback():
+    process = start('BrokenPipeError("of a socket")', LOCAL_RANK="0")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" in errors
+    assert errors.endswith("BrokenPipeError: of a socket\n")
+
+
 def test_other_ranks_print_the_error_if_rank_0_has_none():
     process = start('UserError("--flag 3: no")', LOCAL_RANK="1", RANK="5")
     _, errors = process.communicate(timeout=60)
@@ -69,3 +103,18 @@ def test_other_errors_keep_their_traceback_on_every_rank(rank):
     lines = errors.splitlines()
     assert f"[rank {rank}] Traceback (most recent call last):" in lines
     assert lines[-1] == f"[rank {rank}] KeyError: 'internal'"
+
+
+@pytest.mark.parametrize(("is_closed", "kind"), [(True, OutputClosed), (False, BrokenPipeError)])
+def test_a_run_whose_output_is_closed_says_how_to_continue(monkeypatch, is_closed, kind):
+    from dft import fine_tune
+
+    def print_a_line(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(fine_tune, "train_and_save", print_a_line)
+    monkeypatch.setattr(fine_tune, "output_is_closed", lambda: is_closed)
+    with pytest.raises(kind) as error:
+        fine_tune.train(None, None, None)
+    if is_closed:
+        assert error.value.code == 141 and "--resume_from_checkpoint auto" in str(error.value)

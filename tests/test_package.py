@@ -18,7 +18,7 @@ from tests.examples import Example
 from tests.launching import ROOT, launch
 from tests.reliability.spoiling import LINE
 
-SOURCES = ("dft", "ds_config", "scripts")
+SOURCES = ("dft", "ds_config", "recipes", "scripts")
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 CALL_COMMANDS = """
@@ -90,10 +90,11 @@ def test_requirements_and_extras_are_those_of_the_requirements_files(wheel):
     assert extras["lora"] | extras["trackers"] < pins("requirements-dev.txt")
 
 
-def test_the_wheel_contains_all_modules_templates_and_deepspeed_files_and_nothing_else(wheel):
+def test_the_wheel_contains_all_modules_templates_recipes_and_deepspeed_files_and_nothing_else(wheel):
     files = [file for file in (ROOT / "dft").rglob("*") if file.suffix in (".py", ".jinja")]
     expected = {str(file.relative_to(ROOT)) for file in files}
     expected |= {f"dft/ds_config/{file.name}" for file in (ROOT / "ds_config").glob("*.json")}
+    expected |= {f"dft/{file.relative_to(ROOT)}" for file in (ROOT / "recipes").glob("*/*.yaml")}
     expected |= {f"{target.partition(':')[0].replace('.', '/')}.py" for target in COMMANDS.values()}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}

@@ -1,5 +1,6 @@
 """Read flags from YAML files (`--config`), and write the flags of a run to `run_args.yaml`."""
 
+import difflib
 import enum
 import json
 import re
@@ -14,8 +15,11 @@ import yaml
 
 from dft.errors import UserError
 from dft.files import convert_write_errors, write_atomically
+from dft.program import program_name, shipped_folder
 
 RUN_ARGS = "run_args.yaml"
+RECIPES = shipped_folder("recipes")
+"""Folder of the files that --config finds by name."""
 RUN_SPECIFIC = ("local_rank", "resume_from_checkpoint", "overwrite_output_dir")
 """Flags that are not copied when a run is repeated in another folder."""
 SECRETS = ("hub_token", "push_to_hub_token")
@@ -109,7 +113,7 @@ def config_flags(file: str, choices: Mapping[str, Collection[Any]], defaults: Ma
     `on` and `off` stand for True and False, unless the flag has a choice of that name.
 
     Args:
-        file: path of the file.
+        file: path of the file, or name of a recipe.
         choices: see `expand_config`.
         defaults: see `expand_config`.
 
@@ -143,6 +147,35 @@ def config_flags(file: str, choices: Mapping[str, Collection[Any]], defaults: Ma
     return words
 
 
+def find_config(file: str) -> Path:
+    """Return the file that --config selects: a path, or the name of a shipped recipe.
+
+    Args:
+        file: the value of the flag. A file of this name has precedence over a recipe.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path, recipe = Path(file).expanduser(), RECIPES / f"{file}.yaml"
+    if path.is_file():
+        return path
+    names = recipe_names()
+    if file in names:
+        return recipe
+    fault = f"--config {file or '(nothing)'}: no such file"
+    if not file or path.suffix in (".yaml", ".yml"):
+        raise UserError(fault)
+    families = sorted({name.partition("/")[0] + "/" for name in names})
+    similar = difflib.get_close_matches(file, names, n=3)
+    hint = f"similar: {', '.join(similar)}" if similar else f"they begin with {', '.join(families)}"
+    raise UserError(f"{fault}, and not the name of a recipe ({hint})")
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that --config finds, such as qwen3/8b-lora-1x24gb."""
+    return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
+
+
 def _null_message(file: str, name: str, node: yaml.Node, default: Any) -> str:
     written = "[]" if isinstance(node, yaml.SequenceNode) else node.value or "nothing"
     off = SWITCHED_OFF.get(name.replace("-", "_"), f"{name}: False" if default is True else None)
@@ -164,9 +197,7 @@ def _text(value: Any, node: yaml.Node, allowed: Collection[Any]) -> str:
 
 def _read_yaml(file: str) -> tuple[dict[Any, Any], dict[Any, yaml.Node]]:
     """Return the content of a YAML file, and the node of each of its values."""
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise UserError(f"--config {file or '(nothing)'}: no such file")
+    path = find_config(file)
     try:
         loader = FlagLoader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
@@ -216,7 +247,7 @@ def write_run_args(
         and name not in (*SECRETS, *RUN_SPECIFIC)
         and (name in own or value != defaults.get(name))
     }
-    text = f"# To repeat the run: train_dft.py --config {RUN_ARGS} --output_dir NEW\n" + yaml.dump(
+    text = f"# To repeat the run: {program_name()} --config {RUN_ARGS} --output_dir NEW\n" + yaml.dump(
         written, Dumper=FlagDumper, sort_keys=True
     )
     comments = "".join(f"#   {name}: {value}\n" for name, value in derived.items())

@@ -14,6 +14,7 @@ import transformers
 from pydantic import ValidationError
 
 from dft.errors import UserError
+from dft.program import shipped_folder
 from dft.strict_json import refuse_repeated_keys
 
 SECTIONS = (
@@ -21,9 +22,8 @@ SECTIONS = (
     "tensor_parallel", "activation_checkpointing", "data_types",
 )  # fmt: skip
 """Sections that transformers and accelerate read without checking their type."""
-_PACKAGE = Path(__file__).parent.parent
-SHIPPED = _PACKAGE / "ds_config" if (_PACKAGE / "ds_config").is_dir() else _PACKAGE.parent / "ds_config"
-"""Folder of the configurations that --deepspeed finds by name. The wheel has it inside the package."""
+SHIPPED = shipped_folder("ds_config")
+"""Folder of the configurations that --deepspeed finds by name."""
 
 
 def find_deepspeed(config: str | None) -> str | None:
@@ -47,10 +47,11 @@ def shipped_configurations() -> list[Path]:
 
 
 def deepspeed_flag(config: str | dict[str, Any]) -> str:
-    """Return the flag and its value for the beginning of messages."""
-    return (
-        f"--deepspeed {config}" if isinstance(config, str) else "the DeepSpeed settings of accelerate launch"
-    )
+    """Return the flag and its value for the beginning of messages. A shipped configuration has its name."""
+    if not isinstance(config, str):
+        return "the DeepSpeed settings of accelerate launch"
+    is_shipped = config.startswith(str(SHIPPED / ""))
+    return f"--deepspeed {Path(config).stem if is_shipped else config}"
 
 
 def zero_stage(config: str | dict[str, Any]) -> int:

@@ -11,6 +11,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from dft.bounds import Bounds
 from dft.errors import UserError
+from dft.program import command_of
 from dft.strict_json import MAX_SHOWN, refuse_repeated_keys
 
 ALL_LINEAR = "all-linear"
@@ -163,7 +164,7 @@ def check_lora(lora: LoraArguments, training: transformers.TrainingArguments, ze
     check_installed("bitsandbytes", "--load_in_4bit True")
     if zero_stage == 3 or training.fsdp:
         raise UserError(
-            "--load_in_4bit True: 4-bit weights cannot be sharded; use DDP or ds_config/zero2.json, or "
+            "--load_in_4bit True: 4-bit weights cannot be sharded; use DDP or --deepspeed zero2, or "
             "remove --load_in_4bit"
         )
 
@@ -185,7 +186,7 @@ def check_not_adapters(name: str) -> None:
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         raise UserError(
             f"--model_name_or_path {name}: holds adapters, not a model; merge them into their base model "
-            f"first and train that: python scripts/merge_lora.py {name} NEW"
+            f"first and train that: {command_of('scripts/merge_lora.py')} {name} NEW"
         )
 
 

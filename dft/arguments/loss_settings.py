@@ -7,6 +7,7 @@ import transformers
 from transformers import PretrainedConfig
 
 from dft.data.batches.collator import FlatCollator, PackedCollator
+from dft.program import launch_command
 
 LOSS_KERNELS = ("fused_linear_cross_entropy", "cross_entropy")
 """Liger kernels that replace the loss of the model; the second also replaces the function of torch."""
@@ -40,8 +41,8 @@ def check_loss_settings(args: transformers.TrainingArguments) -> None:
         )
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process; start one process per GPU (deepspeed "
-            "train_dft.py ... or torchrun), or set CUDA_VISIBLE_DEVICES to one GPU"
+            f"{args.n_gpu} GPUs are visible to one process; start one process per GPU "
+            f"({launch_command('deepspeed')} ... or torchrun), or set CUDA_VISIBLE_DEVICES to one GPU"
         )
     if args.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
         raise ValueError(

@@ -4,6 +4,7 @@ import transformers
 
 from dft.arguments.deepspeed_file import check_parts, deepspeed_flag
 from dft.errors import UserError
+from dft.program import launch_command
 from dft.ranks import can_shard, sequence_parallel_size
 
 
@@ -22,13 +23,13 @@ def check_fsdp(training: transformers.TrainingArguments, planned_ranks: int | No
     if not can_shard() and planned_ranks is None:
         raise UserError(
             "--fsdp True shards a model over several ranks, and this run has only one; start it with "
-            "torchrun --nproc_per_node N train_dft.py ..."
+            f"{launch_command('torchrun --nproc_per_node N')} ..."
         )
     config = training.fsdp_config
     if int(config.get("version", 2)) != 2:
         raise UserError(
             f"--fsdp_config: version {config['version']} of FSDP is not supported; leave it out for version "
-            "2, or use --deepspeed ds_config/zero3.json"
+            "2, or use --deepspeed zero3"
         )
     kind = config.get("state_dict_type", "FULL_STATE_DICT")
     if kind != "FULL_STATE_DICT":
@@ -61,7 +62,7 @@ def check_deepspeed(training: transformers.TrainingArguments) -> None:
         raise UserError(
             f"{flag}: has no {', '.join(missing)}, so flags of this run would have no effect; set them to "
             '"auto", as '
-            "the files in ds_config/ do"
+            "--deepspeed zero3 does"
         )
     if config.get_value("zero_optimization.stage", 0) == 0:
         raise UserError(
@@ -118,6 +119,6 @@ def check_sequence_parallel(
             "to one another; use --attn_implementation varlen or --packing False"
         )
     if training.fsdp:
-        raise UserError(f"{flag} with --fsdp is not supported; use --deepspeed ds_config/zero3.json")
+        raise UserError(f"{flag} with --fsdp is not supported; use --deepspeed zero3")
     if training.torch_compile:
         raise UserError(f"{flag} with --torch_compile True is not supported; remove one of them")

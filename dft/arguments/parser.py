@@ -6,7 +6,6 @@ import difflib
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -23,6 +22,7 @@ from dft.arguments.training import TrainingArguments
 from dft.arguments.watch import WatchArguments
 from dft.bounds import check_bounds
 from dft.errors import UserError, set_error_reporter
+from dft.program import program_name
 from dft.ranks import launch_fault, port_fault
 from dft.version import __version__
 
@@ -33,8 +33,6 @@ PATHS = (
     "resume_from_checkpoint",
 )  # fmt: skip
 """Flags that name a file or folder, apart from data files, which keep the names that the user wrote."""
-PROGRAM = "train-dft" if Path(sys.argv[0]).name == "train-dft" else "train_dft.py"
-"""Name of the program in --help and messages: the installed command, or the script."""
 SECRET_FLAGS = [f"--{flag}" for name in SECRETS for flag in (name, name.replace("_", "-"))]
 DEVICE_DEFAULTS = {"deepspeed": None, "tf32": None, "fsdp": None, "bf16": False, "fp16": False}
 """Defaults of the flags that a machine without a GPU may reject and that do not affect the data."""
@@ -91,16 +89,16 @@ class Parser(HfArgumentParser):
     """Parser for all flags. Raises errors as `UserError` and does not print the usage."""
 
     def __init__(self) -> None:
-        super().__init__(GROUPS, allow_abbrev=False, prog=PROGRAM, formatter_class=HelpFormatter)
+        super().__init__(GROUPS, allow_abbrev=False, prog=program_name(), formatter_class=HelpFormatter)
         for action in self._actions:
             if action.option_strings and action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS  # transformers adds a negated duplicate of some flags
         self.add_argument(
             "--config",
-            metavar="FILE.yaml",
+            metavar="FILE",
             nargs="+",
-            help="Read flags from files. Later files take precedence over earlier ones, and flags on the "
-            "command line over all files.",
+            help="Read flags from YAML files, or from recipes by name, such as qwen3/8b-lora-1x24gb. Later "
+            "files take precedence over earlier ones, and flags on the command line over all files.",
         )
         self.add_argument(
             "--env",
@@ -115,7 +113,7 @@ class Parser(HfArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({PROGRAM} --help lists every flag)")
+        raise UserError(f"{message} ({self.prog} --help lists every flag)")
 
     def parse(self, argv: list[str]) -> Arguments:
         """Parse a command line.
@@ -170,7 +168,7 @@ class Parser(HfArgumentParser):
         flag = next((word for word in unknown if word.startswith("--")), unknown[0])
         name = flag.split("=")[0]
         similar = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        hint = f"; did you mean {similar[0]}?" if similar else f" ({PROGRAM} --help lists every flag)"
+        hint = f"; did you mean {similar[0]}?" if similar else f" ({self.prog} --help lists every flag)"
         return f"unknown argument {name}{hint}"
 
 

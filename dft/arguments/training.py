@@ -12,6 +12,7 @@ from dft.arguments.deepspeed_file import deepspeed_flag, read_deepspeed
 from dft.bounds import Bounds, check_bounds
 from dft.errors import UserError
 from dft.metrics import LOWER, selection
+from dft.program import launch_command
 from dft.ranks import (
     choose_deepspeed_accelerator,
     divide_cores,
@@ -161,7 +162,7 @@ class TrainingArguments(transformers.TrainingArguments):
             if not is_launched():
                 raise UserError(
                     f"{deepspeed_flag(self.deepspeed)}: DeepSpeed needs a launcher, even for a single rank; "
-                    "start the run with `deepspeed train_dft.py ...` instead of python"
+                    f"start the run with `{launch_command('deepspeed')} ...`"
                 )
             mute_deepspeed()
             if self.use_cpu:

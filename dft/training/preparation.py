@@ -94,8 +94,7 @@ def resolve_sharded_layers(model: nn.Module, names: list[str] | None) -> list[st
     if not layers:
         raise ValueError(
             f"--fsdp True: transformers does not know the decoder layers of {type(model).__name__}; name "
-            "their class as transformer_layer_cls_to_wrap in --fsdp_config, or use --deepspeed "
-            "ds_config/zero3.json"
+            "their class as transformer_layer_cls_to_wrap in --fsdp_config, or use --deepspeed zero3"
         )
     return layers
 

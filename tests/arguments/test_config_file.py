@@ -3,10 +3,11 @@
 import pytest
 import yaml
 
-from dft.arguments.config_file import plain, write_run_args
+from dft.arguments.config_file import find_config, plain, write_run_args
 from dft.arguments.parser import default_flags, own_flags, parse_arguments
 from dft.errors import UserError
 from tests.arguments.command import words
+from tests.launching import ROOT
 
 
 def test_flags_override_config_files_in_order(tmp_path):
@@ -36,6 +37,30 @@ def test_one_config_flag_reads_several_files_in_order(tmp_path):
         parse_arguments([*words(tmp_path), "--config", files[0], str(tmp_path / "c.yaml")])
     with pytest.raises(UserError, match=r"^--config \(nothing\): no such file$"):
         parse_arguments(["--config", *words(tmp_path)])
+
+
+def test_a_recipe_is_selected_by_name_and_a_file_of_that_name_has_precedence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("qwen2.5-math/7b-lora-1x24gb") == ROOT / "recipes/qwen2.5-math/7b-lora-1x24gb.yaml"
+    arguments = parse_arguments([*words(tmp_path)[2:], "--config", "qwen3/8b-lora-1x24gb"])
+    assert arguments.model.model_name_or_path == "Qwen/Qwen3-8B" and arguments.lora.lora_r == 16
+    (tmp_path / "qwen3").mkdir()
+    (tmp_path / "qwen3/8b-lora-1x24gb").write_text("lora_r: 3\n")
+    assert parse_arguments([*words(tmp_path), "--config", "qwen3/8b-lora-1x24gb"]).lora.lora_r == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("qwen3/8b-lora-1x25gb", "similar: qwen3/8b-lora-1x24gb, qwen3/8b-lora-1x80gb, qwen3/4b-lora-1x24gb"),
+        ("../recipes/qwen3/x", "they begin with gemma3/, "),
+        ("zzz", "they begin with gemma3/, "),
+    ],
+)
+def test_a_wrong_recipe_is_reported_with_similar_names(name, hint):
+    with pytest.raises(UserError) as error:
+        find_config(name)
+    assert str(error.value).startswith(f"--config {name}: no such file, and not the name of a recipe ({hint}")
 
 
 @pytest.mark.parametrize(

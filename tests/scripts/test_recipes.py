@@ -103,11 +103,11 @@ def test_recipes_of_the_models_of_the_paper_have_its_settings(path):
 
 
 def test_files_and_flags_are_laid_over_a_recipe(tmp_path):
-    recipe, mine = ROOT / "recipes/qwen3/8b-lora-1x24gb.yaml", tmp_path / "mine.yaml"
+    recipe, mine = "qwen3/8b-lora-1x24gb", tmp_path / "mine.yaml"
     mine.write_text("max_length: 1024\nlora_r: 8\ndata_files: [a.jsonl]\n")
     words = ["--output_dir", str(tmp_path / "output"), "--use_cpu", "True", "--lora_r", "32"]
-    arguments = parse_arguments([*words, "--config", str(recipe), str(mine)])
+    arguments = parse_arguments([*words, "--config", recipe, str(mine)])
     assert arguments.data.max_length == 1024 and arguments.lora.lora_r == 32
     assert arguments.model.model_name_or_path == "Qwen/Qwen3-8B"  # only in the recipe
-    arguments = parse_arguments([*words[:4], "--config", str(mine), str(recipe)])
+    arguments = parse_arguments([*words[:4], "--config", str(mine), recipe])
     assert arguments.data.max_length == 2048 and arguments.lora.lora_r == 16

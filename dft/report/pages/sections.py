@@ -10,6 +10,7 @@ import numpy as np
 
 from dft.console import clock
 from dft.metrics import ACC, EVAL, MACHINE, NLL, QUALITY, Metric, evaluation_prefixes
+from dft.program import program_name
 from dft.report.pages.formatting import format_argument, format_number
 from dft.report.pages.history import Histogram, Log, Series, nonfinite_steps, series, set_title
 from dft.report.terminal.data import data_summary
@@ -26,7 +27,7 @@ RUN_FILES = {
     "adapter_model.safetensors": "the adapters",
     "report.json": "the data of this page",
     "trainer_state.json": "all logged values and the best step",
-    "run_args.yaml": "the flags; train_dft.py --config run_args.yaml --output_dir NEW repeats the run",
+    "run_args.yaml": f"the flags; {program_name()} --config run_args.yaml --output_dir NEW repeats the run",
     "data_report.json": "how many conversations were read, used, truncated and dropped",
     "rejected.jsonl": "lines that could not be used, with the reasons",
     "samples.jsonl": "what the model wrote after prompts of the evaluation data, at each evaluation",

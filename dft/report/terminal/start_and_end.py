@@ -12,6 +12,7 @@ from dft.arguments.objective import DFTArguments, build_objective, build_schedul
 from dft.arguments.parser import Arguments, default_flags, own_flags
 from dft.arguments.training import TrainingArguments
 from dft.loss.schedule import alpha_of, method_title
+from dft.program import command_of
 from dft.ranks import (
     count_optimizer_steps,
     data_parallel_size,
@@ -213,7 +214,7 @@ def final_lines(
         )
         lines = [
             f"adapters    {place} ({loader} their base model; "
-            f"scripts/merge_lora.py {folder} NEW merges both into one model)"
+            f"{command_of('scripts/merge_lora.py')} {folder} NEW merges both into one model)"
         ]
     else:
         lines = [f"model       {place} (AutoModelForCausalLM.from_pretrained loads it)"]

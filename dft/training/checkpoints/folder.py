@@ -23,6 +23,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 from dft.console import say
 from dft.errors import UserError
 from dft.files import flush_to_disk, write_atomically
+from dft.program import command_of
 
 MANIFEST = "manifest.json"
 """The file of a checkpoint that describes it, and lists the size in bytes of every other file."""
@@ -157,10 +158,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def new_run_advice(folder: Path) -> str:
     """Return how to train the model of a checkpoint in a new run, with a new optimizer."""
     if (folder / ADAPTER_CONFIG_NAME).is_file():
-        return (
-            f"merge its adapters (python scripts/merge_lora.py {folder} NEW) and start a new run with "
-            "--model_name_or_path NEW"
-        )
+        merge = command_of("scripts/merge_lora.py")
+        return f"merge its adapters ({merge} {folder} NEW) and start a new run with --model_name_or_path NEW"
     return f"start a new run with --model_name_or_path {folder}"
 
 

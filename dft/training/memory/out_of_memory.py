@@ -32,7 +32,7 @@ MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "Cann
 """Parts of the messages of such RuntimeErrors."""
 SHARD = (
     "load them in half precision (--torch_dtype bfloat16), or spread them over GPUs (--deepspeed "
-    "ds_config/zero3.json) or to the CPU's memory (zero3_offload.json)"
+    "zero3) or to the CPU's memory (--deepspeed zero3_offload)"
 )
 MIN_SAVED_SHARE = 0.01
 """Share of the total that a remedy must save to be mentioned."""
@@ -271,11 +271,11 @@ def remedies(
     if ranks > 1 and not args.fsdp and not has_4bit_weights(model) and stage < 3:
         # Sizes of sharded components are those of one shard.
         shared = {0: state, 1: state - parts["optimizer"], 2: parts["weights"]}[stage]
-        changes.append((shared * (1 - 1 / ranks), "--deepspeed ds_config/zero3.json"))
+        changes.append((shared * (1 - 1 / ranks), "--deepspeed zero3"))
     offloaded = optimizer_away and weights_away
     if args.device.type == "cuda" and stage and not has_4bit_weights(model) and not offloaded:
         away = parts["optimizer"] + parts["gradients"] + parts["weights"]
-        changes.append((away, "--deepspeed ds_config/zero3_offload.json, which is slower"))
+        changes.append((away, "--deepspeed zero3_offload, which is slower"))
     return changes
 
 

@@ -157,10 +157,10 @@ def equivalent_settings(
     layouts: list[tuple[MemoryLayout, tuple[str, ...]]] = [(layout, ())]
     if shardable and layout.stage < 3 and layout.ranks > 1:
         sharded = replace(layout, stage=3, itemsize=2 if training.bf16 or training.fp16 else layout.itemsize)
-        layouts.append((sharded, ("--deepspeed ds_config/zero3.json",)))
+        layouts.append((sharded, ("--deepspeed zero3",)))
     if shardable and is_cuda and not layout.optimizer_offloaded:
         offloaded = replace(layout, stage=3, optimizer_offloaded=True, weights_offloaded=True, itemsize=2)
-        layouts.append((offloaded, ("--deepspeed ds_config/zero3_offload.json",)))
+        layouts.append((offloaded, ("--deepspeed zero3_offload",)))
     checkpointing: list[tuple[bool, tuple[str, ...]]] = [(requested.checkpointed, ())]
     if not requested.checkpointed:
         checkpointing.append((True, ("--enable_gradient_checkpointing True",)))

@@ -99,7 +99,7 @@ def test_several_ranks_are_advised_to_shard(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "4")
     message = advise(model(vocab_size=100_000), args, MicroBatch(1, 16))
-    assert "1. --deepspeed ds_config/zero3.json" in message
+    assert "1. --deepspeed zero3" in message
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
