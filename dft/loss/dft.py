@@ -82,19 +82,16 @@ def dft_loss(
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     log_probs = F.log_softmax(rows, dim=-1)
     nll = F.nll_loss(log_probs, targets, reduction="none")  # (tokens,)
-    p_correct = torch.exp(-nll.detach())
     with torch.no_grad():
-        entropy = torch.special.entr(log_probs.exp()).sum(-1)
+        tokens = _token_rows(rows, log_probs, nll, objective, _base_logp(base_logp, keep, objective))
         correct = rows.argmax(-1) == targets
-        others = (_largest(rows, objective), _base_logp(base_logp, keep, objective))
-        weight = objective.weight(TokenRows(nll.detach(), p_correct, entropy, *others))
-        weight = times(apply_floor(weight, min_weight), loss_weight)
-    total, kl = (weight * nll).sum(), torch.zeros_like(p_correct)
+        weight = times(apply_floor(objective.weight(tokens), min_weight), loss_weight)
+    total, kl = (weight * nll).sum(), torch.zeros_like(tokens.nll)
     if base_logits is not None:
         kl = _kl(log_probs, base_logits.detach()[:, : keep.shape[1]][keep])
         total = total + objective.kl_weight * times(kl, loss_weight).sum()
-    stats = TokenStats(nll.detach(), p_correct, weight, correct, entropy, targets, kl.detach(), loss_weight)
-    return total / normalizer(num_items, targets), stats
+    stats = (tokens.nll, tokens.p_correct, weight, correct, tokens.entropy, targets, kl.detach(), loss_weight)
+    return total / normalizer(num_items, targets), TokenStats(*stats)
 
 
 def _check_shapes(logits: Tensor, labels: Tensor, **values: Tensor | None) -> None:
@@ -138,9 +135,19 @@ def concatenate(parts: Sequence[TokenStats]) -> TokenStats:
     return TokenStats(*columns)._replace(loss_weight=torch.cat(weights) if weights else None)
 
 
-def _largest(rows: Tensor, objective: Objective) -> Tensor | None:
-    """Return the largest logits of each row that the objective uses, (tokens, largest), or None for none."""
-    return rows.topk(min(objective.largest, rows.shape[-1])).values if objective.largest else None
+def _token_rows(
+    rows: Tensor, log_probs: Tensor, nll: Tensor, objective: Objective, base_logp: Tensor | None
+) -> TokenRows:
+    """Return what an objective computes weights from, given (tokens, vocab) logits and log-probabilities."""
+    probs = log_probs.exp()
+    return TokenRows(
+        nll=nll.detach(),
+        p_correct=torch.exp(-nll.detach()),
+        entropy=torch.special.entr(probs).sum(-1),
+        top_logits=rows.topk(min(objective.largest, rows.shape[-1])).values if objective.largest else None,
+        base_logp=base_logp,
+        collision=probs.square().sum(-1) if objective.needs_collision else None,
+    )
 
 
 def _kl(log_probs: Tensor, base_rows: Tensor) -> Tensor:

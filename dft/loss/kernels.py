@@ -62,12 +62,14 @@ def score_rows(
     kl = torch.zeros_like(nll)
     kept = _Kept(*(tile.new_empty(rows if affine is None else 0) for _ in _Kept._fields))
     correct = torch.empty(rows, dtype=torch.bool, device=tile.device)
-    outputs = (nll, p_correct, weight, correct, entropy, kl, *kept)
+    collision = tile.new_empty(rows if options.objective.needs_collision else 0)
+    outputs = (nll, p_correct, weight, correct, entropy, kl, collision, *kept)
     chunk, maxima = _chunk_maxima(tile, options)
     _launch_rows(tile, base, targets, options, outputs, affine, row_scale, gradient, chunk, maxima)
     if affine is None:
         largest = _largest(tile, options, chunk, maxima)
-        statistics = TokenRows(nll, p_correct, entropy, largest, weights.base_logp)
+        squares = collision if options.objective.needs_collision else None
+        statistics = TokenRows(nll, p_correct, entropy, largest, weights.base_logp, squares)
         weight = weights.apply(options.objective.weight(statistics))
         if row_scale is not None and gradient is not None:
             scale = row_scale * options.scale
@@ -118,6 +120,7 @@ def _launch_rows(
             SOFTCAP=options.softcap is not None,
             BASE=base is not None,
             CHUNK=chunk,
+            COLLISION=options.objective.needs_collision,
             GRADIENT=with_gradient,
             KEEP=affine is None,
             BLOCK=_block(vocab),

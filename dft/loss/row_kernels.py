@@ -48,7 +48,7 @@ def _base_sums(y, e, shifted, base_top, base_total, crossed, total, moved, resca
 @triton.jit
 def _row_sums(
     tile, base, maxima_out, vocab, scale, softcap, SOFTCAP: tl.constexpr, BASE: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, COLLISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return what the statistics of a row are computed from, and write the largest logit of each chunk."""
     offsets = tl.arange(0, BLOCK)
@@ -57,6 +57,7 @@ def _row_sums(
     best = tl.full((), 0, tl.int64)
     total = 0.0
     weighted = 0.0
+    squares = 0.0  # the sum of e * e
     # The same of the base model, and the sum of e * ((z - top) - (y - base_top)).
     base_top = float("-inf")
     base_total = 0.0
@@ -81,15 +82,18 @@ def _row_sums(
             )
         weighted = (weighted + total * moved) * rescale + tl.sum(tl.where(e == 0, 0.0, e * (z - shift)), 0)
         total = total * rescale + tl.sum(e, 0)
-    return top, best, total, weighted, base_top, base_total, crossed
+        if COLLISION:
+            squares = squares * rescale * rescale + tl.sum(e * e, 0)
+    return top, best, total, weighted, squares, base_top, base_total, crossed
 
 
 @triton.jit
 def row_statistics(
     tile, base, gradient, targets, row_scale, nll_out, p_out, weight_out, correct_out, entropy_out, kl_out,
-    top_out, total_out, base_top_out, gap_out, maxima_out, vocab, tile_stride, base_stride, gradient_stride,
-    maxima_stride, slope, level, kl_weight, scale, softcap, SOFTCAP: tl.constexpr, BASE: tl.constexpr,
-    CHUNK: tl.constexpr, GRADIENT: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
+    collision_out, top_out, total_out, base_top_out, gap_out, maxima_out, vocab, tile_stride, base_stride,
+    gradient_stride, maxima_stride, slope, level, kl_weight, scale, softcap, SOFTCAP: tl.constexpr,
+    BASE: tl.constexpr, CHUNK: tl.constexpr, COLLISION: tl.constexpr, GRADIENT: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     tile += row * tile_stride
@@ -100,8 +104,8 @@ def row_statistics(
     # Read before the reductions: their barriers guarantee that all warps have read it before one of them
     # overwrites the tile with the gradient.
     z_target = _target_logit(tile, target, vocab, scale, softcap, SOFTCAP)
-    top, best, total, weighted, base_top, base_total, crossed = _row_sums(
-        tile, base, maxima_out, vocab, scale, softcap, SOFTCAP, BASE, CHUNK, BLOCK
+    top, best, total, weighted, squares, base_top, base_total, crossed = _row_sums(
+        tile, base, maxima_out, vocab, scale, softcap, SOFTCAP, BASE, CHUNK, COLLISION, BLOCK
     )
     log_total = tl.log(total)
     nll = (top - z_target) + log_total
@@ -118,6 +122,8 @@ def row_statistics(
     tl.store(weight_out + row, weight)
     tl.store(correct_out + row, best == target)
     tl.store(entropy_out + row, log_total - weighted / total)
+    if COLLISION:
+        tl.store(collision_out + row, squares / (total * total))
     if KEEP:
         tl.store(top_out + row, top)
         tl.store(total_out + row, total)

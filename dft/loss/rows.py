@@ -128,7 +128,10 @@ class _Rows:
         p_correct = torch.exp(-nll)
         entropy = self.log_total - _expectation(self.softmax, tile, self.spare)
         largest = largest_values(tile, objective.largest) if objective.largest else None
-        statistics = TokenRows(nll, p_correct, entropy, largest, weights.base_logp)
+        collision = (
+            torch.linalg.vector_norm(self.softmax, dim=1).square() if objective.needs_collision else None
+        )
+        statistics = TokenRows(nll, p_correct, entropy, largest, weights.base_logp, collision)
         weight = weights.apply(objective.weight(statistics))
         kl = torch.zeros_like(nll) if base is None else self._divergence(base)
         stats = TokenStats(nll, p_correct, weight, self.correct, entropy, self.targets, kl, weights.loss)

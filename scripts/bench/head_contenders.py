@@ -131,7 +131,8 @@ def ours_with(name: str) -> "Contender":
 
     def contender(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         base = BaseHead(hidden.detach(), weight.detach()) if objective.kl_weight else None
-        loss, _ = linear_dft_loss(hidden, weight, labels, objective=objective, base=base)
+        scores = torch.full(labels.shape, -3.0, device=labels.device) if objective.needs_base_logp else None
+        loss, _ = linear_dft_loss(hidden, weight, labels, objective=objective, base=base, base_logp=scores)
         loss.backward()
         return loss
 

@@ -210,11 +210,12 @@ def test_every_objective_matches_float64(monkeypatch, dtype, shape, floored, wei
     anchored = objective.kl_weight > 0
     other_hidden, other_weight, other_bias, _ = (tensor.detach() for tensor in case(dtype, seed=1))
     how = {"objective": objective, "num_items": 50}
+    scores = -3.0 - labels % 3 if objective.needs_base_logp else None
     floors = 0.4 * (labels % 3 == 0).float() if floored else None
     factors = 0.25 * (1 + labels % 4) if weighted else None
     loss, stats = linear_dft_loss(
         hidden, weight, labels, bias=bias, logit_scale=shape[0], logit_softcap=shape[1], min_weight=floors,
-        loss_weight=factors,
+        loss_weight=factors, base_logp=scores,
         base=BaseHead(other_hidden, other_weight, other_bias) if anchored else None, **how,
     )  # fmt: skip
     exact = [tensor.detach().double().cpu().requires_grad_() for tensor in (hidden, weight, bias)]
@@ -225,9 +226,10 @@ def test_every_objective_matches_float64(monkeypatch, dtype, shape, floored, wei
     expected, expected_stats = dft_loss(
         shaped[0], labels.cpu(), base_logits=shaped[1] if anchored else None,
         min_weight=None if floors is None else floors.cpu(),
+        base_logp=None if scores is None else scores.cpu(),
         loss_weight=None if factors is None else factors.cpu(), **how,
     )  # fmt: skip
-    if objective.name != "threshold":  # rounding may move a p across the threshold
+    if objective.name not in ("threshold", "psft"):  # rounding may move a p across the threshold
         torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(stats.weight.double().cpu(), expected_stats.weight, rtol=2e-3, atol=2e-4)
     torch.testing.assert_close(stats.kl.double().cpu(), expected_stats.kl, rtol=1e-3, atol=1e-3)
@@ -239,10 +241,10 @@ def test_every_objective_matches_float64(monkeypatch, dtype, shape, floored, wei
             assert relative_error(actual, reference) < 2 * DTYPES[dtype]
 
 
-@pytest.mark.parametrize("name", ["asft", "eaft"])
+@pytest.mark.parametrize("name", ["asft", "eaft", "deft"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_blocks_of_logits_match_float64(dtype, name):
-    """The largest logits are selected from chunks, and a base model is read beside the model."""
+    """The largest logits are selected from chunks, squares summed, and a base model is read as well."""
     hidden, weight, _, labels = case(dtype, vocab=9001)
     other_hidden, other_weight, _, _ = (tensor.detach() for tensor in case(dtype, vocab=9001, seed=1))
     objective = make_objective(name)
@@ -259,7 +261,7 @@ def test_several_blocks_of_logits_match_float64(dtype, name):
         assert relative_error(actual, reference) < 2 * DTYPES[dtype]
 
 
-@pytest.mark.parametrize("name", ["power", "eaft", "chord", "asft"])
+@pytest.mark.parametrize("name", ["power", "eaft", "chord", "asft", "deft", "infosft", "psft"])
 def test_no_objective_synchronizes_with_the_device(name):
     hidden, weight, _, labels = case(torch.bfloat16)
     how = {
@@ -267,6 +269,7 @@ def test_no_objective_synchronizes_with_the_device(name):
         "objective": make_objective(name), "min_weight": torch.zeros(labels.shape, device="cuda"),
         "loss_weight": torch.ones(labels.shape, device="cuda"),
         "base": BaseHead(hidden.detach(), weight.detach()) if name == "asft" else None,
+        "base_logp": torch.full(labels.shape, -3.0, device="cuda"),
     }  # fmt: skip
     linear_dft_loss(hidden, weight, labels, **how)[0].backward()  # compiles the kernels
     torch.cuda.synchronize()

@@ -197,8 +197,8 @@ cases = [
         row_statistics,
         {**kinds, "gradient": kind},
         {
-            "SOFTCAP": softcap, "BASE": base, "CHUNK": chunk, "GRADIENT": gradient, "KEEP": not gradient,
-            "BLOCK": 4096,
+            "SOFTCAP": softcap, "BASE": base, "CHUNK": chunk, "COLLISION": not gradient, "GRADIENT": gradient,
+            "KEEP": not gradient, "BLOCK": 4096,
         },
     )
     for kind, softcap, base, chunk, gradient in [

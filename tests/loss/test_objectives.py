@@ -13,7 +13,7 @@ from dft.loss import rows, tiles
 from dft.loss.head import inspect_head, run_base_model
 from dft.loss.objectives import OBJECTIVES, floored_potential
 from dft.loss.options import BaseHead, LossOptions
-from dft.loss.rows import NO_WEIGHTS, RowOptions, RowWeights, score_rows_torch
+from dft.loss.rows import NO_WEIGHTS, LogitTransform, RowOptions, RowWeights, score_rows_torch
 from dft.loss.schedule import AlphaSchedule, alpha_of, check_schedule, scheduled
 
 WIDTH, VOCAB = 16, 61
@@ -25,7 +25,8 @@ class Case:
     """An objective with the formulas of its weight and potential for one token.
 
     Attributes:
-        weight: function of (distribution, p) for the token's distribution and probability.
+        weight: function of (distribution, p), and of the base model's p if the objective uses it, for the
+            token's distribution and probability.
         potential: function of p; None if the weight is not a function of p.
     """
 
@@ -38,6 +39,17 @@ def top_entropy(distribution: Tensor) -> float:
     top = sorted(distribution.tolist(), reverse=True)[:20]
     top = [p / sum(top) for p in top]
     return -sum(p * math.log(p) for p in top) / math.log(20)
+
+
+def logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def infosft_potential(p: float, p_max: float, points: int = 100_000) -> float:
+    """Return the integral of w over nll, which is that of w / p over p, by the midpoint rule."""
+    step = max(0.0, p_max - p) / points
+    middles = p + step * (torch.arange(points, dtype=torch.float64) + 0.5)
+    return step * (1 - torch.logit(middles) / logit(p_max)).sum().item()
 
 
 def make_case(name: str, weight, potential=None, **parameters) -> Case:
@@ -58,6 +70,21 @@ CASES = [
         "asft", lambda q, p: 0.5 * (p + 1), lambda p: (1 - p - math.log(p)) / 2, alpha=0.5, kl_weight=2.0
     ),
     make_case("chord", lambda q, p: p * (1 - p), lambda p: (1 - p) ** 2 / 2),
+    make_case(
+        "infosft", lambda q, p: p * max(0, 1 - logit(p) / logit(0.93)), lambda p: infosft_potential(p, 0.93)
+    ),
+    make_case(
+        "infosft", lambda q, p: p * max(0, 1 - logit(p) / logit(0.6)), lambda p: infosft_potential(p, 0.6),
+        p_max=0.6,
+    ),
+    make_case("luffy", lambda q, p: 0.1 * p / (p + 0.1) ** 2, lambda p: 1 / 1.1 - p / (p + 0.1)),
+    make_case(
+        "talr", lambda q, p: max(p, 0.01), lambda p: 1 - max(p, 0.01) + 0.01 * max(math.log(0.01 / p), 0)
+    ),
+    make_case("talr", lambda q, p: p**0.5, lambda p: 2 * (1 - p**0.5), tau=2.0, floor=0.0),
+    make_case("deft", lambda q, p: p ** (q * q).sum().item()),
+    make_case("iw_sft", lambda q, p, b: min(max(p / b, 0.2), 1.8)),
+    make_case("psft", lambda q, p, b: p / b if p / b <= 1.28 else 0),
 ]  # fmt: skip
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.objective.title)
 
@@ -85,9 +112,23 @@ def batch(dtype=torch.float64, seed=0):
     return trained, base, labels, floors, torch.tensor([1.0, 0.3, 2.5])[labels % 3]
 
 
+def base_scores(case: Case, logits: Tensor, labels: Tensor) -> Tensor | None:
+    """Return log-probabilities of the labels under a base model, on both sides of every bound of the ratio.
+
+    Args:
+        logits: (batch, seq, vocab) of the trained model.
+    """
+    if not case.objective.needs_base_logp:
+        return None
+    targets = labels[:, 1:, None].clamp(min=0)
+    logp = torch.log_softmax(logits.detach().double(), -1)[:, :-1].gather(2, targets).squeeze(2)
+    change = torch.tensor([0.0, 0.5, -0.15, -1.0, 2.0], dtype=torch.float64)[targets.squeeze(2) % 5]
+    return torch.nn.functional.pad((logp + change).clamp(max=0), (1, 0))
+
+
 def by_formula(
-    case: Case, logits: Tensor, base: Tensor, labels: Tensor, floors: Tensor | None, factors: Tensor | None,
-    total: float,
+    case: Case, logits: Tensor, base: Tensor, base_logp: Tensor | None, labels: Tensor, floors: Tensor | None,
+    factors: Tensor | None, total: float,
 ):  # fmt: skip
     """Compute (loss, gradient on the logits) token by token from the formulas.
 
@@ -99,7 +140,8 @@ def by_formula(
         target = labels[row, column + 1]
         distribution = torch.softmax(logits[row, column], -1)
         p = distribution[target].item()
-        weight = case.weight(distribution, p)
+        scores = [] if base_logp is None else [base_logp[row, column + 1].exp().item()]
+        weight = case.weight(distribution, p, *scores)
         if floors is not None:
             weight = max(weight, floors[row, column + 1].item())
         factor = 1.0 if factors is None else factors[row, column + 1].item()
@@ -122,13 +164,14 @@ def test_loss_and_gradient_match_the_formulas(case, floored, weighted):
     (hidden, weight, bias), base, labels, floors, factors = batch()
     logits = (hidden @ weight.t() + bias).detach().requires_grad_()
     base_logits = base.hidden @ base.weight.t() + base.bias
+    scores = base_scores(case, logits, labels)
     floors, factors = floors if floored else None, factors if weighted else None
     loss, stats = dft_loss(
         logits, labels, objective=case.objective, num_items=40, min_weight=floors, loss_weight=factors,
-        base_logits=base_logits if case.objective.kl_weight else None,
+        base_logits=base_logits if case.objective.kl_weight else None, base_logp=scores,
     )  # fmt: skip
     loss.backward()
-    expected, gradient = by_formula(case, logits, base_logits, labels, floors, factors, 40)
+    expected, gradient = by_formula(case, logits, base_logits, scores, labels, floors, factors, 40)
     assert loss.item() == pytest.approx(expected, rel=1e-10)
     torch.testing.assert_close(logits.grad, gradient, rtol=1e-9, atol=1e-12)
     assert (stats.kl.sum() > 0) == (case.objective.kl_weight > 0)
@@ -142,18 +185,24 @@ def test_the_fused_head_matches_the_logits(monkeypatch, case, dtype, close, shap
     monkeypatch.setattr(rows, "CACHED_BYTES", 4 * VOCAB * 3)
     trained, base, labels, floors, factors = batch(dtype)
     anchored = case.objective.kl_weight > 0
-    how = {"objective": case.objective, "min_weight": floors, "loss_weight": factors, "num_items": 40.0}
-    loss, stats = linear_dft_loss(
-        trained[0], trained[1], labels, bias=trained[2], logit_scale=shape[0], logit_softcap=shape[1],
-        base=base if anchored else None, **how,
-    )  # fmt: skip
-    loss.backward()
 
     def shaped(hidden, weight, bias):
         logits = shape[0] * (hidden @ weight.t() + bias)
         return logits if shape[1] is None else shape[1] * torch.tanh(logits / shape[1])
 
     exact = [tensor.detach().double().requires_grad_() for tensor in trained]
+    how = {
+        "objective": case.objective,
+        "min_weight": floors,
+        "loss_weight": factors,
+        "num_items": 40.0,
+        "base_logp": base_scores(case, shaped(*exact), labels),
+    }
+    loss, stats = linear_dft_loss(
+        trained[0], trained[1], labels, bias=trained[2], logit_scale=shape[0], logit_softcap=shape[1],
+        base=base if anchored else None, **how,
+    )  # fmt: skip
+    loss.backward()
     base_logits = shaped(*(tensor.double() for tensor in base)) if anchored else None
     expected, expected_stats = dft_loss(shaped(*exact), labels, base_logits=base_logits, **how)
     expected.backward()
@@ -179,7 +228,10 @@ def test_the_kernel_matches_plain_torch(monkeypatch, case, shape, floored, weigh
     tile = 3 * torch.randn(7, VOCAB, generator=generator)
     targets = torch.randint(VOCAB, (7,), generator=generator)
     floors = 0.4 * (targets % 2 == 0).float() if floored else None
-    weights = RowWeights(floors, 0.5 + targets % 3 if weighted else None)
+    logits = LogitTransform(*shape)(tile.double())
+    scores = base_scores(case, logits[:, None].expand(-1, 2, -1), targets[:, None].expand(-1, 2))
+    scores = None if scores is None else scores[:, 1]
+    weights = RowWeights(floors, 0.5 + targets % 3 if weighted else None, scores)
     row_scale, options = torch.tensor(0.37), RowOptions(case.objective, *shape)
     base = 3 * torch.randn(7, VOCAB, generator=generator) + 9 if case.objective.kl_weight else None
     expected, gradient = score_rows_torch(
@@ -203,7 +255,12 @@ def test_data_weights_multiply_what_a_token_adds_to_the_loss(case, fused):
 
     def gradients(labels, factors):
         inputs = [tensor.detach().clone().requires_grad_() for tensor in (hidden, weight, bias)]
-        how = {"objective": case.objective, "num_items": 40, "loss_weight": factors}
+        how = {
+            "objective": case.objective,
+            "num_items": 40,
+            "loss_weight": factors,
+            "base_logp": base_scores(case, inputs[0] @ inputs[1].t() + inputs[2], labels),
+        }
         if fused:
             loss, _ = linear_dft_loss(inputs[0], inputs[1], labels, bias=inputs[2], base=base, **how)
         else:
@@ -222,6 +279,58 @@ def test_data_weights_multiply_what_a_token_adds_to_the_loss(case, fused):
     rest = gradients(of_others, None)
     for value, full, half in zip(mixed, without, rest, strict=True):
         torch.testing.assert_close(value, full + 0.5 * half, rtol=1e-12, atol=1e-14)
+
+
+def infosft_as_published(logp: Tensor, probs: Tensor, base_logp: Tensor) -> Tensor:
+    """Training code of arXiv 2605.14967, with its P of 0.93."""
+    ratio = (logp - (1 - logp.exp()).log()) / math.log(0.93 / 0.07)
+    return -(logp.exp() * torch.relu(1 - ratio)).detach() * logp
+
+
+def deft_as_published(logp: Tensor, probs: Tensor, base_logp: Tensor) -> Tensor:
+    """The deformed logarithm of arXiv 2602.11424 with the collision probability as its exponent."""
+    alpha = probs.square().sum(-1).detach()
+    return (1 - torch.exp(alpha * logp)) / alpha
+
+
+def psft_as_published(logp: Tensor, probs: Tensor, base_logp: Tensor) -> Tensor:
+    """The clipped surrogate of arXiv 2508.17784, an advantage of 1, and the bounds of its training script."""
+    ratio = torch.exp(logp - base_logp)
+    return -torch.minimum(ratio, ratio.clamp(1 - 0.2, 1 + 0.28))
+
+
+PUBLISHED = {
+    "dft": lambda logp, probs, base_logp: -logp.exp().detach() * logp,
+    "sft": lambda logp, probs, base_logp: -logp,
+    "power": lambda logp, probs, base_logp: (1 - logp.exp() ** 0.5) / 0.5,
+    "threshold": lambda logp, probs, base_logp: -logp * (logp.exp() >= 0.1),
+    "talr": lambda logp, probs, base_logp: -logp.exp().detach().clamp(min=0.01) * logp,
+    "infosft": infosft_as_published,
+    "luffy": lambda logp, probs, base_logp: -logp.exp() / (logp.exp() + 0.1),
+    "deft": deft_as_published,
+    "iw_sft": lambda logp, probs, base_logp: -torch.exp(logp - base_logp).clamp(0.2, 1.8).detach() * logp,
+    "psft": psft_as_published,
+}
+"""Losses per token as their papers or the code of their authors write them."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_gradients_are_those_of_the_published_loss(name):
+    """By autograd through all logits; deterministic inputs in float64."""
+    case = next(case for case in CASES if case.objective.name == name)
+    (hidden, weight, bias), _, labels, _, _ = batch()
+    scores = base_scores(case, hidden @ weight.t() + bias, labels)
+    loss, _ = linear_dft_loss(
+        hidden, weight, labels, bias=bias, objective=case.objective, num_items=40, base_logp=scores
+    )
+    actual = torch.autograd.grad(loss, (hidden, weight, bias))
+    keep = labels[:, 1:] != -100
+    log_probs = torch.log_softmax((hidden @ weight.t() + bias)[:, :-1][keep], -1)
+    logp = log_probs.gather(1, labels[:, 1:][keep][:, None]).squeeze(1)
+    published = PUBLISHED[name](logp, log_probs.exp(), None if scores is None else scores[:, 1:][keep])
+    expected = torch.autograd.grad(published.sum() / 40, (hidden, weight, bias))
+    for gradient, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("largest", [1.0, 50.0, 1e5])
@@ -287,6 +396,17 @@ def test_incompatible_arguments_raise():
         linear_dft_loss(hidden, weight, labels, alpha=0.5, objective=make_objective("sft"))
     with pytest.raises(ValueError, match="needs the logits or hidden states of a base model"):
         linear_dft_loss(hidden, weight, labels, objective=make_objective("asft"))
+    for name in ("iw_sft", "psft"):
+        for score in (
+            lambda **how: linear_dft_loss(hidden, weight, labels, **how),
+            lambda **how: dft_loss(hidden @ weight.t(), labels, **how),
+        ):
+            with pytest.raises(
+                ValueError, match="needs base_logp, the log-probabilities of the targets under"
+            ):
+                score(objective=make_objective(name))
+            with pytest.raises(ValueError, match=r"base_logp must be \(batch, seq\) like the labels"):
+                score(objective=make_objective(name), base_logp=floors[:, 1:])
     with pytest.raises(ValueError, match="does not use a base model"):
         linear_dft_loss(hidden, weight, labels, base=base)
     wrong = base._replace(weight=base.weight[1:])

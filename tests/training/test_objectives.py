@@ -48,12 +48,28 @@ def perturbed() -> torch.nn.Module:
     return model
 
 
+def with_scores(rows: list[dict]) -> list[dict]:
+    """Return the sequences with the log-probabilities of `perturbed`."""
+    scores = iter(
+        [math.log(distribution[target]) for distribution, target in distributions(perturbed(), rows)]
+    )
+    return [
+        {
+            **row,
+            "base_logp": [math.nan, *(math.nan if t == -100 else next(scores) for t in row["labels"][1:])],
+        }
+        for row in rows
+    ]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.objective.title)
 @pytest.mark.parametrize("fused", ["on", "off"])
 @pytest.mark.parametrize("floor", [0.0, 0.5])
 def test_metrics_match_the_formulas_of_the_objective(tmp_path, case, fused, floor):
     rows, kl_weight = with_end_token(9), case.objective.kl_weight
     base = perturbed() if kl_weight else None
+    if case.objective.needs_base_logp:
+        rows = with_scores(rows)
     run = trainer(
         tmp_path, rows, objective=case.objective, fused_head=fused, end_of_turn_weight=floor, base_model=base
     )
@@ -62,7 +78,8 @@ def test_metrics_match_the_formulas_of_the_objective(tmp_path, case, fused, floo
     weights, losses, kls = [], [], []
     for (distribution, target), (other, _) in zip(tokens, others, strict=True):
         p = distribution[target].item()
-        weight = case.weight(distribution, p)
+        scores = [other[target].item()] if case.objective.needs_base_logp else []
+        weight = case.weight(distribution, p, *scores)
         weights.append(max(weight, floor) if target == END else weight)
         losses.append(-weights[-1] * math.log(p))
         kls.append((distribution * (distribution / other).log()).sum().item() if kl_weight else 0.0)

@@ -21,6 +21,8 @@ class TokenRows(NamedTuple):
             objective's `largest`; None where that is 0.
         base_logp: (tokens,) log-probability of the target under the untrained model, in nats; None unless
             the objective `needs_base_logp`.
+        collision: (tokens,) sum of the squares of the model's probabilities, between 1 / vocab and 1; None
+            unless the objective `needs_collision`.
     """
 
     nll: Tensor
@@ -28,6 +30,7 @@ class TokenRows(NamedTuple):
     entropy: Tensor
     top_logits: Tensor | None = None
     base_logp: Tensor | None = None
+    collision: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class Objective:
         name: name on the command line.
         largest: number of largest logits of each row that `weight` uses.
         kl_weight: factor on the KL divergence from a base model; 0 if the objective needs no base model.
+        needs_collision: whether `weight` uses the sum of the squares of the probabilities.
         needs_base_logp: whether `weight` uses the untrained model's log-probabilities (`--base_scores`).
     """
 
     name: ClassVar[str]
     largest: ClassVar[int] = 0
     kl_weight: ClassVar[float] = 0.0
+    needs_collision: ClassVar[bool] = False
     needs_base_logp: ClassVar[bool] = False
 
     def weight(self, rows: TokenRows) -> Tensor:

@@ -29,3 +29,24 @@ class Eaft(Objective):
 
     def formula(self) -> str:
         return "entropy of the top 20 tokens / ln 20"
+
+
+@dataclass(frozen=True)
+class Deft(Objective):
+    """Dynamic Entropy Fine-Tuning (arXiv 2602.11424): w = p^c, c the sum of the squares of all probabilities.
+
+    c is the probability that two samples of the distribution are equal (exp of minus the Renyi-2 entropy):
+    where the model is undecided, c is near 0 and the token is trained as with SFT; where it is confident, c
+    is near 1 and the token is trained as with DFT, so that targets that contradict a confident model get a
+    small weight. It has no parameters.
+    """
+
+    name: ClassVar[str] = "deft"
+    needs_collision: ClassVar[bool] = True
+
+    def weight(self, rows: TokenRows) -> Tensor:
+        assert rows.collision is not None
+        return torch.exp(-rows.collision * rows.nll)
+
+    def formula(self) -> str:
+        return "p ** c, where c is the sum of the squares of all probabilities"

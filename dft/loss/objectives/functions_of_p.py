@@ -132,3 +132,96 @@ class Chord(Objective):
 
     def formula(self) -> str:
         return "p * (1 - p)"
+
+
+@dataclass(frozen=True)
+class InfoSft(Objective):
+    """InfoSFT (arXiv 2605.14967): w = p * max(0, 1 - logit(p) / logit(p_max)), logit(p) = log(p / (1 - p)).
+
+    Up to the factor logit(p_max) this is p * (C - logit(p)) with C = logit(p_max), without the negative part,
+    as in the code of its authors. The weight is largest for tokens of medium probability, and 0 for tokens
+    that the model already gives a probability above p_max. The default is that of the authors.
+    """
+
+    name: ClassVar[str] = "infosft"
+    p_max: float = 0.93
+
+    def __post_init__(self) -> None:
+        check_range("p_max", self.p_max, 0.51, 0.9999)
+
+    @property
+    def _largest_logit(self) -> float:
+        return math.log(self.p_max / (1 - self.p_max))
+
+    def weight(self, rows: TokenRows) -> Tensor:
+        nll = rows.nll.clamp(max=torch.finfo(rows.nll.dtype).max)  # 0 * inf would be NaN
+        logit = -nll - torch.log(-torch.expm1(-nll))
+        return torch.exp(-nll) * (1 - logit / self._largest_logit).clamp(min=0)
+
+    def potential(self, nll: Tensor) -> Tensor:
+        # The integral of logit(u) is minus the binary entropy of u.
+        p, q = torch.exp(-nll), -torch.expm1(-nll)
+        entropy = torch.special.entr(p) + torch.special.entr(q)
+        largest_entropy = -self.p_max * math.log(self.p_max) - (1 - self.p_max) * math.log(1 - self.p_max)
+        potential = self.p_max - p + (largest_entropy - entropy) / self._largest_logit
+        return torch.where(p >= self.p_max, 0.0, potential)
+
+    def formula(self) -> str:
+        return "p * max(0, 1 - logit(p) / logit(p_max))"
+
+
+@dataclass(frozen=True)
+class Talr(Objective):
+    """Token-Adaptive Loss Reweighting (arXiv 2509.20758): w = max(p^(1 / tau), floor).
+
+    A temperature tau below 1 suppresses unlikely tokens more than DFT does, and one above 1 less; the floor
+    keeps every token in training. The paper takes tau from the losses of each batch, so that the weight of a
+    token depends on the tokens beside it. Here tau is a number, so that it does not: for the same effect set
+    it to the median nll of the sequences, or to the logged `nll`.
+    """
+
+    name: ClassVar[str] = "talr"
+    tau: float = 1.0
+    floor: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_range("tau", self.tau, 0.01, 1000)
+        check_range("floor", self.floor, 0, 1)
+
+    def weight(self, rows: TokenRows) -> Tensor:
+        return torch.exp(-rows.nll / self.tau).clamp(min=self.floor)
+
+    def potential(self, nll: Tensor) -> Tensor:
+        start = self.tau * -math.log(self.floor) if self.floor else math.inf
+        above = self.tau * -torch.expm1(-nll.clamp(max=start) / self.tau)
+        return above + (self.floor * (nll - start).clamp(min=0) if self.floor else 0)
+
+    def formula(self) -> str:
+        return "max(p ** (1 / tau), floor)"
+
+
+@dataclass(frozen=True)
+class Luffy(Objective):
+    """The policy shaping of LUFFY (arXiv 2504.14945): w = gamma * p / (p + gamma)^2.
+
+    It maximizes p / (p + gamma). The weight is largest, 1/4, at p = gamma: for tokens that the model
+    considers unlikely, but not impossible. This is what LUFFY applies to the tokens of demonstrations, at an
+    advantage of 1 and without its reinforcement learning. The default is that of its authors. Gradients are
+    at most a quarter of SFT's, so use a larger learning rate.
+    """
+
+    name: ClassVar[str] = "luffy"
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_range("gamma", self.gamma, 0.0001, 100)
+
+    def weight(self, rows: TokenRows) -> Tensor:
+        return self.gamma * rows.p_correct / (rows.p_correct + self.gamma).square()
+
+    def potential(self, nll: Tensor) -> Tensor:
+        scale = self.gamma / (1 + self.gamma)
+        return scale * -torch.expm1(-nll) / (torch.exp(-nll) + self.gamma)
+
+    def formula(self) -> str:
+        return "gamma * p / (p + gamma) ** 2"

@@ -4,12 +4,27 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 
 from dft.loss.objectives.base import Objective
-from dft.loss.objectives.functions_of_distribution import Eaft
-from dft.loss.objectives.functions_of_p import Chord, Dft, Power, Sft, Threshold
-from dft.loss.objectives.with_base import Asft
+from dft.loss.objectives.functions_of_distribution import Deft, Eaft
+from dft.loss.objectives.functions_of_p import Chord, Dft, InfoSft, Luffy, Power, Sft, Talr, Threshold
+from dft.loss.objectives.with_base import Asft, IwSft, Psft
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    objective.name: objective for objective in (Dft, Sft, Power, Threshold, Eaft, Asft, Chord)
+    objective.name: objective
+    for objective in (
+        Dft,
+        Sft,
+        Power,
+        Threshold,
+        Talr,
+        Chord,
+        InfoSft,
+        Luffy,
+        Eaft,
+        Deft,
+        Asft,
+        IwSft,
+        Psft,
+    )
 }
 """All objectives by name, in the order in which they are listed to users."""
 
