@@ -1,8 +1,8 @@
-"""Write docs/flags.md from the dataclasses of flags in dft/arguments.
+"""Write docs/flags.md and docs/transformers_flags.md from the dataclasses and tables of dft/arguments.
 
     python scripts/make_flags_page.py
 
-tests/arguments/test_flags_page.py fails if the page is not current.
+tests/arguments/test_flags_page.py fails if the pages are not current.
 """
 
 import argparse
@@ -15,11 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import transformers
 
+from dft.arguments.inherited import TREATMENTS
 from dft.arguments.parser import GROUPS, Parser
 from dft.arguments.training import TrainingArguments
 from dft.bounds import Bounds, declared_bounds
 
 PAGE = Path(__file__).parent.parent / "docs" / "flags.md"
+INHERITED_PAGE = PAGE.with_name("transformers_flags.md")
 DEFAULTS_OF_THE_MACHINE = {
     "preprocessing_num_workers": "number of cores, at most 8",
     "data_cache_dir": "`~/.cache/dft`",
@@ -37,7 +39,23 @@ TRAINING = """
 All flags of
 [transformers.TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer), such as
 `--learning_rate` and `--num_train_epochs`, can be used as well. This table lists only those that have another
-default or meaning here, or that transformers does not have.
+default or meaning here, or that transformers does not have. [transformers_flags.md](transformers_flags.md)
+says of each flag of transformers what is done with it.
+"""
+INHERITED_HEAD = """# Flags of transformers
+
+<!-- Written by scripts/make_flags_page.py from dft/arguments/inherited.py. Do not edit. -->
+
+What this trainer does with every field of `transformers.TrainingArguments` of the pinned version.
+`tests/arguments/test_inherited.py` fails if a field has no row, and tests what the rows say.
+
+- *handled here*: it has another default, meaning or implementation, or its values are checked.
+- *passed on*: transformers, accelerate, torch or a tracker implements it. It has no part in the loss.
+- *refused*: another value than the default is one error.
+- *no effect*: nothing in a run of train_dft.py uses it, which a note says if it is set.
+
+| flag | what is done | how, or why |
+|---|---|---|
 """
 COLUMNS = """
 | flag | values | default | meaning |
@@ -47,7 +65,17 @@ COLUMNS = """
 
 def main() -> None:
     PAGE.write_text(flags_page(), encoding="utf-8")
-    print(PAGE)
+    INHERITED_PAGE.write_text(inherited_page(), encoding="utf-8")
+    print(PAGE, INHERITED_PAGE)
+
+
+def inherited_page() -> str:
+    """Return the text of docs/transformers_flags.md."""
+    rows = "".join(
+        f"| `--{name}` | {inherited.treatment.value} | {inherited.text or '–'} |\n"
+        for name, inherited in TREATMENTS.items()
+    )
+    return INHERITED_HEAD + rows
 
 
 def flags_page() -> str:

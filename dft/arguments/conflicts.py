@@ -9,6 +9,7 @@ from transformers.utils import is_liger_kernel_available
 
 from dft.arguments.data import check_data_arguments
 from dft.arguments.deepspeed_file import zero_of
+from dft.arguments.inherited import check_inherited, unused_notes
 from dft.arguments.intervals import is_multiple
 from dft.arguments.lora import check_freeze, check_lora, check_not_adapters
 from dft.arguments.loss_settings import check_loss_settings
@@ -38,6 +39,7 @@ def check_arguments(arguments: Arguments) -> None:
     if arguments.data.prepare_only:
         return  # the other checks concern the training machine, which may be a different one
     training, planned_ranks = arguments.training, arguments.watch.plan_world_size
+    check_inherited(arguments.flags)
     check_objective(arguments.dft)
     check_objective_support(arguments)
     try:
@@ -253,7 +255,8 @@ def find_notes(arguments: Arguments) -> list[str]:
     """Return a note for each valid but potentially surprising combination of flags."""
     if arguments.data.prepare_only:
         return []
-    notes, dft, training, watch = [], arguments.dft, arguments.training, arguments.watch
+    dft, training, watch = arguments.dft, arguments.training, arguments.watch
+    notes = unused_notes(arguments.flags)
     if watch.preflight_samples != WatchArguments.preflight_samples and not watch.preflight:
         notes.append(f"--preflight_samples {watch.preflight_samples} has no effect without --preflight True")
     tokens = watch.generate_samples_max_tokens

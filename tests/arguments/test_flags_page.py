@@ -3,11 +3,16 @@
 import re
 
 from dft.arguments.parser import own_flags
-from scripts.make_flags_page import PAGE, flags_page
+from scripts.make_flags_page import INHERITED_PAGE, PAGE, flags_page, inherited_page
 
 
 def test_the_page_is_current():
     assert PAGE.read_text(encoding="utf-8") == flags_page(), "run python scripts/make_flags_page.py"
+
+
+def test_the_page_of_transformers_flags_is_current():
+    page = INHERITED_PAGE.read_text(encoding="utf-8")
+    assert page == inherited_page(), "run python scripts/make_flags_page.py"
 
 
 def test_every_flag_of_this_project_has_one_row():
