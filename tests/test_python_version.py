@@ -22,7 +22,7 @@ def test_pinned_requirements_support_the_oldest_python(pin):
     assert f"{OLDEST}.0" in SpecifierSet(supported or ""), f"{pin} needs Python {supported}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/training.md", "scripts/setup.sh"])
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/installation.md", "scripts/setup.sh"])
 def test_pages_and_set_up_name_the_oldest_python(page):
     assert set(re.findall(r"Python (3\.\d+) (?:or newer|或更新)", (ROOT / page).read_text())) == {OLDEST}
 

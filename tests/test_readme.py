@@ -34,6 +34,7 @@ FLAGS_OF_OTHER_PROGRAMS = {
     "--include_path", "--output_path", "--device",  # lm_eval
     "--tokenizer", "--merges",  # tests.data.templates.check_published
     "--enable_dft_loss", "--debug",  # ms-swift, axolotl
+    "--no-index", "--find-links", "--compile-bytecode", "--sdist", "--python",  # pip, uv, build
     "--minerva",  # of scripts/paper/prepare.py, which makes one flag per benchmark
 }  # fmt: skip
 
