@@ -23,8 +23,9 @@ more than one group the float32 sum is stored, and read and written once per gro
 `TILE_BYTES`."""
 HALF_SCALE = 2.0**14
 """Factor on the gradients of float16 rows. float16 underflows below 6e-8, where most gradients are, and
-overflows at 65,504. The gradients of a row sum to at most 2 before the division by N, so they are scaled up
-by this factor and divided by N afterwards in float32. Data weights above 1 reduce the factor."""
+overflows at 65,504. The gradients of a row are at most its weight before the division by N, and no objective
+has weights above 2, so they are scaled up by this factor and divided by N afterwards in float32. Data weights
+above 1 reduce the factor."""
 LARGEST_GAP = 64.0
 """Largest log-ratio (in nats) between model and base at a token for which the gradient of the KL divergence,
 which is proportional to it, still fits float16."""

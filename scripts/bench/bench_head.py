@@ -4,6 +4,7 @@
     python scripts/bench/bench_head.py --shapes 1024,0.5,896,151936 --dtypes float32 --rounds 5
     python scripts/bench/bench_head.py --curves    # this head against tokens and against the vocabulary
     python scripts/bench/bench_head.py --profile --contenders floor ours    # where the time goes
+    python scripts/bench/bench_head.py --cpu_time    # one thread's CPU time, for a machine with other work
 
 A shape is N tokens, the share of them that is supervised, hidden size D, vocabulary V. Contenders:
 
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,15 +63,19 @@ def available(device: str) -> list[str]:
     return [name for name in CONTENDERS if name not in missing]
 
 
-def run(contender: Contender, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float | None]:
+def run(
+    contender: Contender,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float | None]:
     """Return (seconds, loss) of one forward and backward."""
     hidden, weight, _ = inputs
     hidden.grad = weight.grad = None
     synchronize(hidden)
-    started = time.perf_counter()
+    started = clock()
     loss = contender(*inputs)
     synchronize(hidden)
-    return time.perf_counter() - started, None if loss is None else loss.item()
+    return clock() - started, None if loss is None else loss.item()
 
 
 def synchronize(tensor: Tensor) -> None:
@@ -117,9 +123,9 @@ def peak_in_subprocess(case: Case, name: str) -> float:
     return float(done.stdout)
 
 
-def compare(case: Case, names: list[str], rounds: int) -> None:
+def compare(case: Case, names: list[str], rounds: int, clock: Callable[[], float]) -> None:
     """Measure the contenders in turns and print the table of one shape and dtype."""
-    seconds = time_contenders(case, names, rounds)
+    seconds = time_contenders(case, names, rounds, clock)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     peaks = {name: peak_in_subprocess(case, name) for name in seconds}
     shape = f"N={case.tokens:,}, {case.share:.0%} supervised, D={case.width:,}, V={case.vocab:,}"
@@ -134,7 +140,9 @@ def compare(case: Case, names: list[str], rounds: int) -> None:
         )
 
 
-def time_contenders(case: Case, names: list[str], rounds: int) -> dict[str, list[float]]:
+def time_contenders(
+    case: Case, names: list[str], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Return the seconds of each round, after a warm-up round, of the contenders that work on this machine.
 
     Exits if a contender's loss differs from ours.
@@ -145,7 +153,7 @@ def time_contenders(case: Case, names: list[str], rounds: int) -> dict[str, list
     for number in range(rounds + 1):
         for name in list(seconds):
             try:
-                elapsed, loss = run(CONTENDERS[name], inputs)
+                elapsed, loss = run(CONTENDERS[name], inputs, clock)
             except torch._dynamo.exc.TorchDynamoException as error:
                 print(f"{name} does not work here: {str(error).splitlines()[0]}")
                 del seconds[name]
@@ -202,6 +210,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=available(device), choices=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--cpu_time", action="store_true", help="CPU time of one thread, not elapsed time")
     parser.add_argument("--profile", action="store_true", help="print the time per kernel and no comparison")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -209,6 +218,8 @@ def main() -> None:
     if arguments.peak:
         print(peak(Case(*json.loads(arguments.case)), arguments.peak))
         return
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device}, {name}")
     if arguments.curves:
@@ -221,7 +232,8 @@ def main() -> None:
             if arguments.profile:
                 profile(case, arguments.contenders)
             else:
-                compare(case, arguments.contenders, arguments.rounds)
+                clock = time.process_time if arguments.cpu_time else time.perf_counter
+                compare(case, arguments.contenders, arguments.rounds, clock)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dft import Objective, dft_loss, linear_dft_loss, make_objective
 from dft.loss import rows, tiles
 from dft.loss.head import inspect_head, run_base_model
-from dft.loss.objectives import OBJECTIVES, floored_potential
+from dft.loss.objectives import OBJECTIVES, TokenRows, floored_potential
 from dft.loss.options import BaseHead, LossOptions
 from dft.loss.rows import NO_WEIGHTS, LogitTransform, RowOptions, RowWeights, score_rows_torch
 from dft.loss.schedule import AlphaSchedule, alpha_of, check_schedule, scheduled
@@ -213,10 +213,15 @@ def test_the_fused_head_matches_the_logits(monkeypatch, case, dtype, close, shap
         assert (tensor.grad.double() - reference.grad).norm() < close * reference.grad.norm()
 
 
+KERNEL_SETTINGS = [
+    *(((1.0, None), floored, weighted) for floored in (False, True) for weighted in (False, True)),
+    *((shape, both, both) for shape in ((-0.5, None), (2.0, 5.0)) for both in (False, True)),
+]
+"""Shapes of the logits, and whether there are lower bounds and data weights, which torch applies."""
+
+
 @every_case
-@pytest.mark.parametrize("shape", [(1.0, None), (-0.5, None), (2.0, 5.0)])
-@pytest.mark.parametrize("floored", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("shape", "floored", "weighted"), KERNEL_SETTINGS)
 def test_the_kernel_matches_plain_torch(monkeypatch, case, shape, floored, weighted):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
@@ -374,6 +379,26 @@ def test_the_floored_potential_matches_its_formula(floor):
         expected = 1 - math.exp(-value) if value < start else (1 - floor) + floor * (value - start)
         assert actual == pytest.approx(expected, abs=1e-4)
     assert potential[-1].isnan()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        *((name, {}) for name in OBJECTIVES), ("infosft", {"p_max": 0.55}), ("iw_sft", {"clip": 1}),
+        ("psft", {"clip": 1}), ("talr", {"floor": 1}), ("luffy", {"gamma": 0.0001}),
+    ],
+)  # fmt: skip
+def test_weights_lie_between_zero_and_two(name, parameters):
+    """At any p, including 0 and 1, and any p of the base model; gradients of float16 rows rely on it."""
+    objective = make_objective(name, parameters)
+    nll = torch.tensor([0.0, 1e-9, math.inf, *torch.logspace(-6, 5, 500).tolist()])
+    for base_logp in (0.0, -0.1, -2.0, -1e4):
+        rows = TokenRows(
+            nll, torch.exp(-nll), torch.ones_like(nll), -torch.rand(len(nll), 20),
+            base_logp=torch.full_like(nll, base_logp), collision=torch.linspace(1e-5, 1, len(nll)),
+        )  # fmt: skip
+        weights = objective.weight(rows)
+        assert weights.shape == nll.shape and weights.min() >= 0 and weights.max() <= 2
 
 
 def test_unknown_objectives_and_parameters_raise():

@@ -52,7 +52,7 @@ class Objective:
     needs_base_logp: ClassVar[bool] = False
 
     def weight(self, rows: TokenRows) -> Tensor:
-        """Return the weight of each token, (tokens,), at least 0."""
+        """Return the weight of each token, (tokens,), between 0 and 2, so that float16 gradients fit."""
         raise NotImplementedError
 
     def potential(self, nll: Tensor) -> Tensor | None:

@@ -147,14 +147,14 @@ class InfoSft(Objective):
     p_max: float = 0.93
 
     def __post_init__(self) -> None:
-        check_range("p_max", self.p_max, 0.51, 0.9999)
+        check_range("p_max", self.p_max, 0.55, 0.9999)
 
     @property
     def _largest_logit(self) -> float:
         return math.log(self.p_max / (1 - self.p_max))
 
     def weight(self, rows: TokenRows) -> Tensor:
-        nll = rows.nll.clamp(max=torch.finfo(rows.nll.dtype).max)  # 0 * inf would be NaN
+        nll = rows.nll.clamp(max=1e4)  # p is 0 there, and 0 * inf would be NaN
         logit = -nll - torch.log(-torch.expm1(-nll))
         return torch.exp(-nll) * (1 - logit / self._largest_logit).clamp(min=0)
 
