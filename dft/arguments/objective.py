@@ -142,6 +142,12 @@ def check_objective(dft: DFTArguments) -> None:
             "them"
         )
     objective, schedule = build_objective(dft), build_schedule(dft)
+    if objective.needs_base_logp:
+        raise UserError(
+            f"--objective {objective.name} needs the probabilities of the model before training, which the "
+            "command line does not compute; use another objective, or DFTTrainer with a dataset that has "
+            "base_logp"
+        )
     without_alpha = f"the objective {dft.objective} has no alpha; remove it, or use --objective {Dft.name}"
     if not isinstance(objective, Dft) and dft.dft_alpha != Dft.alpha:
         raise UserError(f"--dft_alpha {dft.dft_alpha:g}: {without_alpha}")

@@ -154,6 +154,9 @@ REFUSALS = {
     "floor": ({"end_of_turn_weight": 1.5}, r"--end_of_turn_weight 1.5: .* must lie in \[0, 1\]"),
     "plain and not": ({"use_simple_dft": False, "objective": "eaft"}, "--use_simple_dft False is SFT"),
     "unknown": ({"objective": "dtf"}, "invalid choice: 'dtf'"),
+    "no scores": (
+        {"objective": "psft"}, "--objective psft needs the probabilities of the model before training"
+    ),
     "no measure": (
         {"objective": "eaft", "metric_for_best_model": "objective"}, "use eval_acc or eval_nll"
     ),
