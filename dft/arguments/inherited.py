@@ -54,7 +54,7 @@ TREATMENTS = {
     "lr_scheduler_type": Inherited(_HERE, "created once before the model is loaded, to find errors early"),
     "lr_scheduler_kwargs": Inherited(_HERE, "created once before the model is loaded, to find errors early"),
     "warmup_steps": Inherited(_HERE, "also as --warmup_ratio"),
-    "optim": Inherited(_HERE, "created once before the model is loaded; see docs/training.md"),
+    "optim": Inherited(_HERE, "also muon; created once before the model is loaded; see docs/training.md"),
     "optim_args": Inherited(_HERE, "checked with --optim"),
     "weight_decay": Inherited(_PASSED),
     "adam_beta1": Inherited(_PASSED),

@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 import transformers
+from transformers.training_args import OptimizerNames
+from transformers.utils import ExplicitEnum
 
 from dft.arguments.batch_search import BATCH_FILE, load_batch
 from dft.arguments.deepspeed_file import deepspeed_flag, read_deepspeed
@@ -43,6 +45,17 @@ INHERITED_BOUNDS = {
 """Valid ranges of the flags that transformers declares."""
 
 
+class OwnOptimizer(ExplicitEnum):
+    """Values of --optim that transformers does not have."""
+
+    MUON = "muon"
+
+
+def optimizer_name(args: transformers.TrainingArguments) -> str:
+    """Return the value of --optim: the name of an optimizer of transformers, or of `OwnOptimizer`."""
+    return args.optim.value
+
+
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """transformers' training arguments with new defaults, additional flags and names of older releases.
@@ -62,6 +75,13 @@ class TrainingArguments(transformers.TrainingArguments):
     metric_for_best_model: str | None = field(
         default="eval_acc",
         metadata={"help": "Metric that determines the best checkpoint, which is never rotated away."},
+    )
+    optim: str = field(
+        default=OptimizerNames.ADAMW_TORCH_FUSED.value,
+        metadata={
+            "help": "Optimizer: one of transformers.training_args.OptimizerNames, or muon, which trains the "
+            "matrices of the hidden layers, and everything else with AdamW."
+        },
     )
     report_to: list[str] = field(
         default_factory=lambda: ["none"],
@@ -170,7 +190,11 @@ class TrainingArguments(transformers.TrainingArguments):
         # transformers expects the bare flag; accept True and False as for all other flags.
         self.fsdp = {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp)
         self._copy_without_waiting()
+        own = self.optim if self.optim in [*OwnOptimizer] else None
+        self.optim = OptimizerNames.ADAMW_TORCH if own else self.optim  # transformers does not know the name
         super().__post_init__()
+        if own:
+            self.optim = OwnOptimizer(own)
         if self.fsdp and self.use_cpu:
             enable_cpu_sharding()
 

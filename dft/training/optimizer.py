@@ -12,8 +12,9 @@ from torch.utils import cpp_extension
 from transformers.training_args import OptimizerNames
 
 from dft.arguments.deepspeed_file import deepspeed_flag, zero_of
-from dft.arguments.training import TrainingArguments
+from dft.arguments.training import TrainingArguments, optimizer_name
 from dft.errors import UserError
+from dft.training.muon import MuonWithAdamW, muon_optimizer
 from dft.training.trainer import DFTTrainer
 
 UNSUPPORTED_OPTIMIZERS = (
@@ -32,6 +33,20 @@ OFFLOADED_OPTIM = {
     OptimizerNames.LION: "CPULion", OptimizerNames.PAGED_LION: "CPULion",
 }  # fmt: skip
 """Operators with which accelerate replaces --optim if a DeepSpeed file without optimizer offloads it."""
+LOW_RANK = ("galore", "apollo")
+"""Parts of the names of optimizers that project weight matrices."""
+DEVICES = {"_xla": "xla", "_npu": "npu"}
+"""Types of devices by a part of the name of the optimizer that is made for them."""
+PACKAGES = {
+    "galore": ("galore_torch", "galore-torch"), "apollo": ("apollo_torch", "apollo-torch"),
+    "grokadamw": ("grokadamw", "grokadamw"), "schedule_free": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("optimi", "torch-optimi"), "torch_4bit": ("torchao", "torchao"),
+    "torch_8bit": ("torchao", "torchao"), "anyprecision": ("torchdistx", "torchdistx"),
+    "bnb": ("bitsandbytes", "bitsandbytes"), "adamw_8bit": ("bitsandbytes", "bitsandbytes"),
+    "ademamix": ("bitsandbytes", "bitsandbytes"), "lion": ("bitsandbytes", "bitsandbytes"),
+    "paged": ("bitsandbytes", "bitsandbytes"),
+}  # fmt: skip
+"""Module and package that an optimizer needs, by a part of its name."""
 NEED_MUP = ("muadam", "muadamw", "musgd")
 NOT_IMPLEMENTED = "deepspeed_not_implemented"
 """Name that DeepSpeed gives to an operator that a device lacks."""
@@ -42,12 +57,14 @@ def check_optimizer(training: TrainingArguments) -> None:
 
     Both are created for a dummy parameter. With --optim_target_modules, only the package is checked.
     """
-    flag = f"--optim {training.optim.value}"
+    flag = f"--optim {optimizer_name(training)}"
     if training.optim in UNSUPPORTED_OPTIMIZERS:
         raise UserError(
             f"{flag}: updates the weights during the backward pass, before the gradient is known to be "
             "finite; choose another, such as adafactor or adamw_8bit, which need little memory as well"
         )
+    check_package(training)
+    check_whole_matrices(training)
     if training.optim_target_modules:
         try:
             DFTTrainer.get_optimizer_cls_and_kwargs(training, torch.nn.Linear(1, 1))
@@ -57,9 +74,13 @@ def check_optimizer(training: TrainingArguments) -> None:
             pass  # the layer has no such modules
         return
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    muon = muon_optimizer(training)
     try:
-        optimizer_class, options = DFTTrainer.get_optimizer_cls_and_kwargs(training)
-        optimizer = optimizer_class([parameter], **options)
+        if muon is not None:
+            optimizer: torch.optim.Optimizer = MuonWithAdamW([parameter], [], [], **muon[1])
+        else:
+            optimizer_class, options = DFTTrainer.get_optimizer_cls_and_kwargs(training)
+            optimizer = optimizer_class([parameter], **options)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"{flag}: {' '.join(str(error).split())}") from None
     try:
@@ -75,6 +96,37 @@ def check_optimizer(training: TrainingArguments) -> None:
             f"--lr_scheduler_type {training.lr_scheduler_type.value} with --lr_scheduler_kwargs "
             f"{json.dumps(training.lr_scheduler_kwargs)}: {' '.join(str(error).split())}"
         ) from None
+
+
+def check_package(training: TrainingArguments) -> None:
+    """Raise `UserError` if the package or the device of an optimizer is missing."""
+    name = optimizer_name(training)
+    flag = f"--optim {name}"
+    for kind, device in DEVICES.items():
+        if kind in name and training.device.type != device:
+            raise UserError(
+                f"{flag}: needs a device of the type {device}, and this run is on "
+                f"{training.device.type}; use adamw_torch"
+            )
+    for kind, (module, package) in PACKAGES.items():
+        if kind in name and importlib.util.find_spec(module) is None:
+            raise UserError(f"{flag}: needs the package {package}, which is missing; pip install {package}")
+
+
+def check_whole_matrices(training: TrainingArguments) -> None:
+    """Raise `UserError` if the optimizer computes with whole matrices and the run gives it parts of them."""
+    name = optimizer_name(training)
+    low_rank = any(kind in name for kind in LOW_RANK)
+    if zero_of(training)[0] and (low_rank or name == OptimizerNames.ADAFACTOR.value):
+        raise UserError(
+            f"--optim {name}: computes with rows and columns of whole weight matrices, and "
+            f"{deepspeed_flag(training.deepspeed)} gives the optimizer flat parts of them; use adamw_torch"
+        )
+    if training.fsdp and low_rank:
+        raise UserError(
+            f"--optim {name}: projects whole weight matrices, and --fsdp gives the optimizer the shards of "
+            "each rank; use adamw_torch"
+        )
 
 
 def check_operators(training: TrainingArguments) -> None:
@@ -96,11 +148,11 @@ def check_operators(training: TrainingArguments) -> None:
         operator = OFFLOADED_OPERATORS.get(name) if is_offloaded else None
         operator = operator or OPERATORS.get(name)
     elif is_offloaded and config.get_value("zero_force_ds_cpu_optimizer", True):
-        operator = OFFLOADED_OPTIM.get(training.optim)
+        operator = OFFLOADED_OPTIM.get(OptimizerNames(optimizer_name(training)))
         subject = f"{flag}: the offloaded optimizer"
         if operator is None:
             raise UserError(
-                f"--optim {training.optim.value}: {flag} offloads the optimizer, and accelerate would "
+                f"--optim {optimizer_name(training)}: {flag} offloads the optimizer, and accelerate would "
                 "replace it by Adam of DeepSpeed; use adamw_torch, or remove 'offload_optimizer'"
             )
     else:

@@ -30,6 +30,7 @@ from dft.training.model.attention import resolve_attention
 from dft.training.model.generation import add_stop_tokens
 from dft.training.model.loading import load_base_model, load_model
 from dft.training.model.positions import check_positions, position_notes
+from dft.training.muon import muon_optimizer
 from dft.training.optimizer import check_operators, check_optimizer
 from dft.training.parallel.rank_watchdog import watch_ranks
 from dft.training.parallel.stopping import Stopped, StopRequest
@@ -158,6 +159,7 @@ def make_trainer(
                 end_of_turn_ids=tokenizer.convert_tokens_to_ids(list(data.report["end_of_turn_tokens"])),
                 log_per_file=arguments.watch.log_per_file,
                 on_nonfinite=arguments.watch.on_nonfinite,
+                optimizer_cls_and_kwargs=muon_optimizer(training),
                 train_dataset=data.datasets["train"],
                 eval_dataset=data.evaluation,
                 processing_class=tokenizer,

@@ -16,7 +16,7 @@ def test_a_run_stops_early_and_says_why(example, forks, kind):
     words = example.words(
         output, learning_rate=0, max_steps=8, eval_strategy="steps", eval_steps=1, save_strategy="steps",
         save_steps=1, save_total_limit=1, early_stopping_patience=2, load_best_model_at_end=True, report=True,
-        max_eval_samples=4, **(ZERO3 if kind == "zero3" else {}),
+        max_eval_samples=4, **(ZERO3 if kind == "zero3" else {"optim": "muon"}),
     )  # fmt: skip
     codes, printed = forks.run(words, 2 if kind == "zero3" else 1)
     assert set(codes) == {0}, printed
@@ -24,7 +24,9 @@ def test_a_run_stops_early_and_says_why(example, forks, kind):
     reason = f"eval_acc did not improve in 2 evaluations in a row; best: {acc:.4g} at step 1"
     assert f"stopped     early at step 3: {reason}" in printed
     assert f"best        {output / 'checkpoint-1'} (eval_acc {acc:.4g})" in printed
-    assert json.loads((output / "report.json").read_text())["status"] == f"finished early: {reason}"
+    report = json.loads((output / "report.json").read_text())
+    assert report["status"] == f"finished early: {reason}"
+    assert (report["arguments"]["optim"] == "muon") == (kind == "single")
     saved = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())
     attributes = saved["stateful_callbacks"]["EarlyStopping"]["attributes"]
     assert attributes["early_stopping_patience_counter"] == 2

@@ -7,7 +7,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from dft.arguments.deepspeed_file import zero_of
 from dft.arguments.intervals import interval
-from dft.arguments.training import TrainingArguments
+from dft.arguments.training import TrainingArguments, optimizer_name
 from dft.errors import UserError
 from dft.files import free_bytes
 from dft.ranks import count_optimizer_steps
@@ -56,7 +56,7 @@ def saved_bytes(model: PreTrainedModel, training: TrainingArguments) -> tuple[in
     weights = sum(
         element_count(parameter) * (2 if is_half else parameter.dtype.itemsize) for parameter in parameters
     )
-    if training.save_only_model or not training.optim.value.startswith("adamw_torch"):
+    if training.save_only_model or not optimizer_name(training).startswith("adamw_torch"):
         return weights, weights
     trained = sum(element_count(parameter) for parameter in parameters if parameter.requires_grad)
     stage, _, _ = zero_of(training)

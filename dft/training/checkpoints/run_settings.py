@@ -62,7 +62,7 @@ class Setting:
 
 
 def _uses_betas(args: transformers.TrainingArguments) -> bool:
-    return any(kind in args.optim.value for kind in ("adam", "lion"))
+    return any(kind in args.optim.value for kind in ("adam", "lion", "muon"))
 
 
 def _deepspeed_part(args: transformers.TrainingArguments, part: str, without: tuple[str, ...] = ()) -> Any:
