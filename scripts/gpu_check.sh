@@ -133,7 +133,7 @@ shapes=() vocabularies=() rounds=$((minutes < 30 ? 1 : 3))
 [[ -z $cpu ]] || { shapes=(--shapes 64,0.5,32,256 --dtypes float32 --contenders floor ours) && rounds=1; }
 installed trl || skip "TRL in the benchmarks" "trl is not installed"
 check bench-head 15 "$PYTHON" scripts/bench/bench_head.py --rounds "$rounds" "${shapes[@]}"
-check profile-head 10 "$PYTHON" scripts/bench/bench_head.py --contenders floor ours eaft asft "floor with base" \
+check profile-head 10 "$PYTHON" scripts/bench/bench_head.py --contenders floor ours eaft deft asft "floor with base" \
     "${shapes[@]}" --profile
 if [[ -n $train ]]; then
     contenders=(bare flat floor ours compiled)
