@@ -16,7 +16,7 @@ FLAGS = {
     "eval_strategy": "epoch", "eval_on_start": True, "learning_rate": 1e-3, "fused_head": "on",
 }  # fmt: skip
 COMPARED = {"loss", "objective", "kl", "grad_norm", "effective_tokens", "eval_loss", "eval_kl"}
-SLOW = ("talr", "luffy", "deft")
+SLOW = ("talr", "infosft", "luffy", "deft")
 """Objectives that differ from one that is always launched by their weight alone, which other tests check."""
 ZERO3 = {"deepspeed": ROOT / "ds_config/zero3.json", "per_device_train_batch_size": 2}
 
