@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from dft.errors import UserError, report_user_errors
-from dft.metrics import CURVES, QUALITY
+from dft.metrics import CURVES, EVAL, QUALITY, evaluation_prefixes
 from dft.ranks import quiet_libraries
 from dft.report.pages.run import REPORT_PAGE
 from dft.report.pages.sections import RUN_FILES
@@ -38,13 +38,21 @@ def first_and_last(history: list[dict[str, Any]], key: str) -> tuple[float, floa
 
 
 def table(history: list[dict[str, Any]]) -> str:
-    """Return a table of the first and the last value of each metric in training and in evaluation."""
-    rows = [f"{'':<14}{'train first':>12}{'last':>9}{'eval first':>13}{'last':>9}"]
+    """Return a table of the first and the last value of each metric in training and in each evaluation."""
+    prefixes = evaluation_prefixes(history) or [EVAL]
+    heads = {"": f"{'train first':>12}"} | {
+        prefix: f"{prefix.rstrip('_') + ' first':>13}" for prefix in prefixes
+    }
+    # Names of evaluation sets may be wider than the column.
+    heads = {prefix: head if len(head) <= 13 else f"  {head}" for prefix, head in heads.items()}
+    rows = [f"{'':<14}" + "".join(f"{head}{'last':>9}" for head in heads.values())]
     for metric in METRICS:
-        pairs = [first_and_last(history, key) for key in (metric, f"eval_{metric}")]
-        cells = [("-", "-") if pair is None else (f"{pair[0]:.4f}", f"{pair[1]:.4f}") for pair in pairs]
-        (first, last), (eval_first, eval_last) = cells
-        rows.append(f"{metric:<14}{first:>12}{last:>9}{eval_first:>13}{eval_last:>9}")
+        row = f"{metric:<14}"
+        for prefix, head in heads.items():
+            pair = first_and_last(history, prefix + metric)
+            first, last = ("-", "-") if pair is None else (f"{pair[0]:.4f}", f"{pair[1]:.4f}")
+            row += f"{first:>{len(head)}}{last:>9}"
+        rows.append(row)
     return "\n".join(rows)
 
 

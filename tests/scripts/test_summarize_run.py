@@ -29,6 +29,15 @@ def test_the_table_shows_training_and_evaluation_side_by_side():
     assert rows["acc"] == ["-", "-", "0.0000", "0.2500"]
 
 
+def test_the_table_has_columns_for_each_evaluation_set():
+    log = [{"step": 1, "eval_a_long_name_nll": 3.0}, {"step": 1, "eval_b_nll": 2.0}]
+    head, *rows = table(log).splitlines()
+    assert "eval_a_long_name first" in head and "eval_b first" in head
+    (row,) = (row for row in rows if row.startswith("nll"))
+    assert row.split()[1:] == ["-", "-", "3.0000", "3.0000", "2.0000", "2.0000"]
+    assert len({len(line) for line in (head, *rows)}) == 1
+
+
 def test_question_is_that_of_the_line(tmp_path):
     file = tmp_path / "eval.jsonl"
     turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
