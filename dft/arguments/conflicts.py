@@ -52,6 +52,7 @@ def check_arguments(arguments: Arguments) -> None:
     check_early_stopping(training)
     check_samples(arguments)
     check_precision(arguments)
+    check_average(arguments.training)
     check_packages(training)
     check_fsdp(training, planned_ranks)
     check_deepspeed(training)
@@ -223,6 +224,23 @@ def check_precision(arguments: Arguments) -> None:
     training = arguments.training
     if not training.deepspeed and arguments.model.torch_dtype == "float16" and training.fp16:
         raise UserError(f"--torch_dtype float16 {UNSCALABLE}")
+
+
+def check_average(training: TrainingArguments) -> None:
+    """Raise `UserError` if the weights cannot be averaged, or the average of the best model is not saved."""
+    decay, (_, *offloaded) = training.ema_decay, zero_of(training)
+    if decay is None:
+        return
+    if any(offloaded):
+        raise UserError(
+            f"--ema_decay {decay:g}: the average of weights that DeepSpeed offloads to the CPU is not "
+            "supported; use --deepspeed zero3, or remove --ema_decay"
+        )
+    if training.load_best_model_at_end and training.save_only_model:
+        raise UserError(
+            f"--ema_decay {decay:g}: --save_only_model True saves no average, so --load_best_model_at_end "
+            "True could not load that of the best step; remove one of them"
+        )
 
 
 def check_packages(training: transformers.TrainingArguments) -> None:

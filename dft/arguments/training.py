@@ -148,6 +148,13 @@ class TrainingArguments(transformers.TrainingArguments):
         default=False,
         metadata={"help": "Start a new run in an output folder that already holds checkpoints."},
     )
+    ema_decay: Annotated[float | None, Bounds(above=0, below=1)] = field(
+        default=None,
+        metadata={
+            "help": "Average the weights exponentially over the optimizer steps, with this factor for the "
+            "previous average, such as 0.999. Evaluations and the final model use the average. Default: none."
+        },
+    )
     save_safetensors: bool | None = field(
         default=None, metadata={"help": "No effect: weights are always saved as safetensors."}
     )

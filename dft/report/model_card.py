@@ -25,6 +25,7 @@ LISTED_FLAGS = (
     "seed",
     "freeze",
     "lora_args",
+    "ema_decay",
 )
 """Flags that the card lists; run_args.yaml has all flags that were given."""
 

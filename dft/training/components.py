@@ -12,16 +12,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import (
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerState,
-)
-from transformers.integrations import SwanLabCallback
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import hf_api
-from transformers.trainer_callback import CallbackHandler
 
 from dft.arguments.loss_settings import router_coefficient
 from dft.errors import UserError
@@ -29,18 +21,22 @@ from dft.loss.head import FusedHead
 from dft.loss.objectives import Objective
 from dft.loss.schedule import AlphaSchedule
 from dft.ranks import sequence_parallel_size
+from dft.training.averaging import WeightAverage
 from dft.training.batching import Collator, dataset_files, resolve_end_of_turn_ids
 from dft.training.checkpoints.data_digest import data_digest
 from dft.training.checkpoints.hub import HubPublisher
 from dft.training.checkpoints.input_folders import check_not_model_folder
 from dft.training.checkpoints.resumer import Resumer
-from dft.training.checkpoints.run_settings import EVALUATION_DATA, model_settings, training_settings
+from dft.training.checkpoints.run_settings import (
+    EMA_DECAY,
+    EVALUATION_DATA,
+    model_settings,
+    training_settings,
+)
 from dft.training.checkpoints.run_state import RunFacts, RunState, StepProgress
 from dft.training.checkpoints.saver import RunSaver, SavedRun
-from dft.training.measuring.console import ConsoleCallback
 from dft.training.measuring.nonfinite import NonfiniteGuard
 from dft.training.measuring.recorder import MetricsRecorder
-from dft.training.measuring.trackers import HistogramCallback, SwanLabRunCallback
 from dft.training.memory.out_of_memory import end_out_of_memory, memory_advice, ran_out
 from dft.training.model.base_model import FrozenBaseModel
 from dft.training.model.compiling import compile_layers
@@ -104,6 +100,7 @@ class Components:
         saver: saves checkpoints and models.
         facts: properties of the current run that manifests record.
         progress: progress of the events after an optimizer step.
+        average: the average of the weights, which is empty if the options ask for none.
     """
 
     def __init__(
@@ -163,6 +160,7 @@ class Components:
         self.saver = RunSaver(args, options, accelerator, tokenizer, self.publisher)
         self.facts = RunFacts(args, dataset())
         self.progress = StepProgress()
+        self.average = WeightAverage(options.ema_decay, accelerator)
 
     def begin_run(self, resume_from: str | bool | None, model: nn.Module, eval_dataset: Any) -> str | None:
         """Reset the state of an earlier run. Return the folder of the checkpoint to resume from.
@@ -178,7 +176,7 @@ class Components:
         check_not_model_folder(model, Path(self._args.output_dir))
         digest = shapes_digest(model)
         settings = training_settings(self._args, self.resumer.creates_optimizer) | model_settings(model)
-        settings[EVALUATION_DATA] = data_digest(eval_dataset)
+        settings |= {EVALUATION_DATA: data_digest(eval_dataset), EMA_DECAY: self._options.ema_decay}
         folder = self.resumer.resolve(resume_from, digest, settings)
         self.facts = RunFacts(self._args, self._dataset(), digest, settings=settings)
         self.progress = StepProgress()
@@ -186,6 +184,26 @@ class Components:
         self.recorder.training.reset()  # an earlier run may have ended in the middle of a window
         self.stop.begin_training()
         return folder
+
+    def inspect_model(self, model: nn.Module, forward: nn.Module, checkpoint: str | None) -> None:
+        """Check the model before the first step, and begin the average of its weights.
+
+        Args:
+            model: the model, possibly wrapped by FSDP.
+            forward: the model, possibly wrapped for training.
+            checkpoint: the checkpoint that was loaded, if any.
+
+        Raises:
+            UserError: see `StepLoss.inspect_model` and `WeightAverage.load`.
+        """
+        self.average.begin(model, forward, checkpoint)
+        self.loss.inspect_model(model, forward)
+
+    def complete_step(self) -> None:
+        """Complete an optimizer step. If it may have been skipped, `settle_step` updates the average."""
+        self.progress.complete_step()
+        if self.guard.made_update:
+            self.average.update()
 
     def compute_loss(
         self,
@@ -256,6 +274,8 @@ class Components:
             raise
         if learning_rate is not None:
             self.progress.learning_rate = learning_rate
+        elif step is not None:
+            self.average.update()
 
     def complete_summary(self, logs: dict[str, float], state: TrainerState, total_loss: float) -> None:
         """Complete the last log line of a run, see `MetricsRecorder`. This is a collective.
@@ -279,6 +299,11 @@ class Components:
         started = time.perf_counter()
         self.saver.save_checkpoint(folder, run, self.facts, self.progress)
         self.recorder.exclude_time(time.perf_counter() - started)
+
+    def save_model(self, folder: Path, run: SavedRun, message: str | None) -> None:
+        """Save the final model, with the average of the weights if any, see `RunSaver.save_model`."""
+        with self.average.applied():
+            self.saver.save_model(folder, run, message)
 
     def roll_back_step(self, model: nn.Module, state: TrainerState, loss_sum: Tensor) -> bool:
         """Discard an unfinished step, so that the last completed step can be saved.
@@ -306,6 +331,7 @@ class Components:
             losses: the sum of the loss since the last log line, one value per rank.
             total_loss: the sum of the loss over all steps up to the last log line.
         """
+        self.average.save(folder, self._args.should_save)
         meter = self.recorder.training.rows(self._accelerator)
         if self._accelerator.is_main_process:
             pending, last = self.progress.pending(), self.progress.last
@@ -321,18 +347,3 @@ class Components:
     def end_out_of_memory(self, message: str, save: Callable[[], None]) -> NoReturn:
         """End the run, see `dft.training.memory.out_of_memory.end_out_of_memory`."""
         end_out_of_memory(message, self._args, self._options.requested_batch, self.loss.last_batch, save)
-
-
-def replace_callbacks(
-    handler: CallbackHandler, args: transformers.TrainingArguments, options: RunOptions
-) -> None:
-    """Replace callbacks of transformers with those of this package."""
-    handler.remove_callback(PrinterCallback)
-    handler.remove_callback(ProgressCallback)
-    handler.add_callback(ConsoleCallback(not args.disable_tqdm, options.console_metrics))
-    if options.early_stopping is not None:
-        handler.add_callback(options.early_stopping)
-    if "swanlab" in args.report_to:
-        handler.remove_callback(SwanLabCallback)
-        handler.add_callback(SwanLabRunCallback)
-    handler.add_callback(HistogramCallback(handler))

@@ -119,6 +119,7 @@ def run_options(
         verify_save=arguments.watch.verify_save,
         trust_remote_code=arguments.model.trust_remote_code,
         trust_checkpoint=arguments.training.trust_checkpoint,
+        ema_decay=arguments.training.ema_decay,
         console_metrics=tuple(arguments.watch.console_metrics),
         early_stopping=make_early_stopping(arguments.training),
     )

@@ -139,7 +139,7 @@ class RunEvents(TrainerCallback):
         Raises:
             UserError: there are events, the gradient was not finite and the run must stop.
         """
-        self._progress.complete_step()
+        self._run.complete_step()
         self._begin_events(args, state, control, ends_epoch(state))
 
     def on_epoch_end(

@@ -26,6 +26,8 @@ class RunOptions:
             "False" disables the check.
         trust_remote_code: whether to run code that comes with the model when it is reloaded.
         trust_checkpoint: whether to resume from a checkpoint that other users can write to.
+        ema_decay: factor of the previous value in the exponential moving average of the weights, which
+            evaluations and the final model use; None for no average.
         console_metrics: names of the metrics that the console shows (see `dft.metrics`).
         early_stopping: ends the run when evaluations no longer improve; None to not do that.
     """
@@ -37,5 +39,6 @@ class RunOptions:
     verify_save: str = "True"
     trust_remote_code: bool = False
     trust_checkpoint: bool = False
+    ema_decay: float | None = None
     console_metrics: tuple[str, ...] = CONSOLE
     early_stopping: EarlyStopping | None = None

@@ -24,8 +24,9 @@ from dft.training.checkpoints.folder import reading
 from dft.training.checkpoints.run_state import LastStep, PendingEvents, RunState
 from dft.training.checkpoints.saver import SavedRun
 from dft.training.checkpoints.writer import saved_use_cache
-from dft.training.components import Components, LossSettings, replace_callbacks
+from dft.training.components import Components, LossSettings
 from dft.training.measuring.best import can_be_best
+from dft.training.measuring.callbacks import replace_callbacks
 from dft.training.measuring.scoring import TokenTable
 from dft.training.memory.out_of_memory import MEMORY_ERRORS
 from dft.training.model.weight_names import without_tied
@@ -55,11 +56,9 @@ class DFTTrainer(transformers.Trainer):
             the model's own logits, and prints why if not; "on" requires it; "off" disables it.
         end_of_turn_ids: tokens that end a turn. Default: the end token of `processing_class`.
         log_per_file: whether evaluations report metrics of each file (datasets with `files` and `origins`).
-        on_nonfinite: "stop" the run at a non-finite loss or gradient, or "skip" the update. It never reaches
-            the weights.
+        on_nonfinite: "stop" the run at a non-finite loss or gradient, or "skip" the update.
         data_collator: makes input_ids, labels (-100 where unsupervised, not shifted) and, with padding,
-            attention_mask, each (batch, seq), or the number of tokens `num_tokens`. Default: see
-            `choose_collator`.
+            attention_mask, each (batch, seq), or `num_tokens`. Default: see `choose_collator`.
         options: settings of the run.
         **kwargs: all other arguments of `transformers.Trainer`. Datasets hold `input_ids` and `labels`,
             `seq_lengths` if an example has several sequences, and optionally `origins`, the file and line of
@@ -147,7 +146,7 @@ class DFTTrainer(transformers.Trainer):
         with self._run.resumer.loading(resume_from_checkpoint, lambda: self.deepspeed) as folder:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, folder)
         self._run.resumer.apply_options(self.optimizer, self.lr_scheduler)
-        self._run.loss.inspect_model(self.model, self.model_wrapped)
+        self._run.inspect_model(self.model, self.model_wrapped, resume_from_checkpoint)
         return prepared
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -167,6 +166,7 @@ class DFTTrainer(transformers.Trainer):
         # Private: as above.
         if not self._run.resumer.load_model(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
+        self._run.average.load(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Private: as above.
@@ -252,7 +252,8 @@ class DFTTrainer(transformers.Trainer):
         if self._events.take_skip():
             return {}
         try:
-            metrics = super().evaluate(*args, **kwargs)
+            with self._run.average.applied():  # also for callbacks, which may generate samples
+                metrics = super().evaluate(*args, **kwargs)
         except StoppedEvaluation:
             self._stop_in_evaluation()
         return {name: value for name, value in metrics.items() if not isinstance(value, list)}
@@ -291,8 +292,7 @@ class DFTTrainer(transformers.Trainer):
         """Complete the metrics of a logging window. Callbacks receive numbers, the history lists as well."""
         if "loss" in logs:
             logs = self._run.recorder.complete_window(logs, self.state)
-        if "train_loss" in logs:
-            # Trainer's own value counts from the resumption.
+        if "train_loss" in logs:  # Trainer's own value counts from the resumption
             self._run.complete_summary(logs, self.state, self._total_loss_scalar)
         lists = {name: value for name, value in logs.items() if isinstance(value, list)}
         numbers = {name: value for name, value in logs.items() if name not in lists}
@@ -319,7 +319,7 @@ class DFTTrainer(transformers.Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, check it, and push it if the arguments ask for it."""
         message = "Model save" if self.args.push_to_hub and not _internal_call else None
-        self._run.saver.save_model(Path(output_dir or self.args.output_dir), self._saved_run(), message)
+        self._run.save_model(Path(output_dir or self.args.output_dir), self._saved_run(), message)
 
     def push_to_hub(self, commit_message: str | None = "End of training", *args: Any, **kwargs: Any) -> None:
         """Save the model, push it to the hub, and wait for the upload. All ranks must call it."""
@@ -327,7 +327,7 @@ class DFTTrainer(transformers.Trainer):
             self.init_hf_repo()
             self._run.publisher.repo_id = self.hub_model_id
         folder, message = Path(self.args.output_dir), commit_message or "End of training"
-        self._run.saver.save_model(folder, self._saved_run(), message)
+        self._run.save_model(folder, self._saved_run(), message)
 
     def _write_model(self, folder: Path) -> None:
         with saved_use_cache(self.model, self._saved_use_cache):

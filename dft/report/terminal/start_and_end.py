@@ -206,6 +206,8 @@ def final_lines(
     folder, metric = training.output_dir, training.metric_for_best_model
     step = weights_step(state, training, is_training=False)
     place = folder if step == state.global_step else f"{folder}, with the weights of step {step:,}"
+    if training.ema_decay is not None:
+        place += f", averaged over the steps (--ema_decay {training.ema_decay:g})"
     if adapters:
         loader = (
             "PeftModel.from_pretrained loads them onto"

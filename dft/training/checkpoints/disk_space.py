@@ -56,12 +56,13 @@ def saved_bytes(model: PreTrainedModel, training: TrainingArguments) -> tuple[in
     weights = sum(
         element_count(parameter) * (2 if is_half else parameter.dtype.itemsize) for parameter in parameters
     )
-    if training.save_only_model or not optimizer_name(training).startswith("adamw_torch"):
-        return weights, weights
     trained = sum(element_count(parameter) for parameter in parameters if parameter.requires_grad)
+    average = 4 * trained if training.ema_decay is not None and not training.save_only_model else 0
+    if training.save_only_model or not optimizer_name(training).startswith("adamw_torch"):
+        return weights, weights + average
     stage, _, _ = zero_of(training)
     optimizer_bytes = 12 if stage else 2 * model.dtype.itemsize  # DeepSpeed also keeps float32 weights
-    return weights, weights + trained * optimizer_bytes
+    return weights, weights + average + trained * optimizer_bytes
 
 
 def max_checkpoints_at_once(training: TrainingArguments, steps: int) -> int:

@@ -30,6 +30,7 @@ ADAPTIVE_FLAGS = ("--learning_rate", "--lr_scheduler_kwargs")
 """Flags that cannot be changed under an adaptive schedule."""
 METRIC = "--metric_for_best_model"
 EVALUATION_DATA = "evaluation data"
+EMA_DECAY = "--ema_decay"
 OBJECTIVE = "objective"
 OBJECTIVE_METRICS = ("loss", "objective")
 """Metrics that depend on the objective."""

@@ -136,6 +136,9 @@ class NonfiniteGuard:
         accelerator: the run's accelerator.
         output_dir: folder of the checkpoints, for messages.
         fp16: whether the run computes in float16 with a loss scale.
+
+    Attributes:
+        made_update: whether the last step is known to update the weights.
     """
 
     def __init__(self, policy: str, accelerator: Accelerator, output_dir: Path, fp16: bool) -> None:
@@ -146,6 +149,7 @@ class NonfiniteGuard:
         self._step = StepWatch()
         self._unsettled: UnsettledStep | None = None
         self._skipped = 0
+        self.made_update = False
 
     @property
     def unsettled_step(self) -> int | None:
@@ -195,6 +199,7 @@ class NonfiniteGuard:
         """
         assert self._unsettled is None
         watch, self._step = self._step, StepWatch()
+        self.made_update = False
         if self._must_skip_itself:
             set_step_skipped(optimizer, False)
         if isinstance(norm, Tensor) and self._can_skip_on_device(norm, optimizer):
@@ -203,7 +208,7 @@ class NonfiniteGuard:
             schedule = ScheduleState.capture(optimizer, scheduler)
             self._unsettled = UnsettledStep(step, watch, is_nonfinite, schedule, files)
         elif math.isfinite(norm.item() if isinstance(norm, Tensor) else norm):
-            self._skipped = 0
+            self._skipped, self.made_update = 0, True
         elif self._refuse(step, watch, files):
             if self._must_skip_itself:
                 model.zero_grad()  # set to None, because parameters without a gradient are not updated

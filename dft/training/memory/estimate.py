@@ -45,19 +45,22 @@ class MemoryEstimate:
             optimizers, whose state is not estimated.
         head: one tile of logits, in half precision the gradient of a group of tiles, and the gradient of the
             output embedding while it is summed (`dft.loss.head_memory`).
+        average: the average of the trained weights, if there is one.
     """
 
     weights: float
     gradients: float
     optimizer: float | None
     head: float
+    average: float = 0.0
 
     def __str__(self) -> str:
-        total = self.weights + self.gradients + (self.optimizer or 0) + self.head
+        total = self.weights + self.gradients + (self.optimizer or 0) + self.head + self.average
         state = "not counted" if self.optimizer is None else format_gib(self.optimizer)
         return (
             f"about {format_gib(total)} per device before activations: weights {format_gib(self.weights)}, "
             f"gradients {format_gib(self.gradients)}, optimizer {state}, loss {format_gib(self.head)}"
+            f"{f', average {format_gib(self.average)}' if self.average else ''}"
         )
 
 
@@ -110,7 +113,13 @@ def estimate_memory(
         bytes_each = 12 if layout.stage else 2 * trained_itemsize
         optimizer = 0.0 if layout.optimizer_offloaded else trained * bytes_each / sharded_ranks[2] / GIB
     head = _head_bytes(model, training, math.ceil(tokens * supervised_share), layout)
-    return MemoryEstimate(weights / GIB, gradients / GIB, optimizer, head / GIB)
+    average = 4 * trained / sharded_ranks[2] if averages_weights(training) else 0.0
+    return MemoryEstimate(weights / GIB, gradients / GIB, optimizer, head / GIB, average / GIB)
+
+
+def averages_weights(training: transformers.TrainingArguments) -> bool:
+    """Return whether the run keeps a float32 average of the trained weights."""
+    return vars(training).get("ema_decay") is not None
 
 
 def _head_bytes(

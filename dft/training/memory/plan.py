@@ -13,6 +13,7 @@ from dft.ranks import sequence_parallel_size
 from dft.training.memory.estimate import (
     MemoryLayout,
     autocasts,
+    averages_weights,
     estimate_activations,
     estimate_logits,
     estimate_memory,
@@ -121,6 +122,8 @@ def plan(
         "activations": activations,
         "loss" if fused else "logits": loss,
     }
+    if estimate.average:
+        parts["average"] = estimate.average
     if autocast:
         parts["autocast"] = autocast
     if setting.extra_gib:
@@ -131,7 +134,7 @@ def plan(
     accumulates = setting.accumulation > 1 or setting.layout.stage > 0
     start_of_backward = max(moments) + estimate.gradients * accumulates
     end_of_backward = estimate.gradients + layer
-    held = estimate.weights + optimizer + autocast + setting.extra_gib
+    held = estimate.weights + optimizer + estimate.average + autocast + setting.extra_gib
     return Plan(setting, parts, held + max(start_of_backward, end_of_backward), estimate.optimizer is None)
 
 
@@ -158,7 +161,8 @@ def equivalent_settings(
     if shardable and layout.stage < 3 and layout.ranks > 1:
         sharded = replace(layout, stage=3, itemsize=2 if training.bf16 or training.fp16 else layout.itemsize)
         layouts.append((sharded, ("--deepspeed zero3",)))
-    if shardable and is_cuda and not layout.optimizer_offloaded:
+    # The average of offloaded weights is not supported.
+    if shardable and is_cuda and not layout.optimizer_offloaded and not averages_weights(training):
         offloaded = replace(layout, stage=3, optimizer_offloaded=True, weights_offloaded=True, itemsize=2)
         layouts.append((offloaded, ("--deepspeed zero3_offload",)))
     checkpointing: list[tuple[bool, tuple[str, ...]]] = [(requested.checkpointed, ())]
