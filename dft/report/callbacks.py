@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from dft.arguments.parser import Arguments
 from dft.data.preparing.prepare import PreparedData
 from dft.data.templates.encoder import ChatEncoder
+from dft.report.log_file import LogFileCallback
 from dft.report.report_callback import ReportCallback, ReportedTrainer
 from dft.report.samples_callback import SampledTrainer
 from dft.report.samples_file import SamplesFileCallback
@@ -28,7 +29,7 @@ def add_reports(
     data: PreparedData,
     record: dict[str, Any],
 ) -> ReportCallback | None:
-    """Add the callbacks for trackers, samples and report.html. Return the last, None without a report.
+    """Add the callbacks for trackers, log, samples and report.html. Return the last, None without a report.
 
     Args:
         arguments: the parsed flags.
@@ -41,6 +42,7 @@ def add_reports(
         UserError: the evaluation data has no prompt for `--generate_samples`.
     """
     trainer.add_callback(RunRecordCallback(record, trainer.callback_handler))
+    trainer.add_callback(LogFileCallback(Path(arguments.training.output_dir)))
     trainer.add_callback(SamplesFileCallback(Path(arguments.training.output_dir)))
     if arguments.watch.generate_samples:
         trainer.add_callback(make_samples_callback(arguments, trainer, encoder, data))

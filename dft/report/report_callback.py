@@ -18,7 +18,7 @@ from dft.console import say
 from dft.data.templates.token_decoder import TokenDecoder
 from dft.errors import UserError
 from dft.files import write_atomically
-from dft.report.saved_report import RUN_REPORT, load_report
+from dft.report.saved_report import RUN_REPORT, RUNNING, load_report
 from dft.training.batching import dataset_files
 from dft.training.measuring.evaluation_sets import is_first_set, is_last_set
 from dft.training.measuring.scoring import ScoredSequence
@@ -62,14 +62,22 @@ class ReportCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Load the conversations of the first evaluation from the existing report if the run is resumed."""
-        earlier = self.folder / RUN_REPORT
-        if not (state.is_world_process_zero and state.global_step and earlier.is_file()):
+        """Write `report.json`, so that the report in the folder is that of this run from the start.
+
+        If the run is resumed, it keeps the conversations of the first evaluation.
+        """
+        if not state.is_world_process_zero:
             return
+        earlier = self.folder / RUN_REPORT
+        if state.global_step and earlier.is_file():
+            try:
+                self.views = load_report(self.folder)["tokens"][:1]
+            except (UserError, OSError) as error:
+                say(f"warning     the report starts over at step {state.global_step}: {error}")
         try:
-            self.views = load_report(self.folder)["tokens"][:1]
-        except (UserError, OSError) as error:
-            say(f"warning     the report starts over at step {state.global_step}: {error}")
+            self._write_json(state, RUNNING)
+        except OSError as error:  # a full disk must not stop training
+            say(f"warning     the report of step {state.global_step} was not written: {error}")
 
     def on_evaluate(
         self,
@@ -91,7 +99,7 @@ class ReportCallback(TrainerCallback):
             }
             self.views = [*self.views[:1], view]
         if state.is_world_process_zero and is_last_set(sets, metrics):
-            self._write(state, "running")
+            self._write(state, RUNNING)
         self.trainer.exclude_time(time.perf_counter() - started)
 
     def close(self, status: str) -> None:
@@ -102,6 +110,13 @@ class ReportCallback(TrainerCallback):
     def _write(self, state: TrainerState, status: str) -> None:
         from dft.report.pages.run import write_report_page  # imports matplotlib, which is slow
 
+        try:
+            write_report_page(self._write_json(state, status), self.folder)
+        except OSError as error:  # a full disk must not stop training
+            say(f"warning     the report of step {state.global_step} was not written: {error}")
+
+    def _write_json(self, state: TrainerState, status: str) -> dict[str, Any]:
+        """Write `report.json` and return its content."""
         report = {
             **self.record,
             "status": status,
@@ -110,11 +125,8 @@ class ReportCallback(TrainerCallback):
             "log": state.log_history,
             "tokens": self.views,
         }
-        try:
-            write_atomically(self.folder / RUN_REPORT, [json.dumps(report, ensure_ascii=False)])
-            write_report_page(report, self.folder)
-        except OSError as error:  # a full disk must not stop training
-            say(f"warning     the report of step {state.global_step} was not written: {error}")
+        write_atomically(self.folder / RUN_REPORT, [json.dumps(report, ensure_ascii=False)])
+        return report
 
     def _conversation(self, scored: ScoredSequence) -> dict[str, Any]:
         files = dataset_files(self.trainer.eval_dataset)

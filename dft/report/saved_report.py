@@ -12,8 +12,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dft.arguments.config_file import RUN_ARGS
 from dft.errors import UserError
 from dft.loss.objectives import OBJECTIVES, Dft, Objective
+from dft.report.log_file import LOG, read_log
 
 RUN_REPORT = "report.json"
+RUNNING = "running"
+"""Status in the `report.json` of a run that has not ended. A run that is killed leaves it there."""
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 EMPTY_REPORT: dict[str, Any] = {
     "name": "",
@@ -38,7 +41,8 @@ def load_report(run: Path) -> dict[str, Any]:
     """Load the report of a run.
 
     A run without `report.json`, because it is older or was interrupted, is read from `trainer_state.json` in
-    its output directory or in its newest checkpoint.
+    its output directory or in its newest checkpoint, or from `log.jsonl` if that has more. The latter also
+    continues the report of a run that has not ended.
 
     Args:
         run: an output directory, or the `report.json` in it.
@@ -51,14 +55,31 @@ def load_report(run: Path) -> dict[str, Any]:
     if run.is_file():
         return read_report(run)
     if (run / RUN_REPORT).is_file():
-        return read_report(run / RUN_REPORT)
+        report = read_report(run / RUN_REPORT)
+        return continued(report, read_log(run / LOG)) if report["status"] == RUNNING else report
     state = find_trainer_state(run)
+    log = read_log(run / LOG)
+    if state is None and log:
+        return report_from_log(run, log, f"unknown: read from {run / LOG}")
     if state is None:
         raise UserError(
             f"{run}: contains no {RUN_REPORT} and no {TRAINER_STATE_NAME}, nor a checkpoint with the latter; "
             "pass the --output_dir of a run that has logged metrics"
         )
-    return report_from_state(run, state)
+    return continued(report_from_state(run, state), log)
+
+
+def continued(report: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a report with the log of `log.jsonl` if that has more records."""
+    if len(log) <= len(report["log"]):
+        return report
+    steps = {**report["steps"], "done": max(last_step(log), report["steps"].get("done", 0))}
+    return {**report, "log": log, "steps": steps if "total" in steps else {}}
+
+
+def last_step(log: list[dict[str, Any]]) -> int:
+    """Return the optimizer step of the last record that has one; 0 if there is none."""
+    return next((record["step"] for record in reversed(log) if isinstance(record.get("step"), int)), 0)
 
 
 def folder_of(run: Path) -> Path:
@@ -99,7 +120,21 @@ def report_from_state(run: Path, file: Path) -> dict[str, Any]:
     """
     state = _read_json_object(file, "pass a run whose file is complete")
     _check_log(state, "log_history", file)
-    log = state["log_history"]
+    report = report_from_log(run, state["log_history"], f"unknown: read from {file}")
+    return {**report, "steps": {"done": state.get("global_step", 0), "total": state.get("max_steps", 0)}}
+
+
+def report_from_log(run: Path, log: list[dict[str, Any]], status: str) -> dict[str, Any]:
+    """Return the report of a run of which only its log and its flags in `run_args.yaml` are available.
+
+    Args:
+        run: the output directory.
+        log: the records.
+        status: status of the run, unless the log tells that it has finished.
+
+    Raises:
+        UserError: `run_args.yaml` cannot be read.
+    """
     arguments = read_run_args(run)
     alphas = [record["dft_alpha"] for record in log if "dft_alpha" in record]
     alpha = alphas[-1] if alphas else arguments.get("dft_alpha")
@@ -110,13 +145,12 @@ def report_from_state(run: Path, file: Path) -> dict[str, Any]:
     return {
         **EMPTY_REPORT,
         "name": arguments.get("run_name") or run.absolute().name,
-        "status": "finished" if ended else f"unknown: read from {file}",
+        "status": "finished" if ended else status,
         "method": None if alpha is None else method,
         "alpha": alpha if has_alpha else None,
         "model": {"name": arguments["model_name_or_path"]} if "model_name_or_path" in arguments else {},
         "arguments": arguments,
         "given": arguments,
-        "steps": {"done": state.get("global_step", 0), "total": state.get("max_steps", 0)},
         "log": log,
     }
 

@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 from typing import Any
 
-VOID = {"meta", "br", "wbr", "path", "use", "line", "circle", "rect"}
+VOID = {"meta", "input", "br", "wbr", "path", "use", "line", "circle", "rect"}
 FILES = [
     {
         "file": "a<b>.jsonl",

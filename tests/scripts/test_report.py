@@ -1,6 +1,7 @@
 """scripts/report.py: the page of one run, the comparison of several, and errors for unreadable runs."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -261,3 +262,43 @@ def test_the_script_reports_user_errors(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="^nowhere: no such file or folder; pass the --output_dir of a run$"):
         script.main()
     assert calls and not any(tmp_path.iterdir())
+
+
+def test_serving_ends_cleanly_with_ctrl_c(tmp_path, monkeypatch, capsys):
+    save(tmp_path / "runs/a", run_report())
+
+    def interrupt(server) -> None:
+        assert server.url.startswith("http://127.0.0.1:") and server.pages.seconds == 3
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.ReportServer, "serve_forever", interrupt)
+    run(monkeypatch, tmp_path, "--serve", "runs", "--port", "0", "--refresh", "3")
+    printed = capsys.readouterr().out
+    assert re.match(r"1 run at http://127\.0\.0\.1:\d+/ \(Ctrl-C ends this\)\n", printed)
+    assert printed.endswith("ended; the runs go on\n") and "ssh -L" in printed
+    assert {file.name for file in (tmp_path / "runs/a").iterdir()} == {"report.json"}, "it writes nothing"
+
+
+def test_other_addresses_than_that_of_this_machine_are_a_warning(tmp_path, monkeypatch, capsys):
+    save(tmp_path / "a", run_report())
+    monkeypatch.setattr(script.ReportServer, "serve_forever", lambda server: None)
+    run(monkeypatch, tmp_path, "--serve", "a", "--port", "0", "--host", "0.0.0.0")
+    assert "warning     everyone who can reach this address can read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "RUN: name the --output_dir of a run"),
+        (("--serve",), "RUN: name the --output_dir of a run, or with --serve a folder of runs"),
+        (("--serve", "nowhere"), "nowhere: no such file or folder; name a folder of runs"),
+        (("--serve", ".", "--output", "a.html"), "--output a.html: --serve writes no page"),
+        ((".", "--port", "1"), "--port has no effect without --serve"),
+        ((".", "--host", "::"), "--host has no effect without --serve"),
+        (("--serve", ".", "--port", "70000"), r"--port 70000: must lie in \[0, 65535\]"),
+        (("--serve", ".", "--refresh", "0"), "--refresh 0: must be at least 1 second"),
+    ],
+)
+def test_wrong_flags_are_errors(tmp_path, monkeypatch, words, message):
+    with pytest.raises(UserError, match=message):
+        run(monkeypatch, tmp_path, *words)

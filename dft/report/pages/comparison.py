@@ -165,16 +165,20 @@ def rows_by_value(
 
 def comparison_page(runs: Sequence[ComparedRun]) -> str:
     """Return the HTML of the page that compares runs."""
+    return render("comparison.html.jinja", **comparison_values(runs))
+
+
+def comparison_values(runs: Sequence[ComparedRun]) -> dict[str, Any]:
+    """Return what the template of the page that compares runs shows."""
     reports = [run.report for run in runs]
-    return render(
-        "comparison.html.jinja",
-        runs=runs,
-        methods=[sections.method(report) or "–" for report in reports],
-        models=[report["model"].get("name") or "–" for report in reports],
-        notes=comparison_notes(runs),
-        machine=columns(runs, "", MACHINE),
-        run_times=[dict(sections.machine_rows(report["log"])).get("run time", "–") for report in reports],
-        tables=[
+    return {
+        "runs": runs,
+        "methods": [sections.method(report) or "–" for report in reports],
+        "models": [report["model"].get("name") or "–" for report in reports],
+        "notes": comparison_notes(runs),
+        "machine": columns(runs, "", MACHINE),
+        "run_times": [dict(sections.machine_rows(report["log"])).get("run time", "–") for report in reports],
+        "tables": [
             (title, shown)
             for title, prefix in (
                 *((f"{set_title(prefix)}, last values", prefix) for prefix in prefixes_of(runs)),
@@ -182,11 +186,11 @@ def comparison_page(runs: Sequence[ComparedRun]) -> str:
             )
             if (shown := columns(runs, prefix, QUALITY))
         ],
-        differing=rows_by_value(differing_arguments(reports), runs),
-        curves=curve_panels(runs),
-        histograms=histogram_panels(runs),
-        distributions=distributions(runs),
-    )
+        "differing": rows_by_value(differing_arguments(reports), runs),
+        "curves": curve_panels(runs),
+        "histograms": histogram_panels(runs),
+        "distributions": distributions(runs),
+    }
 
 
 def prefixes_of(runs: Sequence[ComparedRun]) -> list[str]:

@@ -71,29 +71,33 @@ class Panel:
 
 def run_page(report: dict[str, Any], folder: Path) -> str:
     """Return the HTML of the page of one run."""
+    return render("run_report.html.jinja", **run_values(report, folder))
+
+
+def run_values(report: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what the template of the page of one run shows."""
     log = report["log"]
-    return render(
-        "run_report.html.jinja",
-        report=report,
-        summary=sections.summary_rows(report, folder),
-        notes=sections.notes(report),
-        numbers=sections.number_tables(log),
-        legend=legend(log),
-        curves=curve_panels(log, CURVES),
-        further=curve_panels(log, FURTHER_CURVES),
-        histograms=histogram_panels(log),
-        samples=sample_views(read_samples(folder / SAMPLES)[0]),
-        conversations=conversation_views(report["tokens"]),
-        shades=range(SHADES),
-        file_series=file_series(log),
-        data=sections.data_rows(report["data"], folder),
-        machine=sections.machine_rows(log),
-        machine_curves=curve_panels(log, MACHINE),
-        given=sections.argument_rows(report["given"]),
-        arguments=sections.argument_rows(report["arguments"]),
-        environment=sections.argument_rows(report["environment"]),
-        existing_files=sections.existing_files(folder),
-    )
+    return {
+        "report": report,
+        "summary": sections.summary_rows(report, folder),
+        "notes": sections.notes(report),
+        "numbers": sections.number_tables(log),
+        "legend": legend(log),
+        "curves": curve_panels(log, CURVES),
+        "further": curve_panels(log, FURTHER_CURVES),
+        "histograms": histogram_panels(log),
+        "samples": sample_views(read_samples(folder / SAMPLES)[0]),
+        "conversations": conversation_views(report["tokens"]),
+        "shades": range(SHADES),
+        "file_series": file_series(log),
+        "data": sections.data_rows(report["data"], folder),
+        "machine": sections.machine_rows(log),
+        "machine_curves": curve_panels(log, MACHINE),
+        "given": sections.argument_rows(report["given"]),
+        "arguments": sections.argument_rows(report["arguments"]),
+        "environment": sections.argument_rows(report["environment"]),
+        "existing_files": sections.existing_files(folder),
+    }
 
 
 def render(template: str, **values: Any) -> str:

@@ -27,6 +27,7 @@ RUN_FILES = {
     "adapter_model.safetensors": "the adapters",
     "report.json": "the data of this page",
     "trainer_state.json": "all logged values and the best step",
+    "log.jsonl": "the logged values, a line for each record, written while the run goes on",
     "run_args.yaml": f"the flags; {program_name()} --config run_args.yaml --output_dir NEW repeats the run",
     "data_report.json": "how many conversations were read, used, truncated and dropped",
     "rejected.jsonl": "lines that could not be used, with the reasons",

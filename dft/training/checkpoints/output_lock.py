@@ -60,6 +60,36 @@ def _lock(folder: Path) -> str | None:
     return None
 
 
+def is_locked(folder: Path) -> bool | None:
+    """Return whether a run is writing to an output directory; None if that cannot be told.
+
+    It cannot be told on file systems without locks, or if the last run was started on another machine, whose
+    locks this one may not see. The lock is only tested, by sharing it for a moment; `_lock` tries again.
+    """
+    path = folder / LOCK_FILE
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return True if error.errno in HELD else None
+    finally:
+        os.close(handle)
+    return False if _machine(path) == socket.gethostname() else None
+
+
+def _machine(path: Path) -> str | None:
+    """Return the name of the machine that the last run was started on."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["machine"]
+    except (OSError, ValueError, KeyError, TypeError):  # it is just being written
+        return None
+
+
 def _try_lock(handle: int, path: Path) -> bool:
     """Return whether the lock was taken, or cannot be taken on this file system."""
     try:
