@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.combinations import proves
 from tests.examples import weighted_copy
 from tests.launching import ROOT, eval_records, launch, train_records
 
@@ -119,9 +120,13 @@ def untied_model(example):
     return folder
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(way, marks=pytest.mark.slow if way in LEFT_OUT else ()) for way in WAYS]
-)
+def marks_of(way: str) -> list[pytest.MarkDecorator]:
+    launcher, flags = WAYS[way]
+    slow = [pytest.mark.slow] if way in LEFT_OUT else []
+    return [proves(flags, 1 if launcher == "python" else 2), *slow]
+
+
+@pytest.mark.parametrize("name", [pytest.param(way, marks=marks_of(way)) for way in WAYS])
 def test_a_step_does_not_depend_on_how_it_is_split(example, whole, name):
     assert_same(run(example, name, *WAYS[name]), whole)
 

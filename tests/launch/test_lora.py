@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dft.errors import EXIT_USER_ERROR
 from dft.training.model.adapters import BASE_RECORD
+from tests.combinations import proves
 from tests.launching import ROOT, train_records
 
 pytest.importorskip("peft")
@@ -55,14 +56,15 @@ def whole(example, train):
 @pytest.mark.parametrize(
     ("kind", "alpha"),
     [
-        ("ddp", 0.0),
-        ("zero2", 0.5),
-        ("zero3", 1.0),
-        ("fsdp", 0.5),
+        pytest.param("ddp", 0.0, marks=proves({**LORA, "dft_alpha": 0}, 2)),
+        pytest.param("zero2", 0.5, marks=proves({**LORA, "deepspeed": "zero2"}, 2)),
+        pytest.param("zero3", 1.0, marks=proves({**LORA, "deepspeed": "zero3"}, 2)),
+        pytest.param("fsdp", 0.5, marks=proves({**LORA, "fsdp": True}, 2)),
         pytest.param("zero3", 0.0, marks=pytest.mark.slow),
         pytest.param("zero3", 0.5, marks=pytest.mark.slow),
     ],
 )
+@proves(LORA)
 def test_a_step_does_not_depend_on_the_sharding(whole, kind, alpha):
     single, sharded = whole("single", alpha), whole(kind, alpha)
     for record, expected in zip(train_records(sharded), train_records(single), strict=True):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dft.errors import EXIT_USER_ERROR
+from tests.combinations import proves
 from tests.launching import ROOT, eval_records, train_records
 from tests.loss.test_objectives import CASES
 
@@ -51,7 +52,10 @@ def prior(train) -> Path:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=[pytest.mark.slow] * (case.objective.name in SLOW))
+        pytest.param(
+            case,
+            marks=[proves(flags_of(case.objective)), *[pytest.mark.slow] * (case.objective.name in SLOW)],
+        )
         for case in CASES
         if not case.objective.needs_base_logp
     ],
@@ -79,7 +83,14 @@ def test_training_lowers_the_objective(train, prior, case):
 
 
 @pytest.mark.parametrize(
-    "name", ["asft", *(pytest.param(objective, marks=pytest.mark.slow) for objective in ("eaft", "power"))]
+    "name",
+    [
+        pytest.param("asft", marks=proves({"objective": "asft", **ZERO3}, 2)),
+        *(
+            pytest.param(name, marks=[proves({"objective": name, **ZERO3}, 2), pytest.mark.slow])
+            for name in ("eaft", "power")
+        ),
+    ],
 )
 def test_two_ranks_take_the_same_steps_as_one(train, prior, name):
     """Compare ZeRO-3 with micro-batches and an end-of-turn floor to one process."""

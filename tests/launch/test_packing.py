@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.combinations import proves
 from tests.launching import ROOT, eval_records, launch, train_records
 
 EPOCHS = 3
@@ -22,6 +23,8 @@ def run(example, name, launcher, **flags):
     return output, train_records(output), eval_records(output), finished.output
 
 
+@proves({"attn_implementation": "sdpa"})
+@proves({"packing": True, "deepspeed": "zero3"}, 2)
 def test_packed_rows_under_zero3_equal_unpacked_rows_in_one_process(example):
     _, train, evaluation, printed = run(
         example, "single", "python", per_device_train_batch_size=60, attn_implementation="sdpa"

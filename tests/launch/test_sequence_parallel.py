@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dft.errors import EXIT_USER_ERROR
 from dft.training.checkpoints.folder import newest_checkpoint
+from tests.combinations import proves, refuses
 from tests.examples import weighted_copy
 from tests.launching import ROOT, eval_records, train_records
 
@@ -56,9 +57,12 @@ def whole(train):
     return make
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(way, marks=() if way in ("ddp", "zero3") else pytest.mark.slow) for way in WAYS]
-)
+def marks_of(way: str) -> list[pytest.MarkDecorator]:
+    slow = [] if way in ("ddp", "zero3") else [pytest.mark.slow]
+    return [proves({"sequence_parallel_size": 2, **WAYS[way]}, 2), *slow]
+
+
+@pytest.mark.parametrize("name", [pytest.param(way, marks=marks_of(way)) for way in WAYS])
 def test_a_step_does_not_depend_on_sequence_parallelism(train, whole, forks, name):
     ranks = 4 if name == "four-ranks" else 2
     per_device, accumulation = (4, 2) if ranks == 2 else (2, 2)  # four ranks are two groups
@@ -118,7 +122,14 @@ def test_a_run_is_resumed(train, example):
             2,
             "use --attn_implementation varlen or --packing False",
         ),
-        ({"sequence_parallel_size": 2, "attn_implementation": "eager"}, 2, "use --attn_implementation sdpa"),
+        pytest.param(
+            {"sequence_parallel_size": 2, "attn_implementation": "eager"},
+            2,
+            "use --attn_implementation sdpa",
+            marks=refuses(
+                "use sdpa or varlen", {"sequence_parallel_size": 2, "attn_implementation": "eager"}, 2
+            ),
+        ),
     ],
 )
 def test_unsupported_settings_are_rejected(train, flags, ranks, message):
@@ -149,6 +160,7 @@ def test_sliding_windows_are_rejected_with_masks(train, windowed):
 
 
 @pytest.mark.slow
+@proves({"sequence_parallel_size": 2, "packing": True}, 2)
 def test_sliding_windows_and_packed_rows_are_shared_with_varlen_attention(train, windowed):
     """Each epoch is one step with all conversations, packed for two ranks and unpacked in one process."""
     flags = {"model_name_or_path": windowed, "num_train_epochs": 3, "max_length": 96}

@@ -9,6 +9,7 @@ from dft.training.attention import interface
 from dft.training.attention.choice import attention_of
 from dft.training.attention.interface import VARLEN
 from dft.training.batching import NON_MODEL_KEYS
+from tests.combinations import proves
 from tests.training.test_batching import (
     EXPERTS,
     GEMMA,
@@ -161,6 +162,9 @@ def test_left_padded_prompts_generate_the_same_tokens(name):
         assert torch.equal(model.generate(ids, **settings), expected)
 
 
+@proves({"enable_gradient_checkpointing": True})
+@proves({"packing": True})
+@proves({"packing": True, "enable_gradient_checkpointing": True})
 @pytest.mark.parametrize("counts", [None, [3, 1, 2, 2]], ids=["unpacked", "packed"])
 @pytest.mark.parametrize("name", ["qwen3", "gemma3, window of 4", "qwen3 moe"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
@@ -172,6 +176,24 @@ def test_the_trainer_takes_the_same_loss_and_gradients_as_with_padding(tmp_path,
         model.gradient_checkpointing_enable()
     actual = loss_and_gradients(tmp_path, model, pack(rows, counts) if counts else rows)
     assert (expected[2], actual[2]) == ("padded on the right", "padding-free")
+    assert_equal_training(actual, expected)
+
+
+OTHER = [
+    {"attn_implementation": name, "packing": packing, "enable_gradient_checkpointing": checkpointing}
+    for name in ("eager", "sdpa")
+    for packing, checkpointing in ((False, False), (True, False), (True, True))
+]
+
+
+@pytest.mark.parametrize("flags", [pytest.param(flags, marks=proves(flags)) for flags in OTHER], ids=str)
+def test_other_attention_takes_the_same_loss_and_gradients_of_packed_rows(tmp_path, flags):
+    rows = conversations(8)
+    expected = loss_and_gradients(tmp_path, build_model("qwen3", VARLEN), rows)
+    model = build_model("qwen3", flags["attn_implementation"])
+    if flags["enable_gradient_checkpointing"]:
+        model.gradient_checkpointing_enable()
+    actual = loss_and_gradients(tmp_path, model, pack(rows, [3, 1, 2, 2]) if flags["packing"] else rows)
     assert_equal_training(actual, expected)
 
 
