@@ -53,6 +53,7 @@ PRODUCT = 8192 if ON_GPU else 2048
 def measure_in_subprocess(name: str, folder: Path, vocabulary: int, packed: bool) -> tuple[float, float]:
     """Return the (tokens per second, peak GPU memory in GiB) of a contender, measured in a new process."""
     words = ["--measure", name, "--folder", str(folder), "--vocabularies", str(vocabulary)]
+    words += ["--sequences", str(BATCH["unpacked"])]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets")}
     done = subprocess.run(
         [sys.executable, __file__, *words, *(["--packed"] if packed else [])],
@@ -141,10 +142,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each contender")
     parser.add_argument("--batches", nargs="+", choices=BATCH, default=list(BATCH))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--sequences", type=int, default=BATCH["unpacked"], help="of an unpacked batch")
     parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--packed", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    BATCH["unpacked"] = arguments.sequences
     if arguments.measure:
         (vocabulary,) = arguments.vocabularies
         rate = CONTENDERS[arguments.measure](arguments.folder, vocabulary, arguments.packed)
