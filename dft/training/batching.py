@@ -27,6 +27,7 @@ COLUMNS = ("labels", "seq_lengths", "origins", "loss_weights", "base_logp")
 """Dataset columns that the collator and the loss read, regardless of what the model's forward accepts."""
 NON_MODEL_KEYS = (
     "labels", "num_tokens", "loss_positions", "sequence_ids", "origins", "loss_weights", "base_logp",
+    "share_positions", "share_counts",
 )  # fmt: skip
 """Entries of a batch that the loss and its metrics use. They are not passed to the model."""
 PROBE_LENGTHS = (7, 8)

@@ -119,10 +119,10 @@ def resolve_collator(
         ValueError: no collator is suitable, or the given one is not.
     """
     train_dataset = datasets.get("train_dataset")
-    if sequence_parallel_size(args) > 1:
+    if (size := sequence_parallel_size(args)) > 1:
         check_shared_data(train_dataset, objective)
         packed = is_packed(train_dataset, datasets.get("eval_dataset"))
-        collator = resolve_parallel_collator(model, padding_id(model), collator, packed)
+        collator = resolve_parallel_collator(model, padding_id(model), collator, packed, size)
     elif collator is None:
         collections = (train_dataset, datasets.get("eval_dataset"))
         longest = longest_row(*collections) if (packed := is_packed(*collections)) else None

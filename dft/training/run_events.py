@@ -157,8 +157,10 @@ class RunEvents(TrainerCallback):
     def _begin_events(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, end_epoch: bool
     ) -> None:
-        asked = self._run.stop.is_requested()
-        if asked or end_epoch or control.should_log or control.should_evaluate or control.should_save:
+        has_events = end_epoch or control.should_log or control.should_evaluate or control.should_save
+        stop = self._run.stop
+        asked = stop.is_requested() if has_events else stop.is_requested_between_events()
+        if asked or has_events:
             self._run.settle_step(state)
         self._progress.begin_events(control, state.global_step, end_epoch, asked)
         self._capture_random_state(args)

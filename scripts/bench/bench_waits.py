@@ -1,6 +1,7 @@
 """Count how often a training step waits for the device, and where.
 
     python scripts/bench/bench_waits.py 2>/dev/null
+    python scripts/bench/bench_waits.py --ranks 2 2>/dev/null    # under DDP, as rank 0 counts them
 
 Steps of two micro-batches with `--optim adamw_torch_fused`, the default, between two log lines.
 
@@ -9,9 +10,13 @@ would wait if the tensors were on a GPU: reading a number or a condition, copyin
 whose result has a size that depends on values. Copies of batches to a GPU can only be seen on a GPU.
 
 The gradient norm of a step that was skipped on the device, or might have been, is read during the next step
-(`dft.training.measuring.device_skip`), which waits for work that is done by then; it is counted as late.
+(`dft.training.measuring.device_skip`), which waits for work that is done by then; it is counted as late. So
+is the exchange between several ranks of whether to stop (`dft.training.parallel.stopping`).
 """
 
+import argparse
+import os
+import socket
 import sys
 import tempfile
 import traceback
@@ -32,7 +37,11 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dft import DFTTrainer
+from dft.ranks import world_size
 from dft.training.measuring import device_skip
+from dft.training.parallel import stopping
+from dft.training.parallel.stopping import StopRequest
+from dft.training.run_options import RunOptions
 
 ON_GPU = torch.cuda.is_available()
 STEPS = 8
@@ -58,6 +67,9 @@ ON_HOST = {
 }
 """Code that runs on the host, or only if the device is a CPU: path, and functions (None: all)."""
 
+DDP_BACKWARD = "torch/autograd/graph.py"
+"""Python code from which DDP, in C++, reads on the host which parameters were used."""
+
 
 class HostWaits:
     """Waits for the device, by their place in the code.
@@ -82,6 +94,8 @@ class HostWaits:
             for path, functions in ON_HOST.items():
                 if path in frame.filename and (functions is None or frame.name in functions):
                     return
+        if frames[-1].filename.endswith(DDP_BACKWARD):
+            return
         if frames[-1].filename == device_skip.__file__ and frames[-1].name == "read":
             self.late += 1
         else:
@@ -169,10 +183,10 @@ class StepWaits(TrainerCallback):
         self.steps.append(self.waits.take())
 
 
-def make_rows(packed: bool) -> list[dict[str, Any]]:
+def make_rows(packed: bool, ranks: int) -> list[dict[str, Any]]:
     """Create conversations of 4 to 9 tokens of which some are supervised, or rows of three of them."""
     rows: list[dict[str, Any]] = []
-    for number in range(4 * STEPS):
+    for number in range(4 * STEPS * ranks):
         ids = [1 + (7 * number + 3 * place) % 90 for place in range(4 + number % 6)]
         rows.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
     if not packed:
@@ -204,7 +218,9 @@ def count_waits(
         waits = HostWaits()
         steps = StepWaits(waits)
         model = Qwen3ForCausalLM(config)
-        trainer = DFTTrainer(model, arguments, train_dataset=make_rows(packed), callbacks=[steps])
+        options = RunOptions(stop=StopRequest())
+        rows = make_rows(packed, world_size())
+        trainer = DFTTrainer(model, arguments, train_dataset=rows, callbacks=[steps], options=options)
         with waits.counting():
             trainer.train()
     return steps.steps, trainer
@@ -223,15 +239,39 @@ CASES: Mapping[str, dict[str, Any]] = {
 """Arguments of `count_waits` by description."""
 
 
-def main() -> None:
+def print_table(rank: int = 0, ranks: int = 1, port: int = 0) -> None:
+    """Print the table as one of several ranks. Only rank 0 prints."""
+    if ranks > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
     devices = frozenset({"cuda"} if ON_GPU else {"cpu"})
-    print("| attention and flags | waits | late reads | where it waits |\n|---|---|---|---|")
+    lines = ["| attention and flags | waits | late reads | where it waits |", "|---|---|---|---|"]
     for name, settings in CASES.items():
-        with patch.object(device_skip, "DEVICE_TYPES", devices), redirect_stdout(sys.stderr):
+        with (
+            patch.object(device_skip, "DEVICE_TYPES", devices),
+            patch.object(stopping, "DEVICE_TYPES", devices),
+            redirect_stdout(sys.stderr),
+        ):
             steps, _ = count_waits(**settings)
         places, late = steps[STEPS // 2]
         where = ", ".join(f"{place} ({count})" for place, count in places.items())
-        print(f"| {name} | {places.total()} | {late} | {where} |")
+        lines.append(f"| {name} | {places.total()} | {late} | {where} |")
+    if rank == 0:
+        print("\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=1, help="number of processes")
+    ranks = parser.parse_args().ranks
+    if ranks == 1:
+        print_table()
+        return
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    torch.multiprocessing.spawn(print_table, (ranks, port), ranks)
 
 
 if __name__ == "__main__":

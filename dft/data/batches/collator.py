@@ -39,9 +39,11 @@ class PaddedCollator:
 
     Attributes:
         pad_token_id: any id of the vocabulary; padding is neither attended to nor supervised.
+        shares: number of ranks that share each sequence.
     """
 
     pad_token_id: int
+    shares: int = 1
     batching: ClassVar[str] = "padded on the right"
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -64,7 +66,7 @@ class PaddedCollator:
         ones = [torch.ones(len(example["input_ids"]), dtype=torch.int64) for example in examples]
         mask = pad_sequence(ones, batch_first=True)
         batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-        return _add_bookkeeping(batch, examples, ids.shape[1])
+        return _add_bookkeeping(batch, examples, ids.shape[1], self.shares)
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,12 @@ class FlatCollator:
 
     Returns the same entries as transformers' `DataCollatorWithFlattening(return_flash_attn_kwargs=True)`, and
     also accepts examples that hold several sequences.
+
+    Attributes:
+        shares: number of ranks that share each row.
     """
 
+    shares: int = 1
     batching: ClassVar[str] = "padding-free"
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | int]:
@@ -141,7 +147,7 @@ class FlatCollator:
             "max_length_q": max(lengths),
             "max_length_k": max(lengths),
         }
-        return _add_bookkeeping(batch, examples, None)
+        return _add_bookkeeping(batch, examples, None, self.shares)
 
 
 def _sequence_lengths(example: Mapping[str, Any]) -> list[int]:
@@ -161,13 +167,14 @@ def _sequence_lengths(example: Mapping[str, Any]) -> list[int]:
 
 
 def _add_bookkeeping(
-    batch: dict[str, Any], examples: Sequence[Mapping[str, Any]], width: int | None
+    batch: dict[str, Any], examples: Sequence[Mapping[str, Any]], width: int | None, shares: int = 1
 ) -> dict[str, Any]:
     """Add `loss_positions`, `sequence_ids`, and `loss_weights`, `base_logp`, `origins` where there are any.
 
     Args:
         width: number of tokens that each example is padded to; None if the examples are concatenated in one
             row.
+        shares: number of ranks that share each row.
     """
     numbers: list[int] = []  # of the sequence, for each run of tokens
     run_lengths: list[int] = []
@@ -194,9 +201,35 @@ def _add_bookkeeping(
         if whole.flatten()[batch["loss_positions"] + 1].isnan().any():
             raise ValueError("a supervised token has no base_logp; score all examples with the base model")
         batch["base_logp"] = whole.view(torch.int32)
+    if shares > 1:
+        batch |= _share_positions(batch["loss_positions"], batch["labels"].shape[1], shares)
     if any("origins" in example for example in examples):
         batch["origins"] = torch.cat([_origins(example) for example in examples])
     return batch
+
+
+def _share_positions(positions: Tensor, width: int, shares: int) -> dict[str, Any]:
+    """Return the `loss_positions` of each share of the columns of a batch.
+
+    Computed here for the same reason as `loss_positions`.
+
+    Args:
+        positions: the `loss_positions` of a batch of `width` columns.
+        shares: number of shares, of equal width; the last ones may be narrower or empty.
+
+    Returns:
+        share_positions: (supervised tokens,) int64, the positions in the first share, then in the second, and
+        so on. share_counts: their number in each share.
+    """
+    share_width = -(-width // shares)
+    rows, columns = positions // width, positions % width
+    share = columns // share_width
+    within = rows * share_width + columns % share_width
+    counts = torch.bincount(share, minlength=shares)
+    return {
+        "share_positions": within[share.argsort(stable=True)],
+        "share_counts": tuple(counts.tolist()),
+    }
 
 
 def _loss_weights(example: Mapping[str, Any]) -> Tensor:

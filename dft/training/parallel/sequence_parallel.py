@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from dft.data.batches.collator import FlatCollator, PaddedCollator, base_logp_of, loss_weights_of
 from dft.data.batches.sampler import EpochSampler
 from dft.errors import UserError
-from dft.labels import IGNORE_INDEX
+from dft.labels import IGNORE_INDEX, loss_positions
 from dft.loss.objectives import Objective
 from dft.ranks import init_cpu_deepspeed
 from dft.training.attention.choice import HEAD_SIZES
@@ -45,6 +45,8 @@ SLICEABLE_KEYS = {
     "origins",
     "loss_weights",
     "base_logp",
+    "share_positions",
+    "share_counts",
 }
 """Entries that a batch may have; `SequenceParallel.local_slice` can slice only these."""
 
@@ -192,11 +194,19 @@ class SequenceParallel:
             "input_ids": cut(ids, 0),
             "position_ids": positions[:, own].contiguous(),
             "labels": labels,
-            "loss_positions": (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1),
+            "loss_positions": self._loss_positions(batch, labels),
             "sequence_ids": sequence_ids,
             "num_tokens": (sequence_ids >= 0).sum(),
             **others,
         }
+
+    def _loss_positions(self, batch: Mapping[str, Any], labels: Tensor) -> Tensor:
+        """Return the positions of this rank's supervised labels, as the collator computed them, if it did."""
+        if "share_counts" not in batch:
+            return loss_positions(labels, shifted=True)
+        counts = batch["share_counts"]
+        start = sum(counts[: self.rank])
+        return batch["share_positions"][start : start + counts[self.rank]]
 
 
 def _boundaries(batch: Mapping[str, Any], padding: int) -> dict[str, Any]:
@@ -223,7 +233,7 @@ def check_shared_data(dataset: Any, objective: Objective) -> None:
 
 
 def resolve_parallel_collator(
-    model: PreTrainedModel, pad_token_id: int, collator: Any, packed: bool
+    model: PreTrainedModel, pad_token_id: int, collator: Any, packed: bool, size: int
 ) -> PaddedCollator | FlatCollator:
     """Return the collator whose batches can be sliced: flattened for varlen attention, otherwise padded.
 
@@ -232,6 +242,7 @@ def resolve_parallel_collator(
         pad_token_id: id to pad with.
         collator: collator that the caller chose, or None.
         packed: whether examples hold several sequences.
+        size: number of ranks that share a sequence.
 
     Raises:
         ValueError: an unsuitable collator was chosen.
@@ -245,13 +256,13 @@ def resolve_parallel_collator(
             "omit data_collator"
         )
     if suitable is FlatCollator:
-        return FlatCollator()
+        return FlatCollator(size)
     if packed:
         raise UserError(
             f"--sequence_parallel_size with --packing True: with {attention} attention the conversations of "
             "a row would attend to one another; use --attn_implementation varlen or --packing False"
         )
-    return collator or PaddedCollator(pad_token_id)
+    return collator or PaddedCollator(pad_token_id, size)
 
 
 class RepeatedBatchSampler(Sampler[int]):

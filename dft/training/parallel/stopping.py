@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from dft.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from dft.ranks import is_main_process
+from dft.training.measuring.device_skip import DEVICE_TYPES, HostCopy
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """SIGUSR1 is sent by SLURM's --signal and others some time before the end, SIGHUP when the terminal closes.
@@ -107,6 +108,7 @@ class StopControl:
         self._accelerator = accelerator
         self._signal_name = ""
         self._evaluated_batches = 0
+        self._exchange: HostCopy | None = None  # begun at the last step and not read yet
 
     def begin_training(self) -> None:
         """Make signals stop the run with a checkpoint."""
@@ -117,11 +119,35 @@ class StopControl:
         """Return whether any rank was asked to stop. All ranks must call it."""
         if self._request is None:
             return False
-        number = self._request.number
-        if self._accelerator.num_processes > 1:
-            numbers = torch.tensor([number], device=self._accelerator.device)
-            number = int(self._accelerator.gather(numbers).max().item())
-        self._signal_name = signal.Signals(number).name if number else ""
+        self._exchange = None
+        if self._accelerator.num_processes == 1:
+            return self._take(self._request.number)
+        return self._take(self._largest_number(self._request.number).item())
+
+    def is_requested_between_events(self) -> bool:
+        """Return `is_requested`, on an accelerator that of one step earlier, which waits for no later work.
+
+        All ranks must call it at the end of a step after which nothing is logged, evaluated or saved. The
+        numbers of all ranks are exchanged on the device, and read at the end of the next step, when the
+        device has computed them. All ranks read the same number, so they stop after the same step.
+        """
+        request = self._request
+        late = self._accelerator.num_processes > 1 and self._accelerator.device.type in DEVICE_TYPES
+        if request is None or not late:
+            return self.is_requested()
+        previous, self._exchange = self._exchange, HostCopy(self._largest_number(request.number))
+        return previous is not None and self._take(previous.read())
+
+    def _largest_number(self, number: int) -> torch.Tensor:
+        """Return the largest number of all ranks, on the device. Does not wait for it."""
+        # Filled on the device, because copying a number to it would synchronize.
+        largest = torch.full((), number, dtype=torch.float32, device=self._accelerator.device)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return largest
+
+    def _take(self, number: float) -> bool:
+        """Remember the name of a signal, and return whether there was one."""
+        self._signal_name = signal.Signals(int(number)).name if number else ""
         return bool(number)
 
     def stop_evaluation_if_requested(self) -> None:

@@ -19,13 +19,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from dft.data.batches.collator import FlatCollator, PaddedCollator
 from dft.loss.objectives import make_objective
 from dft.training.attention.interface import VARLEN
 from dft.training.parallel import sequence_parallel
 from dft.training.parallel.sequence_parallel import (
+    SequenceParallel,
     check_shared_data,
+    resolve_parallel_collator,
     sequence_parallel_obstacle,
 )
+from scripts.bench.bench_waits import HostWaits
 
 
 def meta_model(**settings):
@@ -116,3 +120,34 @@ def test_datasets_without_a_length_and_objectives_with_a_base_model_are_rejected
         check_shared_data(Stream(), make_objective("dft"))
     with pytest.raises(ValueError, match="objective asft scores whole sequences with the base model"):
         check_shared_data([{}], make_objective("asft"))
+
+
+@pytest.mark.parametrize("collator", [PaddedCollator, FlatCollator])
+@pytest.mark.parametrize("size", [2, 3, 16])
+def test_the_collator_gives_each_rank_the_positions_of_its_labels_without_a_wait(collator, size):
+    """`SequenceParallel.local_slice` runs on the device, where looking for them would wait."""
+    examples = [
+        {"input_ids": list(range(1, length + 1)), "labels": [-100, *range(2, length), -100]}
+        for length in (5, 9, 2, 4)
+    ]
+    arguments = (0, size) if collator is PaddedCollator else (size,)
+    batch = collator(*arguments)(examples)
+    without = {name: value for name, value in batch.items() if not name.startswith("share_")}
+    for rank in range(size):
+        sequences = SequenceParallel.__new__(SequenceParallel)
+        sequences.size, sequences.rank = size, rank
+        waits = HostWaits()
+        with waits.counting():
+            share = sequences.local_slice(batch)
+        assert not waits.places
+        expected = (share["labels"].flatten() != -100).nonzero().squeeze(1)
+        assert torch.equal(share["loss_positions"], expected)
+        assert torch.equal(sequences.local_slice(without)["loss_positions"], expected)
+        assert not any(name.startswith("share_") for name in share)
+
+
+def test_the_collator_of_the_trainer_knows_the_number_of_ranks(monkeypatch):
+    model = meta_model()
+    assert resolve_parallel_collator(model, 7, None, False, 4) == PaddedCollator(7, 4)
+    monkeypatch.setattr(model.config, "_attn_implementation", VARLEN)
+    assert resolve_parallel_collator(model, 7, None, True, 4) == FlatCollator(4)
