@@ -115,11 +115,16 @@ check environment 5 "$PYTHON" scripts/bench/check_gpu.py environment
 if [[ -z $cpu ]]; then
     if installed pytest; then
         check head-exact 20 "$PYTHON" -m pytest -q -p no:cacheprovider tests/loss/test_cuda.py
+        check waits-exact 5 "$PYTHON" -m pytest -q -p no:cacheprovider tests/training/test_host_waits.py
     else
         skip head-exact "pytest is not installed"
+        skip waits-exact "pytest is not installed"
     fi
+    check waits 10 "$PYTHON" scripts/bench/bench_waits.py
 else
     skip head-exact "tests/loss/test_cuda.py needs a GPU"
+    skip waits-exact "its tests of a GPU need one"
+    skip waits "counted on a CPU: python scripts/bench/bench_waits.py"
 fi
 check attention 10 "$PYTHON" scripts/bench/check_gpu.py attention
 check precision 20 "$PYTHON" scripts/bench/check_gpu.py precision
@@ -137,6 +142,7 @@ check profile-head 10 "$PYTHON" scripts/bench/bench_head.py --contenders floor o
     "${shapes[@]}" --profile
 if [[ -n $train ]]; then
     contenders=(bare flat floor ours compiled)
+    if installed liger_kernel; then contenders+=(liger); fi
     if installed trl; then contenders+=(trl); fi
     if [[ -n $cpu ]]; then vocabularies=(--vocabularies 4096 --batches unpacked) contenders=(bare ours); fi
     check bench-train 25 "$PYTHON" scripts/bench/bench_train.py --corpus "$train" --rounds "$rounds" \

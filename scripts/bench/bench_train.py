@@ -15,6 +15,7 @@ flat:     the same loop on concatenated sequences, with varlen attention.
 floor:    the same with compiled layers. A trainer can hardly be faster.
 ours:     `DFTTrainer` with varlen attention, logging every step.
 compiled: the same with --torch_compile True.
+liger:    the same with --use_liger_kernel True, on a GPU where liger-kernel is installed.
 off:      the same with --fused_head off.
 trl:      `SFTTrainer` with `loss_type="dft"` and assistant_only_loss (pip install trl). Packed with its "bfd"
           strategy; on a GPU with Liger's kernels and without padding, where liger-kernel and flash-attn are.
@@ -162,6 +163,9 @@ def main() -> None:
     if "trl" in names and importlib.util.find_spec("trl") is None:
         print("trl cannot be imported and is skipped", file=sys.stderr)
         names.remove("trl")
+    if "liger" in names and not (ON_GPU and importlib.util.find_spec("liger_kernel")):
+        print("liger needs a GPU and liger-kernel and is skipped", file=sys.stderr)
+        names.remove("liger")
     with tempfile.TemporaryDirectory(prefix="bench-train-") as name:
         folder = Path(name)
         train_tokenizer(read_conversations(arguments.corpus), VOCABULARIES[0]).save_pretrained(

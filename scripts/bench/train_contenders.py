@@ -173,6 +173,10 @@ def run_compiled(folder: Path, vocabulary: int, packed: bool) -> float:
     return run_ours(folder, vocabulary, packed, torch_compile=True)
 
 
+def run_liger(folder: Path, vocabulary: int, packed: bool) -> float:
+    return run_ours(folder, vocabulary, packed, use_liger_kernel=True)
+
+
 def run_off(folder: Path, vocabulary: int, packed: bool) -> float:
     return run_ours(folder, vocabulary, packed, "off")
 
@@ -211,6 +215,7 @@ CONTENDERS: dict[str, Callable[[Path, int, bool], float]] = {
     "floor": run_floor,
     "ours": run_ours,
     "compiled": run_compiled,
+    "liger": run_liger,
     "off": run_off,
     "trl": run_trl,
 }

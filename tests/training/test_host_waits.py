@@ -22,7 +22,8 @@ EXPECTED = {
 }
 """Waits, and flags read during the next step, of a step of two micro-batches."""
 
-on_cpu = pytest.mark.skipif(ON_GPU, reason="tests/loss/test_cuda.py has the counterpart on a GPU")
+on_cpu = pytest.mark.skipif(ON_GPU, reason="counted by the stand-in for a GPU")
+on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
 
 
 @on_cpu
@@ -33,6 +34,23 @@ def test_a_step_waits_for_the_device_as_often_as_documented(monkeypatch, name):
     counts = [(places.total(), late) for places, late in steps]
     # A batch whose rows are equally long has no padding, which sdpa notices one wait earlier.
     assert len(counts) == STEPS and max(counts[1:-1]) == EXPECTED[name], steps
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["varlen", "varlen, packed", "varlen, `--max_grad_norm 0`"])
+def test_on_a_gpu_no_step_between_log_lines_synchronizes(name):
+    """PyTorch reports each operation that synchronizes, also copies of batches and numbers to the device."""
+    steps, _ = count_waits(**CASES[name])
+    assert len(steps) == STEPS and all(not places for places, _ in steps[1:-1]), steps
+
+
+@on_gpu
+def test_on_a_gpu_a_synchronization_is_counted_at_its_place():
+    waits = HostWaits()
+    with waits.counting():
+        torch.ones(3, device="cuda").sum().item()
+    (place,) = waits.places
+    assert waits.places.total() == 1 and place.startswith("training/test_host_waits.py:")
 
 
 @on_cpu
