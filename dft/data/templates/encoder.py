@@ -119,8 +119,8 @@ class ChatEncoder:
         return TextTokenizer(self.backend, frozenset(self.tokenizer.added_tokens_decoder))
 
     def prepare_for_fork(self) -> None:
-        """Create the tokenizers that forked processes share, or each of them would create its own."""
-        _ = self.text_tokenizer
+        """Create what forked processes share, or each of them would create its own."""
+        _ = self.text_tokenizer.unknown_ids
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[Example] | BadLine]:
         """Return the training sequences of each conversation, or the error that makes it unusable.
