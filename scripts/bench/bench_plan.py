@@ -3,9 +3,9 @@
     python scripts/bench/bench_plan.py
 
 On a CPU: a Qwen3 model with 8 layers, hidden size 1,024 and 123 million weights, and one with 8 experts of
-size 512, of which a token passes 4. Measured is the peak memory
-of the largest process of the run, minus that of the same run with a model of almost no weights. Freed memory
-is returned to the system at once (MALLOC_TRIM_THRESHOLD_), so that the peak is memory in use.
+size 512, of which a token passes 4. Measured is the peak memory of the largest process of the run, minus that
+of the same run with a model of almost no weights. Freed memory is returned to the system at once
+(MALLOC_TRIM_THRESHOLD_), so that the peak is memory in use.
 
 On a GPU: a model with 24 layers, hidden size 896 and a vocabulary of 151,936 (494 million weights), in packed
 rows of 2,048 tokens. Measured is the peak that torch had allocated.
