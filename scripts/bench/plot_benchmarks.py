@@ -151,7 +151,7 @@ def _panels(tables: dict[str, list[Rows]]) -> dict[str, list[Panel]]:
     data = tables["Data preparation"][0]
     on_cpu = dict(zip(("float32", "bfloat16"), tables["The loss head"][:2], strict=True))
     on_gpu, ours_on_gpu = tables["On a GPU"]
-    cpu_runs, _, gpu_runs = tables["Training, end to end"][:3]
+    cpu_runs, _, _, gpu_runs = tables["Training, end to end"][:4]
     shape, floor, bare = ["N, supervised, D, V"], ["floor"], ["bare"]
     unseen = ["floor", "ours compiled"]
 
