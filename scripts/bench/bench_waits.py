@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 from dft import DFTTrainer
 from dft.ranks import world_size
+from dft.training import host_copy
 from dft.training.measuring import device_skip
 from dft.training.parallel import stopping
 from dft.training.parallel.stopping import StopRequest
@@ -96,7 +97,7 @@ class HostWaits:
                     return
         if frames[-1].filename.endswith(DDP_BACKWARD):
             return
-        if frames[-1].filename == device_skip.__file__ and frames[-1].name == "read":
+        if frames[-1].filename == host_copy.__file__ and frames[-1].name == "read":
             self.late += 1
         else:
             self.add_at(frames[-1].filename, frames[-1].lineno)

@@ -11,39 +11,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dft.training.checkpoints.optimizer_options import learning_rate
+from dft.training.host_copy import DEVICE_TYPES, HostCopy
 from dft.training.patches import set_update_skipped
 
-DEVICE_TYPES = frozenset({"cuda"})
-"""Types of devices on which steps are skipped. On a CPU, reading the norm waits for nothing."""
 OPTIMIZERS = (torch.optim.AdamW, torch.optim.Adam)
 """Optimizers whose fused implementation reads on the device whether to make the update.
 
 SGD is not among them: if its first step is skipped, its momentum is never initialized.
 """
-
-
-class HostCopy:
-    """A number on a device that is copied to the host while the device continues.
-
-    Args:
-        number: float32 scalar.
-    """
-
-    def __init__(self, number: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        if number.is_cuda:
-            self._copy = torch.empty((), dtype=number.dtype, pin_memory=True)
-            self._copy.copy_(number, non_blocking=True)
-            self._event = torch.cuda.Event(blocking=True)
-            self._event.record()
-        else:
-            self._copy = number.clone()
-
-    def read(self) -> float:
-        """Return the number. Waits until the device has computed it, but not for later work."""
-        if self._event is not None:
-            self._event.synchronize()
-        return float(self._copy.numpy())
 
 
 @dataclass(frozen=True)

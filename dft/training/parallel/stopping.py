@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from dft.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from dft.ranks import is_main_process
-from dft.training.measuring.device_skip import DEVICE_TYPES, HostCopy
+from dft.training.host_copy import DEVICE_TYPES, HostCopy
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """SIGUSR1 is sent by SLURM's --signal and others some time before the end, SIGHUP when the terminal closes.
