@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from transformers import TrainerCallback
 
 from dft.errors import UserError
-from dft.training.measuring import device_skip, nonfinite
 from dft.training.host_copy import HostCopy
+from dft.training.measuring import device_skip, nonfinite
 from dft.training.measuring.device_skip import can_skip_on_device
 from tests.training.measuring.test_nonfinite import STEPS, Rows, poisoned_model, run, weights
 from tests.training.test_trainer import tiny
