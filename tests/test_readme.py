@@ -32,6 +32,8 @@ FLAGS_OF_OTHER_PROGRAMS = {
     "--no-deps", "--module", "--build-arg", "--basetemp", "--signal", "--help",  # pip, docker, pytest, Slurm
     "--model_args", "--tasks", "--apply_chat_template",  # lm_eval
     "--include_path", "--output_path", "--device",  # lm_eval
+    "--outfile", "--outtype", "--jinja", "--temp", "--repeat-penalty",  # llama.cpp
+    "--generation-config", "--enable-lora", "--lora-modules", "--max-lora-rank", "--chat-template",  # vLLM
     "--tokenizer", "--merges",  # tests.data.templates.check_published
     "--enable_dft_loss", "--debug",  # ms-swift, axolotl
     "--no-index", "--find-links", "--compile-bytecode", "--sdist", "--python",  # pip, uv, build
