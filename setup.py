@@ -35,6 +35,14 @@ setup(
         "gpu": pins("requirements-gpu.txt"),
         "lora": pins("requirements-dev.txt", "peft"),
         "real": pins("requirements-real.txt"),
-        "trackers": pins("requirements-dev.txt", "tensorboard", "swanboard"),
+        "trackers": pins(
+            "requirements-dev.txt",
+            "tensorboard",
+            "swanboard",
+            "mlflow-skinny",
+            "sqlalchemy",
+            "alembic",
+            "trackio",
+        ),
     },
 )

@@ -58,7 +58,7 @@ class Forks:
     def __init__(self, folder: Path) -> None:
         self.folder, self._count = folder, 0
         (folder / "home").mkdir(exist_ok=True)
-        trackers = ("WANDB_", "SWANLAB_")
+        trackers = ("WANDB_", "SWANLAB_", "MLFLOW_", "TRACKIO_")
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(trackers)},
             "HOME": str(folder / "home"),

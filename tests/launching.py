@@ -56,9 +56,8 @@ def launch(
     }  # fmt: skip
     home = folder / "home"  # without the login of a tracker
     home.mkdir(exist_ok=True)
-    environ = {
-        name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "SWANLAB_"))
-    }
+    trackers = ("WANDB_", "SWANLAB_", "MLFLOW_", "TRACKIO_")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(trackers)}
     environment = {
         **environ,
         "HOME": str(home),

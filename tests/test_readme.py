@@ -34,6 +34,7 @@ FLAGS_OF_OTHER_PROGRAMS = {
     "--include_path", "--output_path", "--device",  # lm_eval
     "--outfile", "--outtype", "--jinja", "--temp", "--repeat-penalty",  # llama.cpp
     "--generation-config", "--enable-lora", "--lora-modules", "--max-lora-rank", "--chat-template",  # vLLM
+    "--id", "--backend-store-uri",  # wandb sync, mlflow ui
     "--tokenizer", "--merges",  # tests.data.templates.check_published
     "--enable_dft_loss", "--debug",  # ms-swift, axolotl
     "--no-index", "--find-links", "--compile-bytecode", "--sdist", "--python",  # pip, uv, build

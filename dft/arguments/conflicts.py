@@ -2,8 +2,6 @@
 
 import torch
 import transformers
-from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.utils import is_liger_kernel_available
 
@@ -16,6 +14,7 @@ from dft.arguments.loss_settings import check_loss_settings
 from dft.arguments.objective import build_objective, check_objective, minimum_weight
 from dft.arguments.parallelism import check_deepspeed, check_fsdp, check_sequence_parallel
 from dft.arguments.parser import Arguments
+from dft.arguments.trackers import artifact_notes, check_trackers
 from dft.arguments.training import TrainingArguments
 from dft.arguments.watch import WatchArguments
 from dft.data.preparing.evaluation_sets import parse_evaluation_files
@@ -245,14 +244,7 @@ def check_average(training: TrainingArguments) -> None:
 
 def check_packages(training: transformers.TrainingArguments) -> None:
     """Raise `UserError` for missing packages, which transformers notices only after the model is loaded."""
-    for tracker in training.report_to:
-        if tracker not in INTEGRATION_TO_CALLBACK:
-            raise UserError(
-                f"--report_to {tracker}: unknown tracker; choose from "
-                f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
-            )
-        if tracker not in get_available_reporting_integrations():
-            raise UserError(f"--report_to {tracker}: its package is not installed; pip install {tracker}")
+    check_trackers(training.report_to)
     if training.use_liger_kernel and not is_liger_kernel_available():
         raise UserError("--use_liger_kernel True: liger-kernel is not installed; pip install liger-kernel")
 
@@ -285,6 +277,7 @@ def find_notes(arguments: Arguments) -> list[str]:
         notes.append(
             f"--plan True ignores --resume_from_checkpoint {resume}: a resumed run needs the same memory"
         )
+    notes.extend(artifact_notes(training.report_to, watch.log_artifacts))
     minimum = minimum_weight(build_objective(dft))
     if 0 < dft.end_of_turn_weight <= minimum:
         notes.append(

@@ -85,14 +85,18 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     report_to: list[str] = field(
         default_factory=lambda: ["none"],
-        metadata={"help": "Trackers: one or several of swanlab, wandb, tensorboard, ..., all, or none."},
+        metadata={
+            "help": "Trackers: one or several of swanlab, wandb, tensorboard, mlflow, trackio and the others "
+            "that transformers knows; all, or none."
+        },
     )
     warmup_ratio: Annotated[float | None, Bounds(minimum=0, below=1)] = field(
         default=None,
         metadata={"help": "Fraction of the steps used for warmup; the same as --warmup_steps below 1."},
     )
     logging_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the local files of SwanLab, wandb and TensorBoard."}
+        default=None,
+        metadata={"help": "Folder for the local files of SwanLab, wandb, TensorBoard, mlflow and trackio."},
     )
     logging_steps: Annotated[float, Bounds(minimum=0)] = field(
         default=10,

@@ -37,6 +37,13 @@ class WatchArguments:
         default=False,
         metadata={"help": "Also report nll and avg_p_correct of each evaluation file."},
     )
+    log_artifacts: bool = field(
+        default=False,
+        metadata={
+            "help": "After training, log the final model, report.html and the data report as artifacts to "
+            "wandb, mlflow and trackio. The report holds conversations."
+        },
+    )
     generate_samples: Annotated[int, Bounds(minimum=0, maximum=MAX_SAMPLES)] = field(
         default=0,
         metadata={

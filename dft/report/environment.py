@@ -23,7 +23,7 @@ GIB = 2**30
 PACKAGES = (
     "torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed", "huggingface_hub", "numpy",
     "pyarrow", "triton", "peft", "flash-attn", "liger-kernel", "bitsandbytes", "vllm", "wandb", "swanlab",
-    "tensorboard",
+    "tensorboard", "mlflow-skinny", "trackio",
 )  # fmt: skip
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "DS_ACCELERATOR", "HF_HUB_OFFLINE", "LOCAL_RANK",

@@ -24,7 +24,9 @@ from dft.training.checkpoints.hub import HUB_ERRORS
 from dft.training.checkpoints.output_lock import lock_output_dir
 from dft.training.checkpoints.resume_point import prepare_output_folder
 from dft.training.early_stopping import early_reason, make_early_stopping
-from dft.training.measuring.tracker_setup import finish_trackers, prepare_trackers
+from dft.training.measuring.artifacts import log_artifacts
+from dft.training.measuring.tracker_callbacks import finish_trackers
+from dft.training.measuring.tracker_setup import prepare_trackers
 from dft.training.memory.out_of_memory import SHARD, convert_memory_errors
 from dft.training.model.attention import resolve_attention
 from dft.training.model.generation import add_stop_tokens
@@ -122,6 +124,7 @@ def run_options(
         ema_decay=arguments.training.ema_decay,
         console_metrics=tuple(arguments.watch.console_metrics),
         early_stopping=make_early_stopping(arguments.training),
+        log_artifacts=arguments.watch.log_artifacts,
     )
 
 
@@ -195,12 +198,14 @@ def train_and_save(arguments: Arguments, trainer: DFTTrainer, close_report: Call
     """
     status = "stopped by an error"
     failure: str | None = "an error"
+    is_complete = False
     try:
         with watch_ranks(arguments.training.ddp_timeout) as trainer.options.heartbeat.watchdog:
             trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
             trainer.save_model()
             trainer.save_state()
         status, failure = finished_status(trainer.state, trainer.options), None
+        is_complete = True
     except Stopped as stopped:
         status, failure = str(stopped), None
         raise
@@ -211,7 +216,12 @@ def train_and_save(arguments: Arguments, trainer: DFTTrainer, close_report: Call
         if trainer.options.stop is not None:
             trainer.options.stop.end_training()
         close_report(status)
-        finish_trackers(arguments.training.report_to, failure)
+        try:
+            if is_complete and arguments.watch.log_artifacts:
+                log_artifacts(trainer.args, trainer.options.model_files)
+        finally:
+            callbacks = trainer.callback_handler.callbacks
+            finish_trackers(arguments.training.report_to, failure, callbacks, is_complete)
         report_user_errors()  # wandb replaces sys.excepthook
 
 

@@ -30,6 +30,8 @@ class RunOptions:
             evaluations and the final model use; None for no average.
         console_metrics: names of the metrics that the console shows (see `dft.metrics`).
         early_stopping: ends the run when evaluations no longer improve; None to not do that.
+        log_artifacts: whether artifacts are logged to trackers after training, so their runs stay open.
+        model_files: names of the files of the final model, filled when it is saved.
     """
 
     stop: StopRequest | None = None
@@ -42,3 +44,5 @@ class RunOptions:
     ema_decay: float | None = None
     console_metrics: tuple[str, ...] = CONSOLE
     early_stopping: EarlyStopping | None = None
+    log_artifacts: bool = False
+    model_files: list[str] = field(default_factory=list)

@@ -2,12 +2,14 @@
 
 import json
 import re
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import psutil
 import pytest
 import yaml
@@ -21,7 +23,7 @@ from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 from dft.report.run_record import git_commit
 from dft.report.samples_callback import COLUMNS
 from dft.report.samples_file import SAMPLES, read_samples
-from tests.launching import ROOT, Finished, history, launch
+from tests.launching import ROOT, Finished, history, launch, train_records
 
 Series = dict[str, list[tuple[int, float]]]
 """For each metric under its tracker name: (step, value) pairs in order."""
@@ -294,3 +296,39 @@ def test_swanlab_local_contains_all_metrics_except_histogram_and_table(example):
     assert finish.state == RunState.RUN_STATE_FINISHED and not charts
     assert_same(scalars, swanlab_series(output), rel=1e-12)
     assert_is_the_record(swanlab_config(folder), output)
+
+
+# ---- a killed run ----
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_the_runs_of_its_trackers(example, forks):
+    output, logs = forks.folder / "killed", forks.folder / "killed-logs"
+    words = example.words(
+        output,
+        report_to=["mlflow", "wandb", "swanlab", "tensorboard"],
+        logging_dir=logs,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+        eval_data_files=None,
+        resume_from_checkpoint="auto",
+    )
+    codes, printed = forks.run(words, DIE_AT="step 4")
+    assert codes == [-signal.SIGKILL], printed
+    before = json.loads((output / "tracker_runs.json").read_text())
+    assert before.keys() == {"mlflow", "wandb", "swanlab", "tensorboard"}
+
+    codes, printed = forks.run(words)
+    assert codes == [0] and "resumes from step 2" in printed, printed
+    assert json.loads((output / "tracker_runs.json").read_text()) == before
+    for tracker, pattern in (("wandb", "wandb/offline-run-*"), ("swanlab", "run-*")):
+        names = [folder.name for folder in logs.glob(pattern)]
+        assert len(names) == 2 and all(name.endswith(before[tracker]["id"]) for name in names), names
+    client = mlflow.MlflowClient(f"sqlite:///{logs}/mlflow.db")
+    (run,) = client.search_runs(["0"])
+    assert (run.info.run_id, run.info.status) == (before["mlflow"]["id"], "FINISHED")
+    points = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "nll")]
+    # Steps after the checkpoint are logged again. Whether the killed run had sent them is a matter of chance.
+    assert points[-4:] == [(record["step"], record["nll"]) for record in train_records(output)[2:]]
+    assert sorted({step for step, _ in points}) == [1, 2, 3, 4, 5, 6]

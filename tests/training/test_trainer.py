@@ -39,7 +39,9 @@ def conversations(count: int, seed: int = 1) -> list[dict[str, list[int]]]:
     return rows
 
 
-def trainer(tmp_path, rows, *, alpha: float = 0.6, model=None, evaluation=None, **flags) -> DFTTrainer:
+def trainer(
+    tmp_path, rows, *, alpha: float = 0.6, model=None, evaluation=None, options=None, **flags
+) -> DFTTrainer:
     flags = {"logging_steps": 1, "save_strategy": "no", **flags}
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-2, lr_scheduler_type="constant",
@@ -47,7 +49,7 @@ def trainer(tmp_path, rows, *, alpha: float = 0.6, model=None, evaluation=None, 
     )  # fmt: skip
     return DFTTrainer(
         model or tiny(), arguments, alpha=alpha, train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(evaluation) if evaluation else None,
+        eval_dataset=Dataset.from_list(evaluation) if evaluation else None, options=options,
     )  # fmt: skip
 
 

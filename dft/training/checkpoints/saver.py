@@ -134,6 +134,7 @@ class RunSaver:
             if self._args.should_save:
                 keep_foreign_card(staging, folder)
                 files = model_files(staging)
+                self._options.model_files[:] = files
         if message is None:
             return
         if self._accelerator.is_main_process:

@@ -2,11 +2,11 @@
 
 import transformers
 from transformers import PrinterCallback, ProgressCallback
-from transformers.integrations import SwanLabCallback
 from transformers.trainer_callback import CallbackHandler
 
 from dft.training.measuring.console import ConsoleCallback
-from dft.training.measuring.trackers import HistogramCallback, SwanLabRunCallback
+from dft.training.measuring.tracker_callbacks import replace_trackers
+from dft.training.measuring.trackers import HistogramCallback
 from dft.training.run_options import RunOptions
 
 
@@ -19,7 +19,5 @@ def replace_callbacks(
     handler.add_callback(ConsoleCallback(not args.disable_tqdm, options.console_metrics))
     if options.early_stopping is not None:
         handler.add_callback(options.early_stopping)
-    if "swanlab" in args.report_to:
-        handler.remove_callback(SwanLabCallback)
-        handler.add_callback(SwanLabRunCallback)
+    replace_trackers(handler, args, options.log_artifacts)
     handler.add_callback(HistogramCallback(handler))

@@ -4,14 +4,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.integrations import SwanLabCallback, TensorBoardCallback, WandbCallback
+from transformers.integrations import SwanLabCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
 
 def send_table(
     handler: CallbackHandler, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
 ) -> None:
-    """Send a table to wandb, SwanLab and TensorBoard, if the run reports to them.
+    """Send a table to wandb, SwanLab, trackio and TensorBoard, if the run reports to them.
 
     SwanLab's local dashboard has no tables. TensorBoard has only text: each row is a text of its own, which
     its dashboard shows for all steps.
@@ -35,6 +35,12 @@ def send_table(
             if swanlab.get_run().mode != "local":
                 table = swanlab.echarts.Table().add(list(columns), [list(row) for row in rows])
                 swanlab.log({name: swanlab.ECharts(table)}, step=step)
+        elif isinstance(tracker, TrackioCallback):
+            import trackio  # already imported by its callback
+
+            trackio.log(
+                {name: trackio.Table(columns=list(columns), data=[list(row) for row in rows])}, step=step
+            )
         elif isinstance(tracker, TensorBoardCallback):
             for number, row in enumerate(rows, 1):
                 text = "\n\n".join(

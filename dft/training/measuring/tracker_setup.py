@@ -1,4 +1,4 @@
-"""Set up experiment trackers before they start and end their runs."""
+"""Set up experiment trackers before they start."""
 
 import importlib.util
 import os
@@ -38,6 +38,8 @@ def prepare_trackers(report_to: list[str], logging_dir: str | None = None) -> li
     notes = set_offline_without_login(report_to)
     if "swanlab" in report_to and is_main_process():
         check_swanlab_dashboard()
+    if "mlflow" in report_to:
+        check_mlflow_store()
     return notes
 
 
@@ -48,28 +50,6 @@ def check_modes(report_to: list[str]) -> None:
         mode = os.environ.get(variable)
         if tracker in report_to and mode and mode not in modes:
             raise UserError(f"{variable} {mode!r}: not a mode of {tracker}; use {', '.join(modes)}")
-
-
-def finish_trackers(report_to: list[str], error: str | None = None) -> None:
-    """Finish the runs of wandb and SwanLab, so that their records are complete.
-
-    At the end of the process, wandb would write color escape sequences into log files.
-
-    Args:
-        report_to: names of the trackers.
-        error: message of the error that ended training; marks the runs as failed.
-    """
-    if not is_main_process():
-        return
-    if "wandb" in report_to:
-        import wandb  # already imported by its callback
-
-        wandb.finish(exit_code=1 if error else 0)
-    if "swanlab" in report_to:
-        import swanlab
-
-        if swanlab.has_run():
-            swanlab.finish(state="crashed" if error else "success", error=error)
 
 
 def set_offline_without_login(report_to: list[str]) -> list[str]:
@@ -111,8 +91,9 @@ def set_log_directory(folder: str | None) -> None:
         raise UserError(
             f"--logging_dir {folder}: cannot be created ({error.strerror}); name another folder"
         ) from None
-    for name in ("TENSORBOARD_LOGGING_DIR", "SWANLAB_LOG_DIR", "WANDB_DIR"):
+    for name in ("TENSORBOARD_LOGGING_DIR", "SWANLAB_LOG_DIR", "WANDB_DIR", "TRACKIO_DIR"):
         os.environ[name] = str(path)
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{path}/mlflow.db")  # it may name a server
 
 
 def name_swanlab_project() -> None:
@@ -147,6 +128,21 @@ def check_swanlab_dashboard() -> None:
         raise UserError(
             "--report_to swanlab in local mode: its dashboard is not installed; pip install "
             "'swanlab[dashboard]', or set SWANLAB_MODE=offline"
+        )
+
+
+def check_mlflow_store() -> None:
+    """Raise `UserError` if mlflow writes to a database and the packages for that are not installed."""
+    import mlflow  # slow to import
+
+    uri = mlflow.get_tracking_uri()
+    if not uri.startswith(("sqlite:", "mysql", "postgresql", "mssql")):
+        return
+    missing = [name for name in ("sqlalchemy", "alembic") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--report_to mlflow: its store {uri.split('@')[-1]} needs {' and '.join(missing)}; pip install "
+            f"{' '.join(missing)}, or set MLFLOW_TRACKING_URI to a server"
         )
 
 

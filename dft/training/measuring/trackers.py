@@ -1,45 +1,34 @@
 """Callbacks that send run records and histograms to experiment trackers."""
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.integrations import SwanLabCallback, TensorBoardCallback, WandbCallback
+from transformers.integrations import (
+    SwanLabCallback,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+)
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import CallbackHandler
 
 from dft.metrics import HISTOGRAM
-from dft.training.measuring.tracker_setup import name_swanlab_project
+from dft.training.measuring.tracker_callbacks import MLflowRunCallback, mlflow_name
 
 MAX_ITEMS = 50
 """Maximum number of list items that are sent to trackers; the files of the run have all of them."""
 MAX_CHARACTERS = 2000
 """Maximum length of texts that are sent to trackers."""
-
-
-class SwanLabRunCallback(SwanLabCallback):
-    """SwanLab callback of transformers, with a corrected start.
-
-    transformers 5.23 asks for the current run before it starts one, which is an error in swanlab 0.10.
-    """
-
-    def setup(
-        self, args: transformers.TrainingArguments, state: TrainerState, model: Any, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero and not self._swanlab.has_run():
-            name_swanlab_project()
-            # swanlab reads SWANLAB_RESUME and SWANLAB_RUN_ID itself; they take precedence.
-            resumes = args.resume_from_checkpoint and not os.environ.get("SWANLAB_RESUME")
-            self._swanlab.init(experiment_name=args.run_name, resume="allow" if resumes else None)
-        super().setup(args, state, model, **kwargs)
+MLFLOW_CHARACTERS, MLFLOW_PARAMS = 500, 100
+"""Limits of all mlflow servers: length of the value of a parameter, and parameters in a request."""
 
 
 class RunRecordCallback(TrainerCallback):
-    """Sends the record of the run to every tracker, as configuration (SwanLab, wandb) or text (TensorBoard).
+    """Sends the record of the run to trackers, as configuration, text (TensorBoard) or parameters (mlflow).
 
     Args:
         record: JSON values under names such as `arguments`, `data`, `environment`. Long lists and texts are
@@ -73,12 +62,19 @@ class RunRecordCallback(TrainerCallback):
                 import swanlab
 
                 swanlab.config.update(flatten_record(self.record))
+            elif isinstance(tracker, TrackioCallback):
+                import trackio
+
+                trackio.config.update(self.record)
+            elif isinstance(tracker, MLflowRunCallback) and not tracker.continues:
+                send_mlflow_parameters(self.record)
 
 
 class HistogramCallback(TrainerCallback):
     """Sends the histogram of p of each evaluation to the trackers that support histograms.
 
-    TensorBoard and wandb have histograms, SwanLab has bar charts. SwanLab's local dashboard has neither.
+    TensorBoard, wandb and trackio have histograms, SwanLab has bar charts. mlflow and SwanLab's local
+    dashboard have neither.
 
     Args:
         handler: callback handler of the trainer. This callback must come after those of the trackers.
@@ -107,6 +103,8 @@ class HistogramCallback(TrainerCallback):
                     send_to_wandb(name, counts, state.global_step)
                 elif isinstance(tracker, SwanLabCallback):
                     send_to_swanlab(name, counts, state.global_step)
+                elif isinstance(tracker, TrackioCallback):
+                    send_to_trackio(name, counts, state.global_step)
 
 
 def bin_edges(counts: list[int]) -> np.ndarray:
@@ -151,6 +149,24 @@ def send_to_swanlab(name: str, counts: list[int], step: int) -> None:
     bars = [f"{low:.2f} to {high:.2f}" for low, high in zip(edges, edges[1:], strict=False)]
     chart = swanlab.echarts.Bar().add_xaxis(bars).add_yaxis("tokens", counts)
     swanlab.log({name: swanlab.ECharts(chart)}, step=step)
+
+
+def send_to_trackio(name: str, counts: list[int], step: int) -> None:
+    """Send a histogram to trackio."""
+    import trackio  # already imported by its callback
+
+    trackio.log({name: trackio.Histogram(np_histogram=(counts, bin_edges(counts)))}, step=step)
+
+
+def send_mlflow_parameters(record: Mapping[str, Any]) -> None:
+    """Send a record to mlflow as parameters, with values truncated to what every server accepts."""
+    import mlflow  # already imported by its callback
+
+    items = [
+        (mlflow_name(name), str(value)[:MLFLOW_CHARACTERS]) for name, value in flatten_record(record).items()
+    ]
+    for start in range(0, len(items), MLFLOW_PARAMS):
+        mlflow.log_params(dict(items[start : start + MLFLOW_PARAMS]), synchronous=False)
 
 
 def truncate_record(value: Any) -> Any:

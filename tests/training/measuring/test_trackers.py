@@ -13,11 +13,12 @@ from transformers import TrainerState
 from transformers.integrations import TensorBoardCallback
 
 from dft.errors import UserError
+from dft.training.measuring.tracker_callbacks import SwanLabRunCallback
+from dft.training.measuring.tracker_runs import TrackerRuns
 from dft.training.measuring.tracker_setup import prepare_trackers, set_offline_without_login
 from dft.training.measuring.trackers import (
     HistogramCallback,
     RunRecordCallback,
-    SwanLabRunCallback,
     flatten_record,
     truncate_record,
 )
@@ -35,7 +36,9 @@ def no_login(tmp_path, monkeypatch):
         "SWANLAB_PROJECT",
         "SWANLAB_PROJECT_NAME",
         "SWANLAB_LOG_DIR",
+        "MLFLOW_TRACKING_URI",
         "TENSORBOARD_LOGGING_DIR",
+        "TRACKIO_DIR",
         "WANDB_MODE",
         "WANDB_API_KEY",
         "WANDB_DIR",
@@ -84,9 +87,12 @@ def test_other_trackers_are_not_touched(no_login):
 
 def test_logging_dir_is_set_for_all_trackers(no_login):
     prepare_trackers(["tensorboard"], "logs/run")
-    for name in ("TENSORBOARD_LOGGING_DIR", "SWANLAB_LOG_DIR", "WANDB_DIR"):
+    for name in ("TENSORBOARD_LOGGING_DIR", "SWANLAB_LOG_DIR", "WANDB_DIR", "TRACKIO_DIR"):
         assert os.environ[name] == str(no_login / "logs/run")
+    assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{no_login}/logs/run/mlflow.db"
     assert (no_login / "logs/run").is_dir()
+    prepare_trackers(["tensorboard"], "logs/other")
+    assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{no_login}/logs/run/mlflow.db"  # it is set
     (no_login / "file").touch()
     with pytest.raises(UserError, match="--logging_dir file/run: cannot be created .Not a directory"):
         prepare_trackers(["tensorboard"], "file/run")
@@ -175,7 +181,7 @@ def test_tensorboard_shows_the_record(tmp_path):
 
 def test_ranks_without_a_tracker_send_nothing(tmp_path):
     """On ranks other than the first, the trackers' callbacks have not started anything."""
-    handler = SimpleNamespace(callbacks=[TensorBoardCallback(), SwanLabRunCallback()])
+    handler = SimpleNamespace(callbacks=[TensorBoardCallback(), SwanLabRunCallback(TrackerRuns())])
     state = TrainerState(is_world_process_zero=False)
     RunRecordCallback({"data": {}}, handler).on_train_begin(None, state, None)
     HistogramCallback(handler).on_evaluate(None, state, None, metrics={"eval_p_histogram": COUNTS})
