@@ -14,6 +14,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 from dft.arguments.lora import PEFT_VERSION, check_installed
 from dft.data.batches.generation import pad_left, split_at_stop
 from dft.data.templates.tokenizer import UNLOADABLE
+from dft.dora import load_dora
 from dft.errors import UserError, describe_loading_error
 
 BACKENDS = ("auto", "transformers", "vllm")
@@ -209,12 +210,10 @@ def load_for_sampling(
         # Otherwise transformers looks for a whole model in the folder.
         check_installed("peft", f"--model {name} holds adapters", PEFT_VERSION)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
+        model = load_dora(Path(name), **options)
+        if model is None:
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
     except (*UNLOADABLE, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {name}: cannot be loaded: {describe_loading_error(error)}") from None
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

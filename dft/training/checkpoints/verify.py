@@ -26,9 +26,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dft.console import say
 from dft.data.templates.tokenizer import UNLOADABLE
+from dft.dora import load_dora
 from dft.errors import UserError
 from dft.ranks import first_failure
-from dft.training.model.adapters import has_adapters, load_dora
+from dft.training.model.adapters import has_adapters
 from dft.training.model.weight_names import expected_names
 from dft.training.parameters import GIB
 

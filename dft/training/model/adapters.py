@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
-from transformers.utils import ADAPTER_CONFIG_NAME
+from transformers import BitsAndBytesConfig, PreTrainedModel, set_seed
 
 from dft.arguments.lora import ALL_LINEAR, LoraArguments, lora_options
 from dft.errors import UserError
@@ -94,29 +93,6 @@ def has_adapters(model: nn.Module) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
-
-
-def load_dora(folder: Path, trust_remote_code: bool, **options: Any) -> nn.Module | None:
-    """Load saved DoRA adapters with their base model; None for a model or adapters of another kind.
-
-    transformers 5.23 looks for their magnitudes under other names than peft saves them under.
-
-    Args:
-        folder: a saved model or saved adapters.
-        trust_remote_code: whether to run code that comes with the base model.
-        options: further arguments of `AutoModelForCausalLM.from_pretrained`.
-    """
-    if not (folder / ADAPTER_CONFIG_NAME).is_file():
-        return None
-    from peft import LoraConfig, PeftConfig, PeftModel
-
-    config = PeftConfig.from_pretrained(folder)
-    if not isinstance(config, LoraConfig) or not config.use_dora:
-        return None
-    base = AutoModelForCausalLM.from_pretrained(
-        config.base_model_name_or_path, trust_remote_code=trust_remote_code, **options
-    )
-    return PeftModel.from_pretrained(base, folder)
 
 
 def write_base_record(folder: Path, model: nn.Module, shapes: str) -> None:

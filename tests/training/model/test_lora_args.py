@@ -13,8 +13,9 @@ from dft import DFTTrainer
 from dft.arguments.lora import LORA_OPTIONS, LoraArguments, check_lora, lora_options
 from dft.arguments.parser import parse_arguments
 from dft.errors import UserError
+from dft.evaluation.sampling import load_for_sampling
 from dft.training.checkpoints.run_settings import model_settings
-from dft.training.model.adapters import add_adapters, load_dora, write_base_record
+from dft.training.model.adapters import add_adapters, write_base_record
 from dft.training.parameters import shapes_digest
 from scripts import merge_lora
 from tests.training.test_trainer import conversations, tiny
@@ -103,10 +104,7 @@ def test_saved_adapters_load_and_merge(tmp_path, base, tokenizer, name):
     ids = torch.tensor([ROWS[0]["input_ids"]])
     expected = run.model.eval()(input_ids=ids).logits
     for folder in ("run", "merged"):
-        loaded = load_dora(tmp_path / folder, trust_remote_code=False)
-        assert (loaded is None) == (folder == "merged" or "use_dora" not in OPTIONS[name])
-        if loaded is None:
-            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        loaded = load_for_sampling(str(tmp_path / folder), "auto", trust_remote_code=False, device="cpu")
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
     plain = AutoModelForCausalLM.from_pretrained(base)(input_ids=ids).logits
     assert (plain - expected).abs().max() > 0.01
