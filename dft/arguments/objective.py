@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
+from dft.bounds import Bounds
 from dft.errors import UserError
 from dft.loss.objectives import OBJECTIVES, Dft, Objective, Sft, make_objective, parameters_of
 from dft.loss.schedule import CONSTANT, KINDS, AlphaSchedule, check_schedule
@@ -72,6 +73,21 @@ class DFTArguments:
             "choices": list(FUSED_HEAD),
         },
     )
+    base_scores: Literal[False, True, "only"] = field(
+        default=False,
+        metadata={
+            "help": "Score the data with the model before training, once: the log-probability of each "
+            "supervised token is stored beside the prepared data and is part of each batch, for objectives "
+            "that compare with the model before training, and for the report. only: score and exit."
+        },
+    )
+    drop_tokens_below_base_p: Annotated[float, Bounds(minimum=0, below=1)] = field(
+        default=0.0,
+        metadata={
+            "help": "Do not supervise training tokens that the model before training gave a lower "
+            "probability than this (with --base_scores True). End-of-turn tokens stay. 0 keeps all."
+        },
+    )
     use_simple_dft: bool = field(default=True, metadata={"help": "False trains with SFT: alpha is set to 0."})
 
 
@@ -134,6 +150,17 @@ def minimum_weight(objective: Objective) -> float:
     return objective.affine[1] if objective.affine is not None else 0.0
 
 
+def check_base_scores(dft: DFTArguments, objective: Objective) -> None:
+    """Raise `UserError` for flags that need `--base_scores` if it is not set."""
+    needs = f"--objective {objective.name}" if objective.needs_base_logp else None
+    if dft.drop_tokens_below_base_p:
+        needs = f"--drop_tokens_below_base_p {dft.drop_tokens_below_base_p:g}"
+    if needs is not None and not dft.base_scores:
+        raise UserError(
+            f"{needs} needs the probabilities of the model before training; add --base_scores True"
+        )
+
+
 def check_objective(dft: DFTArguments) -> None:
     """Raise `UserError` for objective flags that contradict one another."""
     if not dft.use_simple_dft and dft.objective not in (Dft.name, Sft.name):
@@ -142,12 +169,7 @@ def check_objective(dft: DFTArguments) -> None:
             "them"
         )
     objective, schedule = build_objective(dft), build_schedule(dft)
-    if objective.needs_base_logp:
-        raise UserError(
-            f"--objective {objective.name} needs the probabilities of the model before training, which the "
-            "command line does not compute; use another objective, or DFTTrainer with a dataset that has "
-            "base_logp"
-        )
+    check_base_scores(dft, objective)
     without_alpha = f"the objective {dft.objective} has no alpha; remove it, or use --objective {Dft.name}"
     if not isinstance(objective, Dft) and dft.dft_alpha != Dft.alpha:
         raise UserError(f"--dft_alpha {dft.dft_alpha:g}: {without_alpha}")

@@ -59,6 +59,7 @@ class StepLoss:
         base_model: the frozen base model of an objective that needs one.
         end_of_turn_weight: minimum weight of a token that ends a turn; 0 for none.
         end_of_turn_ids: token ids that end a turn.
+        announces: whether to print why there is no fused head.
 
     Attributes:
         head: the fused head, or the reason why there is none, or None before the model has been inspected.
@@ -80,6 +81,7 @@ class StepLoss:
         base_model: FrozenBaseModel | None = None,
         end_of_turn_weight: float = 0.0,
         end_of_turn_ids: list[int] | None = None,
+        announces: bool = True,
     ) -> None:
         self.last_batch = MicroBatch()
         self.head: FusedHead | str | None = None
@@ -94,6 +96,7 @@ class StepLoss:
         self._router_coefficient = router_coefficient
         self._base_model = base_model
         self._end_of_turn_weight = end_of_turn_weight
+        self._announces = announces
         self._end_of_turn_ids = torch.tensor(end_of_turn_ids or [], dtype=torch.int64, device=device)
         self._printed: str | None = None
         self.forget_head()
@@ -227,7 +230,7 @@ class StepLoss:
             if isinstance(self.head, str):
                 if self._fused_head == "on":
                     raise UserError(f"--fused_head on: {self.head}; use --fused_head auto")
-                if self.head != self._printed:
+                if self._announces and self.head != self._printed:
                     say(f"note        the loss is computed from whole logits: {self.head}")
                 self._printed = self.head
         return self.head

@@ -1,6 +1,7 @@
 """Dataset of prepared sequences in a memory-mapped Arrow file."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 from torch.utils.data import Dataset
+
+from dft.data.batches.base_scores import BaseFilter, BaseScores, FilterCounts, target_mask
+from dft.labels import IGNORE_INDEX
 
 SCHEMA = pa.schema(
     {
@@ -49,6 +53,8 @@ class Sequences(Dataset):
         origins      (sequences, 2) int64, the file number and line number of each sequence
         seq_lengths  list of int, the tokens of each sequence in order; packed rows only
         loss_weights (tokens,) float32, weight of each token in the loss; only if any of them is not 1
+        base_logp    (tokens,) float32, log-probability of each supervised token under the model before
+                     training, NaN for the others; only with `base_scores`
 
     The file is opened when the first row is read.
 
@@ -57,6 +63,10 @@ class Sequences(Dataset):
         order: (sequences,) indices into that file, row after row.
         offsets: (rows + 1,) row r holds `order[offsets[r]:offsets[r + 1]]`; None for one sequence per row.
         files: names of the data files, indexed by file number.
+
+    Attributes:
+        base_scores: scores of the model before training, or None; see `with_base_scores`.
+        base_filter: selects the supervised tokens that are trained on, or None.
     """
 
     def __init__(
@@ -70,6 +80,8 @@ class Sequences(Dataset):
         self.order = order
         self.offsets = offsets
         self.files = list(files)
+        self.base_scores: BaseScores | None = None
+        self.base_filter: BaseFilter | None = None
 
     @property
     def packed(self) -> bool:
@@ -89,38 +101,41 @@ class Sequences(Dataset):
             raise IndexError(f"row {row} of {len(self)}")
         origins = np.array(self.origins(row), dtype=np.int64)
         if self.offsets is None:
-            ids, labels = self._store.sequence(self.order[row])
-            weights = self._store.loss_weights(self.order[row])
-            others = {} if weights is None else {"loss_weights": weights}
-            return {"input_ids": ids, "labels": labels, "origins": origins, **others}
+            return {**self._sequence(self.order[row]), "origins": origins}
         members = self.order[self.offsets[row] : self.offsets[row + 1]]
-        ids, labels = zip(*map(self._store.sequence, members), strict=True)
-        lengths = [len(sequence) for sequence in ids]
-        return {
-            "input_ids": np.concatenate(ids),
-            "labels": np.concatenate(labels),
-            "seq_lengths": lengths,
-            "origins": origins,
-            **self._packed_weights(members, lengths),
-        }
+        sequences = [self._sequence(member) for member in members]
+        lengths = [len(sequence["labels"]) for sequence in sequences]
+        if any("loss_weights" in sequence for sequence in sequences):
+            for sequence, length in zip(sequences, lengths, strict=True):
+                sequence.setdefault("loss_weights", np.ones(length, dtype=np.float32))
+        columns = {name: np.concatenate([sequence[name] for sequence in sequences]) for name in sequences[0]}
+        return {**columns, "seq_lengths": lengths, "origins": origins}
 
-    def _packed_weights(self, members: np.ndarray, lengths: list[int]) -> dict[str, np.ndarray]:
-        """Return the `loss_weights` of the sequences of a row, {} if all are 1."""
-        weights = [self._store.loss_weights(member) for member in members]
-        if all(weight is None for weight in weights):
-            return {}
-        parts = [
-            np.ones(length, dtype=np.float32) if weight is None else weight
-            for weight, length in zip(weights, lengths, strict=True)
-        ]
-        return {"loss_weights": np.concatenate(parts)}
+    def _sequence(self, index: int) -> dict[str, np.ndarray]:
+        """Return the columns of a sequence of the Arrow file, (tokens,) each."""
+        ids, labels = self._store.sequence(index)
+        weights = self._store.loss_weights(index)
+        columns = {"input_ids": ids, "labels": labels}
+        if weights is not None:
+            columns["loss_weights"] = weights
+        if self.base_scores is not None:
+            mask = target_mask(labels, weights)
+            scores = np.full(len(labels), np.nan, dtype=np.float32)
+            scores[mask] = self.base_scores.of_sequence(index)
+            columns["base_logp"] = scores
+            if self.base_filter is not None:
+                keep = self.base_filter.keeps(scores[mask], labels[mask])
+                labels = labels.copy()
+                labels[np.flatnonzero(mask)[~keep]] = IGNORE_INDEX
+                columns["labels"] = labels
+        return columns
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[row] for row in range(len(self)))
 
     def unpacked(self) -> "Sequences":
         """Return a dataset of the same sequences, one per row, in the order of the data files."""
-        return Sequences(self.path, np.sort(self.order), files=self.files)
+        return self._with_order(np.sort(self.order))
 
     def sample(self, size: int, seed: int) -> "Sequences":
         """Return an unpacked dataset of at most `size` distinct random sequences of each data file."""
@@ -128,7 +143,66 @@ class Sequences(Dataset):
         files = self._store.sources[order]
         generator = np.random.default_rng(seed)
         drawn = [generator.permutation(order[files == file])[:size] for file in np.unique(files)]
-        return Sequences(self.path, np.sort(np.concatenate(drawn)), files=self.files)
+        return self._with_order(np.sort(np.concatenate(drawn)))
+
+    def _with_order(self, order: np.ndarray, offsets: np.ndarray | None = None) -> "Sequences":
+        """Return a dataset of other rows of the same file, with the same scores and filter."""
+        other = Sequences(self.path, order, offsets, self.files)
+        other.base_scores, other.base_filter = self.base_scores, self.base_filter
+        return other
+
+    @property
+    def distinct(self) -> np.ndarray:
+        """The indices of the sequences of all rows in the Arrow file, each once, ascending."""
+        return np.unique(self.order)
+
+    def target_counts(self) -> np.ndarray:
+        """Return the number of tokens of each of the `distinct` sequences that enter the loss, int64.
+
+        A filter is not considered. Reads all labels.
+        """
+        return np.concatenate([counts for counts, _ in self._store.targets()])[self.distinct]
+
+    def with_base_scores(self, scores: BaseScores) -> "Sequences":
+        """Return the dataset with a column `base_logp`."""
+        other = self._with_order(self.order, self.offsets)
+        other.base_scores = scores
+        return other
+
+    def filtered(self, base_filter: BaseFilter) -> tuple["Sequences", FilterCounts]:
+        """Return the dataset without the supervision that a filter removes, and counts of what it removes.
+
+        Sequences without any supervised token left are removed from the rows. The rows are not packed anew.
+        """
+        assert self.base_scores is not None
+        size, files = len(self._store.lengths), self._store.sources
+        counts, exempt, remaining = (np.zeros(size, dtype=np.int64) for _ in range(3))
+        first, floor = 0, replace(base_filter, exempt_ids=())
+        for batch_counts, targets in self._store.targets():
+            owners = np.repeat(np.arange(first, first + len(batch_counts)), batch_counts)  # (targets,)
+            is_scored = np.isin(owners, self.base_scores.indices)
+            owners, targets = owners[is_scored], targets[is_scored]
+            start, end = np.searchsorted(self.base_scores.indices, (first, first + len(batch_counts)))
+            scores = self.base_scores.values[self.base_scores.offsets[start] : self.base_scores.offsets[end]]
+            keeps = base_filter.keeps(scores, targets)
+            counts += np.bincount(owners, minlength=size)
+            remaining += np.bincount(owners[keeps], minlength=size)
+            exempt += np.bincount(owners[keeps & ~floor.keeps(scores, targets)], minlength=size)
+            first += len(batch_counts)
+        order, number = self.order, max(len(self.files), int(files.max(initial=0)) + 1)
+        total, dropped = (
+            np.bincount(files[order], weights=column[order], minlength=number).astype(np.int64)
+            for column in (counts, counts - remaining)
+        )
+        stays = remaining[order] > 0
+        removed = FilterCounts(total, dropped, int(exempt[order].sum()), len(order), int((~stays).sum()))
+        offsets = None
+        if self.offsets is not None:
+            bounds = np.concatenate([[0], np.cumsum(stays)])[self.offsets]
+            offsets = np.concatenate([bounds[:1], bounds[1:][np.diff(bounds) > 0]])
+        other = self._with_order(order[stays], offsets)
+        other.base_filter = base_filter
+        return other, removed
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -142,6 +216,15 @@ class Sequences(Dataset):
         self._store.update_digest(digest)
         digest.update(self.order.tobytes())
         digest.update(b"" if self.offsets is None else self.offsets.tobytes())
+        if self.base_scores is not None:
+            digest.update(f"{self.base_scores.key} {self.base_filter}".encode())
+        return digest.hexdigest()
+
+    def content_digest(self) -> str:
+        """Return a digest of the tokens, labels and weights of the sequences, for any packing or order."""
+        digest = xxhash.xxh3_128()
+        self._store.update_digest(digest)
+        digest.update(self.distinct.astype(np.int64).tobytes())
         return digest.hexdigest()
 
     def origins(self, row: int) -> list[tuple[int, int]]:
@@ -194,7 +277,19 @@ class _Store:
         """File number of each sequence, (sequences,) int64."""
         return np.concatenate([np.zeros(0, dtype=np.int64), *(files for files, _ in self.origins)])
 
-    def update_digest(self, digest: xxhash.xxh3_64) -> None:
+    def targets(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield for each record batch the number of targets of each sequence, and the ids of all targets."""
+        for number, (labels, offsets) in enumerate(zip(self.labels, self.offsets, strict=True)):
+            mask = labels != IGNORE_INDEX
+            mask[offsets[:-1]] = False  # see `target_mask`
+            if self.weights:
+                weights = self.weights[number]
+                for position in np.flatnonzero(weights.is_valid().to_numpy(zero_copy_only=False)):
+                    span = slice(offsets[position], offsets[position + 1])
+                    mask[span] &= weights[position].values.to_numpy() != 0
+            yield np.add.reduceat(mask, offsets[:-1], dtype=np.int64), labels[mask]
+
+    def update_digest(self, digest: Any) -> None:
         """Add the tokens, labels and weights of all sequences to a digest."""
         for ids, labels, offsets in zip(self.ids, self.labels, self.offsets, strict=True):
             for array in (ids, labels, offsets):

@@ -11,6 +11,7 @@ import shutil
 import stat
 import tempfile
 import time
+from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from dft.files import flush_to_disk
 DATA_REPORT = "data_report.json"
 CONTENTS = "contents.json"
 """Name of the file with the sizes and digests of all files in a folder, used to detect damage."""
-REQUIRED = {DATA_REPORT, "train.arrow", "train.order.npy"}
+REQUIRED = frozenset({DATA_REPORT, "train.arrow", "train.order.npy"})
 """Files that every folder of prepared data has."""
 STAGING = re.compile(r"([0-9a-f]{32})\.[a-z0-9_]{8}")
 """Name of a folder that is being filled: the cache key and the suffix added by `tempfile.mkdtemp`."""
@@ -71,11 +72,16 @@ def check_private(folder: Path, cache_dir: Path) -> None:
         raise UserError(f"{where} can be written by other users and is not used; {remedy}")
 
 
-def is_complete(folder: Path) -> bool:
-    """Return whether a folder holds all sealed files, as far as `sampled_digest` can detect, undamaged."""
+def is_complete(folder: Path, required: Set[str] = REQUIRED) -> bool:
+    """Return whether a folder holds all sealed files, as far as `sampled_digest` can detect, undamaged.
+
+    Args:
+        folder: the folder.
+        required: files that it must have.
+    """
     try:
         contents = json.loads((folder / CONTENTS).read_bytes())
-        if not isinstance(contents, dict) or not contents.keys() >= REQUIRED:
+        if not isinstance(contents, dict) or not contents.keys() >= required:
             return False
         if any(Path(name).name != name for name in contents):  # "../x" would point outside the folder
             return False

@@ -1,0 +1,1 @@
+"""Scores of the data by the model before training: computed once, cached, and given to each batch."""
