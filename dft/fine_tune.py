@@ -4,8 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from dft.arguments.batch_search import check_same_batch
 from dft.arguments.conflicts import check_batches, find_notes
 from dft.arguments.data import prepare_options
@@ -16,12 +14,12 @@ from dft.data.preparing.prepare import PreparedData, prepare
 from dft.data.templates.encoder import ChatEncoder
 from dft.errors import EXIT_STOPPED, OutputClosed, output_is_closed
 from dft.ranks import exit_rank, is_launched, is_main_process
+from dft.report.base_scores import score_data
 from dft.report.callbacks import add_reports
 from dft.report.model_card import saved_model_card
 from dft.report.preflight import run_preflight
 from dft.report.report_callback import ReportCallback
 from dft.report.run_record import run_record
-from dft.report.terminal.base_scores import filter_lines
 from dft.report.terminal.data import data_summary, show_sequences
 from dft.report.terminal.plan import plan_lines
 from dft.report.terminal.start_and_end import (
@@ -31,7 +29,6 @@ from dft.report.terminal.start_and_end import (
     stopped_lines,
     write_resolved_arguments,
 )
-from dft.training.base_scores.run import add_base_scores
 from dft.training.batching import describe_batching
 from dft.training.checkpoints.disk_space import check_space
 from dft.training.checkpoints.folder import clear_away
@@ -126,24 +123,6 @@ def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
     if flags.debug_data_processing:
         say(show_sequences(data.datasets["train"].unpacked(), encoder.tokenizer))
     return data
-
-
-def score_data(
-    arguments: Arguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: PreparedData
-) -> PreparedData:
-    """Return the data with the scores of the model before training, if --base_scores asks for them.
-
-    Must be called before a trainer exists, which may load a checkpoint into the model.
-    """
-    if arguments.watch.preflight:  # scores a sample itself
-        return data
-    scored = add_base_scores(arguments, model, tokenizer, data)
-    if "base_filter" in scored.report:
-        say(*filter_lines(scored.report["base_filter"]))
-        if is_main_process():
-            scored.write_report(Path(arguments.training.output_dir))
-        check_batches(arguments, len(scored.datasets["train"]))
-    return scored
 
 
 def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback | None) -> None:

@@ -19,6 +19,7 @@ from dft.data.preparing.prepare import PreparedData
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
+from dft.loss.objectives import Objective, Sft
 from dft.training.checkpoints.folder import newest_checkpoint
 from dft.training.checkpoints.hub import HUB_ERRORS
 from dft.training.checkpoints.output_lock import lock_output_dir
@@ -128,6 +129,12 @@ def run_options(
     )
 
 
+def trained_objective(arguments: Arguments) -> Objective:
+    """Return the objective of the trainer. A preflight only scores, and has no base scores."""
+    objective = build_objective(arguments.dft)
+    return Sft() if arguments.watch.preflight and objective.needs_base_logp else objective
+
+
 def make_trainer(
     arguments: Arguments,
     models: tuple[PreTrainedModel, PreTrainedModel | None],
@@ -155,7 +162,7 @@ def make_trainer(
             return DFTTrainer(
                 model,
                 training,
-                objective=build_objective(arguments.dft),
+                objective=trained_objective(arguments),
                 alpha_schedule=build_schedule(arguments.dft),
                 end_of_turn_weight=arguments.dft.end_of_turn_weight,
                 base_model=base_model,

@@ -20,7 +20,8 @@ def alone(example, forks):
     output, cache = example.folder / "scored", example.folder / "scored-cache"
     words = example.words(
         output, data_cache_dir=cache, base_scores=True, drop_tokens_below_base_p=0.002, save_strategy="steps",
-        save_steps=2, max_steps=4, save_total_limit=None,
+        save_steps=2, max_steps=4, save_total_limit=None, objective="psft",
+        eval_strategy="steps", eval_steps=2,
     )  # fmt: skip
     codes, printed = forks.run(words)
     assert codes == [0], printed
@@ -46,7 +47,7 @@ def test_zero3_ranks_store_the_same_scores_and_train(example, forks, alone):
 def test_a_resumed_run_is_scored_by_the_untrained_model(alone, forks):
     cache, words, printed = alone
     before = stored(cache)
-    assert "base p      " in printed and "supervised tokens" in printed
+    assert "base p      " in printed and "PSFT" in printed and "supervised tokens" in printed
     shutil.rmtree(cache / "base_scores")
     codes, printed = forks.run(
         [*words, "--resume_from_checkpoint", "auto", "--overwrite_output_dir", "False"]
