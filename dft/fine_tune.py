@@ -72,14 +72,12 @@ def fine_tune(arguments: Arguments, stop: StopRequest) -> None:
     if arguments.watch.plan:
         say(*plan_lines(arguments, load_meta_model(arguments), data.report), *new_notes(arguments))
         return
-    check_shared_memory(
-        arguments.training, arguments.data.max_length if arguments.data.packing else data.longest
-    )
+    longest = arguments.data.max_length if arguments.data.packing else data.longest
+    check_shared_memory(arguments.training, longest)
     models = load_models(arguments, tokenizer, data)
     data = score_data(arguments, models[0], tokenizer, data)
     if arguments.dft.base_scores == "only":
-        exit_rank()
-        return
+        return exit_rank()
     record: dict[str, Any] = {}  # describes the arguments as resolved by the trainer, so it is filled later
     card = partial(saved_model_card, record) if is_main_process() else None
     trainer = make_trainer(arguments, models, data, tokenizer, run_options(arguments, stop, card))

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from dft.training.base_scores.digest import model_digest, scores_key
 from dft.training.base_scores.scorer import SequenceScorer, score_on_ranks
 from dft.training.base_scores.store import ScoreStore
 from dft.training.memory.out_of_memory import convert_memory_errors
+from dft.training.model.adapters import has_adapters
 from dft.training.parallel.gathering import gathering_weights
 
 SHARDS, MIN_TOKENS = 100, 16_384
@@ -137,6 +139,7 @@ def _scores_of(
                 "scoring the data (--base_scores True)", "use a smaller --per_device_eval_batch_size"
             ),
             gathering_weights(model),
+            without_adapters(model),
         ):
             _move(model, arguments)
             seconds = _score(scorer, store, layout, split)
@@ -157,6 +160,11 @@ def _check_can_score(arguments: Arguments) -> None:
             "first with the same flags and --base_scores only, without --fsdp (or with --deepspeed zero3), "
             "and then start this run, which reads the scores"
         )
+
+
+def without_adapters(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Return a context in which the model runs without its adapters, which may begin at random."""
+    return model.disable_adapter() if has_adapters(model) else nullcontext()
 
 
 def _move(model: PreTrainedModel, arguments: Arguments) -> None:
