@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 COMMANDS = ("chat", "evaluate", "get_model", "merge_lora", "report", "show_data")
@@ -19,10 +20,19 @@ def pins(name: str, *packages: str) -> list[str]:
     return [by_name[package] for package in packages]
 
 
+class BuildCommands(build_py):
+    """Leaves out of dft_scripts what is no command. An editable installation has the whole folder."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if package != "dft_scripts" or module[1] in COMMANDS]
+
+
 setup(
-    packages=[*find_packages(include=["dft", "dft.*"]), "dft.ds_config", "dft.recipes"],
+    packages=[*find_packages(include=["dft", "dft.*"]), "dft.ds_config", "dft.recipes", "dft_scripts"],
     package_dir={"dft.ds_config": "ds_config", "dft.recipes": "recipes", "dft_scripts": "scripts"},
-    py_modules=["train_dft", *(f"dft_scripts.{name}" for name in COMMANDS)],
+    py_modules=["train_dft"],
+    cmdclass={"build_py": BuildCommands},
     package_data={
         "dft.ds_config": ["*.json"],
         "dft.recipes": ["*/*.yaml"],

@@ -5,7 +5,7 @@
 #   bash scripts/smoke.sh PYTHON     # another interpreter, such as /path/to/venv/bin/python
 #
 # Where the package is installed, its commands are run from a temporary folder, else the scripts of this repository.
-# Takes one to two minutes. The merge of adapters is left out where peft is not installed.
+# Starts fifteen processes one after the other. The merge of adapters is left out where peft is not installed.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 help_of "${BASH_SOURCE[0]}" "$@"

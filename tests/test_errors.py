@@ -14,16 +14,16 @@ from tests.launching import ROOT
 SCRIPT = """
 import dft.errors
 from dft.errors import UserError, report_user_errors
-dft.errors.RANK_ZERO_DELAY = 1.5
+dft.errors.RANK_ZERO_DELAY = {delay}
 report_user_errors()
 print("raising", flush=True)
 raise {error}
 """
 
 
-def start(error: str, **env: str) -> subprocess.Popen[str]:
+def start(error: str, delay: float = 1.5, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(error=error)],
+        [sys.executable, "-c", SCRIPT.format(error=error, delay=delay)],
         env={**os.environ, "PYTHONPATH": str(ROOT), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -87,7 +87,7 @@ def test_other_ranks_print_the_error_if_rank_0_has_none():
 
 
 def test_rank_that_is_ended_while_it_waits_prints_nothing():
-    process = start('UserError("--flag 3: no")', LOCAL_RANK="1")
+    process = start('UserError("--flag 3: no")', delay=600, LOCAL_RANK="1")
     assert "raising\n" in iter(process.stdout.readline, "")
     time.sleep(0.3)
     process.terminate()

@@ -102,6 +102,16 @@ def test_the_wheel_contains_all_modules_templates_recipes_and_deepspeed_files_an
     assert names == expected
 
 
+def test_an_editable_installation_finds_the_modules_of_all_commands(wheel, tmp_path):
+    build = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=wheel.parent / "src", check=True, timeout=120)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        finder = next(name for name in archive.namelist() if name.endswith("_finder.py"))
+        text = archive.read(finder).decode()
+    for target in COMMANDS.values():
+        assert f"'{target.partition(':')[0].partition('.')[0]}'" in text
+
+
 def test_every_command_starts_from_another_folder(installed, tmp_path):
     assert (
         run([str(installed / "bin/train-dft"), "--version"], installed, tmp_path)
