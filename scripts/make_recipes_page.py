@@ -82,8 +82,9 @@ weights in 4 bits. Devices come in nodes of eight. Llama and Gemma ask you to ac
 - The settings of Qwen2.5-Math with all weights are those of the paper (arXiv 2508.05629). All other learning
   rates are starting points that were not tuned. DFT has its default strength, `--dft_alpha 1`; first see
   whether it suits your data with `--preflight True` ([objectives.md](objectives.md)).
-- gpt-oss-20b has no recipe: its weights are published in 4 bits (MXFP4), which was never tried here, and its
-  experts are not linear layers, so adapters on all linear layers would leave them out.
+- gpt-oss-20b has no recipe. Its weights are published in 4 bits (MXFP4), which transformers does not train
+  unless they are dequantized when loaded (`Mxfp4Config(dequantize=True)`), and no flag of this trainer does
+  that. Its experts are not linear layers, so adapters on all linear layers would leave them out.
 
 ## Recipes
 """
