@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from dft.arguments.parser import Arguments
 from dft.data.preparing.prepare import PreparedData
 from dft.data.templates.encoder import ChatEncoder
+from dft.report.base_scores_callback import BaseScoresCallback, ComparedTrainer
 from dft.report.log_file import LogFileCallback
 from dft.report.report_callback import ReportCallback, ReportedTrainer
 from dft.report.samples_callback import SampledTrainer
@@ -16,7 +17,7 @@ from dft.report.samples_setup import make_samples_callback
 from dft.training.measuring.trackers import RunRecordCallback
 
 
-class ObservedTrainer(ReportedTrainer, SampledTrainer, Protocol):
+class ObservedTrainer(ReportedTrainer, SampledTrainer, ComparedTrainer, Protocol):
     """Interface of the trainer that the callbacks need; implemented by `DFTTrainer`."""
 
     def add_callback(self, callback: TrainerCallback) -> None: ...
@@ -48,6 +49,21 @@ def add_reports(
         trainer.add_callback(make_samples_callback(arguments, trainer, encoder, data))
     if not arguments.watch.report:
         return None
+    if arguments.dft.base_scores:
+        trainer.add_callback(_base_scores_callback(arguments, trainer, encoder, data, record))
     report = ReportCallback(trainer, record, encoder.tokenizer)
     trainer.add_callback(report)
     return report
+
+
+def _base_scores_callback(
+    arguments: Arguments,
+    trainer: ComparedTrainer,
+    encoder: ChatEncoder,
+    data: PreparedData,
+    record: dict[str, Any],
+) -> BaseScoresCallback:
+    """Return the callback that compares the tokens of the first evaluation set, or of the training data."""
+    split = next((name for name in data.datasets if name != "train"), "train")
+    dataset, fused_head = data.datasets[split], arguments.dft.fused_head
+    return BaseScoresCallback(trainer, record, dataset, split, fused_head, encoder.tokenizer)

@@ -118,6 +118,7 @@ class ReportCallback(TrainerCallback):
     def _write_json(self, state: TrainerState, status: str) -> dict[str, Any]:
         """Write `report.json` and return its content."""
         report = {
+            "base_scores": None,
             **self.record,
             "status": status,
             "updated": datetime.now().isoformat(timespec="seconds"),

@@ -33,6 +33,7 @@ EMPTY_REPORT: dict[str, Any] = {
     "steps": {},
     "log": [],
     "tokens": [],
+    "base_scores": None,
 }
 """Fields of a report, with their values if not recorded."""
 

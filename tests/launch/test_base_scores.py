@@ -1,5 +1,6 @@
 """--base_scores through the command line: the same on ZeRO-3 ranks, and never from a trained model."""
 
+import json
 import shutil
 
 import numpy as np
@@ -21,7 +22,7 @@ def alone(example, forks):
     words = example.words(
         output, data_cache_dir=cache, base_scores=True, drop_tokens_below_base_p=0.002, save_strategy="steps",
         save_steps=2, max_steps=4, save_total_limit=None, objective="psft",
-        eval_strategy="steps", eval_steps=2,
+        eval_strategy="steps", eval_steps=2, report=True,
     )  # fmt: skip
     codes, printed = forks.run(words)
     assert codes == [0], printed
@@ -32,11 +33,12 @@ def test_zero3_ranks_store_the_same_scores_and_train(example, forks, alone):
     cache, expected = example.folder / "sharded-cache", stored(alone[0])
     words = example.words(
         example.folder / "sharded", data_cache_dir=cache, base_scores=True, use_cpu=True, max_steps=1,
-        deepspeed=ROOT / "ds_config/zero3.json", per_device_eval_batch_size=3,
+        report=True, deepspeed=ROOT / "ds_config/zero3.json", per_device_eval_batch_size=3,
     )  # fmt: skip
     codes, printed = forks.run(words, ranks=2)
     assert codes == [0, 0], printed
-    assert (example.folder / "sharded" / "model.safetensors").is_file()
+    report = json.loads((example.folder / "sharded" / "report.json").read_text())["base_scores"]
+    assert report["tokens"] == len(expected[1]) and report["mean_after"] != report["mean_before"]
     assert printed.count("tokens scored in") == 2
     scores = stored(cache)
     assert [len(part) for part in scores] == [len(part) for part in expected]
@@ -57,6 +59,18 @@ def test_a_resumed_run_is_scored_by_the_untrained_model(alone, forks):
     assert "resum" in printed
     for part, other in zip(stored(cache), before, strict=True):
         assert np.array_equal(part, other)
+
+
+def test_the_report_compares_p_before_and_after(example, alone):
+    cache, _, printed = alone
+    report = json.loads((example.folder / "scored" / "report.json").read_text())["base_scores"]
+    before = np.exp(stored(cache)[1].astype(np.float64))
+    assert report["split"] == "eval" and report["tokens"] == len(before)
+    assert report["mean_before"] == pytest.approx(before.mean(), rel=1e-4)
+    assert report["mean_after"] != pytest.approx(report["mean_before"], rel=1e-3)
+    assert f"mean p of {len(before):,} eval tokens: {before.mean():.4f} before training" in printed
+    page = (example.folder / "scored" / "report.html").read_text()
+    assert "Before and after training" in page and "Tokens whose p rose most" in page
 
 
 def test_only_scores_and_exits(example, forks, alone):

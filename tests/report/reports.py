@@ -91,6 +91,7 @@ def run_report(**changes: Any) -> dict[str, Any]:
         "data": DATA,
         "steps": {"done": 2, "total": 2},
         "log": log,
+        "base_scores": None,
         "tokens": [
             {"step": 0, "conversations": [conversation(("</script>", 0.125), ("<|im_end|>", 0.5))]},
             {"step": 2, "conversations": [conversation(("</script>", 0.875), ("<|im_end|>", 0.999))]},
