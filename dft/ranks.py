@@ -87,12 +87,17 @@ def describe_parallelism(training: transformers.TrainingArguments, ranks: int | 
     """
     if training.deepspeed_plugin is not None:  # also where accelerate launch sets it, without a flag
         method = f"DeepSpeed ZeRO-{training.deepspeed_plugin.zero_stage}"
-    elif training.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    elif uses_fsdp(training):
         method = "FSDP 2"
     else:
         method = "DDP" if (ranks or world_size()) > 1 else "single process"
     size = sequence_parallel_size(training)
     return f"{method}, {size} ranks per sequence" if size > 1 else method
+
+
+def uses_fsdp(training: transformers.TrainingArguments) -> bool:
+    """Return whether FSDP will shard the model, by a flag or by accelerate launch."""
+    return bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def sequence_parallel_size(training: transformers.TrainingArguments) -> int:

@@ -35,6 +35,7 @@ def check_arguments(arguments: Arguments) -> None:
     check_steps(arguments)
     check_preflight(arguments)
     check_plan(arguments)
+    check_scoring(arguments)
     if arguments.data.prepare_only:
         return  # the other checks concern the training machine, which may be a different one
     training, planned_ranks = arguments.training, arguments.watch.plan_world_size
@@ -112,6 +113,19 @@ def check_plan(arguments: Arguments) -> None:
     if watch.plan and (watch.preflight or arguments.data.prepare_only):
         other = "--preflight" if watch.preflight else "--prepare_only"
         raise UserError(f"--plan True and {other} True both end without training; remove one of them")
+
+
+def check_scoring(arguments: Arguments) -> None:
+    """Raise `UserError` for kinds of runs that conflict with `--base_scores`."""
+    value, watch = arguments.dft.base_scores, arguments.watch
+    if value and arguments.data.prepare_only:
+        raise UserError(
+            f"--base_scores {value} needs the model, which --prepare_only True does not load; remove one "
+            "(--base_scores only prepares the data, scores it, and exits)"
+        )
+    if value == "only" and (watch.preflight or watch.plan):
+        other = "--preflight" if watch.preflight else "--plan"
+        raise UserError(f"--base_scores only and {other} True both end without training; remove one of them")
 
 
 def check_objective_support(arguments: Arguments) -> None:

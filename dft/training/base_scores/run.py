@@ -19,7 +19,7 @@ from dft.data.batches.base_scores import BaseFilter, BaseScores
 from dft.data.batches.dataset import Sequences
 from dft.data.preparing.prepare import PreparedData
 from dft.errors import UserError
-from dft.ranks import first_failure, is_main_process
+from dft.ranks import first_failure, is_main_process, uses_fsdp
 from dft.training.base_scores.digest import model_digest, scores_key
 from dft.training.base_scores.scorer import SequenceScorer, score_on_ranks
 from dft.training.base_scores.store import ScoreStore
@@ -154,7 +154,7 @@ def _scores_of(
 
 def _check_can_score(arguments: Arguments) -> None:
     """Raise `UserError` if the model cannot be run before the trainer has prepared it."""
-    if arguments.training.fsdp:
+    if uses_fsdp(arguments.training):
         raise UserError(
             "--base_scores True with --fsdp: the model is not yet sharded when it scores the data; score it "
             "first with the same flags and --base_scores only, without --fsdp (or with --deepspeed zero3), "

@@ -186,6 +186,28 @@ def test_faults_are_reported(tiny, data, tmp_path, monkeypatch):
         score(tiny, data, tmp_path, "--fused_head", "off")
 
 
+def test_a_model_that_fsdp_will_shard_reads_scores_but_does_not_score(
+    tiny, data, shared, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run, "uses_fsdp", lambda training: True)
+    with pytest.raises(UserError, match=r"--base_scores only, without --fsdp"):
+        score(tiny, data, tmp_path)
+    assert np.array_equal(values_of(score(tiny, data, shared[0])), values_of(shared[1]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prepare_only", "True"], "--base_scores only needs the model"),
+        (["--plan", "True"], "--base_scores only and --plan True both end"),
+        (["--preflight", "True"], "--base_scores only and --preflight True both end"),
+    ],
+)
+def test_kinds_of_runs_that_conflict(tiny, data, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        check_arguments(arguments_of(tiny, data, tmp_path, "--base_scores", "only", *flags))
+
+
 def test_flags_that_need_base_scores(tiny, data, tmp_path):
     flags = arguments_of(tiny, data, tmp_path, "--drop_tokens_below_base_p", "0.01")
     check_arguments(flags)
