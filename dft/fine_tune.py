@@ -70,8 +70,7 @@ def fine_tune(arguments: Arguments, stop: StopRequest) -> None:
         return
     check_batches(arguments, len(data.datasets["train"]))
     if arguments.watch.plan:
-        say(*plan_lines(arguments, load_meta_model(arguments), data.report), *new_notes(arguments))
-        return
+        return show_plan(arguments, data)
     longest = arguments.data.max_length if arguments.data.packing else data.longest
     check_shared_memory(arguments.training, longest)
     models = load_models(arguments, tokenizer, data)
@@ -121,6 +120,12 @@ def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
     if flags.debug_data_processing:
         say(show_sequences(data.datasets["train"].unpacked(), encoder.tokenizer))
     return data
+
+
+def show_plan(arguments: Arguments, data: PreparedData) -> None:
+    """Print the size and memory of a run, and the closest settings that fit. Loads no weights."""
+    model = load_meta_model(arguments)
+    say(*plan_lines(arguments, model, data.report, data.datasets["train"]), *new_notes(arguments))
 
 
 def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback | None) -> None:

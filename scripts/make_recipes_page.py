@@ -30,6 +30,7 @@ from dft.arguments.deepspeed_file import zero_of
 from dft.arguments.parser import Arguments, parse_arguments
 from dft.report.terminal.plan import plan_lines
 from dft.training.batching import packing_obstacle
+from dft.training.memory.batch_tokens import full_rows
 from dft.training.memory.plan import plan, requested_setting
 from dft.training.model.loading import load_meta_model
 from dft.training.model.positions import position_limit
@@ -251,9 +252,9 @@ def plan_recipe(path: Path) -> PlannedRecipe:
         obstacle = packing_obstacle(model) if recipe.arguments.data.packing else None
         assert obstacle is None, f"{path}: {obstacle}"
         with on_cuda():
-            lines = plan_lines(recipe.arguments, model, {"train": full_rows(length)})
+            lines = plan_lines(recipe.arguments, model, {"train": report_of_full_rows(length)})
             setting = requested_setting(model, training, recipe.devices)
-            peak = plan(model, training, setting, length, fused=True).peak
+            peak = plan(model, training, setting, full_rows(length), fused=True).peak
         return PlannedRecipe(recipe, tuple(lines), peak, gathered_gib(recipe.arguments, model))
 
 
@@ -262,7 +263,7 @@ def on_cuda() -> AbstractContextManager[Any]:
     return mock.patch("transformers.TrainingArguments.device", torch.device("cuda"))
 
 
-def full_rows(length: int) -> dict[str, Any]:
+def report_of_full_rows(length: int) -> dict[str, Any]:
     """Return the data report of rows of a length in which all tokens are supervised, the largest batches."""
     count = 100_000
     tokens = count * length

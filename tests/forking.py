@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dft.training.parallel import rank_watchdog
+from dft.training.parallel import rank_watchdog, stopping
 from tests.launching import ROOT, free_port
 
 TIME_LIMIT = 120
@@ -146,6 +146,8 @@ def fork_rank(request: dict[str, Any], rank: int) -> int:
         socket.gethostname = lambda: host
     if "SILENCE" in request["env"]:  # seconds
         rank_watchdog.HEARTBEAT_TIMEOUT = float(request["env"]["SILENCE"])
+    if "LATE_STOP" in request["env"]:  # agree on a stop one step late, as on a GPU
+        stopping.DEVICE_TYPES = frozenset({"cpu"})
     sys.argv = ["train_dft.py", *request["words"]]
     os._exit(main_of_rank())
 

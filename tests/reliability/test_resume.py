@@ -51,6 +51,7 @@ def train(example, forks):
             "single": {},
             "zero3": {"deepspeed": ROOT / "ds_config/zero3.json", "use_cpu": True},
             "fsdp": {"fsdp": True, "use_cpu": True},
+            "ddp": {"use_cpu": True},
         }[kind]
         batch = {"per_device_train_batch_size": 32}
         settings = {**batch, **FLAGS[setting], **more, **flags}
@@ -181,6 +182,53 @@ def test_a_signalled_run_saves_and_resumes(example, train, whole, number, moment
     codes, printed = train(output, setting, kind)
     assert not any(codes), printed
     assert_same(output, reference)
+
+
+LATE = {"logging_steps": 10, "save_steps": 6, "eval_steps": 6}
+"""With these intervals steps 1 to 4 and 7 to 9 end without an event."""
+LATE_REQUESTS = [
+    ("micro 1.2", "1", 3),  # in step 2, read after step 3
+    ("micro 3.1", "1", 5),  # in step 4, and step 5 ends an epoch
+    ("step 7", "0", 8),
+    ("micro 8.1", "1", 10),  # in step 9, read after the last step
+    ("micro 9.2", "1", 10),  # in the last step
+    ("evaluating 6", "1", 6),
+    ("saving 6 model", "0", 6),
+    ("micro 6.1", None, 8),  # on both ranks
+]
+
+
+@pytest.mark.parametrize(
+    ("moment", "rank", "step"), mostly_slow(LATE_REQUESTS, [LATE_REQUESTS[0], LATE_REQUESTS[3]])
+)
+def test_ranks_that_agree_one_step_late_stop_together_and_resume(example, forks, train, moment, rank, step):
+    """On a GPU, ranks read a step late whether one of them received a signal."""
+    reference = example.folder / "whole-late"
+    if not reference.exists():
+        codes, printed = train(reference, "plain", "ddp", **LATE)
+        assert codes == [0, 0], printed
+    output = example.folder / f"late-{moment}".replace(" ", "-")
+    env = {"DIE_AT": moment, "DIE_BY": "SIGTERM", "LATE_STOP": "1"}
+    if rank is not None:
+        env["DIE_RANK"] = rank
+    codes, printed = train(output, "plain", "ddp", env, **LATE)
+    assert codes == [EXIT_STOPPED] * 2, printed
+    assert f"stopped by SIGTERM after step {step}:" in printed
+    codes, printed = train(output, "plain", "ddp", {"LATE_STOP": "1"}, **LATE)
+    assert codes == [0, 0], printed
+    assert_same(output, reference)
+
+
+@pytest.mark.slow
+def test_ranks_stop_after_the_last_step_although_nothing_is_logged_or_saved_there(example, train):
+    """The end of training is an event, at which the ranks wait for each other."""
+    flags = {**LATE, "max_steps": 8, "save_strategy": "no", "eval_strategy": "no"}
+    env = {"DIE_AT": "micro 7.1", "DIE_BY": "SIGTERM", "DIE_RANK": "1", "LATE_STOP": "1"}
+    output = example.folder / "late-last"
+    codes, printed = train(output, "plain", "ddp", env, **flags)
+    assert codes == [EXIT_STOPPED] * 2 and "stopped by SIGTERM after step 8:" in printed, printed
+    codes, printed = train(output, "plain", "ddp", **flags)
+    assert codes == [0, 0] and (output / "model.safetensors").is_file(), printed
 
 
 @pytest.mark.parametrize("kind", mostly_slow(KINDS, ["single"]))

@@ -11,6 +11,7 @@ from dft import DFTTrainer
 from dft.arguments.conflicts import check_average
 from dft.errors import UserError
 from dft.training.checkpoints.disk_space import saved_bytes
+from dft.training.memory.batch_tokens import full_rows
 from dft.training.memory.estimate import estimate_memory
 from dft.training.memory.plan import plan, requested_setting
 from dft.training.model.freezing import freeze_matching
@@ -197,6 +198,6 @@ def test_the_plan_and_the_disk_space_count_the_average(folder):
     assert sizes[1] - sizes[0] == bytes_of_average
     assert "average" not in str(estimates[0]) and ", average " in str(estimates[1])
     setting = requested_setting(model, flags.training, ranks=1)
-    planned = plan(model, flags.training, setting, longest=8, fused=True)
-    without = plan(model, arguments(folder).training, setting, longest=8, fused=True)
+    planned = plan(model, flags.training, setting, full_rows(8), fused=True)
+    without = plan(model, arguments(folder).training, setting, full_rows(8), fused=True)
     assert (planned.peak - without.peak) * 2**30 == pytest.approx(bytes_of_average)

@@ -59,13 +59,17 @@ class EpochSampler(Sampler[int]):
         return self.size + (-remainder % self.multiple)
 
     def __iter__(self) -> Iterator[int]:
+        yield from self.order().tolist()
+        yield from [BLANK] * (len(self) - self.size)
+
+    def order(self) -> np.ndarray:
+        """Return the examples of the epoch in order, without blanks."""
         order = np.arange(self.size)
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
         if self.lengths is not None:
             order = self._group_by_length(order, self.lengths)
-        yield from order[: len(self)].tolist()
-        yield from [BLANK] * (len(self) - self.size)
+        return order[: len(self)]
 
     def _group_by_length(self, order: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Sort each run of `SORTED_STEPS` optimizer steps by length, then shuffle the steps."""

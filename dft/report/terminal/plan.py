@@ -1,5 +1,6 @@
 """The lines that `--plan True` prints: size, data, memory, and settings that fit."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from dft.arguments.objective import build_objective
 from dft.arguments.parser import Arguments
 from dft.loss.tiles import tile_limit
 from dft.ranks import count_optimizer_steps, data_parallel_size, describe_parallelism, is_launched, world_size
+from dft.training.memory.batch_tokens import full_rows, largest_micro_batch
 from dft.training.memory.estimate import (
     MemoryLayout,
     estimate_logits,
@@ -33,7 +35,7 @@ def base_model_gib(
     model: PreTrainedModel,
     training: transformers.TrainingArguments,
     layout: MemoryLayout,
-    longest: int,
+    tokens: int,
     fused: bool,
 ) -> float:
     """Return the memory of a frozen copy of the model and its logits, in GiB.
@@ -42,35 +44,41 @@ def base_model_gib(
         model: the model, possibly on the meta device.
         training: the training arguments.
         layout: distribution over the devices.
-        longest: number of tokens in the longest row.
+        tokens: number of tokens in the largest micro-batch.
         fused: whether the fused head computes the loss; it holds only one tile of logits at a time.
     """
     weights = sum(parameter.numel() for parameter in model.parameters()) * model.dtype.itemsize / GIB
-    tokens = training.per_device_train_batch_size * longest
     logits = estimate_logits(model, training, tokens) / 2  # no gradient
     tile = tile_limit(product_dtype(model, training, layout), layout.device) / GIB
     return weights + (min(logits, tile) if fused else logits)
 
 
-def plan_lines(arguments: Arguments, model: PreTrainedModel, report: dict[str, Any]) -> list[str]:
+def plan_lines(
+    arguments: Arguments, model: PreTrainedModel, report: dict[str, Any], dataset: Any = None
+) -> list[str]:
     """Return lines on the size, data and memory of a run, and on the closest settings that fit.
 
     Args:
         arguments: the parsed flags.
         model: the model on the meta device.
         report: `PreparedData.report`.
+        dataset: the training data; None plans for rows that all have the longest length.
     """
     training, watch, train = arguments.training, arguments.watch, report["train"]
     ranks = watch.plan_world_size or world_size()
     memory = watch.plan_device_memory or device_memory(training.device, world_size() if is_launched() else 1)
     longest = arguments.data.max_length if "packing_density" in train else train["length_percentiles"]["100"]
+    batch_tokens = full_rows(longest)
+    if dataset is not None:
+        batch_tokens = cache(largest_micro_batch(model, training, dataset, ranks))
     fused = arguments.dft.fused_head != "off"
     has_base_model = build_objective(arguments.dft).kl_weight > 0
     layout = resolve_layout(model, training)
-    extra = base_model_gib(model, training, layout, longest, fused) if has_base_model else 0.0
+    tokens = batch_tokens(training.per_device_train_batch_size)
+    extra = base_model_gib(model, training, layout, tokens, fused) if has_base_model else 0.0
     setting = requested_setting(model, training, ranks, extra)
     share = train["supervised_tokens"] / train["tokens"]
-    requested = plan(model, training, setting, longest, fused, share)
+    requested = plan(model, training, setting, batch_tokens, fused, share)
     groups = data_parallel_size(training, ranks)
     parts = ", ".join(f"{name} {format_gib(value)}" for name, value in requested.parts.items())
     state = " (the state of this optimizer is not included)" if requested.unknown_optimizer else ""
@@ -79,7 +87,8 @@ def plan_lines(arguments: Arguments, model: PreTrainedModel, report: dict[str, A
         f"{describe_parallelism(training, ranks)}",
         f"data        {train['tokens']:,} tokens per epoch, {100 * share:.1f} % supervised; "
         f"{count_optimizer_steps(training, train['rows'], groups)} optimizer steps of "
-        f"{setting.rows * setting.accumulation * groups} rows, up to {longest:,} tokens per row",
+        f"{setting.rows * setting.accumulation * groups} rows, up to {longest:,} tokens per row "
+        f"and {tokens:,} per micro-batch",
         f"memory      about {format_gib(requested.peak)} per device at the peak: {parts}{state}",
         "            these parts are not all in use at the same time, so their sum exceeds the peak",
         "            not included: the process itself, communication buffers, memory fragmentation",
@@ -92,7 +101,7 @@ def plan_lines(arguments: Arguments, model: PreTrainedModel, report: dict[str, A
     lines.append(
         f"fits        no: {format_gib(memory)} per device, of which a plan may use {100 * HEADROOM:.0f} %"
     )
-    alternatives = closest_fitting_plans(model, training, setting, longest, fused, memory, share)
+    alternatives = closest_fitting_plans(model, training, setting, batch_tokens, fused, memory, share)
     return [*lines, *_alternative_lines(alternatives)]
 
 

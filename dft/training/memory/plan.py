@@ -10,6 +10,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from dft.ranks import sequence_parallel_size
+from dft.training.memory.batch_tokens import BatchTokens
 from dft.training.memory.estimate import (
     MemoryLayout,
     autocasts,
@@ -84,7 +85,7 @@ def plan(
     model: PreTrainedModel,
     training: transformers.TrainingArguments,
     setting: PlanSetting,
-    longest: int,
+    batch_tokens: BatchTokens,
     fused: bool,
     supervised_share: float = 1.0,
 ) -> Plan:
@@ -98,11 +99,11 @@ def plan(
         model: the model, possibly on the meta device.
         training: arguments of the run.
         setting: setting to plan for.
-        longest: number of tokens in the longest row.
+        batch_tokens: number of tokens in the largest micro-batch, by its number of rows.
         fused: whether the loss is computed without logits.
         supervised_share: average share of the tokens that are supervised.
     """
-    tokens = -(-setting.rows * longest // sequence_parallel_size(training))
+    tokens = -(-batch_tokens(setting.rows) // sequence_parallel_size(training))
     estimate = estimate_memory(model, training, tokens, setting.layout, supervised_share)
     autocast = 0.0
     if autocasts(model, training, setting.layout):  # autocast caches the weights that it has cast
@@ -187,7 +188,7 @@ def closest_fitting_plans(
     model: PreTrainedModel,
     training: transformers.TrainingArguments,
     requested: PlanSetting,
-    longest: int,
+    batch_tokens: BatchTokens,
     fused: bool,
     memory: float,
     supervised_share: float = 1.0,
@@ -198,7 +199,7 @@ def closest_fitting_plans(
         model: the model, possibly on the meta device.
         training: arguments of the run.
         requested: setting requested by the flags.
-        longest: number of tokens in the longest row.
+        batch_tokens: number of tokens in the largest micro-batch, by its number of rows.
         fused: whether the loss is computed without logits.
         memory: memory of the device in GiB.
         supervised_share: average share of the tokens that are supervised.
@@ -211,7 +212,7 @@ def closest_fitting_plans(
         # Settings come with larger batches first: keep the largest batch that fits for each kind of change.
         if any(_kinds_of_change(accepted.setting) == _kinds_of_change(setting) for accepted in fitting):
             continue
-        candidate = plan(model, training, setting, longest, fused, supervised_share)
+        candidate = plan(model, training, setting, batch_tokens, fused, supervised_share)
         if candidate.peak <= memory * HEADROOM:
             fitting.append(candidate)
     return fitting

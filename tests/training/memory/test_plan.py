@@ -6,12 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from dft import DFTTrainer
 from dft.arguments.lora import LoraArguments
 from dft.loss.tiles import HALF_TILE_SHARE, TILE_BYTES
 from dft.report.terminal.plan import base_model_gib
+from dft.training.memory.batch_tokens import full_rows, largest_micro_batch
 from dft.training.memory.estimate import MemoryLayout, resolve_layout
 from dft.training.memory.plan import (
     HEADROOM,
@@ -23,6 +26,7 @@ from dft.training.memory.plan import (
 )
 from dft.training.model.adapters import add_adapters, pack_linear
 from dft.training.parameters import GIB
+from tests.training.test_batching import build_model
 
 
 def meta_model(layers, width, inner, vocab, heads, groups, tied=True, dtype=torch.bfloat16):
@@ -44,7 +48,7 @@ def test_parts_equal_those_counted_by_hand(tmp_path):
     count = 500 * 128 + 2 * (attention + mlp + 2 * 128 + 2 * 64) + 128
     assert sum(parameter.numel() for parameter in model.parameters()) == count
     args = arguments(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    planned = plan(model, args, requested_setting(model, args, 1), longest=10, fused=True)
+    planned = plan(model, args, requested_setting(model, args, 1), full_rows(10), fused=True)
     parts = {name: round(value * GIB) for name, value in planned.parts.items()}
     assert parts["weights"] == parts["gradients"] == 4 * count
     assert parts["optimizer"] == 8 * count
@@ -61,7 +65,7 @@ def test_zero_stages_divide_what_they_shard(tmp_path, stage, weights, gradients,
     model, args = meta_model(2, 128, 256, 500, 2, 1), arguments(tmp_path)
     count = sum(parameter.numel() for parameter in model.parameters())
     setting = PlanSetting(MemoryLayout(8, stage, False, False, 2), 1, 1, False)
-    parts = plan(model, args, setting, 10, fused=True).parts
+    parts = plan(model, args, setting, full_rows(10), fused=True).parts
     assert parts["weights"] * GIB == pytest.approx(weights * count)
     assert parts["gradients"] * GIB == pytest.approx(gradients * count)
     assert parts["optimizer"] * GIB == pytest.approx(optimizer * count)
@@ -77,7 +81,7 @@ def test_fsdp_in_half_precision_keeps_float32_weights_and_no_copy(tmp_path, load
     requested = replace(
         requested_setting(model, args, 1), layout=replace(resolve_layout(model, args), ranks=8)
     )
-    parts = plan(model, args, requested, 10, fused=True).parts
+    parts = plan(model, args, requested, full_rows(10), fused=True).parts
     assert "autocast" not in parts
     assert parts["weights"] * GIB == parts["gradients"] * GIB == pytest.approx(4 * count / 8)
     assert parts["optimizer"] * GIB == pytest.approx(8 * count / 8)
@@ -87,11 +91,14 @@ def test_autocast_keeps_copies_of_float32_weights_and_zero_does_not(tmp_path):
     model, args = meta_model(2, 128, 256, 500, 2, 1, dtype=torch.float32), arguments(tmp_path, bf16=True)
     count = sum(parameter.numel() for parameter in model.parameters())
     requested = requested_setting(model, args, 1)
-    assert plan(model, args, requested, 10, fused=True).parts["autocast"] * GIB == 2 * count
+    assert plan(model, args, requested, full_rows(10), fused=True).parts["autocast"] * GIB == 2 * count
     sharded = PlanSetting(MemoryLayout(8, 3, False, False, 2), 1, 1, False)
-    under_zero = plan(model, args, sharded, 10, fused=True).parts
+    under_zero = plan(model, args, sharded, full_rows(10), fused=True).parts
     assert "autocast" not in under_zero
-    assert under_zero["activations"] < plan(model, args, requested, 10, fused=True).parts["activations"]
+    assert (
+        under_zero["activations"]
+        < plan(model, args, requested, full_rows(10), fused=True).parts["activations"]
+    )
 
 
 def test_adapters_are_float32_whatever_the_dtype_of_the_model(tmp_path):
@@ -102,11 +109,11 @@ def test_adapters_are_float32_whatever_the_dtype_of_the_model(tmp_path):
         adapted = add_adapters(model, LoraArguments(lora_r=4), arguments(tmp_path), "m")
     adapters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     args = arguments(tmp_path, bf16=True)
-    parts = plan(adapted, args, requested_setting(adapted, args, 1), 10, fused=True).parts
+    parts = plan(adapted, args, requested_setting(adapted, args, 1), full_rows(10), fused=True).parts
     assert parts["weights"] * GIB == 2 * frozen + 4 * adapters
     assert parts["gradients"] * GIB == 4 * adapters and parts["optimizer"] * GIB == 8 * adapters
     sharded = PlanSetting(MemoryLayout(8, 3, False, False, 2), 1, 1, False)
-    parts = plan(adapted, args, sharded, 10, fused=True).parts
+    parts = plan(adapted, args, sharded, full_rows(10), fused=True).parts
     assert parts["weights"] * GIB == pytest.approx(2 * (frozen + adapters) / 8)
     assert parts["optimizer"] * GIB == pytest.approx(12 * adapters / 8)
 
@@ -125,7 +132,7 @@ def test_4_bit_weights_take_half_a_byte_and_their_scales(tmp_path):
     requested = replace(
         requested_setting(adapted, args, 1), layout=replace(resolve_layout(adapted, args), ranks=8)
     )
-    planned = plan(adapted, args, requested, 10, fused=True)
+    planned = plan(adapted, args, requested, full_rows(10), fused=True)
     # peft converts all other weights to float32.
     assert planned.parts["weights"] * GIB == pytest.approx(
         packed / 2 * (1 + 1 / 32) + 4 * (unpacked + adapters)
@@ -136,7 +143,7 @@ def test_4_bit_weights_take_half_a_byte_and_their_scales(tmp_path):
 
 
 def proposed_flags(model, args, requested):
-    plans = closest_fitting_plans(model, args, requested, 10, True, memory=1e6)
+    plans = closest_fitting_plans(model, args, requested, full_rows(10), True, memory=1e6)
     return [fitting.setting.changes for fitting in plans]
 
 
@@ -163,7 +170,7 @@ def test_plan_is_close_to_peaks_measured_on_a_gpu(tmp_path, sizes, rows, checkpo
     """Measured on an H200; docs/benchmarks.md has the runs, and docs/planning.md the errors."""
     model, args = meta_model(*sizes), arguments(tmp_path)
     setting = PlanSetting(MemoryLayout(1, 0, False, False, 2, "cuda"), rows, 1, checkpointed)
-    assert plan(model, args, setting, 2048, fused=True).peak == pytest.approx(measured, rel=0.22)
+    assert plan(model, args, setting, full_rows(2048), fused=True).peak == pytest.approx(measured, rel=0.22)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
@@ -174,29 +181,76 @@ def test_base_model_size_includes_logits_on_any_device(tmp_path, device):
     tile = TILE_BYTES["cuda"] if device != "cpu" else TILE_BYTES["cpu"] // HALF_TILE_SHARE
     weights = 2 * sum(parameter.numel() for parameter in model.parameters())
     logits = 4 * 10 * 500 * (2 + 4)
-    assert base_model_gib(model, training, layout, 10, fused=False) * GIB == weights + logits
+    assert base_model_gib(model, training, layout, 40, fused=False) * GIB == weights + logits
     assert base_model_gib(model, training, layout, 10**6, fused=True) * GIB == weights + tile
+
+
+DATA = Dataset.from_list(
+    [{"input_ids": [1] * length, "labels": [1] * length} for length in (3, 50, 7, 20, 4, 31, 9, 2, 5)]
+)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"num_train_epochs": 3}, {"max_steps": 5}, {"max_steps": 2, "gradient_accumulation_steps": 2},
+        {"num_train_epochs": 2, "dataloader_drop_last": True}, {"train_sampling_strategy": "sequential"},
+        {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_planned_micro_batch_is_the_largest_of_the_run(tmp_path, attention, flags):
+    """The plan computes it from the order of the data; here the trainer makes the batches."""
+    args = arguments(
+        tmp_path, per_device_train_batch_size=2, save_strategy="no", report_to="none", disable_tqdm=True,
+        logging_strategy="no", **flags,
+    )  # fmt: skip
+    model = build_model("qwen3", attention)
+    planned = largest_micro_batch(model, args, DATA, ranks=1)(2)
+    trainer, sizes = DFTTrainer(model, args, train_dataset=DATA), []
+    collator = trainer.data_collator
+
+    def recording(examples):
+        batch = collator(examples)
+        sizes.append(batch["input_ids"].numel())
+        return batch
+
+    trainer.data_collator = recording
+    trainer.train()
+    assert planned == max(sizes[: trainer.state.global_step * args.gradient_accumulation_steps])
+
+
+def test_the_planned_micro_batch_of_fewer_rows_or_more_ranks_is_of_the_same_order(tmp_path):
+    model = build_model("qwen3", "varlen")
+    args = arguments(tmp_path, per_device_train_batch_size=4, train_sampling_strategy="sequential")
+    largest = largest_micro_batch(model, args, DATA, ranks=1)
+    assert [largest(rows) for rows in (1, 2, 4)] == [50, 53, 80]
+    assert largest_micro_batch(model, args, DATA, ranks=2)(4) == 80
+    padded = largest_micro_batch(build_model("qwen3", "sdpa"), args, DATA, ranks=1)
+    assert [padded(rows) for rows in (1, 2, 4)] == [50, 100, 200]
 
 
 def test_base_model_is_counted(tmp_path):
     model, args = meta_model(2, 128, 256, 500, 2, 1), arguments(tmp_path)
     alone, both = (
-        plan(model, args, requested_setting(model, args, 1, extra), 10, fused=True) for extra in (0.0, 0.5)
+        plan(model, args, requested_setting(model, args, 1, extra), full_rows(10), fused=True)
+        for extra in (0.0, 0.5)
     )
     assert both.peak == alone.peak + 0.5 and both.parts == {**alone.parts, "base model": 0.5}
     requested = requested_setting(model, args, 1, extra_gib=0.5)
-    assert not closest_fitting_plans(model, args, requested, 10, True, memory=0.5)
+    assert not closest_fitting_plans(model, args, requested, full_rows(10), True, memory=0.5)
 
 
 def test_proposed_settings_fit_and_larger_batches_do_not(tmp_path):
     model = meta_model(12, 1024, 4096, 32_000, 16, 8, dtype=torch.float32)
     args = arguments(tmp_path, per_device_train_batch_size=16)
     requested = requested_setting(model, args, 1)
-    peak = plan(model, args, requested, 2048, fused=True).peak
-    parts = plan(model, args, requested, 1, fused=True).parts
+    peak = plan(model, args, requested, full_rows(2048), fused=True).peak
+    parts = plan(model, args, requested, full_rows(1), fused=True).parts
     state = parts["weights"] + parts["optimizer"]
     for memory in (peak / 2, peak / 4, state / 2):
-        plans = closest_fitting_plans(model, args, requested, 2048, True, memory)
+        plans = closest_fitting_plans(model, args, requested, full_rows(2048), True, memory)
         assert bool(plans) == (memory > state)
         for fitting in plans:
             setting = fitting.setting
@@ -205,4 +259,4 @@ def test_proposed_settings_fit_and_larger_batches_do_not(tmp_path):
             assert setting.rows * setting.accumulation == 16
             double = PlanSetting(requested.layout, setting.rows * 2, 1, setting.checkpointed)
             if setting.rows < 16:
-                assert plan(model, args, double, 2048, fused=True).peak > HEADROOM * memory
+                assert plan(model, args, double, full_rows(2048), fused=True).peak > HEADROOM * memory
