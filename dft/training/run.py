@@ -27,7 +27,7 @@ from dft.training.checkpoints.resume_point import prepare_output_folder
 from dft.training.early_stopping import early_reason, make_early_stopping
 from dft.training.measuring.artifacts import log_artifacts
 from dft.training.measuring.tracker_callbacks import finish_trackers
-from dft.training.measuring.tracker_setup import prepare_trackers
+from dft.training.measuring.tracker_setup import check_mlflow_server, prepare_trackers
 from dft.training.memory.out_of_memory import SHARD, convert_memory_errors
 from dft.training.model.attention import resolve_attention
 from dft.training.model.generation import add_stop_tokens
@@ -47,7 +47,8 @@ def prepare_run(arguments: Arguments) -> None:
     """Check the arguments, and create and lock the output folder, before the data is prepared.
 
     Raises:
-        UserError: an argument is wrong, or the output folder cannot be written to or belongs to a live run.
+        UserError: an argument is wrong, the output folder cannot be written to or belongs to a live run, or a
+            server does not answer.
     """
     check_arguments(arguments)
     prepare_output_folder(arguments)
@@ -55,8 +56,9 @@ def prepare_run(arguments: Arguments) -> None:
         lock_output_dir(Path(arguments.training.output_dir))
     if not arguments.data.prepare_only:
         check_optimizer(arguments.training)
-        if not arguments.watch.preflight and not arguments.watch.plan:  # neither creates an optimizer
+        if not arguments.watch.preflight and not arguments.watch.plan:  # neither trains
             check_operators(arguments.training)
+            check_mlflow_server(arguments.training.report_to)
         resolve_attention(arguments)  # raises if the attention implementation is not available
 
 
@@ -225,7 +227,7 @@ def train_and_save(arguments: Arguments, trainer: DFTTrainer, close_report: Call
         close_report(status)
         try:
             if is_complete and arguments.watch.log_artifacts:
-                log_artifacts(trainer.args, trainer.options.model_files)
+                log_artifacts(trainer.args, trainer.options.model_files, trainer.callback_handler.callbacks)
         finally:
             callbacks = trainer.callback_handler.callbacks
             finish_trackers(arguments.training.report_to, failure, callbacks, is_complete)

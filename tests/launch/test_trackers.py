@@ -303,6 +303,7 @@ def test_swanlab_local_contains_all_metrics_except_histogram_and_table(example):
 
 @pytest.mark.slow
 def test_a_killed_run_continues_the_runs_of_its_trackers(example, forks):
+    """Two named evaluation sets, whose metrics and histograms all trackers get, and artifacts at the end."""
     output, logs = forks.folder / "killed", forks.folder / "killed-logs"
     words = example.words(
         output,
@@ -311,7 +312,12 @@ def test_a_killed_run_continues_the_runs_of_its_trackers(example, forks):
         max_steps=6,
         save_strategy="steps",
         save_steps=2,
-        eval_data_files=None,
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_data_files=[f"math={example.other}", f"code={example.eval}"],
+        max_eval_samples=8,
+        log_artifacts=True,
+        report=True,
         resume_from_checkpoint="auto",
     )
     codes, printed = forks.run(words, DIE_AT="step 4")
@@ -328,7 +334,16 @@ def test_a_killed_run_continues_the_runs_of_its_trackers(example, forks):
     client = mlflow.MlflowClient(f"sqlite:///{logs}/mlflow.db")
     (run,) = client.search_runs(["0"])
     assert (run.info.run_id, run.info.status) == (before["mlflow"]["id"], "FINISHED")
-    points = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "nll")]
+    points = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "train/nll")]
     # Steps after the checkpoint are logged again. Whether the killed run had sent them is a matter of chance.
     assert points[-4:] == [(record["step"], record["nll"]) for record in train_records(output)[2:]]
     assert sorted({step for step, _ in points}) == [1, 2, 3, 4, 5, 6]
+    assert run.data.metrics.keys() == logged(output, without=("changed_flags",)).keys()
+    assert {"eval/math_nll", "eval/code_nll"} <= run.data.metrics.keys()
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert {record["step"]: record["eval_code_nll"] for record in lines if "eval_code_nll" in record} == {
+        record["step"]: record["eval_code_nll"] for record in history(output) if "eval_code_nll" in record
+    }
+    for kind, name in (("model", "model.safetensors"), ("report", "report.html")):
+        assert f"{kind}/{name}" in [file.path for file in client.list_artifacts(run.info.run_id, kind)]
+    assert "tensorboard gets no artifacts" in printed and "files logged to wandb: model, report" in printed

@@ -3,8 +3,7 @@
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -23,9 +22,10 @@ from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import CallbackHandler
 
 from dft.console import say
+from dft.errors import UserError
 from dft.ranks import is_main_process
 from dft.training.measuring.tracker_runs import TrackerRuns
-from dft.training.measuring.tracker_setup import name_swanlab_project
+from dft.training.measuring.tracker_setup import environment, mlflow_remedy, name_swanlab_project, one_line
 
 MLFLOW_NAME = 250
 """Maximum length of a metric or parameter name in mlflow."""
@@ -47,9 +47,15 @@ class SwanLabRunCallback(SwanLabCallback):
         if state.is_world_process_zero and not self._swanlab.has_run():
             name_swanlab_project()
             # swanlab reads SWANLAB_RESUME and SWANLAB_RUN_ID itself.
-            earlier = None if os.environ.get("SWANLAB_RUN_ID") else self._runs.earlier("swanlab")
+            earlier = None if os.environ.get("SWANLAB_RUN_ID") else self._runs.identity("swanlab")
             options = {} if earlier is None else {"id": earlier["id"], "resume": "allow"}
-            self._swanlab.init(experiment_name=args.run_name, **options)
+            try:
+                self._swanlab.init(experiment_name=args.run_name, **options)
+            except (OSError, self._swanlab.exceptions.AuthenticationError) as error:
+                raise UserError(
+                    f"--report_to swanlab: its run cannot be started ({one_line(error)}); check the network "
+                    "and the key (swanlab login), or set SWANLAB_MODE=offline"
+                ) from None
             if (run_id := self._swanlab.get_run().id) is not None:
                 self._runs.store("swanlab", {"id": run_id})
         super().setup(args, state, model, **kwargs)
@@ -65,19 +71,31 @@ class WandbRunCallback(WandbCallback):
     def setup(
         self, args: transformers.TrainingArguments, state: TrainerState, model: Any, **kwargs: Any
     ) -> None:
-        earlier = None if os.environ.get("WANDB_RUN_ID") else self._runs.earlier("wandb")
-        if earlier is not None and state.is_world_process_zero:
-            # wandb warns that it ignores `resume` offline.
-            offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
-            self._wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "huggingface"),
-                name=args.run_name,
-                id=earlier["id"],
-                resume=None if offline else "allow",
-            )
-        super().setup(args, state, model, **kwargs)
+        try:
+            if state.is_world_process_zero:
+                self._continue(args)
+            super().setup(args, state, model, **kwargs)
+        except self._wandb.Error as error:
+            raise UserError(
+                f"--report_to wandb: its run cannot be started ({one_line(error)}); check the network and "
+                "the key (wandb login), or set WANDB_MODE=offline"
+            ) from None
         if state.is_world_process_zero:
             self._runs.store("wandb", {"id": self._wandb.run.id})
+
+    def _continue(self, args: transformers.TrainingArguments) -> None:
+        """Start the run of the checkpoint, if there is one and the user chose no other."""
+        earlier = None if os.environ.get("WANDB_RUN_ID") else self._runs.identity("wandb")
+        if earlier is None:
+            return
+        # wandb warns that it ignores `resume` offline.
+        offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+        self._wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "huggingface"),
+            name=args.run_name,
+            id=earlier["id"],
+            resume=None if offline else "allow",
+        )
 
 
 class TensorBoardRunCallback(TensorBoardCallback):
@@ -92,7 +110,7 @@ class TensorBoardRunCallback(TensorBoardCallback):
     def on_train_begin(
         self, args: transformers.TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
-        earlier = self._runs.earlier("tensorboard")
+        earlier = self._runs.identity("tensorboard")
         if self.logging_dir is None and earlier is not None:
             self.logging_dir = earlier["folder"]
         super().on_train_begin(args, state, control, **kwargs)
@@ -102,7 +120,9 @@ class TensorBoardRunCallback(TensorBoardCallback):
 
 
 class MLflowRunCallback(MLflowCallback):
-    """mlflow callback of transformers that continues the run of the checkpoint and maps names.
+    """mlflow callback of transformers that continues the run of the checkpoint.
+
+    Metrics have the names that other trackers get, as far as mlflow accepts them.
 
     Attributes:
         continues: whether the run existed before.
@@ -118,13 +138,16 @@ class MLflowRunCallback(MLflowCallback):
             super().setup(args, state, model)
             return
         options = {}
-        earlier = None if os.environ.get("MLFLOW_RUN_ID") else self._runs.earlier("mlflow")
-        if earlier is not None and self._exists(earlier["id"]):
-            # mlflow rejects changed values of parameters, so those of the first start stay.
-            options = {"MLFLOW_RUN_ID": earlier["id"], "MLFLOW_MAX_LOG_PARAMS": "0"}
-        self.continues = bool(options)
-        with environment(options):
-            super().setup(args, state, model)
+        earlier = None if os.environ.get("MLFLOW_RUN_ID") else self._runs.identity("mlflow")
+        try:
+            if earlier is not None and self._exists(earlier["id"]):
+                # mlflow rejects changed values of parameters, so those of the first start stay.
+                options = {"MLFLOW_RUN_ID": earlier["id"], "MLFLOW_MAX_LOG_PARAMS": "0"}
+            self.continues = bool(options)
+            with environment(options):
+                super().setup(args, state, model)
+        except (self._ml_flow.exceptions.MlflowException, ImportError) as error:  # drivers of databases
+            raise UserError(mlflow_remedy(self._ml_flow.get_tracking_uri(), error)) from None
         run = self._ml_flow.active_run()
         if run is not None:
             self._runs.store("mlflow", {"id": run.info.run_id})
@@ -146,8 +169,15 @@ class MLflowRunCallback(MLflowCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        accepted = {mlflow_name(name): value for name, value in logs.items()}
+        accepted = {mlflow_name(name): value for name, value in rewrite_logs(logs).items()}
         super().on_log(args, state, control, accepted, model, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """End the run. The model is not saved yet, so a server that is gone must not stop the program."""
+        try:
+            super().on_train_end(*args, **kwargs)
+        except self._ml_flow.exceptions.MlflowException as error:
+            say(f"warning     mlflow: its run may be incomplete ({one_line(error)})")
 
 
 class TrackioRunCallback(TrackioCallback):
@@ -183,7 +213,7 @@ class TrackioRunCallback(TrackioCallback):
             "private": args.hub_private_repo,
             "bucket_id": args.trackio_bucket_id,
         }
-        earlier = self._runs.earlier("trackio")
+        earlier = self._runs.identity("trackio")
         run = None
         if earlier is not None:
             run = self._trackio.init(name=earlier["name"], resume="allow", **options)
@@ -285,26 +315,14 @@ def finish_trackers(
     if "mlflow" in report_to:
         import mlflow
 
-        if mlflow.active_run() is not None:
-            mlflow.end_run("FAILED" if error else "FINISHED" if is_complete else "KILLED")
+        try:
+            if mlflow.active_run() is not None:
+                mlflow.end_run("FAILED" if error else "FINISHED" if is_complete else "KILLED")
+        except mlflow.exceptions.MlflowException as reason:
+            say(f"warning     mlflow: its run may be incomplete ({one_line(reason)})")
     for callback in callbacks:
         if isinstance(callback, TrackioRunCallback):
             callback.finish()
-
-
-@contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables and restore them afterwards."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)  # mlflow removes the run id itself
-            else:
-                os.environ[name] = value
 
 
 def mlflow_name(name: str) -> str:

@@ -39,8 +39,8 @@ class TrackerRuns(TrainerCallback):
         else:
             self._file.unlink(missing_ok=True)
 
-    def earlier(self, tracker: str) -> Identity | None:
-        """Return the identity of the tracker's run to continue; None to start a new one."""
+    def identity(self, tracker: str) -> Identity | None:
+        """Return the identity of the tracker's run: the one to continue, or the one that was stored since."""
         return self._runs.get(tracker)
 
     def store(self, tracker: str, identity: Identity) -> None:

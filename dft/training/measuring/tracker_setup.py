@@ -3,7 +3,10 @@
 import importlib.util
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from dft.errors import UserError
 from dft.ranks import is_main_process
@@ -144,6 +147,55 @@ def check_mlflow_store() -> None:
             f"--report_to mlflow: its store {uri.split('@')[-1]} needs {' and '.join(missing)}; pip install "
             f"{' '.join(missing)}, or set MLFLOW_TRACKING_URI to a server"
         )
+
+
+def check_mlflow_server(report_to: list[str]) -> None:
+    """Raise `UserError` if mlflow reports to a server that does not answer. Only rank 0 reports.
+
+    mlflow itself tries for minutes, once training begins.
+    """
+    if "mlflow" not in report_to or not is_main_process():
+        return
+    import mlflow  # slow to import
+
+    uri = mlflow.get_tracking_uri()
+    if urlsplit(uri).scheme not in ("http", "https"):
+        return
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    try:
+        with environment(limits):
+            mlflow.MlflowClient().search_experiments(max_results=1)
+    except mlflow.exceptions.MlflowException as error:
+        raise UserError(mlflow_remedy(uri, error)) from None
+
+
+def mlflow_remedy(uri: str, error: Exception) -> str:
+    """Return why mlflow cannot report to its store, and what to do, without the password of the store."""
+    text = f"--report_to mlflow: its store {uri} cannot be used ({one_line(error)})"
+    address = urlsplit(uri)
+    if address.password:
+        text = text.replace(f":{address.password}@", ":***@")
+    return f"{text}; start or correct it (MLFLOW_TRACKING_URI), or remove mlflow from --report_to"
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error as one line."""
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables and restore them afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)  # mlflow removes the run id itself
+            else:
+                os.environ[name] = value
 
 
 def swanlab_has_login() -> bool:

@@ -2,32 +2,51 @@
 
 import json
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
 import pytest
+import sqlalchemy
+import swanlab
 import wandb
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
 from dft.arguments.trackers import artifact_notes, check_trackers
 from dft.errors import UserError
 from dft.training.measuring.artifacts import log_artifacts
-from dft.training.measuring.tracker_callbacks import MLFLOW_NAME, finish_trackers, mlflow_name
+from dft.training.measuring.tracker_callbacks import (
+    MLFLOW_NAME,
+    MLflowRunCallback,
+    SwanLabRunCallback,
+    WandbRunCallback,
+    finish_trackers,
+    mlflow_name,
+)
 from dft.training.measuring.tracker_runs import RUNS_FILE, TrackerRuns
-from dft.training.measuring.tracker_setup import prepare_trackers
+from dft.training.measuring.tracker_setup import check_mlflow_server, prepare_trackers
 from dft.training.measuring.trackers import MLFLOW_CHARACTERS, RunRecordCallback
 from dft.training.run_options import RunOptions
 from dft.training.trainer import DFTTrainer
-from tests.training.test_trainer import conversations, trainer
+from tests.launching import free_port
+from tests.training.test_trainer import conversations, tiny, trainer
 
 TOKEN = "hf_" + "s3cret" * 6
 
 
+def skip_disk(connection, record) -> None:
+    """Let a database not wait for the disk, which takes most of the time of its many small transactions."""
+    connection.execute("PRAGMA synchronous=OFF")
+
+
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> str:
-    """A database of mlflow, which takes seconds to create; each test has an experiment of its own."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+def store(tmp_path_factory) -> Iterator[str]:
+    """A database of mlflow; each test has an experiment of its own."""
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", skip_disk)
+    yield f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    sqlalchemy.event.remove(sqlalchemy.Engine, "connect", skip_disk)
 
 
 @pytest.fixture
@@ -77,6 +96,13 @@ def identities(folder: Path) -> dict[str, dict[str, str]]:
     return json.loads((folder / "out" / RUNS_FILE).read_text())
 
 
+def assert_without_token(folder: Path) -> None:
+    """Assert that the files of a tracker hold arguments of the run, but no token."""
+    contents = [file.read_bytes() for file in folder.rglob("*") if file.is_file()]
+    assert any(b"per_device_train_batch_size" in content for content in contents)
+    assert not any(TOKEN.encode() in content for content in contents)
+
+
 def mlflow_series(run_id: str, name: str) -> list[tuple[int, float]]:
     history = mlflow.MlflowClient().get_metric_history(run_id, name)
     return [(metric.step, metric.value) for metric in history]
@@ -99,19 +125,21 @@ def test_mlflow_continues_the_run_of_the_checkpoint(local):
     second = run(local, "mlflow", steps=5, resume=True)
     assert identities(local)["mlflow"]["id"] == run_id
     assert [row.info.run_id for row in runs_of(local)] == [run_id]
-    steps = [step for step, _ in mlflow_series(run_id, "loss")]
+    steps = [step for step, _ in mlflow_series(run_id, "train/loss")]
     assert steps == [1, 2, 3, 3, 4, 5]  # the checkpoint is at step 2: step 3 was trained and logged twice
-    losses = dict(mlflow_series(run_id, "loss"))
+    losses = dict(mlflow_series(run_id, "train/loss"))
     logged = {record["step"]: record["loss"] for record in second.state.log_history if "loss" in record}
     assert losses == logged and first.state.log_history[2]["loss"] == pytest.approx(losses[3], abs=1e-12)
     data = client.get_run(run_id).data
     assert data.params["max_steps"] == "3"  # mlflow keeps parameters as they were first logged
-    assert {"loss", "nll", "avg_p_correct", "acc", "grad_norm", "learning_rate"} <= data.metrics.keys()
+    names = {name for record in second.state.log_history for name in record} - {"step", "changed_flags"}
+    assert "avg_p_correct" in names and data.metrics.keys() == {f"train/{name}" for name in names}
     assert data.params["hub_token"] == "<HUB_TOKEN>"
     database = Path(mlflow.get_tracking_uri().removeprefix("sqlite:///"))
     assert TOKEN.encode() not in database.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_new_run_does_not_continue_an_earlier_run_of_mlflow(local):
     run(local, "mlflow", steps=2)
     earlier = identities(local)["mlflow"]["id"]
@@ -127,7 +155,7 @@ def test_a_run_that_mlflow_has_lost_is_replaced_by_a_new_one(local, capsys):
     file.write_text('{"mlflow": {"id": "0123456789abcdef0123456789abcdef"}}')
     run(local, "mlflow", steps=3, resume=True)
     assert "mlflow: run 0123456789abcdef0123456789abcdef cannot be continued" in capsys.readouterr().out
-    assert [step for step, _ in mlflow_series(identities(local)["mlflow"]["id"], "loss")] == [3]
+    assert [step for step, _ in mlflow_series(identities(local)["mlflow"]["id"], "train/loss")] == [3]
 
 
 @pytest.mark.parametrize(
@@ -140,25 +168,25 @@ def test_mlflow_records_how_a_run_ended(local, error, is_complete, status):
 
 
 def test_mlflow_gets_the_record_as_parameters_of_accepted_length(local):
-    trained = run(local, "mlflow", steps=1, finish=False)
     record = {"arguments": {"data_files": ["x" * 9000]}, "data": {"train": {"数": 1}}, "git": None}
-    with mlflow.start_run(identities(local)["mlflow"]["id"]):
-        RunRecordCallback(record, trained.callback_handler).on_train_begin(None, TrainerState(), None)
-    params = mlflow.MlflowClient().get_run(identities(local)["mlflow"]["id"]).data.params
+    handler = SimpleNamespace(callbacks=[MLflowRunCallback(TrackerRuns())])
+    with mlflow.start_run() as active:
+        RunRecordCallback(record, handler).on_train_begin(None, TrainerState(), None)
+    params = mlflow.MlflowClient().get_run(active.info.run_id).data.params
     assert len(params["arguments/data_files"]) == MLFLOW_CHARACTERS and params["git"] == "none"
     assert params[mlflow_name("data/train/数")] == "1"
 
 
 @pytest.mark.parametrize(
-    "name", ["loss", "eval_loss", "eval_a.jsonl/nll", "train/avg_p_correct", "a b:c-d_e.f", "x" * MLFLOW_NAME]
+    "name", ["train/loss", "eval/a.jsonl/nll", "train_loss", "a b:c-d_e.f", "x" * MLFLOW_NAME]
 )
 def test_names_that_mlflow_accepts_are_unchanged(name):
     assert mlflow_name(name) == name
 
 
 NAMES = [
-    "eval_数.jsonl/nll",
-    "eval_表.jsonl/nll",
+    "eval/数.jsonl/nll",
+    "eval/表.jsonl/nll",
     "a//b",
     "/a",
     "../a",
@@ -175,7 +203,7 @@ NAMES = [
 def test_other_names_are_mapped_to_distinct_names_that_mlflow_accepts(local):
     mapped = {name: mlflow_name(name) for name in NAMES}
     assert len({*mapped.values()}) == len(NAMES) and max(map(len, mapped.values())) <= MLFLOW_NAME
-    assert mapped["eval_数.jsonl/nll"].startswith("eval__.jsonl/nll-")
+    assert mapped["eval/数.jsonl/nll"].startswith("eval/_.jsonl/nll-")
     with mlflow.start_run() as active:
         mlflow.log_metrics(dict.fromkeys(mapped.values(), 1.0))
     assert mlflow.MlflowClient().get_run(active.info.run_id).data.metrics.keys() == {*mapped.values()}
@@ -189,16 +217,57 @@ def test_mlflow_without_the_packages_of_its_database_is_an_error(local, monkeypa
         prepare_trackers(["mlflow"])
 
 
+def test_a_server_of_mlflow_that_does_not_answer_is_an_error_before_any_work(local):
+    uri = f"http://someone:hunter2@127.0.0.1:{free_port()}"
+    mlflow.set_tracking_uri(uri)
+    with pytest.raises(UserError) as caught:
+        check_mlflow_server(["tensorboard", "mlflow"])
+    message = str(caught.value)
+    shown = uri.replace("hunter2", "***")
+    assert message.startswith(f"--report_to mlflow: its store {shown} cannot be used (API request to ")
+    assert "Connection refused" in message and "hunter2" not in message and "\n" not in message
+    assert message.endswith("; start or correct it (MLFLOW_TRACKING_URI), or remove mlflow from --report_to")
+    check_mlflow_server(["tensorboard"])
+
+
+def start_mlflow(folder: Path) -> MLflowRunCallback:
+    callback = MLflowRunCallback(TrackerRuns())
+    args = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none")
+    callback.setup(args, TrainerState(), tiny())
+    return callback
+
+
+def test_a_database_that_mlflow_cannot_open_is_an_error(local):
+    mlflow.set_tracking_uri("postgresql://someone:hunter2@127.0.0.1/runs")
+    with pytest.raises(UserError, match=r"store postgresql://someone:\*\*\*@127.0.0.1/runs cannot be used"):
+        start_mlflow(local)
+
+
+def test_a_server_of_mlflow_that_is_gone_at_the_end_does_not_stop_the_program(local, monkeypatch, capsys):
+    def refuse(*args: object) -> None:
+        raise mlflow.exceptions.MlflowException("no route to host")
+
+    callback = start_mlflow(local)
+    monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", refuse)
+    callback.on_train_end(None, TrainerState(), None)
+    mlflow.start_run()
+    finish_trackers(["mlflow"])
+    assert capsys.readouterr().out == (
+        "warning     mlflow: its run may be incomplete (no route to host)\n" * 2
+    )
+
+
 # ---- wandb, SwanLab and TensorBoard ----
 
 
 def test_wandb_continues_the_run_of_the_checkpoint(local):
-    run(local, "wandb", steps=2)
+    run(local, "wandb", steps=2, hub_token=TOKEN)
     run_id = identities(local)["wandb"]["id"]
     run(local, "wandb", steps=4, resume=True)
     assert identities(local)["wandb"]["id"] == run_id
     folders = [folder.name for folder in (local / "wandb").glob("offline-run-*")]
     assert len(folders) == 2 and all(name.endswith(f"-{run_id}") for name in folders)
+    assert_without_token(local / "wandb")
 
 
 @pytest.mark.slow
@@ -210,19 +279,43 @@ def test_wandb_run_id_of_the_user_has_precedence(local, monkeypatch):
 
 
 def test_swanlab_continues_the_run_of_the_checkpoint(local):
-    run(local, "swanlab", steps=2)
+    run(local, "swanlab", steps=2, hub_token=TOKEN)
     run_id = identities(local)["swanlab"]["id"]
     run(local, "swanlab", steps=4, resume=True)
     assert identities(local)["swanlab"]["id"] == run_id
+    assert_without_token(local / "swanlab")
+
+
+@pytest.mark.parametrize(
+    ("tracker", "kind", "error"),
+    [
+        ("wandb", WandbRunCallback, wandb.errors.CommError("timed out")),
+        ("swanlab", SwanLabRunCallback, swanlab.exceptions.AuthenticationError("timed out")),
+        ("swanlab", SwanLabRunCallback, ConnectionError("timed out")),
+    ],
+)
+def test_a_tracker_that_cannot_start_its_run_is_an_error(local, monkeypatch, tracker, kind, error):
+    def refuse(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules[tracker], "init", refuse)
+    callback = kind(TrackerRuns())
+    with pytest.raises(UserError) as caught:
+        callback.setup(TrainingArguments(output_dir=str(local), use_cpu=True), TrainerState(), tiny())
+    assert str(caught.value) == (
+        f"--report_to {tracker}: its run cannot be started (timed out); check the network and the key "
+        f"({tracker} login), or set {tracker.upper()}_MODE=offline"
+    )
 
 
 def test_tensorboard_continues_in_the_folder_of_the_run(local, monkeypatch):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    run(local, "tensorboard", steps=2)
+    run(local, "tensorboard", steps=2, hub_token=TOKEN)
     folder = Path(identities(local)["tensorboard"]["folder"])
     run(local, "tensorboard", steps=4, resume=True)
     assert identities(local)["tensorboard"]["folder"] == str(folder)
     assert len([*folder.glob("events.*")]) == 2
+    assert_without_token(folder)
 
 
 # ---- the file of identities ----
@@ -238,17 +331,17 @@ def begin(folder: Path, step: int, checkpoint: str | None = None) -> TrackerRuns
 def test_identities_are_read_by_a_run_that_resumes_in_place_alone(tmp_path):
     begin(tmp_path, 0).store("wandb", {"id": "a"})
     for checkpoint in (None, "auto", "True", str(tmp_path / "checkpoint-2")):
-        assert begin(tmp_path, 2, checkpoint).earlier("wandb") == {"id": "a"}
+        assert begin(tmp_path, 2, checkpoint).identity("wandb") == {"id": "a"}
     elsewhere = tmp_path / "copy"
     elsewhere.mkdir()
     (elsewhere / RUNS_FILE).write_text((tmp_path / RUNS_FILE).read_text())
-    assert begin(elsewhere, 2, str(tmp_path / "checkpoint-2")).earlier("wandb") is None
-    assert begin(tmp_path, 0).earlier("wandb") is None and not (tmp_path / RUNS_FILE).exists()
+    assert begin(elsewhere, 2, str(tmp_path / "checkpoint-2")).identity("wandb") is None
+    assert begin(tmp_path, 0).identity("wandb") is None and not (tmp_path / RUNS_FILE).exists()
 
 
 def test_a_broken_file_of_identities_is_a_warning(tmp_path, capsys):
     (tmp_path / RUNS_FILE).write_text("{")
-    assert begin(tmp_path, 2).earlier("wandb") is None
+    assert begin(tmp_path, 2).identity("wandb") is None
     assert "cannot be read" in capsys.readouterr().out
 
 
@@ -263,51 +356,79 @@ def test_other_ranks_write_no_identities(tmp_path):
 # ---- artifacts ----
 
 
-def test_mlflow_gets_model_and_reports_as_artifacts_after_training(local):
-    trained = run(local, "mlflow", steps=1)
-    (local / "out" / "report.html").write_text("page")
-    (local / "out" / "data_report.json").write_text("{}")
-    trained.save_model()
-    files = trained.options.model_files
-    assert "model.safetensors" in files and "training_args.bin" not in files
-    log_artifacts(trained.args, files)
-    store = mlflow.artifacts.list_artifacts(run_id=identities(local)["mlflow"]["id"], artifact_path="model")
-    assert sorted(Path(item.path).name for item in store) == sorted(files)
-    report = mlflow.artifacts.list_artifacts(run_id=identities(local)["mlflow"]["id"], artifact_path="report")
-    assert sorted(item.path for item in report) == ["report/data_report.json", "report/report.html"]
+def send_artifacts(folder: Path, tracker: str, run_id: str) -> None:
+    """Log a model and a report as the artifacts of a run."""
+    for name in ("model.safetensors", "README.md", "report.html"):
+        (folder / name).write_text(name)
+    runs = begin(folder, 0)
+    runs.store(tracker, {"id": run_id})
+    args = SimpleNamespace(output_dir=str(folder), report_to=[tracker])
+    log_artifacts(args, ["model.safetensors", "README.md"], [runs])
 
 
-@pytest.mark.slow
-def test_wandb_gets_model_and_reports_as_artifacts(local):
-    trained = run(local, "wandb", steps=1, finish=False)
-    trained.save_model()
-    (local / "out" / "report.html").write_text("page")
+def test_mlflow_gets_model_and_reports_as_artifacts_of_a_run_that_has_ended(local, capsys):
+    with mlflow.start_run() as active:
+        pass
+    send_artifacts(local, "mlflow", active.info.run_id)
+    for kind, names in (("model", ["README.md", "model.safetensors"]), ("report", ["report.html"])):
+        stored = mlflow.artifacts.list_artifacts(run_id=active.info.run_id, artifact_path=kind)
+        assert sorted(item.path for item in stored) == [f"{kind}/{name}" for name in names]
+    assert "artifacts   3 files logged to mlflow: model, report" in capsys.readouterr().out
+
+
+def test_wandb_gets_model_and_reports_as_artifacts(local, monkeypatch):
     logged = {}
-    original, wandb.log_artifact = (
-        wandb.log_artifact,
-        lambda artifact: logged.update({artifact.type: artifact}),
-    )
-    try:
-        log_artifacts(trained.args, trained.options.model_files)
-    finally:
-        wandb.log_artifact = original
-        finish_trackers(["wandb"])
-    assert sorted(logged["model"].manifest.entries) == sorted(trained.options.model_files)
-    assert [*logged["report"].manifest.entries] == ["report.html"]
+    monkeypatch.setattr(wandb, "log_artifact", lambda artifact: logged.update({artifact.name: artifact}))
+    send_artifacts(local, "wandb", "abc")
+    assert {name: sorted(artifact.manifest.entries) for name, artifact in logged.items()} == {
+        "model-abc": ["README.md", "model.safetensors"],
+        "report-abc": ["report.html"],
+    }
 
 
-def test_artifacts_that_a_tracker_refuses_are_an_error_after_the_model_is_saved(local, monkeypatch):
-    trained = run(local, "mlflow", steps=1)
-    trained.save_model()
-
+@pytest.mark.parametrize(
+    ("target", "name", "error"),
+    [
+        (mlflow.MlflowClient, "log_artifact", OSError("the bucket is gone")),
+        (mlflow.MlflowClient, "log_artifact", mlflow.exceptions.MlflowException("the bucket is gone")),
+        (wandb, "log_artifact", wandb.errors.CommError("the bucket is gone")),
+        ("trackio", "log_artifact", RuntimeError("the bucket is gone")),
+    ],
+)
+def test_artifacts_that_a_tracker_refuses_are_an_error_after_the_model_is_saved(
+    local, monkeypatch, target, name, error
+):
     def refuse(*args: object) -> None:
-        raise OSError("the bucket is gone")
+        raise error
 
-    monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", refuse)
-    with pytest.raises(
-        UserError, match=r"mlflow did not accept the artifacts \(the bucket is gone\); the model is saved"
-    ):
-        log_artifacts(trained.args, trained.options.model_files)
+    tracker = "trackio" if target == "trackio" else "wandb" if target is wandb else "mlflow"
+    monkeypatch.setattr(pytest.importorskip("trackio") if target == "trackio" else target, name, refuse)
+    with pytest.raises(UserError) as caught:
+        send_artifacts(local, tracker, "abc")
+    assert str(caught.value) == (
+        f"--log_artifacts True: {tracker} did not accept the artifacts (the bucket is gone); the model is "
+        f"saved in {local}, and nothing has to be trained again"
+    )
+
+
+def test_artifacts_are_logged_to_the_current_run_if_its_file_cannot_be_written(local, monkeypatch, capsys):
+    def refuse(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    sent = []
+    monkeypatch.setattr("dft.training.measuring.tracker_runs.write_atomically", refuse)
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", lambda self, run, *args: sent.append(run))
+    send_artifacts(local, "mlflow", "abc")
+    assert sent == ["abc"] * 3 and "a resumed run starts new tracker runs" in capsys.readouterr().out
+
+
+def test_a_tracker_of_an_earlier_start_gets_no_artifacts(tmp_path, monkeypatch):
+    runs = begin(tmp_path, 0)
+    runs.store("mlflow", {"id": "earlier"})
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", lambda *args: pytest.fail("logged"))
+    (tmp_path / "model.safetensors").touch()
+    args = SimpleNamespace(output_dir=str(tmp_path), report_to=["tensorboard"])
+    log_artifacts(args, ["model.safetensors"], [begin(tmp_path, 2)])
 
 
 def test_artifacts_are_off_by_default():
@@ -349,24 +470,24 @@ def test_mlflow_that_is_switched_off_names_the_variable(monkeypatch):
 
 
 @pytest.fixture
-def trackio(local, monkeypatch):
-    """trackio with a fresh folder, which it reads once."""
-    module = pytest.importorskip("trackio", reason="pip install trackio")
-    from trackio.utils import TRACKIO_DIR
-
-    assert TRACKIO_DIR
-    return module
+def trackio(local):
+    """The module, which reads the name of its folder once."""
+    return pytest.importorskip("trackio", reason="pip install trackio")
 
 
 def test_trackio_continues_the_run_of_the_checkpoint(trackio, local):
-    run(local, "trackio", steps=3, project=local.name)
+    from trackio.utils import TRACKIO_DIR
+
+    run(local, "trackio", steps=3, project=local.name, hub_token=TOKEN)
     identity = identities(local)["trackio"]
     run(local, "trackio", steps=5, resume=True, project=local.name)
     assert identities(local)["trackio"] == identity
     (only,) = trackio.Api().runs(local.name)
     assert only.id == identity["id"]
+    assert_without_token(TRACKIO_DIR)
 
 
+@pytest.mark.slow
 def test_trackio_does_not_continue_another_run_of_the_same_name(trackio, local, capsys):
     run(local, "trackio", steps=2, run_name="same", project=local.name)
     first = identities(local)["trackio"]
@@ -376,14 +497,16 @@ def test_trackio_does_not_continue_another_run_of_the_same_name(trackio, local, 
     assert "is not the one of the checkpoint; a new one starts" in capsys.readouterr().out
 
 
-def test_trackio_gets_model_as_artifact_and_stays_open_for_it(trackio, local):
+def test_trackio_gets_model_as_artifact_and_ends_its_run_afterwards(trackio, local):
     trained = trainer(
         local / "out", conversations(4), report_to=["trackio"], max_steps=1, project=local.name,
         options=RunOptions(log_artifacts=True),
     )  # fmt: skip
     trained.train()
     trained.save_model()
-    log_artifacts(trained.args, trained.options.model_files)
+    assert {"model.safetensors", "config.json"} <= {*trained.options.model_files}
+    assert "training_args.bin" not in trained.options.model_files
+    log_artifacts(trained.args, trained.options.model_files, trained.callback_handler.callbacks)
     finish_trackers(["trackio"], callbacks=trained.callback_handler.callbacks)
     run_id = identities(local)["trackio"]["id"]
     with pytest.raises(RuntimeError, match=r"Call trackio.init\(\) before"):
