@@ -12,6 +12,7 @@ that the model gave a token before --temperature and --top_p. See docs/after_tra
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -161,7 +162,6 @@ class Terminal:
     def __init__(self, chat: Chat, is_interactive: bool) -> None:
         self.chat, self.is_interactive = chat, is_interactive
         self.style = Style.HIDDEN
-        self.last_end = End.STOP_TOKEN
         self.commands: dict[str, Callable[[str], None]] = {
             "/p": self.toggle_p,
             "/reset": self.reset,
@@ -212,7 +212,6 @@ class Terminal:
         with convert_memory_errors("the conversation does not fit", "start a new one (/reset)"):
             reply = self.chat.ask(question, show)
         print(flush=True)
-        self.last_end = reply.end
         if reply.end is End.INTERRUPTED and not self.is_interactive:
             raise KeyboardInterrupt
         for note in reply_notes(reply):
@@ -223,11 +222,11 @@ class Terminal:
         self.note(legend(self.style))
 
     def reset(self, _: str) -> None:
-        self.chat.messages.clear()
+        self.chat.clear()
         self.note("a new conversation" + (", with the same system prompt" if self.chat.system else ""))
 
     def set_system(self, text: str) -> None:
-        self.chat.messages.clear()
+        self.chat.clear()
         self.chat.system = text
         self.note(f"a new conversation, with{' this' if text else 'out a'} system prompt")
 
@@ -247,13 +246,14 @@ class Terminal:
             parse_conversation(line.encode())
         except BadLine as error:
             raise UserError(f"/save: train_dft.py would not read this conversation: {error}") from None
-        file = Path(name).expanduser()
+        file = Path(os.path.expanduser(name))  # unlike pathlib's, it accepts a ~ that names no user
         try:
             append_line(file, line)
         except OSError as error:
             reason = f"cannot be written ({error.strerror}); name another file"
             raise UserError(f"/save {name}: {reason}") from None
-        cut = "" if self.last_end is End.STOP_TOKEN else f"; its last answer was {self.last_end.value}"
+        unended = self.chat.unended
+        cut = f"; answers in it that the model did not end: {unended}" if unended else ""
         self.note(f"appended a conversation of {len(self.chat.messages)} turns to {file}{cut}")
 
 

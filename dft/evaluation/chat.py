@@ -76,6 +76,7 @@ class Chat:
     Attributes:
         system: text of the system turn; "" for none.
         messages: the user and assistant turns so far.
+        unended: number of answers among them that did not end with a stop token.
     """
 
     def __init__(
@@ -91,6 +92,12 @@ class Chat:
         self.settings, self.limit = settings, limit
         self.system = ""
         self.messages: list[dict[str, Any]] = []
+        self.unended = 0
+
+    def clear(self) -> None:
+        """Remove all turns except the system turn."""
+        self.messages.clear()
+        self.unended = 0
 
     @property
     def turns(self) -> list[dict[str, Any]]:
@@ -120,19 +127,21 @@ class Chat:
             show: called with each piece of the answer as soon as it is generated.
 
         Raises:
-            UserError: the question is not valid text, the template cannot render it, or the conversation is
-                as long as the model's positions. The conversation is unchanged then.
+            UserError: the question or the system prompt is not valid text, the template cannot render it, or
+                the conversation is as long as the model's positions. The conversation is unchanged then.
         """
-        try:
-            question.encode()
-        except UnicodeEncodeError:
-            raise UserError("the question has bytes that are not valid UTF-8") from None
+        for name, text in (("question", question), ("system prompt", self.system)):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"the {name} has bytes that are not valid UTF-8") from None
         turn = {"role": "user", "content": question}
         prompt = self.prompt_ids([*self.turns, turn])
         check_vocabulary(self.model, self.tokenizer, [prompt])
         reply = self._generate(prompt, self._available(len(prompt)), show)
         if reply.text or reply.end is not End.INTERRUPTED:
             self.messages += [turn, {"role": "assistant", "content": reply.text}]
+            self.unended += reply.end is not End.STOP_TOKEN
         return reply
 
     def _available(self, prompt_length: int) -> int:

@@ -29,7 +29,7 @@ def chat(tiny) -> Chat:
 
 @pytest.fixture(autouse=True)
 def empty(chat):
-    chat.messages.clear()
+    chat.clear()
     chat.system = ""
     torch.manual_seed(0)
 
@@ -133,7 +133,7 @@ def test_ctrl_c_keeps_what_was_generated(chat):
 
     reply = chat.ask("1 + 1?", show)
     assert reply.end is End.INTERRUPTED and reply.text == "".join(piece.text for piece in seen)
-    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] and chat.unended == 1
 
 
 def test_a_question_that_ctrl_c_stops_before_any_text_is_not_part_of_the_conversation(chat, monkeypatch):
@@ -142,7 +142,7 @@ def test_a_question_that_ctrl_c_stops_before_any_text_is_not_part_of_the_convers
 
     monkeypatch.setattr(chat.model, "generate", interrupt)
     assert chat.ask("1 + 1?", lambda piece: None).end is End.INTERRUPTED
-    assert chat.messages == []
+    assert chat.messages == [] and chat.unended == 0
 
 
 def test_a_question_that_the_template_refuses_is_an_error(tiny, tmp_path):

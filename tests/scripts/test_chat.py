@@ -30,7 +30,7 @@ def loaded(loaded_once, monkeypatch):
     chat, notes = loaded_once
 
     def empty_chat(options):
-        chat.messages.clear()
+        chat.clear()
         return chat, notes
 
     monkeypatch.setattr(script, "load_chat", empty_chat)
@@ -74,7 +74,11 @@ def test_lines_of_standard_input_are_one_conversation_that_training_reads(
     assert [turn["content"] for turn in second.messages[:2]] == ["Be short.", "3?"]
     answers = [turn["content"] for turn in [*first.messages[2::2], second.messages[2]]]
     assert printed.out.startswith("".join(f"{answer}\n" for answer in answers))
-    assert f"appended a conversation of 4 turns to {file}; its last answer was cut off" in printed.err
+    remark = "answers in it that the model did not end"
+    assert [line for line in printed.err.splitlines() if line.startswith("appended")] == [
+        f"appended a conversation of {turns} turns to {file}; {remark}: {count}"
+        for turns, count in ((4, 2), (2, 1))
+    ]
     assert "a new conversation, with the same system prompt" in printed.err
 
 
@@ -94,6 +98,8 @@ def test_adapters_answer_with_their_model(monkeypatch, tiny, tmp_path, capsys):
         ("/save", "/save: name a file"),
         ("/save x", "/save: the conversation has no answer yet"),
         ("1?\n/save /nowhere/x", "/save /nowhere/x: cannot be written"),
+        ("1?\n/save ~nobody-of-this-name/x", "/save ~nobody-of-this-name/x: cannot be written"),
+        ("/system \udcff\n1?", "the system prompt has bytes that are not valid UTF-8"),
         (
             "1 + 1? " * 200,
             "the conversation has [0-9,]+ tokens with this question, and the model has 512 positions",

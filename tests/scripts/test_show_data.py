@@ -1,32 +1,51 @@
 """The output of scripts/show_data.py for a few conversations."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
-from tests.launching import ROOT
+import pytest
+
+from dft.errors import UserError
+from scripts import show_data
+
+Show = Callable[..., str]
 
 
-def show(folder: Path, model: Path, *words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "show_data.py"), "--model_name_or_path", str(model)]
-    command += ["--data_files", str(folder / "a.jsonl"), "--data_cache_dir", str(folder / "cache"), *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+@pytest.fixture
+def show(tokenizer_folder, tmp_path, monkeypatch, capsys) -> Show:
+    """Run the script in this process and in the folder of the test. Returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(show_data, "report_user_errors", lambda: None)
+
+    def run(*words: str) -> str:
+        flags = {"model_name_or_path": tokenizer_folder, "data_files": tmp_path / "a.jsonl",
+                 "data_cache_dir": tmp_path / "cache", "preprocessing_num_workers": 1}  # fmt: skip
+        command = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["show_data.py", *command, *words])
+        show_data.main()
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_conversations_and_the_data_report_are_printed(tokenizer_folder, tmp_path):
+def refusal(show: Show, *words: str) -> str:
+    """Return the message of the error with which the script ends."""
+    with pytest.raises(UserError) as raised:
+        show(*words)
+    return str(raised.value)
+
+
+def test_conversations_and_the_data_report_are_printed(show, tmp_path):
     turns = [{"role": "user", "content": "q\tx"}, {"role": "assistant", "content": "one\ntwo"}]
     lines = [json.dumps({"messages": turns}), "{", json.dumps({"prompt": "r", "completion": "no"})]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    refused = show(tmp_path, tokenizer_folder)
-    assert refused.returncode == 2 and "a.jsonl:2: broken JSON" in refused.stderr
+    assert "a.jsonl:2: broken JSON" in refusal(show)
     output = tmp_path / "out"
     shown = show(
-        tmp_path, tokenizer_folder, "--on_bad_data", "skip", "--packing", "True", "--max_length", "64",
-        "--output_dir", str(output),
-    )  # fmt: skip
-    assert shown.returncode == 0, shown.stderr
-    printed = shown.stdout.splitlines()
+        "--on_bad_data", "skip", "--packing", "True", "--max_length", "64", "--output_dir", str(output)
+    )
+    printed = shown.splitlines()
     first = next(index for index, line in enumerate(printed) if line.startswith(f"{tmp_path}/a.jsonl:1, "))
     assert printed[first + 1 : first + 10] == [
         "prompt", "   | <|im_start|>user\\n", "   | q\\tx<|im_end|>\\n", "   | <|im_start|>assistant\\n",
@@ -49,17 +68,15 @@ def test_conversations_and_the_data_report_are_printed(tokenizer_folder, tmp_pat
     assert json.loads((output / "rejected.jsonl").read_text())["text"] == "{"
 
 
-def test_output_folder_that_is_a_file_is_an_error_before_the_data_are_prepared(tokenizer_folder, tmp_path):
+def test_output_folder_that_is_a_file_is_an_error_before_the_data_are_prepared(show, tmp_path):
     (tmp_path / "a.jsonl").write_text("{")
     for path in ("a.jsonl", "a.jsonl/below"):
-        refused = show(tmp_path, tokenizer_folder, "--output_dir", path)
-        assert refused.returncode == 2
-        message = f"error: --output_dir {path}: is not a folder; remove it or name another"
-        assert refused.stderr.splitlines()[-1] == message and "Traceback" not in refused.stderr
+        message = f"--output_dir {path}: is not a folder; remove it or name another"
+        assert refusal(show, "--output_dir", path) == message
     assert not (tmp_path / "cache").exists()
 
 
-def test_page_shows_sequences_beside_their_conversations_with_problems_first(tokenizer_folder, tmp_path):
+def test_page_shows_sequences_beside_their_conversations_with_problems_first(show, tmp_path):
     lines = [
         json.dumps({"system": "s", "query": "q <b>\tx", "response": "one\n\ntwo", "id": 1}),
         json.dumps({"instruction": "r", "output": "word " * 40}),
@@ -69,14 +86,10 @@ def test_page_shows_sequences_beside_their_conversations_with_problems_first(tok
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     page = tmp_path / "pages" / "data.html"
-    shown = show(
-        tmp_path, tokenizer_folder, "--on_bad_data", "skip", "--max_length", "48", "--html", str(page),
-        "--count", "2",
-    )  # fmt: skip
-    assert shown.returncode == 0, shown.stderr
+    shown = show("--on_bad_data", "skip", "--max_length", "48", "--html", str(page), "--count", "2")
     # The first two, and the two examples of the warning about special tokens.
-    assert shown.stdout.startswith(f"wrote       {page}: 4 sequences\n")
-    assert "check       answers contain special tokens as text: 3 (50.0 %)" in shown.stdout
+    assert shown.startswith(f"wrote       {page}: 4 sequences\n")
+    assert "check       answers contain special tokens as text: 3 (50.0 %)" in shown
     text = page.read_text()
     assert "4 sequences as a model is trained on them, 3 of them with something to check." in text
     assert "broken JSON: Expecting property name" in text
@@ -94,21 +107,18 @@ def test_page_shows_sequences_beside_their_conversations_with_problems_first(tok
     assert "<script" not in text
 
 
-def test_page_shows_the_conversation_of_each_element_of_an_array_on_one_line(tokenizer_folder, tmp_path):
+def test_page_shows_the_conversation_of_each_element_of_an_array_on_one_line(show, tmp_path):
     words = ["apple", "", "pear", "plum"]
     rows = [{"query": f"about {word}", "response": word} for word in words]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     page = tmp_path / "data.html"
-    shown = show(
-        tmp_path, tokenizer_folder, "--data_files", "a.json", "--on_bad_data", "skip", "--html", str(page)
-    )
-    assert shown.returncode == 0, shown.stderr
+    show("--data_files", "a.json", "--on_bad_data", "skip", "--html", str(page))
     sections = page.read_text().split('<section class="conversation">')[1:]
     for word, section in zip(["apple", "pear", "plum"], sections, strict=True):
         assert f'<th scope="row">user</th><td><div class="tokens">about {word}</div>' in section
 
 
-def test_no_data_file_is_replaced_or_removed(tokenizer_folder, tmp_path):
+def test_no_data_file_is_replaced_or_removed(show, tmp_path):
     row = json.dumps({"query": "q", "response": "a"})
     for name in ("a.jsonl", "rejected.jsonl", "data_report.json"):
         (tmp_path / name).write_text(row)
@@ -120,10 +130,8 @@ def test_no_data_file_is_replaced_or_removed(tokenizer_folder, tmp_path):
         ((*more, "--output_dir", "link"), "link/rejected.jsonl"),
         (("--eval_data_files", "data_report.json", "--output_dir", "."), "data_report.json"),
     ):
-        refused = show(tmp_path, tokenizer_folder, *words)
-        assert refused.returncode == 2
-        assert refused.stderr.splitlines()[-1] == (
-            f"error: {words[-2]} {words[-1]}: {file} is a data file, which would be lost; name another"
+        assert refusal(show, *words) == (
+            f"{words[-2]} {words[-1]}: {file} is a data file, which would be lost; name another"
         )
     for name in ("a.jsonl", "rejected.jsonl", "data_report.json"):
         assert (tmp_path / name).read_text() == row
