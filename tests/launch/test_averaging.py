@@ -66,9 +66,8 @@ def test_ranks_average_their_shards_and_train_as_one(example, train, single, tmp
     assert files == (["weight_average.safetensors"] if kind == "ddp" else shards)
 
 
-@pytest.mark.parametrize(
-    "kind", ["single", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("zero2", "zero3", "fsdp"))]
-)
+@pytest.mark.slow  # tests/training/test_averaging.py resumes in one process
+@pytest.mark.parametrize("kind", ["single", "zero2", "zero3", "fsdp"])
 def test_a_killed_run_resumes_to_the_average_of_the_uninterrupted_run(train, single, tmp_path, kind):
     whole = single if kind == "single" else tmp_path / "whole"
     if kind != "single":

@@ -83,6 +83,7 @@ def test_a_resumed_run_equals_the_uninterrupted_run(example, finished_run, kind)
     assert eval_records(whole)[-1]["eval_nll"] == eval_records(output)[-1]["eval_nll"]
 
 
+@pytest.mark.slow  # tests/reliability/test_ranks.py does so without a launcher
 def test_resuming_with_other_rows_per_step_is_one_error_under_the_launcher(example, finished_run):
     checkpoint = finished_run("zero3") / f"checkpoint-{RESUME_AT}"
     words = example.words(

@@ -41,8 +41,7 @@ def test_sharding_changes_neither_the_steps_nor_which_weights_are_frozen(
     example, train, single, tmp_path, kind
 ):
     output = tmp_path / kind
-    flags = {"enable_gradient_checkpointing": kind == "zero3"}
-    codes, printed = train(output, kind, **flags)
+    codes, printed = train(output, kind, enable_gradient_checkpointing=kind == "zero3")
     assert not any(codes), printed
     for record, expected in zip(train_records(output), train_records(single), strict=True):
         for name in ("loss", "grad_norm"):
@@ -54,7 +53,16 @@ def test_sharding_changes_neither_the_steps_nor_which_weights_are_frozen(
     assert unchanged == {name for name in base if name.startswith(("model.layers.0.", "model.embed_tokens."))}
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5)
-    codes, printed = train(output, kind, resume_from_checkpoint=output / "checkpoint-2", **flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3", "fsdp"])
+def test_a_resumed_run_freezes_the_same_weights(train, tmp_path, kind):
+    output = tmp_path / kind
+    codes, printed = train(output, kind)
+    assert not any(codes), printed
+    weights = load_file(output / "model.safetensors")
+    codes, printed = train(output, kind, resume_from_checkpoint=output / "checkpoint-2")
     assert not any(codes) and "train step 1" not in printed, printed
     resumed = load_file(output / "model.safetensors")
     assert all(torch.equal(weight, weights[name]) for name, weight in resumed.items())

@@ -17,9 +17,18 @@ from tests.launching import ROOT, eval_records, launch, train_records
 STEPS = 5
 SAMPLES = 37
 """A number of conversations for which the last step of an epoch has five instead of eight."""
+SINGLE = ("python", "fork")
+"""Launchers of one process; the others start two. "fork" and "forks" stand for `tests.forking`."""
 WAYS = {
-    "2x4": ("python", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
-    "ddp": ("torchrun", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    "2x4": ("fork", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
+    "ddp": (
+        "torchrun",
+        {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "attn_implementation": "sdpa",
+        },
+    ),
     "zero1": ("deepspeed", {"per_device_train_batch_size": 4, "deepspeed": ROOT / "ds_config/zero1.json"}),
     "zero2": (
         "deepspeed",
@@ -30,11 +39,12 @@ WAYS = {
         },
     ),
     "zero3": (
-        "deepspeed",
+        "forks",
         {
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,
             "deepspeed": ROOT / "ds_config/zero3.json",
+            "enable_gradient_checkpointing": True,
         },
     ),
     "zero3_offload": (
@@ -42,20 +52,25 @@ WAYS = {
         {"per_device_train_batch_size": 4, "deepspeed": ROOT / "ds_config/zero3_offload.json"},
     ),
     "fsdp2": (
-        "torchrun",
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "fsdp": True, "use_cpu": True},
+        "forks",
+        {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "fsdp": True,
+            "enable_gradient_checkpointing": True,
+        },
     ),
-    "fused": ("python", {"per_device_train_batch_size": 8}),
-    "padded": ("python", {"per_device_train_batch_size": 8, "attn_implementation": "sdpa"}),
+    "fused": ("fork", {"per_device_train_batch_size": 8}),
+    "padded": ("fork", {"per_device_train_batch_size": 8, "attn_implementation": "sdpa"}),
     "compiled": ("python", {"per_device_train_batch_size": 8, "torch_compile": True}),
     "compiled-checkpointing": (
         "python",
         {"per_device_train_batch_size": 8, "torch_compile": True, "enable_gradient_checkpointing": True},
     ),
-    "compiled-ddp": ("torchrun", {"per_device_train_batch_size": 4, "torch_compile": True, "use_cpu": True}),
+    "compiled-ddp": ("torchrun", {"per_device_train_batch_size": 4, "torch_compile": True}),
     "compiled-fsdp2": (
         "torchrun",
-        {"per_device_train_batch_size": 4, "torch_compile": True, "fsdp": True, "use_cpu": True},
+        {"per_device_train_batch_size": 4, "torch_compile": True, "fsdp": True},
     ),
     "compiled-zero2": (
         "deepspeed",
@@ -73,23 +88,34 @@ optimizer for zero3_offload, which takes minutes. ZeRO-1 and 2 differ from ZeRO-
 default run has ZeRO-3 here, and ZeRO-2 in test_lora.py."""
 
 
-def run(example, name, launcher, flags):
-    output = example.folder / f"invariance-{name}"
-    words = example.words(
-        output, dft_alpha=0.7, num_train_epochs=1, max_train_samples=SAMPLES, eval_strategy="epoch",
-        per_device_eval_batch_size=5, lr_scheduler_type="constant", data_files=weighted_copy(example.train),
-        eval_data_files=weighted_copy(example.eval), **{"fused_head": "on", **flags},
-    )  # fmt: skip
-    finished = launch(words, folder=example.folder, launcher=launcher)
-    assert finished.code == 0, finished.output
-    return train_records(output), eval_records(output)
+@pytest.fixture(scope="module")
+def run(example, forks):
+    """Train with some flags, and return the records of training and evaluation."""
+
+    def trained(name, launcher, flags):
+        output = example.folder / f"invariance-{name}"
+        words = example.words(
+            output, dft_alpha=0.7, num_train_epochs=1, max_train_samples=SAMPLES, eval_strategy="epoch",
+            per_device_eval_batch_size=5, lr_scheduler_type="constant", use_cpu=True,
+            data_files=weighted_copy(example.train), eval_data_files=weighted_copy(example.eval),
+            **{"fused_head": "on", **flags},
+        )  # fmt: skip
+        if launcher in ("fork", "forks"):
+            codes, printed = forks.run(words, 1 if launcher in SINGLE else 2)
+            assert not any(codes), printed
+        else:
+            finished = launch(words, folder=example.folder, launcher=launcher)
+            assert finished.code == 0, finished.output
+        return train_records(output), eval_records(output)
+
+    return trained
 
 
 @pytest.fixture(scope="module")
-def whole(example):
+def whole(run):
     """The reference run: padded batches of 8 in one process, no accumulation, full logits."""
     flags = {"per_device_train_batch_size": 8, "fused_head": "off", "attn_implementation": "sdpa"}
-    return run(example, "8x1", "python", flags)
+    return run("8x1", "fork", flags)
 
 
 @pytest.fixture(scope="module")
@@ -123,20 +149,19 @@ def untied_model(example):
 def marks_of(way: str) -> list[pytest.MarkDecorator]:
     launcher, flags = WAYS[way]
     slow = [pytest.mark.slow] if way in LEFT_OUT else []
-    return [proves(flags, 1 if launcher == "python" else 2), *slow]
+    return [proves(flags, 1 if launcher in SINGLE else 2), *slow]
 
 
 @pytest.mark.parametrize("name", [pytest.param(way, marks=marks_of(way)) for way in WAYS])
-def test_a_step_does_not_depend_on_how_it_is_split(example, whole, name):
-    assert_same(run(example, name, *WAYS[name]), whole)
+def test_a_step_does_not_depend_on_how_it_is_split(run, whole, name):
+    assert_same(run(name, *WAYS[name]), whole)
 
 
-def test_a_step_does_not_depend_on_how_it_is_split_with_an_untied_head(example, untied_model):
+def test_a_step_does_not_depend_on_how_it_is_split_with_an_untied_head(example, run, untied_model):
     """Compare ZeRO-3 with the fused head to one process with full logits."""
     plain = {"per_device_train_batch_size": 8, "fused_head": "off", "model_name_or_path": untied_model}
-    launcher, flags = WAYS["zero3"]
-    sharded = run(example, "untied-zero3", launcher, {**flags, "model_name_or_path": untied_model})
-    assert_same(sharded, run(example, "untied-8x1", "python", plain))
+    sharded = run("untied-zero3", "forks", {**WAYS["zero3"][1], "model_name_or_path": untied_model})
+    assert_same(sharded, run("untied-8x1", "fork", plain))
     saved = load_file(example.folder / "invariance-untied-zero3" / "model.safetensors")
     assert not torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
 
@@ -154,16 +179,15 @@ def assert_same(got, expected):
 
 
 @pytest.fixture(scope="module")
-def whole_grown(example, bare_model):
+def whole_grown(run, bare_model):
     """The reference run with two randomly initialized embedding rows for missing ChatML tokens."""
     flags = {"per_device_train_batch_size": 8, "model_name_or_path": bare_model}
-    return run(example, "grown-8x1", "python", flags)[0]
+    return run("grown-8x1", "fork", flags)[0]
 
 
 @pytest.mark.parametrize("name", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_new_tokens_are_initialized_equally_on_all_ranks(example, bare_model, whole_grown, name):
-    launcher, flags = WAYS[name]
-    train, _ = run(example, f"grown-{name}", launcher, {**flags, "model_name_or_path": bare_model})
+def test_new_tokens_are_initialized_equally_on_all_ranks(example, run, bare_model, whole_grown, name):
+    train, _ = run(f"grown-{name}", "forks", {**WAYS[name][1], "model_name_or_path": bare_model})
     losses = [record["loss"] for record in train]
     assert losses == pytest.approx([record["loss"] for record in whole_grown], rel=1e-4)
     output = example.folder / f"invariance-grown-{name}"

@@ -47,21 +47,18 @@ def evaluation_files(example):
     return files
 
 
-@pytest.mark.parametrize(
-    ("launcher", "batch", "accumulated"),
-    [pytest.param("torchrun", 8, 1, marks=pytest.mark.slow), ("torchrun", 4, 4)],
-)
-def test_epoch_metrics_are_means_over_tokens(example, evaluation_files, launcher, batch, accumulated):
+@pytest.mark.parametrize(("batch", "accumulated"), [pytest.param(8, 1, marks=pytest.mark.slow), (4, 4)])
+def test_epoch_metrics_are_means_over_tokens(example, forks, evaluation_files, batch, accumulated):
     """With learning rate 0 the model is constant, so the metrics of an epoch are means over its data."""
-    output = example.folder / f"metrics-{launcher}-{accumulated}"
+    output = example.folder / f"metrics-{accumulated}"
     words = example.words(
         output, data_files=[example.train, example.other], dft_alpha=ALPHA, learning_rate=0,
         num_train_epochs=1, logging_strategy="epoch", eval_strategy="epoch", log_per_file=True,
         eval_data_files=evaluation_files, per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulated,
+        gradient_accumulation_steps=accumulated, use_cpu=True,
     )  # fmt: skip
-    finished = launch(words, folder=example.folder, launcher=launcher)
-    assert finished.code == 0, finished.output
+    codes, printed = forks.run(words, ranks=2)
+    assert codes == [0, 0], printed
     report = json.loads((output / "data_report.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(example.model)
     model = AutoModelForCausalLM.from_pretrained(example.model, dtype=torch.float64)

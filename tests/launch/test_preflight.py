@@ -4,18 +4,18 @@ import json
 
 import pytest
 
-from tests.launching import ROOT, launch
+from tests.launching import ROOT
 
 
 @pytest.fixture(scope="module")
-def alone(example):
+def alone(example, forks):
     """Run a preflight with one process in the folder of a finished run."""
     output = example.folder / "preflight-alone"
     (output / "checkpoint-5").mkdir(parents=True)
     (output / "data_report.json").write_text("of the run")
-    finished = launch(words(example, output), folder=example.folder)
-    assert finished.code == 0, finished.output
-    return output, finished.output
+    codes, printed = forks.run(words(example, output))
+    assert codes == [0], printed
+    return output, printed
 
 
 def words(example, output, **flags):
@@ -48,13 +48,13 @@ def test_existing_files_are_untouched(alone):
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_two_ranks_give_the_same_report(example, alone, stage):
+def test_two_ranks_give_the_same_report(example, forks, alone, stage):
     """Under ZeRO-3 the DeepSpeed engine scores; under ZeRO-1 the ranks score without it."""
     output = example.folder / f"preflight-zero{stage}"
     flags = {"deepspeed": ROOT / f"ds_config/zero{stage}.json", "per_device_eval_batch_size": 3}
-    finished = launch(words(example, output, **flags), folder=example.folder, launcher="deepspeed")
-    assert finished.code == 0, finished.output
-    assert finished.output.count("--preflight True ignores --deepspeed") == (stage == 1)
+    codes, printed = forks.run(words(example, output, **flags), ranks=2)
+    assert codes == [0, 0], printed
+    assert printed.count("--preflight True ignores --deepspeed") == (stage == 1)
     actual, expected = numbers(output), numbers(alone[0])
     for name, file_statistics in expected["files"].items():
         for metric in ("tokens", "avg_p_correct", "nll", "entropy", "gradient_kept", "p_end_of_turn"):

@@ -276,6 +276,7 @@ def of_home(process: psutil.Process, home: str) -> bool:
 # ---- SwanLab in local mode ----
 
 
+@pytest.mark.slow
 def test_swanlab_local_contains_all_metrics_except_histogram_and_table(example):
     output, logs = example.folder / "local", example.folder / "local-logs"
     words = example.words(
