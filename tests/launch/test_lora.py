@@ -20,16 +20,31 @@ pytest.importorskip("peft")
 LORA = {"lora_r": 4, "learning_rate": 1e-2, "max_steps": 6, "save_strategy": "steps", "save_steps": 4}
 
 
+def ranks_of(kind: str) -> int:
+    return 1 if kind == "single" else 2
+
+
+def flags_of(kind: str) -> dict[str, object]:
+    """Return the flags of adapters under single, ddp, zero2, zero3 or fsdp."""
+    zero = {"deepspeed": ROOT / f"ds_config/{kind}.json"} if kind.startswith("zero") else {}
+    return {**LORA, **zero, **({"fsdp": True} if kind == "fsdp" else {})}
+
+
+def sharded(kind: str, alpha: float, *marks: pytest.MarkDecorator):
+    """Return a case with the mark of what it proves."""
+    return pytest.param(
+        kind, alpha, marks=[proves({**flags_of(kind), "dft_alpha": alpha}, ranks_of(kind)), *marks]
+    )
+
+
 @pytest.fixture(scope="module")
 def train(example, forks):
     """Train adapters under single, ddp, zero2, zero3 or fsdp with 32 rows per step."""
 
     def run(output: Path, kind: str, ranks: int | None = None, env: dict[str, str] | None = None, **flags):
-        ranks = ranks or (1 if kind == "single" else 2)
-        zero = {"deepspeed": ROOT / f"ds_config/{kind}.json"} if kind.startswith("zero") else {}
-        zero |= {"fsdp": True} if kind == "fsdp" else {}
+        ranks = ranks or ranks_of(kind)
         settings = {"per_device_train_batch_size": 32 // ranks, "use_cpu": True, "eval_data_files": None}
-        settings |= {"resume_from_checkpoint": "auto", **LORA, **zero, **flags}
+        settings |= {"resume_from_checkpoint": "auto", **flags_of(kind), **flags}
         return forks.run(example.words(output, **settings), ranks, **(env or {}))
 
     return run
@@ -56,26 +71,26 @@ def whole(example, train):
 @pytest.mark.parametrize(
     ("kind", "alpha"),
     [
-        pytest.param("ddp", 0.0, marks=proves({**LORA, "dft_alpha": 0}, 2)),
-        pytest.param("zero2", 0.5, marks=proves({**LORA, "deepspeed": "zero2"}, 2)),
-        pytest.param("zero3", 1.0, marks=proves({**LORA, "deepspeed": "zero3"}, 2)),
-        pytest.param("fsdp", 0.5, marks=proves({**LORA, "fsdp": True}, 2)),
-        pytest.param("zero3", 0.0, marks=pytest.mark.slow),
-        pytest.param("zero3", 0.5, marks=pytest.mark.slow),
+        sharded("ddp", 0.0),
+        sharded("zero2", 0.5),
+        sharded("zero3", 1.0),
+        sharded("fsdp", 0.5),
+        sharded("zero3", 0.0, pytest.mark.slow),
+        sharded("zero3", 0.5, pytest.mark.slow),
     ],
 )
-@proves(LORA)
+@proves(flags_of("single"))
 def test_a_step_does_not_depend_on_the_sharding(whole, kind, alpha):
-    single, sharded = whole("single", alpha), whole(kind, alpha)
-    for record, expected in zip(train_records(sharded), train_records(single), strict=True):
+    single, other = whole("single", alpha), whole(kind, alpha)
+    for record, expected in zip(train_records(other), train_records(single), strict=True):
         for name in ("loss", "nll", "grad_norm", "acc"):
             assert record[name] == pytest.approx(expected[name], rel=1e-4), name
-    weights, expected = (load_file(path / "adapter_model.safetensors") for path in (sharded, single))
+    weights, expected = (load_file(path / "adapter_model.safetensors") for path in (other, single))
     # A and B of seven linear layers in two blocks.
     assert weights.keys() == expected.keys() and len(weights) == 2 * 7 * 2
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5)
-    records = {(path / BASE_RECORD).read_text() for path in (single, sharded, sharded / "checkpoint-4")}
+    records = {(path / BASE_RECORD).read_text() for path in (single, other, other / "checkpoint-4")}
     assert len(records) == 1 and json.loads(records.pop())["shapes"]
 
 

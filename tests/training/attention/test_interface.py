@@ -162,19 +162,32 @@ def test_left_padded_prompts_generate_the_same_tokens(name):
         assert torch.equal(model.generate(ids, **settings), expected)
 
 
-@proves({"enable_gradient_checkpointing": True})
-@proves({"packing": True})
-@proves({"packing": True, "enable_gradient_checkpointing": True})
-@pytest.mark.parametrize("counts", [None, [3, 1, 2, 2]], ids=["unpacked", "packed"])
+PACKED = [3, 1, 2, 2]
+"""Numbers of conversations in a packed row."""
+
+
+@pytest.mark.parametrize(
+    ("packing", "checkpointing"),
+    [
+        pytest.param(
+            packing,
+            checkpointing,
+            marks=proves({"packing": packing, "enable_gradient_checkpointing": checkpointing}),
+        )
+        for packing in (False, True)
+        for checkpointing in (False, True)
+    ],
+)
 @pytest.mark.parametrize("name", ["qwen3", "gemma3, window of 4", "qwen3 moe"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
-def test_the_trainer_takes_the_same_loss_and_gradients_as_with_padding(tmp_path, name, counts, checkpointing):
+def test_the_trainer_takes_the_same_loss_and_gradients_as_with_padding(
+    tmp_path, name, packing, checkpointing
+):
     rows = conversations(8)
     expected = loss_and_gradients(tmp_path, build_model(name), rows)
     model = build_model(name, VARLEN)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    actual = loss_and_gradients(tmp_path, model, pack(rows, counts) if counts else rows)
+    actual = loss_and_gradients(tmp_path, model, pack(rows, PACKED) if packing else rows)
     assert (expected[2], actual[2]) == ("padded on the right", "padding-free")
     assert_equal_training(actual, expected)
 
@@ -193,7 +206,7 @@ def test_other_attention_takes_the_same_loss_and_gradients_of_packed_rows(tmp_pa
     model = build_model("qwen3", flags["attn_implementation"])
     if flags["enable_gradient_checkpointing"]:
         model.gradient_checkpointing_enable()
-    actual = loss_and_gradients(tmp_path, model, pack(rows, [3, 1, 2, 2]) if flags["packing"] else rows)
+    actual = loss_and_gradients(tmp_path, model, pack(rows, PACKED) if flags["packing"] else rows)
     assert_equal_training(actual, expected)
 
 
