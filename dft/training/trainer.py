@@ -273,7 +273,7 @@ class DFTTrainer(transformers.Trainer):
         recorder, prefix = self._run.recorder, kwargs.get("metric_key_prefix", "eval")
         if not self.is_in_train:
             self._run.loss.forget_head()
-        with recorder.evaluating(dataloader):
+        with recorder.evaluating(dataloader), self._run.average.applied():
             output = super().evaluation_loop(dataloader, description, *args, **kwargs)
             # Trackers get numbers only of a prediction.
             output.metrics.update(recorder.evaluation_metrics(prefix, description == "Evaluation"))

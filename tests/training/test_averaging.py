@@ -1,21 +1,30 @@
 """--ema_decay: the exponential moving average of the weights, in one process."""
 
+import signal
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from dft import DFTTrainer
 from dft.arguments.conflicts import check_average
 from dft.errors import UserError
+from dft.training import averaging
+from dft.training.averaging import AVERAGE_FILE, TrainedWeights, WeightAverage
 from dft.training.checkpoints.disk_space import saved_bytes
+from dft.training.checkpoints.hub import RESUME_ONLY_FILES
+from dft.training.early_stopping import EarlyStopping
 from dft.training.memory.batch_tokens import full_rows
 from dft.training.memory.estimate import estimate_memory
 from dft.training.memory.plan import plan, requested_setting
 from dft.training.model.freezing import freeze_matching
 from dft.training.model.loading import load_meta_model
+from dft.training.parallel.stopping import StopControl, Stopped, StopRequest
 from dft.training.run_options import RunOptions
 from tests.training.model.loading_helpers import arguments
 from tests.training.test_trainer import conversations, tiny
@@ -101,6 +110,102 @@ def test_evaluations_and_the_final_model_use_the_average(tmp_path):
         reference, _ = trainer(tmp_path / "reference", decay=None, model=model, evaluation=rows)
         assert logged[step] == pytest.approx(reference.evaluate()["eval_nll"], rel=1e-5)
     assert run.evaluate()["eval_nll"] == pytest.approx(logged[6], rel=1e-6)
+
+
+def test_predictions_use_the_average(tmp_path):
+    rows = Dataset.from_list(ROWS[:8])
+    run, _ = trainer(tmp_path, evaluation=rows, max_steps=2)
+    run.train()
+    predicted = run.predict(rows).metrics["test_nll"]
+    assert predicted == pytest.approx(run.evaluate()["eval_nll"], rel=1e-6)
+    trained, _ = trainer(tmp_path / "trained", decay=None, model=run.model, evaluation=rows)
+    assert abs(trained.evaluate()["eval_nll"] - predicted) > 1e-3
+
+
+class Shard(TrainedWeights):
+    """The weights of one rank of several."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def current(self) -> dict[str, torch.Tensor]:
+        return {"weight": torch.ones(self.size)}
+
+    def set(self, values: dict[str, torch.Tensor]) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(("rank", "ranks", "size"), [(0, 4, 2), (0, 1, 8), (0, 2, 5)])
+def test_a_sharded_average_of_another_number_of_ranks_or_form_is_an_error(
+    tmp_path, monkeypatch, rank, ranks, size
+):
+    def average(rank: int, ranks: int, size: int, checkpoint: str | None) -> WeightAverage:
+        monkeypatch.setattr(averaging, "trained_weights", lambda *_: Shard(size))
+        made = WeightAverage(0.9, SimpleNamespace(process_index=rank, num_processes=ranks))
+        made.begin(tiny(), tiny(), checkpoint)
+        return made
+
+    for saved in (0, 1):
+        average(saved, 2, 4, None).save(tmp_path, is_writer=False)
+    assert torch.equal(average(1, 2, 4, str(tmp_path)).values["weight"], torch.ones(4))
+    with pytest.raises(UserError) as caught:
+        average(rank, ranks, size, str(tmp_path))
+    assert str(caught.value).startswith(
+        f"--resume_from_checkpoint {tmp_path}: the average of --ema_decay was saved by another number of "
+        f"ranks, or in another form, and this run needs weight_average-1-of-{ranks}.safetensors; resume with "
+        "the same number of ranks, or start a new run"
+    )
+
+
+def test_the_average_of_a_checkpoint_is_not_pushed_beside_its_model():
+    """A hub repository would keep it beside the final model, which is the average."""
+    names = [f"{AVERAGE_FILE}.safetensors", f"{AVERAGE_FILE}-1-of-2.safetensors", "model.safetensors"]
+    assert [*filter_repo_objects(names, ignore_patterns=RESUME_ONLY_FILES)] == ["model.safetensors"]
+
+
+def test_the_average_survives_early_stopping_and_the_limit_of_checkpoints(tmp_path):
+    """The evaluation of one of two sets decides; the best step is the first, and its average is saved."""
+    sets = {"math": Dataset.from_list(ROWS[:8]), "code": Dataset.from_list(ROWS[8:16])}
+    run, weights = trainer(
+        tmp_path, evaluation=sets, eval_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=1,
+        load_best_model_at_end=True, metric_for_best_model="eval_code_nll", greater_is_better=True,
+    )  # fmt: skip
+    run.add_callback(EarlyStopping(2))
+    run.train()
+    assert (run.state.global_step, run.state.best_global_step) == (3, 1)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+    run.save_model()
+    final = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_close(dict(final.named_parameters()), averaged(weights.steps[:2]))
+
+
+def test_a_signal_in_an_evaluation_saves_the_trained_weights_and_the_average(tmp_path):
+    """The evaluation at step 3 is stopped while the model has the average, and the run then resumes."""
+    rows = Dataset.from_list(ROWS)
+    flags = {"evaluation": rows, "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 1}
+    whole, weights = trainer(tmp_path / "whole", **flags)
+    whole.train()
+    stopped, _ = trainer(tmp_path / "stopped", save_strategy="no", **flags)
+    request = StopRequest()
+    stopped._run.stop = StopControl(request, stopped.accelerator)
+    prediction_step = stopped.prediction_step
+
+    def signalled(*args: object, **kwargs: object) -> object:
+        request.number = signal.SIGTERM
+        return prediction_step(*args, **kwargs)
+
+    stopped.prediction_step = signalled
+    try:
+        with pytest.raises(Stopped, match="stopped by SIGTERM after step 3"):
+            stopped.train()
+    finally:
+        request.end_training()
+    saved = load_file(tmp_path / "stopped/checkpoint-3/model.safetensors")
+    assert all(torch.equal(saved[name], weights.steps[3][name]) for name in saved)
+    resumed, _ = trainer(tmp_path / "stopped", **flags)
+    resumed.train(resume_from_checkpoint=True)
+    for name, value in whole._run.average.values.items():
+        assert torch.equal(resumed._run.average.values[name], value), name
 
 
 def test_a_resumed_run_continues_the_average_exactly(tmp_path):

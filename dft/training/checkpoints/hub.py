@@ -18,7 +18,7 @@ from dft.training.parallel.waiting import wait_until
 
 RESUME_ONLY_FILES = [
     "optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*", "latest", "zero_to_fp32.py",
-    "trainer_state.json", "run_state.json", "manifest.json",
+    "trainer_state.json", "run_state.json", "manifest.json", "weight_average*",
 ]  # fmt: skip
 """Patterns of checkpoint files that are needed for resuming but not for loading the model."""
 HUB_ERRORS = (OSError, httpx.HTTPError)

@@ -63,6 +63,7 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
         if frozen:
             arguments.notes.append(f"frozen, because text does not reach them: {', '.join(frozen)}")
         freeze(model, arguments)
+        _check_embeddings_not_frozen(model, tokenizer, arguments)
     check_trained_dtype(model, arguments)
     arguments.notes.extend(dtype_notes(model, arguments))
     return model
@@ -245,6 +246,24 @@ def _check_embeddings_trained(tokenizer: PreTrainedTokenizerBase, arguments: Arg
             f"--lora_r {arguments.lora.lora_r}: {' '.join(added)} had to be added to the vocabulary, and "
             "adapters would leave the unused embeddings that they get untrained; use a --chat_template whose "
             "tokens the vocabulary has, or train all weights (without --lora_r)"
+        )
+
+
+def _check_embeddings_not_frozen(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: Arguments
+) -> None:
+    """Raise `UserError` if --freeze would leave the embedding of an added token untrained."""
+    patterns = arguments.model.freeze
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    parameters = [parameter for module in modules if module is not None for parameter in module.parameters()]
+    if not patterns or all(parameter.requires_grad for parameter in parameters):
+        return
+    name, trust = arguments.model.model_name_or_path, arguments.model.trust_remote_code
+    if added := tokens_added_to(tokenizer, name, trust):
+        raise UserError(
+            f"--freeze {' '.join(patterns)}: {' '.join(added)} had to be added to the "
+            "vocabulary, and frozen embeddings would leave theirs untrained; use a --chat_template whose "
+            "tokens the vocabulary has, or do not freeze the input and output embedding"
         )
 
 

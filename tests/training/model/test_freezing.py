@@ -5,14 +5,14 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from dft.errors import UserError
 from dft.loss import linear
 from dft.training.checkpoints.run_settings import FROZEN
 from dft.training.memory.estimate import estimate_memory
 from dft.training.model.freezing import describe_frozen, freeze_matching
-from dft.training.model.loading import load_meta_model
+from dft.training.model.loading import load_meta_model, load_model
 from tests.training.model.loading_helpers import arguments, load
 from tests.training.test_trainer import VOCAB, conversations, trainer
 
@@ -68,6 +68,23 @@ def test_a_pattern_that_selects_nothing_or_everything_is_an_error(patterns, mess
     with pytest.raises(UserError) as caught:
         freeze_matching(deep(1), patterns)
     assert message in str(caught.value)
+
+
+def test_embeddings_of_added_tokens_cannot_be_frozen(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    embeddings, layers = (
+        arguments(folder, "--freeze", name) for name in ("*embed_tokens*", "model.layers.*")
+    )
+    load_model(embeddings, tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|new|>"]}, replace_extra_special_tokens=False)
+    load_model(layers, tokenizer)
+    with pytest.raises(UserError) as caught:
+        load_model(embeddings, tokenizer)
+    assert str(caught.value) == (
+        "--freeze *embed_tokens*: <|new|> had to be added to the vocabulary, and frozen embeddings would "
+        "leave theirs untrained; use a --chat_template whose tokens the vocabulary has, or do not freeze the "
+        "input and output embedding"
+    )
 
 
 @pytest.mark.parametrize(
