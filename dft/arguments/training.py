@@ -56,6 +56,17 @@ def optimizer_name(args: transformers.TrainingArguments) -> str:
     return args.optim.value
 
 
+LOW_RANK = ("galore", "apollo")
+"""Parts of the names of optimizers that project weight matrices."""
+
+
+def needs_whole_matrices(args: transformers.TrainingArguments) -> bool:
+    """Return whether the optimizer computes with rows and columns of whole matrices, not with shards."""
+    name = optimizer_name(args)
+    has_matrices = name in (OwnOptimizer.MUON, OptimizerNames.ADAFACTOR)
+    return has_matrices or any(kind in name for kind in LOW_RANK)
+
+
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """transformers' training arguments with new defaults, additional flags and names of older releases.

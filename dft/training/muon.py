@@ -118,21 +118,10 @@ def muon_optimizer(args: transformers.TrainingArguments) -> tuple[type[MuonFacto
     """Return what `transformers.Trainer` takes as `optimizer_cls_and_kwargs`; None without `--optim muon`.
 
     Raises:
-        UserError: --optim_args is wrong, or the weights are sharded.
+        UserError: --optim_args is wrong.
     """
     if args.optim != OwnOptimizer.MUON:
         return None
-    if args.deepspeed or args.fsdp:
-        name = "--deepspeed" if args.deepspeed else "--fsdp"
-        reason = (
-            "DeepSpeed gives the optimizer flat parts of the weights"
-            if args.deepspeed
-            else "FSDP gives the optimizer the shards of each rank"
-        )
-        raise UserError(
-            f"--optim muon: needs whole weight matrices, and {reason}; use adamw_torch, or remove "
-            f"{name} (several ranks without it are DDP)"
-        )
     options = {
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay,

@@ -12,7 +12,7 @@ from torch.utils import cpp_extension
 from transformers.training_args import OptimizerNames
 
 from dft.arguments.deepspeed_file import deepspeed_flag, zero_of
-from dft.arguments.training import TrainingArguments, optimizer_name
+from dft.arguments.training import TrainingArguments, needs_whole_matrices, optimizer_name
 from dft.errors import UserError
 from dft.training.muon import MuonWithAdamW, muon_optimizer
 from dft.training.trainer import DFTTrainer
@@ -33,8 +33,6 @@ OFFLOADED_OPTIM = {
     OptimizerNames.LION: "CPULion", OptimizerNames.PAGED_LION: "CPULion",
 }  # fmt: skip
 """Operators with which accelerate replaces --optim if a DeepSpeed file without optimizer offloads it."""
-LOW_RANK = ("galore", "apollo")
-"""Parts of the names of optimizers that project weight matrices."""
 DEVICES = {"_xla": "xla", "_npu": "npu"}
 """Types of devices by a part of the name of the optimizer that is made for them."""
 PACKAGES = {
@@ -115,18 +113,19 @@ def check_package(training: TrainingArguments) -> None:
 
 def check_whole_matrices(training: TrainingArguments) -> None:
     """Raise `UserError` if the optimizer computes with whole matrices and the run gives it parts of them."""
-    name = optimizer_name(training)
-    low_rank = any(kind in name for kind in LOW_RANK)
-    if zero_of(training)[0] and (low_rank or name == OptimizerNames.ADAFACTOR.value):
-        raise UserError(
-            f"--optim {name}: computes with rows and columns of whole weight matrices, and "
-            f"{deepspeed_flag(training.deepspeed)} gives the optimizer flat parts of them; use adamw_torch"
-        )
-    if training.fsdp and low_rank:
-        raise UserError(
-            f"--optim {name}: projects whole weight matrices, and --fsdp gives the optimizer the shards of "
-            "each rank; use adamw_torch"
-        )
+    if not needs_whole_matrices(training):
+        return
+    if training.deepspeed:
+        flag, parts = deepspeed_flag(training.deepspeed), "flat parts of them"
+    elif training.fsdp:
+        flag, parts = "--fsdp", "the shards of each rank"
+    else:
+        return
+    raise UserError(
+        f"--optim {optimizer_name(training)}: computes with rows and columns of whole weight matrices, and "
+        f"{flag} gives the optimizer {parts}; use adamw_torch, or remove {flag} (several ranks without it "
+        "are DDP)"
+    )
 
 
 def check_operators(training: TrainingArguments) -> None:

@@ -151,6 +151,6 @@ def _nearly_equal(train: EncodedSequences, held_out: EncodedSequences, split: st
     """Yield a warning about evaluation conversations that are nearly equal to one for training."""
     members = np.flatnonzero(has_near_twin(held_out.traits["signature"], train.traits["signature"]))
     if len(members):
-        of_set = "" if split == EVAL else f" of {split.removeprefix(f'{EVAL}_')}"
+        of_set = "" if split == EVAL else f" of the set {split.removeprefix(f'{EVAL}_')!r}"
         text = f"evaluation conversations{of_set} nearly equal one for training"
         yield Warned(text, split, members)

@@ -9,9 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dft.arguments.deepspeed_file import zero_of
+from dft.arguments.training import OwnOptimizer
 from dft.loss.head_memory import HeadShape, peak_head_bytes
 from dft.ranks import world_size
 from dft.training.memory.experts import active_mlp
+from dft.training.muon import split_weights
 from dft.training.parameters import GIB, element_count
 
 
@@ -41,8 +43,8 @@ class MemoryEstimate:
 
     Attributes:
         weights, gradients: those of the model.
-        optimizer: the two moments of AdamW, and the float32 master weights of DeepSpeed; None for other
-            optimizers, whose state is not estimated.
+        optimizer: the two moments of AdamW, of which Muon has one for its matrices, and the float32 master
+            weights of DeepSpeed; None for other optimizers, whose state is not estimated.
         head: one tile of logits, in half precision the gradient of a group of tiles, and the gradient of the
             output embedding while it is summed (`dft.loss.head_memory`).
         average: the average of the trained weights, if there is one.
@@ -109,7 +111,10 @@ def estimate_memory(
     if not layout.optimizer_offloaded:
         gradients = copies * trained * gradient_itemsize(training, trained_itemsize) / sharded_ranks[1]
     optimizer: float | None = None
-    if training.optim.value.startswith("adamw") and "8bit" not in training.optim.value:
+    if training.optim == OwnOptimizer.MUON:  # never sharded
+        matrices, *others = (sum(map(element_count, weights)) for weights in split_weights(model))
+        optimizer = (matrices + 2 * sum(others)) * trained_itemsize / GIB
+    elif training.optim.value.startswith("adamw") and "8bit" not in training.optim.value:
         bytes_each = 12 if layout.stage else 2 * trained_itemsize
         optimizer = 0.0 if layout.optimizer_offloaded else trained * bytes_each / sharded_ranks[2] / GIB
     head = _head_bytes(model, training, math.ceil(tokens * supervised_share), layout)

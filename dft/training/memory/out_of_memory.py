@@ -14,6 +14,7 @@ from torch import nn
 
 from dft.arguments.batch_search import smaller_batch, store_smaller_batch
 from dft.arguments.deepspeed_file import zero_of
+from dft.arguments.training import needs_whole_matrices
 from dft.console import say
 from dft.errors import EXIT_SMALLER_BATCH, EXIT_USER_ERROR, UserError
 from dft.ranks import world_size
@@ -268,7 +269,8 @@ def remedies(
         changes.append((parts["activations"] / 2, "--bf16 True"))
     stage, optimizer_away, weights_away = zero_of(args)
     ranks, state = world_size(), parts["weights"] + parts["gradients"] + parts["optimizer"]
-    if ranks > 1 and not args.fsdp and not has_4bit_weights(model) and stage < 3:
+    shardable = not has_4bit_weights(model) and not needs_whole_matrices(args)
+    if ranks > 1 and not args.fsdp and shardable and stage < 3:
         # Sizes of sharded components are those of one shard.
         shared = {0: state, 1: state - parts["optimizer"], 2: parts["weights"]}[stage]
         changes.append((shared * (1 - 1 / ranks), "--deepspeed zero3"))

@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from dft.arguments.training import needs_whole_matrices
 from dft.ranks import sequence_parallel_size
 from dft.training.memory.batch_tokens import BatchTokens
 from dft.training.memory.estimate import (
@@ -205,7 +206,7 @@ def closest_fitting_plans(
         supervised_share: average share of the tokens that are supervised.
     """
     fitting: list[Plan] = []
-    shardable = not training.fsdp and not has_4bit_weights(model)
+    shardable = not (training.fsdp or has_4bit_weights(model) or needs_whole_matrices(training))
     for setting in equivalent_settings(requested, training, training.device.type == "cuda", shardable):
         if fitting and len(setting.changes) > len(fitting[0].setting.changes):
             break

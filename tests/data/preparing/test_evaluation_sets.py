@@ -116,5 +116,5 @@ def test_conversations_nearly_equal_one_for_training_are_counted_by_set(encoder,
         cache_dir=tmp_path / "cache", workers=1,
     )  # fmt: skip
     (warning,) = (entry for entry in data.report["warnings"] if "nearly equal" in entry["text"])
-    assert warning["text"] == "evaluation conversations of close nearly equal one for training"
+    assert warning["text"] == "evaluation conversations of the set 'close' nearly equal one for training"
     assert warning["examples"] == [f"{close}:1"]

@@ -12,6 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dft import DFTTrainer
 from dft.arguments.lora import LoraArguments
+from dft.arguments.training import TrainingArguments
 from dft.loss.tiles import HALF_TILE_SHARE, TILE_BYTES
 from dft.report.terminal.plan import base_model_gib
 from dft.training.memory.batch_tokens import full_rows, largest_micro_batch
@@ -55,6 +56,37 @@ def test_parts_equal_those_counted_by_hand(tmp_path):
     assert parts["loss"] == 4 * 500 * 128 + 4 * 500 * 40
     assert parts["activations"] == 4 * 2 * 40 * (10 * 128 + 5 * 256)
     assert planned.peak * GIB == pytest.approx(sum(parts.values()))
+
+
+def test_muon_has_one_momentum_for_each_matrix_of_the_hidden_layers(tmp_path):
+    model = meta_model(2, 128, 256, 500, 2, 1, dtype=torch.float32)
+    matrices = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256)
+    others = 500 * 128 + 2 * (2 * 128 + 2 * 64) + 128
+    args = TrainingArguments(str(tmp_path), use_cpu=True, optim="muon")
+    assert parts_of(model, args)["optimizer"] * GIB == 4 * (matrices + 2 * others)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    assert parts_of(model, args)["optimizer"] * GIB == 4 * (matrices - 128 * 256 + 2 * others)
+
+
+def parts_of(model, args) -> dict[str, float]:
+    return plan(model, args, requested_setting(model, args, 1), full_rows(10), fused=True).parts
+
+
+@pytest.mark.parametrize("optim", ["muon", "adafactor"])
+def test_zero_is_not_proposed_for_an_optimizer_of_whole_matrices(tmp_path, optim):
+    model = meta_model(2, 128, 256, 500, 2, 1, dtype=torch.float32)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, optim=optim)
+    requested = replace(
+        requested_setting(model, args, 1), layout=replace(resolve_layout(model, args), ranks=8)
+    )
+    needed = plan(model, args, requested, full_rows(10), fused=True).peak
+    proposed = {}
+    for name in ("adamw_torch", optim):
+        args = TrainingArguments(str(tmp_path), use_cpu=True, optim=name)
+        plans = closest_fitting_plans(model, args, requested, full_rows(10), True, needed / 2)
+        proposed[name] = [flag for fitting in plans for flag in fitting.setting.changes]
+    assert "--deepspeed zero3" in proposed["adamw_torch"]
+    assert "--deepspeed zero3" not in proposed[optim]
 
 
 @pytest.mark.parametrize(
