@@ -83,9 +83,11 @@ weights in 4 bits. Devices come in nodes of eight. Llama and Gemma ask you to ac
 - The settings of Qwen2.5-Math with all weights are those of the paper (arXiv 2508.05629). All other learning
   rates are starting points that were not tuned. DFT has its default strength, `--dft_alpha 1`; first see
   whether it suits your data with `--preflight True` ([objectives.md](objectives.md)).
-- gpt-oss-20b has no recipe. Its weights are published in 4 bits (MXFP4), which transformers does not train
-  unless they are dequantized when loaded (`Mxfp4Config(dequantize=True)`), and no flag of this trainer does
-  that. Its experts are not linear layers, so adapters on all linear layers would leave them out.
+- The weights of gpt-oss-20b are published in 4 bits (MXFP4), which cannot be trained. Its recipes convert
+  them to bfloat16 with `--dequantize True`, and models are saved so. That was tried on a tiny model in MXFP4
+  (`tests/training/model/test_quantized.py`), not on the published one. Its experts are not linear layers, so
+  adapters leave them out. Under ZeRO-3, each rank loads all weights, 39 GiB of CPU memory, before they are
+  sharded.
 
 ## Recipes
 """
@@ -229,7 +231,7 @@ def read_recipe(path: Path) -> Iterator[Recipe]:
         published_config(model_name).save_pretrained(folder)
         arguments = parse_arguments([
             "--config", str(ROOT / path), "--model_name_or_path", folder, "--data_files", "train.jsonl",
-            "--output_dir", f"{folder}/output", "--use_cpu", "True", "--attn_implementation", "sdpa",
+            "--output_dir", f"{folder}/output", "--use_cpu", "True", "--attn_implementation", "varlen",
             "--plan", "True", "--plan_world_size", str(devices),
             "--plan_device_memory", str(USABLE_GIB[memory]),
         ])  # fmt: skip

@@ -53,6 +53,7 @@ from dft.training.checkpoints.verify import (
 )
 from dft.training.model.adapters import base_model_mismatch
 from dft.training.model.companion_files import copy_companions
+from dft.training.model.quantized import dequantization
 from dft.training.model.weight_names import source_names
 from dft.training.patches import keep_source_names
 
@@ -167,12 +168,14 @@ def load_base_model(name: str, dtype: str, trust_remote_code: bool) -> PreTraine
         UserError: it cannot be loaded, or its files lack weights.
     """
     with convert_load_errors(name, "name the model that the adapters were trained on by --base"):
+        dequantized = dequantization(name)
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **({} if dequantized is None else {"quantization_config": dequantized}),
         )
     if loading["missing_keys"]:  # transformers has initialized these at random
         raise UserError(

@@ -49,6 +49,13 @@ SIZES: dict[str, tuple[str, tuple[int, int, int, int, int], dict[str, Any]]] = {
     "microsoft/phi-4": (
         "phi3", (40, 5120, 17_920, 40, 10), {"vocab_size": 100_352, "max_position_embeddings": 16_384}
     ),
+    "openai/gpt-oss-20b": (
+        "gpt_oss", (24, 2880, 2880, 64, 8),
+        {
+            "vocab_size": 201_088, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4,
+            "max_position_embeddings": 131_072, "quantization_config": {"quant_method": "mxfp4"},
+        },
+    ),
     "HuggingFaceTB/SmolLM3-3B": (
         "smollm3", (36, 2048, 11_008, 16, 4), {"vocab_size": 128_256, "max_position_embeddings": 65_536}
     ),

@@ -1,5 +1,6 @@
 """Tiny models of architectures that differ in how their weights are named, fused and wrapped."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+FP4 = torch.cat([FP4, -FP4])
+"""Values of the 16 codes of a number in 4 bits (OCP Microscaling Formats, E2M1)."""
 EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 
 
@@ -45,6 +49,15 @@ def deepseek_v3(vocab: int) -> PreTrainedModel:
         qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
     )  # fmt: skip
     return transformers.DeepseekV3ForCausalLM(config)
+
+
+def gpt_oss(vocab: int) -> PreTrainedModel:
+    """A model with sizes that MXFP4 needs: 32 input features have one scale."""
+    config = transformers.GptOssConfig(
+        **{**sizes(vocab), "intermediate_size": 32}, num_local_experts=4, num_experts_per_tok=2,
+        sliding_window=16,
+    )  # fmt: skip
+    return transformers.GptOssForCausalLM(config).bfloat16()
 
 
 def gemma3(vocab: int) -> PreTrainedModel:
@@ -88,7 +101,7 @@ def mistral3(vocab: int) -> PreTrainedModel:
 
 FAMILIES: dict[str, Callable[[int], PreTrainedModel]] = {
     make.__name__: make
-    for make in (llama, gpt2, qwen3_moe, deepseek_v3, gemma3, qwen3_5, qwen2_5_vl, mistral3)
+    for make in (llama, gpt2, gpt_oss, qwen3_moe, deepseek_v3, gemma3, qwen3_5, qwen2_5_vl, mistral3)
 }
 
 
@@ -103,6 +116,32 @@ def make_family(family: str, tokenizer_folder: Path, folder: Path) -> Path:
         weights = {name.removeprefix("transformer."): value for name, value in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
     return folder
+
+
+def quantize_experts(folder: Path) -> dict[str, torch.Tensor]:
+    """Replace the experts of a saved gpt_oss model by random weights in MXFP4, as they are published.
+
+    Returns:
+        The new weights in float32 by the names that they have in memory.
+    """
+    generator = torch.Generator().manual_seed(0)
+    file = folder / "model.safetensors"
+    weights, expected = load_file(file), {}
+    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = weights.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        blocks = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(118, 122, shape, dtype=torch.uint8, generator=generator)
+        weights |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        # Two values in a byte, the lower bits first; the exponent of the scale has a bias of 127.
+        values = FP4[torch.stack([blocks & 15, blocks >> 4], dim=-1).long()].flatten(-2)
+        values = values * 2.0 ** (scales.float() - 127)[..., None]
+        expected[name] = values.reshape(experts, outputs, inputs).transpose(1, 2)
+    save_file(weights, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.*.self_attn"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return expected
 
 
 def weight_names(folder: Path) -> set[str]:

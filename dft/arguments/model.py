@@ -38,6 +38,13 @@ class ModelArguments:
         default=False,
         metadata={"help": "Run Python code that is part of the model or tokenizer repository."},
     )
+    dequantize: bool = field(
+        default=False,
+        metadata={
+            "help": "Convert weights that are saved in 4 bits (MXFP4, as those of gpt-oss) to --torch_dtype "
+            "when they are loaded, because they cannot be trained in 4 bits. They are saved converted."
+        },
+    )
     enable_gradient_checkpointing: bool = field(
         default=False,
         metadata={

@@ -16,7 +16,8 @@ import accelerate.utils.other
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PreTrainedModel, masking_utils
-from transformers.core_model_loading import PrefixChange
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightTransform
+from transformers.integrations.mxfp4 import Mxfp4Dequantize
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,9 @@ def keep_source_names(model: PreTrainedModel, source: frozenset[str] | None) -> 
     """
     conversions = vars(model).get("_weight_conversions")
     if conversions is not None:
-        conversions = [conversion for conversion in conversions if conversion.was_used()]
+        conversions = [
+            conversion for conversion in conversions if conversion.was_used() and not _dequantizes(conversion)
+        ]
         model._weight_conversions = conversions
     prefix = model.base_model_prefix
     if conversions or source is None or not prefix:
@@ -159,6 +162,13 @@ def keep_source_names(model: PreTrainedModel, source: frozenset[str] | None) -> 
         stripped = {name.removeprefix(f"{prefix}.") for name in new}
         if stripped <= source:
             model._weight_conversions = [PrefixChange(prefix_to_add=prefix)]
+
+
+def _dequantizes(conversion: WeightTransform) -> bool:
+    """Return whether a conversion converts MXFP4 weights, whose names saved weights must not have."""
+    return isinstance(conversion, WeightConverter) and any(
+        isinstance(operation, Mxfp4Dequantize) for operation in conversion.operations
+    )
 
 
 def set_step_skipped(optimizer: AcceleratedOptimizer, skipped: bool) -> None:

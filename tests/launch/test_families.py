@@ -1,13 +1,15 @@
 """Models whose weights are named, fused or wrapped differently on disk and in memory."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.families import make_family, weight_names
+from tests.families import make_family, quantize_experts, weight_names
 from tests.launching import ROOT, train_records
 from tests.reliability.selecting import mostly_slow
 
@@ -88,6 +90,40 @@ def test_weights_that_are_converted_when_loaded_are_resumed(train, tmp_path, fam
     weights = load_file(tmp_path / "run" / "model.safetensors")
     for name, weight in load_file(tmp_path / "whole" / "model.safetensors").items():
         assert torch.equal(weights[name], weight), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_in_4_bits_are_dequantized_trained_and_resumed(train, example, tmp_path, form):
+    model = make_family("gpt_oss", example.model, tmp_path / "model")
+    names, experts = weight_names(model), quantize_experts(model)
+    flags = {"model_name_or_path": model, "dequantize": True, "save_strategy": "steps", "save_steps": 2}
+    flags |= {"lr_scheduler_type": "constant"}
+    train("gpt_oss", form, tmp_path / "whole", max_steps=4, **flags)
+    train("gpt_oss", form, tmp_path / "run", max_steps=2, **flags)
+    train("gpt_oss", form, tmp_path / "run", max_steps=4, resume_from_checkpoint="auto", **flags)
+    assert weight_names(tmp_path / "run") == weight_names(tmp_path / "run" / "checkpoint-2") == names
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+    for name, weight in experts.items():
+        moved = (whole[name] - weight).abs().max()
+        assert 0 < moved < 0.1, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["single", "zero3"])
+def test_adapters_of_weights_in_4_bits_are_verified_and_merged(train, example, tmp_path, form):
+    pytest.importorskip("peft")
+    model = make_family("gpt_oss", example.model, tmp_path / "model")
+    names, experts = weight_names(model), quantize_experts(model)
+    flags = {"model_name_or_path": model, "dequantize": True, "lora_r": 2, "torch_dtype": "bfloat16"}
+    train("gpt_oss", form, tmp_path / "run", **flags, bf16=True)
+    command = [sys.executable, ROOT / "scripts/merge_lora.py", tmp_path / "run", tmp_path / "merged"]
+    merged = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert merged.returncode == 0, merged.stderr
+    assert weight_names(tmp_path / "merged") == names
+    weights = load_file(tmp_path / "merged/model.safetensors")
+    assert all(torch.equal(weights[name].float(), weight) for name, weight in experts.items())
 
 
 @pytest.mark.parametrize("family", mostly_slow(["qwen3_moe", "gemma3", "gpt2"], ["qwen3_moe"]))

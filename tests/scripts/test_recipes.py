@@ -28,6 +28,7 @@ WEIGHTS = {
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
     "mistralai/Mistral-Small-24B-Instruct-2501": 23_572_403_200,
     "microsoft/phi-4": 14_659_507_200,
+    "openai/gpt-oss-20b": 20_914_757_184,
     "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
 }
 """Number of weights of the published checkpoints."""

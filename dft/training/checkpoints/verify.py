@@ -30,6 +30,7 @@ from dft.dora import load_dora
 from dft.errors import UserError
 from dft.ranks import first_failure
 from dft.training.model.adapters import has_adapters
+from dft.training.model.quantized import loaded_quantization
 from dft.training.model.weight_names import expected_names
 from dft.training.parameters import GIB
 
@@ -328,9 +329,8 @@ class SaveVerifier:
 
     def _fault(self, staging: Path, model: PreTrainedModel, logits: Tensor | None) -> str | None:
         """Return the fault of a saved model, or None. Reloads the model if `logits` are given."""
-        quantization = vars(model.config).get("quantization_config")
         names = None if has_adapters(model) else expected_names(model)
-        expected = Expected(dtypes_of(model), self._tokenizer, logits, quantization, names)
+        expected = Expected(dtypes_of(model), self._tokenizer, logits, loaded_quantization(model), names)
         try:
             check_files(staging, expected)
             if logits is not None:

@@ -8,18 +8,23 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from dft.arguments.parser import Arguments
 from dft.data.templates.tokenizer import UNLOADABLE, tokens_added_to
 from dft.errors import UserError, describe_loading_error
 from dft.ranks import first_failure
-from dft.training.model.adapters import add_adapters, pack_linear, resolve_quantization
+from dft.training.model.adapters import add_adapters, pack_linear
 from dft.training.model.attention import VARLEN, resolve_attention, resolve_dtype, use_varlen_attention
 from dft.training.model.companion_files import fetch_companions, left_out_note
 from dft.training.model.freezing import freeze_matching
 from dft.training.model.generation import resolve_generation_config
 from dft.training.model.precision import check_trained_dtype, dtype_notes
+from dft.training.model.quantized import resolve_loading
 from dft.training.model.weight_checks import (
     check_causal,
     check_finite,
@@ -49,6 +54,8 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     """
     name = arguments.model.model_name_or_path
     model = _load_checked(arguments)
+    if arguments.model.dequantize and is_deepspeed_zero3_enabled():
+        arguments.notes.append("--dequantize True: each rank loads all weights before ZeRO-3 shards them")
     resize_embeddings(model, tokenizer, arguments)
     model.generation_config, note = resolve_generation_config(model.generation_config, name)
     if note is not None:
@@ -116,6 +123,7 @@ def load_meta_model(arguments: Arguments) -> PreTrainedModel:
         raise UserError(
             f"--model_name_or_path {name}: cannot be planned: {describe_loading_error(error)}"
         ) from None
+    resolve_loading(arguments)
     use_varlen_attention(model, arguments)
     if arguments.lora.load_in_4bit:
         pack_linear(model)
@@ -168,7 +176,7 @@ def _read_weights(arguments: Arguments, name: str) -> tuple[PreTrainedModel, dic
             dtype=resolve_dtype(arguments),
             attn_implementation=_attention_or_default(arguments),
             trust_remote_code=arguments.model.trust_remote_code,
-            quantization_config=resolve_quantization(arguments.lora, arguments.training),
+            quantization_config=resolve_loading(arguments),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # `check_loaded_keys` reports them with their names
             output_loading_info=True,

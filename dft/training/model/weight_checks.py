@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from dft.errors import UserError
@@ -121,7 +120,7 @@ def check_finite(model: PreTrainedModel, name: str, device: torch.device) -> Non
 def _is_finite(parameter: Any) -> bool:
     """Return whether the part of a weight on this rank is finite."""
     values = parameter.detach()
-    if is_deepspeed_zero3_enabled():
+    if "ds_tensor" in vars(parameter):  # partitioned, unless it was dequantized, which is loaded whole
         part = parameter.ds_tensor
         start = part.ds_numel * torch.distributed.get_rank(parameter.ds_process_group)
         values = part.detach()[: max(0, parameter.ds_numel - start)]  # the remainder is uninitialized padding

@@ -29,7 +29,7 @@ def source_names(name: str) -> frozenset[str] | None:
     if not name:
         return None
     files = (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
-    config, index, single = (_existing_file(name, file) for file in files)
+    config, index, single = (existing_file(name, file) for file in files)
     try:
         if config is None or "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
             return None
@@ -40,7 +40,14 @@ def source_names(name: str) -> frozenset[str] | None:
         return None
 
 
-def _existing_file(name: str, file: str) -> Path | None:
+def existing_file(name: str, file: str, local_only: bool = True) -> Path | None:
+    """Return the path of a file of a model; None if there is no such model or file.
+
+    Args:
+        name: folder, or name of a model on the hub.
+        file: name of the file.
+        local_only: whether to look only into the cache for a model on the hub.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
@@ -48,7 +55,7 @@ def _existing_file(name: str, file: str) -> Path | None:
         path = cached_file(
             name,
             file,
-            local_files_only=True,
+            local_files_only=local_only,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
