@@ -34,7 +34,8 @@ Which objectives, parallel forms, weights, rows and attention are tested togethe
 - *not tested*: no test has this pair. It is not refused, and may work.
 
 All of it runs on CPUs, with two ranks where there are several. flash-attn, 4-bit weights and CUDA kernels
-need a GPU: `scripts/gpu_check.sh` checks those. Pipeline parallelism is not part of this program.
+need a GPU: `scripts/gpu_check.sh` checks those, and the cells of QLoRA and flash_attention_2 are empty here.
+Pipeline parallelism is not part of this program.
 """
 PARALLEL = (
     "single", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload", "FSDP 2", "sequence parallel, DDP",
