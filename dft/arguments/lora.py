@@ -1,6 +1,9 @@
 """Command-line flags for LoRA and QLoRA."""
 
 import json
+import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,38 +71,71 @@ class LoraOption:
     """An option of peft's LoraConfig that `--lora_args` accepts.
 
     Attributes:
-        types: types of its values, as JSON is parsed.
-        expected: description of the values.
-        choices: texts among them, if only some are valid.
+        accepts: returns whether a value, as JSON is parsed, is valid.
+        expected: description of the valid values.
         scales: whether another value would scale adapters differently that are trained already.
     """
 
-    types: tuple[type, ...]
+    accepts: Callable[[Any], bool]
     expected: str
-    choices: tuple[str, ...] | None = None
     scales: bool = False
 
-    def accepts(self, value: Any) -> bool:
-        """Return whether a parsed JSON value is valid. A boolean is not a number."""
-        if self.choices is not None and isinstance(value, str):
-            return value in self.choices
-        return type(value) in self.types
+
+def _is_switch(value: Any) -> bool:
+    return type(value) is bool
 
 
-NAMES = LoraOption((list, str), "a list of names, or a regular expression")
+def _is_expression(value: Any) -> bool:
+    """Return whether a value is a valid regular expression. A plain name is one, too."""
+    if not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return bool(value)
+
+
+def _is_names(value: Any) -> bool:
+    return _is_expression(value) or (
+        isinstance(value, list) and bool(value) and all(map(_is_expression, value))
+    )
+
+
+def _is_layers(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return bool(numbers) and all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _is_pattern(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Return whether a value maps expressions to finite positive numbers. A boolean is not a number."""
+    return isinstance(value, dict) and all(
+        _is_expression(name) and type(number) in kinds and 0 < number < math.inf
+        for name, number in value.items()
+    )
+
+
+NAMES = LoraOption(_is_names, "a list of names, or a regular expression")
 LORA_OPTIONS = {
-    "use_dora": LoraOption((bool,), "true or false", scales=True),
-    "use_rslora": LoraOption((bool,), "true or false", scales=True),
+    "use_dora": LoraOption(_is_switch, "true or false", scales=True),
+    "use_rslora": LoraOption(_is_switch, "true or false", scales=True),
     "init_lora_weights": LoraOption(
-        (bool, str), "true, false, gaussian or orthogonal", ("gaussian", "orthogonal")
+        lambda value: _is_switch(value) or value in ("gaussian", "orthogonal"),
+        "true, false, gaussian or orthogonal",
     ),
-    "rank_pattern": LoraOption((dict,), "an object of names and ranks", scales=True),
-    "alpha_pattern": LoraOption((dict,), "an object of names and alphas", scales=True),
+    "rank_pattern": LoraOption(
+        lambda value: _is_pattern(value, (int,)), "an object of names and ranks above 0", scales=True
+    ),
+    "alpha_pattern": LoraOption(
+        lambda value: _is_pattern(value, (int, float)), "an object of names and alphas above 0", scales=True
+    ),
     "exclude_modules": NAMES,
-    "layers_to_transform": LoraOption((list, int), "a list of layer numbers"),
+    "layers_to_transform": LoraOption(_is_layers, "a layer number, or a list of them, from 0"),
     "layers_pattern": NAMES,
 }
 """The options of peft that `--lora_args` accepts."""
+OF_NAMED_MODULES = ("layers_to_transform", "layers_pattern")
+"""Options that peft applies only to modules that are named."""
 LORA_FLAGS = {
     "r": "--lora_r", "lora_alpha": "--lora_alpha", "lora_dropout": "--lora_dropout",
     "target_modules": "--lora_target_modules",
@@ -135,6 +171,11 @@ def lora_options(lora: LoraArguments) -> dict[str, Any]:
             raise UserError(
                 f"{flag}: {name} must be {LORA_OPTIONS[name].expected}, got {json.dumps(value)}"
                 f"{CHANGES_BASE if isinstance(value, str) and name == 'init_lora_weights' else ''}"
+            )
+        if name in OF_NAMED_MODULES and lora.lora_target_modules in (None, [ALL_LINEAR]):
+            raise UserError(
+                f"{flag}: {name} needs the names of modules; add --lora_target_modules, for example "
+                "q_proj v_proj"
             )
     return options
 

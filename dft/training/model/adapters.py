@@ -1,7 +1,9 @@
 """LoRA adapters, trained instead of all weights (Hu et al., arXiv 2106.09685)."""
 
 import json
+import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def add_adapters(
         name: name of the model that the adapters record.
 
     Raises:
-        UserError: the model has no module with one of the requested names.
+        UserError: peft rejects an option, or a name in the options matches no module.
     """
     assert lora.lora_r is not None
     # Optional, and slow to import.
@@ -62,19 +64,67 @@ def add_adapters(
         "lora_dropout": lora.lora_dropout or 0.0,
         "target_modules": ALL_LINEAR if targets == [ALL_LINEAR] else targets,
     }
+    options, names = lora_options(lora), [name for name, _ in model.named_modules()]
     set_seed(training.seed)  # ranks may have drawn different random numbers while loading
     flags = f"--lora_target_modules {' '.join(targets)}"
     try:
-        config = LoraConfig(**settings, **lora_options(lora))
+        config = LoraConfig(**settings, **options)
         adapted = get_peft_model(model, config)
     except ValueError as error:
         flags += f" --lora_args {lora.lora_args}" if lora.lora_args is not None else ""
         raise UserError(f"{flags}: {' '.join(str(error).split())}") from None
+    check_matches(options, targets, names, adapted.base_model.targeted_module_names)
     folder = Path(name).expanduser()
     if folder.is_dir():  # absolute, so that the adapters can be loaded from any folder
         adapted.peft_config["default"].base_model_name_or_path = str(folder.resolve())
     training.label_names = ["labels"]  # Trainer cannot derive it from a model with adapters
     return adapted
+
+
+def check_matches(
+    options: Mapping[str, Any], targets: Sequence[str], modules: Sequence[str], adapted: Sequence[str]
+) -> None:
+    """Check that every name in the LoRA flags matches a module; peft ignores those that match none.
+
+    Args:
+        options: those of `--lora_args`.
+        targets: names of `--lora_target_modules`.
+        modules: names of all modules of the model.
+        adapted: names of the modules that get an adapter.
+
+    Raises:
+        UserError: a name matches no module.
+    """
+    for name in targets:
+        if name != ALL_LINEAR and not _names_any(name, modules):
+            raise UserError(f"--lora_target_modules {name}: matches no module of the model")
+    excluded = options.get("exclude_modules", [])
+    if isinstance(excluded, str):
+        unmatched = [] if any(re.fullmatch(excluded, module) for module in modules) else [excluded]
+    else:
+        unmatched = [name for name in excluded if not _names_any(name, modules)]
+    if unmatched:
+        raise UserError(f"--lora_args: exclude_modules {unmatched[0]} matches no module of the model")
+    layers = options.get("layers_to_transform", [])
+    expressions = {  # as peft compares them
+        "rank_pattern": {name: rf"(.*\.)?({name})$" for name in options.get("rank_pattern", {})},
+        "alpha_pattern": {name: rf"(.*\.)?({name})$" for name in options.get("alpha_pattern", {})},
+        "layers_to_transform": {
+            str(layer): rf".*?\.{layer}\." for layer in ([layers] if isinstance(layers, int) else layers)
+        },
+    }
+    for option, patterns in expressions.items():
+        for name, pattern in patterns.items():
+            if not any(re.match(pattern, module) for module in adapted):
+                raise UserError(
+                    f"--lora_args: {option} {name} matches none of the {len(adapted)} modules that get an "
+                    f"adapter, such as {adapted[0]}"
+                )
+
+
+def _names_any(name: str, modules: Sequence[str]) -> bool:
+    """Return whether a name is that of a module, or the end of it."""
+    return any(module == name or module.endswith(f".{name}") for module in modules)
 
 
 def pack_linear(model: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from dft import DFTTrainer
 from dft.arguments.lora import LORA_OPTIONS, LoraArguments, check_lora, lora_options
 from dft.arguments.parser import parse_arguments
+from dft.data.batches.sampler import WithBlank
 from dft.errors import UserError
 from dft.evaluation.sampling import load_for_sampling
 from dft.training.checkpoints.run_settings import model_settings
@@ -80,7 +81,7 @@ def test_training_equals_plain_peft_and_continues_exactly(tmp_path, base, name):
         plain_model, arguments_of(tmp_path / "plain"), train_dataset=Dataset.from_list(ROWS),
         data_collator=run.data_collator,
     )  # fmt: skip
-    plain._get_train_sampler = lambda *_: run._order.train_sampler(run.train_dataset)
+    plain._get_train_sampler = lambda *_: run._order.train_sampler(WithBlank(run.train_dataset, 0))
     plain.train()
     trained, expected = adapters_of(run), adapters_of(plain)
     assert trained.keys() == expected.keys()
@@ -124,7 +125,18 @@ def test_saved_adapters_load_and_merge(tmp_path, base, tokenizer, name):
         ('{"use_dora": 1}', "use_dora must be true or false, got 1"),
         ('{"init_lora_weights": "pissa"}', "init_lora_weights must be true, false, gaussian or orthogonal, "
          'got "pissa"; initializations such as pissa or olora change the weights of the model'),
-        ('{"rank_pattern": 3}', "rank_pattern must be an object of names and ranks, got 3"),
+        ('{"init_lora_weights": 1}', "init_lora_weights must be true, false, gaussian or orthogonal, got 1"),
+        ('{"rank_pattern": 3}', "rank_pattern must be an object of names and ranks above 0, got 3"),
+        ('{"rank_pattern": {"q_proj": 2.5}}', 'names and ranks above 0, got {"q_proj": 2.5}'),
+        ('{"rank_pattern": {"(": 2}}', 'names and ranks above 0, got {"(": 2}'),
+        ('{"alpha_pattern": {"q_proj": "a"}}', 'names and alphas above 0, got {"q_proj": "a"}'),
+        ('{"alpha_pattern": {"q_proj": NaN}}', 'names and alphas above 0, got {"q_proj": NaN}'),
+        ('{"exclude_modules": [1]}', "must be a list of names, or a regular expression, got [1]"),
+        ('{"exclude_modules": "("}', "must be a list of names, or a regular expression, got"),
+        ('{"layers_to_transform": ["a"]}', "must be a layer number, or a list of them, from 0, got"),
+        ('{"layers_to_transform": -1}', "must be a layer number, or a list of them, from 0, got -1"),
+        ('{"layers_to_transform": 0}', "layers_to_transform needs the names of modules; add "
+         "--lora_target_modules, for example q_proj v_proj"),
     ],
 )  # fmt: skip
 def test_invalid_options_are_one_error(text, message):
@@ -139,12 +151,44 @@ def test_options_need_adapters(tmp_path):
         check_lora(LoraArguments(lora_args="{}"), arguments, 0)
 
 
-def test_an_option_that_peft_rejects_is_an_error_with_the_flags(tmp_path, base):
+def adapt(options: dict, targets: list[str] | None = None) -> set[str]:
+    """Add adapters to a model, and return the names of the modules that have one."""
+    flags = flags_of(options, lora_target_modules=targets)
+    adapted = add_adapters(tiny(), flags, transformers.TrainingArguments(use_cpu=True), "base")
+    return {name.rsplit(".", 1)[-1] for name in adapted.base_model.targeted_module_names}
+
+
+def test_an_option_that_peft_rejects_is_an_error_with_the_flags():
     with pytest.raises(UserError) as caught:
-        trainer(tmp_path, base, '{"layers_to_transform": [0]}')
+        adapt({"exclude_modules": ".*"})
     assert str(caught.value).startswith(
-        '--lora_target_modules all-linear --lora_args {"layers_to_transform": [0]}: '
+        '--lora_target_modules all-linear --lora_args {"exclude_modules": ".*"}: All modules were excluded'
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "targets", "message"),
+    [
+        ({}, ["q_proj", "k"], "--lora_target_modules k: matches no module of the model"),
+        ({"exclude_modules": ["k"]}, None, "--lora_args: exclude_modules k matches no module of the model"),
+        ({"exclude_modules": "k"}, None, "--lora_args: exclude_modules k matches no module of the model"),
+        ({"rank_pattern": {"k": 2}}, None, "--lora_args: rank_pattern k matches none of the 7 modules that "
+         "get an adapter, such as model.layers.0."),
+        ({"alpha_pattern": {"k_proj": 2}}, ["q_proj"], "--lora_args: alpha_pattern k_proj matches none of "),
+        ({"layers_to_transform": [0, 9]}, ["q_proj"], "--lora_args: layers_to_transform 9 matches none of "),
+    ],
+)  # fmt: skip
+def test_a_name_that_matches_no_module_is_an_error(options, targets, message):
+    with pytest.raises(UserError) as caught:
+        adapt(options, targets)
+    assert str(caught.value).startswith(message)
+
+
+def test_options_select_the_modules_that_they_match():
+    assert adapt({"exclude_modules": r".*mlp\..*", "rank_pattern": {"self_attn.q_proj": 2}}) == {
+        "q_proj", "k_proj", "v_proj", "o_proj",
+    }  # fmt: skip
+    assert adapt({"layers_to_transform": 0, "layers_pattern": "layers"}, ["q_proj"]) == {"q_proj"}
 
 
 def test_a_config_file_may_write_the_options_as_a_mapping(tmp_path):
