@@ -35,6 +35,7 @@ from dft.training.checkpoints.run_settings import (
 )
 from dft.training.checkpoints.run_state import RunFacts, RunState, StepProgress
 from dft.training.checkpoints.saver import RunSaver, SavedRun
+from dft.training.first_step import FirstStepProbe
 from dft.training.measuring.nonfinite import NonfiniteGuard
 from dft.training.measuring.recorder import MetricsRecorder
 from dft.training.memory.out_of_memory import end_out_of_memory, memory_advice, ran_out
@@ -92,6 +93,7 @@ class Components:
     Attributes:
         recorder: metrics and speed.
         loss: computes the loss of a micro-batch.
+        first_step: measures what a first step of each objective would do.
         stop: coordinates with the other ranks whether to stop.
         early_stopping: ends the run when evaluations no longer improve, if that is asked for.
         guard: keeps non-finite losses and gradients from reaching the weights.
@@ -149,17 +151,16 @@ class Components:
             end_of_turn_weight=loss.end_of_turn_weight,
             end_of_turn_ids=end_of_turn_ids,
         )
+        self.first_step = FirstStepProbe(model, self.loss, accelerator, collator)
         self.stop, self.early_stopping = StopControl(options.stop, accelerator), options.early_stopping
-        self.guard = NonfiniteGuard(on_nonfinite, accelerator, Path(args.output_dir), args.fp16)
-        self.resumer = Resumer(
-            accelerator, Path(args.output_dir), options.trust_checkpoint, options.heartbeat.beat
-        )
+        output = Path(args.output_dir)
+        self.guard = NonfiniteGuard(on_nonfinite, accelerator, output, args.fp16)
+        self.resumer = Resumer(accelerator, output, options.trust_checkpoint, options.heartbeat.beat)
         self.publisher = HubPublisher(
             hf_api(), args.hub_token, args.hub_revision, args.hub_strategy, args.hub_always_push
         )
         self.saver = RunSaver(args, options, accelerator, tokenizer, self.publisher)
-        self.facts = RunFacts(args, dataset())
-        self.progress = StepProgress()
+        self.facts, self.progress = RunFacts(args, dataset()), StepProgress()
         self.average = WeightAverage(options.ema_decay, accelerator)
 
     def begin_run(self, resume_from: str | bool | None, model: nn.Module, eval_dataset: Any) -> str | None:
@@ -243,7 +244,7 @@ class Components:
 
     def evaluate(self, model: nn.Module, inputs: Mapping[str, Any], with_logits: bool) -> Any:
         """Add a batch to the metrics of the evaluation and return the model's outputs."""
-        _, stats, outputs = self.loss.score(model, inputs, self.recorder.objective, with_logits=with_logits)
+        _, stats, outputs = self.loss.score(model, inputs, self.recorder.scored_by, with_logits=with_logits)
         self.recorder.add_evaluation(stats, inputs)
         return outputs
 

@@ -169,7 +169,7 @@ class StepLoss:
                 min_weight=self._min_weight(labels),
                 loss_weight=loss_weights_of(inputs),
                 base_logp=base_logp_of(inputs),
-                base=self._score_base(head, features),
+                base=self._score_base(head, features) if objective.kl_weight else None,
                 shifted=shifted,
                 # A custom collator may change labels without updating the positions.
                 positions=inputs.get("loss_positions") if isinstance(self._collator(), Collator) else None,
@@ -193,6 +193,14 @@ class StepLoss:
             return None
         is_fused = isinstance(head, FusedHead)
         return self._base_model.head_input(features) if is_fused else self._base_model.logits(features)
+
+    def gradient_addition(self) -> str | None:
+        """Return what is added to the gradient besides the objective, as a reason; None if nothing is."""
+        if self._router_coefficient is not None:
+            return "the model adds a loss of its router to every objective"
+        if self._end_of_turn_weight:
+            return "--end_of_turn_weight changes the gradient of every objective; leave it out"
+        return None
 
     def _min_weight(self, labels: Tensor) -> Tensor | None:
         """Return the (batch, seq) minimum weight of each label; None if there is none."""

@@ -101,7 +101,7 @@ class DFTTrainer(transformers.Trainer):
         run = Components(model, args, self.options, self.accelerator, loss, *data, log_per_file, on_nonfinite)
         self._run, run.publisher.repo_id = run, self.hub_model_id
         self.end_of_turn_ids, self.exclude_time = run.recorder.end_of_turn_ids, run.recorder.exclude_time
-        self.examples, self._order = run.recorder.examples, DataOrder(args)
+        self.examples, self._order, self.first_step = run.recorder.examples, DataOrder(args), run.first_step
         self._tr_loss = torch.zeros((), device=args.device)  # Trainer recreates it in each run
         # compute_loss itself divides by the tokens of the step and does not use the model's own loss, so
         # Trainer must count them regardless of what the model's forward accepts, and must not divide again.
@@ -279,12 +279,12 @@ class DFTTrainer(transformers.Trainer):
             output.metrics.update(recorder.evaluation_metrics(prefix, description == "Evaluation"))
         return output
 
-    def score(self, dataset: Any) -> TokenTable:
-        """Score every supervised token of a dataset with the current model. Every rank gets all tokens.
+    def score(self, dataset: Any, objectives: Sequence[Objective] = ()) -> TokenTable:
+        """Score every supervised token of a dataset, with weights of objectives. Every rank gets all tokens.
 
         Raises `ValueError` if the trainer's collator may not identify the contents of its batches.
         """
-        with self._run.recorder.scoring() as tables:
+        with self._run.recorder.scoring(objectives) as tables:
             self.evaluation_loop(self.get_eval_dataloader(dataset), "Scoring", prediction_loss_only=True)
             return TokenTable.gather(tables)
 

@@ -18,6 +18,7 @@ from dft.loss.objectives.base import (
     check_range,
     floored_potential,
 )
+from dft.loss.objectives.every import EveryWeight, first_step_equivalent
 from dft.loss.objectives.functions_of_p import Dft, Sft
 from dft.loss.objectives.table import (
     OBJECTIVES,
@@ -30,6 +31,7 @@ from dft.loss.objectives.table import (
 __all__ = [
     "OBJECTIVES",
     "Dft",
+    "EveryWeight",
     "Objective",
     "Sft",
     "TokenRows",
@@ -37,6 +39,7 @@ __all__ = [
     "check_base",
     "check_base_logp",
     "check_range",
+    "first_step_equivalent",
     "floored_potential",
     "make_objective",
     "parameters_of",

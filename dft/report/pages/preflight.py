@@ -8,6 +8,7 @@ import numpy as np
 
 from dft.files import convert_write_errors, write_atomically
 from dft.report.pages.figures import histogram_figure
+from dft.report.pages.foretelling import foretelling_figure
 from dft.report.pages.history import Histogram
 from dft.report.pages.images import inline_svg
 from dft.report.pages.run import render
@@ -36,4 +37,7 @@ def preflight_page(report: dict[str, Any]) -> str:
     for index, (name, statistics) in enumerate(groups.items()):
         figure = histogram_figure(None, Histogram(0, np.array(statistics["p_histogram"])))
         figures.append((name, inline_svg(figure, f"p-{index}", name)))
-    return render("preflight.html.jinja", report=report, groups=groups, figures=figures)
+    foretold = report.get("objectives")
+    picture = foretold and inline_svg(foretelling_figure(foretold), "shares", "where the gradient goes")
+    shown = {"report": report, "groups": groups, "figures": figures}
+    return render("preflight.html.jinja", **shown, foretold=foretold, picture=picture)

@@ -5,6 +5,7 @@ from typing import Any
 
 from dft.console import wrap
 from dft.report.preflight_advice import SILENCED
+from dft.report.terminal.foretelling import foretelling_lines
 
 
 def preflight_lines(report: dict[str, Any], folder: str) -> list[str]:
@@ -28,6 +29,8 @@ def preflight_lines(report: dict[str, Any], folder: str) -> list[str]:
         lines += wrap("advice", advice["recommendation"])
         lines += wrap("", f"because: {advice['evidence']}")
         lines += wrap("", f"source: {advice['source']}")
+    if "objectives" in report:
+        lines += foretelling_lines(report["objectives"])
     lines.append(f"report      {folder}/preflight.json, {folder}/preflight.html")
     return lines
 

@@ -14,7 +14,7 @@ from transformers import TrainerState
 
 from dft.console import say
 from dft.loss.dft import TokenStats
-from dft.loss.objectives import Objective
+from dft.loss.objectives import EveryWeight, Objective
 from dft.loss.schedule import CONSTANT, AlphaSchedule, alpha_of, method_title, scheduled
 from dft.metrics import HISTOGRAM
 from dft.training.batching import dataset_files
@@ -70,6 +70,7 @@ class MetricsRecorder:
         self.window_flops = 0.0
         self.examples: list[ScoredSequence] = []
         self.scored: list[TokenTable] | None = None
+        self._every: EveryWeight | None = None
         self._accelerator = accelerator
         self._files: list[str] = []
         self._clock = Clock()
@@ -176,6 +177,11 @@ class MetricsRecorder:
             yield
         self.exclude_time(time.perf_counter() - started)
 
+    @property
+    def scored_by(self) -> Objective:
+        """The objective that batches of an evaluation are scored with."""
+        return self.objective if self._every is None else self._every
+
     def add_evaluation(self, stats: TokenStats, inputs: Mapping[str, Any]) -> None:
         """Add a batch to the metrics of the evaluation and keep some of its sequences and tokens."""
         per_file = self._has_origins() and self.log_per_file
@@ -184,25 +190,29 @@ class MetricsRecorder:
         if not self._has_origins():
             return
         if self.scored is not None:
-            self.scored.append(TokenTable.from_batch(stats, inputs))
+            weights = None if self._every is None else self._every.take()
+            self.scored.append(TokenTable.from_batch(stats, inputs, weights))
         missing = EXAMPLES - len(self.examples)
         if missing and self._accelerator.is_main_process:
             self.examples += scored_sequences(stats, inputs, missing)
 
     @contextmanager
-    def scoring(self) -> Iterator[list[TokenTable]]:
+    def scoring(self, objectives: Sequence[Objective] = ()) -> Iterator[list[TokenTable]]:
         """Collect tables of all tokens that are evaluated within the context.
+
+        Args:
+            objectives: objectives whose weights the tables hold.
 
         Raises:
             ValueError: the batches do not identify the source of their tokens.
         """
         if not self._has_origins():
             raise ValueError("score() needs the trainer's own data_collator; leave it out")
-        self.scored = []
+        self.scored, self._every = [], EveryWeight(tuple(objectives)) if objectives else None
         try:
             yield self.scored
         finally:
-            self.scored = None
+            self.scored = self._every = None
 
     def evaluation_metrics(self, prefix: str, with_histogram: bool) -> dict[str, Any]:
         """Return the metrics of the evaluation, named `<prefix>_<metric>`. All ranks must call it."""

@@ -27,6 +27,8 @@ class TokenTable:
         correct: (tokens,) bool, whether the target is the argmax.
         target: (tokens,) int64, the token to predict.
         file, line: (tokens,) int64, location of its conversation; -1 if unknown.
+        weights: (tokens, objectives) float64, the weight of the token under each of some objectives, times
+            that of the data; None if they were not asked for.
     """
 
     nll: np.ndarray
@@ -35,6 +37,7 @@ class TokenTable:
     target: np.ndarray
     file: np.ndarray
     line: np.ndarray
+    weights: np.ndarray | None = None
 
     @property
     def p_correct(self) -> np.ndarray:
@@ -46,11 +49,23 @@ class TokenTable:
 
     def select(self, rows: np.ndarray) -> "TokenTable":
         """Return the rows that an index array or a mask selects."""
-        return TokenTable(*(vars(self)[column.name][rows] for column in fields(self)))
+        columns = (vars(self)[column.name] for column in fields(self))
+        selected: list[Any] = [None if column is None else column[rows] for column in columns]
+        return TokenTable(*selected)
 
     @classmethod
-    def from_batch(cls, stats: TokenStats, inputs: Mapping[str, Any]) -> "TokenTable":
-        """Return the table of one batch."""
+    def from_batch(
+        cls, stats: TokenStats, inputs: Mapping[str, Any], weights: Tensor | None = None
+    ) -> "TokenTable":
+        """Return the table of one batch.
+
+        Args:
+            weights: (tokens, objectives) weights of objectives, without those of the data.
+        """
+        if weights is not None:
+            assert len(weights) == len(stats.nll)
+            if stats.loss_weight is not None:
+                weights = weights * stats.loss_weight.to(weights)[:, None]
         file, line = origins_of_tokens(inputs).T.cpu().numpy()
         return cls(
             stats.nll.cpu().double().numpy(),
@@ -59,13 +74,15 @@ class TokenTable:
             stats.target.cpu().numpy(),
             file,
             line,
+            None if weights is None else weights.cpu().double().numpy(),
         )
 
     @classmethod
     def concatenate(cls, tables: Sequence["TokenTable"]) -> "TokenTable":
         """Return the rows of all tables in one."""
         columns = [[vars(table)[column.name] for table in tables] for column in fields(cls)]
-        return cls(*map(np.concatenate, columns))
+        joined: list[Any] = [None if parts[0] is None else np.concatenate(parts) for parts in columns]
+        return cls(*joined)
 
     @classmethod
     def gather(cls, tables: Sequence["TokenTable"]) -> "TokenTable":

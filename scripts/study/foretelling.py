@@ -1,0 +1,199 @@
+"""Hold what the preflight foretells of objectives against what the studies measured.
+
+    python scripts/study/foretelling.py runs/foretelling
+    python scripts/study/foretelling.py runs/foretelling --model models/smollm2   # both studies
+
+The script writes the data of the two studies again, trains the small base model of the first one, and runs
+the preflight on the fine-tuning data of seed 0. It compares the order in which the preflight ranks the
+methods with the accuracies in docs/study.json and docs/study_real.json, and writes foretelling.json and
+table.md. Results that are in the folder are not computed again.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from dft.errors import UserError, report_user_errors
+from dft.ranks import quiet_libraries
+from scripts.study.study import FULL, Study
+from scripts.study.study_results import Mean, header, mean, runs_of
+from scripts.study.study_runs import claim_folder, prepare, run_script
+from scripts.study.study_task import DATA, file_name, tuning_file
+
+SIZE = 50
+"""Sequences of each data set that the preflight scores, as in the study on a pretrained model."""
+NAMES = {"SFT": "sft", "DFT": "dft", "alpha 0.5": "dft, alpha 0.5", "power": "power"}
+"""Names that the preflight gives to the methods of the studies."""
+RESULTS = {"small": ROOT / "docs/study.json", "pretrained": ROOT / "docs/study_real.json"}
+LEARNED = {
+    "right sums": "sums-three",
+    "sums, 3 in 10 wrong": "sums-three",
+    "differences": "differences-three",
+    "half known": "short arithmetic",
+    "half known, 3 in 10 wrong": "short arithmetic",
+    "new": "spelling",
+}
+"""The problems that measure what a data set teaches."""
+
+
+class Pair(NamedTuple):
+    """Two methods on one data set.
+
+    Attributes:
+        difference: accuracy of the second method minus that of the first one, over the seeds, in points.
+        foretold: score of the second method minus that of the first one.
+    """
+
+    data: str
+    first: str
+    second: str
+    difference: Mean
+    foretold: float
+
+    @property
+    def outcome(self) -> str:
+        """ "hit", "miss", or "open" if the interval of the difference contains 0."""
+        if abs(self.difference.value) <= self.difference.half:
+            return "open"
+        return "hit" if self.difference.value * self.foretold > 0 else "miss"
+
+
+def foretell_small(folder: Path) -> dict[str, Any]:
+    """Return the preflight's report on each data set of the study with a small model."""
+    with ThreadPoolExecutor(1) as pool:
+        study = Study(folder / "small", FULL, pool)
+        study.train_base()
+    return {
+        name: preflight(study.base.path, study.data / tuning_file(name, 0), folder / file_name(name))
+        for name in DATA
+    }
+
+
+def foretell_pretrained(folder: Path, model: Path) -> dict[str, Any]:
+    """Return the preflight's report on each data set of the study with a pretrained model."""
+    from scripts.study.real_settings import SIZES
+    from scripts.study.real_tasks import DATA as REAL_DATA
+    from scripts.study.real_tasks import data_file, write_data
+
+    write_data(folder / "pretrained", SIZES["small"].rows, [0])
+    return {
+        name: preflight(
+            model, data_file(folder / "pretrained", name, 0), folder / file_name(name), "--bf16", True
+        )
+        for name in REAL_DATA
+    }
+
+
+def preflight(model: Path, data: Path, output: Path, *more: object) -> dict[str, Any]:
+    """Run the preflight on a file, unless the output has its report, and return what it says."""
+    if not (output / "preflight.json").is_file():
+        run_script(
+            ROOT / "train_dft.py", "--preflight", True, "--preflight_samples", SIZE, "--use_cpu", True,
+            "--model_name_or_path", model, "--data_files", data, "--output_dir", output, "--max_length", 512,
+            "--data_cache_dir", output.parent / "cache", "--preprocessing_num_workers", 1, *more,
+        )  # fmt: skip
+    return trimmed(json.loads((output / "preflight.json").read_text())["objectives"])
+
+
+def trimmed(value: Any) -> Any:
+    """Return a report with four digits of each number."""
+    if isinstance(value, dict):
+        return {key: trimmed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [trimmed(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def differences(results: Mapping[str, Any], data: str, first: str, second: str) -> Mean:
+    """Return the mean difference in accuracy between two methods with the same seed and data."""
+    asked = LEARNED[data]
+    by_seed = {run["seed"]: run["right"][asked] for run in runs_of(results, first, data)}
+    return mean([run["right"][asked] - by_seed[run["seed"]] for run in runs_of(results, second, data)])
+
+
+def pairs_of(foretold: Mapping[str, Any], results: Mapping[str, Any]) -> list[Pair]:
+    """Return all pairs of methods that a study compared, on each of its data sets."""
+    methods = list(dict.fromkeys(run["method"] for run in results["runs"]))
+    pairs = []
+    for data, report in foretold.items():
+        scores = {method: report["ranking"][NAMES[method]]["score"] for method in methods}
+        for first, second in combinations(methods, 2):
+            difference = differences(results, data, first, second)
+            pairs.append(Pair(data, first, second, difference, scores[second] - scores[first]))
+    return pairs
+
+
+def tables(foretold: Mapping[str, Any]) -> str:
+    """Return the tables of what was foretold, and of hits and misses."""
+    lines = header(
+        "data",
+        ["mean p", "to try", "noise of SFT, alpha 0.5, DFT", "kept on p < 0.1 by alpha 0.5, DFT"],
+    )
+    pairs: list[Pair] = []
+    for study, reports in foretold.items():
+        pairs += pairs_of(reports, json.loads(RESULTS[study].read_text()))
+        for data, report in reports.items():
+            lines.append(f"| {data} | {' | '.join(_summary(report))} |")
+    decided = [pair for pair in pairs if pair.outcome != "open"]
+    lines += ["", *header("data", ["methods", "measured difference", "difference of scores", "outcome"])]
+    for pair in decided:
+        measured = f"{pair.difference.value:+.1f} ± {pair.difference.half:.1f}"
+        methods = f"{pair.second} to {pair.first}"
+        lines.append(f"| {pair.data} | {methods} | {measured} | {pair.foretold:+.2f} | {pair.outcome} |")
+    hits = sum(pair.outcome == "hit" for pair in decided)
+    lines += [
+        "",
+        f"Of {len(pairs)} pairs of methods, {len(decided)} differ significantly in accuracy on the task "
+        f"trained on, and the score orders {hits} of these as measured. The others are open.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _summary(report: Mapping[str, Any]) -> list[str]:
+    rows = report["ranking"]
+
+    def shares(value: Callable[[Mapping[str, Any]], float | None], names: tuple[str, ...]) -> str:
+        numbers = [value(rows[name]) for name in names]
+        return ", ".join("-" if number is None else f"{number:.0%}" for number in numbers)
+
+    mixture = "dft, alpha 0.5"
+    return [
+        f"{report['mean_p']:.2f}",
+        ", ".join(pick["name"].replace(", ", " ") for pick in report["try"]),
+        shares(lambda row: row["noise"], ("sft", mixture, "dft")),
+        shares(lambda row: row["kept"]["low"], (mixture, "dft")),
+    ]
+
+
+def main() -> None:
+    """Run the preflights and write the tables."""
+    report_user_errors()
+    prepare()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where everything is written")
+    parser.add_argument("--model", type=Path, help="folder of the pretrained model of the second study")
+    options = parser.parse_args()
+    if options.model is not None and not (options.model / "config.json").is_file():
+        raise UserError(f"--model: {options.model / 'config.json'} does not exist")
+    quiet_libraries()
+    folder = options.folder.resolve()
+    with claim_folder(folder, {"foretelling": FULL._asdict()}):
+        foretold = {"small": foretell_small(folder)}
+        if options.model is not None:
+            foretold["pretrained"] = foretell_pretrained(folder, options.model.resolve())
+    (folder / "foretelling.json").write_text(json.dumps(foretold) + "\n")
+    (folder / "table.md").write_text(tables(foretold))
+    print(tables(foretold))
+
+
+if __name__ == "__main__":
+    main()
