@@ -8,6 +8,7 @@ import signal
 import stat
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +179,7 @@ def test_paths_in_data_files_are_never_opened(tiny, tmp_path):
 SECRETS = {
     "HF_TOKEN": "hf_SeCrEt000000000000000000000000000001", "HUGGING_FACE_HUB_TOKEN": "hf_SeCrEt2",
     "WANDB_API_KEY": "5ec7e75ec7e75ec7e75ec7e75ec7e75ec7e75ec7", "SWANLAB_API_KEY": "SeCrEt4swanlab",
-    "OPENAI_API_KEY": "sk-SeCrEt5",
+    "OPENAI_API_KEY": "sk-SeCrEt5", "MLFLOW_TRACKING_PASSWORD": "SeCrEt6mlflow",
 }  # fmt: skip
 """Secrets in environment variables."""
 IN_FILE = "hf_SeCrEt7"
@@ -191,6 +192,8 @@ def test_a_token_on_the_command_line_is_rejected_and_not_printed(tmp_path):
 
 
 def test_no_secret_is_written_or_printed(tiny, tmp_path):
+    """By a run that reports to all trackers, with artifacts."""
+    trackers = ["tensorboard", "wandb", "swanlab", "mlflow", *filter(find_spec, ["trackio"])]
     output, logs = tmp_path / "out", tmp_path / "logs"
     rows = [LINE.replace(b"1 + 1", f"{n} + 1".encode()) for n in range(8)]
     (tmp_path / "a.jsonl").write_bytes(b"".join(rows))
@@ -200,7 +203,8 @@ def test_no_secret_is_written_or_printed(tiny, tmp_path):
         "--model_name_or_path", str(tiny), "--data_files", str(tmp_path / "a.jsonl"),
         "--validation_split_percentage", "25", "--eval_strategy", "steps", "--eval_steps", "1",
         "--max_steps", "2", "--save_steps", "1", "--logging_dir", str(logs), "--use_cpu", "True",
-        "--data_cache_dir", str(tmp_path / "prepared"), "--report_to", "tensorboard", "wandb", "swanlab",
+        "--data_cache_dir", str(tmp_path / "prepared"), "--log_artifacts", "True",
+        "--report_to", *trackers,
     ]  # fmt: skip
     modes = {"WANDB_MODE": "offline", "SWANLAB_MODE": "offline"}
     finished = launch(words, folder=tmp_path, env={**SECRETS, **modes})
@@ -212,7 +216,10 @@ def test_no_secret_is_written_or_printed(tiny, tmp_path):
         for file in tmp_path.rglob("*")
         if file.is_file() and file.name != "flags.yaml"
     ]
-    assert len(places) > 20 and any("run_args.yaml" in name for name, _ in places)
+    names = [name for name, _ in places]
+    for expected in ("run_args.yaml", "wandb/offline-run", "mlflow.db", "artifacts/report/report.html"):
+        assert any(expected in name for name in names), expected
+    assert finished.output.count("files logged to ") == len(trackers) - 2  # two have no artifacts
     leaks = [(name, secret) for name, content in places for secret in secrets if secret in content]
     assert not leaks, leaks
 
