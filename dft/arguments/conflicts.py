@@ -217,7 +217,7 @@ def check_samples(arguments: Arguments) -> None:
             f"--generate_samples {count} continues prompts of the evaluation data, and there is none; add "
             "--eval_data_files or --validation_split_percentage"
         )
-    if training.eval_strategy == IntervalStrategy.NO and not training.eval_on_start:
+    if not evaluates(training):
         raise UserError(
             f"--generate_samples {count} generates at each evaluation, and there is none; add "
             "--eval_strategy steps or epoch, or --eval_on_start True"
@@ -227,6 +227,11 @@ def check_samples(arguments: Arguments) -> None:
 def has_evaluation(arguments: Arguments) -> bool:
     """Return whether the run has data to evaluate on."""
     return bool(arguments.data.eval_data_files or arguments.data.validation_split_percentage)
+
+
+def evaluates(training: transformers.TrainingArguments) -> bool:
+    """Return whether there is an evaluation during training or before it."""
+    return training.eval_strategy != IntervalStrategy.NO or training.eval_on_start
 
 
 def check_precision(arguments: Arguments) -> None:
@@ -298,6 +303,9 @@ def find_notes(arguments: Arguments) -> list[str]:
             f"--end_of_turn_weight {dft.end_of_turn_weight:g} has no effect: every token already has a "
             f"weight of at least {minimum:g}"
         )
+    if has_evaluation(arguments) and not evaluates(training) and not (watch.plan or watch.preflight):
+        flag = "--eval_data_files" if arguments.data.eval_data_files else "--validation_split_percentage"
+        notes.append(f"{flag}: no evaluation uses these data; add --eval_strategy steps or epoch")
     metric = training.metric_for_best_model
     if has_evaluation(arguments) and compared_metric(training) == "loss":
         notes.append(
@@ -309,9 +317,10 @@ def find_notes(arguments: Arguments) -> list[str]:
             f"--early_stopping_patience {training.early_stopping_patience}: the model of a run that stops "
             "early is that of its last step; --load_best_model_at_end True saves the best checkpoint instead"
         )
-    evaluates = training.eval_strategy != IntervalStrategy.NO
     by_steps = training.save_strategy == SaveStrategy.STEPS
-    if evaluates and (by_steps or training.save_strategy == SaveStrategy.EPOCH):
+    if training.eval_strategy != IntervalStrategy.NO and (
+        by_steps or training.save_strategy == SaveStrategy.EPOCH
+    ):
         differs = training.save_strategy.value != training.eval_strategy.value
         if differs or (by_steps and is_multiple(training.save_steps, training.eval_steps) is False):
             notes.append(

@@ -36,6 +36,8 @@ EMPTY_REPORT: dict[str, Any] = {
     "base_scores": None,
 }
 """Fields of a report, with their values if not recorded."""
+KINDS = {str: "a text", dict: "an object", list: "a list"}
+"""Names of the types of fields, for messages. Fields that may be null have any type."""
 
 
 def load_report(run: Path) -> dict[str, Any]:
@@ -96,6 +98,10 @@ def read_report(file: Path) -> dict[str, Any]:
     """
     report = _read_json_object(file, f"remove it, and {TRAINER_STATE_NAME} is read instead")
     _check_log(report, "log", file)
+    for name, default in EMPTY_REPORT.items():
+        kind = KINDS.get(type(default))
+        if kind is not None and not isinstance(report.get(name, default), type(default)):
+            raise UserError(f"{file}: {name!r} is not {kind}; pass the --output_dir of a run")
     return {**EMPTY_REPORT, "name": file.absolute().parent.name, **report}
 
 

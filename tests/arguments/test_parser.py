@@ -223,6 +223,14 @@ def test_early_stopping_without_the_best_model_is_noted(tmp_path, loads):
     )
 
 
+@pytest.mark.parametrize("flag", ["--eval_data_files", "--validation_split_percentage"])
+def test_evaluation_data_without_an_evaluation_are_noted(tmp_path, flag):
+    note = f"{flag}: no evaluation uses these data; add --eval_strategy steps or epoch"
+    assert note in checked(tmp_path, flag, "2").notes
+    for more in (["--eval_strategy", "epoch"], ["--eval_on_start", "True"], ["--preflight", "True"]):
+        assert note not in checked(tmp_path, flag, "2", *more).notes
+
+
 def test_the_best_checkpoint_is_that_of_the_first_evaluation_set(tmp_path):
     sets = ["--eval_data_files", "math=c", "code=d", "--eval_strategy", "epoch", "--save_strategy", "epoch"]
     arguments = checked(tmp_path, *sets)
