@@ -31,9 +31,14 @@ def read_log(file: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError):  # broken JSON or UTF-8
             continue
-        if isinstance(record, dict):
+        if is_record(record):
             records.append(record)
     return records
+
+
+def is_record(value: Any) -> bool:
+    """Return whether a value from a file is a record of the log, whose step, if there is one, is a number."""
+    return isinstance(value, dict) and isinstance(value.get("step", 0), int)
 
 
 class LogFileCallback(TrainerCallback):

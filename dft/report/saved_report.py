@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dft.arguments.config_file import RUN_ARGS
 from dft.errors import UserError
 from dft.loss.objectives import OBJECTIVES, Dft, Objective
-from dft.report.log_file import LOG, read_log
+from dft.report.log_file import LOG, is_record, read_log
 
 RUN_REPORT = "report.json"
 RUNNING = "running"
@@ -36,7 +36,7 @@ EMPTY_REPORT: dict[str, Any] = {
     "base_scores": None,
 }
 """Fields of a report, with their values if not recorded."""
-KINDS = {str: "a text", dict: "an object", list: "a list"}
+KINDS: dict[type, str] = {str: "a text", dict: "an object", list: "a list"}
 """Names of the types of fields, for messages. Fields that may be null have any type."""
 
 
@@ -99,9 +99,8 @@ def read_report(file: Path) -> dict[str, Any]:
     report = _read_json_object(file, f"remove it, and {TRAINER_STATE_NAME} is read instead")
     _check_log(report, "log", file)
     for name, default in EMPTY_REPORT.items():
-        kind = KINDS.get(type(default))
-        if kind is not None and not isinstance(report.get(name, default), type(default)):
-            raise UserError(f"{file}: {name!r} is not {kind}; pass the --output_dir of a run")
+        if default is not None and not isinstance(report.get(name, default), type(default)):
+            raise UserError(f"{file}: {name!r} is not {KINDS[type(default)]}; pass the --output_dir of a run")
     return {**EMPTY_REPORT, "name": file.absolute().parent.name, **report}
 
 
@@ -128,7 +127,12 @@ def report_from_state(run: Path, file: Path) -> dict[str, Any]:
     state = _read_json_object(file, "pass a run whose file is complete")
     _check_log(state, "log_history", file)
     report = report_from_log(run, state["log_history"], f"unknown: read from {file}")
-    return {**report, "steps": {"done": state.get("global_step", 0), "total": state.get("max_steps", 0)}}
+    done, total = (state.get(name, 0) for name in ("global_step", "max_steps"))
+    if not (isinstance(done, int) and isinstance(total, int)):
+        raise UserError(
+            f"{file}: 'global_step' or 'max_steps' is not a number; pass the --output_dir of a run"
+        )
+    return {**report, "steps": {"done": done, "total": total}}
 
 
 def report_from_log(run: Path, log: list[dict[str, Any]], status: str) -> dict[str, Any]:
@@ -196,5 +200,5 @@ def _read_json_object(file: Path, remedy: str) -> dict[str, Any]:
 
 def _check_log(content: dict[str, Any], key: str, file: Path) -> None:
     log = content.get(key)
-    if not isinstance(log, list) or not all(isinstance(record, dict) for record in log):
+    if not isinstance(log, list) or not all(map(is_record, log)):
         raise UserError(f"{file}: {key!r} is not a list of records; pass the --output_dir of a run")

@@ -55,7 +55,16 @@ def test_other_ranks_write_nothing(tmp_path):
 
 def test_damaged_and_incomplete_lines_are_left_out(tmp_path):
     records = [json.dumps({"step": step}).encode() for step in (1, 2, 3)]
-    lines = [records[0], b'{"step": ', b"7", b"\xff", records[1], b"[" * 100_000, records[2]]
+    lines = [
+        records[0],
+        b'{"step": ',
+        b"7",
+        b"\xff",
+        b'{"step": null}',
+        records[1],
+        b"[" * 100_000,
+        records[2],
+    ]
     (tmp_path / LOG).write_bytes(b"\n".join(lines))
     assert read_log(tmp_path / LOG) == [{"step": 1}, {"step": 2}]  # the last line has no line break yet
     assert read_log(tmp_path / "none") == []

@@ -236,6 +236,12 @@ def test_a_run_without_report_is_read_from_its_newest_trainer_state(tmp_path):
         ("report.json", '{"log": [], "steps": null}', "{run}/report.json: 'steps' is not an object; pass"),
         ("report.json", '{"log": [], "status": 3}', "{run}/report.json: 'status' is not a text; pass"),
         ("report.json", '{"log": [], "tokens": {}}', "{run}/report.json: 'tokens' is not a list; pass"),
+        ("report.json", '{"log": [{"step": null}]}', "{run}/report.json: 'log' is not a list of records"),
+        (
+            "trainer_state.json",
+            '{"log_history": [], "global_step": null}',
+            "{run}/trainer_state.json: 'global_step' or 'max_steps' is not a number",
+        ),
         ("trainer_state.json", "", "{run}/trainer_state.json: broken JSON (.*); pass a run"),
         ("trainer_state.json", "{}", "{run}/trainer_state.json: 'log_history' is not a list of records"),
     ],
