@@ -20,7 +20,7 @@ if not __package__:  # started as a file, not as an installed command
 
 from dft.errors import UserError, report_user_errors
 from dft.files import convert_write_errors
-from dft.report.live_runs import find_runs
+from dft.report.live_runs import MAX_FOLDERS, exceeds_search, find_runs
 from dft.report.pages.comparison import comparison_page, comparison_picture, runs_of
 from dft.report.pages.run import REPORT_PAGE, run_page, run_picture, write_page
 from dft.report.saved_report import folder_of, load_report
@@ -100,6 +100,11 @@ def serve(options: argparse.Namespace) -> None:
     with ReportServer(LivePages(folders, seconds), options.host or HOST, port) as server:
         count = len(find_runs(folders))
         print(f"{count} run{'' if count == 1 else 's'} at {server.url} (Ctrl-C ends this)", flush=True)
+        if exceeds_search(folders):
+            print(
+                f"warning     only the first {MAX_FOLDERS:,} folders are searched, so runs may be missing; name "
+                "folders closer to the runs"
+            )
         if server.is_local:
             there = server.server_address[1]
             print(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,21 @@ class LiveRun:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """Return the output directories of all runs in the folders and up to `MAX_DEPTH` levels below them."""
-    runs: dict[Path, None] = {}
-    searched = 0
-    for folder in folders:
-        for path, is_run in _walk(folder, MAX_DEPTH):
-            searched += 1
-            if is_run:
-                runs[path] = None
-            if searched >= MAX_FOLDERS:
-                break
-    return list(runs)
+    """Return the output directories of all runs in the folders and up to `MAX_DEPTH` levels below them.
+
+    Only the first `MAX_FOLDERS` folders are searched.
+    """
+    searched = islice(_walk_all(folders), MAX_FOLDERS)
+    return list(dict.fromkeys(path for path, is_run in searched if is_run))
+
+
+def exceeds_search(folders: Sequence[Path]) -> bool:
+    """Return whether there are more folders than `find_runs` searches."""
+    return any(True for _ in islice(_walk_all(folders), MAX_FOLDERS, None))
+
+
+def _walk_all(folders: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
+    return chain.from_iterable(_walk(folder, MAX_DEPTH) for folder in folders)
 
 
 def _walk(folder: Path, depth: int) -> Iterator[tuple[Path, bool]]:

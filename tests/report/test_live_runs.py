@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dft.report.live_runs import FRESH, State, find_runs, fingerprint, key_of, load_run
+from dft.report import live_runs
+from dft.report.live_runs import FRESH, State, exceeds_search, find_runs, fingerprint, key_of, load_run
 from dft.report.log_file import LOG
 from dft.report.saved_report import RUN_REPORT, load_report
 from dft.training.checkpoints.output_lock import LOCK_FILE
@@ -125,6 +126,15 @@ def test_runs_are_found_two_levels_deep_and_not_inside_of_runs(tmp_path):
     assert find_runs([tmp_path]) == [runs[0], tmp_path / "old", runs[1]]
     assert find_runs([tmp_path, runs[1], runs[3]]) == [runs[0], tmp_path / "old", runs[1], runs[3]]
     assert find_runs([tmp_path / "nowhere"]) == []
+
+
+def test_folders_beyond_the_limit_are_not_searched(tmp_path, monkeypatch):
+    folders = [save_run(tmp_path / name) for name in ("a", "b", "c")]
+    assert find_runs([tmp_path]) == folders and not exceeds_search([tmp_path])
+    monkeypatch.setattr(live_runs, "MAX_FOLDERS", 4)  # the folder itself counts
+    assert find_runs([tmp_path]) == folders and not exceeds_search([tmp_path])
+    monkeypatch.setattr(live_runs, "MAX_FOLDERS", 3)
+    assert find_runs([tmp_path]) == folders[:2] and exceeds_search([tmp_path])
 
 
 def test_keys_differ_and_fingerprints_change_with_the_files(tmp_path):

@@ -295,6 +295,15 @@ def test_other_addresses_than_that_of_this_machine_are_a_warning(tmp_path, monke
     assert "warning     everyone who can reach this address can read" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("exceeds", [True, False])
+def test_folders_that_are_not_searched_are_a_warning(tmp_path, monkeypatch, capsys, exceeds):
+    save(tmp_path / "a", run_report())
+    monkeypatch.setattr(script.ReportServer, "serve_forever", lambda server: None)
+    monkeypatch.setattr(script, "exceeds_search", lambda folders: exceeds)
+    run(monkeypatch, tmp_path, "--serve", "a", "--port", "0")
+    assert ("only the first 5,000 folders are searched" in capsys.readouterr().out) is exceeds
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
