@@ -102,8 +102,8 @@ def serve(options: argparse.Namespace) -> None:
         print(f"{count} run{'' if count == 1 else 's'} at {server.url} (Ctrl-C ends this)", flush=True)
         if exceeds_search(folders):
             print(
-                f"warning     only the first {MAX_FOLDERS:,} folders are searched, so runs may be missing; name "
-                "folders closer to the runs"
+                f"warning     only the first {MAX_FOLDERS:,} folders are searched, so runs may be missing; "
+                "name folders closer to the runs"
             )
         if server.is_local:
             there = server.server_address[1]
