@@ -47,7 +47,8 @@ INHERITED_HEAD = """# Flags of transformers
 <!-- Written by scripts/make_flags_page.py from dft/arguments/inherited.py. Do not edit. -->
 
 What this trainer does with every field of `transformers.TrainingArguments` of the pinned version.
-`tests/arguments/test_inherited.py` fails if a field has no row, and tests what the rows say.
+`tests/arguments/test_inherited.py` fails if a field has no row. It tests every row that is refused or has no
+effect, and of those passed on the ones that concern the steps on a CPU; the others were not run.
 
 - *handled here*: it has another default, meaning or implementation, or its values are checked.
 - *passed on*: transformers, accelerate, torch or a tracker implements it. It has no part in the loss.

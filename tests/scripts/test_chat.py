@@ -1,10 +1,17 @@
 """scripts/chat.py: one question, questions from standard input, commands, saved conversations and errors."""
 
+import fcntl
 import io
 import json
+import os
+import pty
 import re
+import select
 import shutil
+import signal
+import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -12,6 +19,7 @@ import pytest
 from dft.data.conversations.conversation import parse_conversation
 from dft.errors import UserError
 from scripts import chat as script
+from tests.launching import ROOT
 from tests.scripts.test_merge_lora import adapt
 
 SHORT = ("--max_new_tokens", "5", "--temperature", "0")
@@ -129,6 +137,55 @@ def test_errors_ctrl_c_and_ctrl_d_in_a_terminal(loaded, monkeypatch, tiny, capsy
     printed = capsys.readouterr().out
     assert "error: /nope: no such command" in printed and "Ctrl-D ends the conversation" in printed
     assert printed.count("[cut off at --max_new_tokens, after 5 tokens]") == 1 and script.HELP in printed
+
+
+SLOW_ANSWER = """
+import sys, time
+from scripts import chat
+
+def show(piece, style):
+    print("PIECE", flush=True)
+    time.sleep(600)
+
+chat._print_piece = show
+sys.argv = ["chat.py", *sys.argv[1:]]
+chat.main()
+"""
+
+
+def controlled_by_terminal() -> None:
+    """Let the keys of the terminal on standard input send signals to this process."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may ignore it for the tests
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_stops_the_answer_and_the_conversation_goes_on(tiny):
+    """The first piece of the answer waits for the Ctrl-C, however slow the machine is."""
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_ANSWER, str(tiny), *SHORT], stdin=end, stdout=end, stderr=end, cwd=ROOT,
+        start_new_session=True, preexec_fn=controlled_by_terminal,
+    )  # fmt: skip
+    os.close(end)
+    try:
+        for expected, typed in (
+            ("\n> ", b"1 + 1?\n"), ("PIECE", b"\x03"), ("[stopped by Ctrl-C, after ", b""),
+            ("> ", b"/nope\n"), ("error: /nope: no such command", b""), ("> ", b"\x04"),
+        ):  # fmt: skip
+            read_until(terminal, expected)
+            os.write(terminal, typed)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        os.close(terminal)
+
+
+def read_until(terminal: int, expected: str) -> None:
+    text = ""
+    while expected not in text:
+        assert select.select([terminal], [], [], 300)[0], f"no {expected!r} after {text!r}"
+        text += os.read(terminal, 1).decode(errors="replace")
 
 
 def without(tiny: Path, folder: Path, *names: str) -> Path:
