@@ -1,5 +1,6 @@
 """Sampler that visits every example exactly once per epoch on any number of ranks."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -92,7 +93,10 @@ class WithBlank(Dataset):
 
     def __init__(self, dataset: Sequence[Mapping[str, Any]], token_id: int) -> None:
         self.dataset = dataset
-        self.blank = {"input_ids": [token_id], "labels": [IGNORE_INDEX]}
+        self.blank: dict[str, list[float]] = {"input_ids": [token_id], "labels": [IGNORE_INDEX]}
+        # The batch of a rank may consist of blanks, and some objectives need the column in every batch.
+        if len(dataset) and "base_logp" in dataset[0]:
+            self.blank["base_logp"] = [math.nan]
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dft.data.batches.collator import FlatCollator, base_logp_of
 from dft.data.batches.sampler import BLANK, EpochSampler, WithBlank
 
 
@@ -54,3 +55,12 @@ def test_blank_is_unsupervised_and_other_examples_are_unchanged():
     dataset = WithBlank([{"input_ids": [4, 5], "labels": [-100, 5]}], token_id=9)
     assert dataset[BLANK] == {"input_ids": [9], "labels": [-100]}
     assert dataset[0] == {"input_ids": [4, 5], "labels": [-100, 5]} and len(dataset) == 1
+
+
+def test_a_batch_of_blanks_has_the_scores_of_the_base_model_if_the_data_has_them():
+    """Objectives that need them fail without the column, and ranks without rows get such batches."""
+    example = {"input_ids": [4, 5], "labels": [-100, 5], "base_logp": [float("nan"), -1.0]}
+    blank = WithBlank([example], token_id=9)[BLANK]
+    scores = base_logp_of(FlatCollator()([blank, blank]))
+    assert scores is not None and scores.shape == (1, 2) and scores.isnan().all()
+    assert base_logp_of(FlatCollator()([example, blank]))[0, 1] == -1
