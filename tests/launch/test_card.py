@@ -69,7 +69,7 @@ def test_the_card_of_the_best_model_describes_its_weights_and_not_the_last_step(
 
 def test_the_card_of_a_resumed_run_names_the_flags_that_changed(example, forks, tmp_path):
     flags = {"per_device_train_batch_size": 32, "eval_data_files": None, "save_strategy": "steps"}
-    flags |= {"save_steps": 2, "report": True}
+    flags |= {"save_steps": 2}
     assert forks.run(example.words(tmp_path, **flags, max_steps=4))[0] == [0]
     resume = {"resume_from_checkpoint": tmp_path / "checkpoint-2", "learning_rate": 1e-5, "max_steps": 6}
     resume |= {"dft_alpha": 0.5}

@@ -68,7 +68,7 @@ def test_the_short_command_line_trains_on_a_split_of_its_data(example, forks):
         "--model_name_or_path", str(example.model), "--data_files", str(example.train), str(example.other),
         "--deepspeed", str(ROOT / "ds_config/zero3.json"), "--output_dir", str(output),
         "--logging_dir", str(example.folder / "tracker"), *COMMAND.split(),
-        "--max_train_samples", "64", "--logging_steps", "1",
+        "--max_train_samples", "64", "--logging_steps", "1", "--preprocessing_num_workers", "2",
     ]  # fmt: skip
     codes, printed = forks.run(words, ranks=2)
     assert codes == [0, 0], printed
