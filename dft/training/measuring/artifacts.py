@@ -23,8 +23,6 @@ def log_artifacts(
 ) -> None:
     """Log the final model and the reports to the trackers that have artifacts, on rank 0.
 
-    The model's files are those that were saved, among which are no pickled arguments.
-
     Args:
         args: the training arguments.
         model_files: names of the files of the final model in the output directory.

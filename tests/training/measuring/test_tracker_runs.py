@@ -28,9 +28,11 @@ from dft.training.measuring.tracker_callbacks import (
 from dft.training.measuring.tracker_runs import RUNS_FILE, TrackerRuns
 from dft.training.measuring.tracker_setup import check_mlflow_server, prepare_trackers
 from dft.training.measuring.trackers import MLFLOW_CHARACTERS, RunRecordCallback
+from dft.training.run import prepare_run
 from dft.training.run_options import RunOptions
 from dft.training.trainer import DFTTrainer
 from tests.launching import free_port
+from tests.training.model.loading_helpers import arguments
 from tests.training.test_trainer import conversations, tiny, trainer
 
 TOKEN = "hf_" + "s3cret" * 6
@@ -217,17 +219,19 @@ def test_mlflow_without_the_packages_of_its_database_is_an_error(local, monkeypa
         prepare_trackers(["mlflow"])
 
 
-def test_a_server_of_mlflow_that_does_not_answer_is_an_error_before_any_work(local):
+def test_a_server_of_mlflow_that_does_not_answer_is_an_error_before_any_work(local, folder):
     uri = f"http://someone:hunter2@127.0.0.1:{free_port()}"
     mlflow.set_tracking_uri(uri)
+    words = ["--output_dir", str(local / "out"), "--report_to"]
     with pytest.raises(UserError) as caught:
-        check_mlflow_server(["tensorboard", "mlflow"])
+        prepare_run(arguments(folder, *words, "tensorboard", "mlflow"))
     message = str(caught.value)
     shown = uri.replace("hunter2", "***")
     assert message.startswith(f"--report_to mlflow: its store {shown} cannot be used (API request to ")
     assert "Connection refused" in message and "hunter2" not in message and "\n" not in message
     assert message.endswith("; start or correct it (MLFLOW_TRACKING_URI), or remove mlflow from --report_to")
     check_mlflow_server(["tensorboard"])
+    prepare_run(arguments(folder, *words, "mlflow", "--plan", "True"))  # trains nothing
 
 
 def start_mlflow(folder: Path) -> MLflowRunCallback:
