@@ -1,7 +1,7 @@
 """Measure what docs/questions.md answers: how DFT's loss behaves, with all weights and with LoRA.
 
-    python scripts/study/questions.py runs/questions --gsm8k GSM8K          # half an hour beside other work
-    python scripts/study/questions.py runs/quick --gsm8k GSM8K --quick      # to test the script
+    python scripts/study/questions.py runs/questions --gsm8k GSM8K          # 5 minutes on one core
+    python scripts/study/questions.py runs/quick --gsm8k GSM8K --quick      # 10 seconds, to test the script
 
 GSM8K is a folder with train.chatml.jsonl and test.chatml.jsonl. A model of 0.9 million weights learns from it
 by SFT, which makes the base model; from there it is trained by SFT and by DFT, with all weights and with
