@@ -152,7 +152,7 @@ TREATMENTS = {
     "label_names": Inherited(_HERE, "the columns that the loss reads are added"),
     "train_sampling_strategy": Inherited(_HERE, "random, sequential or group_by_length"),
     "length_column_name": Inherited(_UNUSED, "lengths are those of the token ids"),
-    "ddp_find_unused_parameters": Inherited(_HERE, "set where a model has weights that no batch uses"),
+    "ddp_find_unused_parameters": Inherited(_HERE, "False, unless a batch may not use all weights"),
     "ddp_bucket_cap_mb": Inherited(_PASSED, _DDP),
     "ddp_broadcast_buffers": Inherited(_PASSED, _DDP),
     "ddp_static_graph": Inherited(_PASSED, _DDP),

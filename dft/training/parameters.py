@@ -1,5 +1,7 @@
 """Sizes, shapes and precision of model parameters, whether or not ZeRO-3 shards them."""
 
+import re
+
 import torch
 import transformers
 import xxhash
@@ -7,6 +9,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 GIB = 2**30
+EVERY_WEIGHT_USED = frozenset({
+    "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "gemma3", "glm4_moe",
+    "glm4_moe_lite", "gpt_oss", "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "jamba", "llama4_text",
+    "minimax", "minimax_m2", "mistral3", "mixtral", "olmoe", "phimoe", "qwen2_5_vl", "qwen2_moe", "qwen3_5",
+    "qwen3_5_moe_text", "qwen3_moe", "qwen3_next",
+})  # fmt: skip
+"""Mixtures of experts and multimodal models of transformers 5.23 in which each weight of the text part gets a
+gradient from every text. The weights of all experts of a layer are one parameter there.
+
+Others have weights that no text reaches, such as indexers of sparse attention, cross-attention to images, and
+experts where all tokens may be sent to one that computes nothing.
+"""
 
 
 def element_count(parameter: nn.Parameter) -> int:
@@ -45,9 +59,7 @@ def freeze_unused_parts(model: PreTrainedModel) -> list[str]:
     """
     if model.config.get_text_config() is model.config:
         return []
-    used = {id(parameter) for parameter in model.get_decoder().parameters()}
-    head = model.get_output_embeddings()
-    used.update(id(parameter) for parameter in (head.parameters() if head is not None else ()))
+    used = _text_weights(model)
     names = set()
     for name, parameter in model.named_parameters():
         if id(parameter) not in used:
@@ -61,13 +73,31 @@ def resolve_find_unused_parameters(
 ) -> bool | None:
     """Return whether DDP has to look for parameters without a gradient; None leaves it to transformers.
 
-    transformers lets DDP search in every model. That costs time in each step, and each rank warns if all
-    parameters have a gradient. Only experts that no token was routed to, and image or audio modules, have
-    none.
+    transformers lets DDP search in every model. That costs time in each micro-batch, and each rank warns if
+    all parameters have a gradient. Without the search, a parameter that has none is an error.
     """
     configured = training.ddp_find_unused_parameters
-    is_text_only = model.config.get_text_config() is model.config
-    has_experts = any(".experts." in name for name, _ in model.named_parameters())
-    if configured is None and is_text_only and not has_experts:
+    if configured is None and _uses_every_weight(model):
         return False
     return configured
+
+
+def _uses_every_weight(model: PreTrainedModel) -> bool:
+    """Return whether every trained weight gets a gradient from every batch."""
+    named = dict(model.named_parameters())
+    is_text_only = model.config.get_text_config() is model.config
+    if is_text_only and not any(".experts." in name for name in named):
+        return True
+    if model.config.model_type not in EVERY_WEIGHT_USED:
+        return False
+    if any(re.search(r"\.experts\.\d+\.", name) for name in named):
+        return False  # custom code whose experts are modules: one that no token is sent to has no gradient
+    used = _text_weights(model)
+    return is_text_only or all(id(weight) in used for weight in named.values() if weight.requires_grad)
+
+
+def _text_weights(model: PreTrainedModel) -> set[int]:
+    """Return the identities of the weights of a model's decoder and output embedding."""
+    head = model.get_output_embeddings()
+    modules = [model.get_decoder(), *([] if head is None else [head])]
+    return {id(parameter) for module in modules for parameter in module.parameters()}
