@@ -97,9 +97,10 @@ def foretell(
     steps = {} if isinstance(first_step, str) else first_step.shares()
     same = {name: _equal_to(name, objectives) for name in names}
     mean_p = float(table.p_correct.mean())
+    assert table.weights is not None
+    own = table.weights / table.weights[:, [names.index("sft")]]  # without the weights of the data
     for index, (name, row) in enumerate(rows.items()):
-        assert table.weights is not None
-        row["largest_weight"] = float(table.weights[:, index].max())
+        row["largest_weight"] = float(own[:, index].max())
         row["noise"] = None if isinstance(noise, str) else noise["shares"][name]
         row["first_step"] = steps.get(name)
         row["same_first_step_as"] = same[name]

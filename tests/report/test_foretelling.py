@@ -125,6 +125,15 @@ def test_weights_of_the_data_multiply_those_of_the_objectives(trainer):
     assert (weights == 0.5).all()
 
 
+def test_a_factor_on_all_weights_of_the_data_does_not_change_the_ranking(trainer, report):
+    rows = [dict(row, loss_weights=[4.0] * len(row["input_ids"])) for row in trainer.train_dataset.rows]
+    weighted = score_sample(trainer, Rows(rows), Decoder, "tiny", 0)["objectives"]["ranking"]
+    assert list(weighted) == list(report["objectives"]["ranking"])
+    for name, row in report["objectives"]["ranking"].items():
+        assert weighted[name]["score"] == pytest.approx(row["score"], abs=1e-5), name
+        assert weighted[name]["largest_weight"] == pytest.approx(row["largest_weight"], abs=1e-5)
+
+
 def test_answers_are_swapped_within_a_file_and_only_where_they_differ():
     rows = [
         {"input_ids": [1, 2, 3, 9], "labels": [-100, -100, 3, 9], "origins": [(0, 1)]},
