@@ -10,6 +10,7 @@ from dft.console import say
 from dft.data.preparing.prepare import PreparedData
 from dft.ranks import is_main_process
 from dft.report.terminal.base_scores import filter_lines
+from dft.report.terminal.data import MAX_LISTED_FILES
 from dft.training.base_scores.run import add_base_scores
 
 
@@ -24,7 +25,7 @@ def score_data(
         return data
     scored = add_base_scores(arguments, model, tokenizer, data)
     if "base_filter" in scored.report:
-        say(*filter_lines(scored.report["base_filter"]))
+        say(*filter_lines(scored.report["base_filter"], MAX_LISTED_FILES))
         if is_main_process():
             scored.write_report(Path(arguments.training.output_dir))
         check_batches(arguments, len(scored.datasets["train"]))

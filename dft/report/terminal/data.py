@@ -14,6 +14,7 @@ from dft.data.batches.dataset import Sequences
 from dft.data.preparing.evaluation_sets import splits_of
 from dft.data.preparing.prepare import REJECTED
 from dft.labels import IGNORE_INDEX
+from dft.report.terminal.base_scores import filter_lines
 
 SUPERVISED, OTHER = ">> |", "   |"
 MAX_LISTED_FILES = 20
@@ -33,7 +34,7 @@ GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
 def data_summary(report: Mapping[str, Any], folder: str | None = None) -> list[str]:
-    """Return a few lines on the conversations that are used, truncated and dropped.
+    """Return a few lines on the conversations that are used, truncated and dropped, and on filtered tokens.
 
     Args:
         report: `PreparedData.report`.
@@ -43,7 +44,8 @@ def data_summary(report: Mapping[str, Any], folder: str | None = None) -> list[s
     for split in splits_of(report):
         lines += _split_lines(split, report)
     lines += _unread_lines(report) + _lost_lines(report, folder) + _ending_lines(report)
-    return lines + _mean_weight_lines(report) + _warning_lines(report)
+    filtered = filter_lines(report["base_filter"], MAX_LISTED_FILES) if "base_filter" in report else []
+    return lines + _mean_weight_lines(report) + filtered + _warning_lines(report)
 
 
 def data_details(report: Mapping[str, Any], folder: str | None = None) -> list[str]:

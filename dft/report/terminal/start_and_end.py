@@ -80,7 +80,7 @@ def start_lines(
         batching: how batches are formed, from `describe_batching`.
     """
     training, settings = arguments.training, resolved_settings(arguments, model)
-    train = report["train"]
+    train = _trained(report)
     steps = count_optimizer_steps(training, train["rows"])
     memory = estimate_memory(model, training, _tokens_per_micro_batch(arguments, train))
     lines = [
@@ -101,6 +101,15 @@ def start_lines(
             "training metrics are logged"
         )
     return lines + _interval_lines(training, steps)
+
+
+def _trained(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers of the training data, without what --drop_tokens_below_base_p leaves out."""
+    train, counts = report["train"], report.get("base_filter")
+    if counts is None:
+        return train
+    supervised = train["supervised_tokens"] - counts["dropped_tokens"]
+    return {**train, "rows": counts["rows"], "supervised_tokens": supervised}
 
 
 def _interval_lines(training: TrainingArguments, steps: int) -> list[str]:

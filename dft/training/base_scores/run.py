@@ -245,7 +245,7 @@ def filter_data(data: PreparedData, min_p: float, end_of_turn_ids: Sequence[int]
     """
     train = data.datasets["train"]
     filtered, counts = train.filtered(BaseFilter(min_p, tuple(end_of_turn_ids)))
-    report = counts.describe(min_p, train.files)
+    report = {**counts.describe(min_p, train.files), "rows": len(filtered)}
     if not len(filtered):
         raise UserError(
             f"--drop_tokens_below_base_p {min_p:g}: no supervised token has a base p of at least that; use a "

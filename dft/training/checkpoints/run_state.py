@@ -297,8 +297,8 @@ class RunFacts:
             )
         elif before.get("content", now["content"]) != now["content"]:  # missing in earlier versions
             lines.append(
-                "warning     the training data differ from those of the checkpoint in tokens, supervision or "
-                "weights: training continues with those of this run at the same position"
+                "warning     the training data differ from those of the checkpoint in tokens, supervision, "
+                "weights or base scores: training continues with those of this run at the same position"
             )
         for name in ORDER_FLAGS:
             if before[name] != now[name]:

@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from dft.report.terminal.start_and_end import _interval_lines, _schedule_lines
+from dft.report.terminal.start_and_end import _interval_lines, _schedule_lines, _trained
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,12 @@ def test_intervals_that_are_a_share_of_the_run_are_shown_in_steps(tmp_path):
         "--save_steps 0.1 is every 7 steps"
     )
     assert _interval_lines(transformers.TrainingArguments(str(tmp_path), use_cpu=True), 70) == []
+
+
+def test_what_a_filter_leaves_out_is_not_counted():
+    train = {"rows": 10, "supervised_tokens": 100, "tokens": 300}
+    assert _trained({"train": train}) == train
+    counts = {"rows": 9, "dropped_tokens": 30}
+    assert _trained({"train": train, "base_filter": counts}) == {
+        "rows": 9, "supervised_tokens": 70, "tokens": 300,
+    }  # fmt: skip

@@ -166,6 +166,7 @@ def test_sequences_without_a_token_left_are_left_out(tiny, data, shared, monkeyp
         rows = scored.datasets["train"]
         assert scored.report["base_filter"]["dropped_sequences"] == 10
         assert sum(len(row.get("seq_lengths", [0])) for row in rows) == 14
+        assert scored.report["base_filter"]["rows"] == len(rows) < len(whole)
         assert all((row["labels"] != -100).any() for row in rows)
         for row, origins in zip(rows, map(rows.origins, range(len(rows))), strict=True):
             assert np.array_equal(row["origins"], np.array(origins))
