@@ -1,5 +1,7 @@
 """The callback that compares p before and after training for the report."""
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +18,7 @@ from dft.data.batches.dataset import Sequences
 from dft.report.report_callback import token_texts
 from dft.training.base_scores.comparison import Comparison, compare
 from dft.training.base_scores.scorer import SequenceScorer
+from dft.training.checkpoints.run_state import weights_step
 
 SEQUENCES = 256
 """Maximum number of sequences of each data file that are scored again after training."""
@@ -28,11 +31,16 @@ CONTEXT = 16
 
 
 class ComparedTrainer(Protocol):
-    """Interface of the trainer that the callback uses; implemented by `DFTTrainer`."""
+    """Interface of the trainer that the callback uses; implemented by `DFTTrainer`.
+
+    Attributes:
+        averaged: returns a context in which the model has the average of its weights, if the run keeps one.
+    """
 
     model: Any
     model_wrapped: Any
     args: TrainingArguments
+    averaged: Callable[[], AbstractContextManager[None]]
 
 
 class BaseScoresCallback(TrainerCallback):
@@ -41,8 +49,7 @@ class BaseScoresCallback(TrainerCallback):
     Args:
         trainer: the trainer.
         record: `dft.report.run_record.run_record`; receives `base_scores`.
-        dataset: data with base scores: the first evaluation set, or the training data if there is none.
-        split: its name.
+        datasets: data with base scores by name: the evaluation sets, or the training data if there are none.
         fused_head: value of --fused_head.
         tokenizer: decodes the tokens of the examples.
     """
@@ -51,29 +58,36 @@ class BaseScoresCallback(TrainerCallback):
         self,
         trainer: ComparedTrainer,
         record: dict[str, Any],
-        dataset: Sequences,
-        split: str,
+        datasets: Mapping[str, Sequences],
         fused_head: str,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        self._trainer, self._record, self._dataset, self._split = trainer, record, dataset, split
+        self._trainer, self._record, self._datasets = trainer, record, datasets
         self._fused_head, self._tokenizer = fused_head, tokenizer
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Compare the tokens on all ranks. Training has ended, so this does not count as its time."""
-        sample = self._dataset.sample(SEQUENCES, args.seed)
+        """Compare the tokens on all ranks, with the weights that the final model will have.
+
+        Training has ended, so this does not count as its time.
+        """
+        step = weights_step(state, args, is_training=False)
+        self._record["base_scores"] = comparisons = []
+        for split, dataset in self._datasets.items():
+            with self._trainer.averaged():
+                comparison = self._compare(dataset.sample(SEQUENCES, args.seed), args)
+            comparisons.append(describe(comparison, split, step, self._tokenizer))
+            before, after = comparison.before.mean(), comparison.after.mean()
+            say(
+                f"base p      mean p of {len(comparison.before):,} {split} tokens: {before:.4f} before "
+                f"training, {after:.4f} after"
+            )
+
+    def _compare(self, sample: Sequences, args: TrainingArguments) -> Comparison:
         model, forward = self._trainer.model, self._trainer.model_wrapped
         longest = int(sample.lengths.max())
-        scorer = SequenceScorer(model, forward, args, sample, self._fused_head, longest)
-        comparison = compare(scorer, sample)
-        self._record["base_scores"] = describe(comparison, self._split, state.global_step, self._tokenizer)
-        before, after = comparison.before.mean(), comparison.after.mean()
-        say(
-            f"base p      mean p of {len(comparison.before):,} {self._split} tokens: {before:.4f} before "
-            f"training, {after:.4f} after"
-        )
+        return compare(SequenceScorer(model, forward, args, sample, self._fused_head, longest), sample)
 
 
 def describe(

@@ -63,7 +63,6 @@ def _base_scores_callback(
     data: PreparedData,
     record: dict[str, Any],
 ) -> BaseScoresCallback:
-    """Return the callback that compares the tokens of the first evaluation set, or of the training data."""
-    split = next((name for name in data.datasets if name != "train"), "train")
-    dataset, fused_head = data.datasets[split], arguments.dft.fused_head
-    return BaseScoresCallback(trainer, record, dataset, split, fused_head, encoder.tokenizer)
+    """Return the callback that compares the tokens of the evaluation sets, or of the training data."""
+    sets = {name: dataset for name, dataset in data.datasets.items() if name != "train"} or data.datasets
+    return BaseScoresCallback(trainer, record, sets, arguments.dft.fused_head, encoder.tokenizer)

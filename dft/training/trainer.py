@@ -99,7 +99,7 @@ class DFTTrainer(transformers.Trainer):
         loss.model_config.use_cache = args.use_cache  # Trainer sets only the outer configuration
         data = (lambda: self.data_collator, lambda: self.train_dataset, self.processing_class)
         run = Components(model, args, self.options, self.accelerator, loss, *data, log_per_file, on_nonfinite)
-        self._run, run.publisher.repo_id = run, self.hub_model_id
+        self._run, self.averaged, run.publisher.repo_id = run, run.average.applied, self.hub_model_id
         self.end_of_turn_ids, self.exclude_time = run.recorder.end_of_turn_ids, run.recorder.exclude_time
         self.examples, self._order, self.first_step = run.recorder.examples, DataOrder(args), run.first_step
         self._tr_loss = torch.zeros((), device=args.device)  # Trainer recreates it in each run

@@ -1,5 +1,6 @@
-"""The section on p before against p after training: a picture, and the tokens that changed most."""
+"""The section on p before against p after training: pictures, and the tokens that changed most."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,24 +22,29 @@ class BaseScoresView:
     """What the page shows of a comparison.
 
     Attributes:
+        split: name of the data, such as "eval".
         svg: the picture.
         caption: how to read it, with the shares of tokens that rose and fell.
         tables: title and examples of the tokens whose p rose most, and fell most.
     """
 
+    split: str
     svg: Markup
     caption: str
     tables: list[tuple[str, list[dict[str, Any]]]]
 
 
-def base_scores_view(comparison: dict[str, Any] | None) -> BaseScoresView | None:
-    """Return the section, or None without a comparison.
+def base_scores_views(comparisons: Sequence[dict[str, Any]] | None) -> list[BaseScoresView]:
+    """Return what the page shows of each compared data set; nothing without a comparison.
 
     Args:
-        comparison: `base_scores` of the report.
+        comparisons: `base_scores` of the report.
     """
-    if not comparison or not comparison["tokens"]:
-        return None
+    compared = [comparison for comparison in comparisons or () if comparison["tokens"]]
+    return [_view(comparison, f"base-scores-{number}") for number, comparison in enumerate(compared)]
+
+
+def _view(comparison: dict[str, Any], name: str) -> BaseScoresView:
     counts = np.array(comparison["counts"])
     rose, fell = _moved(counts)
     caption = (
@@ -48,9 +54,10 @@ def base_scores_view(comparison: dict[str, Any] | None) -> BaseScoresView | None
         f"({100 * fell:.1f} %). "
         f"Mean p: {comparison['mean_before']:.3f} before, {comparison['mean_after']:.3f} after."
     )
-    svg = inline_svg(comparison_figure(counts), "base-scores", caption)
+    svg = inline_svg(comparison_figure(counts), name, caption)
     names = (("p rose most", "rises"), ("p fell most", "falls"))
-    return BaseScoresView(svg, caption, [(title, comparison[key]) for title, key in names if comparison[key]])
+    tables = [(title, comparison[key]) for title, key in names if comparison[key]]
+    return BaseScoresView(comparison["split"], svg, caption, tables)
 
 
 def _moved(counts: np.ndarray) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from dft.files import write_atomically
 from dft.metrics import CURVES, EVAL, FURTHER_CURVES, MACHINE, OVERVIEW, Metric, evaluation_prefixes
 from dft.report.pages import sections
-from dft.report.pages.base_scores import base_scores_view, visible
+from dft.report.pages.base_scores import base_scores_views, visible
 from dft.report.pages.figures import (
     TRAIN,
     Line,
@@ -87,7 +87,7 @@ def run_values(report: dict[str, Any], folder: Path) -> dict[str, Any]:
         "curves": curve_panels(log, CURVES),
         "further": curve_panels(log, FURTHER_CURVES),
         "histograms": histogram_panels(log),
-        "base_scores": base_scores_view(report["base_scores"]),
+        "base_scores": base_scores_views(report["base_scores"]),
         "samples": sample_views(read_samples(folder / SAMPLES)[0]),
         "conversations": conversation_views(report["tokens"]),
         "shades": range(SHADES),

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dft.report.base_scores_callback import BINS, describe
-from dft.report.pages.base_scores import base_scores_view, visible
+from dft.report.pages.base_scores import base_scores_views, visible
 from dft.training.base_scores.comparison import compare
 from dft.training.base_scores.scorer import SequenceScorer
 from tests.training.base_scores.scoring_helpers import arguments_of, expected_scores, score, write_rows
@@ -62,9 +62,9 @@ def test_the_page_shows_the_shares_that_moved():
         "split": "eval", "step": 9, "tokens": 10, "mean_before": 0.25, "mean_after": 0.5,
         "counts": counts.tolist(), "rises": [], "falls": [{"token": "<b>"}],
     }  # fmt: skip
-    view = base_scores_view(report)
+    (view,) = base_scores_views([report])
     assert "more likely (30.0 % by more than 0.1)" in view.caption and "(10.0 %)" in view.caption
     assert "<image" not in view.svg and view.svg.count("<path") > 20
     assert [title for title, _ in view.tables] == ["p fell most"]
-    assert base_scores_view(None) is None
+    assert base_scores_views(None) == [] == base_scores_views([{"tokens": 0}])
     assert visible(" a b\n ") == "·a b↵·"
