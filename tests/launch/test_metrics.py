@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dft.metrics import BINS
-from tests.launching import ROOT, eval_records, launch, train_records
+from tests.launching import ROOT, eval_records, train_records
 from tests.training.measuring.test_meter import tokens_of
 
 ALPHA = 0.6
@@ -157,7 +157,7 @@ def words_of(example, poisoned, output, **flags):
     )  # fmt: skip
 
 
-def test_zero3_stops_before_the_update_and_keeps_the_last_checkpoint(example, poisoned):
+def test_zero3_stops_before_the_update_and_keeps_the_last_checkpoint(example, forks, poisoned):
     """Two ranks take two conversations each per step, so line 20 is in step 5 on the second rank."""
     output = example.folder / "nonfinite-stop"
     words = words_of(
@@ -170,26 +170,26 @@ def test_zero3_stops_before_the_update_and_keeps_the_last_checkpoint(example, po
         report=True,
         verify_save=False,  # verification would find the NaN
     )
-    finished = launch(words, folder=example.folder, launcher="deepspeed", script=poisoned[2])
-    assert finished.code != 0
-    (line,) = [line for line in finished.output.splitlines() if "error: step" in line]
+    codes, printed = forks.run(words, 2, poisoned[2])
+    assert all(codes), printed
+    (line,) = [line for line in printed.splitlines() if "error: step" in line]
     assert "step 5: the loss of " in line and "on rank 1 is not finite" in line and "rank 0" not in line
     assert f"{poisoned[1]}:20" in line and "checkpoint-4" in line and "--on_nonfinite skip" in line
     assert not (output / "model.safetensors").exists() and (output / "checkpoint-4").is_dir()
     report = json.loads((output / "report.json").read_text())
     assert report["status"].startswith("stopped: step 5") and len(report["log"]) == 4
-    assert "Traceback" not in finished.output
+    assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "deepspeed"])
-def test_two_ranks_skip_the_same_step_and_continue(example, poisoned, launcher):
-    output = example.folder / f"nonfinite-skip-{launcher}"
-    config = ROOT / "ds_config/zero3.json" if launcher == "deepspeed" else None
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "zero3"])
+def test_two_ranks_skip_the_same_step_and_continue(example, forks, poisoned, kind):
+    output = example.folder / f"nonfinite-skip-{kind}"
+    config = ROOT / "ds_config/zero3.json" if kind == "zero3" else None
     words = words_of(example, poisoned, output, on_nonfinite="skip", deepspeed=config)
     flags = ["--verify_save", "False"]  # verification would find the NaN
-    finished = launch([*words, *flags], folder=example.folder, launcher=launcher, script=poisoned[2])
-    assert finished.code == 0, finished.output
-    (line,) = [line for line in finished.output.splitlines() if line.startswith("warning     step")]
+    codes, printed = forks.run([*words, *flags], 2, poisoned[2])
+    assert codes == [0, 0], printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("warning     step")]
     assert "step 5 is skipped" in line and f"{poisoned[1]}:20" in line
     records = train_records(output)
     assert [math.isfinite(record["grad_norm"]) for record in records] == [True] * 4 + [False, True]

@@ -49,10 +49,8 @@ def words_of(case: Case, folder: Path, tiny: Path, run: Path | None = None, rank
     return words
 
 
-def started(
-    tiny: Path, run: Path, folder: Path, ranks: int, cases: list[Case]
-) -> list[subprocess.Popen[bytes]]:
-    """Start one process per rank; each runs the cases one after the other."""
+def write_table(tiny: Path, run: Path, folder: Path, ranks: int, cases: list[Case]) -> None:
+    """Write the command lines of cases for `trying.py`."""
     rows = [
         {
             "name": case.name,
@@ -64,20 +62,19 @@ def started(
         for case in cases
     ]
     (folder / "table.json").write_text(json.dumps(rows))
-    return [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(folder / "table.json"), str(folder / "outcomes.json")],
-            cwd=folder,
-            env={
-                **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1",
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-            },
-            start_new_session=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
+
+
+def start(folders: dict[int, Path]) -> subprocess.Popen[bytes]:
+    """Start one process that runs the table of each folder on that number of ranks."""
+    words = [str(word) for ranks, folder in folders.items() for word in (folder, ranks)]
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *words],
+        env={
+            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1",
+        },
+        start_new_session=True,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -94,19 +91,15 @@ def outcomes(request, tiny, forks, tmp_path_factory) -> dict[int, Outcomes]:
     more += ["--model_name_or_path", str(tiny), "--data_files", str(tiny.parent / "a.jsonl")]
     (code,), printed = forks.run([*more, "--output_dir", str(run)])
     assert code == 0, printed
-    processes = [
-        process
-        for ranks, folder in folders.items()
-        for process in started(tiny, run, folder, ranks, selected[ranks])
-    ]
+    for ranks, folder in folders.items():
+        write_table(tiny, run, folder, ranks, selected[ranks])
+    process = start(folders)
     try:
-        for process in processes:
-            assert process.wait(3 * TIMEOUT) == 0  # about 200 runs
+        assert process.wait(3 * TIMEOUT) == 0  # about 200 runs
     finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return {
         ranks: [json.loads((folder / f"outcomes.{rank}.json").read_text()) for rank in range(ranks)]
         for ranks, folder in folders.items()

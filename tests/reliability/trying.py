@@ -1,8 +1,9 @@
-"""Run train_dft.py with a list of command lines and write the outcome of each: TABLE.json OUT.json.
+"""Run train_dft.py with lists of command lines and write the outcome of each: FOLDER RANKS ...
 
-Each run is a fork of a process that has imported everything, so that it starts quickly and leaves no state
-behind. With RANK and WORLD_SIZE set, every rank is given the same table, and starts the next run when all
-ranks have finished this one.
+The command lines are in table.json of each folder, and the outcomes on each rank are written to it. The
+tables run concurrently, on the given numbers of ranks. Each run is a fork of a process that has imported
+everything, so that it starts quickly and leaves no state behind. Every rank is given the same table, and
+starts the next run when all ranks have finished this one.
 """
 
 import json
@@ -14,14 +15,13 @@ import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import deepspeed  # noqa: F401  slow to import
 import torch
 
 import dft.data.sandbox.limits
 import dft.errors
-import dft.fine_tune  # noqa: F401  slow to import
 import train_dft
 from dft.errors import EXIT_USER_ERROR, UserError
+from tests.forking import preload
 from tests.launching import free_port
 
 PATIENCE = 60
@@ -90,18 +90,35 @@ def agreed_port(file: Path, rank: int) -> int:
     return int(file.read_text())
 
 
-def main() -> None:
-    torch.set_num_threads(1)  # thread pools do not survive a fork
-    table, results = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    outcomes = {}
-    for row in table:
+def run_table(folder: Path, rank: int, ranks: int) -> None:
+    """Carry out all runs of a table on one rank and write their outcomes."""
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ.update({name: str(value) for name, value in world.items()})
+    os.chdir(folder)
+    results, outcomes = folder / "outcomes.json", {}
+    for row in json.loads((folder / "table.json").read_text()):
         name = row["name"]
         port = agreed_port(results.with_suffix(f".{name}.port"), rank)
         ended = [results.with_suffix(f".{name}.{(rank + other) % ranks}") for other in range(ranks)]
         log = results.with_suffix(f".{rank}.log")
         outcomes[name] = outcome(row["words"], port, log, ended, row["template_seconds"])
     results.with_suffix(f".{rank}.json").write_text(json.dumps(outcomes))
+
+
+def main() -> None:
+    preload()
+    torch.set_num_threads(1)  # thread pools do not survive a fork
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=run_table, args=(Path(folder), rank, int(ranks)))
+        for folder, ranks in zip(sys.argv[1::2], sys.argv[2::2], strict=True)
+        for rank in range(int(ranks))
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(abs(process.exitcode) for process in processes))
 
 
 if __name__ == "__main__":
