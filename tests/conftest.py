@@ -1,6 +1,7 @@
 """Fixtures shared by all tests. None needs a network or writes outside temporary folders."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dft.data.templates.tokenizer import CHATML
 from scripts.make_example import tiny_model, train_tokenizer
+from tests.forking import Forks, forking
 from tests.reliability.spoiling import GOOD, LINE
 
 # fmt: off
@@ -74,6 +76,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder / "model")
     (folder / "a.jsonl").write_bytes(LINE * 2)
     return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Start runs without a launcher as forks of one process, with their own home folder."""
+    with forking(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from dft.training.parallel import rank_watchdog, stopping
 from tests.launching import ROOT, free_port
 
-TIME_LIMIT = 120
-"""Seconds after which a run counts as hung."""
+TIME_LIMIT = 240
+"""Seconds after which a run counts as hung, unless the environment variable of this name sets others."""
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Forks:
         Args:
             words: flags of train_dft.py.
             ranks: number of ranks.
-            script: program to run, which calls `train_dft.main`.
+            script: program to run as the main program.
             **env: environment variables of the run, including those of `tests.dying`.
         """
         self._count += 1
@@ -104,6 +106,15 @@ class Forks:
         """Run to completion; return the exit codes of the ranks and their output."""
         run = self.start(words, ranks, script, **env)
         return run.codes(), run.output
+
+    def processes(self) -> list[int]:
+        """Return the ids of all processes that ranks have forked and that are still running."""
+        processes = []
+        for process in psutil.pids():
+            with suppress(ProcessLookupError):
+                if os.getsid(process) == self._server.pid != process:
+                    processes.append(process)
+        return processes
 
     def close(self) -> None:
         os.killpg(self._server.pid, signal.SIGKILL)
@@ -155,7 +166,8 @@ def serve() -> None:
         request = json.loads(line)
         processes = [fork_rank(request, rank) for rank in range(request["ranks"])]
         print(json.dumps(processes), file=answers, flush=True)
-        print(json.dumps(wait_for(processes)), file=answers, flush=True)
+        limit = float(request["env"].get("TIME_LIMIT", TIME_LIMIT))
+        print(json.dumps(wait_for(processes, limit)), file=answers, flush=True)
 
 
 def fork_rank(request: dict[str, Any], rank: int) -> int:
@@ -201,10 +213,10 @@ def main_of_rank(script: str) -> int:
     return int(code or 0)
 
 
-def wait_for(processes: list[int]) -> list[int]:
+def wait_for(processes: list[int], limit: float) -> list[int]:
     """Return the exit codes of ranks. Like a launcher, end the other ranks shortly after one fails."""
     codes: dict[int, int] = {}
-    deadline, failed_at = time.monotonic() + TIME_LIMIT, None
+    deadline, failed_at = time.monotonic() + limit, None
     while len(codes) < len(processes):
         for process in [process for process in processes if process not in codes]:
             ended, status = os.waitpid(process, os.WNOHANG)

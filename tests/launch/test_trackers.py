@@ -23,7 +23,7 @@ from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 from dft.report.run_record import git_commit
 from dft.report.samples_callback import COLUMNS
 from dft.report.samples_file import SAMPLES, read_samples
-from tests.launching import ROOT, Finished, history, launch, train_records
+from tests.launching import ROOT, history, launch, train_records
 
 Series = dict[str, list[tuple[int, float]]]
 """For each metric under its tracker name: (step, value) pairs in order."""
@@ -86,7 +86,7 @@ def assert_is_the_record(record: dict[str, Any], output: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def several(example) -> tuple[Path, Path, Finished]:
+def several(example, forks) -> tuple[Path, Path, str]:
     """Return the output folder, the tracker folder and the output of a run on two ranks."""
     output, logs = example.folder / "tracked", example.folder / "tracked-logs"
     words = example.words(
@@ -104,12 +104,14 @@ def several(example) -> tuple[Path, Path, Finished]:
         generate_samples=2,
         generate_samples_max_tokens=8,
     )
-    env = {"SWANLAB_PROJECT": "dft-tests", "WANDB_PROJECT": "dft-tests"}
-    finished = launch(words, folder=example.folder, launcher="torchrun", env=env)
-    assert finished.code == 0, finished.output
+    home = example.folder / "home"
+    home.mkdir(exist_ok=True)
+    env = {"SWANLAB_PROJECT": "dft-tests", "WANDB_PROJECT": "dft-tests", "HOME": str(home)}
+    codes, printed = forks.run(words, 2, **env)
+    assert codes == [0, 0], printed
     assert [(step, len(rows)) for step, rows in sample_tables(output)] == [(2, 2), (4, 2)]
     assert len(histograms(output)) == 2 and "eval/eval.jsonl/nll" in logged(output)
-    return output, logs, finished
+    return output, logs, printed
 
 
 def test_tensorboard_contains_all_metrics(several):
@@ -144,7 +146,7 @@ def test_tensorboard_contains_all_metrics(several):
 
 
 def test_wandb_contains_all_metrics(several):
-    output, logs, finished = several
+    output, logs, printed = several
     (file,) = logs.glob("wandb/offline-run-*/run-*.wandb")
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
@@ -255,15 +257,17 @@ def swanlab_config(folder: Path) -> dict[str, Any]:
     return record
 
 
-def test_trackers_print_little_and_leave_no_process(example, several):
-    output, logs, finished = several
+def test_trackers_print_little_and_leave_no_process(example, forks, several):
+    output, logs, printed = several
     for tracker in ("swanlab", "wandb"):
-        assert finished.output.count(f"{tracker}: no login and no {tracker.upper()}_MODE") == 1
-    assert not re.search(r"Run summary|wandb: WARNING|Traceback|\x1b", finished.output)
+        assert printed.count(f"{tracker}: no login and no {tracker.upper()}_MODE") == 1
+    assert not re.search(r"Run summary|wandb: WARNING|Traceback|\x1b", printed)
     home = str(example.folder / "home")
     deadline = time.monotonic() + 10
     while remaining := [
-        process.info for process in psutil.process_iter(["environ", "cmdline"]) if of_home(process, home)
+        process.info
+        for process in psutil.process_iter(["environ", "cmdline"])
+        if of_home(process, home) or process.pid in forks.processes()
     ]:
         assert time.monotonic() < deadline, remaining
         time.sleep(0.2)

@@ -1,13 +1,11 @@
-"""Fixtures of the reliability tests: the example, and the process that runs are forked from."""
+"""The example of the reliability tests."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.examples import Example, make_example
-from tests.forking import Forks, forking
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,9 +22,3 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
     config = json.loads((example.model / "config.json").read_text())
     (example.model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
     return example
-
-
-@pytest.fixture(scope="session")
-def forks(example: Example) -> Iterator[Forks]:
-    with forking(example.folder) as forks:
-        yield forks

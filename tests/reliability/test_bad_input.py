@@ -1,21 +1,17 @@
 """Invalid input gives one message that names it, on every rank, and nothing is trained."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, TIMEOUT, launch
+from tests.launching import TIMEOUT, launch
 from tests.reliability.corpus import CASES, FINE
 from tests.reliability.selecting import mostly_slow
 from tests.reliability.spoiling import Case, Ground
 
-SCRIPT = Path(__file__).parent / "trying.py"
+TRYING = Path(__file__).parent / "trying.py"
 TWO_RANKS = "test_invalid_input_gives_the_same_message_on_both_ranks"
 Outcomes = list[dict[str, dict[str, str]]]
 """For each rank: the outcome of each case by its name."""
@@ -64,19 +60,6 @@ def write_table(tiny: Path, run: Path, folder: Path, ranks: int, cases: list[Cas
     (folder / "table.json").write_text(json.dumps(rows))
 
 
-def start(folders: dict[int, Path]) -> subprocess.Popen[bytes]:
-    """Start one process that runs the table of each folder on that number of ranks."""
-    words = [str(word) for ranks, folder in folders.items() for word in (folder, ranks)]
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *words],
-        env={
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1",
-        },
-        start_new_session=True,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def outcomes(request, tiny, forks, tmp_path_factory) -> dict[int, Outcomes]:
     """The outcomes by number of ranks, 1 and 2, which run concurrently. Only selected cases are run."""
@@ -93,13 +76,9 @@ def outcomes(request, tiny, forks, tmp_path_factory) -> dict[int, Outcomes]:
     assert code == 0, printed
     for ranks, folder in folders.items():
         write_table(tiny, run, folder, ranks, selected[ranks])
-    process = start(folders)
-    try:
-        assert process.wait(3 * TIMEOUT) == 0  # about 200 runs
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    tables = [str(word) for ranks, folder in folders.items() for word in (folder, ranks)]
+    (code,), printed = forks.run(tables, script=TRYING, MASTER_ADDR="127.0.0.1", TIME_LIMIT=str(3 * TIMEOUT))
+    assert code == 0, printed  # of about 200 runs
     return {
         ranks: [json.loads((folder / f"outcomes.{rank}.json").read_text()) for rank in range(ranks)]
         for ranks, folder in folders.items()

@@ -2,8 +2,8 @@
 
 The command lines are in table.json of each folder, and the outcomes on each rank are written to it. The
 tables run concurrently, on the given numbers of ranks. Each run is a fork of a process that has imported
-everything, so that it starts quickly and leaves no state behind. Every rank is given the same table, and
-starts the next run when all ranks have finished this one.
+everything, so that it starts quickly and leaves no state behind: start this with `tests.forking`. Every rank
+is given the same table, and starts the next run when all ranks have finished this one.
 """
 
 import json
@@ -15,13 +15,10 @@ import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-
 import dft.data.sandbox.limits
 import dft.errors
 import train_dft
 from dft.errors import EXIT_USER_ERROR, UserError
-from tests.forking import preload
 from tests.launching import free_port
 
 PATIENCE = 60
@@ -106,8 +103,6 @@ def run_table(folder: Path, rank: int, ranks: int) -> None:
 
 
 def main() -> None:
-    preload()
-    torch.set_num_threads(1)  # thread pools do not survive a fork
     context = multiprocessing.get_context("fork")
     processes = [
         context.Process(target=run_table, args=(Path(folder), rank, int(ranks)))
