@@ -4,10 +4,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from dft.arguments.batch_search import check_same_batch
 from dft.arguments.conflicts import check_batches, find_notes
 from dft.arguments.data import prepare_options
-from dft.arguments.lora import lora_options
 from dft.arguments.parser import Arguments
 from dft.console import say
 from dft.data.preparing.prepare import PreparedData, prepare
@@ -23,6 +24,7 @@ from dft.report.run_record import run_record
 from dft.report.terminal.data import data_summary, show_sequences
 from dft.report.terminal.plan import plan_lines
 from dft.report.terminal.start_and_end import (
+    adapter_loader,
     final_lines,
     new_notes,
     start_lines,
@@ -70,7 +72,7 @@ def fine_tune(arguments: Arguments, stop: StopRequest) -> None:
         return
     check_batches(arguments, len(data.datasets["train"]))
     if arguments.watch.plan:
-        return show_plan(arguments, data)
+        return show_plan(arguments, tokenizer, data)
     longest = arguments.data.max_length if arguments.data.packing else data.longest
     check_shared_memory(arguments.training, longest)
     models = load_models(arguments, tokenizer, data)
@@ -94,11 +96,9 @@ def fine_tune(arguments: Arguments, stop: StopRequest) -> None:
     batching = describe_batching(trainer.data_collator)
     say(*start_lines(arguments, models[0], data.report, batching), *new_notes(arguments))
     train(arguments, trainer, report)
-    is_adapter = arguments.lora.lora_r is not None
-    is_dora = lora_options(arguments.lora).get("use_dora", False)
     early = early_reason(trainer.state, trainer.options.early_stopping)
-    lines = final_lines(trainer.state, arguments.training, arguments.watch.report, is_adapter, early, is_dora)
-    say(*lines)
+    loader = adapter_loader(arguments)
+    say(*final_lines(trainer.state, arguments.training, arguments.watch.report, loader, early))
     exit_rank()
 
 
@@ -122,9 +122,9 @@ def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
     return data
 
 
-def show_plan(arguments: Arguments, data: PreparedData) -> None:
+def show_plan(arguments: Arguments, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
     """Print the size and memory of a run, and the closest settings that fit. Loads no weights."""
-    model = load_meta_model(arguments)
+    model = load_meta_model(arguments, tokenizer)
     say(*plan_lines(arguments, model, data.report, data.datasets["train"]), *new_notes(arguments))
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +37,7 @@ from dft.data.templates.tokenizer import UNLOADABLE
 from dft.errors import UserError, report_user_errors
 from dft.files import convert_write_errors, flush_to_disk
 from dft.ranks import quiet_libraries
+from dft.saved_adapters import add_rows
 from dft.training.checkpoints.disk import disk_fault
 from dft.training.checkpoints.folder import MAX_REASON, unfinished
 from dft.training.checkpoints.verify import (
@@ -92,6 +94,7 @@ def merge(adapters: Path, output: Path, base: str | None, dtype: str, trust_remo
             if (adapters / GENERATION_CONFIG_NAME).is_file():
                 generation = GenerationConfig.from_pretrained(adapters)
         model = load_base_model(name, dtype, trust_remote_code)
+        add_rows(model, adapters)
         adapted = attach_adapters(model, name, adapters, tensors)
         logits = probe(adapted, adapted.config.get_text_config().vocab_size, CPU)
         untie_embeddings(adapted.get_base_model())
@@ -215,7 +218,9 @@ def attach_adapters(model: PreTrainedModel, name: str, folder: Path, tensors: di
     except (*UNLOADABLE, RuntimeError) as error:  # a module that is missing or has another shape
         raise mismatch(one_line(error)) from None
     adapted.peft_config["default"].base_model_name_or_path = name  # peft reads the vocabulary size from there
-    expected = get_peft_model_state_dict(adapted)
+    # If modules are trained as a whole, their weights are saved once, whatever the number of rows.
+    embeddings: Any = False if adapted.peft_config["default"].modules_to_save else "auto"
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=embeddings)
     surplus, missing = sorted(tensors.keys() - expected.keys()), sorted(expected.keys() - tensors.keys())
     if surplus:
         raise mismatch(f"it has no module for {len(surplus)} of {len(tensors)} tensors, such as {surplus[0]}")

@@ -49,6 +49,10 @@ class ShowArguments:
     _argument_group_name: ClassVar[str] = "show"
 
     model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model and its tokenizer."})
+    add_tokens: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Special tokens to add to the vocabulary, as in train_dft.py."},
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     split: str = field(
         default="train",
@@ -94,11 +98,19 @@ def main() -> None:
         with convert_write_errors(Path(show.output_dir), "--output_dir"):
             Path(show.output_dir).mkdir(parents=True, exist_ok=True)
     tokenizer, notes = load_tokenizer(
-        show.model_name_or_path, chat_template=data.chat_template, trust_remote_code=show.trust_remote_code
+        show.model_name_or_path,
+        chat_template=data.chat_template,
+        trust_remote_code=show.trust_remote_code,
+        add_tokens=show.add_tokens,
     )
     stops = stop_token_ids(show.model_name_or_path, show.trust_remote_code)
     encoder = ChatEncoder(
-        tokenizer, stops, template_variables(data), template_date(data), data.use_generation_tags
+        tokenizer,
+        stops,
+        template_variables(data),
+        template_date(data),
+        data.use_generation_tags,
+        show.add_tokens,
     )
     prepared = prepare(
         data.data_files,

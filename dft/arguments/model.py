@@ -38,6 +38,14 @@ class ModelArguments:
         default=False,
         metadata={"help": "Run Python code that is part of the model or tokenizer repository."},
     )
+    add_tokens: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Special tokens to add to the vocabulary, such as '<|im_start|>' '<|im_end|>'. Their "
+            "embeddings begin as the mean of all others. With --lora_r, the input and output embedding are "
+            "trained as a whole in addition to the adapters."
+        },
+    )
     dequantize: bool = field(
         default=False,
         metadata={

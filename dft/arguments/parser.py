@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -45,6 +45,7 @@ class Arguments:
     Attributes:
         flags: the value of every flag before anything was derived from it.
         notes: messages for the user about derived values and flags without effect.
+        new_tokens: tokens that the vocabulary of the saved model lacks, once the model is loaded.
     """
 
     model: ModelArguments
@@ -55,6 +56,7 @@ class Arguments:
     training: TrainingArguments
     flags: dict[str, Any]
     notes: list[str]
+    new_tokens: list[str] = field(default_factory=list)
 
     @property
     def data_seed(self) -> int:

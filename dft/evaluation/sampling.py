@@ -14,8 +14,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 from dft.arguments.lora import PEFT_VERSION, check_installed
 from dft.data.batches.generation import pad_left, split_at_stop
 from dft.data.templates.tokenizer import UNLOADABLE
-from dft.dora import load_dora
 from dft.errors import UserError, describe_loading_error
+from dft.saved_adapters import load_adapters
 
 BACKENDS = ("auto", "transformers", "vllm")
 
@@ -211,7 +211,7 @@ def load_for_sampling(
         check_installed("peft", f"--model {name} holds adapters", PEFT_VERSION)
     try:
         options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "use_safetensors": True}
-        model = load_dora(Path(name), **options)
+        model = load_adapters(Path(name), **options)
         if model is None:
             model = AutoModelForCausalLM.from_pretrained(name, **options)
     except (*UNLOADABLE, RuntimeError, SafetensorError) as error:

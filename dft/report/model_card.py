@@ -24,6 +24,7 @@ LISTED_FLAGS = (
     "max_grad_norm",
     "seed",
     "freeze",
+    "add_tokens",
     "lora_args",
     "ema_decay",
 )
@@ -84,7 +85,7 @@ def model_card(
             f"Fine-tuned from `{Path(name).name if is_local else name}`, {method_text(record)}.",
             origin,
             "",
-            *lora_lines(flags),
+            *lora_lines(flags, record["model"]["adapter_loader"]),
             "## Metrics",
             "",
             *metric_lines(log),
@@ -138,16 +139,17 @@ def method_text(record: Mapping[str, Any]) -> str:
     return f"{dft}{weight}, where p is the model's own detached probability of the target token"
 
 
-def lora_lines(flags: Mapping[str, Any]) -> list[str]:
-    """Return instructions for loading the adapters; empty if the whole model was trained."""
-    if flags.get("lora_r") is None:
+def lora_lines(flags: Mapping[str, Any], loader: str | None) -> list[str]:
+    """Return instructions for loading the adapters; empty if the whole model was trained.
+
+    Args:
+        flags: every flag with its value.
+        loader: the function that loads them; None if there are none.
+    """
+    if loader is None:
         return []
-    kind, loading = (
-        "LoRA",
-        "`AutoModelForCausalLM.from_pretrained` loads them together with their base model.",
-    )
-    if json.loads(flags.get("lora_args") or "{}").get("use_dora"):
-        kind, loading = "DoRA", "`PeftModel.from_pretrained` loads them onto their base model."
+    kind = "DoRA" if json.loads(flags.get("lora_args") or "{}").get("use_dora") else "LoRA"
+    loading = f"`{loader}` loads them together with their base model."
     return [f"These are {kind} adapters of rank {flags['lora_r']}. With peft installed, {loading}", ""]
 
 

@@ -14,7 +14,7 @@ from dft.arguments.config_file import SECRETS, plain
 from dft.arguments.objective import build_objective
 from dft.arguments.parser import Arguments, default_flags
 from dft.loss.schedule import alpha_of
-from dft.report.terminal.start_and_end import resolved_settings
+from dft.report.terminal.start_and_end import adapter_loader, resolved_settings
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "deepspeed")
 ROOT = Path(__file__).parent.parent.parent
@@ -40,6 +40,7 @@ def run_record(arguments: Arguments, model: PreTrainedModel, data: dict[str, Any
             "parameters": get_model_param_count(model),
             "weights": settings["weights"],
             "attention": settings["attention"],
+            "adapter_loader": adapter_loader(arguments),
         },
         "arguments": resolved_arguments(arguments),
         "given": given_arguments(arguments),

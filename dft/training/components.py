@@ -28,9 +28,9 @@ from dft.training.checkpoints.hub import HubPublisher
 from dft.training.checkpoints.input_folders import check_not_model_folder
 from dft.training.checkpoints.resumer import Resumer
 from dft.training.checkpoints.run_settings import (
-    EMA_DECAY,
     EVALUATION_DATA,
     model_settings,
+    option_settings,
     training_settings,
 )
 from dft.training.checkpoints.run_state import RunFacts, RunState, StepProgress
@@ -177,7 +177,7 @@ class Components:
         check_not_model_folder(model, Path(self._args.output_dir))
         digest = shapes_digest(model)
         settings = training_settings(self._args, self.resumer.creates_optimizer) | model_settings(model)
-        settings |= {EVALUATION_DATA: data_digest(eval_dataset), EMA_DECAY: self._options.ema_decay}
+        settings |= {EVALUATION_DATA: data_digest(eval_dataset)} | option_settings(self._options)
         folder = self.resumer.resolve(resume_from, digest, settings)
         self.facts = RunFacts(self._args, self._dataset(), digest, settings=settings)
         self.progress = StepProgress()

@@ -74,11 +74,19 @@ def load_encoder(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, ChatEnc
     name, flags = arguments.model.model_name_or_path, arguments.data
     trust_remote_code = arguments.model.trust_remote_code
     tokenizer, notes = load_tokenizer(
-        name, chat_template=flags.chat_template, trust_remote_code=trust_remote_code
+        name,
+        chat_template=flags.chat_template,
+        trust_remote_code=trust_remote_code,
+        add_tokens=arguments.model.add_tokens or (),
     )
     stops = stop_token_ids(name, trust_remote_code)
     encoder = ChatEncoder(
-        tokenizer, stops, template_variables(flags), template_date(flags), flags.use_generation_tags
+        tokenizer,
+        stops,
+        template_variables(flags),
+        template_date(flags),
+        flags.use_generation_tags,
+        arguments.model.add_tokens or (),
     )
     arguments.notes.extend(notes)
     if encoder.template.writes_date:
@@ -96,7 +104,7 @@ def load_models(
     Raises:
         UserError: a model cannot be loaded, or does not fit into memory.
     """
-    set_seed(arguments.training.seed)  # the embeddings of new tokens are initialized randomly
+    set_seed(arguments.training.seed)  # transformers draws weights that it replaces
     with convert_memory_errors("the model's weights do not fit", SHARD):
         model = load_model(arguments, tokenizer)
         check_positions(model, data.longest, arguments.data.max_length)
@@ -128,6 +136,7 @@ def run_options(
         console_metrics=tuple(arguments.watch.console_metrics),
         early_stopping=make_early_stopping(arguments.training),
         log_artifacts=arguments.watch.log_artifacts,
+        new_tokens=tuple(arguments.new_tokens),
     )
 
 

@@ -32,6 +32,7 @@ class RunOptions:
         early_stopping: ends the run when evaluations no longer improve; None to not do that.
         log_artifacts: whether artifacts are logged to trackers after training, so their runs stay open.
         model_files: names of the files of the final model, filled when it is saved.
+        new_tokens: tokens that were added to the vocabulary of the model, in the order of their ids.
     """
 
     stop: StopRequest | None = None
@@ -46,3 +47,4 @@ class RunOptions:
     early_stopping: EarlyStopping | None = None
     log_artifacts: bool = False
     model_files: list[str] = field(default_factory=list)
+    new_tokens: tuple[str, ...] = ()

@@ -201,16 +201,3 @@ def test_merged_adapters_give_the_logits_of_the_adapted_model(example, whole, tm
 def test_unsupported_combinations_are_one_error(train, tmp_path, flags, message):
     (code,), printed = train(tmp_path / "out", "single", **flags)
     assert code == EXIT_USER_ERROR and message in printed and "Traceback" not in printed, printed
-
-
-def test_new_tokens_are_rejected_because_adapters_do_not_train_them(example, train, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(example.model)
-    tokenizer.add_tokens([f"<new{n}>" for n in range(3)])
-    model = tmp_path / "model"
-    AutoModelForCausalLM.from_pretrained(example.model).save_pretrained(model)
-    tokenizer.save_pretrained(model)
-    (code,), printed = train(tmp_path / "out", "single", model_name_or_path=model)
-    assert (
-        code == EXIT_USER_ERROR
-        and "--lora_r 4: the tokenizer has 3 tokens that the model has no embeddings" in printed
-    )

@@ -54,6 +54,7 @@ def cache_key(
         "variables": template.variables,
         "today": str(template.today) if template.writes_date else None,
         "special_tokens": template.special_tokens,
+        "markers": sorted(encoder.special_tokens.tokens),
         "stops": encoder.renderer.stops,
         "use_generation_tags": encoder.renderer.use_generation_tags,
         "files": [

@@ -65,11 +65,12 @@ class ChatEncoder:
             The variables of a conversation take precedence.
         today: the date for templates that write today's date.
         use_generation_tags: whether to supervise only what the {% generation %} blocks of the template mark.
+        add_tokens: special tokens that the user added, which the data is expected to hold.
 
     Attributes:
         template: the chat template.
         renderer: renders conversations as text with supervised spans.
-        special_tokens: finds special tokens in texts.
+        special_tokens: finds special tokens in texts where they are not expected.
 
     Raises:
         UserError: the tokenizer is a slow one without character offsets, or has no chat template.
@@ -82,6 +83,7 @@ class ChatEncoder:
         variables: Mapping[str, Any] | None = None,
         today: date = DATE,
         use_generation_tags: bool = False,
+        add_tokens: Sequence[str] = (),
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
@@ -92,7 +94,9 @@ class ChatEncoder:
         added = tokenizer.added_tokens_decoder
         # Tokens of one or two characters are ordinary text as well.
         special = [token.content for token in added.values() if token.special and len(token.content) > 2]
-        self.special_tokens = Markers(special)
+        # Those that the template writes end or begin turns, so they are not expected in the data either.
+        expected = {token for token in add_tokens if token not in template_source(tokenizer)}
+        self.special_tokens = Markers(token for token in special if token not in expected)
         stop_ids = sorted({tokenizer.eos_token_id, *stop_token_ids} - {None})
         stops = [tokenizer.backend_tokenizer.id_to_token(index) for index in stop_ids]
         self.template = ChatTemplate(

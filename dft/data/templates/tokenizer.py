@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +37,7 @@ def load_tokenizer(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
     needs_template: bool = False,
+    add_tokens: Sequence[str] = (),
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """Load the tokenizer of a model and give it a chat template.
 
@@ -45,16 +47,21 @@ def load_tokenizer(
             template uses plain ChatML.
         trust_remote_code: whether to run code that comes with the model.
         needs_template: whether a tokenizer without a template is an error.
+        add_tokens: special tokens to add to the vocabulary.
 
     Returns:
         The tokenizer, and notes: one line for each change to the tokenizer and each property of the template
         that the user should know about.
 
     Raises:
-        UserError: there is no valid tokenizer or template file, or no template where one is needed.
+        UserError: there is no valid tokenizer or template file, no template where one is needed, or a token
+            cannot be added.
     """
     tokenizer = _load(name_or_path, trust_remote_code)
-    notes = []
+    check_new_tokens(add_tokens, tokenizer.get_vocab())
+    tokenizer, notes = _add_special_tokens(
+        tokenizer, add_tokens, name_or_path, trust_remote_code, "add other tokens by --add_tokens"
+    )
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
         notes.append(f"chat template: {chat_template}")
@@ -75,7 +82,7 @@ def load_tokenizer(
     if unknown:
         notes.append(
             f"chat template: it may write {' '.join(unknown)}, which the vocabulary does not contain, so it "
-            "is split into several ordinary tokens"
+            "is split into several ordinary tokens; --add_tokens adds tokens to the vocabulary"
         )
     return tokenizer, notes
 
@@ -181,28 +188,66 @@ def _use_chatml(
     tokenizer.chat_template = CHATML
     notes = ["chat template: the tokenizer has none; plain ChatML is used, and saved with the model"]
     missing = [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
-    end = CHATML_TOKENS[1]
-    previous_end = tokenizer.eos_token
-    if missing:
-        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
-        notes.append(f"added to the vocabulary: {' '.join(missing)}")
+    previous_end, end = tokenizer.eos_token, CHATML_TOKENS[1]
+    remedy = "pass a --chat_template whose tokens the vocabulary contains"
+    tokenizer, added = _add_special_tokens(tokenizer, missing, name_or_path, trust_remote_code, remedy)
     tokenizer.eos_token = end
-    if missing:
-        first_ids = tokenizer.convert_tokens_to_ids(missing)
-        tokenizer = _with_saved_ids(tokenizer, name_or_path, trust_remote_code)
-        ids = tokenizer.convert_tokens_to_ids(missing)
-        if ids != first_ids:
-            notes.append(
-                f"ids of the added tokens: {' '.join(map(str, ids))}, as in the saved tokenizer, whose "
-                f"vocabulary has unused ids (before saving: {' '.join(map(str, first_ids))})"
-            )
+    notes += added
     if previous_end != end:
         notes.append(f"end of turn: {end} (was {previous_end}), so that generation stops there")
     return tokenizer, notes
 
 
+def check_new_tokens(tokens: Sequence[str], vocabulary: Mapping[str, int]) -> None:
+    """Raise `UserError` for a token of `--add_tokens` that is empty, repeated, or in the vocabulary."""
+    for number, token in enumerate(tokens):
+        if not token.strip():
+            raise UserError(
+                f"--add_tokens {token!r}: a token needs characters other than spaces; remove it, or name "
+                "one, such as '<|im_start|>'"
+            )
+        if token in tokens[:number]:
+            raise UserError(f"--add_tokens {token}: this token is named twice; remove one of them")
+        if token in vocabulary:
+            raise UserError(
+                f"--add_tokens {token}: the vocabulary has this token already, with the id "
+                f"{vocabulary[token]}; remove it from the flag"
+            )
+
+
+def _add_special_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[str],
+    name_or_path: str,
+    trust_remote_code: bool,
+    remedy: str,
+) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """Add special tokens to a tokenizer. Return it, and notes about the tokens and their ids.
+
+    Raises:
+        UserError: the tokenizer would not be the same after it is saved; `remedy` is what to do about it.
+    """
+    if not tokens:
+        return tokenizer, []
+    tokenizer.add_special_tokens({"extra_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
+    notes = [f"added to the vocabulary: {' '.join(tokens)}"]
+    first_ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    tokenizer = _with_saved_ids(tokenizer, tokens, name_or_path, trust_remote_code, remedy)
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    if ids != first_ids:
+        notes.append(
+            f"ids of the added tokens: {' '.join(map(str, ids))}, as in the saved tokenizer, whose "
+            f"vocabulary has unused ids (before saving: {' '.join(map(str, first_ids))})"
+        )
+    return tokenizer, notes
+
+
 def _with_saved_ids(
-    tokenizer: PreTrainedTokenizerBase, name_or_path: str, trust_remote_code: bool
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[str],
+    name_or_path: str,
+    trust_remote_code: bool,
+    remedy: str,
 ) -> PreTrainedTokenizerBase:
     """Return a tokenizer whose ids are the same after saving and loading it.
 
@@ -214,7 +259,6 @@ def _with_saved_ids(
         UserError: the saved tokenizer cannot be loaded, or gives other ids each time it is saved and loaded.
     """
     flag = f"--model_name_or_path {name_or_path}"
-    remedy = "pass a --chat_template whose tokens the vocabulary contains"
     for _ in range(2):
         try:
             with TemporaryDirectory() as folder:
@@ -222,22 +266,22 @@ def _with_saved_ids(
                 loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except UNLOADABLE as error:
             raise UserError(
-                f"{flag}: with {' '.join(CHATML_TOKENS)} added, the tokenizer cannot be saved and loaded "
+                f"{flag}: with {' '.join(tokens)} added, the tokenizer cannot be saved and loaded "
                 f"({_first_line(error)}); {remedy}"
             ) from None
-        if _same_ids(tokenizer, loaded):
+        if _same_ids(tokenizer, loaded, tokens):
             return tokenizer
         loaded.name_or_path = tokenizer.name_or_path
         tokenizer = loaded
     raise UserError(
-        f"{flag}: with {' '.join(CHATML_TOKENS)} added, the tokenizer gives other ids each time it is saved "
+        f"{flag}: with {' '.join(tokens)} added, the tokenizer gives other ids each time it is saved "
         f"and loaded; {remedy}"
     )
 
 
-def _same_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+def _same_ids(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, tokens: Sequence[str]) -> bool:
     """Return whether two tokenizers have the same vocabulary and the same ids for a sample text."""
-    sample = "".join(f"{token}user\n\n Is 1+1 = 2? \u00c4\u4f60\n" for token in CHATML_TOKENS)
+    sample = "".join(f"{token}user\n\n Is 1+1 = 2? \u00c4\u4f60\n" for token in tokens)
     encoded = (tokenizer.encode(sample, add_special_tokens=False) for tokenizer in (first, second))
     return first.get_vocab() == second.get_vocab() and next(encoded) == next(encoded)
 

@@ -8,6 +8,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from dft.arguments.config_file import RUN_ARGS, write_run_args
 from dft.arguments.intervals import INTERVALS, interval
+from dft.arguments.lora import lora_options
 from dft.arguments.objective import DFTArguments, build_objective, build_schedule
 from dft.arguments.parser import Arguments, default_flags, own_flags
 from dft.arguments.training import TrainingArguments
@@ -158,6 +159,16 @@ def _adapter_lines(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def adapter_loader(arguments: Arguments) -> str | None:
+    """Return the function that loads the adapters of a run; None if it trains none."""
+    if arguments.lora.lora_r is None:
+        return None
+    if arguments.new_tokens:  # transformers does not add rows to the embeddings of the base model
+        return "AutoPeftModelForCausalLM.from_pretrained"
+    is_dora = lora_options(arguments.lora).get("use_dora", False)
+    return f"{'PeftModel' if is_dora else 'AutoModelForCausalLM'}.from_pretrained"
+
+
 def _step_size(training: TrainingArguments, train: dict[str, Any]) -> str:
     """Describe the rows of an optimizer step, their composition, and the supervised tokens among them."""
     per_step, ranks = rows_per_step(training), data_parallel_size(training)
@@ -198,9 +209,8 @@ def final_lines(
     state: TrainerState,
     training: TrainingArguments,
     report: bool,
-    adapters: bool = False,
+    loader: str | None = None,
     early: str = "",
-    is_dora: bool = False,
 ) -> list[str]:
     """Return the last lines of a run: the locations of the model, its records and its report.
 
@@ -208,23 +218,17 @@ def final_lines(
         state: the trainer's state at the end.
         training: the training arguments.
         report: whether a report was written.
-        adapters: whether the run trained adapters.
+        loader: the function that loads the adapters; None if the run trained none.
         early: why the run stopped early, if it did.
-        is_dora: whether these are DoRA adapters.
     """
     folder, metric = training.output_dir, training.metric_for_best_model
     step = weights_step(state, training, is_training=False)
     place = folder if step == state.global_step else f"{folder}, with the weights of step {step:,}"
     if training.ema_decay is not None:
         place += f", averaged over the steps (--ema_decay {training.ema_decay:g})"
-    if adapters:
-        loader = (
-            "PeftModel.from_pretrained loads them onto"
-            if is_dora
-            else ("AutoModelForCausalLM.from_pretrained loads them with")
-        )
+    if loader is not None:
         lines = [
-            f"adapters    {place} ({loader} their base model; "
+            f"adapters    {place} ({loader} loads them with their base model; "
             f"{command_of('scripts/merge_lora.py')} {folder} NEW merges both into one model)"
         ]
     else:

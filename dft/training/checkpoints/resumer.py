@@ -24,7 +24,7 @@ from dft.training.checkpoints.folder import (
 from dft.training.checkpoints.optimizer_options import apply_options, read_options
 from dft.training.checkpoints.resharding import resharded
 from dft.training.checkpoints.resume_point import check_owner, check_same_model, named_checkpoint
-from dft.training.checkpoints.run_settings import check_settings
+from dft.training.checkpoints.run_settings import NEW_TOKENS, check_settings
 from dft.training.checkpoints.run_state import RunState
 from dft.training.model.weight_names import load_weights
 from dft.training.patches import fix_zero3_universal_load
@@ -80,8 +80,11 @@ class Resumer:
             return None
         checkpoint = self._newest() if resume_from is True else named_checkpoint(Path(resume_from))
         check_owner(checkpoint.path, self._trust_checkpoint)
+        before, now = checkpoint.facts.get("settings", {}), dict(settings or {})
+        # Other tokens may change the shapes of the model, which `check_same_model` could not explain.
+        check_settings(checkpoint.path, before, {NEW_TOKENS: now.get(NEW_TOKENS)})
         check_same_model(checkpoint, model_digest)
-        check_settings(checkpoint.path, checkpoint.facts.get("settings", {}), settings or {})
+        check_settings(checkpoint.path, before, now)
         self.checkpoint = checkpoint.path
         return str(checkpoint.path)
 

@@ -21,6 +21,7 @@ from dft.metrics import parse_name
 from dft.training.checkpoints.folder import new_run_advice
 from dft.training.model.adapters import has_adapters
 from dft.training.model.freezing import describe_frozen
+from dft.training.run_options import RunOptions
 
 CONTROLLED_OPTIONS = ("lr", "betas", "eps", "weight_decay")
 """Optimizer parameters of a DeepSpeed file that equal the flags of the same meaning."""
@@ -126,11 +127,13 @@ LORA_DROPOUT = "--lora_dropout"
 LORA_ARGS = "--lora_args"
 WEIGHTS = "--torch_dtype"
 FROZEN = "frozen weights (--freeze)"
+NEW_TOKENS = "added tokens"
 BASE = "--model_name_or_path"
 REFUSALS = {setting.name: setting.refusal for setting in TRAINING_SETTINGS if setting.refusal} | {
     LORA_ALPHA: "the adapters that are trained already would be scaled differently",
     LORA_ARGS: "the adapters that are trained already would be scaled differently",
     FROZEN: STATE_OF_OPTIMIZER,
+    NEW_TOKENS: "the embeddings of the checkpoint are those of its tokens",
 }
 """Why another value of a setting is refused."""
 
@@ -164,6 +167,11 @@ def model_settings(model: PreTrainedModel) -> dict[str, Any]:
         scaling = {name: config.get(name) for name, option in LORA_OPTIONS.items() if option.scales}
         settings[LORA_ARGS] = {name: value for name, value in scaling.items() if value} or None
     return settings
+
+
+def option_settings(options: RunOptions) -> dict[str, Any]:
+    """Return the settings among the options of a run."""
+    return {EMA_DECAY: options.ema_decay, NEW_TOKENS: " ".join(options.new_tokens) or None}
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

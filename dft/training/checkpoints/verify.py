@@ -26,9 +26,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dft.console import say
 from dft.data.templates.tokenizer import UNLOADABLE
-from dft.dora import load_dora
 from dft.errors import UserError
 from dft.ranks import first_failure
+from dft.saved_adapters import load_adapters
 from dft.training.model.adapters import has_adapters
 from dft.training.model.quantized import loaded_quantization
 from dft.training.model.weight_names import expected_names
@@ -203,7 +203,7 @@ def check_loaded(
                 "quantization_config": expected.quantization,
                 "device_map": None if expected.quantization is None else {"": device},
             }
-            model: Any = load_dora(folder, **options)
+            model: Any = load_adapters(folder, **options)
             loading: dict[str, Any] = {}
             if model is None:
                 model, loading = AutoModelForCausalLM.from_pretrained(

@@ -183,14 +183,17 @@ def bytes_per_frozen_element(parameter: nn.Parameter, layout: MemoryLayout) -> f
 
 def _trained_itemsize(
     model: PreTrainedModel, training: transformers.TrainingArguments, layout: MemoryLayout
-) -> int:
-    """Return the number of bytes per element of the trained weights.
+) -> float:
+    """Return the mean number of bytes per element of the trained weights.
 
-    ZeRO and FSDP cast them. Otherwise they keep their dtype, which for adapters is float32 whatever the dtype
-    of the model.
+    ZeRO and FSDP cast them. Otherwise they keep their dtype. For adapters it is float32 whatever the dtype of
+    the model, and embeddings that are trained with them keep that of the model.
     """
-    sizes = [parameter.element_size() for parameter in model.parameters() if parameter.requires_grad]
-    return layout.itemsize if layout.stage or training.fsdp or not sizes else max(sizes)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if layout.stage or training.fsdp or not trained:
+        return layout.itemsize
+    size = sum(element_count(parameter) * parameter.element_size() for parameter in trained)
+    return size / sum(map(element_count, trained))
 
 
 def has_4bit_weights(model: PreTrainedModel) -> bool:
@@ -204,7 +207,7 @@ def autocasts(model: PreTrainedModel, training: transformers.TrainingArguments, 
     return is_mixed and not layout.stage and not training.fsdp
 
 
-def gradient_itemsize(training: transformers.TrainingArguments, itemsize: int) -> int:
+def gradient_itemsize(training: transformers.TrainingArguments, itemsize: float) -> float:
     """Return the number of bytes per element of the gradient, which DeepSpeed may sum in a wider dtype."""
     if not training.deepspeed:
         return itemsize

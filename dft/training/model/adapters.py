@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, set_seed
 from dft.arguments.lora import ALL_LINEAR, LoraArguments, lora_options
 from dft.errors import UserError
 from dft.files import write_atomically
-from dft.training.parameters import shapes_digest
-
-BASE_RECORD = "base_model.json"
-"""File saved with adapters that identifies the model they were trained on."""
+from dft.saved_adapters import BASE_RECORD
+from dft.training.parameters import element_count, shapes_digest
 
 
 def resolve_quantization(
@@ -37,33 +36,40 @@ def resolve_quantization(
 
 
 def add_adapters(
-    model: PreTrainedModel, lora: LoraArguments, training: transformers.TrainingArguments, name: str
+    model: PreTrainedModel,
+    lora: LoraArguments,
+    training: transformers.TrainingArguments,
+    name: str,
+    new_tokens: Sequence[str] = (),
 ) -> nn.Module:
     """Return the model with adapters, equal on all ranks; only they are trained.
+
+    If there are new tokens, adapters could not train their embeddings. The input and output embedding are
+    then trained as a whole, too, and saved with the adapters. peft can also train single rows
+    (trainable_token_indices). It does not do so on CPUs under ZeRO-3, and its head computes more than a
+    linear layer, so the loss could not be fused.
 
     Args:
         model: model to adapt.
         lora: LoRA flags.
         training: arguments of the run.
         name: name of the model that the adapters record.
+        new_tokens: tokens that the vocabulary of the saved model lacks.
 
     Raises:
-        UserError: peft rejects an option, or a name in the options matches no module.
+        UserError: peft rejects an option, a name in the options matches no module, or the embeddings of new
+            tokens cannot be trained.
     """
-    assert lora.lora_r is not None
     # Optional, and slow to import.
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if lora.load_in_4bit:
         model = prepare_model_for_kbit_training(model, training.gradient_checkpointing)
-    targets = lora.lora_target_modules or [ALL_LINEAR]
-    settings: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
-        "r": lora.lora_r,
-        "lora_alpha": lora.lora_alpha or 2 * lora.lora_r,
-        "lora_dropout": lora.lora_dropout or 0.0,
-        "target_modules": ALL_LINEAR if targets == [ALL_LINEAR] else targets,
-    }
+    tied, targets = has_tied_head(model), lora.lora_target_modules or [ALL_LINEAR]
+    settings = lora_settings(lora)
+    if new_tokens:
+        embeddings = embeddings_to_train(model, targets, new_tokens)
+        settings |= {"modules_to_save": embeddings, "ensure_weight_tying": tied}
     options, names = lora_options(lora), [name for name, _ in model.named_modules()]
     set_seed(training.seed)  # ranks may have drawn different random numbers while loading
     flags = f"--lora_target_modules {' '.join(targets)}"
@@ -74,11 +80,90 @@ def add_adapters(
         flags += f" --lora_args {lora.lora_args}" if lora.lora_args is not None else ""
         raise UserError(f"{flags}: {' '.join(str(error).split())}") from None
     check_matches(options, targets, names, adapted.base_model.targeted_module_names)
+    if new_tokens:
+        check_embeddings_trained(adapted, new_tokens, tied)
+        # By default, peft would save the embeddings a second time if their number of rows has changed.
+        adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
     folder = Path(name).expanduser()
     if folder.is_dir():  # absolute, so that the adapters can be loaded from any folder
         adapted.peft_config["default"].base_model_name_or_path = str(folder.resolve())
     training.label_names = ["labels"]  # Trainer cannot derive it from a model with adapters
     return adapted
+
+
+def lora_settings(lora: LoraArguments) -> dict[str, Any]:
+    """Return the arguments of peft's LoraConfig that have flags of their own."""
+    assert lora.lora_r is not None
+    targets = lora.lora_target_modules or [ALL_LINEAR]
+    return {
+        "task_type": "CAUSAL_LM",
+        "r": lora.lora_r,
+        "lora_alpha": lora.lora_alpha or 2 * lora.lora_r,
+        "lora_dropout": lora.lora_dropout or 0.0,
+        "target_modules": ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+    }
+
+
+def has_tied_head(model: Any) -> bool:
+    """Return whether the input and output embedding of a model, or of adapters, share their weight."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def embeddings_to_train(
+    model: PreTrainedModel, targets: Sequence[str], new_tokens: Sequence[str]
+) -> list[str]:
+    """Return the names of the input and output embedding; of tied ones, only that of the input embedding.
+
+    Args:
+        model: model to adapt.
+        targets: names of `--lora_target_modules`.
+        new_tokens: tokens that the vocabulary of the saved model lacks.
+
+    Raises:
+        UserError: they are to get an adapter, which peft would ignore, or a tied output embedding has a bias,
+            which peft would leave out.
+    """
+    reason = f"{' '.join(new_tokens)} had to be added to the vocabulary"
+    source, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules() if module in (source, head)}
+    for target in targets:
+        if _names_any(target, list(names.values())):
+            raise UserError(
+                f"--lora_target_modules {target}: {reason}, so the input and output embedding are trained as "
+                "a whole and get no adapter; leave it out"
+            )
+    if not has_tied_head(model):
+        return list(names.values())
+    if head.bias is not None:
+        raise UserError(
+            f"--lora_r: {reason}, and peft cannot train an output embedding that has a bias and shares its "
+            "weight with the input embedding; train all weights (without --lora_r)"
+        )
+    return [names[source]]
+
+
+def check_embeddings_trained(adapted: Any, new_tokens: Sequence[str], tied: bool) -> None:
+    """Raise `UserError` unless the embeddings of new tokens are trained, and tied as those of the model."""
+    modules = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
+    is_trained = all(module is None or module.weight.requires_grad for module in modules)
+    if not is_trained or has_tied_head(adapted) != tied:
+        raise UserError(
+            f"--lora_r: {' '.join(new_tokens)} had to be added to the vocabulary, and peft does not train "
+            "the embeddings of this architecture; train all weights (without --lora_r)"
+        )
+
+
+def embeddings_note(adapted: Any, new_tokens: Sequence[str]) -> str:
+    """Return a note that the embeddings of new tokens are trained, with the number of weights."""
+    modules = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
+    weights = dict.fromkeys(module.weight for module in modules if module is not None)
+    count = sum(map(element_count, weights)) / 1e6
+    trained = "input and output embedding are" if len(weights) > 1 else "the embedding, input and output, is"
+    return (
+        f"--lora_r: {' '.join(new_tokens)} had to be added to the vocabulary, so {trained} trained as a "
+        f"whole and saved with the adapters: {count:,.2f} M weights in addition to those of the adapters"
+    )
 
 
 def check_matches(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
@@ -15,14 +16,15 @@ from transformers.integrations.deepspeed import (
 )
 
 from dft.arguments.parser import Arguments
-from dft.data.templates.tokenizer import UNLOADABLE, tokens_added_to
+from dft.data.templates.tokenizer import UNLOADABLE
 from dft.errors import UserError, describe_loading_error
 from dft.ranks import first_failure
-from dft.training.model.adapters import add_adapters, pack_linear
+from dft.training.model.adapters import add_adapters, embeddings_note, pack_linear
 from dft.training.model.attention import VARLEN, resolve_attention, resolve_dtype, use_varlen_attention
 from dft.training.model.companion_files import fetch_companions, left_out_note
 from dft.training.model.freezing import freeze_matching
 from dft.training.model.generation import resolve_generation_config
+from dft.training.model.new_tokens import add_embeddings, check_embeddings_not_frozen
 from dft.training.model.precision import check_trained_dtype, dtype_notes
 from dft.training.model.quantized import resolve_loading
 from dft.training.model.weight_checks import (
@@ -56,12 +58,12 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
     model = _load_checked(arguments)
     if arguments.model.dequantize and is_deepspeed_zero3_enabled():
         arguments.notes.append("--dequantize True: each rank loads all weights before ZeRO-3 shards them")
-    resize_embeddings(model, tokenizer, arguments)
+    arguments.new_tokens[:] = add_embeddings(model, tokenizer, arguments)
     model.generation_config, note = resolve_generation_config(model.generation_config, name)
     if note is not None:
         arguments.notes.append(note)
     if arguments.lora.lora_r is not None:
-        model = add_adapters(model, arguments.lora, arguments.training, name)
+        model = adapt(model, arguments)
     else:
         fetch_companions(name)
         note = left_out_note(name, model, source_names(name))
@@ -70,7 +72,7 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> PreT
         if frozen:
             arguments.notes.append(f"frozen, because text does not reach them: {', '.join(frozen)}")
         freeze(model, arguments)
-        _check_embeddings_not_frozen(model, tokenizer, arguments)
+        check_embeddings_not_frozen(model, arguments.new_tokens, arguments)
     check_trained_dtype(model, arguments)
     arguments.notes.extend(dtype_notes(model, arguments))
     return model
@@ -93,6 +95,7 @@ def load_base_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) ->
             "tokens of the tokenizer, so it cannot predict them; use a --chat_template whose tokens it has, "
             "or another objective"
         )
+    add_embeddings(model, tokenizer, arguments)  # in unused rows, with the values that the trained model has
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / GIB
     arguments.notes.append(
         f"--objective {arguments.dft.objective}: a frozen copy of the base model takes {size:.2f} GiB more "
@@ -101,8 +104,14 @@ def load_base_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) ->
     return model
 
 
-def load_meta_model(arguments: Arguments) -> PreTrainedModel:
+def load_meta_model(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
     """Return the model on the meta device, without weights, with adapters if the flags request them.
+
+    Args:
+        arguments: the parsed flags.
+        tokenizer: the tokenizer of the run; None if it is that of the model, without new tokens.
 
     Raises:
         UserError: there is no such model, or its configuration is not that of a causal language model.
@@ -125,13 +134,25 @@ def load_meta_model(arguments: Arguments) -> PreTrainedModel:
         ) from None
     resolve_loading(arguments)
     use_varlen_attention(model, arguments)
+    if tokenizer is not None:
+        with without_zero3_partitioning(arguments.training), torch.device("meta"):
+            arguments.new_tokens[:] = add_embeddings(model, tokenizer, arguments)
     if arguments.lora.load_in_4bit:
         pack_linear(model)
     if arguments.lora.lora_r is not None:
         with torch.device("meta"):
-            model = add_adapters(model, arguments.lora, arguments.training, name)
+            model = adapt(model, arguments)
     freeze(model, arguments)
     arguments.notes.extend(dtype_notes(model, arguments))
+    return model
+
+
+def adapt(model: PreTrainedModel, arguments: Arguments) -> nn.Module:
+    """Return the model with adapters. If there are new tokens, their embeddings are trained as well."""
+    name, tokens = arguments.model.model_name_or_path, arguments.new_tokens
+    model = add_adapters(model, arguments.lora, arguments.training, name, tokens)
+    if tokens:
+        arguments.notes.append(embeddings_note(model, tokens))
     return model
 
 
@@ -208,71 +229,6 @@ def _loading_failure(error: Exception, name: str) -> str:
 def _attention_or_default(arguments: Arguments) -> str | None:
     attention = resolve_attention(arguments)
     return None if attention in ("auto", VARLEN) else attention
-
-
-def resize_embeddings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: Arguments
-) -> None:
-    """Add embeddings for tokens that were added to the tokenizer, and a note to `arguments.notes`.
-
-    Raises:
-        UserError: the tokenizer has ordinary tokens without an embedding, so it belongs to another model; or
-            the run trains adapters, which would leave new embeddings random.
-    """
-    rows = model.config.get_text_config().vocab_size
-    new_ids = _ids_without_embedding(model, tokenizer)
-    if not new_ids:
-        _check_embeddings_trained(tokenizer, arguments)
-        return
-    if not set(new_ids) <= set(tokenizer.added_tokens_decoder):
-        raise UserError(
-            f"--model_name_or_path {arguments.model.model_name_or_path}: the tokenizer has {len(tokenizer)} "
-            f"tokens and the model {rows} embeddings; they do not belong together"
-        )
-    if arguments.lora.lora_r is not None:
-        raise UserError(
-            f"--lora_r {arguments.lora.lora_r}: the tokenizer has {len(new_ids)} tokens that the model has "
-            "no embeddings for, and adapters would leave new ones random; use a --chat_template whose tokens "
-            "it has, or train all weights (without --lora_r)"
-        )
-    model.resize_token_embeddings(max(new_ids) + 1)
-    arguments.notes.append(
-        f"embeddings: {rows} -> {max(new_ids) + 1} rows, for the tokens added to the tokenizer"
-    )
-
-
-def _check_embeddings_trained(tokenizer: PreTrainedTokenizerBase, arguments: Arguments) -> None:
-    """Check that adapters leave no embedding of an added token untrained.
-
-    An added token may have the id of a row that the model has and that no token used.
-    """
-    if arguments.lora.lora_r is None:
-        return
-    name, trust = arguments.model.model_name_or_path, arguments.model.trust_remote_code
-    if added := tokens_added_to(tokenizer, name, trust):
-        raise UserError(
-            f"--lora_r {arguments.lora.lora_r}: {' '.join(added)} had to be added to the vocabulary, and "
-            "adapters would leave the unused embeddings that they get untrained; use a --chat_template whose "
-            "tokens the vocabulary has, or train all weights (without --lora_r)"
-        )
-
-
-def _check_embeddings_not_frozen(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: Arguments
-) -> None:
-    """Raise `UserError` if --freeze would leave the embedding of an added token untrained."""
-    patterns = arguments.model.freeze
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    parameters = [parameter for module in modules if module is not None for parameter in module.parameters()]
-    if not patterns or all(parameter.requires_grad for parameter in parameters):
-        return
-    name, trust = arguments.model.model_name_or_path, arguments.model.trust_remote_code
-    if added := tokens_added_to(tokenizer, name, trust):
-        raise UserError(
-            f"--freeze {' '.join(patterns)}: {' '.join(added)} had to be added to the "
-            "vocabulary, and frozen embeddings would leave theirs untrained; use a --chat_template whose "
-            "tokens the vocabulary has, or do not freeze the input and output embedding"
-        )
 
 
 def _ids_without_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

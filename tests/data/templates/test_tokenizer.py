@@ -104,7 +104,7 @@ def test_added_tokens_have_the_ids_of_the_saved_tokenizer_if_the_vocabulary_has_
 
 def test_tokenizer_with_other_ids_after_every_save_is_an_error(tokenizer_json, tmp_path, monkeypatch):
     save_with_unused_ids(tmp_path / "base", tokenizer_json)
-    monkeypatch.setattr("dft.data.templates.tokenizer._same_ids", lambda _first, _second: False)
+    monkeypatch.setattr("dft.data.templates.tokenizer._same_ids", lambda *_: False)
     message = (
         f"--model_name_or_path {tmp_path}/base: with <|im_start|> <|im_end|> added, the tokenizer gives "
         "other ids each time it is saved and loaded; pass a --chat_template whose tokens the vocabulary "
@@ -209,3 +209,32 @@ def test_generation_config_may_be_missing_but_not_invalid(tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match="--model_name_or_path .*not a valid JSON file"):
         stop_token_ids(str(tmp_path))
+
+
+def test_named_tokens_are_added_and_the_saved_tokenizer_has_them(tokenizer_folder, tmp_path):
+    before = load_tokenizer(str(tokenizer_folder))[0]
+    tokenizer, notes = load_tokenizer(str(tokenizer_folder), add_tokens=["<think>", "<a b>"])
+    assert notes == ["added to the vocabulary: <think> <a b>"]
+    ids = [len(before), len(before) + 1]
+    assert tokenizer.convert_tokens_to_ids(["<think>", "<a b>"]) == ids
+    assert tokenizer.encode("a<think>b<a b>", add_special_tokens=False)[1::2] == ids
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))[0].get_vocab() == tokenizer.get_vocab()
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(tmp_path), add_tokens=["<new>", "<think>"])
+    assert str(caught.value) == (
+        f"--add_tokens <think>: the vocabulary has this token already, with the id {ids[0]}; remove it from "
+        "the flag"
+    )
+
+
+def test_named_tokens_may_be_those_of_chatml(tokenizer_json, tmp_path):
+    save_with_unused_ids(tmp_path, tokenizer_json)
+    tokenizer, _ = load_tokenizer(str(tmp_path), add_tokens=["<think>", "<|im_end|>"])
+    assert tokenizer.chat_template == CHATML and tokenizer.eos_token == "<|im_end|>"
+    again = load_tokenizer(str(tmp_path), add_tokens=["<think>", "<|im_end|>"])[0]
+    assert tokenizer.get_vocab() == again.get_vocab()
+    ids = tokenizer.convert_tokens_to_ids(["<think>", "<|im_end|>", "<|im_start|>"])
+    assert len(set(ids)) == 3 and None not in ids
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(str(tmp_path / "saved"))[0].get_vocab() == tokenizer.get_vocab()
