@@ -17,7 +17,14 @@ export OMP_NUM_THREADS=1
 
 ruff check .
 ruff format --check .
-lint-imports
-mypy
+# The linters that take long run beside the tests; what they print follows.
+lint_log=$(mktemp)
+trap 'rm -f "$lint_log"' EXIT
+(lint-imports && mypy) >"$lint_log" 2>&1 &
+linters=$!
+status=0
 # Tests of one file share trained models, so they run in the same process.
-exec "$PYTHON" -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile "$@"
+"$PYTHON" -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile "$@" || status=$?
+wait "$linters" || status=1
+cat "$lint_log"
+exit "$status"

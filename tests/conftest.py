@@ -1,10 +1,13 @@
 """Fixtures shared by all tests. None needs a network or writes outside temporary folders."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+gc.disable()  # until all tests are collected: they and their modules stay, and traversing them takes seconds
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported; interprets kernels without a GPU
@@ -83,6 +86,11 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """Start runs without a launcher as forks of one process, with their own home folder."""
     with forking(tmp_path_factory.mktemp("forks")) as forks:
         yield forks
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

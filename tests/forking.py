@@ -88,7 +88,7 @@ class Forks:
             words: flags of train_dft.py.
             ranks: number of ranks.
             script: program to run as the main program.
-            **env: environment variables of the run, including those of `tests.dying`.
+            **env: environment variables of the run, including those of `tests.dying` and `fork_rank`.
         """
         self._count += 1
         log = self.folder / f"run-{self._count}.log"
@@ -183,6 +183,9 @@ def fork_rank(request: dict[str, Any], rank: int) -> int:
         world = {"WORLD_SIZE": request["ranks"], "LOCAL_WORLD_SIZE": request["ranks"], "RANK": rank}
         world |= {"LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
         os.environ.update({name: str(value) for name, value in world.items()})
+    if "FOLDERS" in request["env"]:  # each rank is the only one of a node, and works in its folder
+        os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.chdir(request["env"]["FOLDERS"].split(os.pathsep)[rank])
     if "MACHINES" in request["env"]:  # pretend that each rank runs on the named machine
         machine, host = request["env"]["MACHINES"].split()[rank], request["env"]["HOST"]
         rank_watchdog.machine_id = lambda: machine

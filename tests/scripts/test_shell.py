@@ -142,13 +142,13 @@ def test_flags_given_on_the_command_line_replace_the_defaults(copy, words):
     ("words", "alphas"),
     [
         ((), ["0.9"]),
-        (("--objective", "asft"), ["0.9"]),
+        pytest.param(("--objective", "asft"), ["0.9"], marks=pytest.mark.slow),
         (("--objective", "power", "--objective=dft"), ["0.9"]),
         (("--dft_alpha", "0.4"), ["0.4"]),
         (("--dft-alpha=0.4",), []),
         (("--objective", "power"), []),
         (("--objective=eaft",), []),
-        (("--objective", "power", "--dft_alpha", "0.4"), ["0.4"]),
+        pytest.param(("--objective", "power", "--dft_alpha", "0.4"), ["0.4"], marks=pytest.mark.slow),
     ],
 )
 def test_the_default_alpha_is_passed_only_to_objectives_that_have_one(copy, words, alphas):
@@ -168,13 +168,15 @@ def test_the_objective_is_also_read_from_a_config_file(copy, tmp_path, objective
     assert [command[at + 1] for at, word in enumerate(command) if word == "--dft_alpha"] == alphas, errors
 
 
-@pytest.mark.parametrize("as_one_flag", [False, True])
 @pytest.mark.parametrize(
-    ("files", "alphas"),
+    ("files", "alphas", "as_one_flag"),
     [
-        (("power", None), []),
-        (("power", "dft"), ["0.7"]),
-        (("dft", "power"), []),
+        pytest.param(("power", None), [], True, marks=pytest.mark.slow),
+        (("power", None), [], False),
+        (("power", "dft"), ["0.7"], True),
+        pytest.param(("power", "dft"), ["0.7"], False, marks=pytest.mark.slow),
+        pytest.param(("dft", "power"), [], True, marks=pytest.mark.slow),
+        pytest.param(("dft", "power"), [], False, marks=pytest.mark.slow),
     ],
 )
 def test_the_objective_is_read_from_the_last_config_file_that_has_one(
@@ -231,7 +233,7 @@ def test_no_objective_is_named_in_the_script():
     assert not [name for name in OBJECTIVES if re.search(rf"\b{name}\b", code.replace("dft.loss", ""))]
 
 
-@pytest.mark.parametrize("objective", mostly_slow(OBJECTIVES, ["asft", "psft"]))
+@pytest.mark.parametrize("objective", mostly_slow(OBJECTIVES, ["asft"]))
 def test_alpha_is_passed_only_to_objectives_that_have_one(copy, objective):
     fake_deepspeed(copy[1], 'printf "%s\\n" "$@"')
     code, output, errors = run(copy, *DATA, "--objective", objective, MODEL="m", SHOW_LOG="1")

@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.launching import ROOT
 
 
+@pytest.mark.slow  # imports everything in several processes
 def test_turns_of_a_conversation_are_measured_with_the_tokenizer_of_a_folder(
     tokenizer, tokenizer_folder, tmp_path
 ):
