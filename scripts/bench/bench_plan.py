@@ -47,6 +47,7 @@ WAYS = {
     "4 of 8 experts, 32 rows": (1, {"per_device_train_batch_size": 32}),
     "LoRA": (1, {"lora_r": 16}),
     "DDP x 2": (2, {}),
+    "ZeRO-1 x 2": (2, {"deepspeed": ROOT / "ds_config/zero1.json"}),
     "ZeRO-2 x 2": (2, {"deepspeed": ROOT / "ds_config/zero2.json"}),
     "ZeRO-3 x 2": (2, {"deepspeed": ROOT / "ds_config/zero3.json"}),
 }

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import BatchSampler
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dft import DFTTrainer
@@ -27,6 +29,7 @@ from dft.training.memory.plan import (
 )
 from dft.training.model.adapters import add_adapters, pack_linear
 from dft.training.parameters import GIB
+from dft.training.samplers import training_sampler
 from tests.training.test_batching import build_model
 
 
@@ -261,6 +264,19 @@ def test_the_planned_micro_batch_of_fewer_rows_or_more_ranks_is_of_the_same_orde
     assert largest_micro_batch(model, args, DATA, ranks=2)(4) == 80
     padded = largest_micro_batch(build_model("qwen3", "sdpa"), args, DATA, ranks=1)
     assert [padded(rows) for rows in (1, 2, 4)] == [50, 100, 200]
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_planned_micro_batch_is_the_largest_of_all_ranks(tmp_path, ranks, strategy):
+    """accelerate assigns the batches of the sampler to the ranks in turn."""
+    flags = {"per_device_train_batch_size": 2, "max_steps": 1, "train_sampling_strategy": strategy}
+    args = arguments(tmp_path, **flags)
+    sampler, sizes = training_sampler(args, DATA, 2 * ranks, 2 * ranks), []
+    for rank in range(ranks):
+        shard = BatchSamplerShard(BatchSampler(sampler, 2, False), ranks, rank)
+        sizes.append(sum(len(DATA[index]["input_ids"]) for index in next(iter(shard))))
+    assert largest_micro_batch(build_model("qwen3", "varlen"), args, DATA, ranks)(2) == max(sizes)
 
 
 def test_base_model_is_counted(tmp_path):
