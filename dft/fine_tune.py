@@ -125,7 +125,7 @@ def prepare_data(arguments: Arguments, encoder: ChatEncoder) -> PreparedData:
 def show_plan(arguments: Arguments, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
     """Print the size and memory of a run, and the closest settings that fit. Loads no weights."""
     model = load_meta_model(arguments, tokenizer)
-    say(*plan_lines(arguments, model, data.report, data.datasets["train"]), *new_notes(arguments))
+    say(*plan_lines(arguments, model, data.report, data), *new_notes(arguments))
 
 
 def train(arguments: Arguments, trainer: DFTTrainer, report: ReportCallback | None) -> None:

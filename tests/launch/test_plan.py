@@ -39,6 +39,30 @@ def test_a_plan_needs_no_weights_and_writes_nothing(example, forks, shapes_alone
     assert int(batch) * int(accumulation) == 16 and int(needed) <= 0.92 * 20
 
 
+def test_the_pass_of_base_scores_is_planned(example, forks, shapes_alone):
+    flags = {"model_name_or_path": shapes_alone, "use_cpu": True, "plan": True, "base_scores": True}
+    words = example.words(example.folder / "planned-scores", **flags)
+    codes, printed = forks.run(words, 1)
+    assert codes == [0] and re.search(r"fits +yes", printed), printed
+    tokens = [
+        int(
+            re.search(rf"{split} +[\d,]+ conversations, [\d,]+ sequences, ([\d,]+) tokens", printed)[
+                1
+            ].replace(",", "")
+        )
+        for split in ("train", "eval")
+    ]
+    text = " ".join(printed.split())
+    assert f"one forward pass over {sum(tokens):,} tokens before training, {tokens[1]:,} of them" in text
+    share = int(re.search(r"(\d+) % of those of an epoch of training", text)[1])
+    assert share == pytest.approx(100 / 3 * sum(tokens) / tokens[0], abs=1)
+    needed = int(re.search(r"about (\d+) MiB per device at its peak", text)[1])
+
+    codes, printed = forks.run([*words, "--plan_device_memory", str(needed / 2 / 1024)], 1)
+    assert codes == [0] and re.search(r"fits +no", printed), printed
+    assert "It does not fit: use a smaller --per_device_eval_batch_size" in " ".join(printed.split())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

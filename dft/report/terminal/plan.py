@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 from dft.arguments.objective import build_objective
 from dft.arguments.parser import Arguments
+from dft.console import wrap
+from dft.data.preparing.prepare import PreparedData
 from dft.loss.tiles import tile_limit
 from dft.ranks import count_optimizer_steps, data_parallel_size, describe_parallelism, is_launched, world_size
 from dft.training.memory.batch_tokens import full_rows, largest_micro_batch
@@ -28,6 +30,7 @@ from dft.training.memory.plan import (
     plan,
     requested_setting,
 )
+from dft.training.memory.scoring_plan import ScoringPlan, plan_scoring
 from dft.training.parameters import GIB
 
 
@@ -54,7 +57,7 @@ def base_model_gib(
 
 
 def plan_lines(
-    arguments: Arguments, model: PreTrainedModel, report: dict[str, Any], dataset: Any = None
+    arguments: Arguments, model: PreTrainedModel, report: dict[str, Any], data: PreparedData | None = None
 ) -> list[str]:
     """Return lines on the size, data and memory of a run, and on the closest settings that fit.
 
@@ -62,15 +65,15 @@ def plan_lines(
         arguments: the parsed flags.
         model: the model on the meta device.
         report: `PreparedData.report`.
-        dataset: the training data; None plans for rows that all have the longest length.
+        data: the prepared data; None plans for rows that all have the longest length, without base scores.
     """
     training, watch, train = arguments.training, arguments.watch, report["train"]
     ranks = watch.plan_world_size or world_size()
     memory = watch.plan_device_memory or device_memory(training.device, world_size() if is_launched() else 1)
     longest = arguments.data.max_length if "packing_density" in train else train["length_percentiles"]["100"]
     batch_tokens = full_rows(longest)
-    if dataset is not None:
-        batch_tokens = cache(largest_micro_batch(model, training, dataset, ranks))
+    if data is not None:
+        batch_tokens = cache(largest_micro_batch(model, training, data.datasets["train"], ranks))
     fused = arguments.dft.fused_head != "off"
     has_base_model = build_objective(arguments.dft).kl_weight > 0
     layout = resolve_layout(model, training)
@@ -93,7 +96,12 @@ def plan_lines(
         "            these parts are not all in use at the same time, so their sum exceeds the peak",
         "            not included: the process itself, communication buffers, memory fragmentation",
     ]
-    if requested.peak <= memory * HEADROOM:
+    scoring_fits = True
+    if arguments.dft.base_scores and data is not None:
+        scoring = plan_scoring(model, training, setting.layout, data.datasets, report, data.longest, fused)
+        scoring_fits = scoring.peak <= memory * HEADROOM
+        lines += _scoring_lines(scoring, scoring_fits)
+    if requested.peak <= memory * HEADROOM and scoring_fits:
         return [
             *lines,
             f"fits        yes: {100 * requested.peak / memory:.0f} % of {format_gib(memory)} per device",
@@ -101,8 +109,31 @@ def plan_lines(
     lines.append(
         f"fits        no: {format_gib(memory)} per device, of which a plan may use {100 * HEADROOM:.0f} %"
     )
+    if requested.peak <= memory * HEADROOM:  # the pass of --base_scores does not
+        return lines
     alternatives = closest_fitting_plans(model, training, setting, batch_tokens, fused, memory, share)
     return [*lines, *_alternative_lines(alternatives)]
+
+
+def _scoring_lines(scoring: ScoringPlan, fits: bool) -> list[str]:
+    """Return the lines on the pass over the data that --base_scores makes before training."""
+    evaluation = (
+        f", {scoring.evaluation_tokens:,} of them for evaluation" if scoring.evaluation_tokens else ""
+    )
+    cost = ""
+    if scoring.operations is not None and scoring.epoch_share is not None:
+        cost = (
+            f": {scoring.operations:.2g} operations, {100 * scoring.epoch_share:.0f} % of those of an epoch "
+            "of training"
+        )
+    text = (
+        f"one forward pass over {scoring.tokens:,} tokens before training{evaluation}{cost}; about "
+        f"{format_gib(scoring.peak)} per device at its peak, and {scoring.stored / 2**20:,.1f} MiB in "
+        "--data_cache_dir. A run that finds the scores there makes no such pass"
+    )
+    if not fits:
+        text += ". It does not fit: use a smaller --per_device_eval_batch_size, or --deepspeed zero3"
+    return wrap("base scores", text)
 
 
 def _model_size(model: PreTrainedModel) -> str:

@@ -48,8 +48,13 @@ class ModelFlops:
         return self.per_token * tokens + self.per_pair * pairs + self.per_supervised * supervised
 
 
-def model_flops(model: PreTrainedModel) -> ModelFlops | None:
-    """Return the operation counts of a model; None if its number of active experts is unknown."""
+def model_flops(model: PreTrainedModel, forward_only: bool = False) -> ModelFlops | None:
+    """Return the operation counts of a model; None if its number of active experts is unknown.
+
+    Args:
+        model: the model, possibly on the meta device.
+        forward_only: count the forward pass alone instead of a training step.
+    """
     config: PretrainedConfig = model.config.get_text_config()
     embeddings = {id(model.get_input_embeddings().weight)}
     head = model.get_output_embeddings()
@@ -63,21 +68,23 @@ def model_flops(model: PreTrainedModel) -> ModelFlops | None:
         if ".experts." in name:
             if active is None:
                 return None
-            layers += active * flops_per_token(parameter)
+            layers += active * flops_per_token(parameter, forward_only)
         else:
-            layers += flops_per_token(parameter)
+            layers += flops_per_token(parameter, forward_only)
     settings = config.to_dict()
     heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
     pair = 0.0
     if heads and width:
         attention_width = heads * (settings.get("head_dim") or width // heads)
         # Scores and values, two operations each; once in the forward pass, twice in the backward pass.
-        pair = 3 * 2 * 2 * attention_width * config.num_hidden_layers
-    return ModelFlops(layers, pair, 0.0 if head is None else flops_per_token(head.weight))
+        pair = (1 if forward_only else 3) * 2 * 2 * attention_width * config.num_hidden_layers
+    return ModelFlops(layers, pair, 0.0 if head is None else flops_per_token(head.weight, forward_only))
 
 
-def flops_per_token(weight: nn.Parameter) -> float:
+def flops_per_token(weight: nn.Parameter, forward_only: bool = False) -> float:
     """Return the operations per token of the products with a weight, forward and backward."""
+    if forward_only:
+        return 2 * element_count(weight)
     return (6 if weight.requires_grad else 4) * element_count(weight)
 
 
