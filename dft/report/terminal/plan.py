@@ -13,6 +13,7 @@ from dft.console import wrap
 from dft.data.preparing.prepare import PreparedData
 from dft.loss.tiles import tile_limit
 from dft.ranks import count_optimizer_steps, data_parallel_size, describe_parallelism, is_launched, world_size
+from dft.training.base_scores.plan import ScoringPlan, plan_scoring
 from dft.training.memory.batch_tokens import full_rows, largest_micro_batch
 from dft.training.memory.estimate import (
     MemoryLayout,
@@ -30,7 +31,6 @@ from dft.training.memory.plan import (
     plan,
     requested_setting,
 )
-from dft.training.memory.scoring_plan import ScoringPlan, plan_scoring
 from dft.training.parameters import GIB
 
 

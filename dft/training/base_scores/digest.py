@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dft.arguments.parser import Arguments
 from dft.data.batches.dataset import Sequences
@@ -55,16 +55,10 @@ def model_digest(arguments: Arguments, model: PreTrainedModel, cache_dir: Path) 
         "quantized": arguments.lora.load_in_4bit,
         "liger": training.use_liger_kernel,
         "device": training.device.type,
-        "new_embeddings": _new_embeddings(arguments, config.vocab_size),
+        # Their rows begin as the mean of the others, also where the model has rows that no token used.
+        "new_embeddings": [config.vocab_size, *arguments.new_tokens] if arguments.new_tokens else [],
     }
     return hashlib.blake2b(json.dumps(described).encode(), digest_size=16).hexdigest()
-
-
-def _new_embeddings(arguments: Arguments, rows: int) -> list[int]:
-    """Return the number of embeddings, and the seed of those that were added; [] if none were."""
-    name, trust = arguments.model.model_name_or_path, arguments.model.trust_remote_code
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
-    return [] if config.get_text_config().vocab_size == rows else [rows, arguments.training.seed]
 
 
 def scores_key(model: str, dataset: Sequences) -> str:

@@ -80,6 +80,21 @@ def test_other_weights_settings_or_data_are_scored_anew(tiny, data, shared, tmp_
     assert "tokens read from" in capsys.readouterr().out
 
 
+def test_tokens_added_to_unused_rows_are_scored_anew(tiny, data, tmp_path, capsys):
+    """Their rows begin as the mean of the others, which changes the probability of every token."""
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    shutil.copytree(tiny, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    alone = values_of(score(tmp_path / "model", data, tmp_path))
+    capsys.readouterr()
+    added = values_of(score(tmp_path / "model", data, tmp_path, "--add_tokens", "<think>"))
+    assert "tokens scored in" in capsys.readouterr().out
+    assert len(alone) == len(added) and (alone != added).any()
+    score(tmp_path / "model", data, tmp_path, "--add_tokens", "<think>", "--seed", "5")
+    assert "tokens read from" in capsys.readouterr().out
+
+
 def test_a_killed_scoring_continues(tiny, data, shared, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "MIN_TOKENS", 100)
     written, batches = [], []

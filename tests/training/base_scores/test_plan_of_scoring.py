@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dft.data.batches.dataset import SCHEMA, Sequences
+from dft.training.base_scores.plan import plan_scoring
 from dft.training.measuring.throughput import model_flops
 from dft.training.memory.estimate import MemoryLayout
-from dft.training.memory.scoring_plan import plan_scoring
 from dft.training.parameters import GIB
 from tests.training.memory.test_plan import arguments, meta_model
 
