@@ -21,6 +21,8 @@ gradient from every text. The weights of all experts of a layer are one paramete
 Others have weights that no text reaches, such as indexers of sparse attention, cross-attention to images, and
 experts where all tokens may be sent to one that computes nothing.
 """
+CROSS_ATTENTION = re.compile(r"\.(encoder_attn|crossattention)(_layer_norm)?\.")
+"""Matches weights of cross-attention, which have no gradient if a decoder (Bart) is trained alone."""
 
 
 def element_count(parameter: nn.Parameter) -> int:
@@ -85,6 +87,8 @@ def resolve_find_unused_parameters(
 def _uses_every_weight(model: PreTrainedModel) -> bool:
     """Return whether every trained weight gets a gradient from every batch."""
     named = dict(model.named_parameters())
+    if any(CROSS_ATTENTION.search(name) for name in named):
+        return False
     is_text_only = model.config.get_text_config() is model.config
     if is_text_only and not any(".experts." in name for name in named):
         return True

@@ -58,6 +58,12 @@ def test_every_trained_weight_has_a_gradient_where_ddp_does_not_search(tmp_path,
 
 def test_ddp_searches_where_a_weight_may_have_no_gradient(tmp_path):
     assert resolve(make("deepseek_v32"), tmp_path) is None  # its indexer has none
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_ffn_dim": 32, "decoder_attention_heads": 4}
+    decoder = AutoModelForCausalLM.from_config(transformers.BartConfig(vocab_size=VOCABULARY, **sizes))
+    decoder(input_ids=torch.tensor([[5, 6]])).logits.sum().backward()
+    unused = [name for name, weight in decoder.named_parameters() if weight.grad is None]
+    assert unused and all("encoder_attn" in name for name in unused)
+    assert resolve(decoder, tmp_path) is None
 
     adapted = add_adapters(make("gemma3"), LoraArguments(lora_r=2), transformers.TrainingArguments(), "m")
     assert any("vision_tower" in name for name, weight in adapted.named_parameters() if weight.requires_grad)
