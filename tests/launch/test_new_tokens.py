@@ -104,6 +104,17 @@ def test_a_step_does_not_depend_on_the_sharding(bases, whole, base, kind):
     assert all((weights[EMBEDDING][row] - mean).abs().max() > 1e-3 for row in ids)
 
 
+@pytest.mark.parametrize("kind", ["zero3", "fsdp"])
+def test_half_precision_trains_and_saves_the_embeddings(train, whole, tmp_path, kind):
+    """peft makes adapters in float32, and ZeRO-3 trains weights of one dtype only."""
+    flags = {"bf16": True, "torch_dtype": "bfloat16", "save_strategy": "no"}
+    codes, printed = train(tmp_path / "out", "tied", kind, **flags)
+    assert not any(codes), printed
+    records = zip(train_records(tmp_path / "out"), train_records(whole("tied", "single")[0]), strict=True)
+    for record, expected in records:
+        assert record["nll"] == pytest.approx(expected["nll"], rel=0.05)
+
+
 @pytest.mark.parametrize(("base", "kind"), [("tied", "zero3"), ("padded", "single")])
 def test_adapters_load_and_merge_with_the_embeddings_of_the_run(whole, tmp_path, base, kind):
     folder, printed = whole(base, kind)

@@ -75,7 +75,9 @@ def add_adapters(
     flags = f"--lora_target_modules {' '.join(targets)}"
     try:
         config = LoraConfig(**settings, **options)
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(
+            model, config, autocast_adapter_dtype=not needs_model_dtype(model, new_tokens)
+        )
     except ValueError as error:
         flags += f" --lora_args {lora.lora_args}" if lora.lora_args is not None else ""
         raise UserError(f"{flags}: {' '.join(str(error).split())}") from None
@@ -102,6 +104,15 @@ def lora_settings(lora: LoraArguments) -> dict[str, Any]:
         "lora_dropout": lora.lora_dropout or 0.0,
         "target_modules": ALL_LINEAR if targets == [ALL_LINEAR] else targets,
     }
+
+
+def needs_model_dtype(model: PreTrainedModel, new_tokens: Sequence[str]) -> bool:
+    """Return whether adapters need the dtype of the model instead of float32.
+
+    ZeRO-3 trains weights of one dtype only, and the embeddings of new tokens have that of the model. It keeps
+    float32 master weights of all of them.
+    """
+    return bool(new_tokens) and any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def has_tied_head(model: Any) -> bool:

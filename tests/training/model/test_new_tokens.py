@@ -13,6 +13,7 @@ from dft.training.memory.plan import plan, requested_setting
 from dft.training.model.loading import load_base_model, load_meta_model, load_model
 from dft.training.model.new_tokens import mean_of_rows
 from dft.training.parameters import GIB
+from tests.families import make_family
 from tests.training.model.loading_helpers import arguments
 
 pytest.importorskip("peft")
@@ -147,6 +148,13 @@ def test_a_tied_head_with_a_bias_is_refused(folder, monkeypatch):
     assert load_model(arguments(folder), tokenizer).lm_head.bias[-1] == (len(tokenizer) - 3) / 2
     with pytest.raises(UserError, match="--lora_r: .* peft cannot train an output embedding that has a bias"):
         load_model(arguments(folder, *LORA), tokenizer)
+
+
+def test_a_tied_embedding_of_another_name_is_refused(tokenizer_folder, tmp_path):
+    """peft ties only those that it knows by name."""
+    folder = make_family("gpt2", tokenizer_folder, tmp_path / "gpt2")
+    with pytest.raises(UserError, match="peft does not train the embeddings of this architecture"):
+        load_model(arguments(folder, *LORA), larger_tokenizer(folder))
 
 
 def test_the_base_model_of_an_objective_has_the_same_unused_rows(folder, kind):
