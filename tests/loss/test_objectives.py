@@ -513,3 +513,8 @@ def test_alpha_rises_over_the_share_of_the_schedule():
         check_schedule(make_objective("chord"), AlphaSchedule("linear"), 0)
     with pytest.raises(ValueError, match=r"end_of_turn_weight must lie in \[0, 1\], got 2"):
         check_schedule(objective, AlphaSchedule(), 2)
+
+
+def test_infosft_does_not_train_a_token_whose_nll_was_rounded_below_0():
+    nll = torch.tensor([-1e-7, 0.0, 1e-7])
+    assert make_objective("infosft").weight(TokenRows(nll, nll.neg().exp(), nll)).tolist() == [0, 0, 0]

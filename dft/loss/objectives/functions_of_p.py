@@ -154,7 +154,8 @@ class InfoSft(Objective):
         return math.log(self.p_max / (1 - self.p_max))
 
     def weight(self, rows: TokenRows) -> Tensor:
-        nll = rows.nll.clamp(max=1e4)  # p is 0 there, and 0 * inf would be NaN
+        # Above, p is 0, and 0 * inf would be NaN; rounding may take a certain token's nll below 0.
+        nll = rows.nll.clamp(0, 1e4)
         logit = -nll - torch.log(-torch.expm1(-nll))
         return torch.exp(-nll) * (1 - logit / self._largest_logit).clamp(min=0)
 
