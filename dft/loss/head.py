@@ -234,12 +234,22 @@ def _plain_linear(outputs: list[tuple[nn.Module, Any]]) -> nn.Linear | None:
     """Return the module that computes the head's output if it is a single plain linear layer, else None.
 
     It may be inside wrappers that return its output unchanged, such as PEFT's for modules that are trained in
-    full. An adapter calls additional modules or returns a different tensor.
+    full. ZeRO-3 replaces the output of each module by an alias, with the same memory. An adapter calls
+    additional modules or returns a different tensor.
     """
     module, innermost = outputs[0]
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return None
-    return module if all(output is innermost for _, output in outputs) else None
+    return module if all(_is_same_tensor(output, innermost) for _, output in outputs) else None
+
+
+def _is_same_tensor(output: Any, other: Tensor) -> bool:
+    """Return whether an output has the memory and the shape of a tensor."""
+    return (
+        isinstance(output, Tensor)
+        and output.data_ptr() == other.data_ptr()
+        and (output.shape, output.stride()) == (other.shape, other.stride())
+    )
 
 
 def _find_transform(

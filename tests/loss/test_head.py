@@ -215,6 +215,26 @@ class Slow(nn.Linear):
         return super().forward(hidden)
 
 
+class Alias(torch.autograd.Function):
+    """Returns a new tensor with the memory of its input, as ZeRO-3 does with the output of each module."""
+
+    @staticmethod
+    def forward(ctx, output):
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_a_wrapped_linear_layer_whose_output_is_replaced_by_an_alias_is_fused():
+    model = make("qwen3", {})
+    model.lm_head = nn.Sequential(model.lm_head)
+    for module in model.lm_head.modules():
+        module.register_forward_hook(lambda _module, _inputs, output: Alias.apply(output))
+    compare(model, inspect(model))
+
+
 def test_heads_that_are_not_a_plain_linear_layer_are_not_fused():
     torch.manual_seed(0)
     assert "but its output embedding returned" in inspect(Twice(transformers.Qwen3Config(**SMALL)).eval())
