@@ -111,7 +111,9 @@ def model_card(
 
 
 def _shown(value: Any) -> str:
-    return ", ".join(f"`{item}`" for item in value) if isinstance(value, list) else str(value)
+    """Return the value of a flag as a cell of a table."""
+    text = ", ".join(f"`{item}`" for item in value) if isinstance(value, list) else str(value)
+    return text.replace("|", "\\|")  # it would end the cell, also inside backticks
 
 
 def changed_flags(log: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -32,12 +32,15 @@ def test_every_saved_model_has_a_card(example, forks, tmp_path):
 
 def test_the_card_of_adapters_names_their_base_model(example, forks, tmp_path):
     flags = {"max_steps": 1, "lora_r": 2, "dft_alpha": 0, "eval_data_files": None}
+    flags |= {"add_tokens": ["<|a|>", "<b>"]}
     # The card of this run is replaced by that of the next one.
     assert forks.run(example.words(tmp_path, **{**flags, "lora_r": None}))[0] == [0]
     (code,), printed = forks.run(example.words(tmp_path, **flags))
     assert code == 0, printed
     text = (tmp_path / "README.md").read_text()
     assert "These are LoRA adapters of rank 2" in text and "by plain SFT" in text and "report.png" not in text
+    # Within a table, Markdown ends a cell at each | that is not escaped.
+    assert "| add_tokens | `<\\|a\\|>`, `<b>` |" in text
 
 
 def test_a_readme_that_the_user_wrote_is_kept(example, forks, tmp_path):

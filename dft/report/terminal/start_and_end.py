@@ -163,10 +163,9 @@ def adapter_loader(arguments: Arguments) -> str | None:
     """Return the function that loads the adapters of a run; None if it trains none."""
     if arguments.lora.lora_r is None:
         return None
-    if arguments.new_tokens:  # transformers does not add rows to the embeddings of the base model
-        return "AutoPeftModelForCausalLM.from_pretrained"
-    is_dora = lora_options(arguments.lora).get("use_dora", False)
-    return f"{'PeftModel' if is_dora else 'AutoModelForCausalLM'}.from_pretrained"
+    # transformers neither adds rows to the embeddings of the base model nor loads the magnitudes of DoRA.
+    needs_peft = arguments.new_tokens or lora_options(arguments.lora).get("use_dora", False)
+    return f"{'AutoPeftModelForCausalLM' if needs_peft else 'AutoModelForCausalLM'}.from_pretrained"
 
 
 def _step_size(training: TrainingArguments, train: dict[str, Any]) -> str:
