@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
+from dft.arguments.objective import build_objective
 from dft.arguments.parser import Arguments
 from dft.data.templates.tokenizer import UNLOADABLE
 from dft.errors import UserError, describe_loading_error
@@ -24,7 +25,7 @@ from dft.training.model.attention import VARLEN, resolve_attention, resolve_dtyp
 from dft.training.model.companion_files import fetch_companions, left_out_note
 from dft.training.model.freezing import freeze_matching
 from dft.training.model.generation import resolve_generation_config
-from dft.training.model.new_tokens import add_embeddings, check_embeddings_not_frozen
+from dft.training.model.new_tokens import NEW_TOKEN_FLAGS, add_embeddings, check_embeddings_not_frozen
 from dft.training.model.precision import check_trained_dtype, dtype_notes
 from dft.training.model.quantized import resolve_loading
 from dft.training.model.weight_checks import (
@@ -88,13 +89,7 @@ def load_base_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) ->
     """
     with without_zero3_partitioning(arguments.training):
         model = _load_checked(arguments)
-    new_ids = _ids_without_embedding(model, tokenizer)
-    if new_ids:
-        raise UserError(
-            f"--objective {arguments.dft.objective}: the base model has no embeddings for {len(new_ids)} "
-            "tokens of the tokenizer, so it cannot predict them; use a --chat_template whose tokens it has, "
-            "or another objective"
-        )
+    _check_base_embeddings(model, tokenizer, arguments)
     add_embeddings(model, tokenizer, arguments)  # in unused rows, with the values that the trained model has
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / GIB
     arguments.notes.append(
@@ -114,7 +109,8 @@ def load_meta_model(
         tokenizer: the tokenizer of the run; None if it is that of the model, without new tokens.
 
     Raises:
-        UserError: there is no such model, or its configuration is not that of a causal language model.
+        UserError: there is no such model, its configuration is not that of a causal language model, or the
+            flags do not fit new tokens.
     """
     name = arguments.model.model_name_or_path
     dtype = resolve_dtype(arguments)
@@ -135,6 +131,8 @@ def load_meta_model(
     resolve_loading(arguments)
     use_varlen_attention(model, arguments)
     if tokenizer is not None:
+        if build_objective(arguments.dft).kl_weight > 0:
+            _check_base_embeddings(model, tokenizer, arguments)
         with without_zero3_partitioning(arguments.training), torch.device("meta"):
             arguments.new_tokens[:] = add_embeddings(model, tokenizer, arguments)
     if arguments.lora.load_in_4bit:
@@ -143,6 +141,7 @@ def load_meta_model(
         with torch.device("meta"):
             model = adapt(model, arguments)
     freeze(model, arguments)
+    check_embeddings_not_frozen(model, arguments.new_tokens, arguments)
     arguments.notes.extend(dtype_notes(model, arguments))
     return model
 
@@ -231,10 +230,18 @@ def _attention_or_default(arguments: Arguments) -> str | None:
     return None if attention in ("auto", VARLEN) else attention
 
 
-def _ids_without_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of the tokenizer that are past the last embedding.
+def _check_base_embeddings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: Arguments
+) -> None:
+    """Raise `UserError` if a model, as loaded, has no embedding for a token of the tokenizer.
 
     The largest id counts, not the number of tokens: a vocabulary may have unused ids.
     """
     rows = model.config.get_text_config().vocab_size
-    return [token_id for token_id in tokenizer.get_vocab().values() if token_id >= rows]
+    count = sum(token_id >= rows for token_id in tokenizer.get_vocab().values())
+    if count:
+        raise UserError(
+            f"--objective {arguments.dft.objective}: the base model has no embeddings for {count} tokens of "
+            "the tokenizer, so it cannot predict them; train without new tokens "
+            f"({NEW_TOKEN_FLAGS}), or use another objective"
+        )

@@ -11,6 +11,8 @@ from dft.arguments.parser import Arguments
 from dft.data.templates.tokenizer import tokens_added_to
 from dft.errors import UserError
 
+NEW_TOKEN_FLAGS = "--add_tokens, --chat_template"
+"""Flags that decide whether there are new tokens, for error messages."""
 CHUNK = 8192
 """Number of rows that are summed at a time, so that no copy of a whole embedding is made."""
 
@@ -121,7 +123,7 @@ def check_embeddings_not_frozen(model: PreTrainedModel, tokens: Iterable[str], a
     if not patterns or not tokens or all(parameter.requires_grad for parameter in parameters):
         return
     raise UserError(
-        f"--freeze {' '.join(patterns)}: {' '.join(tokens)} had to be added to the "
-        "vocabulary, and frozen embeddings would leave theirs untrained; use a --chat_template whose "
-        "tokens the vocabulary has, or do not freeze the input and output embedding"
+        f"--freeze {' '.join(patterns)}: {' '.join(tokens)} had to be added to the vocabulary, and frozen "
+        "embeddings would leave theirs untrained; do not freeze the input and output embedding, or train "
+        f"without new tokens ({NEW_TOKEN_FLAGS})"
     )

@@ -78,13 +78,14 @@ def test_embeddings_of_added_tokens_cannot_be_frozen(folder):
     load_model(embeddings, tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|new|>"]}, replace_extra_special_tokens=False)
     load_model(layers, tokenizer)
-    with pytest.raises(UserError) as caught:
-        load_model(embeddings, tokenizer)
-    assert str(caught.value) == (
-        "--freeze *embed_tokens*: <|new|> had to be added to the vocabulary, and frozen embeddings would "
-        "leave theirs untrained; use a --chat_template whose tokens the vocabulary has, or do not freeze the "
-        "input and output embedding"
-    )
+    for load_or_plan in (load_model, load_meta_model):  # the plan of a run is refused like the run
+        with pytest.raises(UserError) as caught:
+            load_or_plan(embeddings, tokenizer)
+        assert str(caught.value) == (
+            "--freeze *embed_tokens*: <|new|> had to be added to the vocabulary, and frozen embeddings would "
+            "leave theirs untrained; do not freeze the input and output embedding, or train without new "
+            "tokens (--add_tokens, --chat_template)"
+        )
 
 
 @pytest.mark.parametrize(

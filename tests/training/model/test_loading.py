@@ -88,8 +88,9 @@ def test_base_model_without_an_embedding_of_the_largest_id_is_an_error(folder, t
     config.vocab_size = len(tokenizer_with_unused_ids) + 5
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     flags = arguments(folder, "--objective", "asft")
-    with pytest.raises(UserError, match="the base model has no embeddings for 1 tokens of the tokenizer"):
-        load_base_model(flags, tokenizer_with_unused_ids)
+    for load_or_plan in (load_base_model, load_meta_model):
+        with pytest.raises(UserError, match="the base model has no embeddings for 1 tokens of the tokenizer"):
+            load_or_plan(flags, tokenizer_with_unused_ids)
 
 
 def test_tokenizer_of_a_different_model_is_an_error(folder):
