@@ -11,7 +11,7 @@ from dft.arguments.inherited import check_inherited, unused_notes
 from dft.arguments.intervals import is_multiple
 from dft.arguments.lora import check_freeze, check_lora, check_not_adapters
 from dft.arguments.loss_settings import check_loss_settings
-from dft.arguments.objective import build_objective, check_objective, minimum_weight
+from dft.arguments.objective import build_objective, check_objective, minimum_weight, weighs_by_p
 from dft.arguments.parallelism import check_deepspeed, check_fsdp, check_sequence_parallel
 from dft.arguments.parser import Arguments
 from dft.arguments.trackers import artifact_notes, check_trackers
@@ -297,6 +297,12 @@ def find_notes(arguments: Arguments) -> list[str]:
             f"--plan True ignores --resume_from_checkpoint {resume}: a resumed run needs the same memory"
         )
     notes.extend(artifact_notes(training.report_to, watch.log_artifacts))
+    if arguments.model.add_tokens and not (watch.plan or watch.preflight) and weighs_by_p(dft):
+        notes.append(
+            "--add_tokens: new tokens begin with a probability near 0, by which DFT with alpha 1 weights "
+            "them as targets, so the model hardly learns to write them; with --dft_alpha 0.9 each target "
+            "has a weight of at least 0.1"
+        )
     minimum = minimum_weight(build_objective(dft))
     if 0 < dft.end_of_turn_weight <= minimum:
         notes.append(

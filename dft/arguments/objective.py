@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from dft.bounds import Bounds
 from dft.errors import UserError
 from dft.loss.objectives import OBJECTIVES, Dft, Objective, Sft, make_objective, parameters_of
-from dft.loss.schedule import CONSTANT, KINDS, AlphaSchedule, check_schedule
+from dft.loss.schedule import CONSTANT, KINDS, AlphaSchedule, alpha_of, check_schedule
 
 WEIGHT_FORMULAS = ", ".join(f"{name}: {objective().formula()}" for name, objective in OBJECTIVES.items())
 PARAMETERS = ", ".join(
@@ -148,6 +148,11 @@ def build_schedule(dft: DFTArguments) -> AlphaSchedule:
 def minimum_weight(objective: Objective) -> float:
     """Return a lower bound on the weights of an objective."""
     return objective.affine[1] if objective.affine is not None else 0.0
+
+
+def weighs_by_p(dft: DFTArguments) -> bool:
+    """Return whether the weight of a target token is its probability alone, at every step of the run."""
+    return alpha_of(build_objective(dft)) == 1 and build_schedule(dft).kind == CONSTANT.kind
 
 
 def check_base_scores(dft: DFTArguments, objective: Objective) -> None:

@@ -171,6 +171,22 @@ def test_an_end_of_turn_weight_without_effect_is_noted(tmp_path, flags, is_noted
     assert any("has no effect: every token already has a weight of at" in note for note in notes) == is_noted
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_noted"),
+    [
+        (["--add_tokens", "<a>"], True),
+        (["--add_tokens", "<a>", "--objective", "asft"], True),
+        (["--add_tokens", "<a>", "--dft_alpha", "0.9"], False),
+        (["--add_tokens", "<a>", "--dft_alpha_schedule", "linear"], False),
+        (["--add_tokens", "<a>", "--objective", "deft"], False),
+        ([], False),
+    ],
+)
+def test_new_tokens_that_dft_hardly_trains_as_targets_are_noted(tmp_path, flags, is_noted):
+    notes = checked(tmp_path, *flags).notes
+    assert any("the model hardly learns to write them" in note for note in notes) == is_noted
+
+
 def test_a_folder_of_adapters_is_rejected_as_model(tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/adapter_config.json").write_text("{}")

@@ -16,7 +16,7 @@ from dft.training.model.adapters import BASE_RECORD
 from tests.combinations import proves
 from tests.launching import ROOT, train_records
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 LORA = {"lora_r": 4, "learning_rate": 1e-2, "max_steps": 6, "save_strategy": "steps", "save_steps": 4}
 
 
@@ -151,13 +151,18 @@ def test_dora_reads_whole_weights_under_sharding(example, train, tmp_path, kind)
     for place, ranks, more in (("single", 1, {}), (kind, 2, sharding)):
         codes, printed = train(tmp_path / place, place, ranks, **{**flags, **more})
         assert not any(codes), printed
-        assert "adapters    DoRA, rank 4" in printed and "PeftModel.from_pretrained loads them" in printed
+        assert "adapters    DoRA, rank 4" in printed
+        assert "(AutoPeftModelForCausalLM.from_pretrained loads them with their base model;" in printed
         records.append(train_records(tmp_path / place))
     for record, expected in zip(*records, strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
     card = (tmp_path / kind / "README.md").read_text()
     assert "These are DoRA adapters of rank 4." in card
+    saved = load_file(tmp_path / kind / "adapter_model.safetensors")
+    loaded = peft.get_peft_model_state_dict(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / kind))
+    assert any("magnitude" in name for name in saved)
+    assert all(torch.equal(weight, loaded[name]) for name, weight in saved.items())
 
 
 def merge(*words: object) -> subprocess.CompletedProcess[str]:

@@ -94,7 +94,7 @@ class ChatEncoder:
         added = tokenizer.added_tokens_decoder
         # Tokens of one or two characters are ordinary text as well.
         special = [token.content for token in added.values() if token.special and len(token.content) > 2]
-        # Those that the template writes end or begin turns, so they are not expected in the data either.
+        # Those that the template writes may end or begin turns, so texts are not expected to hold them.
         expected = {token for token in add_tokens if token not in template_source(tokenizer)}
         self.special_tokens = Markers(token for token in special if token not in expected)
         stop_ids = sorted({tokenizer.eos_token_id, *stop_token_ids} - {None})
