@@ -93,6 +93,6 @@ def test_resuming_with_other_rows_per_step_is_one_error_under_the_launcher(examp
         resume_from_checkpoint=checkpoint,
         deepspeed=ROOT / "ds_config/zero3.json",
     )
-    finished = launch(words, folder=example.folder, launcher="deepspeed", ranks=1, timeout=90)
+    finished = launch(words, folder=example.folder, launcher="deepspeed", ranks=1)
     assert finished.code != 0 and "Traceback" not in finished.output
     assert "saved with 64 rows per step, and this run has 8" in finished.output
