@@ -245,7 +245,8 @@ newest_step() {
 
 mkdir -p logs
 log=${LOG_FILE:-$ROOT/logs/train_$(date +%Y-%m-%d_%H-%M-%S).log}
-[[ ! -e $log ]] || log=${log%.log}_$$.log
+# Tested and created in one step: runs that start in the same second would share a log.
+(set -C && : >"$log") 2>/dev/null || log=${log%.log}_$$.log
 echo "log: $log"
 if ((${NODE_RANK:-0})); then
     echo "the output of the run is in the log of the first machine"

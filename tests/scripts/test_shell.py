@@ -285,12 +285,13 @@ def test_the_exit_code_of_training_is_passed_on(copy):
     assert code == 7 and "training ended with exit code 7" in errors
 
 
-def test_two_runs_get_different_ports(copy):
+def test_runs_that_start_at_once_get_different_ports_and_logs(copy):
     fake_deepspeed(copy[1], 'while [[ $1 != --master_port ]]; do shift; done; echo "port $2"; sleep 2')
-    runs = [start(copy, *DATA, MODEL="m", SHOW_LOG="1") for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in runs]
+    runs = [start(copy, *DATA, MODEL="m", SHOW_LOG="1") for _ in range(4)]
+    outputs = [process.communicate(timeout=240)[0] for process in runs]
     ports = {line for output in outputs for line in output.splitlines() if line.startswith("port ")}
-    assert len(ports) == 2 and all(process.returncode == 0 for process in runs)
+    logs = {line for output in outputs for line in output.splitlines() if line.startswith("log: ")}
+    assert len(ports) == len(logs) == 4 and all(process.returncode == 0 for process in runs)
 
 
 def test_a_signal_ends_every_process(copy, tmp_path):
