@@ -19,7 +19,7 @@ folder already, so a folder holds one study; a study of a different size is reje
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -53,6 +53,8 @@ FULL = Size(
     rates={"sums": (3e-5, 1e-4, 3e-4, 1e-3), "differences": (1e-3, 3e-3, 1e-2)},
 )
 QUICK = Size(160, dict.fromkeys(TASKS, 64), 4, 2, 2, dict.fromkeys(TASKS, (1e-3,)))
+METHODS: dict[str, Sequence[object]] = {name: ("--dft_alpha", alpha) for name, alpha in ALPHAS.items()}
+"""The methods that are compared, and their flags of train_dft.py."""
 SELECTION_DATA = {"sums": "right sums", "differences": "differences"}
 """The data set on which the learning rate of each task is selected."""
 
@@ -81,17 +83,17 @@ class Model(NamedTuple):
     trained_on: tuple[Path, ...]
 
 
-def train(model: Path, data: Path, output: Path, alpha: float, rate: float, seed: int, *more: object) -> None:
+def train(model: Path, data: Path, output: Path, rate: float, seed: int, *more: object) -> None:
     """Train a model with train_dft.py, unless the output has a finished run.
 
     Args:
-        more: further flags and their values.
+        more: further flags and their values, such as those of the objective.
     """
     if (output / "trainer_state.json").is_file():
         return
     run_script(
         ROOT / "train_dft.py", "--model_name_or_path", model, "--data_files", data, "--output_dir", output,
-        "--dft_alpha", alpha, "--learning_rate", rate, "--seed", seed, "--lr_scheduler_type", "cosine",
+        "--learning_rate", rate, "--seed", seed, "--lr_scheduler_type", "cosine",
         "--warmup_ratio", 0.1, "--per_device_train_batch_size", 32, "--max_length", 128, "--use_cpu", True,
         "--num_train_epochs", 1, "--save_strategy", "no", "--report", False, "--logging_steps", 25,
         "--overwrite_output_dir", True, "--preprocessing_num_workers", 1,
@@ -164,10 +166,17 @@ class Study:
         folder: output folder.
         size: amount of data, number of seeds, and learning rates.
         pool: runs two processes at a time.
+        methods: the methods to compare, and their flags of train_dft.py.
     """
 
-    def __init__(self, folder: Path, size: Size, pool: ThreadPoolExecutor) -> None:
-        self.folder, self.size, self.pool = folder, size, pool
+    def __init__(
+        self,
+        folder: Path,
+        size: Size,
+        pool: ThreadPoolExecutor,
+        methods: Mapping[str, Sequence[object]] = METHODS,
+    ) -> None:
+        self.folder, self.size, self.pool, self.methods = folder, size, pool, methods
         self.data, self.runs = folder / "data", folder / "runs"
         self.base = Model(folder / "base", (self.data / "pretraining.jsonl",))
 
@@ -177,7 +186,7 @@ class Study:
         write_data(self.data, self.size)
         if not (self.folder / "untrained/config.json").is_file():
             write_model(self.folder / "untrained", pretraining)
-        train(self.folder / "untrained", pretraining, self.base.path, 0.0, 3e-3, 0)
+        train(self.folder / "untrained", pretraining, self.base.path, 3e-3, 0, "--dft_alpha", 0)
 
     def model_of(self, run: Run) -> Model:
         """Return the model of a fine-tuning run."""
@@ -193,19 +202,33 @@ class Study:
         held_out = self.data / f"{DATA[run.data].task}-three.jsonl"
         evaluation = ("--eval_data_files", held_out, "--eval_strategy", "epoch", "--eval_on_start", True)
         data = self.data / tuning_file(run.data, run.seed)
-        output, alpha = self.runs / run.name, ALPHAS[run.method]
-        train(self.base.path, data, output, alpha, run.rate, run.seed + 1, *evaluation)
+        flags = (*self.methods[run.method], *evaluation)
+        train(self.base.path, data, self.runs / run.name, run.rate, run.seed + 1, *flags)
 
     def select_rates(self) -> dict[Run, float]:
         """Return the accuracy of each method with each learning rate, on the validation problems."""
-        accuracies: dict[Run, float] = {}
-        for task, data in SELECTION_DATA.items():
-            rates = self.size.rates[task]
-            runs = [Run(method, data, SELECTION_SEED, rate) for method, rate in product(ALPHAS, rates)]
-            models, name = self.fine_tune(runs), f"{task}-validation"
-            files, output = [self.data / f"{name}.jsonl"], self.folder / f"asked-{name}"
-            scores = evaluate_in_parallel(self.pool, models, files, output, self.size)
-            accuracies |= {run: scores[run.name][name].right for run in runs}
+        return self.validate(
+            Run(method, data, SELECTION_SEED, rate)
+            for task, data in SELECTION_DATA.items()
+            for method, rate in product(self.methods, self.size.rates[task])
+        )
+
+    def validate(self, runs: Iterable[Run], step: str = "") -> dict[Run, float]:
+        """Fine-tune, and return the accuracy of each run on the validation problems of its task.
+
+        Args:
+            runs: what to train.
+            step: suffix of the folders of answers, different for each call.
+        """
+        runs = list(runs)
+        models, accuracies = self.fine_tune(runs), {}
+        for task in TASKS:
+            name = f"{task}-validation"
+            of_task = [run for run in runs if DATA[run.data].task == task]
+            to_ask = {run.name: models[run.name] for run in of_task}
+            files, output = [self.data / f"{name}.jsonl"], self.folder / f"asked-{name}{step}"
+            scores = evaluate_in_parallel(self.pool, to_ask, files, output, self.size)
+            accuracies |= {run: scores[run.name][name].right for run in of_task}
         return accuracies
 
     def test(self, runs: Sequence[Run]) -> dict[str, dict[str, Score]]:
@@ -237,12 +260,25 @@ def run_study(folder: Path, size: Size) -> dict[str, Any]:
         print("comparing the methods", flush=True)
         runs = [
             Run(method, name, seed, best[method, data.task])
-            for method, (name, data), seed in product(ALPHAS, DATA.items(), range(size.seeds))
+            for method, (name, data), seed in product(METHODS, DATA.items(), range(size.seeds))
         ]
         scores = study.test(runs)
     return {
         "size": size._asdict(),
         "rates": [{**run._asdict(), "accuracy": value} for run, value in accuracies.items()],
+        **outcome(study, runs, scores),
+    }
+
+
+def outcome(study: Study, runs: Sequence[Run], scores: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:
+    """Return the scores of all models, with their histograms of p, as study.json has them.
+
+    Args:
+        study: the study that has fine-tuned the models.
+        runs: the runs that are compared.
+        scores: what `Study.test` returned for them.
+    """
+    return {
         "base": {file: score.right for file, score in scores["base"].items()},
         "left_out": {
             file: max(of_model[file].left_out for of_model in scores.values() if file in of_model)

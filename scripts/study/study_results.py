@@ -46,7 +46,7 @@ def accuracy(results: Mapping[str, Any], method: str, data: str, asked: str) -> 
 
     Args:
         results: the content of study.json.
-        method: key of `ALPHAS`.
+        method: name of the method.
         data: key of `DATA`, the data set to fine-tune on.
         asked: the file of problems.
     """
@@ -70,6 +70,11 @@ def digest_of(results: Mapping[str, Any]) -> str:
 def runs_of(results: Mapping[str, Any], method: str, data: str) -> list[Mapping[str, Any]]:
     """Return the runs of all seeds with one method and data set."""
     return [run for run in results["runs"] if (run["method"], run["data"]) == (method, data)]
+
+
+def methods_of(results: Mapping[str, Any]) -> list[str]:
+    """Return the methods that were compared, in the order of their runs."""
+    return list(dict.fromkeys(run["method"] for run in results["runs"]))
 
 
 def title(asked: str) -> str:
@@ -99,7 +104,7 @@ def accuracy_table(results: Mapping[str, Any]) -> list[str]:
     lines = header("fine-tuned on: asked", problem_columns())
     base = [f"{results['base'][asked]:.1f}" for _, asked in COLUMNS]
     lines.append(f"| base | {' | '.join(base)} |")
-    for method in ALPHAS:
+    for method in methods_of(results):
         means = [accuracy(results, method, data, asked) for data, asked in COLUMNS]
         lines.append(f"| {method} | {' | '.join(f'{cell.value:.1f} ± {cell.half:.1f}' for cell in means)} |")
     seeds, asked = results["size"]["seeds"], results["size"]["asked"]
@@ -116,7 +121,7 @@ def accuracy_table(results: Mapping[str, Any]) -> list[str]:
 def difference_table(results: Mapping[str, Any]) -> list[str]:
     """Return the table of differences to SFT."""
     lines = header("to SFT", problem_columns())
-    for method in [name for name in ALPHAS if name != "SFT"]:
+    for method in [name for name in methods_of(results) if name != "SFT"]:
         means = [difference_to_sft(results, method, data, asked) for data, asked in COLUMNS]
         lines.append(f"| {method} | {' | '.join(f'{cell.value:+.1f} ± {cell.half:.1f}' for cell in means)} |")
     return [

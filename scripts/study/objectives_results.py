@@ -1,0 +1,106 @@
+"""The tables and the picture of the comparison of all objectives."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from scripts.study.study_results import (
+    COLORS,
+    accuracy,
+    accuracy_table,
+    difference_table,
+    difference_to_sft,
+    header,
+    methods_of,
+    runs_of,
+    title,
+)
+from scripts.study.study_task import COLUMNS, DATA, TASKS
+
+
+class Outcome(NamedTuple):
+    """The problems on which a method differs significantly from SFT.
+
+    Attributes:
+        better: descriptions of those on which it gets more right.
+        worse: of those on which it gets fewer right.
+    """
+
+    better: list[str]
+    worse: list[str]
+
+
+def outcome_of(results: Mapping[str, Any], method: str) -> Outcome:
+    """Compare a method with SFT: the 95 % intervals of the differences that do not contain 0."""
+    better, worse = [], []
+    for data, asked in COLUMNS:
+        difference = difference_to_sft(results, method, data, asked)
+        if abs(difference.value) > difference.half:
+            text = f"{data}: {title(asked)} ({difference.value:+.1f})"
+            (better if difference.value > 0 else worse).append(text)
+    return Outcome(better, worse)
+
+
+def outcome_table(results: Mapping[str, Any]) -> list[str]:
+    """Return the table of the problems on which each method is better and worse than SFT."""
+    lines = header("", ["better than SFT", "worse than SFT"])
+    for method in methods_of(results):
+        if method != "SFT":
+            cells = ["<br>".join(texts) or "-" for texts in outcome_of(results, method)]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def rate_table(results: Mapping[str, Any]) -> list[str]:
+    """Return the table of the learning rates that were tried, with the accuracies on validation problems."""
+    lines = header("", list(TASKS))
+    selected = {(run["method"], DATA[run["data"]].task): run["rate"] for run in results["runs"]}
+    texts: dict[tuple[str, str], list[str]] = {}
+    for trial in sorted(results["rates"], key=lambda trial: trial["rate"]):
+        key = trial["method"], DATA[trial["data"]].task
+        text = f"{trial['rate']:g}: {trial['accuracy']:.1f}"
+        texts.setdefault(key, []).append(f"**{text}**" if trial["rate"] == selected[key] else text)
+    for method in methods_of(results):
+        lines.append(f"| {method} | {' | '.join(', '.join(texts[method, task]) for task in TASKS)} |")
+    return [
+        *lines,
+        "",
+        "Percent right on problems of three for choosing, one seed. The chosen rates are bold.",
+        "",
+    ]
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """Return all tables as Markdown."""
+    parts = (accuracy_table, difference_table, outcome_table, rate_table)
+    return "\n".join(line for part in parts for line in part(results))
+
+
+def accuracy_figure(results: Mapping[str, Any]) -> Figure:
+    """Draw the mean of each method with its interval, the seeds as dots, and the base model as a line."""
+    methods = methods_of(results)
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(COLUMNS), sharey=True)
+    for axes, (data, asked) in zip(panels, COLUMNS, strict=True):
+        for place, method in enumerate(methods):
+            mean = accuracy(results, method, data, asked)
+            color = COLORS.get(method, "#444444")
+            axes.errorbar(mean.value, place, xerr=mean.half, fmt="o", color=color, capsize=3, markersize=5)
+            dots = [run["right"][asked] for run in runs_of(results, method, data)]
+            axes.plot(dots, [place] * len(dots), ".", color="#1c1c1c", markersize=3)
+        axes.axvline(results["base"][asked], color=COLORS["base"], linestyle="--", label="base")
+        sft = accuracy(results, "SFT", data, asked).value
+        axes.axvline(sft, color=COLORS["SFT"], linestyle=":", label="mean of SFT")
+        axes.set_title(f"{data}:\n{title(asked)}", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].invert_yaxis()
+    figure.supxlabel("answers right, %", fontsize=9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False, fontsize=8)
+    return figure
