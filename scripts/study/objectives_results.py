@@ -16,11 +16,15 @@ from scripts.study.study_results import (
     difference_table,
     difference_to_sft,
     header,
+    mean,
     methods_of,
     runs_of,
     title,
 )
 from scripts.study.study_task import COLUMNS, DATA, TASKS
+
+WRONG = "sums, 3 in 10 wrong"
+"""The data set with wrong answers."""
 
 
 class Outcome(NamedTuple):
@@ -56,6 +60,34 @@ def outcome_table(results: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def sft_by_rate(results: Mapping[str, Any]) -> dict[float, dict[int, dict[str, float]]]:
+    """Return the accuracies of SFT on partly wrong data, by learning rate, seed and file of problems."""
+    scores: dict[float, dict[int, dict[str, float]]] = {}
+    for run in [*runs_of(results, "SFT", WRONG), *results["sft_at_other_rates"]]:
+        scores.setdefault(run["rate"], {})[run["seed"]] = run["right"]
+    return dict(sorted(scores.items()))
+
+
+def same_rate_table(results: Mapping[str, Any]) -> list[str]:
+    """Return the table of SFT on partly wrong data by rate, and of the differences to SFT at the same rate."""
+    files, of_sft = DATA[WRONG].asked, sft_by_rate(results)
+    lines = header(f"{WRONG}", ["learning rate", *(title(asked) for asked in files)])
+    for rate, scores in of_sft.items():
+        means = [mean([right[asked] for right in scores.values()]) for asked in files]
+        cells = " | ".join(f"{cell.value:.1f} ± {cell.half:.1f}" for cell in means)
+        lines.append(f"| SFT | {rate:g} | {cells} |")
+    for method in methods_of(results):
+        if method != "SFT":
+            runs = runs_of(results, method, WRONG)
+            base = of_sft[runs[0]["rate"]]
+            means = [
+                mean([run["right"][asked] - base[run["seed"]][asked] for run in runs]) for asked in files
+            ]
+            cells = " | ".join(f"{cell.value:+.1f} ± {cell.half:.1f}" for cell in means)
+            lines.append(f"| {method} to SFT | {runs[0]['rate']:g} | {cells} |")
+    return [*lines, "", "Percent right, and points above SFT with the same learning rate and seed.", ""]
+
+
 def rate_table(results: Mapping[str, Any]) -> list[str]:
     """Return the table of the learning rates that were tried, with the accuracies on validation problems."""
     lines = header("", list(TASKS))
@@ -77,7 +109,7 @@ def rate_table(results: Mapping[str, Any]) -> list[str]:
 
 def tables(results: Mapping[str, Any]) -> str:
     """Return all tables as Markdown."""
-    parts = (accuracy_table, difference_table, outcome_table, rate_table)
+    parts = (accuracy_table, difference_table, outcome_table, same_rate_table, rate_table)
     return "\n".join(line for part in parts for line in part(results))
 
 
@@ -88,9 +120,9 @@ def accuracy_figure(results: Mapping[str, Any]) -> Figure:
     panels = figure.subplots(1, len(COLUMNS), sharey=True)
     for axes, (data, asked) in zip(panels, COLUMNS, strict=True):
         for place, method in enumerate(methods):
-            mean = accuracy(results, method, data, asked)
+            right = accuracy(results, method, data, asked)
             color = COLORS.get(method, "#444444")
-            axes.errorbar(mean.value, place, xerr=mean.half, fmt="o", color=color, capsize=3, markersize=5)
+            axes.errorbar(right.value, place, xerr=right.half, fmt="o", color=color, capsize=3, markersize=5)
             dots = [run["right"][asked] for run in runs_of(results, method, data)]
             axes.plot(dots, [place] * len(dots), ".", color="#1c1c1c", markersize=3)
         axes.axvline(results["base"][asked], color=COLORS["base"], linestyle="--", label="base")

@@ -6,7 +6,9 @@
 Data, base model, problems and grading are those of study.py. Objectives have their default arguments. The
 learning rate of each objective and task is selected on the validation problems. A range of rates is tried
 first; it grows by one rate at a time while the best rate is at an end of it and better than all others.
-Intervals are over seeds. Differences are between models of the same seed, that is, of the same data.
+Intervals are over seeds. Differences are between models of the same seed, that is, of the same data. SFT is also
+trained on partly wrong data with the learning rates of the other methods, because a lower rate alone makes it
+learn less from wrong answers.
 
 The script writes objectives_study.json, table.md and accuracy.png. If it is interrupted, the same command
 continues with the results that are in the folder.
@@ -28,8 +30,17 @@ from dft.errors import report_user_errors
 from dft.loss.objectives import OBJECTIVES
 from dft.ranks import quiet_libraries
 from dft.report.pages.images import write_png
-from scripts.study.objectives_results import accuracy_figure, tables
-from scripts.study.study import FULL, METHODS, QUICK, SELECTION_DATA, Study, best_rates, outcome
+from scripts.study.objectives_results import WRONG, accuracy_figure, tables
+from scripts.study.study import (
+    FULL,
+    METHODS,
+    QUICK,
+    SELECTION_DATA,
+    Study,
+    best_rates,
+    evaluate_in_parallel,
+    outcome,
+)
 from scripts.study.study_results import DIGEST, digest_of
 from scripts.study.study_runs import SELECTION_SEED, Run, claim_folder, prepare
 from scripts.study.study_task import DATA, Size
@@ -81,6 +92,25 @@ def select_rates(study: Study) -> dict[Run, float]:
     return accuracies
 
 
+def sft_at_other_rates(study: Study, best: Mapping[tuple[str, str], float]) -> list[dict[str, Any]]:
+    """Train SFT on partly wrong data with each learning rate that was selected for another method.
+
+    Returns:
+        The runs with their scores, as in the `runs` of study.json.
+    """
+    task = DATA[WRONG].task
+    rates = {rate for (_, of_task), rate in best.items() if of_task == task} - {best["SFT", task]}
+    runs = [Run("SFT", WRONG, seed, rate) for rate in sorted(rates) for seed in range(study.size.seeds)]
+    models = study.fine_tune(runs)
+    files = [study.data / f"{file}.jsonl" for file in DATA[WRONG].asked]
+    output = study.folder / "asked-sft-at-other-rates"
+    scores = evaluate_in_parallel(study.pool, models, files, output, study.size)
+    return [
+        {**run._asdict(), "right": {file: score.right for file, score in scores[run.name].items()}}
+        for run in runs
+    ]
+
+
 def run_study(folder: Path, size: Size) -> dict[str, Any]:
     """Run all steps of the study, and return the content of objectives_study.json."""
     description = {**size._asdict(), "methods": list(OBJECTIVE_METHODS)}
@@ -97,11 +127,13 @@ def run_study(folder: Path, size: Size) -> dict[str, Any]:
             for method, (name, data), seed in product(OBJECTIVE_METHODS, DATA.items(), range(size.seeds))
         ]
         scores = study.test(runs)
+        controls = sft_at_other_rates(study, best)
     return {
         "size": size._asdict(),
         "selected_on": SELECTION_DATA,
         "rates": [{**run._asdict(), "accuracy": value} for run, value in accuracies.items()],
         **outcome(study, runs, scores),
+        "sft_at_other_rates": controls,
     }
 
 

@@ -96,6 +96,13 @@ def results_with(accuracies: dict[str, list[float]]) -> dict:
     return {
         "size": objectives_study.QUICK_SIZE._asdict() | {"seeds": 3}, "runs": runs, "rates": rates,
         "base": dict.fromkeys(asked, 50.0), "left_out": dict.fromkeys(asked, 0),
+        "sft_at_other_rates": [
+            {
+                "method": "SFT", "data": objectives_results.WRONG, "seed": seed, "rate": 1e-3,
+                "right": {"sums-three": 70.0 + seed, "sums-five": 35.0},
+            }
+            for seed in range(3)
+        ],
     }  # fmt: skip
 
 
@@ -113,6 +120,20 @@ def test_tables():
     figure = objectives_results.accuracy_figure(results)
     assert len(figure.axes) == len(study_task.COLUMNS)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["SFT", "DFT", "power"]
+
+
+def test_methods_are_compared_with_sft_at_their_own_rate():
+    """SFT has 60, 62, 64 at its rate of 3e-4, and 70, 71, 72 at 1e-3, the rate of power, which has 68, 71, 74."""
+    results = results_with(
+        {"SFT": [60.0, 62.0, 64.0], "DFT": [61.0, 63.0, 65.0], "power": [68.0, 71.0, 74.0]}
+    )
+    for run in results["runs"]:
+        if run["method"] == "power":
+            run["rate"] = 1e-3
+    text = "\n".join(objectives_results.same_rate_table(results))
+    assert "| SFT | 0.0003 | 62.0 ± 5.0 | 31.0 ± 2.5 |\n| SFT | 0.001 | 71.0 ± 2.5 | 35.0 ± 0.0 |" in text
+    assert "| DFT to SFT | 0.0003 | +1.0 ± 0.0 | +0.5 ± 0.0 |" in text
+    assert "| power to SFT | 0.001 | +0.0 ± 5.0 | +0.5 ± 3.7 |" in text
 
 
 def test_the_page_and_the_picture_match_the_results():
