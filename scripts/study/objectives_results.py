@@ -69,7 +69,7 @@ def sft_by_rate(results: Mapping[str, Any]) -> dict[float, dict[int, dict[str, f
 
 
 def same_rate_table(results: Mapping[str, Any]) -> list[str]:
-    """Return the table of SFT on partly wrong data by rate, and of the differences to SFT at the same rate."""
+    """Return the table of SFT on partly wrong data by rate, and of differences to SFT at the same rate."""
     files, of_sft = DATA[WRONG].asked, sft_by_rate(results)
     lines = header(f"{WRONG}", ["learning rate", *(title(asked) for asked in files)])
     for rate, scores in of_sft.items():

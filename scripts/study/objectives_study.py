@@ -6,9 +6,10 @@
 Data, base model, problems and grading are those of study.py. Objectives have their default arguments. The
 learning rate of each objective and task is selected on the validation problems. A range of rates is tried
 first; it grows by one rate at a time while the best rate is at an end of it and better than all others.
-Intervals are over seeds. Differences are between models of the same seed, that is, of the same data. SFT is also
-trained on partly wrong data with the learning rates of the other methods, because a lower rate alone makes it
-learn less from wrong answers.
+Intervals are over seeds. Differences are between models of the same seed, that is, of the same data.
+
+SFT is also trained on partly wrong data with the learning rates of the other methods, because a lower rate
+alone makes it learn less from wrong answers.
 
 The script writes objectives_study.json, table.md and accuracy.png. If it is interrupted, the same command
 continues with the results that are in the folder.

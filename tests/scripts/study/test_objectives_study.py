@@ -123,7 +123,7 @@ def test_tables():
 
 
 def test_methods_are_compared_with_sft_at_their_own_rate():
-    """SFT has 60, 62, 64 at its rate of 3e-4, and 70, 71, 72 at 1e-3, the rate of power, which has 68, 71, 74."""
+    """SFT has 60, 62, 64 at its rate of 3e-4, and 70, 71, 72 at that of power, which has 68, 71, 74."""
     results = results_with(
         {"SFT": [60.0, 62.0, 64.0], "DFT": [61.0, 63.0, 65.0], "power": [68.0, 71.0, 74.0]}
     )
