@@ -60,6 +60,37 @@ def outcome_table(results: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+SHORT = {
+    ("right sums", "sums-three"): "right",
+    ("right sums", "sums-five"): "right, longer",
+    (WRONG, "sums-three"): "wrong",
+    (WRONG, "sums-five"): "wrong, longer",
+    ("differences", "differences-three"): "new",
+    ("differences", "differences-five"): "new, longer",
+    ("differences", "sums-three"): "old after new",
+}
+"""Short names of data sets and problems, for docs/objectives.md."""
+
+
+def summary_table(results: Mapping[str, Any]) -> list[str]:
+    """Return the table of docs/objectives.md: significant differences to SFT, and accuracy on two tasks."""
+    lines = header(
+        "", ["better than SFT", "worse than SFT", "wrong data, against the base model", "new task"]
+    )
+    for method in methods_of(results):
+        texts: dict[bool, list[str]] = {True: [], False: []}
+        if method != "SFT":
+            for column, name in SHORT.items():
+                difference = difference_to_sft(results, method, *column)
+                if abs(difference.value) > difference.half:
+                    texts[difference.value > 0].append(f"{name} ({difference.value:+.1f})")
+        wrong = accuracy(results, method, WRONG, "sums-three").value - results["base"]["sums-three"]
+        new = accuracy(results, method, "differences", "differences-three").value
+        cells = [", ".join(names) or "-" for names in texts.values()]
+        lines.append(f"| {method} | {' | '.join(cells)} | {wrong:+.1f} | {new:.0f} % |")
+    return lines
+
+
 def sft_by_rate(results: Mapping[str, Any]) -> dict[float, dict[int, dict[str, float]]]:
     """Return the accuracies of SFT on partly wrong data, by learning rate, seed and file of problems."""
     scores: dict[float, dict[int, dict[str, float]]] = {}
@@ -128,6 +159,8 @@ def accuracy_figure(results: Mapping[str, Any]) -> Figure:
         axes.axvline(results["base"][asked], color=COLORS["base"], linestyle="--", label="base")
         sft = accuracy(results, "SFT", data, asked).value
         axes.axvline(sft, color=COLORS["SFT"], linestyle=":", label="mean of SFT")
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -2), min(high, 102))  # intervals may extend beyond what is possible
         axes.set_title(f"{data}:\n{title(asked)}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(methods)), methods)

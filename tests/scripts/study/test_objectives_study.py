@@ -117,6 +117,9 @@ def test_tables():
     assert outcome.better[:2] == ["right sums: sums of three (+9.0)", "right sums: sums of five (+4.5)"]
     assert not outcome.worse and "| DFT | - | - |" in text
     assert "| power | 0.0001: 51.0, **0.0003: 51.0**, 0.001: 51.0 | 0.0001: 51.0, **0.0003: 51.0**," in text
+    summary = objectives_results.summary_table(results)
+    assert any(line.startswith("| power | right (+9.0), right, longer (+4.5), wrong") for line in summary)
+    assert "| DFT | - | - | +12.0 | 62 % |" in summary
     figure = objectives_results.accuracy_figure(results)
     assert len(figure.axes) == len(study_task.COLUMNS)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["SFT", "DFT", "power"]
@@ -137,12 +140,14 @@ def test_methods_are_compared_with_sft_at_their_own_rate():
 
 
 def test_the_page_and_the_picture_match_the_results():
+    assert list(objectives_results.SHORT) == study_task.COLUMNS
     results = json.loads((ROOT / "docs/objectives_study.json").read_text())
     assert results["size"] == json.loads(json.dumps(objectives_study.ALL_SIZE._asdict()))
     assert study_results.methods_of(results) == list(OBJECTIVE_METHODS)
     text = (ROOT / "docs/objectives_study.md").read_text()
     for part in objectives_results.tables(results).strip().split("\n\n"):
         assert part in text
+    assert "\n".join(objectives_results.summary_table(results)) in (ROOT / "docs/objectives.md").read_text()
     with Image.open(ROOT / "docs/images/objectives_study.png") as picture:
         assert picture.text[study_results.DIGEST] == study_results.digest_of(results)
 
