@@ -44,7 +44,7 @@ def test_named_evaluation_sets_have_metrics_and_curves_of_their_own(example, for
         "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
         "verify_save": False, "early_stopping_patience": 1,
     }  # fmt: skip
-    output = example.folder / "sets"
+    output = example.folder / "named-sets"
     sets = [f"math={files[0]}", f"code={files[1]}"]
     words = example.words(
         output, eval_data_files=sets, metric_for_best_model="eval_code_nll", generate_samples=3, report=True,
