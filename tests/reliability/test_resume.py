@@ -115,9 +115,8 @@ MOMENTS = [
     ("by_epoch", "step 6"),
 ]
 QUICK_MOMENTS = [
-    ("plain", "micro 4.1", "zero3"), ("plain", "micro 4.1", "fsdp"), ("plain", "step 8", "single"),
-    ("plain", "evaluated 6", "single"), ("plain", "saving 6 optimizer", "single"),
-    ("packed", "step 7", "single"),
+    ("plain", "micro 4.1", "zero3"), ("plain", "step 8", "single"), ("plain", "evaluated 6", "single"),
+    ("plain", "saving 6 optimizer", "single"), ("packed", "step 7", "single"),
 ]  # fmt: skip
 
 
@@ -164,7 +163,7 @@ REQUESTS = [
 ]
 QUICK_REQUESTS = [
     ("SIGUSR1", "micro 5.2", "plain", "zero3"), ("SIGINT", "evaluating 3", "plain", "single"),
-    ("SIGTERM", "micro 7.1", "workers", "single"), ("SIGHUP", "micro 4.1", "plain", "zero3"),
+    ("SIGTERM", "micro 7.1", "workers", "single"), ("SIGHUP", "micro 4.1", "plain", "single"),
 ]  # fmt: skip
 
 

@@ -36,8 +36,15 @@ def train(tmp_path, name: str, attention: str, **flags) -> tuple[DFTTrainer, lis
     return trainer, counts.after_evaluation
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient checkpointing"])
-@pytest.mark.parametrize("name", ["qwen3", "gemma3, window of 4"])
+@pytest.mark.parametrize(
+    ("name", "checkpointing"),
+    [
+        pytest.param("qwen3", False, id="qwen3"),
+        pytest.param("qwen3", True, marks=pytest.mark.slow, id="qwen3, gradient checkpointing"),
+        pytest.param("gemma3, window of 4", False, marks=pytest.mark.slow, id="gemma3"),
+        pytest.param("gemma3, window of 4", True, id="gemma3, gradient checkpointing"),
+    ],
+)
 def test_batches_of_other_lengths_are_not_compiled_again(tmp_path, name, checkpointing):
     """Six steps and two evaluations of batches that differ in their numbers of tokens."""
     flags = {"gradient_checkpointing": checkpointing}
