@@ -9,6 +9,8 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -133,8 +135,24 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+@contextmanager
+def exit_when_interrupted() -> Iterator[None]:
+    """Exit at once on Ctrl-C, for imports: libraries catch the `KeyboardInterrupt` and go on without a part.
+
+    It applies to the handler of `report_user_errors` only.
+    """
+    if signal.getsignal(signal.SIGINT) is not _interrupt:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt_again)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
 def _interrupt_again(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Handle the second Ctrl-C: exit immediately."""
+    """Handle the second Ctrl-C, or the first during imports: exit immediately."""
     _print_interrupted()
     os._exit(EXIT_INTERRUPTED)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
+from dft.errors import exit_when_interrupted
+
 PATIENCE = 5.0
 """Seconds of imports after which a message says what takes so long. With a warm disk cache they take less."""
 
@@ -20,7 +22,7 @@ def fast_imports() -> Iterator[None]:
     collector visits them many times while they are imported, again in each full collection of the run, and
     again when the program ends. Start-up takes a third less time, and the process 8 MB more memory.
 
-    Imports that take long are announced on stderr by the first rank.
+    Imports that take long are announced on stderr by the first rank. Ctrl-C ends the program at once.
     """
     timer = threading.Timer(PATIENCE, _announce)
     timer.daemon = True  # Ctrl-C must not wait for it
@@ -28,7 +30,8 @@ def fast_imports() -> Iterator[None]:
         timer.start()
     gc.disable()
     try:
-        yield
+        with exit_when_interrupted():
+            yield
     finally:
         timer.cancel()
         gc.freeze()

@@ -1,6 +1,7 @@
 """Importing the package loads only the modules that are used."""
 
 import gc
+import os
 import signal
 import subprocess
 import sys
@@ -106,6 +107,21 @@ def test_an_interrupt_while_libraries_are_imported_is_reported_in_one_line():
             process.send_signal(signal.SIGINT)
     assert lines == ["interrupted\n"]
     assert process.wait(timeout=60) == EXIT_INTERRUPTED
+
+
+def test_a_library_that_catches_an_interrupt_does_not_continue(tmp_path):
+    """torch goes on without numpy if the import of numpy is interrupted, and numpy fails later."""
+    (tmp_path / "catching.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    sum(range(10**6))\n"
+        "except BaseException:\n    pass\n"
+    )
+    code = (
+        "from dft.errors import report_user_errors\nfrom dft.startup import fast_imports\n"
+        "report_user_errors()\nwith fast_imports():\n    import catching\nprint('continued')"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (EXIT_INTERRUPTED, "", "interrupted\n")
 
 
 def test_garbage_collection_is_paused_for_imports_and_skips_what_they_created():
