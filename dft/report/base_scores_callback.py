@@ -74,9 +74,12 @@ class BaseScoresCallback(TrainerCallback):
         """
         step = weights_step(state, args, is_training=False)
         self._record["base_scores"] = comparisons = []
-        for split, dataset in self._datasets.items():
-            with self._trainer.averaged():
-                comparison = self._compare(dataset.sample(SEQUENCES, args.seed), args)
+        with self._trainer.averaged():
+            compared = {
+                split: self._compare(dataset.sample(SEQUENCES, args.seed), args)
+                for split, dataset in self._datasets.items()
+            }
+        for split, comparison in compared.items():
             comparisons.append(describe(comparison, split, step, self._tokenizer))
             before, after = comparison.before.mean(), comparison.after.mean()
             say(

@@ -25,6 +25,11 @@ CROSS_ATTENTION = re.compile(r"\.(encoder_attn|crossattention)(_layer_norm)?\.")
 """Matches weights of cross-attention, which have no gradient if a decoder (Bart) is trained alone."""
 
 
+def is_partitioned(model: nn.Module) -> bool:
+    """Return whether ZeRO-3 has partitioned weights of a model."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def element_count(parameter: nn.Parameter) -> int:
     """Return the number of elements of a full parameter, even if ZeRO-3 has partitioned it."""
     return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()

@@ -88,9 +88,17 @@ def load_tokenizer(
 
 
 def tokens_added_to(
-    tokenizer: PreTrainedTokenizerBase, name_or_path: str, trust_remote_code: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    name_or_path: str,
+    trust_remote_code: bool = False,
+    add_tokens: Sequence[str] = (),
 ) -> list[str]:
-    """Return the tokens of a tokenizer that the vocabulary of a model lacks, in the order of their ids."""
+    """Return the tokens that `load_tokenizer` added to the vocabulary of a model, in the order of their ids.
+
+    Takes the arguments of `load_tokenizer`.
+    """
+    if not add_tokens and tokenizer.chat_template != CHATML:
+        return []  # it added none, and loading a tokenizer again takes up to two seconds (Gemma 3)
     original = _load(name_or_path, trust_remote_code).get_vocab()
     vocabulary = tokenizer.get_vocab()
     return sorted(vocabulary.keys() - original.keys(), key=vocabulary.__getitem__)

@@ -26,7 +26,7 @@ from dft.training.parameters import GIB, element_count
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """What scoring the data once takes, if no scores are stored yet.
+    """Operations, memory and storage of scoring the data, if no scores are stored yet.
 
     Attributes:
         tokens: tokens of the training and evaluation data, each sequence once.

@@ -26,6 +26,7 @@ from dft.training.base_scores.store import ScoreStore
 from dft.training.memory.out_of_memory import convert_memory_errors
 from dft.training.model.adapters import has_adapters
 from dft.training.parallel.gathering import gathering_weights
+from dft.training.parameters import is_partitioned
 
 SHARDS, MIN_TOKENS = 100, 16_384
 """Number of shards of large data, and minimum number of tokens of a shard. A kill loses at most one shard."""
@@ -170,7 +171,7 @@ def without_adapters(model: PreTrainedModel) -> AbstractContextManager[None]:
 def _move(model: PreTrainedModel, arguments: Arguments) -> None:
     """Move the model to the device of the run, as the trainer would."""
     device = arguments.training.device
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if is_partitioned(model):
         for buffer in model.buffers():  # DeepSpeed has placed the weights
             buffer.data = buffer.data.to(device)
     elif not arguments.lora.load_in_4bit:  # such weights are loaded to the device

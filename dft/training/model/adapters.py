@@ -17,7 +17,7 @@ from dft.arguments.lora import ALL_LINEAR, LoraArguments, lora_options
 from dft.errors import UserError
 from dft.files import write_atomically
 from dft.saved_adapters import BASE_RECORD
-from dft.training.parameters import element_count, shapes_digest
+from dft.training.parameters import element_count, is_partitioned, shapes_digest
 
 
 def resolve_quantization(
@@ -112,7 +112,7 @@ def needs_model_dtype(model: PreTrainedModel, new_tokens: Sequence[str]) -> bool
     ZeRO-3 trains weights of one dtype only, and the embeddings of new tokens have that of the model. It keeps
     float32 master weights of all of them.
     """
-    return bool(new_tokens) and any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return bool(new_tokens) and is_partitioned(model)
 
 
 def has_tied_head(model: Any) -> bool:

@@ -46,8 +46,11 @@ def add_embeddings(
             f"--model_name_or_path {arguments.model.model_name_or_path}: the tokenizer has {len(tokenizer)} "
             f"tokens and the model {rows} embeddings; they do not belong together"
         )
-    name, trust = arguments.model.model_name_or_path, arguments.model.trust_remote_code
-    tokens = sorted({*beyond, *tokens_added_to(tokenizer, name, trust)}, key=vocabulary.__getitem__)
+    flags = arguments.model
+    added = tokens_added_to(
+        tokenizer, flags.model_name_or_path, flags.trust_remote_code, flags.add_tokens or ()
+    )
+    tokens = sorted({*beyond, *added}, key=vocabulary.__getitem__)
     if not tokens:
         return []
     ids = {vocabulary[token] for token in tokens}

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from dft.training.parameters import is_partitioned
+
 
 @contextmanager
 def gathering_weights(model: PreTrainedModel) -> Iterator[None]:
@@ -20,7 +22,7 @@ def gathering_weights(model: PreTrainedModel) -> Iterator[None]:
     Args:
         model: a model without adapters, or with them.
     """
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if not is_partitioned(model):
         yield
         return
     with ExitStack() as hooks:

@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dft.data.templates import tokenizer as tokenizer_module
 from dft.data.templates.encoder import ChatEncoder
-from dft.data.templates.tokenizer import CHATML, CHATML_TOKENS, load_tokenizer, stop_token_ids
+from dft.data.templates.tokenizer import (
+    CHATML,
+    CHATML_TOKENS,
+    load_tokenizer,
+    stop_token_ids,
+    tokens_added_to,
+)
 from dft.errors import UserError
 from tests.data.templates.chat_templates import CHATML_LINES, Supervised, encode, expected, with_template
 
@@ -238,3 +245,14 @@ def test_named_tokens_may_be_those_of_chatml(tokenizer_json, tmp_path):
     assert len(set(ids)) == 3 and None not in ids
     tokenizer.save_pretrained(tmp_path / "saved")
     assert load_tokenizer(str(tmp_path / "saved"))[0].get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_tokenizer_without_added_tokens_is_loaded_once(tokenizer_json, tmp_path, monkeypatch):
+    """Loading takes up to two seconds on every rank."""
+    folder = save(tmp_path, tokenizer_json, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    loads, load = [], tokenizer_module._load
+    monkeypatch.setattr(tokenizer_module, "_load", lambda *names: loads.append(names) or load(*names))
+    plain, _ = load_tokenizer(folder)
+    assert tokens_added_to(plain, folder) == [] and len(loads) == 1
+    larger, _ = load_tokenizer(folder, add_tokens=["<|b|>", "<|a|>"])
+    assert tokens_added_to(larger, folder, add_tokens=["<|b|>", "<|a|>"]) == ["<|b|>", "<|a|>"]

@@ -20,7 +20,7 @@ pytest.importorskip("peft")
 TOKENS = ["<|a|>", "<|b|>"]
 LORA = ("--lora_r", "4")
 KINDS = {"tied": (True, 0), "tied, padded": (True, 64), "untied": (False, 0), "untied, padded": (False, 64)}
-"""Whether the head is tied, and the number of unused embeddings."""
+"""Kinds of embeddings: whether input and output share a weight, and how many rows no token uses."""
 
 
 @pytest.fixture(params=KINDS)
