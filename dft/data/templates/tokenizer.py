@@ -93,7 +93,7 @@ def tokens_added_to(
     trust_remote_code: bool = False,
     add_tokens: Sequence[str] = (),
 ) -> list[str]:
-    """Return the tokens that `load_tokenizer` added to the vocabulary of a model, in the order of their ids."""
+    """Return the tokens that `load_tokenizer` added to a vocabulary, in the order of their ids."""
     if not add_tokens and tokenizer.chat_template != CHATML:
         return []  # it added none, and loading a tokenizer again takes up to two seconds (Gemma 3)
     original = _load(name_or_path, trust_remote_code).get_vocab()
