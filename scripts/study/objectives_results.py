@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -27,39 +27,6 @@ WRONG = "sums, 3 in 10 wrong"
 """The data set with wrong answers."""
 
 
-class Outcome(NamedTuple):
-    """The problems on which a method differs significantly from SFT.
-
-    Attributes:
-        better: descriptions of those on which it gets more right.
-        worse: of those on which it gets fewer right.
-    """
-
-    better: list[str]
-    worse: list[str]
-
-
-def outcome_of(results: Mapping[str, Any], method: str) -> Outcome:
-    """Compare a method with SFT: the 95 % intervals of the differences that do not contain 0."""
-    better, worse = [], []
-    for data, asked in COLUMNS:
-        difference = difference_to_sft(results, method, data, asked)
-        if abs(difference.value) > difference.half:
-            text = f"{data}: {title(asked)} ({difference.value:+.1f})"
-            (better if difference.value > 0 else worse).append(text)
-    return Outcome(better, worse)
-
-
-def outcome_table(results: Mapping[str, Any]) -> list[str]:
-    """Return the table of the problems on which each method is better and worse than SFT."""
-    lines = header("", ["better than SFT", "worse than SFT"])
-    for method in methods_of(results):
-        if method != "SFT":
-            cells = ["<br>".join(texts) or "-" for texts in outcome_of(results, method)]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
 SHORT = {
     ("right sums", "sums-three"): "right",
     ("right sums", "sums-five"): "right, longer",
@@ -69,11 +36,11 @@ SHORT = {
     ("differences", "differences-five"): "new, longer",
     ("differences", "sums-three"): "old after new",
 }
-"""Short names of data sets and problems, for docs/objectives.md."""
+"""Short names of data sets and problems."""
 
 
 def summary_table(results: Mapping[str, Any]) -> list[str]:
-    """Return the table of docs/objectives.md: significant differences to SFT, and accuracy on two tasks."""
+    """Return the table of significant differences to SFT, and of the accuracies on two tasks."""
     lines = header(
         "", ["better than SFT", "worse than SFT", "wrong data, against the base model", "new task"]
     )
@@ -88,7 +55,7 @@ def summary_table(results: Mapping[str, Any]) -> list[str]:
         new = accuracy(results, method, "differences", "differences-three").value
         cells = [", ".join(names) or "-" for names in texts.values()]
         lines.append(f"| {method} | {' | '.join(cells)} | {wrong:+.1f} | {new:.0f} % |")
-    return lines
+    return [*lines, ""]
 
 
 def sft_by_rate(results: Mapping[str, Any]) -> dict[float, dict[int, dict[str, float]]]:
@@ -140,7 +107,7 @@ def rate_table(results: Mapping[str, Any]) -> list[str]:
 
 def tables(results: Mapping[str, Any]) -> str:
     """Return all tables as Markdown."""
-    parts = (accuracy_table, difference_table, outcome_table, same_rate_table, rate_table)
+    parts = (accuracy_table, difference_table, summary_table, same_rate_table, rate_table)
     return "\n".join(line for part in parts for line in part(results))
 
 

@@ -20,7 +20,6 @@ import json
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from scripts.study.study import (
     FULL,
     METHODS,
     QUICK,
-    SELECTION_DATA,
     Study,
     best_rates,
     evaluate_in_parallel,
@@ -123,15 +121,11 @@ def run_study(folder: Path, size: Size) -> dict[str, Any]:
         accuracies = select_rates(study)
         best = best_rates(accuracies)
         print("comparing the methods", flush=True)
-        runs = [
-            Run(method, name, seed, best[method, data.task])
-            for method, (name, data), seed in product(OBJECTIVE_METHODS, DATA.items(), range(size.seeds))
-        ]
+        runs = study.runs_at(best)
         scores = study.test(runs)
         controls = sft_at_other_rates(study, best)
     return {
         "size": size._asdict(),
-        "selected_on": SELECTION_DATA,
         "rates": [{**run._asdict(), "accuracy": value} for run, value in accuracies.items()],
         **outcome(study, runs, scores),
         "sft_at_other_rates": controls,

@@ -231,6 +231,13 @@ class Study:
             accuracies |= {run: scores[run.name][name].right for run in of_task}
         return accuracies
 
+    def runs_at(self, rates: Mapping[tuple[str, str], float]) -> list[Run]:
+        """Return the runs to compare: each method on each data set and seed, with the rate for its task."""
+        return [
+            Run(method, name, seed, rates[method, data.task])
+            for method, (name, data), seed in product(self.methods, DATA.items(), range(self.size.seeds))
+        ]
+
     def test(self, runs: Sequence[Run]) -> dict[str, dict[str, Score]]:
         """Fine-tune, and return the scores of the base model ("base") and of each run by its name."""
         self.fine_tune(runs)
@@ -258,10 +265,7 @@ def run_study(folder: Path, size: Size) -> dict[str, Any]:
         accuracies = study.select_rates()
         best = best_rates(accuracies)
         print("comparing the methods", flush=True)
-        runs = [
-            Run(method, name, seed, best[method, data.task])
-            for method, (name, data), seed in product(METHODS, DATA.items(), range(size.seeds))
-        ]
+        runs = study.runs_at(best)
         scores = study.test(runs)
     return {
         "size": size._asdict(),
