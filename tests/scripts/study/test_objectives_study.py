@@ -164,7 +164,7 @@ def test_a_quick_study_of_three_objectives_runs(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "objectives_study.json").read_text())
     assert len(results["runs"]) == 3 * len(study_task.DATA) * objectives_study.QUICK_SIZE.seeds
     rate = next(run["rate"] for run in results["runs"] if run["data"] == "right sums")
-    # The first of the two steps has learning rate 0, and before it psft equals SFT.
+    # The first of the two steps has learning rate 0, so psft still equals SFT in the second.
     weights = [
         (tmp_path / f"runs/{name}-right_sums-0-{rate:g}/model.safetensors").read_bytes()
         for name in ("SFT", "power")
