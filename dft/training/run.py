@@ -19,7 +19,7 @@ from dft.data.preparing.prepare import PreparedData
 from dft.data.templates.encoder import ChatEncoder
 from dft.data.templates.tokenizer import load_tokenizer, stop_token_ids
 from dft.errors import UserError, report_user_errors
-from dft.loss.objectives import Objective, Sft
+from dft.loss.objectives import Objective, first_step_equivalent
 from dft.training.checkpoints.folder import newest_checkpoint
 from dft.training.checkpoints.hub import HUB_ERRORS
 from dft.training.checkpoints.output_lock import lock_output_dir
@@ -111,7 +111,7 @@ def load_models(
         arguments.notes.extend(position_notes(model, data.longest))
         note = add_stop_tokens(model, tokenizer, data.report["end_of_turn_tokens"])
         arguments.notes.extend([note] if note else [])
-        needs_base = build_objective(arguments.dft).kl_weight > 0
+        needs_base = trained_objective(arguments).kl_weight > 0
         return model, load_base_model(arguments, tokenizer) if needs_base else None
 
 
@@ -141,9 +141,9 @@ def run_options(
 
 
 def trained_objective(arguments: Arguments) -> Objective:
-    """Return the objective of the trainer. A preflight only scores, and has no base scores."""
+    """Return the objective of the trainer. A preflight only scores: it has no base scores or base model."""
     objective = build_objective(arguments.dft)
-    return Sft() if arguments.watch.preflight and objective.needs_base_logp else objective
+    return first_step_equivalent(objective) if arguments.watch.preflight else objective
 
 
 def make_trainer(
