@@ -199,7 +199,7 @@ def _score(scorer: SequenceScorer, store: ScoreStore, layout: _Layout, split: st
         _once_per_machine(partial(store.write_shard, number, scores))
         finished += layout.targets[number]
         now = time.monotonic()
-        if now - printed >= PROGRESS_SECONDS:
+        if finished and now - printed >= PROGRESS_SECONDS:
             printed, left = now, sum(layout.targets) - before - finished
             speed = finished / (now - started)
             say(
@@ -207,7 +207,8 @@ def _score(scorer: SequenceScorer, store: ScoreStore, layout: _Layout, split: st
                 f"({total:,} sequences), {speed:,.0f} per second, {clock(left / speed)} left"
             )
     seconds = time.monotonic() - started
-    return seconds * sum(layout.targets) / max(1, finished)
+    # A run that was killed after its last shard leaves nothing to measure the speed with.
+    return seconds * sum(layout.targets) / finished if finished else seconds
 
 
 def _gathered(value: Any) -> list[Any]:

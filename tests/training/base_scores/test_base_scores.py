@@ -1,7 +1,9 @@
 """Scores of the model before training: exact, cached, resumable, and aligned with every packing."""
 
+import itertools
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,6 +126,21 @@ def test_a_killed_scoring_continues(tiny, data, shared, tmp_path, capsys, monkey
     assert "continuing after" in capsys.readouterr().out
     np.testing.assert_allclose(values_of(scored), values_of(shared[1]), atol=1e-5)
     assert not shards.exists()
+
+
+def test_a_run_that_was_killed_after_the_last_shard_saves_no_invented_time(tiny, data, tmp_path, monkeypatch):
+    """Nothing is left to measure the speed with, so the seconds of the second run alone count."""
+
+    def kill(store, counts, about):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ScoreStore, "complete", kill)
+        score(tiny, data, tmp_path)
+    clock = SimpleNamespace(monotonic=itertools.count().__next__)  # one second later at each call
+    monkeypatch.setattr(run, "time", clock)
+    scores = score(tiny, data, tmp_path).datasets["train"].base_scores
+    assert ScoreStore(tmp_path / "cache", scores.key).about()["seconds"] == 1
 
 
 def test_damaged_scores_are_computed_again(tiny, data, tmp_path, shared, capsys):
