@@ -70,8 +70,8 @@ def foretold_objectives() -> dict[str, Objective]:
 
 def flags_of(name: str) -> str:
     """Return the flags that select an objective of `foretold_objectives`."""
-    known = {"dft": "--dft_alpha 1", "sft": "--dft_alpha 0", "dft, alpha 0.5": "--dft_alpha 0.5"}
-    return known.get(name, f"--objective {name}")
+    by_alpha = {"dft": "--dft_alpha 1", "sft": "--dft_alpha 0", "dft, alpha 0.5": "--dft_alpha 0.5"}
+    return by_alpha.get(name, f"--objective {name}")
 
 
 def foretell(
@@ -235,10 +235,15 @@ def _reason(name: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         parts.append(f"it keeps {kept:.0%} of SFT's gradient on tokens with p < {LOW:g}")
     if row["noise"] is not None:
         comparison = "" if name == "sft" else f" (SFT: {sft['noise']:.0%})"
-        parts.append(f"of its gradient, {row['noise']:.0%} would go to swapped answers{comparison}")
+        parts.append(
+            f"if half of the answers were wrong, {row['noise']:.0%} of its gradient would go to them"
+            + comparison
+        )
     ends = row["kept"]["end_of_turn"]
     if ends is not None and ends < LOW:
-        parts.append(f"it keeps {ends:.0%} of SFT's on end-of-turn tokens: add --end_of_turn_weight 0.1")
+        parts.append(
+            f"it keeps {ends:.0%} of SFT's gradient on end-of-turn tokens: add --end_of_turn_weight 0.1"
+        )
     regime, paper = REGIMES[name]
     return {
         "reason": "; ".join(parts) or "no token has a low p",

@@ -191,8 +191,8 @@ def _supervised(row: Mapping[str, Any]) -> int:
 def inner(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> float:
     """Return the inner product of two gradients, in float32 or wider; None stands for zeros."""
     total = 0.0
-    for one_part, other_part in zip(first, second, strict=True):
-        if one_part is not None and other_part is not None:
-            wide = torch.promote_types(one_part.dtype, torch.float32)
-            total += torch.dot(one_part.flatten().to(wide), other_part.flatten().to(wide)).item()
+    for left, right in zip(first, second, strict=True):
+        if left is not None and right is not None:
+            wide = torch.promote_types(left.dtype, torch.float32)
+            total += torch.dot(left.flatten().to(wide), right.flatten().to(wide)).item()
     return total

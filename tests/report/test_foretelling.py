@@ -245,7 +245,7 @@ def test_an_unlearned_end_of_turn_token_is_part_of_the_reason():
     first = foretold["try"][0]
     assert first["name"] == "threshold"
     assert first["reason"].endswith(
-        "it keeps 0% of SFT's on end-of-turn tokens: add --end_of_turn_weight 0.1"
+        "it keeps 0% of SFT's gradient on end-of-turn tokens: add --end_of_turn_weight 0.1"
     )
 
 

@@ -16,7 +16,7 @@ def foretelling_lines(foretold: Mapping[str, Any]) -> list[str]:
     width = max(len("objective"), *map(len, foretold["ranking"]))
     band = f"kept on p <{low:g}  to {high:g}  above   ends"
     lines = [
-        "objectives  ranked by what each would do at first; nothing was trained",
+        "objectives  ranked by what a first step of each would do; nothing was trained",
         f"            {'objective':<{width}}  {band}  noise  rise  score",
     ]
     for name, row in foretold["ranking"].items():
@@ -29,7 +29,8 @@ def foretelling_lines(foretold: Mapping[str, Any]) -> list[str]:
         lines.append(f"            {name:<{width}}  {numbers}  {rise:>4}  {row['score']:5.2f}{note}")
     explanation = (
         "kept: share of SFT's gradient. noise: share of the gradient that would go to answers under a wrong "
-        "question, if half of them were. rise: of mean p on other conversations, of the steepest"
+        "question, if half of them were. rise: change of the mean p of other conversations by a small step, "
+        "as a share of the largest that is possible"
     )
     lines += wrap("", explanation)
     for probe, text in (("noise_probe", "noise"), ("first_step", "rise")):
