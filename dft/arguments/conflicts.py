@@ -11,7 +11,7 @@ from dft.arguments.inherited import check_inherited, unused_notes
 from dft.arguments.intervals import is_multiple
 from dft.arguments.lora import check_freeze, check_lora, check_not_adapters
 from dft.arguments.loss_settings import check_loss_settings
-from dft.arguments.objective import build_objective, check_objective, minimum_weight, weighs_by_p
+from dft.arguments.objective import build_objective, check_objective, objective_notes
 from dft.arguments.parallelism import check_deepspeed, check_fsdp, check_sequence_parallel
 from dft.arguments.parser import Arguments
 from dft.arguments.trackers import artifact_notes, check_trackers
@@ -284,7 +284,7 @@ def find_notes(arguments: Arguments) -> list[str]:
     """Return a note for each valid but potentially surprising combination of flags."""
     if arguments.data.prepare_only:
         return []
-    dft, training, watch = arguments.dft, arguments.training, arguments.watch
+    training, watch = arguments.training, arguments.watch
     notes = unused_notes(arguments.flags)
     if watch.preflight_samples != WatchArguments.preflight_samples and not watch.preflight:
         notes.append(f"--preflight_samples {watch.preflight_samples} has no effect without --preflight True")
@@ -297,19 +297,10 @@ def find_notes(arguments: Arguments) -> list[str]:
             f"--plan True ignores --resume_from_checkpoint {resume}: a resumed run needs the same memory"
         )
     notes.extend(artifact_notes(training.report_to, watch.log_artifacts))
-    if arguments.model.add_tokens and not (watch.plan or watch.preflight) and weighs_by_p(dft):
-        notes.append(
-            "--add_tokens: new tokens begin with a probability near 0, by which DFT with alpha 1 weights "
-            "them as targets, so the model hardly learns to write them; with --dft_alpha 0.9 each target "
-            "has a weight of at least 0.1"
-        )
-    minimum = minimum_weight(build_objective(dft))
-    if 0 < dft.end_of_turn_weight <= minimum:
-        notes.append(
-            f"--end_of_turn_weight {dft.end_of_turn_weight:g} has no effect: every token already has a "
-            f"weight of at least {minimum:g}"
-        )
-    if has_evaluation(arguments) and not evaluates(training) and not (watch.plan or watch.preflight):
+    is_inspection = watch.plan or watch.preflight
+    adds_tokens = bool(arguments.model.add_tokens) and not is_inspection
+    notes.extend(objective_notes(arguments.dft, adds_tokens, watch.report or is_inspection))
+    if has_evaluation(arguments) and not evaluates(training) and not is_inspection:
         flag = "--eval_data_files" if arguments.data.eval_data_files else "--validation_split_percentage"
         notes.append(f"{flag}: no evaluation uses these data; add --eval_strategy steps or epoch")
     metric = training.metric_for_best_model

@@ -1,14 +1,17 @@
 """Command-line flags for the objective: the token weights and how the loss is computed."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
+import torch
+
 from dft.bounds import Bounds
 from dft.errors import UserError
-from dft.loss.objectives import OBJECTIVES, Dft, Objective, Sft, make_objective, parameters_of
-from dft.loss.schedule import CONSTANT, KINDS, AlphaSchedule, alpha_of, check_schedule
+from dft.loss.objectives import OBJECTIVES, Dft, Objective, Sft, TokenRows, make_objective, parameters_of
+from dft.loss.schedule import CONSTANT, KINDS, AlphaSchedule, check_schedule
 
 WEIGHT_FORMULAS = ", ".join(f"{name}: {objective().formula()}" for name, objective in OBJECTIVES.items())
 PARAMETERS = ", ".join(
@@ -18,6 +21,8 @@ PARAMETERS = ", ".join(
     if parameter != "alpha"
 )
 
+UNLIKELY, NEGLIGIBLE = 1e-5, 0.01
+"""A probability such as that of a token new to the model, and a weight that hardly trains a token."""
 FUSED_HEAD = ("auto", "on", "off")
 """Values of `--fused_head`."""
 
@@ -130,12 +135,12 @@ def _parse_parameters(text: str) -> dict[str, float]:
         name, _, number = (word.strip() for word in part.partition("="))
         if name in parameters:
             raise ValueError(f"{name} is given twice")
-        if name == "alpha":
-            raise ValueError(f"alpha is set with --dft_alpha {number}")
         try:
             parameters[name] = float(number)
         except ValueError:
             raise ValueError(f"expected NAME=NUMBER, separated by commas, got {part!r}") from None
+        if name == "alpha":
+            raise ValueError(f"alpha is set with --dft_alpha {number}")
     return parameters
 
 
@@ -145,14 +150,48 @@ def build_schedule(dft: DFTArguments) -> AlphaSchedule:
         return AlphaSchedule(dft.dft_alpha_schedule, dft.dft_alpha_schedule_share)
 
 
-def minimum_weight(objective: Objective) -> float:
-    """Return a lower bound on the weights of an objective."""
-    return objective.affine[1] if objective.affine is not None else 0.0
+def hardly_trains_unlikely(dft: DFTArguments) -> bool:
+    """Return whether a target with a probability near 0 has a weight near 0 at every step of the run."""
+    objective = build_objective(dft)
+    nll = torch.full((1,), -math.log(UNLIKELY), dtype=torch.float64)
+    if objective.potential(nll) is None or build_schedule(dft).kind != CONSTANT.kind:
+        return False  # the weight depends on more than p, or begins at 1
+    return objective.weight(TokenRows(nll, torch.exp(-nll), nll)).item() <= NEGLIGIBLE
 
 
-def weighs_by_p(dft: DFTArguments) -> bool:
-    """Return whether the weight of a target token is its probability alone, at every step of the run."""
-    return alpha_of(build_objective(dft)) == 1 and build_schedule(dft).kind == CONSTANT.kind
+def objective_notes(dft: DFTArguments, adds_tokens: bool, has_report: bool) -> list[str]:
+    """Return a note for each valid but potentially surprising choice of the objective.
+
+    Args:
+        dft: the flags of the objective.
+        adds_tokens: whether the run adds tokens to the vocabulary and trains.
+        has_report: whether the run trains and writes a report.
+    """
+    notes, objective = [], build_objective(dft)
+    if adds_tokens and hardly_trains_unlikely(dft):
+        notes.append(
+            f"--add_tokens: new tokens begin with a probability near 0, where {objective.title} gives "
+            "targets a weight near 0, so the model hardly learns to write them; with --objective dft "
+            "--dft_alpha 0.9 each target has a weight of at least 0.1"
+        )
+    if adds_tokens and dft.drop_tokens_below_base_p:
+        notes.append(
+            f"--drop_tokens_below_base_p {dft.drop_tokens_below_base_p:g}: new tokens of --add_tokens have a "
+            "probability near 0 before training, so the model does not learn to write them, unless they end "
+            "a turn"
+        )
+    if 0 < dft.end_of_turn_weight <= objective.least_weight:
+        notes.append(
+            f"--end_of_turn_weight {dft.end_of_turn_weight:g} has no effect: every token already has a "
+            f"weight of at least {objective.least_weight:g}"
+        )
+    uses_scores = has_report or objective.needs_base_logp or dft.drop_tokens_below_base_p > 0
+    if dft.base_scores is True and not uses_scores:
+        notes.append(
+            f"--base_scores True: nothing in this run uses the scores, since --objective {objective.name} "
+            "does not, and there is no report (--report False); remove it to save the time"
+        )
+    return notes
 
 
 def check_base_scores(dft: DFTArguments, objective: Objective) -> None:

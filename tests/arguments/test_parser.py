@@ -149,6 +149,8 @@ def test_greater_is_better_follows_from_the_metric(tmp_path, metric, greater):
     ("words", "message"),
     [
         (["--objective", "power", "--objective_args", "k=0.5,k=0.7"], "k is given twice"),
+        (["--objective_args", "k=0.5"], "the objective dft has no parameter 'k'; .*; 'k' belongs to power"),
+        (["--objective_args", "alpha="], "expected NAME=NUMBER, separated by commas, got 'alpha='"),
         (["--dft_alpha_schedule_share", "0.2"], "alpha is constant; add --dft_alpha_schedule"),
     ],
 )
@@ -164,6 +166,10 @@ def test_contradicting_loss_flags_are_rejected(tmp_path, words, message):
         (["--dft_alpha", "0.7", "--end_of_turn_weight", "0.31"], False),
         (["--objective", "sft", "--end_of_turn_weight", "1"], True),
         (["--objective", "power", "--end_of_turn_weight", "0.1"], False),
+        (["--objective", "talr", "--objective_args", "floor=0.3", "--end_of_turn_weight", "0.3"], True),
+        (["--objective", "talr", "--end_of_turn_weight", "0.3"], False),
+        (["--objective", "iw_sft", "--base_scores", "True", "--end_of_turn_weight", "0.1"], True),
+        (["--objective", "psft", "--base_scores", "True", "--end_of_turn_weight", "0.1"], False),
     ],
 )
 def test_an_end_of_turn_weight_without_effect_is_noted(tmp_path, flags, is_noted):
@@ -179,12 +185,40 @@ def test_an_end_of_turn_weight_without_effect_is_noted(tmp_path, flags, is_noted
         (["--add_tokens", "<a>", "--dft_alpha", "0.9"], False),
         (["--add_tokens", "<a>", "--dft_alpha_schedule", "linear"], False),
         (["--add_tokens", "<a>", "--objective", "deft"], False),
+        (["--add_tokens", "<a>", "--objective", "threshold"], True),
+        (["--add_tokens", "<a>", "--objective", "power"], True),
+        (["--add_tokens", "<a>", "--objective", "power", "--objective_args", "k=0.1"], False),
+        (["--add_tokens", "<a>", "--objective", "talr"], True),
+        (["--add_tokens", "<a>", "--objective", "sft"], False),
+        (["--add_tokens", "<a>", "--plan", "True"], False),
         ([], False),
     ],
 )
 def test_new_tokens_that_dft_hardly_trains_as_targets_are_noted(tmp_path, flags, is_noted):
     notes = checked(tmp_path, *flags).notes
     assert any("the model hardly learns to write them" in note for note in notes) == is_noted
+
+
+def test_new_tokens_that_the_filter_by_base_p_leaves_out_are_noted(tmp_path):
+    flags = ["--add_tokens", "<a>", "--base_scores", "True", "--drop_tokens_below_base_p"]
+    for bound, count in (("0.01", 1), ("0", 0)):
+        notes = checked(tmp_path, *flags, bound).notes
+        assert sum("the model does not learn to write them" in note for note in notes) == count
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_noted"),
+    [
+        (["--report", "False"], True),
+        (["--report", "True"], False),
+        (["--report", "False", "--objective", "psft"], False),
+        (["--report", "False", "--drop_tokens_below_base_p", "0.1"], False),
+        (["--report", "False", "--base_scores", "only"], False),
+    ],
+)
+def test_base_scores_that_nothing_uses_are_noted(tmp_path, flags, is_noted):
+    notes = checked(tmp_path, "--base_scores", "True", *flags).notes
+    assert any("nothing in this run uses the scores" in note for note in notes) == is_noted
 
 
 def test_a_folder_of_adapters_is_rejected_as_model(tmp_path):

@@ -385,7 +385,7 @@ def test_the_floored_potential_matches_its_formula(floor):
     ("name", "parameters"),
     [
         *((name, {}) for name in OBJECTIVES), ("infosft", {"p_max": 0.55}), ("iw_sft", {"clip": 1}),
-        ("psft", {"clip": 1}), ("talr", {"floor": 1}), ("luffy", {"gamma": 0.0001}),
+        ("psft", {"clip": 1}), ("talr", {"floor": 1}), ("luffy", {"gamma": 0.0001}), ("dft", {"alpha": 0.4}),
     ],
 )  # fmt: skip
 def test_weights_lie_between_zero_and_two(name, parameters):
@@ -399,6 +399,7 @@ def test_weights_lie_between_zero_and_two(name, parameters):
         )  # fmt: skip
         weights = objective.weight(rows)
         assert weights.shape == nll.shape and weights.min() >= 0 and weights.max() <= 2
+        assert weights.min() >= objective.least_weight - 1e-6
 
 
 def test_unknown_objectives_and_parameters_raise():

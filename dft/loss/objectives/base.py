@@ -64,6 +64,11 @@ class Objective:
         """(a, b) if the weight is a * p + b, which takes a single kernel launch; otherwise None."""
         return None
 
+    @property
+    def least_weight(self) -> float:
+        """A lower bound of the weight of any token."""
+        return self.affine[1] if self.affine is not None else 0.0
+
     def formula(self) -> str:
         """Return the formula of the weight as text."""
         raise NotImplementedError

@@ -197,6 +197,10 @@ class Talr(Objective):
         above = self.tau * -torch.expm1(-nll.clamp(max=start) / self.tau)
         return above + (self.floor * (nll - start).clamp(min=0) if self.floor else 0)
 
+    @property
+    def least_weight(self) -> float:
+        return self.floor
+
     def formula(self) -> str:
         return "max(p ** (1 / tau), floor)"
 

@@ -46,7 +46,9 @@ def make_objective(name: str, parameters: Mapping[str, float] | None = None) -> 
     for parameter in parameters:
         if parameter not in names:
             valid = f"its parameters are {', '.join(names)}" if names else "it has no parameters"
-            raise ValueError(f"the objective {name} has no parameter {parameter!r}; {valid}")
+            owners = ", ".join(other for other in OBJECTIVES if parameter in parameters_of(other))
+            hint = f"; {parameter!r} belongs to {owners}" if owners else ""
+            raise ValueError(f"the objective {name} has no parameter {parameter!r}; {valid}{hint}")
     return OBJECTIVES[name](**parameters)
 
 

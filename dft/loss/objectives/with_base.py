@@ -57,8 +57,12 @@ class IwSft(Objective):
     def weight(self, rows: TokenRows) -> Tensor:
         return _ratio(rows).clamp(1 - self.clip, 1 + self.clip)
 
+    @property
+    def least_weight(self) -> float:
+        return 1 - self.clip
+
     def formula(self) -> str:
-        return "p / base_p, between 1 - clip and 1 + clip"
+        return "p / base_p, raised to at least 1 - clip and lowered to at most 1 + clip"
 
 
 @dataclass(frozen=True)
@@ -84,4 +88,4 @@ class Psft(Objective):
         return ratio.masked_fill(ratio > 1 + self.clip, 0)
 
     def formula(self) -> str:
-        return "p / base_p up to 1 + clip, above 0"
+        return "p / base_p if that is at most 1 + clip, else 0"
