@@ -99,6 +99,11 @@ def check_preflight(arguments: Arguments) -> None:
             f"--preflight True scores --model_name_or_path, not --resume_from_checkpoint {resume}; remove "
             "the latter, or pass the checkpoint as the model"
         )
+    if arguments.training.fsdp:  # accelerate shards a model only together with its optimizer
+        raise UserError(
+            "--preflight True with --fsdp is not supported: FSDP shards a model when training starts; remove "
+            "--fsdp, or use --deepspeed zero3 if the model does not fit on one device"
+        )
 
 
 def check_plan(arguments: Arguments) -> None:

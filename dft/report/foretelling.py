@@ -104,8 +104,13 @@ def foretell(
         row["noise"] = None if isinstance(noise, str) else noise["shares"][name]
         row["first_step"] = steps.get(name)
         row["same_first_step_as"] = same[name]
-        row["score"] = score(row, mean_p)
-    ordered = sorted(rows, key=lambda name: (-rows[name]["score"], names.index(name)))
+        row["score"] = score(row, mean_p, has_probe=not isinstance(noise, str))
+
+    def rank(name: str) -> tuple[float, float, int]:
+        """Of equal scores, the objective that keeps more of SFT's gradient is the first."""
+        return -round(rows[name]["score"], 6), -(rows[name]["kept"]["all"] or 0.0), names.index(name)
+
+    ordered = sorted(rows, key=rank)
     return {
         "mean_p": mean_p,
         "bands": {"low": LOW, "high": HIGH},
@@ -171,7 +176,10 @@ def gradient_shares(
 
 
 def noise_shares(table: TokenTable | None, names: Sequence[str]) -> dict[str, Any] | str:
-    """Return the share of each objective's gradient that goes to swapped answers, or why it is missing."""
+    """Return the share of each objective's gradient that goes to swapped answers, or why it is missing.
+
+    The share of an objective without a gradient on the marked tokens is None.
+    """
     if table is None or not len(table):
         return "the data has no two conversations whose questions can be exchanged"
     assert table.weights is not None
@@ -179,7 +187,7 @@ def noise_shares(table: TokenTable | None, names: Sequence[str]) -> dict[str, An
     own, other = table.select(~swapped), table.select(swapped)
     assert own.weights is not None and other.weights is not None
     assert np.array_equal(own.target, other.target)
-    marked = own.p_correct >= CARRY * other.p_correct
+    marked = other.nll - own.nll >= np.log(CARRY)  # of p, both may round to 0
     counts = {"pairs": len(np.unique(table.file)), "tokens": len(own), "marked": int(marked.sum())}
     if counts["marked"] < MIN_MARKED:
         return (
@@ -189,17 +197,18 @@ def noise_shares(table: TokenTable | None, names: Sequence[str]) -> dict[str, An
     right = (own.weights[marked] * (1 - own.p_correct[marked])[:, None]).sum(0)
     wrong = (other.weights[marked] * (1 - other.p_correct[marked])[:, None]).sum(0)
     totals = right + wrong
-    shares = np.divide(wrong, totals, out=np.full(len(names), 0.5), where=totals > 0)
-    return {"counts": counts, "shares": dict(zip(names, shares.tolist(), strict=True))}
+    shares = [float(part / total) if total > 0 else None for part, total in zip(wrong, totals, strict=True)]
+    return {"counts": counts, "shares": dict(zip(names, shares, strict=True))}
 
 
-def score(row: Mapping[str, Any], mean_p: float) -> float:
+def score(row: Mapping[str, Any], mean_p: float, has_probe: bool = True) -> float:
     """Return the value that objectives are ranked by, between 0 and 1; see the module docstring.
 
-    Without the noise probe, the tokens of low p stand for those that are wrong. Without tokens of low p,
-    there is nothing to learn there, and learning is 1 for all.
+    Without the noise probe, the tokens of low p stand for those that are wrong. An objective without a
+    gradient on the tokens in question counts as one that divides it equally. Without tokens of low p, there
+    is nothing to learn there, and learning is 1 for all.
     """
-    noise = row["noise"] if row["noise"] is not None else row["shares"]["low"]
+    noise = row["noise"] if has_probe else row["shares"]["low"]
     kept, largest = row["kept"]["low"], row["largest_weight"]
     learning = 1.0 if kept is None else min(1.0, kept / largest) if largest else 0.0
     return mean_p * (1 - (0.5 if noise is None else noise)) + (1 - mean_p) * learning

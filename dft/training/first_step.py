@@ -83,9 +83,13 @@ class FirstStepProbe:
         """
         if (obstacle := self._obstacle()) is not None:
             return obstacle
-        halves = choose_halves(dataset, MAX_TOKENS.get(self._accelerator.device.type, 2048), seed)
+        limit = MAX_TOKENS.get(self._accelerator.device.type, 2048)
+        halves = choose_halves(dataset, limit, seed)
         if not all(halves):
-            return "no two sequences have a supervised token near their beginning"
+            return (
+                f"it needs two sequences with a supervised token among their first {limit:,} tokens, and the "
+                f"sample has {len(halves[0])} of them"
+            )
         try:
             return self._measure(*halves, objectives)
         except MEMORY_ERRORS as error:

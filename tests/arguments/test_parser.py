@@ -230,6 +230,11 @@ def test_a_folder_of_adapters_is_rejected_as_model(tmp_path):
     checked(tmp_path, "--model_name_or_path", str(tmp_path / "lora"), "--preflight", "True")
 
 
+def test_a_preflight_under_fsdp_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--preflight True with --fsdp is not supported.*--deepspeed zero3"):
+        checked(tmp_path, "--preflight", "True", "--fsdp", "True")
+
+
 def test_two_flags_for_sft_do_not_contradict(tmp_path):
     arguments = checked(tmp_path, "--use_simple_dft", "False", "--objective", "sft")
     assert build_objective(arguments.dft) == Sft()

@@ -203,6 +203,34 @@ def test_too_few_tokens_that_depend_on_the_question_are_named():
     assert all(row["noise"] is None for row in nothing["ranking"].values())
 
 
+def test_tokens_whose_p_rounds_to_0_under_both_questions_do_not_depend_on_the_question():
+    count = 2 * MIN_MARKED
+    table = TokenTable(
+        np.full(2 * count, 1e5), np.ones(2 * count), np.zeros(2 * count, bool), np.ones(2 * count, int),
+        np.zeros(2 * count, int), np.repeat([0, 1], count), np.ones((2 * count, len(NAMES))),
+    )  # fmt: skip
+    foretold = foretell(table_of([0.5] * 10), table, NOT_COMPUTED, [])
+    assert foretold["noise_probe"]["not_computed"].startswith(f"only 0 of {count} tokens of answers depend")
+
+
+def test_an_objective_without_a_gradient_on_the_probed_tokens_has_no_share_of_noise():
+    count = MIN_MARKED
+    swapped = table_of([0.05] * count + [0.01] * count, kinds=[0] * count + [1] * count)
+    foretold = foretell(table_of([0.01] * 30 + [0.6]), swapped, NOT_COMPUTED, [])
+    ranking = foretold["ranking"]
+    assert ranking["threshold"]["noise"] is None
+    assert ranking["sft"]["noise"] == pytest.approx(0.99 / (0.99 + 0.95))
+    assert ranking["threshold"]["score"] == pytest.approx(foretold["mean_p"] * 0.5)
+
+
+def test_of_equal_scores_the_objective_that_keeps_more_of_the_gradient_is_recommended():
+    """All tokens of a model with a uniform distribution have the same p, and therefore the same weight."""
+    foretold = foretell(table_of([0.002] * 40), None, NOT_COMPUTED, [])
+    scores = [foretold["ranking"][name]["score"] for name in ("sft", "dft", "chord")]
+    assert scores == pytest.approx([0.998] * 3)
+    assert foretold["try"][0]["name"] == "sft"
+
+
 def test_a_weak_prior_ranks_sft_first_and_a_strong_one_dft_before_sft():
     swapped = swapped_table()
     weak = foretell(table_of([0.01] * 30 + [0.6]), swapped, NOT_COMPUTED, [])
@@ -217,7 +245,8 @@ def test_a_weak_prior_ranks_sft_first_and_a_strong_one_dft_before_sft():
 def test_the_score_follows_its_formula():
     row = {"noise": 0.3, "kept": {"low": 0.1}, "largest_weight": 0.5, "shares": {"low": 0.9}}
     assert score(row, 0.8) == pytest.approx(0.8 * 0.7 + 0.2 * 0.2)
-    assert score(row | {"noise": None}, 0.8) == pytest.approx(0.8 * 0.1 + 0.2 * 0.2)
+    assert score(row, 0.8, has_probe=False) == pytest.approx(0.8 * 0.1 + 0.2 * 0.2)
+    assert score(row | {"noise": None}, 0.8) == pytest.approx(0.8 * 0.5 + 0.2 * 0.2)
     assert score(row | {"kept": {"low": None}}, 0.8) == pytest.approx(0.8 * 0.7 + 0.2)
     assert score(row | {"largest_weight": 0.0}, 0.8) == pytest.approx(0.8 * 0.7)
 

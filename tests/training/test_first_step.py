@@ -139,7 +139,9 @@ def test_what_the_gradient_is_not_computed_for_is_named(tmp_path):
     trainer = make_trainer(tmp_path)
     prompts = [{"input_ids": [1, 2], "labels": [-100, -100]}] * 3
     reason = trainer.first_step(prompts, {"sft": Sft()}, 0)
-    assert reason == "no two sequences have a supervised token near their beginning"
+    needs = "it needs two sequences with a supervised token among their first 512 tokens, and the sample has"
+    assert reason == f"{needs} 0 of them"
+    assert trainer.first_step([*prompts, *conversations(1)], {"sft": Sft()}, 0) == f"{needs} 1 of them"
     trainer.model.half()
     assert trainer.first_step(conversations(4), {"sft": Sft()}, 0).startswith("float16 gradients need")
 
