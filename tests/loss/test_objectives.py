@@ -1,6 +1,7 @@
 """Every objective against its formula in float64: from logits, with the fused head, with the GPU kernels."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dft import Objective, dft_loss, linear_dft_loss, make_objective
 from dft.loss import rows, tiles
 from dft.loss.head import inspect_head, run_base_model
-from dft.loss.objectives import OBJECTIVES, TokenRows, floored_potential
+from dft.loss.objectives import OBJECTIVES, Dft, Sft, TokenRows, floored_potential, resolve_objective
 from dft.loss.options import BaseHead, LossOptions
 from dft.loss.rows import NO_WEIGHTS, LogitTransform, RowOptions, RowWeights, score_rows_torch
 from dft.loss.schedule import AlphaSchedule, alpha_of, check_schedule, scheduled
@@ -400,6 +401,20 @@ def test_weights_lie_between_zero_and_two(name, parameters):
         weights = objective.weight(rows)
         assert weights.shape == nll.shape and weights.min() >= 0 and weights.max() <= 2
         assert weights.min() >= objective.least_weight - 1e-6
+
+
+@pytest.mark.parametrize("value", ["0.5", None, [1], torch.tensor(0.5)], ids=repr)
+def test_a_parameter_that_is_not_a_number_is_rejected(value):
+    with pytest.raises(ValueError, match=re.escape(f"k must be a number in [0.001, 100], got {value!r}")):
+        make_objective("power", {"k": value})
+    with pytest.raises(ValueError, match=r"alpha must be a number in \[0, 1\]"):
+        Dft(value)
+
+
+@pytest.mark.parametrize("objective", ["power", Sft], ids=["name", "class"])
+def test_only_an_instance_is_an_objective(objective):
+    with pytest.raises(ValueError, match="must be an instance of Objective, such as make_objective"):
+        resolve_objective(None, objective, False)
 
 
 def test_unknown_objectives_and_parameters_raise():

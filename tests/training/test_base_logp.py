@@ -1,6 +1,7 @@
 """Base scores of the data reach the loss of the trainer, however its batches are made."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -72,6 +73,16 @@ def test_scores_are_checked():
         PaddedCollator(0)([rows[0], {name: rows[1][name] for name in ("input_ids", "labels")}])
     with pytest.raises(ValueError, match="at most 0"):
         PaddedCollator(0)([{**rows[0], "base_logp": [0.5] * len(rows[0]["labels"])}])
+    for name in ("base_logp", "loss_weights"):
+        count = len(rows[0]["labels"])
+        for values, shown in [
+            (["-1"] * count, "['-1', '-1',"), (["x"] * count, "['x', 'x',"),
+            ([[1], [1, 2]], "[[1], [1, 2]]"), (None, "of shape ()"),
+            ([-1.0] * (count - 1), f"of shape ({count - 1},)"),
+            ([math.inf] * count, "inf"),
+        ]:  # fmt: skip
+            with pytest.raises(ValueError, match=rf"{name} {re.escape(shown)}.*: must be {count} "):
+                PaddedCollator(0)([{**rows[0], name: values}])
     blank = {"input_ids": [0], "labels": [-100]}
     assert base_logp_of(PaddedCollator(0)([rows[0], blank])).shape[0] == 2
 

@@ -21,7 +21,8 @@ In addition to the model's inputs, every batch contains
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -234,29 +235,51 @@ def _share_positions(positions: Tensor, width: int, shares: int) -> dict[str, An
 
 def _loss_weights(example: Mapping[str, Any]) -> Tensor:
     """Return the weights of the tokens of an example, (tokens,) float32."""
-    count = len(example["input_ids"])
     if "loss_weights" not in example:
-        return torch.ones(count)
-    weights = np.array(example["loss_weights"], dtype=np.float32)
-    if weights.shape != (count,) or not (np.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError(
-            f"loss_weights of shape {weights.shape}: must be {count} numbers of at least 0, the weight of "
-            "each token; rename the column if it means something else"
-        )
-    return torch.from_numpy(weights)
+        return torch.ones(len(example["input_ids"]))
+    return _token_column(
+        example,
+        "loss_weights",
+        lambda weights: np.isfinite(weights) & (weights >= 0),
+        "numbers of at least 0, the weight of each token; rename the column if it means something else",
+    )
 
 
 def _base_logp(example: Mapping[str, Any]) -> Tensor:
     """Return the base model's scores of the tokens of an example, (tokens,) float32, NaN without any."""
-    count = len(example["input_ids"])
     if "base_logp" not in example:
-        return torch.full((count,), math.nan)
-    scores = np.array(example["base_logp"], dtype=np.float32)
-    if scores.shape != (count,) or (scores > 0).any():
-        raise ValueError(
-            f"base_logp of shape {scores.shape}: must be {count} log-probabilities, at most 0, of the tokens"
-        )
-    return torch.from_numpy(scores)
+        return torch.full((len(example["input_ids"]),), math.nan)
+    return _token_column(
+        example, "base_logp", lambda scores: ~(scores > 0), "log-probabilities, at most 0, of the tokens"
+    )
+
+
+def _token_column(
+    example: Mapping[str, Any], name: str, is_valid: Callable[[np.ndarray], np.ndarray], content: str
+) -> Tensor:
+    """Return a column that has a number for each token, (tokens,) float32; None in it becomes NaN.
+
+    Args:
+        is_valid: returns a mask of the values that are allowed.
+        content: what the column must hold, for the message.
+
+    Raises:
+        ValueError: the column holds something else.
+    """
+    count = len(example["input_ids"])
+    requirement = f"must be {count} {content}"
+    try:
+        values = np.asarray(example[name])
+        numbers = np.array(values, dtype=np.float32)
+    except (TypeError, ValueError):  # text, or lists of different lengths
+        raise ValueError(f"{name} {reprlib.repr(example[name])}: {requirement}") from None
+    if values.dtype.kind in "US":
+        raise ValueError(f"{name} {reprlib.repr(example[name])}: {requirement}")
+    if numbers.shape != (count,):
+        raise ValueError(f"{name} of shape {numbers.shape}: {requirement}")
+    if not (valid := is_valid(numbers)).all():
+        raise ValueError(f"{name} {numbers[~valid][0]:g}: {requirement}")
+    return torch.from_numpy(numbers)
 
 
 def loss_weights_of(batch: Mapping[str, Any]) -> Tensor | None:

@@ -1,6 +1,7 @@
 """What all objectives have in common, and the lower bound of their weights."""
 
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -83,7 +84,9 @@ class Objective:
 
 
 def check_range(name: str, value: float, low: float, high: float, remark: str = "") -> None:
-    """Raise ValueError if a parameter is not in [low, high]."""
+    """Raise ValueError if a parameter is not a number in [low, high]."""
+    if not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}]{remark}, got {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}]{remark}, got {value}")
 

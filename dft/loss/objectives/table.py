@@ -61,8 +61,13 @@ def resolve_objective(alpha: float | None, objective: Objective | None, has_base
     """Return the objective of a run: DFT with the given alpha (default 1), or another objective.
 
     Raises:
-        ValueError: both are given, alpha is out of range, or `check_base` fails.
+        ValueError: both are given, the objective is not an instance of `Objective`, alpha is out of range, or
+            `check_base` fails.
     """
+    if objective is not None and not isinstance(objective, Objective):
+        raise ValueError(
+            f"objective {objective!r} must be an instance of Objective, such as make_objective('power')"
+        )
     if objective is None:
         objective = Dft() if alpha is None else Dft(alpha)
     elif alpha is not None:
