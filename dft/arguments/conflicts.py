@@ -11,7 +11,7 @@ from dft.arguments.inherited import check_inherited, unused_notes
 from dft.arguments.intervals import is_multiple
 from dft.arguments.lora import check_freeze, check_lora, check_not_adapters
 from dft.arguments.loss_settings import check_loss_settings
-from dft.arguments.objective import build_objective, check_objective, objective_notes
+from dft.arguments.objective import build_objective, check_base_scores, check_objective, objective_notes
 from dft.arguments.parallelism import check_deepspeed, check_fsdp, check_sequence_parallel
 from dft.arguments.parser import Arguments
 from dft.arguments.trackers import artifact_notes, check_trackers
@@ -41,6 +41,8 @@ def check_arguments(arguments: Arguments) -> None:
     training, planned_ranks = arguments.training, arguments.watch.plan_world_size
     check_inherited(arguments.flags)
     check_objective(arguments.dft)
+    if not arguments.watch.preflight:  # which scores a sample itself
+        check_base_scores(arguments.dft)
     check_objective_support(arguments)
     try:
         check_loss_settings(training)

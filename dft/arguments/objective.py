@@ -194,8 +194,9 @@ def objective_notes(dft: DFTArguments, adds_tokens: bool, has_report: bool) -> l
     return notes
 
 
-def check_base_scores(dft: DFTArguments, objective: Objective) -> None:
+def check_base_scores(dft: DFTArguments) -> None:
     """Raise `UserError` for flags that need `--base_scores` if it is not set."""
+    objective = build_objective(dft)
     needs = f"--objective {objective.name}" if objective.needs_base_logp else None
     if dft.drop_tokens_below_base_p:
         needs = f"--drop_tokens_below_base_p {dft.drop_tokens_below_base_p:g}"
@@ -213,7 +214,6 @@ def check_objective(dft: DFTArguments) -> None:
             "them"
         )
     objective, schedule = build_objective(dft), build_schedule(dft)
-    check_base_scores(dft, objective)
     without_alpha = f"the objective {dft.objective} has no alpha; remove it, or use --objective {Dft.name}"
     if not isinstance(objective, Dft) and dft.dft_alpha != Dft.alpha:
         raise UserError(f"--dft_alpha {dft.dft_alpha:g}: {without_alpha}")

@@ -1,4 +1,6 @@
-"""What each objective would do on the data, from scores of the untouched model, and which two to try.
+"""Estimates what each objective would do on the data, and recommends two to try.
+
+Everything follows from scores of the untouched model; nothing is trained.
 
 The size of a token's gradient is the 1-norm of its gradient on the logits, w * 2 (1 - p). Four things follow
 from the weights of all objectives on the same tokens:
@@ -6,16 +8,17 @@ from the weights of all objectives on the same tokens:
 - kept: sum(w (1 - p)) / sum(1 - p) over some tokens, the share of SFT's gradient that an objective keeps.
 - shares: how an objective divides its own gradient between tokens of low, middle and high p.
 - noise: answers are scored under their own question and under that of another conversation. The tokens whose
-  p is at least `CARRY` times as high under their own question depend on the question. noise is the share of
-  an objective's gradient on these tokens that would go to the wrong pairs if half of the data were wrong.
+  p is at least `QUESTION_RATIO` times as high under their own question depend on the question. noise is the
+  share of an objective's gradient on these tokens that would go to the wrong pairs if half of the data were
+  wrong.
 - first step: see `dft.training.first_step`.
 
 The objectives are ranked by m (1 - noise) + (1 - m) learning. m is the mean p of the data. learning is the
 share of SFT's gradient kept on tokens of low p, divided by the objective's largest weight on the data (the
 optimizer rescales gradients). The rule says in one formula what arXiv 2510.00526 reports: the stronger the
 prior, the more an objective should rely on it, and the weaker, the more it should train unlikely tokens.
-The formula is ours. It has no constants to tune, and was held against measured results afterwards (see
-docs/objectives.md).
+The formula is ours. It has no constants to tune, and was compared with measured results afterwards
+(see docs/objectives.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,14 +33,13 @@ from dft.training.measuring.scoring import TokenTable
 LOW, HIGH = 0.1, 0.9
 """Tokens have low p below the first value, high p from the second on, and middle p between."""
 BANDS = ("low", "middle", "high")
-CARRY = 2
+QUESTION_RATIO = 2
 """A token depends on the question if its p is at least this many times as high under its own question."""
 MIN_MARKED = 20
 """Minimum number of tokens that depend on the question, for the noise probe to mean anything."""
 MIXTURE = Dft(0.5)
-ALIKE = 0.95
+MAX_COSINE = 0.95
 """Two objectives whose gradients by token have a larger cosine are not both recommended."""
-NAMES = {"dft": "DFT", "sft": "SFT"}
 
 REGIMES = {
     "dft": ("made for domains that the model knows, such as mathematics and code", "2508.05629"),
@@ -187,12 +189,12 @@ def noise_shares(table: TokenTable | None, names: Sequence[str]) -> dict[str, An
     own, other = table.select(~swapped), table.select(swapped)
     assert own.weights is not None and other.weights is not None
     assert np.array_equal(own.target, other.target)
-    marked = other.nll - own.nll >= np.log(CARRY)  # of p, both may round to 0
+    marked = other.nll - own.nll >= np.log(QUESTION_RATIO)  # of p, both may round to 0
     counts = {"pairs": len(np.unique(table.file)), "tokens": len(own), "marked": int(marked.sum())}
     if counts["marked"] < MIN_MARKED:
         return (
             f"only {counts['marked']} of {counts['tokens']:,} tokens of answers depend on the question for "
-            f"this model (p at least {CARRY} times as high as under another question)"
+            f"this model (p at least {QUESTION_RATIO} times as high as under another question)"
         )
     right = (own.weights[marked] * (1 - own.p_correct[marked])[:, None]).sum(0)
     wrong = (other.weights[marked] * (1 - other.p_correct[marked])[:, None]).sum(0)
@@ -231,7 +233,7 @@ def picks(
     def differs(name: str) -> bool:
         column = sizes[:, names.index(name)]
         norms = np.linalg.norm(base) * np.linalg.norm(column)
-        return bool(norms > 0 and base @ column < ALIKE * norms)
+        return bool(norms > 0 and base @ column < MAX_COSINE * norms)
 
     second = next((name for name in eligible[1:] if differs(name)), eligible[1])
     return [{"name": name, "flags": flags_of(name), **_reason(name, rows)} for name in (first, second)]

@@ -16,7 +16,8 @@ from tests.training.base_scores.scoring_helpers import arguments_of, write_rows
 def test_a_preflight_loads_no_base_model(tiny, tmp_path, monkeypatch, flags, objective):
     """It ranks all objectives, and none of them compares with an earlier model before the first step."""
     data = write_rows(tmp_path / "rows.jsonl", 4)
-    preflight = arguments_of(tiny, data, tmp_path, "--preflight", "True", "--objective", *flags)
+    words = ["--preflight", "True", "--base_scores", "False", "--objective"]
+    preflight = arguments_of(tiny, data, tmp_path, *words, *flags)
     check_arguments(preflight)
     assert run.trained_objective(preflight) == objective
 
