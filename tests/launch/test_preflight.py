@@ -36,7 +36,7 @@ def test_sft_is_recommended_for_an_untrained_model(alone):
     assert report["whole"]["tokens"] == sum(statistics["tokens"] for statistics in report["files"].values())
     assert report["whole"]["avg_p_correct"] < 0.1
     assert report["advice"][0]["recommendation"].startswith("SFT first")
-    assert "advice      SFT first" in printed and "step" not in printed.split("preflight   ")[1]
+    assert "advice      SFT first" in printed and "train step" not in printed
 
 
 def test_existing_files_are_untouched(alone):
