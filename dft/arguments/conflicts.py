@@ -106,6 +106,8 @@ def check_preflight(arguments: Arguments) -> None:
             "--preflight True with --fsdp is not supported: FSDP shards a model when training starts; remove "
             "--fsdp, or use --deepspeed zero3 if the model does not fit on one device"
         )
+    if (size := arguments.training.sequence_parallel_size) > 1:
+        raise UserError(f"--preflight True scores whole sequences; remove --sequence_parallel_size {size}")
 
 
 def check_plan(arguments: Arguments) -> None:

@@ -235,6 +235,12 @@ def test_a_preflight_under_fsdp_is_refused(tmp_path):
         checked(tmp_path, "--preflight", "True", "--fsdp", "True")
 
 
+def test_a_preflight_with_shared_sequences_is_refused(tmp_path):
+    flags = ["--preflight", "True", "--sequence_parallel_size", "2"]
+    with pytest.raises(UserError, match="scores whole sequences; remove --sequence_parallel_size 2"):
+        checked(tmp_path, *flags)
+
+
 def test_two_flags_for_sft_do_not_contradict(tmp_path):
     arguments = checked(tmp_path, "--use_simple_dft", "False", "--objective", "sft")
     assert build_objective(arguments.dft) == Sft()
