@@ -1,12 +1,13 @@
 """Hold what the preflight foretells of objectives against what the studies measured.
 
     python scripts/study/foretelling.py runs/foretelling
-    python scripts/study/foretelling.py runs/foretelling --model models/smollm2   # both studies
+    python scripts/study/foretelling.py runs/foretelling --model models/smollm2   # all studies
 
 The script writes the data of the two studies again, trains the small base model of the first one, and runs
 the preflight on the fine-tuning data of seed 0. It compares the order in which the preflight ranks the
-methods with the accuracies in docs/study.json and docs/study_real.json, and writes foretelling.json and
-table.md. Results that are in the folder are not computed again.
+methods with the accuracies in docs/study.json, docs/study_real.json and, for all objectives on the small
+model, docs/objectives_study.json, and writes foretelling.json and table.md. Results that are in the folder
+are not computed again.
 """
 
 import argparse
@@ -24,15 +25,18 @@ sys.path.insert(0, str(ROOT))
 from dft.errors import UserError, report_user_errors
 from dft.ranks import quiet_libraries
 from scripts.study.study import FULL, Study
-from scripts.study.study_results import Mean, header, mean, runs_of
+from scripts.study.study_results import Mean, accuracy, header, mean, methods_of, runs_of
 from scripts.study.study_runs import claim_folder, prepare, run_script
 from scripts.study.study_task import DATA, file_name, tuning_file
 
 SIZE = 50
 """Sequences of each data set that the preflight scores, as in the study on a pretrained model."""
-NAMES = {"SFT": "sft", "DFT": "dft", "alpha 0.5": "dft, alpha 0.5", "power": "power"}
-"""Names that the preflight gives to the methods of the studies."""
+NAMES = {"SFT": "sft", "DFT": "dft", "alpha 0.5": "dft, alpha 0.5"}
+"""Names that the preflight gives to methods of the studies; the others have the same name in both."""
 RESULTS = {"small": ROOT / "docs/study.json", "pretrained": ROOT / "docs/study_real.json"}
+"""Results of the studies, by the name of the base model."""
+OBJECTIVES_RESULTS = ROOT / "docs/objectives_study.json"
+"""Results of all objectives with the small base model."""
 LEARNED = {
     "right sums": "sums-three",
     "sums, 3 in 10 wrong": "sums-three",
@@ -119,53 +123,116 @@ def differences(results: Mapping[str, Any], data: str, first: str, second: str) 
     return mean([run["right"][asked] - by_seed[run["seed"]] for run in runs_of(results, second, data)])
 
 
+def score_of(report: Mapping[str, Any], method: str) -> float:
+    """Return the score of a method of the studies in the preflight's ranking."""
+    return report["ranking"][NAMES.get(method, method)]["score"]
+
+
+def ranked_methods(report: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    """Return the methods of a study, except those whose rank the preflight takes from another objective."""
+    rows = report["ranking"]
+    return [
+        method
+        for method in methods_of(results)
+        if rows[NAMES.get(method, method)].get("same_first_step_as") is None
+    ]
+
+
 def pairs_of(foretold: Mapping[str, Any], results: Mapping[str, Any]) -> list[Pair]:
-    """Return all pairs of methods that a study compared, on each of its data sets."""
-    methods = list(dict.fromkeys(run["method"] for run in results["runs"]))
+    """Return all pairs of methods that a study compared and the preflight ranks, on each data set."""
     pairs = []
     for data, report in foretold.items():
-        scores = {method: report["ranking"][NAMES[method]]["score"] for method in methods}
-        for first, second in combinations(methods, 2):
+        for first, second in combinations(ranked_methods(report, results), 2):
             difference = differences(results, data, first, second)
-            pairs.append(Pair(data, first, second, difference, scores[second] - scores[first]))
+            foretold_difference = score_of(report, second) - score_of(report, first)
+            pairs.append(Pair(data, first, second, difference, foretold_difference))
     return pairs
 
 
 def tables(foretold: Mapping[str, Any]) -> str:
-    """Return the tables of what was foretold, and of hits and misses."""
+    """Return the tables of what was foretold, and of hits and misses in all studies."""
+    parts = [overview_table(foretold), pair_tables(foretold)]
+    return "\n".join(line for part in [*parts, objectives_tables(foretold["small"])] for line in [*part, ""])
+
+
+def overview_table(foretold: Mapping[str, Any]) -> list[str]:
+    """Return the table of what was foretold of each data set, and of the accuracies."""
     columns = ["mean p", "to try", "noise: SFT, alpha 0.5, DFT", "kept on p < 0.1: alpha 0.5, DFT"]
     lines = header("data", [*columns, "right, in percent"])
-    pairs: list[Pair] = []
     for study, reports in foretold.items():
         results = json.loads(RESULTS[study].read_text())
-        pairs += pairs_of(reports, results)
         for data, report in reports.items():
             lines.append(f"| {data} | {' | '.join([*_summary(report), accuracies(results, data)])} |")
+    return lines
+
+
+def pair_tables(foretold: Mapping[str, Any]) -> list[str]:
+    """Return the table of the pairs of methods that differ in the two studies with few methods."""
+    pairs = [
+        pair
+        for study, reports in foretold.items()
+        for pair in pairs_of(reports, json.loads(RESULTS[study].read_text()))
+    ]
     decided = [pair for pair in pairs if pair.outcome != "open"]
-    lines += ["", *header("data", ["methods", "measured difference", "difference of scores", "outcome"])]
+    lines = header("data", ["methods", "measured difference", "difference of scores", "outcome"])
     for pair in decided:
-        measured = f"{pair.difference.value:+.1f} ± {pair.difference.half:.1f}"
         methods = f"{pair.second} to {pair.first}"
-        lines.append(f"| {pair.data} | {methods} | {measured} | {pair.foretold:+.2f} | {pair.outcome} |")
+        lines.append(f"| {pair.data} | {methods} | {_points(pair)} | {pair.foretold:+.2f} | {pair.outcome} |")
     hits = sum(pair.outcome == "hit" for pair in decided)
-    lines += [
+    return [
+        *lines,
         "",
         f"Of {len(pairs)} pairs of methods, {len(decided)} differ significantly in accuracy on the task they "
         f"were trained on. The score orders {hits} of these as measured.",
-        "",
     ]
-    return "\n".join(lines)
+
+
+def objectives_tables(foretold: Mapping[str, Any]) -> list[str]:
+    """Return the tables of hits, and of misses, in the comparison of all objectives."""
+    results = json.loads(OBJECTIVES_RESULTS.read_text())
+    pairs = pairs_of(foretold, results)
+    lines = header("all objectives", ["pairs", "that differ", "hits", "to try: right, place", "best"])
+    for data, report in foretold.items():
+        of_data = [pair for pair in pairs if pair.data == data]
+        outcomes = [pair.outcome for pair in of_data]
+        hits, misses = outcomes.count("hit"), outcomes.count("miss")
+        right = {
+            NAMES.get(method, method): _mean_accuracy(results, method, data)
+            for method in ranked_methods(report, results)
+        }
+        order = sorted(right, key=lambda name: -right[name])
+        picks = ", ".join(
+            f"{pick['name'].replace(', ', ' ')} {right[pick['name']]:.1f} ({order.index(pick['name']) + 1})"
+            for pick in report["try"]
+        )
+        best = f"{order[0].replace(', ', ' ')} {right[order[0]]:.1f}"
+        lines.append(f"| {data} | {len(of_data)} | {hits + misses} | {hits} | {picks} | {best} |")
+    lines += ["", *header("data", ["preferred by the score", "better by measurement", "points"])]
+    for pair in pairs:
+        if pair.outcome == "miss":
+            better, other = pair.second, pair.first
+            value = pair.difference.value
+            if value < 0:
+                better, other = other, better
+            lines.append(
+                f"| {pair.data} | {other} | {better} | {abs(value):.1f} ± {pair.difference.half:.1f} |"
+            )
+    return lines
 
 
 def accuracies(results: Mapping[str, Any], data: str) -> str:
     """Return the accuracy of each method of a study on the task trained on, the best first."""
-    methods = dict.fromkeys(run["method"] for run in results["runs"])
-    means = {
-        method: mean([run["right"][LEARNED[data]] for run in runs_of(results, method, data)]).value
-        for method in methods
-    }
+    means = {method: _mean_accuracy(results, method, data) for method in methods_of(results)}
     ordered = sorted(means, key=lambda method: -means[method])
     return ", ".join(f"{method} {means[method]:.1f}" for method in ordered)
+
+
+def _mean_accuracy(results: Mapping[str, Any], method: str, data: str) -> float:
+    return accuracy(results, method, data, LEARNED[data]).value
+
+
+def _points(pair: Pair) -> str:
+    return f"{pair.difference.value:+.1f} ± {pair.difference.half:.1f}"
 
 
 def _summary(report: Mapping[str, Any]) -> list[str]:

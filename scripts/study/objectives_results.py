@@ -13,6 +13,7 @@ from scripts.study.study_results import (
     COLORS,
     accuracy,
     accuracy_table,
+    by_rate,
     difference_table,
     difference_to_sft,
     header,
@@ -21,11 +22,7 @@ from scripts.study.study_results import (
     runs_of,
     title,
 )
-from scripts.study.study_task import COLUMNS, DATA, TASKS
-
-WRONG = "sums, 3 in 10 wrong"
-"""The data set with wrong answers."""
-
+from scripts.study.study_task import COLUMNS, DATA, TASKS, WRONG
 
 SHORT = {
     ("right sums", "sums-three"): "right",
@@ -58,17 +55,9 @@ def summary_table(results: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def sft_by_rate(results: Mapping[str, Any]) -> dict[float, dict[int, dict[str, float]]]:
-    """Return the accuracies of SFT on partly wrong data, by learning rate, seed and file of problems."""
-    scores: dict[float, dict[int, dict[str, float]]] = {}
-    for run in [*runs_of(results, "SFT", WRONG), *results["sft_at_other_rates"]]:
-        scores.setdefault(run["rate"], {})[run["seed"]] = run["right"]
-    return dict(sorted(scores.items()))
-
-
 def same_rate_table(results: Mapping[str, Any]) -> list[str]:
     """Return the table of SFT on partly wrong data by rate, and of differences to SFT at the same rate."""
-    files, of_sft = DATA[WRONG].asked, sft_by_rate(results)
+    files, of_sft = DATA[WRONG].asked, by_rate(results, "SFT", WRONG)
     lines = header(f"{WRONG}", ["learning rate", *(title(asked) for asked in files)])
     for rate, scores in of_sft.items():
         means = [mean([right[asked] for right in scores.values()]) for asked in files]

@@ -30,19 +30,18 @@ from dft.errors import report_user_errors
 from dft.loss.objectives import OBJECTIVES
 from dft.ranks import quiet_libraries
 from dft.report.pages.images import write_png
-from scripts.study.objectives_results import WRONG, accuracy_figure, tables
+from scripts.study.objectives_results import accuracy_figure, tables
 from scripts.study.study import (
     FULL,
     METHODS,
     QUICK,
     Study,
     best_rates,
-    evaluate_in_parallel,
     outcome,
 )
 from scripts.study.study_results import DIGEST, digest_of
 from scripts.study.study_runs import SELECTION_SEED, Run, claim_folder, prepare
-from scripts.study.study_task import DATA, Size
+from scripts.study.study_task import DATA, WRONG, Size
 
 OBJECTIVE_METHODS = dict(METHODS) | {
     name: ("--objective", name, *(("--base_scores", True) if objective.needs_base_logp else ()))
@@ -91,23 +90,11 @@ def select_rates(study: Study) -> dict[Run, float]:
     return accuracies
 
 
-def sft_at_other_rates(study: Study, best: Mapping[tuple[str, str], float]) -> list[dict[str, Any]]:
-    """Train SFT on partly wrong data with each learning rate that was selected for another method.
-
-    Returns:
-        The runs with their scores, as in the `runs` of study.json.
-    """
+def sft_at_other_rates(best: Mapping[tuple[str, str], float], seeds: int) -> list[Run]:
+    """Return the runs of SFT on partly wrong data with each rate that was selected for another method."""
     task = DATA[WRONG].task
     rates = {rate for (_, of_task), rate in best.items() if of_task == task} - {best["SFT", task]}
-    runs = [Run("SFT", WRONG, seed, rate) for rate in sorted(rates) for seed in range(study.size.seeds)]
-    models = study.fine_tune(runs)
-    files = [study.data / f"{file}.jsonl" for file in DATA[WRONG].asked]
-    output = study.folder / "asked-sft-at-other-rates"
-    scores = evaluate_in_parallel(study.pool, models, files, output, study.size)
-    return [
-        {**run._asdict(), "right": {file: score.right for file, score in scores[run.name].items()}}
-        for run in runs
-    ]
+    return [Run("SFT", WRONG, seed, rate) for rate in sorted(rates) for seed in range(seeds)]
 
 
 def run_study(folder: Path, size: Size) -> dict[str, Any]:
@@ -123,12 +110,12 @@ def run_study(folder: Path, size: Size) -> dict[str, Any]:
         print("comparing the methods", flush=True)
         runs = study.runs_at(best)
         scores = study.test(runs)
-        controls = sft_at_other_rates(study, best)
+        at_other_rates = study.test_on_wrong_data(sft_at_other_rates(best, size.seeds))
     return {
         "size": size._asdict(),
         "rates": [{**run._asdict(), "accuracy": value} for run, value in accuracies.items()],
         **outcome(study, runs, scores),
-        "sft_at_other_rates": controls,
+        "at_other_rates": at_other_rates,
     }
 
 

@@ -10,9 +10,7 @@ new to it. Each fine-tuned model answers held-out problems of all tasks, greedil
 that it was not trained on (GSM8K, and the answers of the untouched model to 200 plain questions), to measure
 what it forgot.
 
-The learning rate of each method is selected on separate problems with a separate seed, and so are the
-objectives to compare besides SFT and DFT: all are tried on the first data set, at the rates that are best
-for SFT and for DFT there.
+The learning rate of each method is selected on separate problems with a separate seed.
 
 The script writes study.json, table.md and pictures. Results that are in the folder are not computed again, so
 that an interrupted study continues with the same command. On the CPU two runs are processed at a time, on a
@@ -25,7 +23,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -42,13 +40,7 @@ from dft.evaluation.folder import read_records
 from dft.files import write_atomically
 from dft.ranks import quiet_libraries
 from scripts.study.real_results import write_results
-from scripts.study.real_settings import (
-    CANDIDATES,
-    MAX_NEW_TOKENS,
-    METHODS,
-    SIZES,
-    Size,
-)
+from scripts.study.real_settings import MAX_NEW_TOKENS, METHODS, SIZES, Size
 from scripts.study.real_tasks import (
     DATA,
     TASKS,
@@ -138,7 +130,7 @@ class Study:
             "--verify_save", False, "--report", False, "--logging_steps", 5, "--overwrite_output_dir", True,
             *(("--eval_data_files", curve, "--eval_strategy", "steps", "--eval_steps", 0.25,
                "--eval_on_start", True, "--per_device_eval_batch_size", 50) if run.seed == 0 else ()),
-            *self.common_flags(), *(METHODS | CANDIDATES)[run.method],
+            *self.common_flags(), *METHODS[run.method],
         )  # fmt: skip
 
     def result(self, run: Run) -> dict[str, Any]:
@@ -193,10 +185,14 @@ class Study:
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self.result, runs))
 
-    def select_on(self, data: str, methods: Iterable[str], rates: Sequence[float]) -> list[dict[str, Any]]:
-        """Return the results of methods with each of some learning rates, for the selection."""
+    def select_rates(self) -> list[dict[str, Any]]:
+        """Return the results of each method with each learning rate, for the selection."""
         return self.results(
-            [Run(method, data, SELECTION_SEED, rate) for rate, method in product(rates, methods)]
+            [
+                Run(method, data, SELECTION_SEED, rate)
+                for group, data in groups().items()
+                for method, rate in product(METHODS, self.size.rates[group])
+            ]
         )
 
     def base_result(self) -> dict[str, Any]:
@@ -243,24 +239,17 @@ def run_study(study: Study) -> dict[str, Any]:
     print("the pretrained model", flush=True)
     study.prepare()
     base = study.base_result()
-    print("selecting the learning rate of each method, and the other objectives", flush=True)
-    first, second = groups().items()
-    trials = study.select_on(first[1], METHODS, size.rates[first[0]])
-    best = select(trials, first[1])
-    rates = sorted({best[method]["rate"] for method in ("SFT", "DFT")})
-    trials += study.select_on(first[1], size.candidates, rates)
-    best = select(trials, first[1])
-    finalists = sorted(size.candidates, key=lambda name: -selection_score(best[name]))[: size.finalists]
-    methods = [*METHODS, *finalists]
-    trials += study.select_on(second[1], methods, size.rates[second[0]])
-    print(f"comparing the methods; the other objectives that did best: {', '.join(finalists)}", flush=True)
-    best_rates = {group: select(trials, data) for group, data in groups().items()}
+    print("selecting the learning rate of each method", flush=True)
+    trials = study.select_rates()
+    best = {group: select(trials, data) for group, data in groups().items()}
+    print("comparing the methods", flush=True)
     runs = [
-        Run(method, name, seed, best_rates[data.group][method]["rate"])
-        for seed, (name, data), method in product(range(size.seeds), DATA.items(), methods)
+        Run(method, name, seed, best[data.group][method]["rate"])
+        for seed, (name, data), method in product(range(size.seeds), DATA.items(), METHODS)
     ]
     return {
-        "size": asdict(size), "methods": methods, "base": base, "trials": trials, "runs": study.results(runs),
+        "size": asdict(size), "methods": list(METHODS), "base": base, "trials": trials,
+        "runs": study.results(runs),
     }  # fmt: skip
 
 

@@ -10,7 +10,8 @@ problems of three numbers, on longer problems of five numbers and, after differe
 
 Answers are sampled at temperature 1 and graded by the text after `####`. Problems that a model was trained on
 are left out. The learning rate of each method and task is selected beforehand, on separate problems.
-Each seed has its own data in its own order.
+Each seed has its own data in its own order. On partly wrong data the methods are also compared at all
+learning rates, because a lower rate alone makes a model learn less from wrong answers.
 
 The script writes study.json, table.md, accuracy.png and histograms.png. It reuses the results that are in the
 folder already, so a folder holds one study; a study of a different size is rejected.
@@ -23,22 +24,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from dft.errors import UserError, report_user_errors
+from dft.errors import report_user_errors
 from dft.ranks import quiet_libraries
 from dft.report.pages.images import write_png
+from scripts.study.study_answers import Model, Score, evaluate_in_parallel
 from scripts.study.study_results import ALPHAS, DIGEST, accuracy_figure, digest_of, histogram_figure, tables
 from scripts.study.study_runs import SELECTION_SEED, Run, claim_folder, prepare, run_script
 from scripts.study.study_task import (
     DATA,
     TASKS,
+    WRONG,
     Size,
-    questions,
     tuning_file,
     write_data,
     write_model,
@@ -59,30 +60,6 @@ SELECTION_DATA = {"sums": "right sums", "differences": "differences"}
 """The data set on which the learning rate of each task is selected."""
 
 
-class Score(NamedTuple):
-    """The result of a model on one file of problems.
-
-    Attributes:
-        right: avg@n in percent over the counted problems.
-        left_out: number of problems that are not counted because the model was trained on them.
-    """
-
-    right: float
-    left_out: int
-
-
-class Model(NamedTuple):
-    """A trained model.
-
-    Attributes:
-        path: its folder.
-        trained_on: the files that it and its base model were trained on.
-    """
-
-    path: Path
-    trained_on: tuple[Path, ...]
-
-
 def train(model: Path, data: Path, output: Path, rate: float, seed: int, *more: object) -> None:
     """Train a model with train_dft.py, unless the output has a finished run.
 
@@ -100,63 +77,6 @@ def train(model: Path, data: Path, output: Path, rate: float, seed: int, *more: 
         "--data_cache_dir", data.parent / "cache",
         "--verify_save", False, *more,
     )  # fmt: skip
-
-
-def evaluate(
-    models: Mapping[str, Model], files: Sequence[Path], output: Path, size: Size
-) -> dict[str, dict[str, Score]]:
-    """Test models with scripts/evaluate.py.
-
-    Returns:
-        The score of each model on each file, by the name of the model and the stem of the file.
-    """
-    if not models:
-        return {}
-    run_script(
-        ROOT / "scripts/evaluate.py", "--model", *(f"{name}={model.path}" for name, model in models.items()),
-        "--data", *files, "--output", output, "--samples", size.samples, "--temperature", 1.0,
-        "--max_new_tokens", 64, "--batch_size", 400, "--grader", "hash",
-    )  # fmt: skip
-    return {
-        name: {file.stem: score_unseen(output / name / file.name, file, model.trained_on) for file in files}
-        for name, model in models.items()
-    }
-
-
-def score_unseen(answers: Path, problems: Path, trained_on: Sequence[Path]) -> Score:
-    """Score the answers to the problems that are in none of the training files.
-
-    Args:
-        answers: graded answers, as scripts/evaluate.py writes them.
-        problems: the file of the problems.
-        trained_on: the training files.
-
-    Raises:
-        UserError: all problems are in the training files.
-    """
-    seen = {question for file in trained_on for question in questions(file)}
-    asked = questions(problems)
-    shares = [
-        fmean(sample["right"] for sample in record["samples"])
-        for record in map(json.loads, answers.read_text().splitlines())
-        if asked[record["line"] - 1] not in seen
-    ]
-    if not shares:
-        raise UserError(f"{problems}: the models were trained on all of its problems; use others")
-    return Score(100 * fmean(shares), len(asked) - len(shares))
-
-
-def evaluate_in_parallel(
-    pool: ThreadPoolExecutor, models: dict[str, Model], files: Sequence[Path], output: Path, size: Size
-) -> dict[str, dict[str, Score]]:
-    """Call `evaluate` in two processes, each with half of the models."""
-    names = list(models)
-    parts = [{name: models[name] for name in names[part::2]} for part in range(2)]
-    tasks = [
-        pool.submit(evaluate, part, files, Path(f"{output}-{number}"), size)
-        for number, part in enumerate(parts)
-    ]
-    return {name: scores for task in tasks for name, scores in task.result().items()}
 
 
 class Study:
@@ -254,6 +174,24 @@ class Study:
             scores |= of_task
         return scores
 
+    def test_on_wrong_data(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """Fine-tune on partly wrong data with other learning rates than the selected ones.
+
+        Args:
+            runs: runs on the data set `WRONG`.
+
+        Returns:
+            The runs with their scores, as in the `runs` of study.json.
+        """
+        models = self.fine_tune(runs)
+        files = [self.data / f"{file}.jsonl" for file in DATA[WRONG].asked]
+        output = self.folder / "asked-at-other-rates"
+        scores = evaluate_in_parallel(self.pool, models, files, output, self.size)
+        return [
+            {**run._asdict(), "right": {file: score.right for file, score in scores[run.name].items()}}
+            for run in runs
+        ]
+
 
 def run_study(folder: Path, size: Size) -> dict[str, Any]:
     """Run all steps of a study, and return the content of study.json."""
@@ -267,11 +205,23 @@ def run_study(folder: Path, size: Size) -> dict[str, Any]:
         print("comparing the methods", flush=True)
         runs = study.runs_at(best)
         scores = study.test(runs)
+        print("partly wrong data with the other learning rates", flush=True)
+        others = [run for run in wrong_at_all_rates(size) if run not in runs]
+        at_other_rates = study.test_on_wrong_data(others)
     return {
         "size": size._asdict(),
         "rates": [{**run._asdict(), "accuracy": value} for run, value in accuracies.items()],
         **outcome(study, runs, scores),
+        "at_other_rates": at_other_rates,
     }
+
+
+def wrong_at_all_rates(size: Size) -> list[Run]:
+    """Return the runs on partly wrong data with each method, learning rate and seed."""
+    rates = size.rates[DATA[WRONG].task]
+    return [
+        Run(method, WRONG, seed, rate) for method, rate, seed in product(METHODS, rates, range(size.seeds))
+    ]
 
 
 def outcome(study: Study, runs: Sequence[Run], scores: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from scripts.study.study_task import COLUMNS, DATA, TASKS
+from scripts.study.study_task import COLUMNS, DATA, TASKS, WRONG
 
 ALPHAS = {"SFT": 0.0, "alpha 0.5": 0.5, "DFT": 1.0}
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -72,6 +73,18 @@ def runs_of(results: Mapping[str, Any], method: str, data: str) -> list[Mapping[
     return [run for run in results["runs"] if (run["method"], run["data"]) == (method, data)]
 
 
+def by_rate(results: Mapping[str, Any], method: str, data: str) -> dict[float, dict[int, dict[str, float]]]:
+    """Return the accuracies of a method on a data set, by learning rate, seed and file of problems.
+
+    Besides the selected rate these are the rates that the study compares on partly wrong data.
+    """
+    scores: dict[float, dict[int, dict[str, float]]] = {}
+    others = [run for run in results["at_other_rates"] if (run["method"], run["data"]) == (method, data)]
+    for run in [*runs_of(results, method, data), *others]:
+        scores.setdefault(run["rate"], {})[run["seed"]] = run["right"]
+    return dict(sorted(scores.items()))
+
+
 def methods_of(results: Mapping[str, Any]) -> list[str]:
     """Return the methods that were compared, in the order of their runs."""
     return list(dict.fromkeys(run["method"] for run in results["runs"]))
@@ -85,7 +98,7 @@ def title(asked: str) -> str:
 
 def tables(results: Mapping[str, Any]) -> str:
     """Return all tables as Markdown."""
-    parts = (accuracy_table, difference_table, distribution_table, rate_table)
+    parts = (accuracy_table, difference_table, wrong_data_table, distribution_table, rate_table)
     return "\n".join(line for part in parts for line in part(results))
 
 
@@ -130,6 +143,26 @@ def difference_table(results: Mapping[str, Any]) -> list[str]:
         "Points above SFT on the same data, mean of the seeds' differences ± half of its 95 % interval.",
         "",
     ]
+
+
+def wrong_data_table(results: Mapping[str, Any]) -> list[str]:
+    """Return the table of accuracies after partly wrong data, by method and learning rate."""
+    scores = {method: by_rate(results, method, WRONG) for method in methods_of(results)}
+    heads = [*scores, *(f"{method} to SFT" for method in scores if method != "SFT")]
+    lines = header(f"{WRONG}: learning rate, asked", heads)
+    for asked, rate in product(DATA[WRONG].asked, scores["SFT"]):
+        of_seeds = {
+            method: {seed: right[asked] for seed, right in of_method[rate].items()}
+            for method, of_method in scores.items()
+        }
+        sft = of_seeds["SFT"]
+        means = [mean(list(values.values())) for values in of_seeds.values()]
+        cells = [f"{cell.value:.1f} ± {cell.half:.1f}" for cell in means]
+        for method in [name for name in of_seeds if name != "SFT"]:
+            cell = mean([value - sft[seed] for seed, value in of_seeds[method].items()])
+            cells.append(f"{cell.value:+.1f} ± {cell.half:.1f}")
+        lines.append(f"| {rate:g}, {title(asked)} | {' | '.join(cells)} |")
+    return [*lines, "", "Percent right, and points above SFT with the same learning rate and seed.", ""]
 
 
 def distribution_table(results: Mapping[str, Any]) -> list[str]:

@@ -32,9 +32,11 @@ class Data(NamedTuple):
     asked: tuple[str, ...]
 
 
+WRONG = "sums, 3 in 10 wrong"
+"""The data set with wrong answers."""
 DATA = {
     "right sums": Data("sums", 0.0, ("sums-three", "sums-five")),
-    "sums, 3 in 10 wrong": Data("sums", 0.3, ("sums-three", "sums-five")),
+    WRONG: Data("sums", 0.3, ("sums-three", "sums-five")),
     "differences": Data("differences", 0.0, ("differences-three", "differences-five", "sums-three")),
 }
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from scripts.study import foretelling
 from scripts.study.foretelling import LEARNED, NAMES, RESULTS, Pair, accuracies, pairs_of, tables
 from scripts.study.study_results import Mean
 from tests.launching import ROOT
@@ -23,7 +24,9 @@ def results(right):
 
 
 def report(**scores):
-    return {"ranking": {NAMES[method]: {"score": value} for method, value in scores.items()}}
+    """Return a report of the preflight with the scores of methods."""
+    rows = {NAMES.get(method, method): {"score": value} for method, value in scores.items()}
+    return {"ranking": rows}
 
 
 def test_the_tables_of_the_page_are_those_of_the_committed_results():
@@ -53,3 +56,18 @@ def test_pairs_compare_seed_by_seed():
     assert pair.difference == Mean(10, 0) and pair.foretold == pytest.approx(-0.3)
     assert pair.outcome == "miss"
     assert accuracies(measured, "half known") == "DFT 60.0, SFT 50.0"
+
+
+def test_objectives_are_compared_but_for_those_that_the_preflight_ranks_as_another(tmp_path, monkeypatch):
+    """power wins by 30 points over DFT, which has the higher score; asft has DFT's score and is left out."""
+    measured = results(
+        {"SFT": [10.0, 12.0], "DFT": [40.0, 42.0], "power": [70.0, 72.0], "asft": [90.0, 92.0]}
+    )
+    (tmp_path / "results.json").write_text(json.dumps(measured))
+    monkeypatch.setattr(foretelling, "OBJECTIVES_RESULTS", tmp_path / "results.json")
+    foretold = report(SFT=0.1, DFT=0.4, power=0.3, asft=0.4)
+    foretold["ranking"]["asft"]["same_first_step_as"] = "dft"
+    foretold["try"] = [{"name": "dft"}, {"name": "power"}]
+    table = "\n".join(foretelling.objectives_tables({"half known": foretold}))
+    assert "| half known | 3 | 3 | 2 | dft 41.0 (2), power 71.0 (1) | power 71.0 |" in table
+    assert table.endswith("| points |\n|---|---|---|---|\n| half known | DFT | power | 30.0 ± 0.0 |")

@@ -96,9 +96,9 @@ def results_with(accuracies: dict[str, list[float]]) -> dict:
     return {
         "size": objectives_study.QUICK_SIZE._asdict() | {"seeds": 3}, "runs": runs, "rates": rates,
         "base": dict.fromkeys(asked, 50.0), "left_out": dict.fromkeys(asked, 0),
-        "sft_at_other_rates": [
+        "at_other_rates": [
             {
-                "method": "SFT", "data": objectives_results.WRONG, "seed": seed, "rate": 1e-3,
+                "method": "SFT", "data": study_task.WRONG, "seed": seed, "rate": 1e-3,
                 "right": {"sums-three": 70.0 + seed, "sums-five": 35.0},
             }
             for seed in range(3)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dft.errors import UserError
-from scripts.study import study, study_results, study_runs, study_task
+from scripts.study import study, study_answers, study_results, study_runs, study_task
 from tests.launching import ROOT
 
 LINE = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
@@ -85,6 +85,10 @@ def results_with(accuracies: dict[str, list[float]]) -> dict:
         for method, values in accuracies.items() for data, of_data in study_task.DATA.items()
         for seed, value in enumerate(values)
     ]  # fmt: skip
+    others = [
+        {**run, "rate": 1e-3, "right": {asked: value + 8 for asked, value in run["right"].items()}}
+        for run in runs if run["data"] == study_task.WRONG
+    ]  # fmt: skip
     asked = {asked for _, asked in study_task.COLUMNS}
     kinds = {"sums": "right sums", "differences": "differences"}
     rates = [
@@ -93,6 +97,7 @@ def results_with(accuracies: dict[str, list[float]]) -> dict:
     ]  # fmt: skip
     return {
         "size": SMALL._asdict(), "base": dict.fromkeys(asked, 50.0), "runs": runs, "rates": rates,
+        "at_other_rates": others,
         "before": dict.fromkeys(study_task.DATA, [2] + [1] * 18 + [0]),
         "left_out": dict.fromkeys(asked, 0) | {"sums-three": 1},
     }  # fmt: skip
@@ -111,6 +116,12 @@ def test_tables_and_intervals():
     assert "| DFT | +9.0 ± 2.5 | +4.5 ± 1.2 | +9.0 ± 2.5 | +4.5 ± 1.2 | +9.0 ± 2.5 |" in text
     assert "Of the 4 problems those that a model was not trained on, at least 3." in text
     assert "| right sums | DFT | 25.00 % | 0.00 % | 75.00 % | 0.0001 |" in text
+    wrong = "\n".join(study_results.wrong_data_table(results))
+    assert "| 0.0001, sums of three | 62.0 ± 5.0 | 1.0 ± 0.0 | 71.0 ± 4.3 |" in wrong
+    assert (
+        "| 0.001, sums of three | 70.0 ± 5.0 | 9.0 ± 0.0 | 79.0 ± 4.3 | -61.0 ± 5.0 | +9.0 ± 2.5 |" in wrong
+    )
+    assert "| 0.001, sums of five | 39.0 ± 2.5 | 8.5 ± 0.0 | 43.5 ± 2.2 |" in wrong
     for figure in (study_results.accuracy_figure(results), study_results.histogram_figure(results)):
         assert [axes.get_title() for axes in figure.axes] == [
             f"fine-tuned on: {name}" for name in study_task.DATA
@@ -142,10 +153,10 @@ def test_problems_in_the_training_data_are_left_out(tmp_path):
         [{"line": n, "samples": [{"right": grade} for grade in of_line]} for n, of_line in grades.items()],
     )
     base, tuning = rows("base.jsonl", [10, 20], [30, 20, 10]), rows("tuning.jsonl", [10, 20, 30])
-    assert study.score_unseen(answers, problems, (base,)) == (50.0, 0)
-    assert study.score_unseen(answers, problems, (base, tuning)) == (25.0, 1)
+    assert study_answers.score_unseen(answers, problems, (base,)) == (50.0, 0)
+    assert study_answers.score_unseen(answers, problems, (base, tuning)) == (25.0, 1)
     with pytest.raises(UserError, match=r"problems.jsonl: the models were trained on all of its problems"):
-        study.score_unseen(answers, problems, (problems,))
+        study_answers.score_unseen(answers, problems, (problems,))
 
 
 def test_a_folder_of_a_different_study_is_rejected(tmp_path):
