@@ -99,11 +99,11 @@ def test_invalid_input_gives_one_message(case, outcomes):
     check_refusal(case, outcomes[1][0][case.name])
 
 
-# Every case is rejected before the ranks diverge, so the default run includes one in eight.
+# Every case is rejected before the ranks diverge, so the default run includes one in sixteen.
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=case.name, marks=() if number % 8 == 0 else pytest.mark.slow)
+        pytest.param(case, id=case.name, marks=() if number % 16 == 0 else pytest.mark.slow)
         for number, case in enumerate(CASES)
     ],
 )
@@ -123,7 +123,7 @@ def test_unusual_but_valid_input_trains(case, outcomes):
     assert re.search(case.message, outcome["log"], re.MULTILINE), outcome["log"]
 
 
-@pytest.mark.slow  # the default run has one case in eight on two ranks, without a launcher
+@pytest.mark.slow  # the default run has one case in sixteen on two ranks, without a launcher
 @pytest.mark.parametrize("name", ["data-cut-line", "zero3-nan", "deepspeed-unknown-key"])
 def test_under_the_launcher_the_error_is_one_line_and_all_ranks_exit(tiny, tmp_path, name):
     case = next(case for case in CASES if case.name == name)

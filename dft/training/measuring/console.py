@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dft.console import short_clock, short_number
+from dft.console import short_clock, short_number, wrap
 from dft.errors import rank_tag
 from dft.metrics import CONSOLE, Metric, Source, metrics_named
 
@@ -23,6 +23,11 @@ LINE_WIDTH = 100
 HEADING_EVERY = 20
 """Number of rows after which the heading is repeated."""
 EPOCH_WIDTH = 5
+ZERO_GRADIENT = (
+    "the gradient is 0: the objective gives no target of this step a weight, so training changes nothing; "
+    "use one that trains unlikely tokens as well, such as --dft_alpha 0.5"
+)
+"""Warning about a step that trains nothing, for example with `threshold` and a model that knows nothing."""
 
 
 def tag_warnings() -> None:
@@ -56,6 +61,7 @@ class ConsoleCallback(ProgressCallback):
         self.show_bar = show_bar
         self.columns = metrics_named(metrics)
         self.rows_printed = 0
+        self.has_warned = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,6 +102,9 @@ class ConsoleCallback(ProgressCallback):
             self._print(heading(self.columns, state.max_steps))
         self.rows_printed += 1
         self._print(row)
+        if logs and logs.get("grad_norm") == 0 and not self.has_warned:
+            self.has_warned = True
+            self._print("\n".join(wrap("warning", ZERO_GRADIENT)))
 
     def _print(self, line: str) -> None:
         if self.training_bar is not None:

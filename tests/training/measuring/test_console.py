@@ -109,6 +109,19 @@ def test_the_heading_is_printed_first_and_repeated(capsys):
     assert headings == [0, HEADING_EVERY + 1] and len(lines) == HEADING_EVERY + 3
 
 
+def test_a_step_without_any_gradient_is_warned_of_once(capsys):
+    callback = ConsoleCallback(show_bar=False)
+    state = TrainerState(global_step=1, max_steps=50, is_world_process_zero=True)
+    for norm in (1.0, 0.0, 0.0):
+        callback.on_log(None, state, TrainerControl(), logs={**TRAIN, "grad_norm": norm})
+    callback.on_log(None, state, TrainerControl(), logs=EVAL)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "epoch", "train", "train", "warning", "changes", "train", "eval",
+    ]  # fmt: skip
+    assert lines[3].startswith("warning     the gradient is 0: the objective gives no target of this step a")
+
+
 def test_hours_minutes_and_seconds():
     assert [clock(value) for value in (0, 59.6, 3600, 90061)] == ["0:00:00", "0:01:00", "1:00:00", "25:01:01"]
 

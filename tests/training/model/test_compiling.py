@@ -39,7 +39,7 @@ def train(tmp_path, name: str, attention: str, **flags) -> tuple[DFTTrainer, lis
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
     [
-        pytest.param("qwen3", False, id="qwen3"),
+        pytest.param("qwen3", False, marks=pytest.mark.slow, id="qwen3"),
         pytest.param("qwen3", True, marks=pytest.mark.slow, id="qwen3, gradient checkpointing"),
         pytest.param("gemma3, window of 4", False, marks=pytest.mark.slow, id="gemma3"),
         pytest.param("gemma3, window of 4", True, id="gemma3, gradient checkpointing"),
