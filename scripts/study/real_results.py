@@ -257,9 +257,14 @@ def accuracy_figure(results: Results) -> Figure:
         axes.set_ylim(0, 100)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("answers right, %")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False, fontsize=8)
+    add_legend(figure)
     return figure
+
+
+def add_legend(figure: Figure) -> None:
+    """Add the legend of the first panel above all panels."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=7, frameon=False, fontsize=8)
 
 
 def histogram_figure(results: Results) -> Figure:
@@ -283,7 +288,7 @@ def histogram_figure(results: Results) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("p of the right token, held-out problems of the task trained on", fontsize=9)
     figure.axes[0].set_ylabel("share of tokens")
-    figure.axes[-1].legend(frameon=False, fontsize=7)
+    add_legend(figure)
     return figure
 
 
@@ -306,5 +311,5 @@ def curve_figure(results: Results) -> Figure:
                 axes.set_ylabel(label)
         grid[0][column].set_title(f"fine-tuned on: {name}", fontsize=9)
     figure.supxlabel("optimizer step, validation problems, first seed", fontsize=9)
-    grid[0][-1].legend(frameon=False, fontsize=7)
+    add_legend(figure)
     return figure
