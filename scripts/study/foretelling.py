@@ -1,9 +1,9 @@
-"""Hold what the preflight foretells of objectives against what the studies measured.
+"""Compare the ranking of objectives by the preflight with the accuracies that the studies measured.
 
     python scripts/study/foretelling.py runs/foretelling
     python scripts/study/foretelling.py runs/foretelling --model models/smollm2   # all studies
 
-The script writes the data of the two studies again, trains the small base model of the first one, and runs
+The script writes the data of the studies again, trains the small base model, and runs
 the preflight on the fine-tuning data of seed 0. It compares the order in which the preflight ranks the
 methods with the accuracies in docs/study.json, docs/study_real.json and, for all objectives on the small
 model, docs/objectives_study.json, and writes foretelling.json and table.md. Results that are in the folder

@@ -58,7 +58,7 @@ def summary_table(results: Mapping[str, Any]) -> list[str]:
 def same_rate_table(results: Mapping[str, Any]) -> list[str]:
     """Return the table of SFT on partly wrong data by rate, and of differences to SFT at the same rate."""
     files, of_sft = DATA[WRONG].asked, by_rate(results, "SFT", WRONG)
-    lines = header(f"{WRONG}", ["learning rate", *(title(asked) for asked in files)])
+    lines = header(WRONG, ["learning rate", *(title(asked) for asked in files)])
     for rate, scores in of_sft.items():
         means = [mean([right[asked] for right in scores.values()]) for asked in files]
         cells = " | ".join(f"{cell.value:.1f} ± {cell.half:.1f}" for cell in means)

@@ -1,6 +1,6 @@
 """Compare SFT and DFT on small tasks: sums and differences that are worked out step by step.
 
-    python scripts/study/study.py runs/study              # 22 minutes on two cores
+    python scripts/study/study.py runs/study              # half an hour to an hour on two cores
     python scripts/study/study.py runs/quick --quick      # one minute, to test the script
 
 A base model is trained on sums of two to five numbers until it is often right. From there it is fine-tuned

@@ -1,6 +1,6 @@
 """Run scripts in processes forked from one that has already imported the libraries.
 
-The study fine-tunes about seventy models, each in ten seconds; importing the libraries would add several
+The study fine-tunes more than a hundred models, each in ten seconds or so; importing the libraries would add several
 seconds to each.
 """
 

@@ -119,7 +119,7 @@ class Chord(Objective):
     """The token weight of CHORD (arXiv 2508.11408): w = p * (1 - p).
 
     Learns from tokens the model is uncertain about; tokens it considers certain or impossible hardly change
-    it. Gradients are at most a quarter of SFT's, so use a larger learning rate.
+    it. Gradients are at most a quarter of SFT's, which an optimizer like AdamW makes up for.
     """
 
     name: ClassVar[str] = "chord"
@@ -212,7 +212,7 @@ class Luffy(Objective):
     It maximizes p / (p + gamma). The weight is largest, 1/4, at p = gamma: for tokens that the model
     considers unlikely, but not impossible. This is what LUFFY applies to the tokens of demonstrations, at an
     advantage of 1 and without its reinforcement learning. The default is that of its authors. Gradients are
-    at most a quarter of SFT's, so use a larger learning rate.
+    at most a quarter of SFT's, which an optimizer like AdamW makes up for.
     """
 
     name: ClassVar[str] = "luffy"
