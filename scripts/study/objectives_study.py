@@ -111,12 +111,7 @@ def run_study(folder: Path, size: Size) -> dict[str, Any]:
         runs = study.runs_at(best)
         scores = study.test(runs)
         at_other_rates = study.test_on_wrong_data(sft_at_other_rates(best, size.seeds))
-    return {
-        "size": size._asdict(),
-        "rates": [{**run._asdict(), "accuracy": value} for run, value in accuracies.items()],
-        **outcome(study, runs, scores),
-        "at_other_rates": at_other_rates,
-    }
+    return outcome(study, accuracies, runs, scores, at_other_rates)
 
 
 def main() -> None:

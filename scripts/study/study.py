@@ -208,12 +208,7 @@ def run_study(folder: Path, size: Size) -> dict[str, Any]:
         print("partly wrong data with the other learning rates", flush=True)
         others = [run for run in wrong_at_all_rates(size) if run not in runs]
         at_other_rates = study.test_on_wrong_data(others)
-    return {
-        "size": size._asdict(),
-        "rates": [{**run._asdict(), "accuracy": value} for run, value in accuracies.items()],
-        **outcome(study, runs, scores),
-        "at_other_rates": at_other_rates,
-    }
+    return outcome(study, accuracies, runs, scores, at_other_rates)
 
 
 def wrong_at_all_rates(size: Size) -> list[Run]:
@@ -224,15 +219,25 @@ def wrong_at_all_rates(size: Size) -> list[Run]:
     ]
 
 
-def outcome(study: Study, runs: Sequence[Run], scores: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:
-    """Return the scores of all models, with their histograms of p, as study.json has them.
+def outcome(
+    study: Study,
+    accuracies: Mapping[Run, float],
+    runs: Sequence[Run],
+    scores: Mapping[str, Mapping[str, Score]],
+    at_other_rates: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return the content of study.json: the scores of all models, with their histograms of p.
 
     Args:
         study: the study that has fine-tuned the models.
+        accuracies: what `Study.select_rates` returned.
         runs: the runs that are compared.
         scores: what `Study.test` returned for them.
+        at_other_rates: what `Study.test_on_wrong_data` returned.
     """
     return {
+        "size": study.size._asdict(),
+        "rates": [{**run._asdict(), "accuracy": value} for run, value in accuracies.items()],
         "base": {file: score.right for file, score in scores["base"].items()},
         "left_out": {
             file: max(of_model[file].left_out for of_model in scores.values() if file in of_model)
@@ -247,6 +252,7 @@ def outcome(study: Study, runs: Sequence[Run], scores: Mapping[str, Mapping[str,
             }
             for run in runs
         ],
+        "at_other_rates": at_other_rates,
     }
 
 

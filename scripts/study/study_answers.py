@@ -1,4 +1,4 @@
-"""The answers of the models of the study to problems that they were not trained on."""
+"""Let models of the study answer problems, and score the answers to those that they were not trained on."""
 
 import json
 import sys

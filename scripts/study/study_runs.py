@@ -1,7 +1,7 @@
 """Run scripts in processes forked from one that has already imported the libraries.
 
-The study fine-tunes more than a hundred models, each in ten seconds or so; importing the libraries would add several
-seconds to each.
+The study fine-tunes more than a hundred models, each in ten seconds or so; importing the libraries would add
+several seconds to each.
 """
 
 import json

@@ -172,7 +172,7 @@ def test_pictures_in_the_documentation_are_of_the_figures_there():
     )  # fmt: skip
     for part in parts:
         lines = part(figures)
-        assert "\n".join(lines[: lines.index("")]) in page  # the text below some tables is wrapped on the page
+        assert "\n".join(lines[: lines.index("")]) in page  # the page wraps the text below
 
 
 def test_page_states_how_many_answers_are_wrong_and_how_many_end():
