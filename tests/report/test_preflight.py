@@ -85,6 +85,8 @@ def test_advice_depends_on_the_mean_probability(mean, beginning):
     (advised,) = report_of(table([mean] * 10))["advice"]
     assert advised["recommendation"].startswith(beginning)
     assert f"{mean:.3f}" in advised["evidence"] and "2510.00526" in advised["source"]
+    mixture = "--dft_alpha 0 and 1, and 0.5 between them"
+    assert (mixture in advised["recommendation"]) == (beginning == "no clear answer")
 
 
 def test_an_unknown_end_of_turn_token_causes_advice_to_set_a_floor():
