@@ -109,7 +109,7 @@ def foretell(
         row["score"] = score(row, mean_p, has_probe=not isinstance(noise, str))
 
     def rank(name: str) -> tuple[float, float, int]:
-        """Of equal scores, the objective that keeps more of SFT's gradient is the first."""
+        """Return the sort key: higher scores first, then more of SFT's gradient kept."""
         return -round(rows[name]["score"], 6), -(rows[name]["kept"]["all"] or 0.0), names.index(name)
 
     ordered = sorted(rows, key=rank)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from dft.errors import UserError, report_user_errors
 from dft.ranks import quiet_libraries
 from scripts.study.study import FULL, Study
-from scripts.study.study_results import Mean, accuracy, header, mean, methods_of, runs_of
+from scripts.study.study_results import Mean, accuracy, cell, difference, header, methods_of, write_results
 from scripts.study.study_runs import claim_folder, prepare, run_script
 from scripts.study.study_task import DATA, file_name, tuning_file
 
@@ -116,25 +116,21 @@ def trimmed(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def differences(results: Mapping[str, Any], data: str, first: str, second: str) -> Mean:
-    """Return the mean difference in accuracy between two methods with the same seed and data."""
-    asked = LEARNED[data]
-    by_seed = {run["seed"]: run["right"][asked] for run in runs_of(results, first, data)}
-    return mean([run["right"][asked] - by_seed[run["seed"]] for run in runs_of(results, second, data)])
+def name_of(method: str) -> str:
+    """Return the name that the preflight gives to a method of the studies."""
+    return NAMES.get(method, method)
 
 
 def score_of(report: Mapping[str, Any], method: str) -> float:
     """Return the score of a method of the studies in the preflight's ranking."""
-    return report["ranking"][NAMES.get(method, method)]["score"]
+    return report["ranking"][name_of(method)]["score"]
 
 
 def ranked_methods(report: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
     """Return the methods of a study, except those whose rank the preflight takes from another objective."""
     rows = report["ranking"]
     return [
-        method
-        for method in methods_of(results)
-        if rows[NAMES.get(method, method)].get("same_first_step_as") is None
+        method for method in methods_of(results) if rows[name_of(method)].get("same_first_step_as") is None
     ]
 
 
@@ -143,9 +139,9 @@ def pairs_of(foretold: Mapping[str, Any], results: Mapping[str, Any]) -> list[Pa
     pairs = []
     for data, report in foretold.items():
         for first, second in combinations(ranked_methods(report, results), 2):
-            difference = differences(results, data, first, second)
+            measured = difference(results, first, second, data, LEARNED[data])
             foretold_difference = score_of(report, second) - score_of(report, first)
-            pairs.append(Pair(data, first, second, difference, foretold_difference))
+            pairs.append(Pair(data, first, second, measured, foretold_difference))
     return pairs
 
 
@@ -176,8 +172,8 @@ def pair_tables(foretold: Mapping[str, Any]) -> list[str]:
     decided = [pair for pair in pairs if pair.outcome != "open"]
     lines = header("data", ["methods", "measured difference", "difference of scores", "outcome"])
     for pair in decided:
-        methods = f"{pair.second} to {pair.first}"
-        lines.append(f"| {pair.data} | {methods} | {_points(pair)} | {pair.foretold:+.2f} | {pair.outcome} |")
+        methods, measured = f"{pair.second} to {pair.first}", cell(pair.difference, "+")
+        lines.append(f"| {pair.data} | {methods} | {measured} | {pair.foretold:+.2f} | {pair.outcome} |")
     hits = sum(pair.outcome == "hit" for pair in decided)
     return [
         *lines,
@@ -191,13 +187,17 @@ def objectives_tables(foretold: Mapping[str, Any]) -> list[str]:
     """Return the tables of hits, and of misses, in the comparison of all objectives."""
     results = json.loads(OBJECTIVES_RESULTS.read_text())
     pairs = pairs_of(foretold, results)
+    return [*hit_table(foretold, results, pairs), "", *miss_table(pairs)]
+
+
+def hit_table(foretold: Mapping[str, Any], results: Mapping[str, Any], pairs: Sequence[Pair]) -> list[str]:
+    """Return the table of hits by data set, with the accuracies of the recommended objectives."""
     lines = header("all objectives", ["pairs", "that differ", "hits", "to try: right, place", "best"])
     for data, report in foretold.items():
-        of_data = [pair for pair in pairs if pair.data == data]
-        outcomes = [pair.outcome for pair in of_data]
+        outcomes = [pair.outcome for pair in pairs if pair.data == data]
         hits, misses = outcomes.count("hit"), outcomes.count("miss")
         right = {
-            NAMES.get(method, method): _mean_accuracy(results, method, data)
+            name_of(method): _mean_accuracy(results, method, data)
             for method in ranked_methods(report, results)
         }
         order = sorted(right, key=lambda name: -right[name])
@@ -206,17 +206,17 @@ def objectives_tables(foretold: Mapping[str, Any]) -> list[str]:
             for pick in report["try"]
         )
         best = f"{order[0].replace(', ', ' ')} {right[order[0]]:.1f}"
-        lines.append(f"| {data} | {len(of_data)} | {hits + misses} | {hits} | {picks} | {best} |")
-    lines += ["", *header("data", ["preferred by the score", "better by measurement", "points"])]
-    for pair in pairs:
-        if pair.outcome == "miss":
-            better, other = pair.second, pair.first
-            value = pair.difference.value
-            if value < 0:
-                better, other = other, better
-            lines.append(
-                f"| {pair.data} | {other} | {better} | {abs(value):.1f} ± {pair.difference.half:.1f} |"
-            )
+        lines.append(f"| {data} | {len(outcomes)} | {hits + misses} | {hits} | {picks} | {best} |")
+    return lines
+
+
+def miss_table(pairs: Sequence[Pair]) -> list[str]:
+    """Return the table of the pairs that the score orders otherwise than the measured accuracies."""
+    lines = header("data", ["preferred by the score", "better by measurement", "points"])
+    for pair in [pair for pair in pairs if pair.outcome == "miss"]:
+        value, half = pair.difference
+        better, other = (pair.second, pair.first) if value > 0 else (pair.first, pair.second)
+        lines.append(f"| {pair.data} | {other} | {better} | {cell(Mean(abs(value), half))} |")
     return lines
 
 
@@ -229,10 +229,6 @@ def accuracies(results: Mapping[str, Any], data: str) -> str:
 
 def _mean_accuracy(results: Mapping[str, Any], method: str, data: str) -> float:
     return accuracy(results, method, data, LEARNED[data]).value
-
-
-def _points(pair: Pair) -> str:
-    return f"{pair.difference.value:+.1f} ± {pair.difference.half:.1f}"
 
 
 def _summary(report: Mapping[str, Any]) -> list[str]:
@@ -263,9 +259,7 @@ def main() -> None:
         foretold = {"small": foretell_small(folder)}
         if options.model is not None:
             foretold["pretrained"] = foretell_pretrained(folder, options.model.resolve())
-    (folder / "foretelling.json").write_text(json.dumps(foretold) + "\n")
-    (folder / "table.md").write_text(tables(foretold))
-    print(tables(foretold))
+    write_results(foretold, folder, "foretelling", tables(foretold), {})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from scripts.study.study_results import (
     accuracy,
     accuracy_table,
     by_rate,
+    cell,
     difference_table,
     difference_to_sft,
     header,
@@ -61,7 +62,7 @@ def same_rate_table(results: Mapping[str, Any]) -> list[str]:
     lines = header(WRONG, ["learning rate", *(title(asked) for asked in files)])
     for rate, scores in of_sft.items():
         means = [mean([right[asked] for right in scores.values()]) for asked in files]
-        cells = " | ".join(f"{cell.value:.1f} ± {cell.half:.1f}" for cell in means)
+        cells = " | ".join(map(cell, means))
         lines.append(f"| SFT | {rate:g} | {cells} |")
     for method in methods_of(results):
         if method != "SFT":
@@ -70,7 +71,7 @@ def same_rate_table(results: Mapping[str, Any]) -> list[str]:
             means = [
                 mean([run["right"][asked] - base[run["seed"]][asked] for run in runs]) for asked in files
             ]
-            cells = " | ".join(f"{cell.value:+.1f} ± {cell.half:.1f}" for cell in means)
+            cells = " | ".join(cell(value, "+") for value in means)
             lines.append(f"| {method} to SFT | {runs[0]['rate']:g} | {cells} |")
     return [*lines, "", "Percent right, and points above SFT with the same learning rate and seed.", ""]
 

@@ -16,7 +16,6 @@ continues with the results that are in the folder.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,6 @@ sys.path.insert(0, str(ROOT))
 from dft.errors import report_user_errors
 from dft.loss.objectives import OBJECTIVES
 from dft.ranks import quiet_libraries
-from dft.report.pages.images import write_png
 from scripts.study.objectives_results import accuracy_figure, tables
 from scripts.study.study import (
     FULL,
@@ -39,7 +37,7 @@ from scripts.study.study import (
     best_rates,
     outcome,
 )
-from scripts.study.study_results import DIGEST, digest_of
+from scripts.study.study_results import write_results
 from scripts.study.study_runs import SELECTION_SEED, Run, claim_folder, prepare
 from scripts.study.study_task import DATA, WRONG, Size
 
@@ -123,10 +121,8 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     results = run_study(options.folder, QUICK_SIZE if options.quick else ALL_SIZE)
-    (options.folder / "objectives_study.json").write_text(json.dumps(results) + "\n")
-    (options.folder / "table.md").write_text(tables(results))
-    write_png(accuracy_figure(results), options.folder / "accuracy.png", {DIGEST: digest_of(results)})
-    print(tables(results))
+    figures = {"accuracy": accuracy_figure(results)}
+    write_results(results, options.folder, "objectives_study", tables(results), figures)
     if options.quick:
         print("--quick: these figures only show that every step ran")
 

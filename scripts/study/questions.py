@@ -31,9 +31,8 @@ from dft.errors import UserError, report_user_errors
 from dft.evaluation.sampling import load_for_sampling
 from dft.loss.dft import dft_loss
 from dft.ranks import quiet_libraries
-from dft.report.pages.images import write_png
 from scripts.study.questions_results import EDGES, LORA_R, METHODS, loss_figure, tables
-from scripts.study.study_results import DIGEST, digest_of
+from scripts.study.study_results import write_results
 from scripts.study.study_runs import claim_folder, prepare, run_script
 
 CURVE = ("loss", "nll", "objective", "avg_p_correct", "acc", "entropy")
@@ -227,10 +226,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     results = measure(options.folder, options.gsm8k, QUICK if options.quick else FULL)
-    (options.folder / "questions.json").write_text(json.dumps(results) + "\n")
-    (options.folder / "table.md").write_text(tables(results))
-    write_png(loss_figure(results), options.folder / "loss.png", {DIGEST: digest_of(results)})
-    print(tables(results))
+    write_results(results, options.folder, "questions", tables(results), {"loss": loss_figure(results)})
     if options.quick:
         print("--quick: these figures only show that every step ran")
 

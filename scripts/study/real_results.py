@@ -10,15 +10,14 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dft.report.pages.images import write_png
+from scripts.study import study_results
 from scripts.study.real_tasks import COLUMNS, DATA, TASKS, held_out, is_right, task_file
 from scripts.study.study_results import (
     BINS,
-    DIGEST,
     Mean,
     accuracy,
+    cell,
     difference_to_sft,
-    digest_of,
     header,
     mean,
     runs_of,
@@ -36,14 +35,11 @@ Results = Mapping[str, Any]
 def write_results(results: Results, folder: Path) -> None:
     """Write study.json, figures.json, table.md and the pictures into a folder, and print the tables."""
     (folder / "study.json").write_text(json.dumps(results) + "\n")
-    figures = without_answers(results)
-    (folder / "figures.json").write_text(json.dumps(figures) + "\n")
-    (folder / "table.md").write_text(tables(results))
-    digest = {DIGEST: digest_of(figures)}
-    write_png(accuracy_figure(results), folder / "accuracy.png", digest)
-    write_png(histogram_figure(results), folder / "histograms.png", digest)
-    write_png(curve_figure(results), folder / "curves.png", digest)
-    print(tables(results))
+    figures = {
+        "accuracy": accuracy_figure(results), "histograms": histogram_figure(results),
+        "curves": curve_figure(results),
+    }  # fmt: skip
+    study_results.write_results(without_answers(results), folder, "figures", tables(results), figures)
 
 
 def without_answers(results: Results) -> dict[str, Any]:
@@ -66,11 +62,6 @@ def tables(results: Results) -> str:
         example_list,
     )  # fmt: skip
     return "\n".join(line for part in parts for line in [*part(results), ""])
-
-
-def cell(value: Mean, sign: str = "", digits: int = 1) -> str:
-    """Return a mean and half of its interval as text."""
-    return f"{value.value:{sign}.{digits}f} ± {value.half:.{digits}f}"
 
 
 def accuracy_table(results: Results) -> list[str]:

@@ -31,9 +31,8 @@ sys.path.insert(0, str(ROOT))
 
 from dft.errors import report_user_errors
 from dft.ranks import quiet_libraries
-from dft.report.pages.images import write_png
 from scripts.study.study_answers import Model, Score, evaluate_in_parallel
-from scripts.study.study_results import ALPHAS, DIGEST, accuracy_figure, digest_of, histogram_figure, tables
+from scripts.study.study_results import ALPHAS, accuracy_figure, histogram_figure, tables, write_results
 from scripts.study.study_runs import SELECTION_SEED, Run, claim_folder, prepare, run_script
 from scripts.study.study_task import (
     DATA,
@@ -281,12 +280,8 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     results = run_study(options.folder, QUICK if options.quick else FULL)
-    (options.folder / "study.json").write_text(json.dumps(results) + "\n")
-    (options.folder / "table.md").write_text(tables(results))
-    digest = {DIGEST: digest_of(results)}
-    write_png(accuracy_figure(results), options.folder / "accuracy.png", digest)
-    write_png(histogram_figure(results), options.folder / "histograms.png", digest)
-    print(tables(results))
+    figures = {"accuracy": accuracy_figure(results), "histograms": histogram_figure(results)}
+    write_results(results, options.folder, "study", tables(results), figures)
     if options.quick:
         print("--quick: these figures only show that every step ran")
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from dft.report.pages.images import write_png
 from scripts.study.study_task import COLUMNS, DATA, TASKS, WRONG
 
 ALPHAS = {"SFT": 0.0, "alpha 0.5": 0.5, "DFT": 1.0}
@@ -54,13 +55,46 @@ def accuracy(results: Mapping[str, Any], method: str, data: str, asked: str) -> 
     return mean([run["right"][asked] for run in runs_of(results, method, data)])
 
 
+def cell(value: Mean, sign: str = "", digits: int = 1) -> str:
+    """Return a mean and half of its interval as text.
+
+    Args:
+        value: the mean.
+        sign: "+" to show the sign of positive values as well.
+        digits: digits after the point.
+    """
+    return f"{value.value:{sign}.{digits}f} ± {value.half:.{digits}f}"
+
+
+def difference(results: Mapping[str, Any], first: str, second: str, data: str, asked: str) -> Mean:
+    """Return the mean accuracy of a second method minus that of a first one with the same seed and data."""
+    by_seed = {run["seed"]: run["right"][asked] for run in runs_of(results, first, data)}
+    return mean([run["right"][asked] - by_seed[run["seed"]] for run in runs_of(results, second, data)])
+
+
 def difference_to_sft(results: Mapping[str, Any], method: str, data: str, asked: str) -> Mean:
     """Return the mean difference to SFT with the same seed, that is, with the same data."""
-    right = {
-        name: {run["seed"]: run["right"][asked] for run in runs_of(results, name, data)}
-        for name in (method, "SFT")
-    }
-    return mean([value - right["SFT"][seed] for seed, value in right[method].items()])
+    return difference(results, "SFT", method, data, asked)
+
+
+def write_results(
+    results: Mapping[str, Any], folder: Path, name: str, text: str, figures: Mapping[str, Figure]
+) -> None:
+    """Write results, their tables and pictures into a folder, and print the tables.
+
+    Args:
+        results: the content of the JSON file.
+        folder: an existing folder.
+        name: stem of the JSON file.
+        text: the tables, for table.md.
+        figures: the pictures, by the stems of their files.
+    """
+    (folder / f"{name}.json").write_text(json.dumps(results) + "\n")
+    (folder / "table.md").write_text(text)
+    digest = {DIGEST: digest_of(results)}
+    for stem, figure in figures.items():
+        write_png(figure, folder / f"{stem}.png", digest)
+    print(text)
 
 
 def digest_of(results: Mapping[str, Any]) -> str:
@@ -119,7 +153,7 @@ def accuracy_table(results: Mapping[str, Any]) -> list[str]:
     lines.append(f"| base | {' | '.join(base)} |")
     for method in methods_of(results):
         means = [accuracy(results, method, data, asked) for data, asked in COLUMNS]
-        lines.append(f"| {method} | {' | '.join(f'{cell.value:.1f} ± {cell.half:.1f}' for cell in means)} |")
+        lines.append(f"| {method} | {' | '.join(map(cell, means))} |")
     seeds, asked = results["size"]["seeds"], results["size"]["asked"]
     least = asked - max(results["left_out"].values())
     return [
@@ -136,7 +170,7 @@ def difference_table(results: Mapping[str, Any]) -> list[str]:
     lines = header("to SFT", problem_columns())
     for method in [name for name in methods_of(results) if name != "SFT"]:
         means = [difference_to_sft(results, method, data, asked) for data, asked in COLUMNS]
-        lines.append(f"| {method} | {' | '.join(f'{cell.value:+.1f} ± {cell.half:.1f}' for cell in means)} |")
+        lines.append(f"| {method} | {' | '.join(cell(value, '+') for value in means)} |")
     return [
         *lines,
         "",
@@ -156,11 +190,10 @@ def wrong_data_table(results: Mapping[str, Any]) -> list[str]:
             for method, of_method in scores.items()
         }
         sft = of_seeds["SFT"]
-        means = [mean(list(values.values())) for values in of_seeds.values()]
-        cells = [f"{cell.value:.1f} ± {cell.half:.1f}" for cell in means]
+        cells = [cell(mean(list(values.values()))) for values in of_seeds.values()]
         for method in [name for name in of_seeds if name != "SFT"]:
-            cell = mean([value - sft[seed] for seed, value in of_seeds[method].items()])
-            cells.append(f"{cell.value:+.1f} ± {cell.half:.1f}")
+            difference_at_rate = mean([value - sft[seed] for seed, value in of_seeds[method].items()])
+            cells.append(cell(difference_at_rate, "+"))
         lines.append(f"| {rate:g}, {title(asked)} | {' | '.join(cells)} |")
     return [*lines, "", "Percent right, and points above SFT with the same learning rate and seed.", ""]
 

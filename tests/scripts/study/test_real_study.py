@@ -12,7 +12,7 @@ from dft.errors import UserError
 pytest.importorskip("reasoning_gym", reason="pip install -r requirements-real.txt")
 pytestmark = pytest.mark.real
 
-from scripts.study import real_results, real_study, real_tasks  # noqa: E402
+from scripts.study import real_results, real_study, real_tasks, study_results  # noqa: E402
 from scripts.study.real_tasks import DATA, PARTS, TASKS, held_out, is_right, problems, validation  # noqa: E402
 from tests.launching import ROOT  # noqa: E402
 
@@ -155,7 +155,7 @@ def test_tables_and_pictures(tmp_path, capsys):
     for name in ("accuracy", "histograms", "curves"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             figures = json.loads((tmp_path / "figures.json").read_text())
-            assert picture.info[real_results.DIGEST] == real_results.digest_of(figures)
+            assert picture.info[study_results.DIGEST] == study_results.digest_of(figures)
 
 
 def test_pictures_in_the_documentation_are_of_the_figures_there():
@@ -164,7 +164,7 @@ def test_pictures_in_the_documentation_are_of_the_figures_there():
     assert figures == real_results.without_answers(figures), "texts or folders of a machine"
     for name in ("accuracy", "histograms", "curves"):
         with Image.open(docs / f"images/study_real_{name}.png") as picture:
-            assert picture.info[real_results.DIGEST] == real_results.digest_of(figures)
+            assert picture.info[study_results.DIGEST] == study_results.digest_of(figures)
     page = (docs / "study_real.md").read_text()
     parts = (
         real_results.accuracy_table, real_results.difference_table, real_results.forgetting_table,
